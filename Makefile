@@ -1,0 +1,54 @@
+# Needs make and a Python >= 3.11; `make install PYTHON=/path/to/python` chooses another one than .ci/find-python would.
+PYTHON ?= $(shell .ci/find-python default)
+LATEST_PYTHON ?= $(shell .ci/find-python newest)
+# Twice quiet: errors only.
+PIP_INSTALL = -m pip install -qq --disable-pip-version-check
+
+.PHONY: help install demo test test-latest lint clean
+
+help:
+	@echo "make install      create .venv with opt-jax and what it needs (CPU)"
+	@echo "make demo         install, then convert, generate and train with the embedded model in a minute"
+	@echo "make test         lint and the whole test suite, parity with PyTorch included"
+	@echo "make test-latest  the tests that need no PyTorch, on the newest Python and JAX found"
+	@echo "make lint         ruff and pyright"
+	@echo "make clean        remove what the above have made"
+
+install: .venv/.installed
+demo: .venv/.installed
+	.venv/bin/python examples/demo.py
+test: lint
+	.venv/bin/python -m pytest
+test-latest: .venv-latest/.installed-test
+	.venv-latest/bin/python -m pytest
+lint: .venv/.installed-test
+	.venv/bin/ruff check .
+	.venv/bin/pyright
+
+clean:
+	rm -rf .venv .venv-latest .pytest_cache .ruff_cache build dist runs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps make pip run again when the dependencies change, and only then.
+.venv/.installed: pyproject.toml | .venv/bin/python
+	@echo "Installing opt-jax into .venv (about 700 MB the first time) ..."
+	@.venv/bin/python $(PIP_INSTALL) --editable .
+	@touch $@
+
+.venv/.installed-test: .venv/.installed
+	@echo "Installing the test tools and PyTorch, the parity oracle, into .venv ..."
+	@.venv/bin/python $(PIP_INSTALL) --editable ".[test,oracle]"
+	@touch $@
+
+.venv-latest/.installed-test: pyproject.toml | .venv-latest/bin/python
+	@echo "Installing opt-jax and its test tools into .venv-latest ..."
+	@.venv-latest/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager --editable ".[test]"
+	@touch $@
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or later found: install one, or name it with PYTHON=..." >&2; exit 1; }
+	"$(PYTHON)" -m venv .venv
+
+.venv-latest/bin/python:
+	@test -n "$(LATEST_PYTHON)" || { echo "No Python 3.12 or later found: install one, or name it with LATEST_PYTHON=..." >&2; exit 1; }
+	"$(LATEST_PYTHON)" -m venv .venv-latest

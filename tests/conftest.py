@@ -1,0 +1,36 @@
+"""Set up once, before jax is imported anywhere: a CPU with eight devices, no network, fixed seeds."""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+assert "jax" not in sys.modules, "tests/conftest.py must be loaded before jax, or its environment has no effect"
+# `JAX_PLATFORMS=cuda pytest ...` runs the suite on another device; tests of meshes then skip where there are too few.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds():
+    """The global generators start every test from the same place (the library itself never uses them)."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """`../shared/data` beside the repository: real text and the real OPT tokenizer. Tests that need it skip elsewhere."""
+    path = REPOSITORY.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip("../shared/data (WikiText-2, the OPT tokenizer files, ...) is not beside this checkout")
+    return path
