@@ -1,0 +1,37 @@
+"""`import opt_jax` is light: what it must not load. (`benchmarks/import_time.py` measures the time.)"""
+
+import subprocess
+import sys
+
+import pytest
+
+import opt_jax
+
+FORBIDDEN = ("torch", "transformers", "grain", "tokenizers", "safetensors", "tyro", "convert")
+
+
+def loaded_after(statement: str) -> set[str]:
+    """The top-level modules in a fresh interpreter that ran the statement."""
+    code = f"import sys\n{statement}\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    return set(subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout.split())
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    loaded = loaded_after("import opt_jax")
+    assert "opt_jax" in loaded
+    assert not loaded.intersection(FORBIDDEN)
+
+
+def test_using_the_model_needs_no_other_framework():
+    loaded = loaded_after("from opt_jax import OPTConfig, OPTForCausalLM, OPTTokenizer, pipeline")
+    assert not loaded.intersection({"torch", "transformers", "grain", "tensorflow"})
+
+
+@pytest.mark.parametrize("name", opt_jax.__all__)
+def test_every_public_name_resolves(name):
+    assert getattr(opt_jax, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'OPTForEverything'"):
+        _ = opt_jax.OPTForEverything  # pyright: ignore[reportAttributeAccessIssue]
