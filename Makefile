@@ -23,6 +23,7 @@ test-latest: .venv-latest/.installed-test
 	.venv-latest/bin/python -m pytest
 lint: .venv/.installed-test
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
 	.venv/bin/pyright
 
 clean:

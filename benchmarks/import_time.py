@@ -2,9 +2,9 @@
 
     python benchmarks/import_time.py [ROUNDS]
 
-Fresh interpreters, the programs in alternation, so that whatever else the machine does touches all alike. The names of `opt_jax` load
-on first use; the last row uses them. Exits 1 when `import opt_jax` takes over 1.30 times the time of the first row or loads a
-package that it promises not to import.
+Fresh interpreters, the programs in alternation, so that whatever else the machine does touches all alike. The names
+of `opt_jax` load on first use; the last row uses them. Exits 1 when `import opt_jax` takes over 1.30 times the time of
+the first row or loads a package that it promises not to import.
 """
 
 import json
@@ -47,8 +47,8 @@ def main(rounds: int = 10) -> int:
     for imports in (BASE, OURS, USED):
         ratios[imports] = statistics.median(sample[imports][0] / sample[BASE][0] for sample in samples)
         seconds = statistics.median(sample[imports][0] for sample in samples)
-        added = ", ".join(name for name in sorted(modules[imports] - modules[BASE]) if not name.startswith("_")) or "none"
-        print(f"{imports:50}{seconds:>8.3f}{ratios[imports]:>8.2f}   {added}")
+        added = sorted(name for name in modules[imports] - modules[BASE] if not name.startswith("_"))
+        print(f"{imports:50}{seconds:>8.3f}{ratios[imports]:>8.2f}   {', '.join(added) or 'none'}")
     unwanted = FORBIDDEN & modules[OURS]
     print(f"limit {LIMIT:.2f}; unwanted packages loaded by `import opt_jax`: {', '.join(sorted(unwanted)) or 'none'}")
     return int(ratios[OURS] > LIMIT or bool(unwanted))

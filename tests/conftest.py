@@ -5,15 +5,15 @@ import random
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 assert "jax" not in sys.modules, "tests/conftest.py must be loaded before jax, or its environment has no effect"
 # `JAX_PLATFORMS=cuda pytest ...` runs the suite on another device; tests of meshes then skip where there are too few.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-import numpy as np
-import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -29,7 +29,7 @@ def fixed_seeds():
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """`../shared/data` beside the repository: real text and the real OPT tokenizer. Tests that need it skip elsewhere."""
+    """`../shared/data` beside the repository: real text, the real OPT tokenizer. Tests that need it skip elsewhere."""
     path = REPOSITORY.parent / "shared" / "data"
     if not path.is_dir():
         pytest.skip("../shared/data (WikiText-2, the OPT tokenizer files, ...) is not beside this checkout")

@@ -13,7 +13,8 @@ FORBIDDEN = ("torch", "transformers", "grain", "tokenizers", "safetensors", "tyr
 def loaded_after(statement: str) -> set[str]:
     """The top-level modules in a fresh interpreter that ran the statement."""
     code = f"import sys\n{statement}\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
-    return set(subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout.split())
+    run = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
+    return set(run.stdout.split())
 
 
 def test_importing_the_package_loads_nothing_heavy():
