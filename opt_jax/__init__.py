@@ -1,0 +1,46 @@
+"""opt-jax: Meta's OPT language models (125M to 175B) in JAX/Flax, for TPU and GPU."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from opt_jax.config import OPTConfig
+
+if TYPE_CHECKING:
+    from opt_jax.decoder import stack_layers, unstack_layers
+    from opt_jax.model import (
+        OPTForCausalLM,
+        OPTForQuestionAnswering,
+        OPTForSequenceClassification,
+        OPTModel,
+        named_parameters,
+    )
+    from opt_jax.model import OPTForCausalLM as AutoModelForCausalLM
+    from opt_jax.text import AutoTokenizer, OPTTokenizer, pipeline
+
+# Loaded on first use, so that `import opt_jax` costs little and text processing needs no JAX.
+_HOME = {
+    "OPTModel": "model",
+    "OPTForCausalLM": "model",
+    "OPTForSequenceClassification": "model",
+    "OPTForQuestionAnswering": "model",
+    "named_parameters": "model",
+    "stack_layers": "decoder",
+    "unstack_layers": "decoder",
+    "OPTTokenizer": "text",
+    "AutoTokenizer": "text",
+    "pipeline": "text",
+}
+
+__all__ = [
+    "OPTConfig", "OPTModel", "OPTForCausalLM", "OPTForSequenceClassification", "OPTForQuestionAnswering",
+    "AutoModelForCausalLM", "OPTTokenizer", "AutoTokenizer", "pipeline",
+    "named_parameters", "stack_layers", "unstack_layers",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AutoModelForCausalLM":  # for scripts written for `transformers`
+        return __getattr__("OPTForCausalLM")
+    if name in _HOME:
+        return getattr(importlib.import_module(f"opt_jax.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'opt_jax' has no attribute {name!r}")

@@ -1,0 +1,93 @@
+"""The key/value cache: a pytree, its update, and what it says about masks and positions. No sampling."""
+
+import dataclasses
+from typing import Iterable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+_STATIC = dict(static=True)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """One layer's share of a `KVCache`."""
+
+    k: Float[Array, "B H L K"]
+    v: Float[Array, "B H L K"]
+    column: Int[Array, ""]
+    fresh: bool = dataclasses.field(metadata=_STATIC)
+
+    def update(self, k: Float[Array, "B H T K"], v: Float[Array, "B H T K"]):
+        """Write new columns; returns the cache and the keys and values to attend to.
+
+        A fresh cache attends to the new columns alone: prefill costs T^2, not T * L.
+        """
+        new = dataclasses.replace(self, k=_write(self.k, k, self.column), v=_write(self.v, v, self.column))
+        return (new, k, v) if self.fresh else (new, new.k, new.v)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the tokens seen so far, one column per token, the same column in every row.
+
+    A column may hold a pad in some rows (`valid` says so): positions enter OPT at the embedding, so columns carry
+    no meaning but "seen before". Under `jax.jit` donate it; every update is then in place.
+    """
+
+    k: tuple[Float[Array, "B H L K"], ...]  # one per layer; heads before length keeps each head's keys contiguous
+    v: tuple[Float[Array, "B H L K"], ...]
+    valid: Bool[Array, "B L"]  # columns that hold a real token
+    next_position: Int[Array, " B"]  # number of real tokens so far = position of the next one
+    column: Int[Array, ""]  # where the next token is written
+    # Known while tracing: nothing was written yet, so a call attends to its own keys only (prefill).
+    fresh: bool = dataclasses.field(metadata=_STATIC)
+
+    @property
+    def batch_size(self) -> int:
+        return self.valid.shape[0]
+
+    @property
+    def max_length(self) -> int:
+        return self.valid.shape[1]
+
+    def layers(self) -> list[LayerCache]:
+        return [LayerCache(k, v, self.column, self.fresh) for k, v in zip(self.k, self.v, strict=True)]
+
+    def advance(self, mask: Bool[Array, "B T"], layers: Iterable[LayerCache] | None = None) -> "KVCache":
+        """The cache after T more tokens, real where `mask`; `layers`: the updated layers (default: not yet written)."""
+        layers = self.layers() if layers is None else list(layers)
+        return KVCache(
+            k=tuple(layer.k for layer in layers),
+            v=tuple(layer.v for layer in layers),
+            valid=lax.dynamic_update_slice(self.valid, mask, (0, self.column)),
+            next_position=self.next_position + mask.sum(-1, dtype=jnp.int32),
+            column=self.column + mask.shape[1],
+            fresh=False,
+        )
+
+
+def init_cache(layers: int, batch: int, heads: int, max_length: int, head_dim: int, dtype: DTypeLike) -> KVCache:
+    """An empty cache for `max_length` columns. Size: 2 * layers * batch * heads * max_length * head_dim elements."""
+
+    def empty():
+        return tuple(jnp.zeros((batch, heads, max_length, head_dim), dtype) for _ in range(layers))
+
+    return KVCache(
+        k=empty(),
+        v=empty(),
+        valid=jnp.zeros((batch, max_length), bool),
+        next_position=jnp.zeros((batch,), jnp.int32),
+        column=jnp.zeros((), jnp.int32),
+        fresh=True,
+    )
+
+
+def _write(buffer: Float[Array, "B H L K"], new: Float[Array, "B H T K"], column: Int[Array, ""]):
+    """`buffer` with `new` in columns [column, column + T)."""
+    return lax.dynamic_update_slice(buffer, new.astype(buffer.dtype), (0, 0, column, 0))

@@ -1,0 +1,283 @@
+"""The OPT decoder (Zhang et al. 2022, https://arxiv.org/abs/2205.01068) in Flax NNX: attention, layer, stack of layers.
+
+Shapes: B batch, T tokens of this call, S keys, D hidden_size, H heads, K head_dim, P word_embed_proj_dim, L layers.
+"""
+
+from functools import partial
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from opt_jax.attention import AttentionMask, attend, dropout
+from opt_jax.cache import KVCache, LayerCache
+from opt_jax.config import OPTConfig
+from opt_jax.outputs import BaseModelOutput
+from opt_jax.sharding import constrain
+
+_ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": partial(jax.nn.gelu, approximate=False),  # HF's "gelu" is the exact erf form; JAX defaults to tanh
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+# Position p reads row p + 2 of the table, so a pad (position -1) reads row 1: HF `OPTLearnedPositionalEmbedding`.
+POSITION_OFFSET = 2
+
+
+def linear(config: OPTConfig, inputs: int, outputs: int, use_bias: bool, **kwargs) -> nnx.Linear:
+    """kernel [inputs, outputs] from normal(0, init_std), bias zero: HF `OPTPreTrainedModel._init_weights`."""
+    init = nnx.initializers.normal(config.init_std)
+    return nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, **kwargs)
+
+
+def _layer_norm(config: OPTConfig, **kwargs) -> nnx.LayerNorm:
+    """LayerNorm with PyTorch's epsilon and two-pass variance (Flax defaults: 1e-6 and E[x^2] - E[x]^2)."""
+    affine = config.layer_norm_elementwise_affine
+    return nnx.LayerNorm(
+        config.hidden_size, epsilon=1e-5, use_bias=affine, use_scale=affine, use_fast_variance=False, **kwargs
+    )
+
+
+class OPTAttention(nnx.Module):
+    """Multi-head self-attention: HF `OPTAttention`."""
+
+    def __init__(self, config: OPTConfig, **kwargs):
+        project = partial(linear, config, config.hidden_size, config.hidden_size, config.enable_bias, **kwargs)
+        self.k_proj, self.v_proj, self.q_proj, self.out_proj = project(), project(), project(), project()
+        self.config = config
+
+    def _split_heads(self, x: Float[Array, "B T D"]) -> Float[Array, "B H T K"]:
+        heads = x.reshape(*x.shape[:2], self.config.num_attention_heads, self.config.head_dim)
+        return constrain(heads.transpose(0, 2, 1, 3), "heads")
+
+    def __call__(
+        self, x: Float[Array, "B T D"], mask: AttentionMask, cache: LayerCache | None, dropout_key: jax.Array | None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B H T S"], LayerCache | None]:
+        q = self._split_heads(self.q_proj(x)) * self.config.head_dim**-0.5  # after the bias, before the product
+        k, v = self._split_heads(self.k_proj(x)), self._split_heads(self.v_proj(x))
+        if cache is not None:
+            cache, k, v = cache.update(k, v)
+        rate = self.config.attention_dropout
+        out, weights = attend(q, k, v, mask, dropout_rate=rate, dropout_key=dropout_key)
+        out = constrain(out, "heads").transpose(0, 2, 1, 3).reshape(x.shape)
+        return self.out_proj(out), weights, cache
+
+
+class OPTDecoderLayer(nnx.Module):
+    """Attention and feed-forward blocks, LayerNorm before each (all sizes) or after (350M): HF `OPTDecoderLayer`."""
+
+    def __init__(self, config: OPTConfig, key: jax.Array, **kwargs):
+        kwargs |= dict(rngs=nnx.Rngs(key))
+        self.self_attn = OPTAttention(config, **kwargs)
+        self.self_attn_layer_norm = _layer_norm(config, **kwargs)
+        self.fc1 = linear(config, config.hidden_size, config.ffn_dim, config.enable_bias, **kwargs)
+        self.fc2 = linear(config, config.ffn_dim, config.hidden_size, config.enable_bias, **kwargs)
+        self.final_layer_norm = _layer_norm(config, **kwargs)
+        self.config = config
+
+    def __call__(
+        self, x: Float[Array, "B T D"], mask: AttentionMask, cache: LayerCache | None, dropout_key: jax.Array | None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B H T S"], LayerCache | None]:
+        config = self.config
+        pre_norm = config.do_layer_norm_before
+        keys = [None] * 4 if dropout_key is None else jax.random.split(dropout_key, 4)
+        inputs = x
+
+        h = self.self_attn_layer_norm(x) if pre_norm else x
+        h, weights, cache = self.self_attn(constrain(h, "gathered"), mask, cache, keys[0])
+        x = constrain(x + dropout(h, config.dropout, keys[1]), "residual")
+        if not pre_norm:
+            x = self.self_attn_layer_norm(x)
+
+        h = self.final_layer_norm(x) if pre_norm else x
+        h = constrain(self.fc1(constrain(h, "gathered")), "ffn")
+        h = self.fc2(_ACTIVATION[config.activation_function](h))
+        x = constrain(x + dropout(h, config.dropout, keys[2]), "residual")
+        if not pre_norm:
+            x = self.final_layer_norm(x)
+
+        if keys[3] is not None and config.layerdrop > 0:  # LayerDrop (Fan et al. 2019): skip the whole layer
+            x = jnp.where(jax.random.bernoulli(keys[3], config.layerdrop), inputs, x)
+        return x, weights, cache
+
+
+class OPTDecoder(nnx.Module):
+    """Embeddings, layers and output projection: HF `OPTDecoder`.
+
+    `layers` has one of two forms: an `nnx.List` of layers (decoding, files), or, with `scan_layers`, one layer
+    whose parameters carry a leading axis L, run under `lax.scan` so that compile time does not grow with depth.
+    """
+
+    def __init__(
+        self, config: OPTConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike, scan_layers: bool
+    ):
+        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
+        width, embed_dim = config.hidden_size, config.word_embed_proj_dim
+        assert embed_dim is not None
+        embed = partial(nnx.Embed, embedding_init=nnx.initializers.normal(config.init_std), rngs=rngs, **kwargs)
+        self.embed_tokens = embed(config.vocab_size, embed_dim)
+        if config.pad_token_id is not None:  # torch's padding_idx starts at zero
+            table = self.embed_tokens.embedding
+            table.set_value(table.get_value().at[config.pad_token_id].set(0))
+        self.embed_positions = embed(config.max_position_embeddings + POSITION_OFFSET, width)
+        self.project_in = self.project_out = self.final_layer_norm = nnx.data(None)
+        if embed_dim != width:
+            self.project_in = linear(config, embed_dim, width, False, rngs=rngs, **kwargs)
+            self.project_out = linear(config, width, embed_dim, False, rngs=rngs, **kwargs)
+        if config.do_layer_norm_before and not config._remove_final_layer_norm:
+            self.final_layer_norm = _layer_norm(config, rngs=rngs, **kwargs)
+        layer = partial(OPTDecoderLayer, config, **kwargs)
+        keys = jax.random.split(rngs.params(), config.num_hidden_layers)
+        # Built stacked in either case: the counters of nnx.Rngs make 96 traced constructor calls quadratic.
+        layers = jax.vmap(layer)(keys)
+        self.layers = layers if scan_layers else _unstack(layers, config.num_hidden_layers)
+        self.config = config
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"] | None,
+        attention_mask: Bool[Array, "B T"] | None,
+        position_ids: Int[Array, "B T"] | None,
+        segment_ids: Int[Array, "B T"] | None,
+        inputs_embeds: Float[Array, "B T P"] | None,
+        cache: KVCache | None,
+        output_hidden_states: bool,
+        output_attentions: bool,
+        dropout_key: jax.Array | None,
+    ) -> BaseModelOutput:
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self.embed_tokens(input_ids)
+            if self.config.pad_token_id is not None:  # torch's padding_idx: looking up a pad gives its row no gradient
+                is_pad = (input_ids == self.config.pad_token_id)[..., None]
+                inputs_embeds = jnp.where(is_pad, lax.stop_gradient(inputs_embeds), inputs_embeds)
+        x = inputs_embeds.astype(self.embed_tokens.dtype)
+        if self.project_in is not None:
+            x = self.project_in(x)
+        batch, length = x.shape[:2]
+        if position_ids is None:
+            first = None if cache is None else cache.next_position
+            position_ids = _positions(batch, length, attention_mask, segment_ids, first)
+        x = constrain(x + self.embed_positions(position_ids + POSITION_OFFSET), "residual")
+
+        mask = AttentionMask(attention_mask, segment_ids, 0)
+        if cache is not None:
+            new_tokens = jnp.ones((batch, length), bool) if attention_mask is None else attention_mask
+            if not cache.fresh:
+                mask = AttentionMask(cache.advance(new_tokens).valid, None, cache.column)
+
+        depth = self.config.num_hidden_layers
+        keys = None if dropout_key is None else jax.random.split(dropout_key, depth)
+        states, attentions, caches = [x], [], []
+        if isinstance(self.layers, nnx.List):
+            layer_caches = [None] * depth if cache is None else cache.layers()
+            for i, layer in enumerate(self.layers):
+                x, weights, layer_cache = layer(x, mask, layer_caches[i], None if keys is None else keys[i])
+                states.append(x)
+                attentions.append(weights)
+                caches.append(layer_cache)
+        elif cache is not None:
+            raise ValueError("a cache needs separate layers: use opt_jax.unstack_layers(model) before decoding")
+        else:
+
+            def body(x, layer_and_key):
+                layer, key = layer_and_key
+                x, weights, _ = layer(x, mask, None, key)
+                return x, (x if output_hidden_states else (), weights if output_attentions else ())
+
+            x, (xs, all_weights) = lax.scan(body, x, (self.layers, keys))
+            states, attentions = [*states, *xs], list(all_weights)
+
+        if self.final_layer_norm is not None:
+            x = self.final_layer_norm(x)
+        if self.project_out is not None:
+            x = self.project_out(x)
+        return BaseModelOutput(
+            last_hidden_state=x,
+            hidden_states=(*states[:-1], x) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            cache=None if cache is None else cache.advance(new_tokens, caches),
+        )
+
+
+def _positions(
+    batch: int,
+    length: int,
+    mask: Bool[Array, "B T"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    first: Int[Array, " B"] | None,
+) -> Int[Array, "b T"]:
+    """Position of a token: the number of real tokens before it in its row, or segment; -1 for a pad (HF's rule)."""
+    if mask is None and segment_ids is None and first is None:
+        return jnp.arange(length)[None]
+    mask = jnp.ones((batch, length), bool) if mask is None else mask
+    before = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - mask
+    if first is not None:
+        before += first[:, None]
+    if segment_ids is not None:  # restart where a new segment begins
+        begins = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
+        before -= lax.cummax(jnp.where(begins, before, 0), axis=1)
+    return jnp.where(mask, before, -1)
+
+
+def stack_layers(model: Any) -> Any:
+    """Turn a model's separate layers into the one stacked layer that runs under `lax.scan` (see `OPTDecoder`).
+
+    In place, and returned. Goes leaf by leaf, releasing the separate arrays, so two copies never exist. Works on
+    abstract models too (`nnx.eval_shape`). Nothing to do for a model that is stacked already.
+    """
+    decoder = model.base_model.decoder
+    if isinstance(decoder.layers, nnx.List):
+        layers = list(decoder.layers)
+        params = [dict(_params(layer)) for layer in layers]
+        for path, first in params[0].items():
+            first.set_value(_stacked([p[path].get_value() for p in params]))
+            for p in params[1:]:
+                p[path].set_value(None)
+        decoder.layers = layers[0]
+    return model
+
+
+def unstack_layers(model: Any) -> Any:
+    """The inverse of `stack_layers`, as gentle with memory."""
+    decoder = model.base_model.decoder
+    if not isinstance(decoder.layers, nnx.List):
+        decoder.layers = _unstack(decoder.layers, decoder.config.num_hidden_layers)
+    return model
+
+
+def _unstack(stacked: OPTDecoderLayer, depth: int) -> nnx.List:
+    structure = jax.tree.structure(stacked)
+    leaves: list[list] = [[] for _ in range(depth)]
+    for _, param in _params(stacked):
+        value = param.get_value()
+        param.set_value(None)
+        for i in range(depth):
+            leaves[i].append(_slice(value, i))
+        del value
+    return nnx.List([jax.tree.unflatten(structure, leaf) for leaf in leaves])
+
+
+def _params(module: nnx.Module) -> list[tuple[tuple, nnx.Param]]:
+    """(path, Param) in the order in which `jax.tree` flattens the module."""
+    return [(path, node) for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Param)]
+
+
+def _stacked(leaves: list) -> Any:
+    if isinstance(leaves[0], jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
+    return jnp.stack(leaves)
+
+
+def _slice(stacked: Any, i: int) -> Any:
+    if isinstance(stacked, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(stacked.shape[1:], stacked.dtype)
+    return stacked[i]

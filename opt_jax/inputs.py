@@ -1,0 +1,139 @@
+"""Checks of a model's inputs, made where they can be known: shapes always, values outside `jax.jit` only."""
+
+from typing import Any, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from opt_jax.cache import KVCache
+
+_INTEGERS = ("input_ids", "position_ids", "segment_ids", "start_positions", "end_positions")
+
+
+def check_inputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of `OPTPreTrainedModel.__call__` that are not None, as jax arrays.
+
+    Raises:
+      ValueError: names the argument and what is wrong with it.
+    """
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    if ("input_ids" in inputs) == ("inputs_embeds" in inputs):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    config, cache = model.config, inputs.get("cache")
+    for name in ("attention_mask", "inputs_embeds", "labels", *_INTEGERS):
+        if name in inputs:
+            inputs[name] = _array(name, inputs[name], integer=name in _INTEGERS)
+
+    if "input_ids" in inputs:
+        ids = inputs["input_ids"]
+        if ids.ndim != 2:
+            raise ValueError(f"input_ids must be [batch, tokens], not of shape {ids.shape}")
+        _check_range("input_ids", ids, 0, config.vocab_size - 1)
+    else:
+        embeds = inputs["inputs_embeds"]
+        if embeds.ndim != 3 or embeds.shape[2] != config.word_embed_proj_dim:
+            raise ValueError(
+                f"inputs_embeds must be [batch, tokens, word_embed_proj_dim={config.word_embed_proj_dim}], "
+                f"not of shape {embeds.shape}"
+            )
+    batch, length = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"].shape[:2]
+    if batch == 0 or length == 0:
+        raise ValueError(f"inputs are empty: batch {batch}, {length} tokens")
+    if length > config.max_position_embeddings:
+        raise ValueError(f"{length} tokens are more than max_position_embeddings={config.max_position_embeddings}")
+
+    if "attention_mask" in inputs:
+        inputs["attention_mask"] = _check_mask(inputs["attention_mask"], batch, length, cache)
+    for name in ("position_ids", "segment_ids"):
+        if name in inputs and inputs[name].shape != (batch, length):
+            raise ValueError(f"{name} must be [batch={batch}, tokens={length}], not of shape {inputs[name].shape}")
+    if "position_ids" in inputs:
+        _check_range("position_ids", inputs["position_ids"], -1, config.max_position_embeddings - 1)
+    if "labels" in inputs:
+        _check_labels(model, inputs, batch, length)
+    if not 0 <= (keep := inputs.get("logits_to_keep", 0)) <= length:
+        raise ValueError(f"logits_to_keep={keep} must be between 0 (all) and the number of tokens, {length}")
+    if cache is not None:
+        if "segment_ids" in inputs:
+            raise ValueError("segment_ids cannot be combined with a cache: a cache holds one segment per row")
+        _check_cache(config, cache, batch, length)
+    return inputs
+
+
+def _array(name: str, value: Any, integer: bool) -> jax.Array:
+    if not isinstance(value, jax.Array):
+        try:
+            value = np.asarray(value)
+        except ValueError:
+            raise ValueError(f"{name}: rows have different lengths; pad them and give an attention_mask") from None
+    if integer and not np.issubdtype(value.dtype, np.integer):
+        raise ValueError(f"{name} must be integers, not {value.dtype}")
+    if not (np.issubdtype(value.dtype, np.number) or jnp.issubdtype(value.dtype, jnp.inexact) or value.dtype == bool):
+        raise ValueError(f"{name} must be numbers, not {value.dtype}")
+    return jnp.asarray(value, jnp.int32) if integer else jnp.asarray(value)
+
+
+def _is_known(x: Any) -> bool:
+    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+
+
+def _check_range(name: str, x: jax.Array | np.ndarray, low: int, high: int) -> None:
+    if _is_known(x) and x.size:
+        host = np.asarray(x)  # no compilation, and no copy on CPU
+        least, most = int(host.min()), int(host.max())
+        if least < low or most > high:
+            raise ValueError(f"{name} holds {least if least < low else most}, outside [{low}, {high}]")
+
+
+def _check_mask(mask: jax.Array, batch: int, length: int, cache: KVCache | None) -> jax.Array:
+    """Nonzero as bool [B, T]; with a cache HF's [B, past + T] is cut to the new tokens (the cache knows the past)."""
+    expected = f"[batch={batch}, tokens={length}]"
+    if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < length:
+        raise ValueError(f"attention_mask must be {expected}, not of shape {mask.shape}")
+    if mask.shape[1] > length:
+        if cache is None:
+            raise ValueError(f"attention_mask must be {expected}, not of shape {mask.shape}")
+        if _is_known(cache.column) and mask.shape[1] != int(cache.column) + length:
+            raise ValueError(
+                f"attention_mask covers {mask.shape[1]} tokens, but the cache holds {int(cache.column)} and "
+                f"{length} are new"
+            )
+    return mask[:, -length:] != 0
+
+
+def _check_labels(model: Any, inputs: dict[str, Any], batch: int, length: int) -> None:
+    labels, config = inputs["labels"], model.config
+    if hasattr(model, "lm_head"):
+        if inputs.get("logits_to_keep"):
+            raise ValueError("labels need all logits: leave logits_to_keep at 0")
+        if labels.shape != (batch, length):
+            raise ValueError(f"labels must be [batch={batch}, tokens={length}], not of shape {labels.shape}")
+        if not jnp.issubdtype(labels.dtype, jnp.integer):
+            raise ValueError(f"labels must be integers, not {labels.dtype}")
+        if _is_known(labels):
+            _check_range("labels", np.where(np.asarray(labels) == -100, 0, labels), 0, config.vocab_size - 1)
+    elif hasattr(model, "score"):
+        if labels.size not in (batch, batch * config.num_labels):
+            raise ValueError(
+                f"labels must be [batch={batch}] or [batch={batch}, num_labels={config.num_labels}], "
+                f"not of shape {labels.shape}"
+            )
+
+
+def _check_cache(config: Any, cache: KVCache, batch: int, length: int) -> None:
+    shape = (config.num_hidden_layers, batch, config.num_attention_heads, cache.max_length, config.head_dim)
+    if (len(cache.k), *cache.k[0].shape) != shape:
+        raise ValueError(
+            f"the cache is for (layers, batch, heads, length, head_dim) = {(len(cache.k), *cache.k[0].shape)}, "
+            f"this call needs {shape}"
+        )
+    if _is_known(cache.column) and int(cache.column) + length > cache.max_length:
+        raise ValueError(
+            f"the cache has room for {cache.max_length - int(cache.column)} more tokens, not {length}: "
+            "make it longer with init_cache"
+        )
+    if _is_known(cache.next_position):
+        most = int(np.asarray(cache.next_position).max()) + length
+        if most > config.max_position_embeddings:
+            raise ValueError(f"position {most} exceeds max_position_embeddings={config.max_position_embeddings}")

@@ -1,0 +1,256 @@
+"""OPT (Zhang et al. 2022, https://arxiv.org/abs/2205.01068): base model and three heads over `decoder.OPTDecoder`.
+
+Modules hold parameters and nothing else, so a model is a pytree: pass it through `jax.jit`, `jax.grad`, `jax.tree.map`.
+A model's `forward` is the plain function; calling the model checks the inputs and runs `forward` under `jax.jit`.
+"""
+
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from opt_jax import cache as kv
+from opt_jax.config import OPTConfig
+from opt_jax.decoder import OPTDecoder, linear
+from opt_jax.inputs import check_inputs
+from opt_jax.outputs import (
+    BaseModelOutput,
+    CausalLMOutput,
+    QuestionAnsweringOutput,
+    SequenceClassifierOutput,
+    causal_lm_loss,
+    classification_loss,
+    question_answering_loss,
+)
+from opt_jax.sharding import constrain
+
+M = TypeVar("M", bound="OPTPreTrainedModel")
+
+
+class OPTPreTrainedModel(nnx.Module):
+    """What the four models share: construction arguments, the checked and jitted call, loading and saving.
+
+    Args:
+      config: the architecture.
+      rngs: keys for initialisation, normal(0, init_std) as in HF.
+      dtype: of the computation. Logits and losses are always float32.
+      param_dtype: of the parameters.
+      scan_layers: keep the layers as one stacked layer (see `OPTDecoder`); `stack_layers` converts later.
+    """
+
+    config: OPTConfig
+    dtype: Any
+    param_dtype: Any
+    # Where `from_pretrained` found the model; its tokenizer files are copied by `save_pretrained`.
+    name_or_path: str | None = None
+
+    def __init__(
+        self,
+        config: OPTConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        scan_layers: bool = False,
+    ):
+        self.config, self.dtype, self.param_dtype = config, jnp.dtype(dtype), jnp.dtype(param_dtype)
+        self._build(rngs, scan_layers)
+
+    def _build(self, rngs: nnx.Rngs, scan_layers: bool) -> None:
+        self.model = OPTModel(
+            self.config, rngs=rngs, dtype=self.dtype, param_dtype=self.param_dtype, scan_layers=scan_layers
+        )
+
+    def _head(self, outputs: int, use_bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
+        kwargs: dict[str, Any] = dict(rngs=rngs, dtype=self.dtype, param_dtype=self.param_dtype)
+        inputs = self.config.word_embed_proj_dim
+        return linear(self.config, inputs, outputs, use_bias, preferred_element_type=jnp.float32, **kwargs)
+
+    def forward(self, *args, **kwargs):
+        """The model as a plain function of its inputs (see `__call__`), for use inside your own `jax.jit`."""
+        raise TypeError("OPTPreTrainedModel is abstract: use OPTModel or one of the OPTFor... classes")
+
+    def __call__(self, input_ids=None, attention_mask=None, **kwargs):
+        """Check the inputs, then run `forward`, compiled once per combination of shapes and options.
+
+        Args (all optional but one of the first two):
+          input_ids: int [B, T]; numpy, jax or nested lists, as all array inputs.
+          inputs_embeds: float [B, T, P], instead of ids.
+          attention_mask: [B, T], nonzero at real tokens, pads on either side; None: all real, pads included. With a
+            cache: the mask of the new tokens (HF's [B, past + T] is accepted too).
+          position_ids: int [B, T]; default: the number of real tokens before.
+          segment_ids: int [B, T], packed documents: attention and positions stay within a segment.
+          labels: as the class says; gives `loss`.
+          cache: from `init_cache`; the output's `cache` has this call's tokens added. Not donated here.
+          logits_to_keep: compute logits for the last n positions only; 0: all (`OPTForCausalLM`).
+          output_hidden_states, output_attentions: return them (see `outputs.ModelOutput`).
+          dropout_key: a `jax.random.key`; dropout and layerdrop are active exactly when it is given.
+
+        Raises:
+          ValueError: shapes that do not fit, ids outside the vocabulary, too many positions, both or neither of ids
+            and embeds.
+        """
+        inputs = check_inputs(self, dict(kwargs, input_ids=input_ids, attention_mask=attention_mask))
+        static = tuple((k, inputs.pop(k)) for k in sorted(inputs) if isinstance(inputs[k], (bool, int)))
+        return _call(self, inputs, static)
+
+    @property
+    def base_model(self) -> "OPTModel":
+        return self.model
+
+    def init_cache(self, batch_size: int, max_length: int, dtype: DTypeLike | None = None) -> kv.KVCache:
+        """An empty `KVCache` for `max_length` tokens a row, pads included; dtype defaults to the compute dtype."""
+        c = self.config
+        shape = (c.num_hidden_layers, batch_size, c.num_attention_heads, max_length, c.head_dim)
+        return kv.init_cache(*shape, dtype or self.dtype)
+
+    @classmethod
+    def from_pretrained(cls: type[M], name, **kwargs) -> M:
+        """Load from a hub id, an HF or Orbax directory, or "tiny": see `checkpoint.load_pretrained`."""
+        from opt_jax import checkpoint
+
+        return checkpoint.load_pretrained(cls, name, **kwargs)
+
+    def save_pretrained(self, directory, **kwargs) -> None:
+        """Write a self-contained Orbax directory: see `checkpoint.save_pretrained`."""
+        from opt_jax import checkpoint
+
+        checkpoint.save_pretrained(self, directory, **kwargs)
+
+
+@partial(jax.jit, static_argnums=2)
+def _call(model: OPTPreTrainedModel, inputs: dict[str, Any], static: tuple[tuple[str, Any], ...]):
+    return model.forward(**inputs, **dict(static))
+
+
+class OPTModel(OPTPreTrainedModel):
+    """The decoder without a head: HF `OPTModel`. Returns `BaseModelOutput`."""
+
+    def _build(self, rngs: nnx.Rngs, scan_layers: bool) -> None:
+        self.decoder = OPTDecoder(
+            self.config, rngs=rngs, dtype=self.dtype, param_dtype=self.param_dtype, scan_layers=scan_layers
+        )
+
+    @property
+    def base_model(self) -> "OPTModel":
+        return self
+
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, segment_ids=None, inputs_embeds=None,
+        cache=None, output_hidden_states=False, output_attentions=False, dropout_key=None,
+    ) -> BaseModelOutput:  # fmt: skip
+        return self.decoder(
+            input_ids, attention_mask, position_ids, segment_ids, inputs_embeds, cache,
+            output_hidden_states, output_attentions, dropout_key,
+        )  # fmt: skip
+
+
+class OPTForCausalLM(OPTPreTrainedModel):
+    """Next-token prediction: HF `OPTForCausalLM`. `labels`: int [B, T], the ids, -100 where not counted."""
+
+    def _build(self, rngs: nnx.Rngs, scan_layers: bool) -> None:
+        super()._build(rngs, scan_layers)
+        tied = self.config.tie_word_embeddings
+        self.lm_head = nnx.data(None) if tied else self._head(self.config.vocab_size, False, rngs)
+
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, segment_ids=None, inputs_embeds=None, labels=None,
+        cache=None, logits_to_keep=0, output_hidden_states=False, output_attentions=False, dropout_key=None,
+    ) -> CausalLMOutput:  # fmt: skip
+        out = self.model.forward(
+            input_ids, attention_mask, position_ids, segment_ids, inputs_embeds, cache,
+            output_hidden_states, output_attentions, dropout_key,
+        )  # fmt: skip
+        logits = self.logits(out.last_hidden_state[:, -logits_to_keep:])
+        loss = None if labels is None else causal_lm_loss(logits, labels)
+        return CausalLMOutput(
+            logits=logits, loss=loss, hidden_states=out.hidden_states, attentions=out.attentions, cache=out.cache
+        )
+
+    def logits(self, x: Float[Array, "B T P"]) -> Float[Array, "B T V"]:
+        """The LM head, tied to the token embedding unless the config says otherwise.
+
+        Deviation from HF: accumulated and returned in float32, not rounded to the compute dtype.
+        """
+        if self.lm_head is not None:
+            return constrain(self.lm_head(x), "logits")
+        table = self.model.decoder.embed_tokens.embedding.get_value().astype(x.dtype)
+        return constrain(jnp.einsum("btp,vp->btv", x, table, preferred_element_type=jnp.float32), "logits")
+
+    def generate(self, input_ids, attention_mask=None, **kwargs):
+        """Continue prompts: see `opt_jax.generate.generate`."""
+        from opt_jax.generate import generate
+
+        return generate(self, input_ids, attention_mask, **kwargs)
+
+
+class OPTForSequenceClassification(OPTPreTrainedModel):
+    """Classification by the last token: HF `OPTForSequenceClassification`. `labels`: see `classification_loss`."""
+
+    def _build(self, rngs: nnx.Rngs, scan_layers: bool) -> None:
+        super()._build(rngs, scan_layers)
+        self.score = self._head(self.config.num_labels, False, rngs)
+
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, segment_ids=None, inputs_embeds=None, labels=None,
+        cache=None, output_hidden_states=False, output_attentions=False, dropout_key=None,
+    ) -> SequenceClassifierOutput:  # fmt: skip
+        out = self.model.forward(
+            input_ids, attention_mask, position_ids, segment_ids, inputs_embeds, cache,
+            output_hidden_states, output_attentions, dropout_key,
+        )  # fmt: skip
+        x, pad = out.last_hidden_state, self.config.pad_token_id
+        if pad is None and x.shape[0] > 1:
+            raise ValueError("classification of several rows needs config.pad_token_id, to find each row's last token")
+        if pad is None or input_ids is None:
+            x = x[:, -1]
+        else:  # the right-most id that is not the pad; the mask is not asked (as in HF)
+            last = jnp.argmax(jnp.arange(x.shape[1]) * (input_ids != pad), axis=-1)
+            x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+        logits = self.score(x)
+        return SequenceClassifierOutput(
+            logits=logits,
+            loss=None if labels is None else classification_loss(self.config, logits, labels),
+            hidden_states=out.hidden_states, attentions=out.attentions, cache=out.cache,
+        )  # fmt: skip
+
+
+class OPTForQuestionAnswering(OPTPreTrainedModel):
+    """Extractive QA: HF `OPTForQuestionAnswering`. `start_positions`, `end_positions`: int [B]; together give `loss`."""
+
+    def _build(self, rngs: nnx.Rngs, scan_layers: bool) -> None:
+        super()._build(rngs, scan_layers)
+        self.qa_outputs = self._head(2, True, rngs)
+
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, segment_ids=None, inputs_embeds=None,
+        start_positions=None, end_positions=None,
+        cache=None, output_hidden_states=False, output_attentions=False, dropout_key=None,
+    ) -> QuestionAnsweringOutput:  # fmt: skip
+        out = self.model.forward(
+            input_ids, attention_mask, position_ids, segment_ids, inputs_embeds, cache,
+            output_hidden_states, output_attentions, dropout_key,
+        )  # fmt: skip
+        start, end = jnp.moveaxis(self.qa_outputs(out.last_hidden_state), -1, 0)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = question_answering_loss(start, end, start_positions, end_positions)
+        return QuestionAnsweringOutput(
+            start_logits=start, end_logits=end, loss=loss,
+            hidden_states=out.hidden_states, attentions=out.attentions, cache=out.cache,
+        )  # fmt: skip
+
+
+def named_parameters(model: OPTPreTrainedModel) -> dict[str, nnx.Param]:
+    """Canonical path -> parameter, the paths of every table and file: `model.decoder.layers.0.fc1.kernel`, `lm_head.kernel`.
+
+    The base model's paths get the same `model.` in front. In a stacked model a layer parameter has no number and a
+    leading axis L: `model.decoder.layers.fc1.kernel`.
+    """
+    prefix = "model." if isinstance(model, OPTModel) else ""
+    nodes = nnx.iter_graph(model)
+    return {prefix + ".".join(map(str, path)): node for path, node in nodes if isinstance(node, nnx.Param)}

@@ -1,0 +1,102 @@
+"""What the models return, and the losses of their heads. Names and meanings follow `transformers`."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from opt_jax.cache import KVCache
+from opt_jax.config import OPTConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOutput:
+    """Parts shared by all models; what was not asked for is None.
+
+    hidden_states: the embeddings, then each layer's output, [B, T, D] each; the last entry is taken after the final
+      LayerNorm and `project_out`. (Unlike HF, a layer skipped by layerdrop stays in the list.)
+    attentions: softmax weights of each layer, [B, H, T, S].
+    cache: the cache given, with this call's tokens added.
+    """
+
+    loss: Float[Array, ""] | None = None
+    hidden_states: tuple[Float[Array, "B T D"], ...] | None = None
+    attentions: tuple[Float[Array, "B H T S"], ...] | None = None
+    cache: KVCache | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseModelOutput(ModelOutput):
+    last_hidden_state: Float[Array, "B T P"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CausalLMOutput(ModelOutput):
+    logits: Float[Array, "B T V"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SequenceClassifierOutput(ModelOutput):
+    logits: Float[Array, "B num_labels"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuestionAnsweringOutput(ModelOutput):
+    start_logits: Float[Array, "B T"]
+    end_logits: Float[Array, "B T"]
+
+
+def cross_entropy(
+    logits: Float[Array, "... C"], labels: Int[Array, "..."], ignore_index: int = -100
+) -> Float[Array, ""]:
+    """Mean negative log-likelihood over the labels that are not `ignore_index`, in float32.
+
+    As `torch.nn.functional.cross_entropy`, but 0 instead of NaN where every label is ignored.
+    """
+    counted = labels != ignore_index
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, jnp.where(counted, labels, 0)[..., None], axis=-1)[..., 0]
+    nll = jax.nn.logsumexp(logits, axis=-1) - chosen
+    return jnp.where(counted, nll, 0.0).sum() / jnp.maximum(counted.sum(), 1)
+
+
+def causal_lm_loss(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, ""]:
+    """Next-token loss: position t predicts label t + 1; label -100 is not counted (HF `ForCausalLMLoss`)."""
+    return cross_entropy(logits[:, :-1], labels[:, 1:])
+
+
+def classification_loss(
+    config: OPTConfig, logits: Float[Array, "B C"], labels: Int[Array, "..."] | Float[Array, "..."]
+) -> Float[Array, ""]:
+    """Loss of `problem_type`, chosen as HF does when it is not set: by num_labels and the labels' dtype."""
+    kind = config.problem_type
+    if kind is None and config.num_labels == 1:
+        kind = "regression"
+    elif kind is None:
+        is_integer = jnp.issubdtype(labels.dtype, jnp.integer)
+        kind = "single_label_classification" if is_integer else "multi_label_classification"
+    if kind == "single_label_classification":
+        return cross_entropy(logits, labels.reshape(-1))
+    targets = labels.reshape(logits.shape).astype(jnp.float32)
+    logits = logits.astype(jnp.float32)
+    if kind == "regression":
+        return jnp.square(logits - targets).mean()
+    return (jnp.maximum(logits, 0) - logits * targets + jnp.log1p(jnp.exp(-jnp.abs(logits)))).mean()
+
+
+def question_answering_loss(
+    start_logits: Float[Array, "B T"],
+    end_logits: Float[Array, "B T"],
+    start_positions: Int[Array, "..."],
+    end_positions: Int[Array, "..."],
+) -> Float[Array, ""]:
+    """Mean of the start and the end loss; positions past the end are not counted, negative ones count as 0 (HF)."""
+    length = start_logits.shape[1]
+    one = lambda logits, at: cross_entropy(logits, jnp.clip(at.reshape(-1), 0, length), ignore_index=length)
+    return (one(start_logits, start_positions) + one(end_logits, end_positions)) / 2
