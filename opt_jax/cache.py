@@ -1,7 +1,7 @@
 """The key/value cache: a pytree, its update, and what it says about masks and positions. No sampling."""
 
 import dataclasses
-from typing import Iterable
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp

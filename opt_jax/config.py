@@ -1,11 +1,12 @@
-"""OPT architecture settings: the nine published sizes, and Hugging Face's config.json in and out. No arrays, no mesh."""
+"""OPT architecture settings: the nine published sizes, Hugging Face's config.json in and out. No arrays, no mesh."""
 
 import dataclasses
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 # Activations of `transformers.activations.ACT2FN` that OPT variants use; model.py maps each to its function.
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish", "tanh")
@@ -76,7 +77,8 @@ class OPTConfig:
                 f"OPTConfig: hidden_size={self.hidden_size} is not divisible by "
                 f"num_attention_heads={self.num_attention_heads}"
             )
-        self._require(self.activation_function in ACTIVATIONS, "activation_function", "one of " + ", ".join(ACTIVATIONS))
+        names = ", ".join(ACTIVATIONS)
+        self._require(self.activation_function in ACTIVATIONS, "activation_function", f"one of {names}")
         self._require(
             self.problem_type in (None, *PROBLEM_TYPES), "problem_type", "None or one of " + ", ".join(PROBLEM_TYPES)
         )
@@ -107,6 +109,11 @@ class OPTConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of the token embeddings and of what the heads see: `word_embed_proj_dim`, never None."""
+        return self.word_embed_proj_dim or self.hidden_size
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "OPTConfig":

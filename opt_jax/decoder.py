@@ -3,8 +3,9 @@
 Shapes: B batch, T tokens of this call, S keys, D hidden_size, H heads, K head_dim, P word_embed_proj_dim, L layers.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +89,7 @@ class OPTDecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B H T S"], LayerCache | None]:
         config = self.config
         pre_norm = config.do_layer_norm_before
-        keys = [None] * 4 if dropout_key is None else jax.random.split(dropout_key, 4)
+        keys: Any = [None] * 4 if dropout_key is None else jax.random.split(dropout_key, 4)
         inputs = x
 
         h = self.self_attn_layer_norm(x) if pre_norm else x
@@ -104,7 +105,7 @@ class OPTDecoderLayer(nnx.Module):
         if not pre_norm:
             x = self.final_layer_norm(x)
 
-        if keys[3] is not None and config.layerdrop > 0:  # LayerDrop (Fan et al. 2019): skip the whole layer
+        if dropout_key is not None and config.layerdrop > 0:  # LayerDrop (Fan et al. 2019): skip the whole layer
             x = jnp.where(jax.random.bernoulli(keys[3], config.layerdrop), inputs, x)
         return x, weights, cache
 
@@ -120,8 +121,7 @@ class OPTDecoder(nnx.Module):
         self, config: OPTConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike, scan_layers: bool
     ):
         kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
-        width, embed_dim = config.hidden_size, config.word_embed_proj_dim
-        assert embed_dim is not None
+        width, embed_dim = config.hidden_size, config.embed_dim
         embed = partial(nnx.Embed, embedding_init=nnx.initializers.normal(config.init_std), rngs=rngs, **kwargs)
         self.embed_tokens = embed(config.vocab_size, embed_dim)
         if config.pad_token_id is not None:  # torch's padding_idx starts at zero

@@ -1,8 +1,10 @@
 """Checks of a model's inputs, made where they can be known: shapes always, values outside `jax.jit` only."""
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 

@@ -67,8 +67,9 @@ class OPTPreTrainedModel(nnx.Module):
 
     def _head(self, outputs: int, use_bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
         kwargs: dict[str, Any] = dict(rngs=rngs, dtype=self.dtype, param_dtype=self.param_dtype)
-        inputs = self.config.word_embed_proj_dim
-        return linear(self.config, inputs, outputs, use_bias, preferred_element_type=jnp.float32, **kwargs)
+        return linear(
+            self.config, self.config.embed_dim, outputs, use_bias, preferred_element_type=jnp.float32, **kwargs
+        )
 
     def forward(self, *args, **kwargs):
         """The model as a plain function of its inputs (see `__call__`), for use inside your own `jax.jit`."""
@@ -220,7 +221,7 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
 
 
 class OPTForQuestionAnswering(OPTPreTrainedModel):
-    """Extractive QA: HF `OPTForQuestionAnswering`. `start_positions`, `end_positions`: int [B]; together give `loss`."""
+    """Extractive QA: HF `OPTForQuestionAnswering`. `start_positions` and `end_positions`, int [B], give `loss`."""
 
     def _build(self, rngs: nnx.Rngs, scan_layers: bool) -> None:
         super()._build(rngs, scan_layers)
@@ -246,7 +247,7 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
 
 
 def named_parameters(model: OPTPreTrainedModel) -> dict[str, nnx.Param]:
-    """Canonical path -> parameter, the paths of every table and file: `model.decoder.layers.0.fc1.kernel`, `lm_head.kernel`.
+    """Canonical path -> parameter, the names used in every table and file, such as `model.decoder.layers.0.fc1.kernel`.
 
     The base model's paths get the same `model.` in front. In a stacked model a layer parameter has no number and a
     leading axis L: `model.decoder.layers.fc1.kernel`.

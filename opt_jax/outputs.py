@@ -98,5 +98,8 @@ def question_answering_loss(
 ) -> Float[Array, ""]:
     """Mean of the start and the end loss; positions past the end are not counted, negative ones count as 0 (HF)."""
     length = start_logits.shape[1]
-    one = lambda logits, at: cross_entropy(logits, jnp.clip(at.reshape(-1), 0, length), ignore_index=length)
-    return (one(start_logits, start_positions) + one(end_logits, end_positions)) / 2
+
+    def loss(logits, positions):
+        return cross_entropy(logits, jnp.clip(positions.reshape(-1), 0, length), ignore_index=length)
+
+    return (loss(start_logits, start_positions) + loss(end_logits, end_positions)) / 2

@@ -6,7 +6,8 @@ Axis types are Auto: the compiler propagates shardings, `constrain` pins the few
 
 import math
 import re
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -57,8 +58,8 @@ _ACTIVATION_AXES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def make_mesh(spec: str | Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes (data, fsdp, tensor) from "data=2,fsdp=4" or a dict; an axis not named has size 1, -1 = the rest.
+def make_mesh(spec: str | Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with axes (data, fsdp, tensor) from "data=2,fsdp=4" or a dict; -1 = the rest, an axis left out: 1.
 
     Default: all devices on `fsdp`.
 
@@ -85,9 +86,7 @@ def make_mesh(spec: str | Mapping[str, int] | None = None, devices: Sequence[jax
     sizes = {k: len(devices) // fixed if v == -1 else v for k, v in sizes.items()}
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(f"mesh {named}: sizes multiply to {fixed}, but there are {len(devices)} devices")
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES)
-    )
+    return jax.make_mesh(tuple(sizes.values()), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def use_mesh(mesh: Mesh):
