@@ -1,0 +1,437 @@
+"""Text in and out: the tokenizer, decoding token by token, and the text-generation pipeline. No jax.
+
+OPT's tokenizer is GPT-2's byte-level BPE with RoBERTa's ids and `</s>` in front of every text. Ids and decoded text are
+those of Hugging Face's `AutoTokenizer` for facebook/opt-*; deviations are named in the docstrings.
+"""
+
+import codecs
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
+
+# facebook/opt-*/tokenizer_config.json. The unknown token is </s> too, so a literal "<unk>" in a text is ordinary text.
+_OPT_SPECIAL_TOKENS = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
+
+# GPT-2's alphabet: printable bytes stand for themselves, the others for the characters from 256 on.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTE = {chr(b): b for b in _PRINTABLE}
+_BYTE |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in _PRINTABLE)}
+
+
+class BatchEncoding(dict):
+    """What the tokenizer returns: a dict of `input_ids` and `attention_mask` that also has them as attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class OPTTokenizer:
+    """OPT's byte-level BPE tokenizer, called and read like `transformers.GPT2Tokenizer`.
+
+    Deviations from HF: `padding_side` is "left" (what generation needs) whatever the files say. With `vocab.json` and
+    `merges.txt` a BOS is added unless `tokenizer_config.json` says `"add_bos_token": false`; with `tokenizer.json`, if
+    that file adds one or the config says `true`.
+
+    Args:
+      backend: a byte-level BPE of the `tokenizers` library; taken over and changed, not copied.
+      config: the content of `tokenizer_config.json` (special tokens, `add_bos_token`, ...); where silent, OPT's.
+      padding_side, truncation_side: "left" or "right". Truncation never removes the BOS.
+
+    Raises:
+      ValueError: the backend is not a byte-level BPE, or a special token is not in its vocabulary.
+    """
+
+    bos_token = eos_token = unk_token = pad_token = ""  # all eight are set in __init__
+    bos_token_id = eos_token_id = unk_token_id = pad_token_id = -1
+
+    def __init__(
+        self,
+        backend: Tokenizer,
+        config: dict[str, Any] | None = None,
+        *,
+        padding_side: str = "left",
+        truncation_side: str = "right",
+    ):
+        if not isinstance(backend.model, BPE) or not isinstance(backend.decoder, decoders.ByteLevel):
+            raise ValueError(f"not a byte-level BPE, as OPT needs it: {backend.model!r:.40}, {backend.decoder!r:.40}")
+        self.backend_tokenizer = backend
+        self.padding_side = _side("padding_side", padding_side)
+        self.truncation_side = _side("truncation_side", truncation_side)
+        self._config = config = dict(config or {})
+        limit = config.get("model_max_length") or 0
+        self.model_max_length = int(limit) if 0 < limit < 1e9 else None  # HF writes 1e30 for none
+
+        for index, token in sorted((int(i), t) for i, t in config.get("added_tokens_decoder", {}).items()):
+            backend.add_tokens([_added_token(token)])
+            if backend.token_to_id(token["content"]) != index:
+                raise ValueError(f"added token {token['content']!r} cannot get the id {index} that the files ask for")
+        named = {name: config.get(name) or default for name, default in _OPT_SPECIAL_TOKENS.items()}
+        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        extra = [*extra, *(config[name] for name in ("sep_token", "cls_token", "mask_token") if config.get(name))]
+        known = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
+        for name, value in [*named.items(), *(("special token", token) for token in extra)]:
+            token = _added_token(value)
+            index = backend.token_to_id(token.content)
+            if index is None:
+                raise ValueError(f"{name} {token.content!r} is not in the vocabulary of the tokenizer files")
+            if token.content not in known:
+                backend.add_special_tokens([token])
+            if name in named:
+                setattr(self, name, token.content)
+                setattr(self, f"{name}_id", index)
+        self.all_special_ids = sorted(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
+
+        if config.get("add_bos_token", True) and not self.add_bos_token:
+            backend.post_processor = processors.TemplateProcessing(  # type: ignore[reportAttributeAccessIssue]
+                single=f"{self.bos_token} $A",
+                pair=f"{self.bos_token} $A {self.bos_token} $B",
+                special_tokens=[(self.bos_token, self.bos_token_id)],
+            )
+
+    @classmethod
+    def from_file(
+        cls, vocab: str | os.PathLike, merges: str | os.PathLike, config: dict | None = None, **sides
+    ) -> "OPTTokenizer":
+        """The tokenizer of a `vocab.json` and a `merges.txt`; FileNotFoundError or ValueError if they are not."""
+        for path in (vocab, merges):
+            if not Path(path).is_file():
+                raise FileNotFoundError(f"{path}: no such tokenizer file")
+        backend: Any = _read(f"{vocab}, {merges}", lambda: Tokenizer(BPE.from_file(str(vocab), str(merges))))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=(config or {}).get("add_prefix_space", False))
+        backend.decoder = decoders.ByteLevel()
+        return cls(backend, config, **sides)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike, *, revision=None, cache_dir=None, local_files_only=False, **sides
+    ) -> "OPTTokenizer":
+        """The tokenizer of a hub id, a directory (`tokenizer.json`, or `vocab.json` and `merges.txt`) or "tiny".
+
+        Takes `padding_side` and `truncation_side`, too. FileNotFoundError or ValueError where there is no tokenizer.
+        """
+        from opt_jax import hub
+
+        folder = hub.resolve(
+            name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, weights=False
+        )
+        config = _read_json(folder / "tokenizer_config.json")
+        fast = folder / "tokenizer.json"
+        if "added_tokens_decoder" not in config:  # else the other two files are leftovers of old versions, as in HF
+            config |= _read_json(folder / "special_tokens_map.json")
+            added = {} if fast.is_file() else _read_json(folder / "added_tokens.json")
+            if added:
+                config["added_tokens_decoder"] = {i: {"content": token} for token, i in added.items()}
+        if not fast.is_file():
+            if not (folder / "vocab.json").is_file():
+                raise FileNotFoundError(f"{folder}: no tokenizer here (tokenizer.json, or vocab.json and merges.txt)")
+            return cls.from_file(folder / "vocab.json", folder / "merges.txt", config, **sides)
+        backend = _read(str(fast), lambda: Tokenizer.from_file(str(fast)))
+        backend.no_padding()
+        backend.no_truncation()
+        return cls(backend, {"add_bos_token": False} | config, **sides)  # where silent, tokenizer.json knows
+
+    @property
+    def add_bos_token(self) -> bool:
+        return self.backend_tokenizer.encode("").ids[:1] == [self.bos_token_id]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens without those added later; `len(tokenizer)` counts them all."""
+        return self.backend_tokenizer.get_vocab_size(with_added_tokens=False)
+
+    def __len__(self) -> int:
+        return self.backend_tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def __repr__(self) -> str:
+        return f"OPTTokenizer(vocab_size={self.vocab_size}, bos={self.bos_token!r}, pad={self.pad_token!r})"
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        *,
+        padding: bool | str = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        add_special_tokens: bool = True,
+        padding_side: str | None = None,
+    ) -> BatchEncoding:
+        """Ids and mask (0 on pads) of one text or of a batch. May be called from several threads at once.
+
+        Args:
+          padding: False, True (or "longest"), or "max_length".
+          truncation: cut to `max_length` (default: the files' `model_max_length`, where they have one).
+          return_tensors: None for lists (flat for one string), "np" for int32 arrays [B, T].
+          add_special_tokens: False leaves the BOS out: for pieces of a text, not for what a model is to continue.
+          padding_side: "left" or "right", instead of `self.padding_side`.
+
+        Raises:
+          ValueError: an argument that is not one of these, or rows of different lengths for "np" without padding.
+
+        Warns:
+          UserWarning: the BOS is there twice, because a text begins with it, or, with "np", not at all.
+        """
+        if return_tensors not in (None, "np"):
+            raise ValueError(f'return_tensors={return_tensors!r}: use "np"; JAX takes NumPy arrays as they are')
+        if padding not in (False, True, "longest", "max_length"):
+            raise ValueError(f'padding={padding!r}: use False, True, "longest" or "max_length"')
+        if not isinstance(truncation, bool):
+            raise ValueError(f"truncation={truncation!r}: use True or False")
+        if padding == "max_length" or truncation:
+            max_length = self.model_max_length if max_length is None else max_length
+            if max_length is None or max_length < 1:
+                raise ValueError(f'truncation=True, padding="max_length" need a positive max_length, got {max_length}')
+        elif max_length is not None:
+            raise ValueError('max_length has no effect without truncation=True or padding="max_length"')
+        if padding_side and not padding:
+            raise ValueError("padding_side has no effect without padding=True")
+        texts = [text] if isinstance(text, str) else list(text)
+        for i, one in enumerate(texts):
+            if not isinstance(one, str):
+                raise ValueError(f"text must be a string or a sequence of strings; item {i} is a {type(one).__name__}")
+
+        try:
+            rows = self._encode(texts, add_special_tokens, max_length if truncation else None)
+        except TypeError as error:  # what the tokenizers library makes of a failing UTF-8 encoding
+            raise ValueError("a text has a lone surrogate (no Unicode); read it with errors='replace'") from error
+        bos = self.bos_token_id
+        if any(row[:2] == [bos, bos] for row in rows):
+            warnings.warn(f"ids begin with {self.bos_token!r} twice: leave it out of the text", stacklevel=2)
+        # Lists are for joining pieces (training data); an array goes to the model.
+        if return_tensors and self.add_bos_token and any(row[:1] != [bos] for row in rows):
+            warnings.warn(f"no {self.bos_token!r} in front: OPT expects it; leave add_special_tokens on", stacklevel=2)
+
+        masks = [[1] * len(row) for row in rows]
+        if padding:
+            width = max_length if padding == "max_length" and max_length else max(map(len, rows), default=0)
+            left = _side("padding_side", padding_side or self.padding_side) == "left"
+
+            def pad(row: list[int], value: int) -> list[int]:
+                fill = [value] * (width - len(row))
+                return fill + row if left else row + fill
+
+            rows = [pad(row, self.pad_token_id) for row in rows]
+            masks = [pad(mask, 0) for mask in masks]
+        if return_tensors:
+            if len({len(row) for row in rows}) > 1:
+                raise ValueError('return_tensors="np" with texts of different lengths needs padding=True')
+            shape = (len(rows), len(rows[0]) if rows else 0)
+            rows, masks = (np.array(x, np.int32).reshape(shape) for x in (rows, masks))
+        elif isinstance(text, str):
+            rows, masks = rows[0], masks[0]
+        return BatchEncoding(input_ids=rows, attention_mask=masks)
+
+    def _encode(self, texts: list[str], add_special_tokens: bool, max_length: int | None) -> list[list[int]]:
+        # The backend's own truncation is a setting of the shared object; truncating results keeps threads independent.
+        backend = self.backend_tokenizer
+        if max_length is None:
+            return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
+        special = backend.num_special_tokens_to_add(False) if add_special_tokens else 0
+        rows = []
+        for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
+            encoding.truncate(max(0, max_length - special), direction=self.truncation_side)
+            rows.append(backend.post_process(encoding, add_special_tokens=add_special_tokens).ids)
+        return rows
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of one text, as a list."""
+        return self(text, add_special_tokens=add_special_tokens)["input_ids"]
+
+    def decode(
+        self, token_ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
+    ) -> Any:
+        """The text of a row of ids (list, NumPy or JAX array, or one id); a batch [B, T] gives a list of texts.
+
+        Bytes that are no UTF-8, as half a character at the end, become U+FFFD; ids outside the vocabulary are skipped.
+        `clean_up_tokenization_spaces=True` warns and changes nothing: it would damage byte-level BPE (so in HF v5).
+        """
+        if clean_up_tokenization_spaces:
+            warnings.warn("clean_up_tokenization_spaces=True does not apply to byte-level BPE", stacklevel=2)
+        ids = _to_list(token_ids)
+        if ids and isinstance(ids[0], list):
+            return [self.decode(row, skip_special_tokens) for row in ids]
+        if ids and min(ids) < 0:
+            raise ValueError(f"token id {min(ids)} is negative: replace ignored labels by pad_token_id before decoding")
+        return self.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def batch_decode(
+        self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
+    ) -> list[str]:
+        """The texts of several rows of ids, as `decode` gives them."""
+        return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in sequences]
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Writes `tokenizer.json` and the files of facebook/opt-*, for `from_pretrained` and HF's `AutoTokenizer`."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        self.backend_tokenizer.model.save(str(folder))  # vocab.json, merges.txt
+        named = {n: getattr(self, n) for n in _OPT_SPECIAL_TOKENS}
+        # Added tokens are in tokenizer.json; the other two fields are where HF once found its files.
+        gone = ("added_tokens_decoder", "name_or_path", "special_tokens_map_file")
+        config = {"tokenizer_class": "GPT2Tokenizer"} | {k: v for k, v in self._config.items() if k not in gone}
+        config |= named | {"add_bos_token": self.add_bos_token}
+        for file, content in (("tokenizer_config.json", config), ("special_tokens_map.json", named)):
+            (folder / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+AutoTokenizer = OPTTokenizer
+
+
+class TextStream:
+    """Text from ids as they come, never half a character; in total equal to `tokenizer.decode` of all ids.
+
+    Each id costs the bytes of its own token: nothing is decoded twice.
+    """
+
+    def __init__(self, tokenizer: OPTTokenizer, skip_special_tokens: bool = True):
+        self._tokenizer = tokenizer
+        self._skip = frozenset(tokenizer.all_special_ids if skip_special_tokens else ())
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def put(self, token_ids: Any) -> str:
+        """Takes one id or several; returns the text that they complete, possibly ""."""
+        return self._utf8.decode(b"".join(map(self._bytes, _to_list(token_ids))))
+
+    def end(self) -> str:
+        """What is left over: U+FFFD where the last character is incomplete, else "". The stream starts afresh."""
+        return self._utf8.decode(b"", final=True)
+
+    def _bytes(self, token_id: int) -> bytes:
+        token = None if token_id in self._skip else self._tokenizer.backend_tokenizer.id_to_token(token_id)
+        try:
+            return bytes(_BYTE[char] for char in token or "")
+        except KeyError:  # an added token outside GPT-2's alphabet is its own text
+            return (token or "").encode()
+
+
+def pipeline(
+    task: str = "text-generation", model: Any = "tiny", tokenizer: Any = None, **options
+) -> "TextGenerationPipeline":
+    """A text generator, called and answering like `transformers.pipeline("text-generation", ...)`.
+
+    Args:
+      task: "text-generation".
+      model: what `OPTForCausalLM.from_pretrained` takes, or such a model.
+      tokenizer: what `OPTTokenizer.from_pretrained` takes, or an `OPTTokenizer`; by default the one of the named model.
+      **options: for a named model, `from_pretrained`'s `dtype`, `param_dtype`, `mesh`, `revision`, `cache_dir`,
+        `local_files_only`; the others become defaults of every call.
+
+    Raises:
+      ValueError: another task; a model object without a tokenizer, or with options for loading.
+    """
+    if task != "text-generation":
+        raise ValueError(f'task {task!r} is not supported: opt-jax has "text-generation"')
+    origin = {k: options.pop(k) for k in ("revision", "cache_dir", "local_files_only") if k in options}
+    loading = {k: options.pop(k) for k in ("dtype", "param_dtype", "mesh") if k in options}
+    named = isinstance(model, (str, os.PathLike))
+    if not named and (origin or loading):
+        raise ValueError(f"{', '.join(origin | loading)}: only for a model that is loaded by name")
+    if not named and tokenizer is None:
+        raise ValueError("a model object does not know its tokenizer: pass tokenizer=")
+    if tokenizer is None:
+        tokenizer = OPTTokenizer.from_pretrained(model, **origin)  # before the weights: it fails sooner
+    elif isinstance(tokenizer, (str, os.PathLike)):
+        tokenizer = OPTTokenizer.from_pretrained(tokenizer)
+    if named:
+        from opt_jax.model import OPTForCausalLM
+
+        model = OPTForCausalLM.from_pretrained(model, **origin, **loading)
+    return TextGenerationPipeline(model, tokenizer, **options)
+
+
+class TextGenerationPipeline:
+    """What `pipeline` returns. By default it samples as HF's does: temperature 0.7, top_k 50, 256 new tokens.
+
+    Deviations from HF: those 256 shrink to what the context leaves; a list goes through the model `batch_size` prompts
+    at a time (HF: one); the same call gives the same text unless `seed` changes.
+    """
+
+    def __init__(self, model: Any, tokenizer: OPTTokenizer, **defaults):
+        self.task, self.model, self.tokenizer, self._defaults = "text-generation", model, tokenizer, defaults
+
+    def __call__(self, text_inputs: str | Sequence[str], **options) -> list:
+        """Continues one prompt or several.
+
+        Args:
+          text_inputs: a string, or a sequence of strings.
+          **options: `return_full_text` (True: the prompt is part of the result), `skip_special_tokens` (True),
+            `add_special_tokens` (True), `batch_size` (8); everything else goes to `model.generate`.
+
+        Returns:
+          `[{"generated_text": str}]` for a string; a list of such lists for a sequence.
+
+        Raises:
+          ValueError: the input is not text; what `generate` raises.
+        """
+        options = self._defaults | options
+        full, skip = options.pop("return_full_text", True), options.pop("skip_special_tokens", True)
+        special, size = options.pop("add_special_tokens", True), options.pop("batch_size", 8)
+        if options.setdefault("do_sample", True):
+            options = {"temperature": 0.7, "top_k": 50} | options
+        if size < 1:
+            raise ValueError(f"batch_size={size}: use 1 or more")
+        prompts = [text_inputs] if isinstance(text_inputs, str) else list(text_inputs)
+        if any(not isinstance(prompt, str) for prompt in prompts):
+            raise ValueError("the pipeline takes a string or a sequence of strings; OPT has no chat template")
+
+        results = []
+        for start in range(0, len(prompts), size):
+            batch = prompts[start : start + size]
+            inputs = self.tokenizer(
+                batch, padding=True, padding_side="left", return_tensors="np", add_special_tokens=special
+            )
+            width = inputs["input_ids"].shape[1]
+            own: dict[str, Any] = {}
+            if options.get("max_new_tokens") is None and options.get("max_length") is None:
+                own["max_new_tokens"] = max(1, min(256, self.model.config.max_position_embeddings - width))
+            if options["do_sample"]:  # other random numbers for every batch
+                own["seed"] = options.get("seed", 0) + start
+            rows = np.asarray(self.model.generate(**inputs, **(options | own)).sequences)[:, width:]
+            texts = self.tokenizer.batch_decode(rows, skip_special_tokens=skip)
+            each = len(texts) // len(batch)  # num_return_sequences
+            for i, prompt in enumerate(batch):
+                new = texts[i * each : (i + 1) * each]
+                results.append([{"generated_text": prompt + text if full else text} for text in new])
+        return results[0] if isinstance(text_inputs, str) else results
+
+
+def _side(name: str, value: str) -> str:
+    if value not in ("left", "right"):
+        raise ValueError(f'{name}={value!r}: use "left" or "right"')
+    return value
+
+
+def _to_list(ids: Any) -> list:
+    """A list of int, or of such lists, from one id or anything array-like."""
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids  # NumPy and JAX, scalars too
+    if isinstance(ids, int):
+        return [ids]
+    return [i if isinstance(i, int) else i.tolist() if hasattr(i, "tolist") else list(i) for i in ids]
+
+
+def _added_token(value: str | dict[str, Any]) -> AddedToken:
+    """An added token as HF writes it: its text, or a dict of the fields of `tokenizers.AddedToken`."""
+    fields: Any = {"content": value} if isinstance(value, str) else {k: v for k, v in value.items() if k != "__type"}
+    return AddedToken(**fields)
+
+
+def _read(where: str, load: Any) -> Any:
+    try:
+        return load()
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ValueError(f"{where}: not a tokenizer that can be read ({error})") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return _read(str(path), lambda: json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}

@@ -1,0 +1,167 @@
+"""The tokenizer against transformers': ids, masks and text, with the real OPT files and what either side saves."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+
+from opt_jax.text import OPTTokenizer
+
+transformers = pytest.importorskip("transformers", reason="parity tests compare with transformers")
+
+# facebook/opt-*/tokenizer_config.json
+FACEBOOK = {
+    "tokenizer_class": "GPT2Tokenizer",
+    "errors": "replace",
+    "add_prefix_space": False,
+    "add_bos_token": True,
+    **{name: {"content": "</s>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
+       | {"__type": "AddedToken"} for name in ("bos_token", "eos_token", "unk_token")},
+    "pad_token": {"__type": "AddedToken", "content": "<pad>", "single_word": False, "lstrip": False, "rstrip": False}
+    | {"normalized": True},
+}  # fmt: skip
+
+HARD = [
+    "",
+    " ",
+    "\n",
+    "Hello world",
+    "naïve café: 👩‍👩‍👧‍👦 🇨🇭 日本語 ﷽ e\u0301 \U0010ffff",
+    "a\0b\0\0 \x01\x7f\x80\xa0\xad\ufeff\ufffd\u2028\u200b",
+    "line\r\nline\r\n\r\nline\rline\n\n\n",
+    "x" + " " * 5000 + "\t\t y  \u3000\u2003 z ",
+    "in <pad> the<unk> middle <s>of</s>it <mask>, <|endoftext|> madeupword0000 </s",
+    "</s> in front",
+    "</s></s><pad>",
+    "aaaa" * 3000,
+    "I'm we'LL they've 12345 3.14 __init__(self) != 'x'",
+]
+
+
+@pytest.fixture(scope="module")
+def opt_directory(shared_data, tmp_path_factory):
+    """The layout of facebook/opt-*."""
+    folder = tmp_path_factory.mktemp("opt")
+    for file in ("vocab.json", "merges.txt"):
+        (folder / file).write_bytes((shared_data / "opt-tokenizer" / file).read_bytes())
+    (folder / "tokenizer_config.json").write_text(json.dumps(FACEBOOK))
+    (folder / "config.json").write_text('{"model_type": "opt"}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(opt_directory):
+    return OPTTokenizer.from_pretrained(opt_directory), transformers.AutoTokenizer.from_pretrained(opt_directory)
+
+
+@pytest.fixture(autouse=True)
+def literal_bos():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "ids begin with '</s>' twice")
+        yield
+
+
+def assert_same(ours, theirs, texts):
+    for add in (True, False):
+        got = [dict(ours(text, add_special_tokens=add)) for text in texts]
+        assert got == [dict(theirs(text, add_special_tokens=add)) for text in texts]
+    rows = [ours.encode(text) for text in texts]
+    for skip in (False, True):
+        assert ours.batch_decode(rows, skip_special_tokens=skip) == theirs.batch_decode(rows, skip_special_tokens=skip)
+
+
+def test_wikitext(pair, shared_data):
+    ours, theirs = pair
+    text = (shared_data / "wikitext-2" / "test.txt").read_bytes().decode()
+    ids = ours(text).input_ids
+    assert ids == theirs(text)["input_ids"]
+    assert len(ids) > 250_000
+    assert ours.decode(ids) == theirs.decode(ids) == "</s>" + text
+    lines = text.split("\n")
+    assert ours(lines).input_ids == theirs(lines)["input_ids"]
+
+
+def test_hard_strings(pair):
+    ours, theirs = pair
+    assert_same(ours, theirs, HARD)
+
+
+def test_special_tokens(pair):
+    ours, theirs = pair
+    for name in ("bos", "eos", "unk", "pad"):
+        assert getattr(ours, f"{name}_token") == getattr(theirs, f"{name}_token")
+        assert getattr(ours, f"{name}_token_id") == getattr(theirs, f"{name}_token_id")
+    assert sorted(theirs.all_special_ids) == ours.all_special_ids == [1, 2]
+    assert (len(ours), ours.vocab_size) == (len(theirs), theirs.vocab_size)
+
+
+def test_bare_files_are_an_opt_tokenizer(pair, shared_data):
+    """Without tokenizer_config.json, too: what AutoTokenizer gives for facebook/opt-*."""
+    paths = (shared_data / "opt-tokenizer" / "vocab.json", shared_data / "opt-tokenizer" / "merges.txt")
+    assert_same(OPTTokenizer.from_file(*paths), pair[1], HARD)
+
+
+def test_decode_prefixes_and_random_ids(pair):
+    ours, theirs = pair
+    ids = ours.encode("日本語 👩‍👩‍👧‍👦 ﷽ ñ</s>x")
+    for n in range(len(ids) + 1):
+        for part in (ids[:n], ids[n:]):
+            for skip in (False, True):
+                assert ours.decode(part, skip) == theirs.decode(part, skip_special_tokens=skip)
+    assert any(ours.decode(ids[:n]).endswith("\ufffd") for n in range(len(ids)))
+    random = np.random.default_rng(0).integers(0, 50272, (50, 40))
+    assert ours.batch_decode(random) == theirs.batch_decode(random)
+    assert ours.decode(random) == theirs.decode(random)
+    assert ours.decode(random[0][0]) == theirs.decode(random[0][0])
+    assert ours.decode(ids, clean_up_tokenization_spaces=False) == theirs.decode(
+        ids, clean_up_tokenization_spaces=False
+    )
+
+
+def test_padding_and_truncation(pair):
+    ours, theirs = pair
+    texts = [text for text in HARD if not text.startswith("</s>")]
+    for arguments in (
+        {"padding": True},
+        {"padding": True, "return_tensors": "np"},
+        {"padding": "max_length", "max_length": 20, "truncation": True, "return_tensors": "np"},
+        {"padding": "max_length", "max_length": 30},
+        {"truncation": True, "max_length": 7},
+        {"truncation": True, "max_length": 1, "padding": True},
+        {"truncation": True, "max_length": 7, "add_special_tokens": False},
+        {"truncation": True, "max_length": 40_000, "padding": True},
+    ):
+        for side in ("left", "right"):
+            ours.truncation_side = theirs.truncation_side = side
+            sides = {"padding_side": side} if "padding" in arguments else {}
+            got, want = ours(texts, **arguments, **sides), theirs(texts, **arguments, **sides)
+            for key in ("input_ids", "attention_mask"):
+                if arguments.get("return_tensors"):
+                    np.testing.assert_array_equal(got[key], want[key])
+                else:
+                    assert got[key] == want[key], arguments
+    ours.truncation_side = theirs.truncation_side = "right"
+
+
+def test_each_reads_what_the_other_saved(pair, tmp_path):
+    ours, theirs = pair
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_same(OPTTokenizer.from_pretrained(tmp_path / "theirs"), theirs, HARD)
+    assert_same(ours, transformers.AutoTokenizer.from_pretrained(tmp_path / "ours"), HARD)
+    (tmp_path / "ours" / "tokenizer.json").unlink()  # readers that know vocab.json and merges.txt alone
+    assert_same(ours, transformers.GPT2Tokenizer.from_pretrained(tmp_path / "ours"), HARD)
+
+
+def test_a_tokenizer_with_added_tokens(pair, opt_directory, tmp_path):
+    theirs = transformers.AutoTokenizer.from_pretrained(opt_directory)
+    theirs.add_tokens(["<|user|>", "ein Wort"])
+    theirs.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = OPTTokenizer.from_pretrained(tmp_path / "theirs")
+    texts = [*HARD, "<|user|>ein Wort, ein Wort<|end|> ok"]
+    assert_same(ours, theirs, texts)
+    assert len(ours) == len(theirs) == 50268
+    ours.save_pretrained(tmp_path / "ours")
+    assert_same(ours, transformers.AutoTokenizer.from_pretrained(tmp_path / "ours"), texts)

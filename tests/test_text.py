@@ -1,0 +1,380 @@
+"""The tokenizer, the token-by-token decoder and the pipeline, with a small tokenizer trained here."""
+
+import dataclasses
+import itertools
+import json
+import pickle
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from opt_jax.text import OPTTokenizer, TextStream, pipeline
+
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
+HARD = [
+    "",
+    " ",
+    "Hello world",
+    "naïve café: 👩‍👩‍👧‍👦 🇨🇭 日本語 ﷽ e\u0301",
+    "a\0b\x7f\x80\ufeff\ufffd\u2028",
+    "line\r\nline\rline\n\n\n",
+    "x" + " " * 300 + "\t\t y  ",
+    "in <pad> the <unk> middle <s> of </s> it<mask> <|endoftext|>",
+]
+
+
+def trained() -> Tokenizer:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=SPECIAL,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator([__doc__, "the middle of the line: hello hello world, 日本語 日本語"] * 3, trainer)
+    return backend
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A directory with vocab.json and merges.txt, nothing else."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    trained().model.save(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tok(files):
+    return OPTTokenizer.from_file(files / "vocab.json", files / "merges.txt")
+
+
+def test_ids_and_special_tokens(tok):
+    assert (tok.bos_token_id, tok.pad_token_id, tok.eos_token_id, tok.unk_token_id) == (2, 1, 2, 2)
+    assert (tok.bos_token, tok.pad_token, tok.eos_token, tok.unk_token) == ("</s>", "<pad>", "</s>", "</s>")
+    assert len(tok) == tok.vocab_size == 320
+    out = tok("hello")
+    assert out["input_ids"] == out.input_ids == tok.encode("hello") and out.attention_mask == [1] * len(out.input_ids)
+    assert out.input_ids[0] == 2 and out.input_ids.count(2) == 1
+    assert tok.encode("hello", add_special_tokens=False) == out.input_ids[1:]
+    assert tok("")["input_ids"] == [2]
+    assert not hasattr(out, "token_type_ids")
+    # only </s> and <pad> are special, as in facebook/opt-*
+    ids = tok.encode("<s><unk></s><pad>")
+    assert 0 not in ids and 3 not in ids and ids[-2:] == [2, 1]
+
+
+def test_text_needs_no_jax():
+    code = "import sys, opt_jax.text; assert not {'jax', 'transformers', 'torch'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_real_files(shared_data):
+    real = OPTTokenizer.from_file(*(shared_data / "opt-tokenizer" / name for name in ("vocab.json", "merges.txt")))
+    assert real("Hello").input_ids == [2, 31414]
+    assert real("A photo of a cat").input_ids == [2, 250, 1345, 9, 10, 4758]
+    assert real(["I like you."]).input_ids == [[2, 100, 101, 47, 4]]
+    assert len(real) == 50265
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_decode_returns_the_text(tok, text):
+    ids = tok.encode(text)
+    assert tok.decode(ids) == "</s>" + text
+    if not {1, 2} & set(ids[1:]):
+        assert tok.decode(ids, skip_special_tokens=True) == text
+
+
+def test_decode_takes_arrays_batches_and_single_ids(tok):
+    import jax.numpy as jnp
+
+    ids = tok.encode("hello world")
+    for row in (np.array(ids), jnp.array(ids), tuple(ids), list(np.array(ids))):
+        assert tok.decode(row) == "</s>hello world"
+    for batch in (np.array([ids, ids]), jnp.array([ids, ids]), [ids, ids], [np.array(ids), jnp.array(ids)]):
+        assert tok.decode(batch) == tok.batch_decode(batch) == ["</s>hello world"] * 2
+    assert tok.decode(2) == tok.decode(np.int32(2)) == "</s>" and tok.decode([]) == ""
+    assert tok.decode([*ids, 50271]) == "</s>hello world"  # the model's vocabulary is padded; those ids are no text
+    with pytest.raises(ValueError, match="-100"):
+        tok.decode([2, -100])
+    with pytest.warns(UserWarning, match="clean_up_tokenization_spaces"):
+        assert tok.decode(tok.encode("hello ."), True, clean_up_tokenization_spaces=True) == "hello ."
+
+
+def test_padding(tok):
+    texts = ["hello hello world", "hello"]
+    plain = tok(texts)
+    assert isinstance(plain.input_ids, list) and len({len(row) for row in plain.input_ids}) == 2
+    out = tok(texts, padding=True, return_tensors="np")
+    assert out.input_ids.dtype == out.attention_mask.dtype == np.int32
+    assert out.input_ids.shape == out.attention_mask.shape == (2, len(plain.input_ids[0]))
+    gap = len(plain.input_ids[0]) - len(plain.input_ids[1])
+    assert out.input_ids[1].tolist() == [1] * gap + plain.input_ids[1]
+    assert out.attention_mask[1].tolist() == [0] * gap + [1] * len(plain.input_ids[1])
+    right = tok(texts, padding="longest", padding_side="right")
+    assert right.input_ids[1] == plain.input_ids[1] + [1] * gap and right.attention_mask[1][-1] == 0
+    full = tok("hello", padding="max_length", max_length=9)
+    assert len(full.input_ids) == 9 and sum(full.attention_mask) == len(tok.encode("hello"))
+    assert tok([], return_tensors="np").input_ids.shape == (0, 0) and tok([]).input_ids == []
+    assert tok("hello", return_tensors="np").input_ids.shape == (1, len(tok.encode("hello")))
+
+
+def test_truncation_keeps_the_bos(files, tok):
+    ids = tok.encode("hello hello world")
+    assert tok("hello hello world", truncation=True, max_length=3).input_ids == ids[:3]
+    assert tok("hello hello world", truncation=True, max_length=1).input_ids == [2]
+    assert tok("hello hello world", truncation=True, max_length=99).input_ids == ids
+    assert tok("hello hello world", truncation=True, max_length=3, add_special_tokens=False).input_ids == ids[1:4]
+    paths = files / "vocab.json", files / "merges.txt"
+    left = OPTTokenizer.from_file(*paths, {"model_max_length": 3}, truncation_side="left")
+    assert left("hello hello world", truncation=True).input_ids == [2, *ids[-2:]]
+
+
+def test_bad_arguments(tok):
+    for bad in ("pt", "tf", "jax", True):
+        with pytest.raises(ValueError, match='"np"'):
+            tok("hello", return_tensors=bad)
+    for arguments, words in [
+        ({"padding": "longst"}, "longst"),
+        ({"truncation": "only_second"}, "only_second"),
+        ({"max_length": 5}, "truncation=True"),
+        ({"truncation": True}, "max_length"),
+        ({"truncation": True, "max_length": 0}, "0"),
+        ({"padding": "max_length"}, "max_length"),
+        ({"padding_side": "right"}, "padding=True"),
+        ({"padding": True, "padding_side": "middle"}, "middle"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            tok("hello", **arguments)
+    with pytest.raises(ValueError, match="max_length"):  # 1e30 is HF's way to say that there is no limit
+        OPTTokenizer(trained(), {"model_max_length": int(1e30)})("hello", truncation=True)
+    with pytest.raises(ValueError, match="padding=True"):
+        tok(["hello", "hello hello world"], return_tensors="np")
+    with pytest.raises(ValueError, match="item 1 is a int"):
+        tok(["hello", 3])
+    with pytest.raises(ValueError, match="surrogate"):
+        tok("\ud800")
+    with pytest.raises(TypeError, match="return_offsets_mapping"):
+        tok("hello", return_offsets_mapping=True)
+    with pytest.raises(ValueError, match="middle"):
+        OPTTokenizer(trained(), padding_side="middle")
+
+
+def test_bos_warnings(tok):
+    with pytest.warns(UserWarning, match="'</s>' twice"):
+        assert tok("</s>hello").input_ids[:2] == [2, 2]
+    with pytest.warns(UserWarning, match="twice"):
+        tok(["hello", "</s>"])
+    with pytest.warns(UserWarning, match="no '</s>' in front"):
+        tok("hello", add_special_tokens=False, return_tensors="np")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tok(["hello", "hello</s> world"])
+        tok(["hello", "</s>hello"], add_special_tokens=False)  # pieces of a text
+        tok("</s>hello", add_special_tokens=False, return_tensors="np")  # once, by hand
+
+
+def test_threads_do_not_disturb_each_other(tok):
+    def ids(n):
+        return tok(["hello world " * 9, "hello"], padding=True, truncation=True, max_length=n + 1).input_ids
+
+    wanted = [ids(n) for n in range(20)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            assert list(pool.map(ids, range(20))) == wanted
+    assert pickle.loads(pickle.dumps(tok)).encode("hello") == tok.encode("hello")
+
+
+def test_from_pretrained_layouts(files, tmp_path):
+    def directory(name, **contents):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in ("vocab.json", "merges.txt"):
+            (folder / file).write_bytes((files / file).read_bytes())
+        for file, content in contents.items():
+            (folder / f"{file}.json").write_text(json.dumps(content))
+        return folder
+
+    assert OPTTokenizer.from_pretrained(directory("bare")).encode("")[:1] == [2]
+    assert OPTTokenizer.from_pretrained(directory("no_bos", tokenizer_config={"add_bos_token": False})).encode("") == []
+    token = {"content": "<s>", "lstrip": False, "rstrip": False, "normalized": True, "single_word": False}
+    marked = directory("map", tokenizer_config={"bos_token": token | {"__type": "AddedToken"}})
+    assert OPTTokenizer.from_pretrained(marked).encode("hello")[0] == 0
+    (marked / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<unk>"}))
+    assert OPTTokenizer.from_pretrained(marked).encode("hello<s>")[0] == 3
+    added = OPTTokenizer.from_pretrained(directory("added", added_tokens={"<b>": 321, "<a>": 320}))
+    assert added.encode("<a><b>") == [2, 320, 321] and len(added) == 322 and added.vocab_size == 320
+    assert added.decode([320, 321], skip_special_tokens=True) == "<a><b>"
+    extra = OPTTokenizer.from_pretrained(directory("extra", tokenizer_config={"additional_special_tokens": ["<unk>"]}))
+    assert extra.encode("<unk>") == [2, 3] and extra.decode([3], skip_special_tokens=True) == ""
+    with pytest.raises(ValueError, match="'<gone>'.* 77"):
+        added_at = {"77": {"content": "<gone>"}}
+        OPTTokenizer.from_pretrained(directory("hole", tokenizer_config={"added_tokens_decoder": added_at}))
+    with pytest.raises(ValueError, match="pad_token '\\[PAD\\]'"):
+        OPTTokenizer.from_pretrained(directory("pad", tokenizer_config={"pad_token": "[PAD]"}))
+
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty.*tokenizer.json"):
+        OPTTokenizer.from_pretrained(tmp_path / "empty")
+    half = directory("half")
+    (half / "merges.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="merges.txt"):
+        OPTTokenizer.from_pretrained(half)
+    torn = directory("torn")
+    (torn / "vocab.json").write_text('{"<s>": 0,')
+    with pytest.raises(ValueError, match="vocab.json"):
+        OPTTokenizer.from_pretrained(torn)
+
+
+def test_tokenizer_json(tmp_path):
+    backend = trained()
+    backend.enable_truncation(2)  # a setting of whoever saved it, not of ours
+    backend.enable_padding(length=50)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    silent = OPTTokenizer.from_pretrained(tmp_path)
+    assert (
+        not silent.add_bos_token
+        and silent.decode(silent("hello world", return_tensors="np").input_ids[0]) == "hello world"
+    )
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+    assert OPTTokenizer.from_pretrained(tmp_path).encode("")[:1] == [2]
+
+    wordpiece = Tokenizer(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]"))
+    wordpiece.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="WordPiece"):
+        OPTTokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_save_and_load(files, tmp_path, bos):
+    config = {"add_bos_token": bos, "added_tokens_decoder": {"320": {"content": "<a>", "special": True}}, "kept": 1}
+    tok = OPTTokenizer.from_file(files / "vocab.json", files / "merges.txt", config)
+    tok.save_pretrained(tmp_path / "new" / "folder")
+    again = OPTTokenizer.from_pretrained(tmp_path / "new" / "folder")
+    for text in [*HARD, "<a> b"]:
+        assert again.encode(text) == tok.encode(text)
+    assert again.all_special_ids == tok.all_special_ids == [1, 2, 320]
+    assert (tmp_path / "new" / "folder" / "vocab.json").is_file()
+    assert json.loads((tmp_path / "new" / "folder" / "tokenizer_config.json").read_text())["kept"] == 1
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_stream_equals_decode(tok, skip):
+    rng = np.random.default_rng(0)
+    streams = [tok.encode(text) for text in HARD]
+    streams += [rng.integers(0, 330, size).tolist() for size in (1, 2, 3, 50, 500)]  # mostly no UTF-8 at all
+    byte_ids = [i for i in range(320) if len(tok.backend_tokenizer.id_to_token(i)) == 1]
+    streams += [rng.choice(byte_ids, 320).tolist() for _ in range(20)]
+    for ids in streams:
+        stream = TextStream(tok, skip_special_tokens=skip)
+        for _ in range(2):  # a stream that has ended starts afresh
+            pieces = [stream.put(i) for i in ids] + [stream.end()]
+            assert "".join(pieces) == tok.decode(ids, skip_special_tokens=skip)
+            assert stream.put(np.array(ids, np.int32)) + stream.end() == tok.decode(ids, skip_special_tokens=skip)
+
+
+def test_stream_never_splits_a_character(files, tok):
+    text = "日本語 👩‍👩‍👧‍👦 hello"
+    ids = [tok.backend_tokenizer.token_to_id(char) for char in _bytes_as_tokens(text)]
+    stream = TextStream(tok)
+    pieces = [stream.put(i) for i in ids]
+    assert "".join(pieces) == text and "\ufffd" not in text
+    assert list(itertools.accumulate(pieces))[:3] == ["", "", "日"]  # three bytes
+    for n in range(len(ids)):  # any prefix: what is held back is at most one character
+        stream.put(ids[:n])
+        assert stream.end() in ("", "\ufffd")
+    assert tok.decode(ids[:2]) == "\ufffd"
+    added = OPTTokenizer.from_file(
+        files / "vocab.json", files / "merges.txt", {"added_tokens_decoder": {"320": {"content": "ein Wort ü日"}}}
+    )
+    stream = TextStream(added)
+    assert stream.put(320) == added.decode([320]) == "ein Wort ü日"
+
+
+def _bytes_as_tokens(text):
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)[0][0]
+
+
+@pytest.fixture(scope="module")
+def model():
+    from flax import nnx
+
+    from opt_jax import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=320, hidden_size=16, num_hidden_layers=2, ffn_dim=32, num_attention_heads=2, init_std=0.5
+    )
+    return OPTForCausalLM(config, rngs=nnx.Rngs(0))
+
+
+def test_pipeline_gives_what_generate_gives(tok, model):
+    prompts = ["hello world", "the line", "", "日本"]
+    pipe = pipeline("text-generation", model=model, tokenizer=tok)
+    out = pipe(prompts, max_new_tokens=6, do_sample=False)
+    for prompt, result in zip(prompts, out, strict=True):
+        inputs = tok(prompt, return_tensors="np")
+        row = np.asarray(model.generate(**inputs, max_new_tokens=6)[0])
+        assert row.shape == (inputs.input_ids.shape[1] + 6,)
+        assert result == [{"generated_text": prompt + tok.decode(row[-6:], skip_special_tokens=True)}]
+        assert pipe(prompt, max_new_tokens=6, do_sample=False) == result
+    assert len({result[0]["generated_text"] for result in out}) == len(prompts)
+    assert pipe(prompts, max_new_tokens=6, do_sample=False, batch_size=3) == out
+    new = pipe("hello world", max_new_tokens=6, do_sample=False, return_full_text=False)
+    assert [{"generated_text": "hello world" + new[0]["generated_text"]}] == out[0]
+    longer = pipe("hello world", max_length=len(tok.encode("hello world")) + 6, do_sample=False)
+    assert longer == out[0]
+    assert pipe([], do_sample=False) == []
+
+
+def test_pipeline_samples_by_default(tok, model):
+    pipe = pipeline(model=model, tokenizer=tok, max_new_tokens=12)
+    first = pipe("hello")
+    assert first == pipe("hello") == pipe("hello", do_sample=True, temperature=0.7, top_k=50, seed=0)
+    assert first != pipe("hello", seed=1)
+    assert first != pipe("hello", do_sample=False) == pipe("hello", top_k=1)
+    assert len({str(result) for result in pipe(["hello"] * 4, batch_size=1)}) == 4
+
+
+def test_pipeline_default_length(tok):
+    from flax import nnx
+
+    from opt_jax import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(vocab_size=320, hidden_size=8, num_hidden_layers=1, ffn_dim=8, num_attention_heads=1)
+    prompt = "hello"
+    width = len(tok.encode(prompt))
+    for context, new in ((40, 40 - width), (512, 256)):
+        small = OPTForCausalLM(dataclasses.replace(config, max_position_embeddings=context), rngs=nnx.Rngs(0))
+        pipe = pipeline(model=small, tokenizer=tok, do_sample=False, skip_special_tokens=False)
+        want = small.generate(**tok(prompt, return_tensors="np"), max_new_tokens=new)
+        assert pipe(prompt) == [{"generated_text": prompt + tok.decode(want[0][width:])}]
+
+
+def test_pipeline_by_name(tok, model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    tok.save_pretrained(tmp_path / "model")
+    named = pipeline("text-generation", model=str(tmp_path / "model"), max_new_tokens=5, do_sample=False)
+    assert named("hello") == pipeline(model=model, tokenizer=tok)("hello", max_new_tokens=5, do_sample=False)
+    assert pipeline(model=model, tokenizer=tmp_path / "model").tokenizer.encode("hello") == tok.encode("hello")
+
+
+def test_pipeline_errors(tok, model):
+    with pytest.raises(ValueError, match="fill-mask"):
+        pipeline("fill-mask", model=model, tokenizer=tok)
+    with pytest.raises(ValueError, match="tokenizer="):
+        pipeline(model=model)
+    with pytest.raises(ValueError, match="dtype"):
+        pipeline(model=model, tokenizer=tok, dtype="auto")
+    pipe = pipeline(model=model, tokenizer=tok)
+    with pytest.raises(ValueError, match="chat"):
+        pipe([{"role": "user", "content": "hello"}])  # type: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="batch_size=0"):
+        pipe("hello", batch_size=0)
+    with pytest.raises(TypeError, match="handle_long_generation"):
+        pipe("hello", handle_long_generation="hole")
