@@ -22,7 +22,7 @@ class ModelOutput:
     """
 
     loss: Float[Array, ""] | None = None
-    hidden_states: tuple[Float[Array, "B T D"], ...] | None = None
+    hidden_states: tuple[Float[Array, "B T _"], ...] | None = None
     attentions: tuple[Float[Array, "B H T S"], ...] | None = None
     cache: KVCache | None = None
 
