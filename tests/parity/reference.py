@@ -1,0 +1,75 @@
+"""Small models with weights that everyone can draw again: no PyTorch here. Used by the oracle and by the goldens.
+
+A weight depends on its canonical path, shape and a seed only, through `np.random.RandomState`, whose streams NumPy has
+frozen. LayerNorms and biases are random too: at their initial values, 1 and 0, swapped ones would go unnoticed.
+"""
+
+import dataclasses
+import zlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import opt_jax
+from opt_jax import OPTConfig, named_parameters
+
+_SMALL: dict[str, Any] = dict(
+    vocab_size=99, hidden_size=24, num_hidden_layers=3, num_attention_heads=3, ffn_dim=40, max_position_embeddings=64
+)
+CONFIGS = {
+    "opt-125m": OPTConfig(**_SMALL),
+    "opt-350m": OPTConfig(**_SMALL, do_layer_norm_before=False, word_embed_proj_dim=16),
+    "galactica": OPTConfig(
+        **_SMALL, activation_function="gelu", enable_bias=False, layer_norm_elementwise_affine=False
+    ),
+    # Projections after a final LayerNorm too, which no published size has: their order shows here only.
+    "untied": OPTConfig(**_SMALL, tie_word_embeddings=False, word_embed_proj_dim=16),
+    "real-125m": OPTConfig.preset("125m"),
+}
+SMALL = tuple(name for name in CONFIGS if name != "real-125m")
+CLASSES = ("OPTModel", "OPTForCausalLM", "OPTForSequenceClassification", "OPTForQuestionAnswering")
+PADDINGS = ("none", "left", "right")
+
+
+def draw(path: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """The float32 weight at a canonical path; scaled so that activations and logits are of order one."""
+    random = np.random.RandomState((zlib.crc32(path.encode()) + seed) % 2**32)
+    values = random.standard_normal(shape).astype(np.float32)
+    kind = path.rpartition(".")[2]
+    if kind == "scale":
+        return 1 + 0.3 * values
+    if kind == "bias":
+        return 0.3 * values
+    return values * np.float32(shape[0 if kind == "kernel" else -1] ** -0.5)
+
+
+def our_model(
+    name: str, cls: str = "OPTForCausalLM", dtype=jnp.float32, param_dtype=jnp.float32, seed: int = 0, **config
+):
+    """One of our models with the drawn weights; `config` replaces fields of `CONFIGS[name]`."""
+    settings = dataclasses.replace(CONFIGS[name], **config)
+    model = getattr(opt_jax, cls)(settings, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype)
+    for path, param in named_parameters(model).items():
+        param.set_value(jnp.asarray(draw(path, param.get_value().shape, seed), param_dtype))
+    return model
+
+
+def batch(name: str, padding: str = "none", rows: int = 3, length: int = 10, seed: int = 0) -> dict[str, np.ndarray]:
+    """ids, mask and causal labels: a pad is id 1, its label -100; the rows have different numbers of real tokens.
+
+    With left padding the label of the first real token is -100 too: its logits come from a pad.
+    """
+    config = CONFIGS[name]
+    random = np.random.RandomState(seed)
+    ids = random.randint(3, config.vocab_size, (rows, length)).astype(np.int32)
+    mask = np.ones((rows, length), np.int32)
+    labels = ids.copy()
+    for row in range(rows if padding != "none" else 0):
+        pads = (3 * row) % (length - 1)  # none in row 0
+        where = slice(0, pads) if padding == "left" else slice(length - pads, length)
+        ids[row, where], mask[row, where], labels[row, where] = 1, 0, -100
+        if padding == "left" and pads:
+            labels[row, pads] = -100
+    return dict(input_ids=ids, attention_mask=mask, labels=labels)
