@@ -1,0 +1,1 @@
+"""What train.py strings together: data, optimizer, the compiled step, checkpoints, metrics. No argument parsing."""

@@ -1,0 +1,30 @@
+"""AdamW with the recipe of the OPT paper (section 2.2 and metaseq's `opt_baselines`; facts.md section 5)."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+
+def make_schedule(*, peak: float, warmup_steps: int, steps: int, final: float = 0.1) -> optax.Schedule:
+    """Linear warm-up to `peak` over `warmup_steps` updates, then linear decay to `final * peak` at the last of `steps`.
+
+    The schedule's argument counts the updates done before this one, and the first update already has a rate above zero.
+    """
+
+    def schedule(step: ArrayLike) -> jax.Array:
+        update = jnp.asarray(step, jnp.float32) + 1
+        decayed = (update - warmup_steps) / max(steps - warmup_steps, 1)
+        return peak * jnp.minimum(update / max(warmup_steps, 1), 1 - (1 - final) * jnp.clip(decayed, 0, 1))
+
+    return schedule
+
+
+def make_optimizer(schedule: optax.Schedule, *, weight_decay: float = 0.1, clip_norm: float = 1.0, betas=(0.9, 0.95)):
+    """Clipping by the global norm, Adam (eps 1e-8), decoupled decay of *every* parameter, norms and biases included."""
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.scale_by_adam(*betas, eps=1e-8),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(schedule),
+    )
