@@ -301,16 +301,20 @@ def _bytes_as_tokens(text):
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)[0][0]
 
 
-@pytest.fixture(scope="module")
-def model():
+def small_model(**changes):
     from flax import nnx
 
     from opt_jax import OPTConfig, OPTForCausalLM
 
     config = OPTConfig(
-        vocab_size=320, hidden_size=16, num_hidden_layers=2, ffn_dim=32, num_attention_heads=2, init_std=0.5
+        vocab_size=320, hidden_size=8, num_hidden_layers=1, ffn_dim=8, num_attention_heads=1, init_std=0.5
     )
-    return OPTForCausalLM(config, rngs=nnx.Rngs(0))
+    return OPTForCausalLM(dataclasses.replace(config, **changes), rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
 
 
 def test_pipeline_gives_what_generate_gives(tok, model):
@@ -341,27 +345,37 @@ def test_pipeline_samples_by_default(tok, model):
     assert len({str(result) for result in pipe(["hello"] * 4, batch_size=1)}) == 4
 
 
-def test_pipeline_default_length(tok):
-    from flax import nnx
-
-    from opt_jax import OPTConfig, OPTForCausalLM
-
-    config = OPTConfig(vocab_size=320, hidden_size=8, num_hidden_layers=1, ffn_dim=8, num_attention_heads=1)
-    prompt = "hello"
-    width = len(tok.encode(prompt))
-    for context, new in ((40, 40 - width), (512, 256)):
-        small = OPTForCausalLM(dataclasses.replace(config, max_position_embeddings=context), rngs=nnx.Rngs(0))
-        pipe = pipeline(model=small, tokenizer=tok, do_sample=False, skip_special_tokens=False)
-        want = small.generate(**tok(prompt, return_tensors="np"), max_new_tokens=new)
-        assert pipe(prompt) == [{"generated_text": prompt + tok.decode(want[0][width:])}]
+@pytest.mark.parametrize("context", [40, 512])
+def test_pipeline_default_length(tok, context):
+    """256 new tokens, or what the context leaves."""
+    small = small_model(max_position_embeddings=context)
+    inputs = tok("hello", return_tensors="np")
+    width = inputs.input_ids.shape[1]
+    length = {40: 40, 512: width + 256}[context]
+    pipe = pipeline(model=small, tokenizer=tok, do_sample=False, skip_special_tokens=False, eos_token_id=[])
+    want = small.generate(**inputs, max_length=length, eos_token_id=[])
+    assert want.sequences.shape == (1, length)
+    assert pipe("hello") == [{"generated_text": "hello" + tok.decode(want[0][width:])}]
 
 
-def test_pipeline_by_name(tok, model, tmp_path):
+def test_usage_as_in_transformers(tok, model, tmp_path):
+    """The two examples of transformers' page on OPT, with the import, the model and "np" changed."""
     model.save_pretrained(tmp_path / "model")
     tok.save_pretrained(tmp_path / "model")
-    named = pipeline("text-generation", model=str(tmp_path / "model"), max_new_tokens=5, do_sample=False)
-    assert named("hello") == pipeline(model=model, tokenizer=tok)("hello", max_new_tokens=5, do_sample=False)
-    assert pipeline(model=model, tokenizer=tmp_path / "model").tokenizer.encode("hello") == tok.encode("hello")
+    name = str(tmp_path / "model")
+    from opt_jax import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+    text = "Plants create energy"
+    generator = pipeline(task="text-generation", model=name, dtype="auto")
+    (result,) = generator(text, max_new_tokens=5, do_sample=False)
+    assert list(result) == ["generated_text"] and result["generated_text"].startswith(text)
+    assert [result] == pipeline(model=model, tokenizer=name)(text, max_new_tokens=5, do_sample=False)
+
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    loaded = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    inputs = tokenizer(text, return_tensors="np")
+    outputs = loaded.generate(**inputs, max_length=50)
+    assert tokenizer.decode(outputs[0]).startswith("</s>" + text)
 
 
 def test_pipeline_errors(tok, model):

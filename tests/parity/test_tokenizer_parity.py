@@ -5,8 +5,9 @@ import warnings
 
 import numpy as np
 import pytest
+import tokenizers
 
-from opt_jax.text import OPTTokenizer
+from opt_jax.text import OPTTokenizer, pipeline
 
 transformers = pytest.importorskip("transformers", reason="parity tests compare with transformers")
 
@@ -165,3 +166,32 @@ def test_a_tokenizer_with_added_tokens(pair, opt_directory, tmp_path):
     assert len(ours) == len(theirs) == 50268
     ours.save_pretrained(tmp_path / "ours")
     assert_same(ours, transformers.AutoTokenizer.from_pretrained(tmp_path / "ours"), texts)
+
+
+def test_pipeline_returns_what_transformers_returns(tmp_path):
+    """A checkpoint of transformers, read by both: same text, same structure."""
+    torch = pytest.importorskip("torch", reason="transformers' pipeline needs PyTorch")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([__doc__], trainer)
+    OPTTokenizer(backend).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=280, hidden_size=16, num_hidden_layers=1, ffn_dim=16, num_attention_heads=2, init_std=0.5
+    )
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path)
+
+    theirs = transformers.pipeline("text-generation", model=str(tmp_path), device="cpu")
+    ours = pipeline("text-generation", model=str(tmp_path))
+    prompts = ["the tokenizer", "日本", "x y z, the other side"]
+    for arguments in ({}, {"return_full_text": False}, {"skip_special_tokens": False}):
+        arguments |= {"max_new_tokens": 12, "do_sample": False}
+        assert ours(prompts[0], **arguments) == theirs(prompts[0], **arguments)
+        assert ours(prompts, batch_size=1, **arguments) == theirs(prompts, **arguments)
+    assert ours(prompts, max_new_tokens=12, do_sample=False) == theirs(prompts, max_new_tokens=12, do_sample=False)
+    assert ours(prompts[:1], max_length=20, do_sample=False) == theirs(prompts[:1], max_length=20, do_sample=False)
