@@ -38,7 +38,7 @@ class BatchEncoding(dict):
 class OPTTokenizer:
     """OPT's byte-level BPE tokenizer, called and read like `transformers.GPT2Tokenizer`.
 
-    Deviations from HF: `padding_side` is "left" (what generation needs) whatever the files say. With `vocab.json` and
+    Deviations from HF: arrays come back unless `return_tensors=None` asks for lists (HF's default). `padding_side` is "left" (what generation needs) whatever the files say. With `vocab.json` and
     `merges.txt` a BOS is added unless `tokenizer_config.json` says `"add_bos_token": false`; with `tokenizer.json`, if
     that file adds one or the config says `true`.
 
@@ -159,19 +159,19 @@ class OPTTokenizer:
         self,
         text: str | Sequence[str],
         *,
-        padding: bool | str = False,
+        padding: bool | str | None = None,
         truncation: bool = False,
         max_length: int | None = None,
-        return_tensors: str | None = None,
+        return_tensors: str | None = "np",
         add_special_tokens: bool = True,
         padding_side: str | None = None,
     ) -> BatchEncoding:
         """Ids and mask (0 on pads) of one text or of a batch. May be called from several threads at once.
 
         Args:
-          padding: False, True (or "longest"), or "max_length".
+          padding: False, True (or "longest"), or "max_length". Default: True for arrays, False for lists.
           truncation: cut to `max_length` (default: the files' `model_max_length`, where they have one).
-          return_tensors: None for lists (flat for one string), "np" for int32 arrays [B, T].
+          return_tensors: "np" for int32 arrays [B, T], ready for a model, None for lists (flat for one string).
           add_special_tokens: False leaves the BOS out: for pieces of a text, not for what a model is to continue.
           padding_side: "left" or "right", instead of `self.padding_side`.
 
@@ -183,6 +183,7 @@ class OPTTokenizer:
         """
         if return_tensors not in (None, "np"):
             raise ValueError(f'return_tensors={return_tensors!r}: use "np"; JAX takes NumPy arrays as they are')
+        padding = return_tensors == "np" if padding is None else padding
         if padding not in (False, True, "longest", "max_length"):
             raise ValueError(f'padding={padding!r}: use False, True, "longest" or "max_length"')
         if not isinstance(truncation, bool):
@@ -245,7 +246,7 @@ class OPTTokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of one text, as a list."""
-        return self(text, add_special_tokens=add_special_tokens)["input_ids"]
+        return self(text, return_tensors=None, add_special_tokens=add_special_tokens)["input_ids"]
 
     def decode(
         self, token_ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None

@@ -135,7 +135,7 @@ def tokenize(documents: Sequence[str], tokenizer: OPTTokenizer) -> np.ndarray:
     """One int32 stream: `</s>` document `</s>` document ... `</s>`. Documents start behind `</s>`, as prompts do."""
     separator = np.array([tokenizer.bos_token_id], np.int32)
     parts = [separator]
-    for row in tokenizer(list(documents), add_special_tokens=False).input_ids:
+    for row in tokenizer(list(documents), return_tensors=None, add_special_tokens=False).input_ids:
         parts += [np.asarray(row, np.int32), separator]
     return np.concatenate(parts)
 
