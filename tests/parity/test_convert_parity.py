@@ -1,0 +1,112 @@
+"""Checkpoints that torch and transformers write themselves give PyTorch's outputs, loaded directly and converted.
+
+`python tests/parity/test_convert_parity.py` writes tests/data/torch, for the tests without torch.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import make_hf, torch, transformers
+from reference import CLASSES, SMALL, batch
+
+import opt_jax
+from convert.__main__ import main
+from convert.hf import open_checkpoint
+from opt_jax import named_parameters
+
+FIXTURES = Path(__file__).parents[1] / "data" / "torch"
+
+
+def save(hf, directory: Path, form: str) -> Path:
+    """Not `save_pretrained` alone: transformers 5 writes safetensors whatever it is asked for."""
+    if "safetensors" in form:
+        hf.save_pretrained(directory, max_shard_size="8KB" if form.endswith("sharded") else "1GB")
+        assert bool(list(directory.glob("*.index.json"))) == form.endswith("sharded")
+        return directory
+    hf.config.architectures = [type(hf).__name__]
+    hf.config.save_pretrained(directory)
+    state = hf.state_dict()
+    if not form.endswith("sharded"):
+        torch.save(state, directory / "pytorch_model.bin")
+        return directory
+    names = list(state)
+    weight_map = {name: f"pytorch_model-0000{1 + (i > 9)}-of-00002.bin" for i, name in enumerate(names)}
+    for file in set(weight_map.values()):
+        torch.save({name: state[name] for name in names if weight_map[name] == file}, directory / file)
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return directory
+
+
+def main_output(out) -> np.ndarray:
+    for name in ("logits", "start_logits", "last_hidden_state"):
+        if getattr(out, name, None) is not None:
+            value = getattr(out, name)
+            return value.detach().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    raise AssertionError(out)
+
+
+CASES = [(name, "OPTForCausalLM", "bin") for name in SMALL]
+CASES += [("opt-350m", "OPTForCausalLM", form) for form in ("safetensors", "safetensors-sharded", "bin-sharded")]
+CASES += [("galactica", cls, "bin") for cls in CLASSES if cls != "OPTForCausalLM"]
+
+
+@pytest.mark.parametrize("name, cls, form", CASES)
+def test_outputs_are_those_of_pytorch(tmp_path, name, cls, form):
+    hf = make_hf(name, cls)
+    source = save(hf, tmp_path / "hf", form)
+    assert main([str(source), str(tmp_path / "out")]) == 0
+    inputs = {k: v for k, v in batch(name, "left").items() if k != "labels"}
+    with torch.no_grad():
+        expected = main_output(hf(**{k: torch.from_numpy(v).long() for k, v in inputs.items()}))
+    model = getattr(opt_jax, cls).from_pretrained(tmp_path / "out")
+    direct = named_parameters(getattr(opt_jax, cls).from_pretrained(source))
+    for path, param in named_parameters(model).items():
+        np.testing.assert_array_equal(param.get_value(), direct[path].get_value())
+    found = main_output(model(**inputs))
+    if found.shape[1:2] == inputs["input_ids"].shape[1:]:  # one output per position: compare the real ones
+        real = inputs["attention_mask"] == 1
+        found, expected = found[real], expected[real]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_half_precision_bits(tmp_path, dtype, form):
+    hf = make_hf("opt-125m", dtype=dtype)
+    found = open_checkpoint(save(hf, tmp_path, form))
+    for name, tensor in hf.named_parameters():
+        assert found[name].dtype == dtype
+        assert found[name].tobytes() == tensor.detach().view(torch.int16).numpy().tobytes(), name
+
+
+def write_fixtures() -> None:
+    base = torch.arange(24, dtype=torch.float32)
+    matrix = base.reshape(4, 6)
+    views = {
+        "float32": matrix, "float16": base.half(), "bfloat16": base.bfloat16(),
+        "transposed": matrix.T, "shared_row": matrix[2], "steps": base[1::5], "expanded": base[3:6, None].expand(3, 4),
+        "parameter": torch.nn.Parameter(base[:3].clone()), "scalar": torch.tensor(7.0), "empty": torch.zeros(0, 5),
+    }  # fmt: skip
+    (FIXTURES / "tiny-opt").mkdir(parents=True, exist_ok=True)
+    torch.save(views, FIXTURES / "views.bin")
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=32, hidden_size=8, num_hidden_layers=1, ffn_dim=16, num_attention_heads=2, max_position_embeddings=8,
+        word_embed_proj_dim=4, do_layer_norm_before=False, architectures=["OPTForCausalLM"], dtype="float16",
+    )  # fmt: skip
+    model = transformers.OPTForCausalLM(config).half()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    config.save_pretrained(FIXTURES / "tiny-opt")
+    torch.save(model.state_dict(), FIXTURES / "tiny-opt" / "pytorch_model.bin")  # lm_head.weight is in it, tied
+    sums = {name: parameter.detach().double().abs().sum().item() for name, parameter in model.named_parameters()}
+    (FIXTURES / "tiny-opt" / "sums.json").write_text(json.dumps(sums, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(write_fixtures())

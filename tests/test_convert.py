@@ -1,0 +1,470 @@
+"""The converter, run as its users run it, on small checkpoints made without torch; and the readers of foreign files."""
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from hf_files import TINY, VARIANTS, global_, hf_weights, state_dict_pickle, tensor_pickle, torch_zip, write_hf
+
+import opt_jax
+from convert import names
+from convert.__main__ import main
+from convert.torch_files import read_safetensors, read_torch
+from opt_jax import OPTConfig, checkpoint, named_parameters
+
+DATA = Path(__file__).parent / "data"
+
+
+def load_hf_names(directory: Path) -> dict[str, np.ndarray]:
+    """What is on disk under DST, read by plain Orbax, under HF's names and in HF's orientation."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore((directory / "params").absolute())
+    found = {}
+    for path, array in checkpoint._flatten(tree).items():
+        name, transposed = names.to_hf(path)
+        found[name] = np.asarray(array).T if transposed else np.asarray(array)
+    return found
+
+
+def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype, name
+        assert found[name].shape == array.shape, name
+        assert found[name].tobytes() == array.tobytes(), name
+
+
+def convert(source: Path, destination: Path, *options: str) -> Path:
+    assert main([str(source), str(destination), *options]) == 0
+    assert sorted(p.name for p in destination.parent.iterdir() if p.name.startswith(".")) == []
+    return destination
+
+
+# What works -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["safetensors", "safetensors-sharded", "bin", "bin-sharded"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_every_form_and_dtype_arrives_bit_for_bit(tmp_path, form, dtype):
+    weights = hf_weights(TINY, dtype=dtype)
+    weights["model.decoder.layers.1.fc1.weight"].view(np.uint8)[:] = 255  # a NaN with all its bits
+    convert(write_hf(tmp_path / "hf", TINY, weights, form), tmp_path / "out")
+    assert_same(load_hf_names(tmp_path / "out"), weights)
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == TINY
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("head", ["lm_head", "score", "qa_outputs", ""])
+def test_every_architecture_and_class_arrives_and_loads(tmp_path, variant, head, caplog):
+    classes = {"lm_head": "OPTForCausalLM", "score": "OPTForSequenceClassification", "": "OPTModel"}
+    cls = classes.get(head, "OPTForQuestionAnswering")
+    config = VARIANTS[variant] | {"architectures": [cls]}
+    weights = hf_weights(config, head, "float16")
+    source = write_hf(tmp_path / "hf", config, weights)
+    convert(source, tmp_path / "out")
+    expected = {name if head else f"model.{name}": array for name, array in weights.items()}
+    assert_same(load_hf_names(tmp_path / "out"), expected)
+
+    with caplog.at_level(logging.WARNING, "opt_jax"):
+        from_hf = getattr(opt_jax, cls).from_pretrained(source, param_dtype="auto")
+        from_orbax = getattr(opt_jax, cls).from_pretrained(tmp_path / "out", param_dtype="auto")
+    assert not caplog.records  # nothing initialised, nothing dropped
+    params = named_parameters(from_hf)
+    for path, param in named_parameters(from_orbax).items():
+        name, transposed = names.to_hf(path)
+        for array in (np.asarray(param.get_value()), np.asarray(params[path].get_value())):
+            assert (array.T if transposed else array).tobytes() == expected[name].tobytes(), path
+
+
+def test_official_layouts_of_names(tmp_path):
+    """Base-model names, and a tied lm_head that is stored all the same: both are in files on the hub."""
+    weights = hf_weights(TINY)
+    expected = dict(weights)
+    weights["lm_head.weight"] = weights["model.decoder.embed_tokens.weight"]
+    convert(write_hf(tmp_path / "tied", TINY, weights), tmp_path / "out1")
+    assert_same(load_hf_names(tmp_path / "out1"), expected)
+    bare = {name.removeprefix("model."): array for name, array in weights.items()}
+    convert(write_hf(tmp_path / "bare", TINY, bare, "bin"), tmp_path / "out2")
+    assert_same(load_hf_names(tmp_path / "out2"), expected)
+
+
+def test_files_written_by_torch(tmp_path):
+    """tests/data/torch was made by tests/parity/test_convert_parity.py with torch itself."""
+    arange = np.arange(24, dtype=np.float32)
+    expected = {
+        "float32": arange.reshape(4, 6),
+        "float16": arange.astype(np.float16),
+        "bfloat16": arange.astype(ml_dtypes.bfloat16),
+        "transposed": arange.reshape(4, 6).T,
+        "shared_row": arange.reshape(4, 6)[2],
+        "steps": arange[1::5],
+        "expanded": np.broadcast_to(arange[3:6, None], (3, 4)),
+        "parameter": arange[:3],
+        "scalar": np.float32(7),
+        "empty": np.zeros((0, 5), np.float32),
+    }
+    found = read_torch(DATA / "torch" / "views.bin")
+    assert_same({k: np.array(v) for k, v in found.items()}, {k: np.asarray(v) for k, v in expected.items()})
+    assert not found["float32"].flags.writeable
+
+    convert(DATA / "torch" / "tiny-opt", tmp_path / "out")
+    out = load_hf_names(tmp_path / "out")
+    golden = json.loads((DATA / "torch" / "tiny-opt" / "sums.json").read_text())
+    assert {name: float(np.abs(a.astype(np.float64)).sum()) for name, a in out.items()} == pytest.approx(golden)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("asked", ["float32", "bfloat16", "float16"])
+def test_dtype_casts_and_says_so_in_the_config(tmp_path, stored, asked):
+    config = TINY | {"dtype": stored}
+    weights = hf_weights(config, dtype=stored)
+    convert(write_hf(tmp_path / "hf", config, weights), tmp_path / "out", "--dtype", asked)
+    kind = getattr(ml_dtypes, asked, asked)
+    assert_same(load_hf_names(tmp_path / "out"), {name: array.astype(kind) for name, array in weights.items()})
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config | {"dtype": asked}
+
+
+def test_companion_files_travel(tmp_path):
+    source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
+    files = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+             "added_tokens.json", "generation_config.json")  # fmt: skip
+    for name in (*files, "flax_model.msgpack"):
+        (source / name).write_text(f"content of {name}")
+    out = convert(source, tmp_path / "out")
+    assert sorted(p.name for p in out.iterdir()) == sorted([*files, "config.json", "params"])
+    assert all((out / name).read_text() == f"content of {name}" for name in files)
+
+
+def test_command_needs_neither_torch_nor_noise(tmp_path):
+    source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY, dtype="float16"), "bin")
+    (tmp_path / "shadow").mkdir()
+    (tmp_path / "shadow" / "torch.py").write_text("raise ImportError('torch is not needed')")
+    command = [sys.executable, "-W", "error", "-m", "convert", str(source), str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "shadow")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=DATA.parents[1], env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    count = sum(a.size for a in hf_weights(TINY).values())
+    pattern = rf"\S+out: {count:,} parameters, {2 * count:,} bytes, [0-9.]+ seconds, peak RSS [0-9,]+ MB\n"
+    assert re.fullmatch(pattern, done.stdout)
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+def refused(capsys, source: Path, destination: Path, *options: str) -> str:
+    """The one line on stderr; nothing is left behind, beside DST either."""
+    before = sorted(destination.parent.iterdir())
+    capsys.readouterr()
+    assert main([str(source), str(destination), *options]) == 1
+    assert sorted(destination.parent.iterdir()) == before
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+def test_existing_destination(tmp_path, capsys):
+    source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
+    weights = hf_weights(TINY, dtype="float16")
+    out = convert(write_hf(tmp_path / "half", TINY, weights), tmp_path / "out")
+    assert "--overwrite" in refused(capsys, source, out)
+    assert_same(load_hf_names(out), weights)
+    (tmp_path / "broken").mkdir()
+    assert "config" in refused(capsys, tmp_path / "broken", out, "--overwrite")  # the old one survives a failure
+    assert_same(load_hf_names(out), weights)
+    convert(source, out, "--overwrite")
+    assert_same(load_hf_names(out), hf_weights(TINY))
+    assert "not a model directory" in refused(capsys, source, source, "--overwrite")
+    (tmp_path / "file").write_text("precious")
+    assert "not a model directory" in refused(capsys, source, tmp_path / "file", "--overwrite")
+    assert "Orbax model directory already" in refused(capsys, out, tmp_path / "out2")
+
+
+@pytest.mark.parametrize("options", [["--frobnicate"], ["--dtype", "int8"], ["third"]])
+def test_bad_usage(tmp_path, capsys, options):
+    source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
+    with pytest.raises(SystemExit) as exit:
+        main([str(source), str(tmp_path / "out"), *options])
+    assert exit.value.code == 2 and not (tmp_path / "out").exists()
+
+
+FC1 = "model.decoder.layers.1.fc1.weight"
+EMBED = "model.decoder.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(
+    "config, changes, message",
+    [
+        (TINY, {FC1: None}, f"tensor {FC1} is missing"),
+        (TINY, {"model.decoder.final_layer_norm.bias": None}, "tensor model.decoder.final_layer_norm.bias is missing"),
+        (TINY, {"score.weight": np.zeros((2, 8))}, "tensor score.weight is left over"),
+        (TINY, {"model.decoder.layers.2.fc1.weight": np.zeros((16, 8))}, "tensor model.decoder.layers.2.fc1.weight is"),
+        (TINY, {"model.decoder.layers.01.fc1.weight": np.zeros((16, 8))}, "layers.01.fc1.weight is left over"),
+        (TINY, {"model.decoder.version": np.zeros(1)}, "tensor model.decoder.version is left over"),
+        (TINY, {"decoder.embed_tokens.weight": np.zeros((48, 8))}, "decoder.embed_tokens.weight is there twice"),
+        (TINY, {FC1: np.zeros((8, 16))}, f"tensor {FC1} has shape (8, 16), but the config calls for (16, 8)"),
+        (TINY, {EMBED: np.zeros((48, 8, 1))}, f"tensor {EMBED} has shape (48, 8, 1)"),
+        (TINY, {"lm_head.weight": np.zeros((48, 8))}, "tensor lm_head.weight differs"),
+        (TINY, {"lm_head.weight": np.zeros((47, 8))}, "tensor lm_head.weight differs"),
+        (VARIANTS["untied"], {"lm_head.weight": None}, "tensor lm_head.weight is missing"),
+        (VARIANTS["350m"], {"model.decoder.final_layer_norm.weight": np.zeros(8)}, "final_layer_norm.weight is left"),
+        (TINY, {FC1: np.zeros((16, 8), np.int32)}, f"tensor {FC1} is int32"),
+        (TINY, {FC1: np.zeros((16, 8), np.float64)}, f"tensor {FC1} is float64"),
+        (TINY | {"architectures": ["GPT2Model"]}, {}, "architectures=['GPT2Model']"),
+        (TINY | {"model_type": "gpt2"}, {}, "model_type is 'gpt2'"),
+        (TINY | {"hidden_size": "8"}, {}, "hidden_size='8'"),
+    ],
+)  # fmt: skip
+def test_tensors_that_do_not_fit(tmp_path, capsys, config, changes, message):
+    weights = hf_weights(config | {"hidden_size": 8}) | changes
+    weights = {name: array for name, array in weights.items() if array is not None}
+    source = write_hf(tmp_path / "hf", config, weights)
+    assert message in refused(capsys, source, tmp_path / "out")
+
+
+def test_cast_that_would_overflow(tmp_path, capsys):
+    weights = hf_weights(TINY)
+    weights[FC1][3, 4] = 1e5
+    source = write_hf(tmp_path / "hf", TINY, weights)
+    assert FC1 in refused(capsys, source, tmp_path / "out", "--dtype", "float16")
+    weights[FC1][3, 4] = np.inf  # as it is: kept
+    convert(write_hf(tmp_path / "inf", TINY, weights), tmp_path / "out", "--dtype", "float16")
+
+
+@pytest.mark.parametrize("form", ["safetensors-sharded", "bin-sharded"])
+def test_shards_that_contradict_the_index(tmp_path, capsys, form):
+    weights = hf_weights(TINY)
+    source = write_hf(tmp_path / "hf", TINY, weights, form)
+    first, second = sorted(p for p in source.iterdir() if "-of-" in p.name)
+    index = next(source.glob("*.index.json"))
+    content = json.loads(index.read_text())
+
+    def with_map(**changes) -> str:
+        index.write_text(json.dumps({"weight_map": content["weight_map"] | changes}))
+        return refused(capsys, source, tmp_path / "out")
+
+    assert "tensor nowhere is missing" in with_map(nowhere=first.name)
+    assert "outside its directory" in with_map(nowhere="../" + first.name)
+    assert "not an index" in with_map(nowhere=7)
+    index.write_text(json.dumps(content))
+    whole = second.read_bytes()
+    second.write_bytes(first.read_bytes())
+    assert "in another shard" in refused(capsys, source, tmp_path / "out")
+    second.write_bytes(whole)
+    convert(source, tmp_path / "fine")
+    second.unlink()
+    assert second.name in refused(capsys, source, tmp_path / "out")
+    index.write_text("[]")
+    assert index.name in refused(capsys, source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_truncated_at_every_place(tmp_path, capsys, form):
+    source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY, dtype="float16"), form)
+    file = next(p for p in source.iterdir() if p.name != "config.json")
+    whole = file.read_bytes()
+    for length in [0, 1, 7, 8, 9, 100, *range(200, len(whole), 997), len(whole) - 1]:
+        file.write_bytes(whole[:length])
+        assert str(file) in refused(capsys, source, tmp_path / "out")
+    file.write_bytes(whole + b"\0" * 8)
+    if form == "safetensors":
+        assert "belong to none" in refused(capsys, source, tmp_path / "out")
+
+
+def test_other_things_than_weights(tmp_path, capsys):
+    source = write_hf(tmp_path / "hf", TINY, {})
+    (source / "model.safetensors").unlink()
+    assert "no weights" in refused(capsys, source, tmp_path / "out")
+    file = source / "pytorch_model.bin"
+    for content, message in [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "Git LFS pointer"),
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02", "before 1.6"),
+        (b"\0" * 257 + b"ustar" + b"\0" * 250, "before 1.6"),
+        (b"<html>not found</html>", "not a file written by torch.save"),
+    ]:
+        file.write_bytes(content)
+        assert message in refused(capsys, source, tmp_path / "out")
+    file.unlink()
+    (source / "config.json").unlink()
+    assert "config" in refused(capsys, source, tmp_path / "out")
+    assert "no directory" in refused(capsys, tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_cut_short_by_an_error_while_writing(tmp_path, capsys):
+    """The last tensor fails: those before it are on disk already, and must go."""
+    weights = hf_weights(TINY)
+    weights["model.decoder.final_layer_norm.bias"][:] = 1e30
+    source = write_hf(tmp_path / "hf", TINY, weights)
+    assert "final_layer_norm.bias" in refused(capsys, source, tmp_path / "out", "--dtype", "float16")
+
+
+# Hostile and damaged torch files --------------------------------------------------------------------------------------
+
+
+def write_state(path: Path, entry: bytes, storages=None, **kwargs) -> Path:
+    """A file whose state dict has one entry, "x", made by the pickle opcodes `entry`."""
+    start = state_dict_pickle({})[:-1]
+    pickled = start + b"(X\x01\0\0\0x" + entry + b"u."
+    torch_zip(path, pickled, {"0": bytes(64)} if storages is None else storages, **kwargs)
+    return path
+
+
+@pytest.mark.parametrize(
+    "asks_for, opcodes",
+    [
+        ("os.system", global_("os system") + b"(X\x0e\0\0\0touch pwned.txttR"),
+        ("posix.system", b"X\5\0\0\0posixX\6\0\0\0system\x93(X\x0e\0\0\0touch pwned.txttR"),
+        ("builtins.eval", global_("builtins eval") + b"(X\4\0\0\0exittR"),
+        ("collections.OrderedDict.fromkeys", b"X\x0b\0\0\0collectionsX\x14\0\0\0OrderedDict.fromkeys\x93"),
+        ("torch.storage._load_from_bytes", global_("torch.storage _load_from_bytes") + b"(tR"),
+        ("torch.jit._script.unpickle", b"(itorch.jit._script\nunpickle\n"),
+        ("numpy.core.multiarray._reconstruct", global_("numpy.core.multiarray _reconstruct")),
+    ],
+)
+def test_pickle_that_asks_for_code_is_refused_by_name(tmp_path, capsys, monkeypatch, asks_for, opcodes):
+    monkeypatch.chdir(tmp_path)
+    write_state(write_hf(tmp_path / "hf", TINY, {}, "bin") / "pytorch_model.bin", opcodes)
+    assert f"asks for {asks_for};" in refused(capsys, tmp_path / "hf", tmp_path / "out")
+    assert not (tmp_path / "pwned.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        (tensor_pickle("0", "float32", 16, 0, (4, 5)), "tensor x: it reaches beyond"),
+        (tensor_pickle("0", "float32", 16, 1, (16,)), "tensor x: it reaches beyond"),
+        (tensor_pickle("0", "float32", 16, 0, (2, 2), (20, 1)), "tensor x: it reaches beyond"),
+        (tensor_pickle("0", "float32", 17, 0, (16,)), "tensor x: its storage 0 has 64 bytes"),
+        (tensor_pickle("1", "float32", 16, 0, (16,)), "tensor x: record data/1 is not in the file"),
+        (tensor_pickle("../data.pkl", "float32", 1, 0, (1,)), "tensor x: record data/../data.pkl is not in the file"),
+        (tensor_pickle("0", "float32", 16, -1, (4,)), "tensor x: malformed"),
+        (tensor_pickle("0", "float32", 16, 0, (-4,)), "tensor x: malformed"),
+        (tensor_pickle("0", "float32", 16, 3, (4,), (-1,)), "tensor x: malformed"),
+        (tensor_pickle("0", "float32", 16, 0, (4,), (1, 1)), "tensor x: malformed"),
+        (b"I7\n", "entry 'x' is a int"),
+        (b"}", "entry 'x' is a dict"),
+        (b"", "the pickle in it is damaged"),
+        (global_("torch Size") + tensor_pickle("0", "float32", 16, 0, (4,)) + b"\x85R", "damaged"),
+        # BUILD tries to change what a global stands for; later files must not notice.
+        (global_("torch._utils _rebuild_tensor_v2") + b"N}X\x08\0\0\0__code__Ns\x86b", "damaged"),
+    ],
+)
+def test_malformed_tensors_are_named(tmp_path, entry, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_torch(write_state(tmp_path / "x.bin", entry))
+    tensor, data = tensor_pickle("0", "float32", 16, 2, (2, 3), (1, 4)), np.arange(16, dtype="f4").tobytes()
+    good = write_state(tmp_path / "good.bin", tensor, {"0": data})
+    np.testing.assert_array_equal(read_torch(good)["x"], [[2, 6, 10], [3, 7, 11]])
+
+
+def test_odd_archives(tmp_path):
+    import zipfile
+
+    tensor = tensor_pickle("0", "float32", 16, 0, (16,))
+    with pytest.raises(ValueError, match="big-endian"):
+        read_torch(write_state(tmp_path / "a.bin", tensor, byteorder="big"))
+    with pytest.raises(ValueError, match="compressed"):
+        read_torch(write_state(tmp_path / "b.bin", tensor, compression=zipfile.ZIP_DEFLATED))
+    with zipfile.ZipFile(tmp_path / "c.bin", "w") as archive:
+        archive.writestr("hello.txt", "hello")
+    with pytest.raises(ValueError, match="not one written by torch.save"):
+        read_torch(tmp_path / "c.bin")
+    torch_zip(tmp_path / "d.bin", b"\x80\x02]q\0.", {})
+    with pytest.raises(ValueError, match="holds a list"):
+        read_torch(tmp_path / "d.bin")
+    # torch may leave the checksums 0: they are not looked at
+    path = write_state(tmp_path / "e.bin", tensor)
+    raw = bytearray(path.read_bytes())
+    for signature, offset in ((b"PK\x03\x04", 14), (b"PK\x01\x02", 16)):
+        at = -1
+        while (at := raw.find(signature, at + 1)) >= 0:
+            raw[at + offset : at + offset + 4] = bytes(4)
+    path.write_bytes(raw)
+    assert read_torch(path)["x"].shape == (16,)
+
+
+def safetensors_bytes(header, data: bytes = bytes(16)) -> bytes:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(raw).to_bytes(8, "little") + raw + data
+
+
+@pytest.mark.parametrize(
+    "header, message",
+    [
+        ({"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 12]}}, "tensor x (F32, shape [4]) does not fill"),
+        ({"x": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}}, "tensor x ends at byte 32 of 16"),
+        ({"x": {"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}}, "tensor x has a malformed"),
+        ({"x": {"dtype": "F32", "shape": 4, "data_offsets": [0, 16]}}, "tensor x has a malformed"),
+        ({"x": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}, "tensor x has a malformed"),
+        ({"x": [1, 2]}, "tensor x has a malformed"),
+        ({"x": {"dtype": "F8_E4M3", "shape": [16], "data_offsets": [0, 16]}}, "tensor x has dtype F8_E4M3"),
+        ({"x": {"dtype": ["F32"], "shape": [4], "data_offsets": [0, 16]}}, "tensor x has"),
+        ({"x": {"dtype": "F32", "shape": [3], "data_offsets": [4, 16]}}, "tensor x overlaps another or leaves a gap"),
+        ({n: {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} for n in "xy"}, "tensor y overlaps another"),
+        ({}, "16 bytes after the last tensor"),
+        (b'{"x": {"dtype": "U8", "shape": [16], "data_offsets": [0, 16]}, "x": {}}', "'x' is there twice"),
+        (b"[]", "header is damaged"),
+        (b"\xff\xfe", "header is damaged"),
+        (b"[" * 100_000, "header is damaged"),
+    ],
+)
+def test_damaged_safetensors_headers(tmp_path, header, message):
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(safetensors_bytes(header))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_safetensors(file)
+
+
+def test_safetensors_may_be_unaligned_and_in_any_order(tmp_path):
+    header = {
+        "__metadata__": {"format": "pt"},
+        "b": {"dtype": "BF16", "shape": [2, 1], "data_offsets": [5, 9]},
+        "a": {"dtype": "U8", "shape": [5], "data_offsets": [0, 5]},
+        "c": {"dtype": "F32", "shape": [], "data_offsets": [9, 13]},
+        "d": {"dtype": "F16", "shape": [3, 0], "data_offsets": [13, 13]},
+    }
+    data = bytes(range(5)) + np.array([1.5, -2], ml_dtypes.bfloat16).tobytes() + np.float32(3).tobytes()
+    (tmp_path / "x").write_bytes(safetensors_bytes(header, data))
+    found = read_safetensors(tmp_path / "x")
+    assert found.keys() == {"a", "b", "c", "d"} and found["c"] == 3 and found["d"].shape == (3, 0)
+    np.testing.assert_array_equal(found["b"].astype(np.float32), [[1.5], [-2]])
+
+
+# The table ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("cls", ["OPTForCausalLM", "OPTForSequenceClassification", "OPTForQuestionAnswering"])
+def test_name_table_is_a_bijection(variant, cls):
+    shapes = checkpoint.expected_shapes(getattr(opt_jax, cls), OPTConfig.from_hf(VARIANTS[variant]))
+    hf_names = {path: names.to_hf(path) for path in shapes}
+    assert len({name for name, _ in hf_names.values()}) == len(shapes)
+    for path, (name, transposed) in hf_names.items():
+        assert names.from_hf(name) == (path, transposed)
+        if name.startswith("model."):
+            assert names.from_hf(name.removeprefix("model.")) == (path, transposed)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "model.lm_head.weight",
+        "model.decoder.layers.*.fc1.weight",
+        "model.decoder.layers.-1.fc1.weight",
+        "model.decoder.layers.007.fc1.weight",
+        "model.decoder.layers.\u0661.fc1.weight",  # a digit to str.isdigit
+        "model.decoder.layers.1.layers.2.fc1.weight",
+        "model.model.decoder.embed_tokens.weight",
+    ],
+)
+def test_name_table_has_nothing_else(name):
+    with pytest.raises(KeyError):
+        names.from_hf(name)
