@@ -73,6 +73,8 @@ def _array(name: str, value: Any, integer: bool) -> jax.Array:
         raise ValueError(f"{name} must be integers, not {value.dtype}")
     if not (np.issubdtype(value.dtype, np.number) or jnp.issubdtype(value.dtype, jnp.inexact) or value.dtype == bool):
         raise ValueError(f"{name} must be numbers, not {value.dtype}")
+    if integer and isinstance(value, np.ndarray):
+        value = value.astype(np.int32)  # here, because jnp.asarray compiles a conversion for every shape
     return jnp.asarray(value, jnp.int32) if integer else jnp.asarray(value)
 
 

@@ -1,0 +1,283 @@
+"""The compiled loop against the plain model called without a cache; HF's `generate` is in tests/parity."""
+
+import re
+import warnings
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from opt_jax import OPTConfig, OPTForCausalLM, OPTModel, stack_layers
+from opt_jax import generate as module
+from opt_jax.generate import bucket, generate, stream
+
+PAD, EOS = 1, 2
+CONFIG = OPTConfig(
+    vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, ffn_dim=40, max_position_embeddings=64,
+    word_embed_proj_dim=16, init_std=0.3,
+)  # fmt: skip
+# Left-padded; the second row has no pad, the third a hole, which its mask hides.
+IDS = np.array([[1, 1, 1, 7, 9], [4, 5, 6, 7, 8], [3, 9, 1, 5, 11]], np.int32)
+MASK = (IDS != PAD).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return OPTForCausalLM(CONFIG, rngs=nnx.Rngs(3))
+
+
+def by_hand(model, row, n, eos=()):
+    """Greedy continuation of one row of real tokens: the whole sequence through the model for every token.
+
+    (The sequence is filled up behind, where nobody looks, so that there is one length to compile.)
+    """
+    ids, start = np.zeros((1, 64), np.int32), len(row)
+    ids[0, :start] = row
+    for i in range(start, start + n):
+        ids[0, i] = np.argmax(np.asarray(model(ids).logits)[0, i - 1])
+        if ids[0, i] in eos:
+            break
+    return ids[0, start : i + 1].tolist()
+
+
+def test_greedy_is_the_argmax_of_the_model_called_without_a_cache(model):
+    out = generate(model, IDS, MASK, max_new_tokens=12, eos_token_id=[])
+    assert out.sequences.dtype == np.int32 and out.sequences.shape == (3, 17)
+    np.testing.assert_array_equal(out.sequences[:, :5], IDS)
+    rows = [by_hand(model, row[mask > 0], 12) for row, mask in zip(IDS, MASK, strict=True)]
+    assert len(set(map(tuple, rows))) == 3 and all(len(set(row)) > 3 for row in rows)  # else the test is no test
+    assert out.sequences[:, 5:].tolist() == rows
+
+
+def test_rows_end_at_their_end_token_and_are_padded(model):
+    free = [by_hand(model, row[mask > 0], 20) for row, mask in zip(IDS, MASK, strict=True)]
+    ends = [free[0][2], free[1][5], free[2][3]]  # each row meets one of them, at different steps
+    rows = [by_hand(model, row[mask > 0], 20, ends) for row, mask in zip(IDS, MASK, strict=True)]
+    lengths = [len(row) for row in rows]
+    assert len(set(lengths)) > 1 and max(lengths) < 20
+    out = generate(model, IDS, MASK, max_new_tokens=20, eos_token_id=ends, pad_token_id=60)
+    expected = [row + [60] * (max(lengths) - len(row)) for row in rows]
+    assert out.sequences[:, 5:].tolist() == expected
+    # one end token, as a number; and the default, the config's
+    one = generate(model, IDS[:1], MASK[:1], max_new_tokens=20, eos_token_id=ends[0])
+    assert one.sequences[0, 5:].tolist() == by_hand(model, IDS[0, 3:], 20, ends[:1])
+    model.config, config = OPTConfig(**(vars(CONFIG) | {"eos_token_id": ends[0]})), model.config
+    try:
+        np.testing.assert_array_equal(generate(model, IDS[:1], MASK[:1], max_new_tokens=20), one.sequences)
+    finally:
+        model.config = config
+
+
+def test_min_new_tokens(model):
+    free = by_hand(model, IDS[1], 10)
+    end = free[0]
+    assert generate(model, IDS[1:2], max_new_tokens=10, eos_token_id=end).sequences.shape == (1, 6)
+    out = generate(model, IDS[1:2], max_new_tokens=10, eos_token_id=end, min_new_tokens=4).sequences[0, 5:]
+    assert end not in out[:4] and len(out) >= 5
+    # what is not an end token is chosen as ever
+    assert out[0] == np.argsort(np.asarray(model(IDS[1:2]).logits)[0, -1])[-2]
+
+
+def test_lengths(model):
+    assert generate(model, IDS, MASK, eos_token_id=[]).sequences.shape == (3, 25)  # HF v5: 20 new tokens
+    assert generate(model, IDS, MASK, max_length=7, eos_token_id=[]).sequences.shape == (3, 7)
+    assert generate(model, IDS, MASK, max_new_tokens=1, eos_token_id=[]).sequences.shape == (3, 6)
+    long = np.random.RandomState(0).randint(3, 61, (1, 50)).astype(np.int32)
+    full = generate(model, long, eos_token_id=[])  # what the context has room for
+    assert full.sequences.shape == (1, 64)
+    assert full.sequences[0, 50:].tolist() == by_hand(model, long[0], 14)
+    # pads take no room
+    padded = np.pad(long[:, :44], ((0, 0), (20, 0)), constant_values=PAD)
+    out = generate(model, padded, max_new_tokens=20, eos_token_id=[]).sequences
+    assert out[0, 64:].tolist() == by_hand(model, long[0, :44], 20)
+
+
+def test_inputs_of_every_kind(model):
+    expected = generate(model, IDS, MASK, max_new_tokens=5).sequences
+    for kind in (np.ndarray.tolist, partial(np.asarray, dtype=np.int64), jnp.asarray):
+        np.testing.assert_array_equal(model.generate(kind(IDS), kind(MASK), max_new_tokens=5).sequences, expected)
+    # as in HF, pads are found by their id where there is no mask, unless the pad is an end token too
+    np.testing.assert_array_equal(model.generate(IDS, max_new_tokens=5).sequences, expected)
+    unmasked = model.generate(IDS, np.ones_like(IDS), max_new_tokens=5).sequences
+    assert not np.array_equal(unmasked, expected)
+    np.testing.assert_array_equal(model.generate(IDS, max_new_tokens=5, pad_token_id=EOS).sequences, unmasked)
+
+
+def test_output_is_read_like_a_tensor(model):
+    out = model.generate(IDS, MASK, max_new_tokens=4)
+    assert len(out) == 3 and [row.tolist() for row in out] == out.sequences.tolist()
+    np.testing.assert_array_equal(out[0], out.sequences[0])
+    np.testing.assert_array_equal(out[:, 5:], out.sequences[:, 5:])
+
+
+SAMPLE = dict(do_sample=True, max_new_tokens=12, eos_token_id=[])
+
+
+def test_sampling_is_repeatable_and_depends_on_the_seed(model):
+    one, again, other = (model.generate(IDS, MASK, **SAMPLE, seed=seed).sequences for seed in (1, 1, 2**32 - 1))
+    np.testing.assert_array_equal(one, again)
+    assert not np.array_equal(one, other)
+    greedy = model.generate(IDS, MASK, max_new_tokens=12, eos_token_id=[]).sequences
+    assert not np.array_equal(one, greedy)
+    for limit in (dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-4)):
+        np.testing.assert_array_equal(model.generate(IDS, MASK, **SAMPLE, **limit).sequences, greedy)
+
+
+def test_a_row_does_not_depend_on_the_others_or_on_padding(model):
+    out = model.generate(IDS, MASK, **SAMPLE, seed=9).sequences[:, 5:]
+    changed = IDS.copy()
+    changed[0], changed[2] = 33, 44
+    np.testing.assert_array_equal(model.generate(changed, **SAMPLE, seed=9).sequences[1, 5:], out[1])
+    np.testing.assert_array_equal(model.generate(IDS[:1, 3:], **SAMPLE, seed=9).sequences[0, 2:], out[0])
+    wide = [np.pad(x, ((0, 0), (30, 0)), constant_values=value) for x, value in ((IDS, PAD), (MASK, 0))]
+    np.testing.assert_array_equal(model.generate(*wide, **SAMPLE, seed=9).sequences[:, 35:], out)
+    # rows with the same prompt draw different tokens
+    same = model.generate(np.tile(IDS[1], (3, 1)), **SAMPLE).sequences
+    assert len({tuple(row) for row in same}) == 3
+
+
+@pytest.mark.parametrize("options", [dict(), dict(do_sample=True, top_k=9, seed=4)], ids=["greedy", "sampling"])
+def test_stream_gives_the_same_tokens(model, options):
+    free = generate(model, IDS, MASK, max_new_tokens=20, eos_token_id=[], **options).sequences[:, 5:]
+    for ends in ([], [free[0, 3], free[1, 6], free[2, 6]]):
+        out = generate(model, IDS, MASK, max_new_tokens=20, eos_token_id=ends, **options).sequences[:, 5:]
+        steps = list(stream(model, IDS, MASK, max_new_tokens=20, eos_token_id=ends, **options))
+        assert all(step.dtype == np.int32 and step.shape == (3,) for step in steps)
+        np.testing.assert_array_equal(np.stack(steps, axis=1), out)
+        assert (out.shape[1] < 20) == bool(ends)
+
+
+def test_stream_checks_at_once_and_can_be_left(model):
+    with pytest.raises(ValueError, match="top_k"):
+        stream(model, IDS, MASK, top_k=3)
+    tokens = stream(model, IDS, MASK, max_new_tokens=20)
+    first = next(tokens)
+    tokens.close()
+    np.testing.assert_array_equal(first, generate(model, IDS, MASK, max_new_tokens=1).sequences[:, 5])
+
+
+@pytest.fixture
+def compiled():
+    """Names of what JAX compiles during the test."""
+    names = []
+
+    def listen(event, duration_secs, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(kwargs["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_compiles_once_per_bucket_batch_and_kind(model, compiled):
+    jax.clear_caches()
+    rows = np.random.RandomState(0).randint(3, 61, (4, 32)).astype(np.int32)
+
+    def run(batch, length, **options):
+        del compiled[:]
+        model.generate(rows[:batch, :length], **options)
+        return sorted(name for name in compiled if re.search("prefill|decode", name)), compiled
+
+    both = ["jit(_decode)", "jit(_prefill)"]
+    assert run(2, 10, max_new_tokens=8)[0] == both
+    for length in (1, 9, 16):
+        for options in (
+            dict(max_new_tokens=5, eos_token_id=7, pad_token_id=5),
+            dict(max_new_tokens=8, eos_token_id=[3, 4, 5], min_new_tokens=2),
+            dict(max_length=length + 3, eos_token_id=[]),
+        ):
+            assert run(2, length, **options)[1] == [], (length, options)
+    list(stream(model, rows[:2, :10], max_new_tokens=7))
+    assert compiled == []
+
+    assert run(2, 10, max_new_tokens=8, do_sample=True)[0] == both
+    for options in (
+        dict(temperature=0.3), dict(top_k=5), dict(top_p=0.7), dict(seed=11), dict(eos_token_id=[7]),
+        dict(temperature=2, top_k=3, top_p=0.2, seed=2**32 - 1, min_new_tokens=3),
+    ):  # fmt: skip
+        assert run(2, 11, max_new_tokens=6, do_sample=True, **options)[1] == [], options
+    assert run(3, 10, max_new_tokens=8)[0] == both
+    assert run(2, 17, max_new_tokens=8)[0] == both
+    assert run(2, 17, max_new_tokens=20)[0] == both
+
+
+def test_buckets(model):
+    sizes = [bucket(n) for n in range(1, 2049)]
+    assert sorted(set(sizes)) == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
+    assert all(n <= size and (size == 16 or 2 * size <= 3 * n) for n, size in enumerate(sizes, 1))
+    for length in (17, 33, 60):  # a bucket past the context is cut to it
+        ids = np.full((1, length), 5, np.int32)
+        assert module._check(model, ids).padded_ids.shape[1] <= 64
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_the_loop_updates_the_cache_in_place(model, do_sample):
+    request = module._check(model, IDS, MASK, max_new_tokens=30, do_sample=do_sample)
+    state, _, _ = module._start(model, request)
+    lowered = module._decode.lower(model, state, request.options, np.int32(30), do_sample=do_sample)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a donated buffer that cannot be used
+        program = lowered.compile()
+    shape = ",".join(map(str, state.cache.k[0].shape))
+    results = re.findall(rf"= f32\[{shape}\]\S* ([\w-]+)\(", program.as_text() or "")
+    assert results and not {"copy", "select", "gather", "concatenate"} & set(results), results
+    cache = 2 * CONFIG.num_hidden_layers * state.cache.k[0].nbytes
+    memory = program.memory_analysis()
+    assert memory and memory.alias_size_in_bytes >= cache and memory.temp_size_in_bytes < cache / 2
+    module._decode(model, state, request.options, np.int32(30), do_sample=do_sample)
+    assert all(x.is_deleted() for x in (*state.cache.k, *state.cache.v, state.tokens))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (dict(temperature=0.0, do_sample=True), "temperature=0.0 .*do_sample=False"),
+        (dict(temperature=-1, do_sample=True), "temperature=-1"),
+        (dict(temperature=float("nan"), do_sample=True), "temperature"),
+        (dict(top_p=0.0, do_sample=True), "top_p=0.0"),
+        (dict(top_p=1.1, do_sample=True), "top_p=1.1"),
+        (dict(top_k=-1, do_sample=True), "top_k=-1"),
+        (dict(temperature=0.5), "temperature without effect: .*do_sample=True"),
+        (dict(top_k=5, top_p=0.5), "top_k, top_p without effect"),
+        (dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
+        (dict(max_length=5), "max_length=5 leaves no new token"),
+        (dict(max_new_tokens=5, max_length=20), "not both"),
+        (dict(max_new_tokens=60), "5 tokens and 60 new ones .*max_position_embeddings=64"),
+        (dict(max_new_tokens=5, min_new_tokens=6), "min_new_tokens=6"),
+        (dict(min_new_tokens=-1), "min_new_tokens=-1"),
+        (dict(eos_token_id=61), "eos_token_id holds 61"),
+        (dict(eos_token_id=[2, -1]), r"eos_token_id holds -1.*\[\]"),
+        (dict(pad_token_id=-100), "pad_token_id holds -100"),
+        (dict(seed=-1), "seed=-1"),
+        (dict(seed=2**32), "seed"),
+        (dict(attention_mask=MASK[:2]), r"\(3, 5\), not \(2, 5\)"),
+        (dict(attention_mask=MASK[:, ::-1]), "row 0 ends with padding.*left"),
+        (dict(attention_mask=MASK * [[1], [0], [1]]), "row 1 has no token.*BOS"),
+        (dict(input_ids=[[PAD, PAD]]), "row 0 has no token"),
+        (dict(input_ids=[[5, PAD]]), "row 0 ends with padding"),
+        (dict(input_ids=np.zeros((1, 0), np.int32)), "empty"),
+        (dict(input_ids=np.zeros((0, 4), np.int32)), "empty"),
+        (dict(input_ids=[5, 6]), "batch, tokens"),
+        (dict(input_ids=[[5], [5, 6]]), "different lengths"),
+        (dict(input_ids=[[5.0]]), "integers"),
+        (dict(input_ids=[[61]]), "61"),
+        (dict(input_ids=np.full((1, 65), 5)), "65 tokens"),
+        (dict(input_ids=np.full((1, 64), 5)), "64 tokens and 1 new ones"),
+    ],
+)
+def test_errors(model, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        generate(model, **(dict(input_ids=IDS) | arguments))
+
+
+def test_unsuitable_models():
+    with pytest.raises(ValueError, match="unstack_layers"):
+        generate(stack_layers(OPTForCausalLM(CONFIG, rngs=nnx.Rngs(0))), IDS)
+    with pytest.raises(ValueError, match="OPTForCausalLM"):
+        generate(OPTModel(CONFIG, rngs=nnx.Rngs(0)), IDS)  # type: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="num_beams"):
+        generate(OPTForCausalLM(CONFIG, rngs=nnx.Rngs(0)), IDS, num_beams=2)  # type: ignore[reportCallIssue]
