@@ -27,7 +27,7 @@ from opt_jax.training.step import batch_loss, make_train_step, new_model, new_st
 # The model of a run without --model: 1.1M parameters, minutes on two CPU cores. Deviations from the paper's recipe: no
 # dropout, because so short a run does not overfit, and a wider initialisation, because 0.006 suits wide models.
 SMALL = OPTConfig(
-    vocab_size=2048, hidden_size=128, num_hidden_layers=4, ffn_dim=512, num_attention_heads=4,
+    vocab_size=2048, hidden_size=128, num_hidden_layers=4, ffn_dim=512, num_attention_heads=2,
     max_position_embeddings=256, dropout=0.0, init_std=0.02,
 )  # fmt: skip
 
@@ -51,14 +51,15 @@ class Options:
     """Directory or hub id. Default: the starting checkpoint's, else one is trained on the data."""
     vocab_size: int | None = None
     """Entries of the tokenizer trained on the data. Default: the model's vocabulary."""
-    steps: int = 1000
+    steps: int = 500
     batch_size: int = 16
     """Sequences per step, over all devices."""
     seq_len: int | None = None
     """Tokens per sequence. Default: the model's max_position_embeddings."""
     learning_rate: float = 2e-3
-    """The peak; reached after the warm-up, then falling linearly to a tenth at the last step."""
-    warmup_steps: int = 100
+    """The peak, reached after the warm-up; then it falls linearly to a tenth at the last step. The paper's are lower:
+    6e-4 (125m), 3e-4 (350m), 2e-4 (1.3b) ... 1.2e-4 (175b)."""
+    warmup_steps: int = 50
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     dropout: float | None = None
@@ -73,10 +74,10 @@ class Options:
     # These may differ from one start of a run to the next.
     mesh: str | None = None
     """Devices, as in data=2,fsdp=4 (-1: the rest). Default: all on fsdp."""
-    checkpoint_every: int = 200
+    checkpoint_every: int = 100
     """Steps between checkpoints; there is always one at the end."""
     keep_checkpoints: int = 2
-    eval_every: int = 200
+    eval_every: int = 100
     """Steps between measurements of the loss on held-out documents; there is always one at the end."""
     eval_batches: int = 10
     log_every: int = 20
@@ -126,7 +127,9 @@ def model_config(options: Options) -> tuple[OPTConfig, str | None]:
         start = str(hub.resolve(name))
         config = OPTConfig.from_hf(start)
         if "init_std" in changes:
-            raise ValueError("--init-std does nothing to a checkpoint's weights: leave it out")
+            raise ValueError("--init-std is for new weights, but --model is a checkpoint: leave one of them out")
+    if options.vocab_size and (options.tokenizer or start):
+        raise ValueError("--vocab-size is for a tokenizer trained on the data: leave it out, or --tokenizer / --model")
     return dataclasses.replace(config, **changes), start
 
 
@@ -178,11 +181,9 @@ def main(options: Options) -> None:
         "options": dataclasses.asdict(options) | {"seq_len": seq_len, "dtype": dtype},
         "model": config.to_hf(),
     }
+    resuming = (output / "run.json").exists()
     compare_with_first_start(output / "run.json", record)
-    output.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(output / "checkpoints", options.keep_checkpoints)
-    first = checkpoints.latest_step() or 0
-    if first == options.steps and (output / "model").is_dir():
+    if resuming and (output / "model").exists():
         say(f"{output} is finished: {options.steps} steps. Try it: opt-jax generate --model {output}")
         return
 
@@ -192,16 +193,14 @@ def main(options: Options) -> None:
 
     files = data.find_files(options.data) if options.data else data.stdlib_files()
     training, held_out = data.split_documents(data.read_documents(files))
-    tokenizer_directory = output / "tokenizer"
-    if is_main and not tokenizer_directory.is_dir():
-        if options.tokenizer or start:
-            tokenizer = OPTTokenizer.from_pretrained(options.tokenizer or str(start))
-        else:
-            size = options.vocab_size or config.vocab_size
-            say(f"training a tokenizer of {size} entries on {sum(map(len, training)) / 1e6:.1f}M characters")
-            tokenizer = data.train_tokenizer(training, size)
-        data.save_tokenizer(tokenizer, tokenizer_directory)
-    tokenizer = OPTTokenizer.from_pretrained(str(tokenizer_directory))
+    if resuming:
+        tokenizer = OPTTokenizer.from_pretrained(output / "tokenizer")
+    elif options.tokenizer or start:
+        tokenizer = OPTTokenizer.from_pretrained(options.tokenizer or str(start))
+    else:
+        size = options.vocab_size or config.vocab_size
+        say(f"training a tokenizer of {size} entries on {sum(map(len, training)) / 1e6:.1f}M characters")
+        tokenizer = data.train_tokenizer(training, size)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} entries, but the model's vocabulary ends at {config.vocab_size}: "
@@ -215,10 +214,21 @@ def main(options: Options) -> None:
 
     record["data"] = {"tokens": len(tokens), "fingerprint": data.fingerprint(tokens)}
     compare_with_first_start(output / "run.json", record)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Nothing is written before this line, where all that was asked for is known to make sense
+    # -----------------------------------------------------------------------------------------------------------------
+
     if is_main:
+        output.mkdir(parents=True, exist_ok=True)
+        if not resuming:
+            data.save_tokenizer(tokenizer, output / "tokenizer")
         temporary = output / "run.json.tmp"
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, output / "run.json")
+    checkpoints = Checkpoints(output / "checkpoints", options.keep_checkpoints)
+    first = checkpoints.latest_step() or 0
+    if is_main:
         cut_back(output / "metrics.jsonl", first)
 
     # -----------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from opt_jax.checkpoint import CHUNK_BYTES
@@ -46,8 +47,9 @@ class Checkpoints:
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         leaves = restored["params"] | restored["optimizer"]
         state = jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in named_leaves(abstract)])
-        # Through a compiled copy: arrays that Orbax made may own their memory in ways that donation cannot reuse.
-        return jax.jit(lambda s: jax.tree.map(lambda x: x.copy(), s), out_shardings=shardings)(state)
+        # Some arrays as Orbax makes them cannot be donated to the first step, which then needs their memory twice. The
+        # outputs of a compiled function can; those that could be already are passed through, not copied.
+        return jax.jit(lambda s: jax.tree.map(jnp.copy, s), donate_argnums=0, out_shardings=shardings)(state)
 
     def close(self) -> None:
         self._manager.close()

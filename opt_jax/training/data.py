@@ -128,6 +128,7 @@ def save_tokenizer(tokenizer: OPTTokenizer, directory: Path) -> None:
     temporary = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     tokenizer.save_pretrained(temporary)
+    shutil.rmtree(directory, ignore_errors=True)  # of a start that was killed before it could say that it had begun
     os.replace(temporary, directory)
 
 

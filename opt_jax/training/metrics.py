@@ -61,9 +61,10 @@ class Metrics:
 
         val_loss: measures the held-out loss, after the time of the training step has been taken.
         """
-        numbers = {name: float(value) for name, value in jax.device_get(measured).items()}
+        fetched = jax.device_get(measured)
         seconds = time.perf_counter() - self._last
-        values = {"step": step, **numbers, "tokens": step * self._tokens, "tokens_per_s": self._tokens / seconds}
+        values = {"step": step} | {name: float(fetched[name]) for name in ("loss", "lr", "grad_norm")}
+        values |= {"tokens": step * self._tokens, "tokens_per_s": self._tokens / seconds}
         if val_loss is not None and (measurement := val_loss()) is not None:
             values["val_loss"] = self._val_loss = measurement
         self._last = time.perf_counter()

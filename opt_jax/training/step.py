@@ -92,7 +92,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step) if uses_dropout else None
         loss, grads = jax.value_and_grad(batch_loss)(state.model, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)  # type: ignore[reportArgumentType]
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "lr": schedule(state.step)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "lr": schedule(state.step)}
         model = optax.apply_updates(state.model, updates)  # type: ignore[reportArgumentType]
         return TrainState(step=state.step + 1, model=model, opt_state=opt_state), metrics  # type: ignore[reportArgumentType]
 
