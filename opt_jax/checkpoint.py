@@ -319,7 +319,10 @@ class _OrbaxSource:
         self.path = directory.absolute() / "params"
         with self._reading() as checkpointer:
             tree: Any = checkpointer.metadata(self.path).item_metadata
-        self.found = {path: (tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in _flatten(tree.tree).items()}
+            if tree is None:  # Orbax keeps the reason to itself
+                raise ValueError("its metadata are damaged or do not belong to its data")
+            leaves = _flatten(tree.tree)
+            self.found = {path: (tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in leaves.items()}
 
     @contextmanager
     def _reading(self) -> Iterator[ocp.Checkpointer]:

@@ -42,14 +42,14 @@ def resolve(
     path = Path(name).expanduser()
     if name == "tiny":
         path = Path(str(importlib.resources.files("opt_jax") / "tiny"))
-    if path.is_dir():
+    if name and path.is_dir():
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for models on the hub, but {name} is a local directory")
         return path / "model" if (path / "model" / "config.json").is_file() else path
-    if path.exists():
+    if name and path.exists():
         raise ValueError(f"{name} is a file; give the directory it is in")
     if name == "tiny" or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise FileNotFoundError(f"no directory {name}" + (" in this package" if name == "tiny" else ""))
+        raise FileNotFoundError(f"no directory {name!r}" + (" in this package" if name == "tiny" else ""))
     return _download(name, weights, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
 
 
