@@ -1,0 +1,109 @@
+"""`opt-jax ...` on the command line. Each command imports what it needs when it runs, so that `--help` is quick."""
+
+import importlib.metadata
+import io
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+DEFAULT_NEW_TOKENS = 200
+
+
+def generate(
+    prompts: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT ...")] = (),
+    /,
+    *,
+    model: str = "tiny",
+    max_new_tokens: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None,
+    temperature: float = 0.7,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> None:
+    """Continue prompts; the text is printed as it is produced.
+
+    Args:
+      prompts: The texts to continue, one after the other. Without any, standard input is one prompt.
+      model: "tiny" (the model inside this package), a directory, or a Hugging Face hub id such as facebook/opt-125m.
+      max_new_tokens: The most tokens to add to a prompt; None: 200, or what the context has room for.
+      temperature: How random: 0 always takes the most likely token.
+      top_k: Draw from this many of the most likely tokens; 0: from all.
+      top_p: Draw from the fewest most likely tokens with this much of the probability.
+      seed: Another seed, another text.
+    """
+    prompts = prompts or (_read_stdin(),)
+
+    from opt_jax.text import OPTTokenizer
+
+    tokenizer = OPTTokenizer.from_pretrained(model)  # before the weights: it fails sooner
+
+    from opt_jax.generate import stream
+    from opt_jax.model import OPTForCausalLM
+    from opt_jax.text import TextStream
+
+    language_model = OPTForCausalLM.from_pretrained(model)
+    options = dict(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p) if temperature else {}
+    for i, prompt in enumerate(prompts):
+        inputs = tokenizer(prompt, return_tensors="np")
+        room = language_model.config.max_position_embeddings - inputs["input_ids"].shape[1]
+        new = max(1, min(DEFAULT_NEW_TOKENS, room)) if max_new_tokens is None else max_new_tokens
+        tokens = stream(language_model, **inputs, max_new_tokens=new, seed=seed + i, **options)
+        _print("\n" * (i > 0) + prompt)
+        text = TextStream(tokenizer)
+        for token in tokens:
+            _print(text.put(token))
+        _print(text.end() + "\n")
+
+
+COMMANDS = {"generate": generate}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """The program: runs a command and returns its exit status. What the user got wrong is one line on stderr."""
+    args = sys.argv[1:] if args is None else list(args)
+    if args in (["--version"], ["-V"]):
+        print(f"opt-jax {importlib.metadata.version('opt-jax')}")
+        return 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 gets "?"
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"opt-jax: warning: {message}", file=sys.stderr)
+            tyro.extras.subcommand_cli_from_dict(
+                COMMANDS,
+                prog="opt-jax",
+                description="OPT language models in JAX. --version shows the version.",
+                args=args,
+            )
+    except BrokenPipeError:  # the reader of a pipe has left; Python would complain again when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a program that the signal ended
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"opt-jax: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _read_stdin() -> str:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise ValueError('no prompt: pass one, as in opt-jax generate "def main():", or pipe it in')
+    text = sys.stdin.buffer.read().decode("utf-8", errors="replace").removesuffix("\n").removesuffix("\r")
+    if not text:
+        raise ValueError("no prompt: standard input is empty")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
