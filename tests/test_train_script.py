@@ -1,0 +1,224 @@
+"""train.py as its users run it: from nothing to a model, killed, resumed, refused."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import train
+from opt_jax import OPTConfig, OPTForCausalLM, OPTTokenizer
+
+REPOSITORY = Path(train.__file__).parent
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """Options of a run of seconds: a config file, text that no dictionary has, dropout on."""
+    directory = tmp_path_factory.mktemp("train")
+    config = OPTConfig(
+        vocab_size=304, hidden_size=16, num_hidden_layers=2, ffn_dim=32, num_attention_heads=2,
+        max_position_embeddings=32, dropout=0.1, init_std=0.05,
+    )  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config.to_hf()))
+    rng = random.Random(0)
+    lines = [
+        json.dumps({"text": " ".join(rng.choices(["def", "return", "self", "x", "(", ")"], k=60))}) for _ in range(40)
+    ]
+    (directory / "text.jsonl").write_text("\n".join(lines) + "\n")
+    return dict(
+        data=(str(directory / "text.jsonl"),), model=str(directory / "config.json"), steps=STEPS, batch_size=8,
+        warmup_steps=5, learning_rate=6e-4, checkpoint_every=5, eval_every=10, eval_batches=2,
+    )  # fmt: skip
+
+
+def run(options, output, **changes):
+    train.main(train.Options(**(options | dict(output=str(output)) | changes)))
+    return metrics(output)
+
+
+def metrics(output):
+    return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+
+
+def command_line(options, output, **changes):
+    words = [sys.executable, "-W", "error", str(REPOSITORY / "train.py")]
+    for name, value in (options | dict(output=str(output)) | changes).items():
+        words += ["--" + name.replace("_", "-"), *(value if isinstance(value, tuple) else [str(value)])]
+    return words
+
+
+def same(ours, theirs):
+    """Equal in everything but the time taken."""
+    timeless = lambda lines: [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]  # noqa: E731
+    assert timeless(ours) == timeless(theirs)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(options, tmp_path_factory):
+    """The finished run, one device, and what it printed."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    done = subprocess.run(
+        command_line(options, output, mesh="data=1"),
+        env=one_device_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return output, done.stdout
+
+
+def one_device_environment():
+    return os.environ | {"XLA_FLAGS": ""}
+
+
+def test_a_run_leaves_what_it_promises(uninterrupted):
+    output, printed = uninterrupted
+    lines = metrics(output)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert all({"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s"} <= set(line) for line in lines)
+    assert [line["step"] for line in lines if "val_loss" in line] == [10, 20, 30, 40]
+    assert lines[-1]["val_loss"] < lines[0]["loss"] and lines[-1]["tokens"] == STEPS * 8 * 32
+    record = json.loads((output / "run.json").read_text())
+    assert record["options"]["dtype"] == "float32" and record["options"]["seq_len"] == 32
+    assert record["model"]["hidden_size"] == 16
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["35", "40"]
+
+    model, tokenizer = OPTForCausalLM.from_pretrained(output), OPTTokenizer.from_pretrained(output)
+    out = model(tokenizer("def self return x", return_tensors="np").input_ids)
+    assert np.isfinite(np.asarray(out.logits)).all()
+    assert f"opt-jax generate --model {output}" in printed and "a sample from" in printed
+
+
+def test_a_finished_run_says_so(options, uninterrupted, capsys):
+    before = (uninterrupted[0] / "metrics.jsonl").read_bytes()
+    run(options, uninterrupted[0], mesh="data=-1", log_every=3, eval_every=7)
+    assert f"{uninterrupted[0]} is finished: {STEPS} steps" in capsys.readouterr().out
+    assert (uninterrupted[0] / "metrics.jsonl").read_bytes() == before
+
+
+def test_killed_and_started_again_it_goes_on_bitwise(options, uninterrupted, tmp_path):
+    """SIGKILL at two moments: before the first checkpoint, and somewhere behind a later one."""
+    output, command = tmp_path / "killed", command_line(options, tmp_path / "killed", mesh="data=1")
+    for lines in (2, 18):
+        process = subprocess.Popen(command, env=one_device_environment(), stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline:
+            if (output / "metrics.jsonl").exists() and (output / "metrics.jsonl").read_bytes().count(b"\n") >= lines:
+                break
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL  # it was still running
+        assert not (output / "model").exists()
+    with (output / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "lo')  # a line that was being written
+    done = subprocess.run(command, env=one_device_environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"steps 0 to {STEPS}" not in done.stdout  # it resumed
+    same(metrics(output), metrics(uninterrupted[0]))
+
+
+@pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
+def test_stops_as_asked_and_resumes_on_another_mesh(options, uninterrupted, tmp_path, capsys):
+    run(options, tmp_path / "run", stop_after=7, mesh="data=2,fsdp=4")
+    assert f"stopped after step 7 of {STEPS}" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "model").exists()
+    lines = run(options, tmp_path / "run", mesh="data=2,fsdp=2,tensor=2", checkpoint_every=1000, keep_checkpoints=1)
+    assert "steps 7 to" in capsys.readouterr().out
+    for name in ("loss", "lr", "grad_norm"):
+        ours, theirs = ([line[name] for line in part] for part in (lines, metrics(uninterrupted[0])))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5 if name == "loss" else 1e-4, err_msg=name)
+
+
+def test_a_changed_run_is_refused_with_the_difference(options, uninterrupted, tmp_path):
+    output = uninterrupted[0]
+    with pytest.raises(ValueError, match=r"(?s)started differently:\n  options: seed was 0, is now 1\n.*--output"):
+        run(options, output, seed=1)
+    config = json.loads(Path(options["model"]).read_text())
+    Path(tmp_path / "config.json").write_text(json.dumps(config | {"ffn_dim": 64}))
+    with pytest.raises(ValueError, match=r"model: ffn_dim was 32, is now 64"):
+        run(options, output, model=str(tmp_path / "config.json"))
+    # The same path, but other text in it.
+    (tmp_path / "text.jsonl").write_text(Path(options["data"][0]).read_text())
+    changed = options | dict(data=(str(tmp_path / "text.jsonl"),))
+    run(changed, tmp_path / "run", stop_after=1)
+    with (tmp_path / "text.jsonl").open("a") as file:
+        file.write('{"text": "def more"}\n')
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"data: fingerprint was"):
+        run(changed, tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_option_younger_than_the_run_counts_as_its_default(options, tmp_path):
+    run(options, tmp_path / "run", stop_after=1)
+    path = tmp_path / "run" / "run.json"
+    record = json.loads(path.read_text())
+    del record["options"]["weight_decay"]
+    path.write_text(json.dumps(record))
+    run(options, tmp_path / "run", stop_after=1)
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="weight_decay was 0.1, is now 0.2"):
+        run(options, tmp_path / "run", weight_decay=0.2)
+
+
+def test_starts_from_a_checkpoint_with_its_tokenizer(options, uninterrupted, tmp_path):
+    start = str(uninterrupted[0])
+    lines = run(options, tmp_path / "run", model=start, dropout=0.0, stop_after=2)
+    assert lines[0]["loss"] < metrics(start)[0]["loss"] - 0.05  # goes on where the checkpoint was
+    for name in ("vocab.json", "merges.txt"):
+        assert (tmp_path / "run" / "tokenizer" / name).read_text() == (Path(start) / "tokenizer" / name).read_text()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["model"]["dropout"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(steps=0), "--steps 0: must be at least 1"),
+        (dict(learning_rate=0.0), "--learning-rate 0.0: must be above 0"),
+        (dict(warmup_steps=-1), "--warmup-steps -1: must not be negative"),
+        (dict(seq_len=64), "--seq-len 64: the model has 32 positions"),
+        (dict(batch_size=6, mesh="data=-1"), "--batch-size 6 does not divide over the mesh's data x fsdp = 8"),
+        (dict(mesh="rows=2"), "unknown axis 'rows'"),
+        (dict(dropout=1.5), "dropout=1.5 must be a probability"),
+        (dict(vocab_size=100), "a vocabulary of 100 does not hold"),
+        (dict(vocab_size=305), "the tokenizer has 305 entries, but the model's vocabulary ends at 304"),
+        (dict(vocab_size=300, tokenizer="x"), "--vocab-size is for a tokenizer trained on the data"),
+        (dict(model="no-such-dir/config.json"), "no OPT configuration at no-such-dir/config.json"),
+        (dict(data=("no-such-file",)), "no-such-file: no such file or directory"),
+    ],
+)
+def test_bad_options_are_one_clear_error(options, tmp_path, changes, message):
+    if "mesh" in changes and len(jax.devices()) < 8:
+        pytest.skip("needs eight devices")
+    if changes.get("vocab_size") == 305:  # needs text that gives that many
+        (tmp_path / "text.txt").write_text("".join(f"variable_{i} = {i}\n" for i in range(2000)))
+        changes = changes | dict(data=(str(tmp_path / "text.txt"),))
+    with pytest.raises((ValueError, OSError), match=message):
+        run(options, tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_options_are_errors_and_help_lists_all():
+    for words, code, text in ((["--sede", "3"], 2, "--sede"), (["--help"], 0, "--learning-rate")):
+        done = subprocess.run(
+            [sys.executable, str(REPOSITORY / "train.py"), *words], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code and text in done.stdout + done.stderr
+
+
+def test_errors_reach_the_shell_as_one_line(options, tmp_path):
+    command = command_line(options, tmp_path / "run", data=("no-such-file",))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "train.py: error: no-such-file: no such file or directory\n"
