@@ -1,0 +1,70 @@
+"""opt-jax in a minute on a CPU: convert a PyTorch checkpoint, restore it, generate, train, resume. `make demo` runs it.
+
+Every step is a command that you can type yourself; the script prints each before it runs it.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RUN = Path("runs/demo")  # below the repository; made anew every time
+
+PROMPTS = (
+    'def read_lines(path):\n    """',
+    "class Queue:\n    def __init__(self",
+)
+
+
+def heading(text: str) -> None:
+    print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n== {text}")
+
+
+def run(program: str, *arguments: str) -> None:
+    """Print a command as one would type it, then run it with this interpreter's environment."""
+    print("$", shlex.join([program, *arguments]), flush=True)
+    tools = Path(sys.executable).parent
+    environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"}
+    subprocess.run([tools / program, *arguments], check=True, cwd=REPOSITORY, env=environment)
+
+
+def main() -> None:
+    start = time.monotonic()
+    shutil.rmtree(REPOSITORY / RUN, ignore_errors=True)
+
+    heading("1. Convert: the embedded checkpoint, in the layout of PyTorch transformers, to Orbax")
+    run("python", "-m", "convert", "tiny", f"{RUN}/tiny")
+
+    heading("2. Generate: restore the Orbax checkpoint, and print the text as it is produced")
+    run("opt-jax", "generate", "--model", f"{RUN}/tiny", "--max-new-tokens", "64", *PROMPTS)
+
+    heading("3. Train it further on the standard library's sources: 20 steps, stopping at 10")
+    train = ["python", "train.py", "--model", f"{RUN}/tiny", "--output", f"{RUN}/training", "--steps", "20"]
+    train += "--batch-size 8 --seq-len 128 --learning-rate 1e-4 --warmup-steps 5 --log-every 5".split()
+    run(*train, "--stop-after", "10")
+    heading("4. The same command again: it resumes by itself")
+    run(*train)
+
+    heading(f"Done in {time.monotonic() - start:.0f} seconds. Next:")
+    suggestions = {
+        'opt-jax generate "def "': "a prompt of your own (--help: sampling, length, ...)",
+        f'opt-jax generate --model {RUN}/training "def "': "the model just trained",
+        "python train.py": "one trained from scratch, in about three minutes",
+        "python -m convert facebook/opt-125m opt-125m": "Meta's own weights (downloads 250 MB)",
+        'opt-jax generate --model opt-125m "In the city of"': "",
+        "examples/quickstart.ipynb": "logits, hidden states, gradients, attention",
+    }
+    print("  source .venv/bin/activate")
+    for command, purpose in suggestions.items():
+        print(f"  {command:<52}{purpose}".rstrip())
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except subprocess.CalledProcessError as e:
+        sys.exit(f"demo: the command above failed (exit code {e.returncode})")
