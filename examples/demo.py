@@ -1,5 +1,7 @@
 """opt-jax in a minute on a CPU: convert a PyTorch checkpoint, restore it, generate, train, resume. `make demo` runs it.
 
+    python examples/demo.py [DIRECTORY]     default: runs/demo, made anew every time
+
 Every step is a command that you can type yourself; the script prints each before it runs it.
 """
 
@@ -12,7 +14,6 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-RUN = Path("runs/demo")  # below the repository; made anew every time
 
 PROMPTS = (
     'def read_lines(path):\n    """',
@@ -32,18 +33,18 @@ def run(program: str, *arguments: str) -> None:
     subprocess.run([tools / program, *arguments], check=True, cwd=REPOSITORY, env=environment)
 
 
-def main() -> None:
+def main(directory: str = "runs/demo") -> None:
     start = time.monotonic()
-    shutil.rmtree(REPOSITORY / RUN, ignore_errors=True)
+    shutil.rmtree(REPOSITORY / directory, ignore_errors=True)
 
     heading("1. Convert: the embedded checkpoint, in the layout of PyTorch transformers, to Orbax")
-    run("python", "-m", "convert", "tiny", f"{RUN}/tiny")
+    run("python", "-m", "convert", "tiny", f"{directory}/tiny")
 
     heading("2. Generate: restore the Orbax checkpoint, and print the text as it is produced")
-    run("opt-jax", "generate", "--model", f"{RUN}/tiny", "--max-new-tokens", "64", *PROMPTS)
+    run("opt-jax", "generate", "--model", f"{directory}/tiny", "--max-new-tokens", "64", *PROMPTS)
 
     heading("3. Train it further on the standard library's sources: 20 steps, stopping at 10")
-    train = ["python", "train.py", "--model", f"{RUN}/tiny", "--output", f"{RUN}/training", "--steps", "20"]
+    train = ["python", "train.py", "--model", f"{directory}/tiny", "--output", f"{directory}/training", "--steps", "20"]
     train += "--batch-size 8 --seq-len 128 --learning-rate 1e-4 --warmup-steps 5 --log-every 5".split()
     run(*train, "--stop-after", "10")
     heading("4. The same command again: it resumes by itself")
@@ -52,7 +53,7 @@ def main() -> None:
     heading(f"Done in {time.monotonic() - start:.0f} seconds. Next:")
     suggestions = {
         'opt-jax generate "def "': "a prompt of your own (--help: sampling, length, ...)",
-        f'opt-jax generate --model {RUN}/training "def "': "the model just trained",
+        f'opt-jax generate --model {directory}/training "def "': "the model just trained",
         "python train.py": "one trained from scratch, in about three minutes",
         "python -m convert facebook/opt-125m opt-125m": "Meta's own weights (downloads 250 MB)",
         'opt-jax generate --model opt-125m "In the city of"': "",
@@ -65,6 +66,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        main()
+        main(*sys.argv[1:])
     except subprocess.CalledProcessError as e:
         sys.exit(f"demo: the command above failed (exit code {e.returncode})")

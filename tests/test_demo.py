@@ -1,0 +1,28 @@
+"""`make demo`, without the installation: it reaches its end and prints nothing that looks like trouble."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+
+@pytest.mark.slow
+def test_demo(tmp_path):
+    environment = {
+        name: value for name, value in os.environ.items() if name != "XLA_FLAGS"
+    }  # one device, as a user has
+    command = [sys.executable, REPOSITORY / "examples" / "demo.py", tmp_path / "demo"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stderr == ""
+    for expected in (
+        "parameters, ",
+        "def read_lines(path):",
+        "stopped after step 10 of 20",
+        "steps 10 to 20",
+        "step 20/20",
+    ):
+        assert expected in run.stdout, run.stdout
+    assert "Done in" in run.stdout.splitlines()[-8]
