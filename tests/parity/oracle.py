@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from reference import CONFIGS, draw, our_model
+from reference import CONFIGS, draw
 
 import opt_jax
-from opt_jax import OPTConfig, named_parameters
+from opt_jax import OPTConfig, named_parameters, stack_layers
 
 torch = pytest.importorskip("torch", reason="parity tests compare with PyTorch")
 transformers = pytest.importorskip("transformers", reason="parity tests compare with transformers")
+torch.set_num_threads(1)  # threads that wait for each other cost small models more than they give
 
 
 def hf_config(config: OPTConfig):
@@ -40,13 +41,16 @@ def make_hf(name: str, cls: str = "OPTForCausalLM", dtype=jnp.float32, seed: int
     return model.to(getattr(torch, jnp.dtype(dtype).name)).eval()
 
 
-def make_pair(name: str, cls: str = "OPTForCausalLM", dtype=jnp.float32, seed: int = 0, **config):
+def make_pair(name: str, cls: str = "OPTForCausalLM", dtype=jnp.float32, seed: int = 0, scan_layers=False, **config):
     """(PyTorch model, our model) with the same random weights, LayerNorms and biases included, computing in `dtype`.
 
     name: a key of `reference.CONFIGS`; `config` replaces fields of it.
     """
     hf = make_hf(name, cls, dtype, seed, **config)
-    return hf, our_model(name, cls, dtype, dtype, seed, **config)
+    settings = dataclasses.replace(CONFIGS[name], **config)
+    model = getattr(opt_jax, cls)(settings, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+    set_parameters(model, dict(hf.named_parameters()))
+    return hf, stack_layers(model) if scan_layers else model
 
 
 def to_jax(hf_model, our_cls, dtype=jnp.float32, param_dtype=jnp.float32):
@@ -54,7 +58,7 @@ def to_jax(hf_model, our_cls, dtype=jnp.float32, param_dtype=jnp.float32):
     our_cls = getattr(opt_jax, our_cls) if isinstance(our_cls, str) else our_cls
     config = OPTConfig.from_hf(hf_model.config.to_dict())
     model = our_cls(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype)
-    set_parameters(model, {name: tensor.detach() for name, tensor in hf_model.named_parameters()})
+    set_parameters(model, dict(hf_model.named_parameters()))
     return model
 
 
@@ -73,8 +77,7 @@ def canonical(tensors) -> dict[str, np.ndarray]:
     values = {}
     for name, tensor in tensors.items():
         path, transposed = canonical_path(name)
-        value = tensor.detach().float().numpy()
-        values[path] = value.T if transposed else value
+        values[path] = to_numpy(tensor.T if transposed else tensor)
     return values
 
 

@@ -33,6 +33,14 @@ CLASSES = ("OPTModel", "OPTForCausalLM", "OPTForSequenceClassification", "OPTFor
 PADDINGS = ("none", "left", "right")
 
 
+def i32(values) -> np.ndarray:
+    return np.asarray(values, np.int32)
+
+
+def f32(values) -> np.ndarray:
+    return np.asarray(values, np.float32)
+
+
 def draw(path: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     """The float32 weight at a canonical path; scaled so that activations and logits are of order one."""
     random = np.random.RandomState((zlib.crc32(path.encode()) + seed) % 2**32)
