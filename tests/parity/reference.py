@@ -81,3 +81,36 @@ def batch(name: str, padding: str = "none", rows: int = 3, length: int = 10, see
         if padding == "left" and pads:
             labels[row, pads] = -100
     return dict(input_ids=ids, attention_mask=mask, labels=labels)
+
+
+# The computations whose results are stored in tests/goldens: class, changes to the config, inputs besides ids and mask.
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, np.ndarray]]] = {
+    "causal": ("OPTForCausalLM", {}, {}),
+    "regression": (
+        "OPTForSequenceClassification",
+        dict(problem_type="regression", num_labels=3),
+        dict(labels=f32([[0.5, -1, 2], [1, 2, 3], [0, 0, 1]])),
+    ),
+    "single_label": (
+        "OPTForSequenceClassification",
+        dict(problem_type="single_label_classification", num_labels=4),
+        dict(labels=i32([3, 0, 1])),
+    ),
+    "multi_label": (
+        "OPTForSequenceClassification",
+        dict(problem_type="multi_label_classification", num_labels=4),
+        dict(labels=f32([[1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 1, 1]])),
+    ),
+    "answers": (
+        "OPTForQuestionAnswering",
+        {},
+        dict(start_positions=i32([-4, 10, 7]), end_positions=i32([3, 9, 99])),
+    ),
+}
+
+
+def case_inputs(name: str, case: str, padding: str) -> dict[str, np.ndarray]:
+    inputs = batch(name, padding)
+    if case != "causal":
+        del inputs["labels"]
+    return inputs | CASES[case][2]

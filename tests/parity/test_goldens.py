@@ -1,0 +1,85 @@
+"""Our models against numbers that PyTorch computed earlier (make_goldens.py): parity where PyTorch is not installed."""
+
+import jax
+import numpy as np
+import pytest
+from reference import CASES, PADDINGS, SMALL, case_inputs, our_model
+
+from opt_jax import named_parameters
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module", params=SMALL)
+def golden(request):
+    """(name, {key: array}) of one configuration."""
+    path = request.path.parents[1] / "goldens" / f"{request.param}.npz"
+    with np.load(path) as arrays:
+        return request.param, dict(arrays)
+
+
+def assert_close(got, expected, mask=...):
+    got, expected = np.asarray(got)[mask], expected[mask]
+    assert got.shape == expected.shape
+    assert np.abs(got - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+def test_causal_lm(golden):
+    """Plain calls, every padding; with left padding also hidden states, attentions and all gradients."""
+    name, arrays = golden
+    model = our_model(name)
+    for padding in PADDINGS:
+        inputs = case_inputs(name, "causal", padding)
+        mask = inputs["attention_mask"] == 1
+        got = model(**inputs, output_hidden_states=True, output_attentions=True)
+        assert_close(got.logits, arrays[f"causal/{padding}/logits"], mask)
+        assert_close(got.loss, arrays[f"causal/{padding}/loss"])
+        if padding == "left":
+            for i, x in enumerate(got.hidden_states):
+                assert_close(x, arrays[f"causal/left/hidden_states.{i}"], mask)
+            for i, x in enumerate(got.attentions):
+                x, expected = (np.moveaxis(np.asarray(a), 1, 2) for a in (x, arrays[f"causal/left/attentions.{i}"]))
+                assert_close(x, expected, mask)
+
+            gradients = named_parameters(jax.grad(lambda model, inputs: model(**inputs).loss)(model, inputs))
+            expected = {path: arrays[f"causal/left/gradients.{path}"] for path in gradients}
+            assert len(expected) == sum("gradients" in key for key in arrays)
+            total = np.sqrt(sum(np.square(g).sum() for g in expected.values()))
+            for path, g in expected.items():
+                error = np.linalg.norm(gradients[path].get_value() - g)
+                assert error <= TOLERANCE * max(np.linalg.norm(g), 1e-3 * total), path
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "causal"])
+def test_heads(golden, case):
+    name, arrays = golden
+    cls, changes, _ = CASES[case]
+    model = our_model(name, cls, **changes)
+    for padding in PADDINGS:
+        inputs = case_inputs(name, case, padding)
+        got = model.forward(**inputs)  # not compiled: the operations are, once for all cases
+        assert_close(got.loss, arrays[f"{case}/{padding}/loss"])
+        if case == "answers":
+            mask = inputs["attention_mask"] == 1
+            assert_close(got.start_logits, arrays[f"{case}/{padding}/start_logits"], mask)
+            assert_close(got.end_logits, arrays[f"{case}/{padding}/end_logits"], mask)
+        else:
+            assert_close(got.logits, arrays[f"{case}/{padding}/logits"])
+
+
+def test_goldens_are_what_pytorch_computes(golden):
+    """The files belong to the weights, inputs and cases as they are now."""
+    pytest.importorskip("torch", reason="making goldens needs PyTorch")
+    pytest.importorskip("transformers", reason="making goldens needs transformers")
+    from make_goldens import goldens
+
+    name, arrays = golden
+    current = goldens(name)
+    assert current.keys() == arrays.keys()
+    for key, value in current.items():
+        np.testing.assert_allclose(arrays[key], value, rtol=0, atol=1e-5 * max(np.abs(value).max(), 0.1), err_msg=key)
+
+
+def test_goldens_are_small(request):
+    folder = request.path.parents[1] / "goldens"
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 1e6
