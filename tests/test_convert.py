@@ -29,8 +29,9 @@ def load_hf_names(directory: Path) -> dict[str, np.ndarray]:
         tree = checkpointer.restore((directory / "params").absolute())
     found = {}
     for path, array in checkpoint._flatten(tree).items():
-        name, transposed = names.to_hf(path)
-        found[name] = np.asarray(array).T if transposed else np.asarray(array)
+        kind = path.rpartition(".")[2]  # not by way of `names`: its mistakes must show
+        name = path.removesuffix(kind) + {"kernel": "weight", "embedding": "weight", "scale": "weight"}.get(kind, kind)
+        found[name] = np.asarray(array).T if kind == "kernel" else np.asarray(array)
     return found
 
 
