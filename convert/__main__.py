@@ -34,6 +34,7 @@ def run(
     """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.table import Column
 
     from convert.to_orbax import Totals, convert
     from opt_jax import checkpoint, hub
@@ -42,13 +43,13 @@ def run(
     checkpoint.check_destination(dst, overwrite)  # before a long download
     source = hub.resolve(src, revision=revision, cache_dir=cache_dir, local_files_only=offline)
     console = Console(stderr=True)
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-               TextColumn("{task.fields[name]}"))  # fmt: skip
+    name_column = TextColumn("{task.fields[name]}", table_column=Column(max_width=24, no_wrap=True))  # 80 in all
+    columns = (BarColumn(12), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), name_column)
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("", total=None, name="")
 
         def progress(name: str, written: int, totals: Totals) -> None:
-            bar.update(task, completed=written, total=totals.bytes, name=name)
+            bar.update(task, completed=written, total=totals.bytes, name=name.removeprefix("model.decoder."))
 
         totals = convert(source, dst, dtype=dtype, overwrite=overwrite, progress=progress)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
