@@ -15,7 +15,7 @@ def make_schedule(*, peak: float, warmup_steps: int, steps: int, final: float = 
     def schedule(step: ArrayLike) -> jax.Array:
         update = jnp.asarray(step, jnp.float32) + 1
         decayed = (update - warmup_steps) / max(steps - warmup_steps, 1)
-        return peak * jnp.minimum(update / max(warmup_steps, 1), 1 - (1 - final) * jnp.clip(decayed, 0, 1))
+        return peak * jnp.minimum(update / max(warmup_steps, 1), 1 - (1 - final) * decayed)
 
     return schedule
 
