@@ -32,7 +32,7 @@ clean:
 
 # The stamps make pip run again when the dependencies change, and only then.
 .venv/.installed: pyproject.toml | .venv/bin/python
-	@echo "Installing opt-jax into .venv (about 700 MB the first time) ..."
+	@echo "Installing opt-jax into .venv (JAX, Flax, Orbax: 800 MB on disk; a minute or two) ..."
 	@.venv/bin/python $(PIP_INSTALL) --editable .
 	@touch $@
 
