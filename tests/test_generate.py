@@ -122,6 +122,8 @@ def test_sampling_is_repeatable_and_depends_on_the_seed(model):
     assert not np.array_equal(one, other)
     greedy = model.generate(IDS, MASK, max_new_tokens=12, eos_token_id=[]).sequences
     assert not np.array_equal(one, greedy)
+    noise = model.generate(IDS, MASK, **SAMPLE, temperature=1e6).sequences[:, 5:]  # hardly anything else
+    assert all(len(set(row)) > 6 for row in noise)
     for limit in (dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-4)):
         np.testing.assert_array_equal(model.generate(IDS, MASK, **SAMPLE, **limit).sequences, greedy)
 
