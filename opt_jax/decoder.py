@@ -144,7 +144,7 @@ class OPTDecoder(nnx.Module):
     def __call__(
         self,
         input_ids: Int[Array, "B T"] | None,
-        attention_mask: Bool[Array, "B T"] | None,
+        attention_mask: Bool[Array, "B T"] | Int[Array, "B T"] | None,
         position_ids: Int[Array, "B T"] | None,
         segment_ids: Int[Array, "B T"] | None,
         inputs_embeds: Float[Array, "B T P"] | None,
@@ -153,6 +153,8 @@ class OPTDecoder(nnx.Module):
         output_attentions: bool,
         dropout_key: jax.Array | None,
     ) -> BaseModelOutput:
+        if attention_mask is not None:
+            attention_mask = attention_mask != 0
         if inputs_embeds is None:
             assert input_ids is not None
             inputs_embeds = self.embed_tokens(input_ids)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opt_jax.cache import KVCache
+from opt_jax.outputs import problem_type
 
 _INTEGERS = ("input_ids", "position_ids", "segment_ids", "start_positions", "end_positions")
 
@@ -54,12 +55,12 @@ def check_inputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         _check_range("position_ids", inputs["position_ids"], -1, config.max_position_embeddings - 1)
     if "labels" in inputs:
         _check_labels(model, inputs, batch, length)
-    if not 0 <= (keep := inputs.get("logits_to_keep", 0)) <= length:
-        raise ValueError(f"logits_to_keep={keep} must be between 0 (all) and the number of tokens, {length}")
+    _check_answers(inputs, batch)
+    _check_options(inputs, length)
     if cache is not None:
         if "segment_ids" in inputs:
             raise ValueError("segment_ids cannot be combined with a cache: a cache holds one segment per row")
-        _check_cache(config, cache, batch, length)
+        _check_cache(config, cache, batch, inputs.get("attention_mask"), length)
     return inputs
 
 
@@ -69,10 +70,12 @@ def _array(name: str, value: Any, integer: bool) -> jax.Array:
             value = np.asarray(value)
         except ValueError:
             raise ValueError(f"{name}: rows have different lengths; pad them and give an attention_mask") from None
-    if integer and not np.issubdtype(value.dtype, np.integer):
+    if integer and value.size and not np.issubdtype(value.dtype, np.integer):
         raise ValueError(f"{name} must be integers, not {value.dtype}")
     if not (np.issubdtype(value.dtype, np.number) or jnp.issubdtype(value.dtype, jnp.inexact) or value.dtype == bool):
         raise ValueError(f"{name} must be numbers, not {value.dtype}")
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
+        _check_range(name, value, -(2**31), 2**31 - 1)  # before the cast wraps them around
     if integer and isinstance(value, np.ndarray):
         value = value.astype(np.int32)  # here, because jnp.asarray compiles a conversion for every shape
     return jnp.asarray(value, jnp.int32) if integer else jnp.asarray(value)
@@ -118,14 +121,42 @@ def _check_labels(model: Any, inputs: dict[str, Any], batch: int, length: int) -
         if _is_known(labels):
             _check_range("labels", np.where(np.asarray(labels) == -100, 0, labels), 0, config.vocab_size - 1)
     elif hasattr(model, "score"):
-        if labels.size not in (batch, batch * config.num_labels):
-            raise ValueError(
-                f"labels must be [batch={batch}] or [batch={batch}, num_labels={config.num_labels}], "
-                f"not of shape {labels.shape}"
-            )
+        shapes, dtype, kind = [(batch,), (batch, 1)], labels.dtype, problem_type(config, labels.dtype)
+        if kind != "single_label_classification":
+            shapes = [(batch, config.num_labels)] + (shapes[:1] if config.num_labels == 1 else [])
+        if labels.shape not in shapes:
+            expected = " or ".join(map(str, shapes))
+            raise ValueError(f"labels for {kind} must be of shape {expected}, not {labels.shape}")
+        if kind == "single_label_classification":
+            if not jnp.issubdtype(dtype, jnp.integer):
+                raise ValueError(f"labels for {kind} must be integers, not {dtype}")
+            if _is_known(labels):
+                _check_range("labels", np.where(np.asarray(labels) == -100, 0, labels), 0, config.num_labels - 1)
 
 
-def _check_cache(config: Any, cache: KVCache, batch: int, length: int) -> None:
+def _check_answers(inputs: dict[str, Any], batch: int) -> None:
+    names = [name for name in ("start_positions", "end_positions") if name in inputs]
+    if len(names) == 1:
+        raise ValueError(f"{names[0]} alone gives no loss: give start_positions and end_positions")
+    for name in names:
+        if inputs[name].shape not in ((batch,), (batch, 1)):
+            raise ValueError(f"{name} must be [batch={batch}], not of shape {inputs[name].shape}")
+
+
+def _check_options(inputs: dict[str, Any], length: int) -> None:
+    if "logits_to_keep" in inputs:
+        keep = inputs["logits_to_keep"]
+        if not isinstance(keep, (int, np.integer)) or not 0 <= keep <= length:
+            raise ValueError(f"logits_to_keep={keep} must be between 0 (all) and the number of tokens, {length}")
+        inputs["logits_to_keep"] = int(keep)
+    for name in ("output_hidden_states", "output_attentions"):
+        if name in inputs:
+            inputs[name] = bool(inputs[name])
+    if "dropout_key" in inputs and not isinstance(inputs["dropout_key"], (jax.Array, np.ndarray)):
+        raise ValueError(f"dropout_key must be a key such as jax.random.key(0), not {inputs['dropout_key']!r}")
+
+
+def _check_cache(config: Any, cache: KVCache, batch: int, mask: jax.Array | None, length: int) -> None:
     shape = (config.num_hidden_layers, batch, config.num_attention_heads, cache.max_length, config.head_dim)
     if (len(cache.k), *cache.k[0].shape) != shape:
         raise ValueError(
@@ -137,7 +168,8 @@ def _check_cache(config: Any, cache: KVCache, batch: int, length: int) -> None:
             f"the cache has room for {cache.max_length - int(cache.column)} more tokens, not {length}: "
             "make it longer with init_cache"
         )
-    if _is_known(cache.next_position):
-        most = int(np.asarray(cache.next_position).max()) + length
+    if _is_known(cache.next_position) and (mask is None or _is_known(mask)):
+        new = length if mask is None else np.asarray(mask).sum(1)  # a pad takes no position
+        most = int((np.asarray(cache.next_position) + new).max())
         if most > config.max_position_embeddings:
             raise ValueError(f"position {most} exceeds max_position_embeddings={config.max_position_embeddings}")

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from opt_jax.cache import KVCache
@@ -71,16 +72,21 @@ def causal_lm_loss(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> 
     return cross_entropy(logits[:, :-1], labels[:, 1:])
 
 
+def problem_type(config: OPTConfig, labels_dtype: DTypeLike) -> str:
+    """`config.problem_type`, chosen as HF does when it is not set: by num_labels and the labels' dtype."""
+    if config.problem_type is not None:
+        return config.problem_type
+    if config.num_labels == 1:
+        return "regression"
+    is_integer = jnp.issubdtype(labels_dtype, jnp.integer)
+    return "single_label_classification" if is_integer else "multi_label_classification"
+
+
 def classification_loss(
     config: OPTConfig, logits: Float[Array, "B C"], labels: Int[Array, "..."] | Float[Array, "..."]
 ) -> Float[Array, ""]:
-    """Loss of `problem_type`, chosen as HF does when it is not set: by num_labels and the labels' dtype."""
-    kind = config.problem_type
-    if kind is None and config.num_labels == 1:
-        kind = "regression"
-    elif kind is None:
-        is_integer = jnp.issubdtype(labels.dtype, jnp.integer)
-        kind = "single_label_classification" if is_integer else "multi_label_classification"
+    """Loss of `problem_type(config, labels.dtype)`, in float32: HF `OPTForSequenceClassification`."""
+    kind = problem_type(config, labels.dtype)
     if kind == "single_label_classification":
         return cross_entropy(logits, labels.reshape(-1))
     targets = labels.reshape(logits.shape).astype(jnp.float32)
