@@ -1,6 +1,7 @@
 """Meshes, the table from parameter path to mesh axes, and a model on eight (fake) devices against one."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +129,7 @@ def loss_and_logits(model, inputs):
     [("opt-125m", "data=8"), ("opt-125m", "fsdp=8"), *((name, "data=2,fsdp=2,tensor=2") for name in SMALL)],
 )
 def test_a_mesh_computes_what_one_device_computes(name, spec):
-    shape = dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=32, ffn_dim=64, vocab_size=104)
+    shape: dict[str, Any] = dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=32, ffn_dim=64, vocab_size=104)
     inputs = batch(name, "left", rows=8)
     model = our_model(name, **shape)
     (loss, logits), gradients = jax.value_and_grad(loss_and_logits, has_aux=True)(model, inputs)

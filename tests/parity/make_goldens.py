@@ -5,6 +5,7 @@ Weights and inputs are not stored: reference.py draws them again.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from oracle import canonical, make_hf, to_numpy, torch_inputs
@@ -35,5 +36,6 @@ def goldens(name: str) -> dict[str, np.ndarray]:
 if __name__ == "__main__":
     GOLDENS.mkdir(exist_ok=True)
     for name in SMALL:
-        np.savez_compressed(GOLDENS / f"{name}.npz", **goldens(name))
+        arrays: dict[str, Any] = goldens(name)
+        np.savez_compressed(GOLDENS / f"{name}.npz", **arrays)
     print(f"{sum(f.stat().st_size for f in GOLDENS.iterdir())} bytes in {GOLDENS}")

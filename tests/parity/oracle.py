@@ -8,10 +8,8 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from reference import CONFIGS, draw
+from reference import CONFIGS, draw, unset_model
 
-import opt_jax
 from opt_jax import OPTConfig, named_parameters, stack_layers
 
 torch = pytest.importorskip("torch", reason="parity tests compare with PyTorch")
@@ -48,16 +46,15 @@ def make_pair(name: str, cls: str = "OPTForCausalLM", dtype=jnp.float32, seed: i
     """
     hf = make_hf(name, cls, dtype, seed, **config)
     settings = dataclasses.replace(CONFIGS[name], **config)
-    model = getattr(opt_jax, cls)(settings, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+    model = unset_model(settings, cls, dtype, dtype)
     set_parameters(model, dict(hf.named_parameters()))
     return hf, stack_layers(model) if scan_layers else model
 
 
 def to_jax(hf_model, our_cls, dtype=jnp.float32, param_dtype=jnp.float32):
     """A model of `our_cls` (class or name) with the weights of `hf_model`."""
-    our_cls = getattr(opt_jax, our_cls) if isinstance(our_cls, str) else our_cls
-    config = OPTConfig.from_hf(hf_model.config.to_dict())
-    model = our_cls(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype)
+    cls = our_cls if isinstance(our_cls, str) else our_cls.__name__
+    model = unset_model(OPTConfig.from_hf(hf_model.config.to_dict()), cls, dtype, param_dtype)
     set_parameters(model, dict(hf_model.named_parameters()))
     return model
 

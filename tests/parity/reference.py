@@ -54,14 +54,19 @@ def draw(path: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 
 def our_model(
-    name: str, cls: str = "OPTForCausalLM", dtype=jnp.float32, param_dtype=jnp.float32, seed: int = 0, **config
+    name: str, cls: str = "OPTForCausalLM", dtype=jnp.float32, param_dtype=jnp.float32, seed=0, **config: Any
 ):
     """One of our models with the drawn weights; `config` replaces fields of `CONFIGS[name]`."""
-    settings = dataclasses.replace(CONFIGS[name], **config)
-    model = getattr(opt_jax, cls)(settings, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype)
+    model = unset_model(dataclasses.replace(CONFIGS[name], **config), cls, dtype, param_dtype)
     for path, param in named_parameters(model).items():
         param.set_value(jnp.asarray(draw(path, param.get_value().shape, seed), param_dtype))
     return model
+
+
+def unset_model(config: OPTConfig, cls: str, dtype=jnp.float32, param_dtype=jnp.float32):
+    """A model whose parameters are shapes yet: no time for initial values that are replaced at once."""
+    build = getattr(opt_jax, cls)
+    return nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype))
 
 
 def batch(name: str, padding: str = "none", rows: int = 3, length: int = 10, seed: int = 0) -> dict[str, np.ndarray]:

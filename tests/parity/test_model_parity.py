@@ -235,7 +235,7 @@ def test_position_ids(name, padding):
 def test_inputs_embeds(name, padding):
     hf, model = pair(name)
     inputs, mask = inputs_of(name, padding)
-    shape = (*mask.shape, CONFIGS[name].word_embed_proj_dim)
+    shape = (*mask.shape, CONFIGS[name].embed_dim)
     inputs["inputs_embeds"] = np.random.RandomState(1).standard_normal(shape).astype(np.float32)
     del inputs["input_ids"]
     got, expected = check(hf, model, inputs, mask)

@@ -13,7 +13,7 @@ TOLERANCE = 1e-4
 @pytest.fixture(scope="module", params=SMALL)
 def golden(request):
     """(name, {key: array}) of one configuration."""
-    path = request.path.parents[1] / "goldens" / f"{request.param}.npz"
+    path = request.path.parent / "goldens" / f"{request.param}.npz"
     with np.load(path) as arrays:
         return request.param, dict(arrays)
 
@@ -81,5 +81,5 @@ def test_goldens_are_what_pytorch_computes(golden):
 
 
 def test_goldens_are_small(request):
-    folder = request.path.parents[1] / "goldens"
+    folder = request.path.parent / "goldens"
     assert sum(file.stat().st_size for file in folder.iterdir()) < 1e6
