@@ -20,6 +20,8 @@ torch.set_num_threads(1)  # threads that wait for each other cost small models m
 def hf_config(config: OPTConfig):
     """Field by field, not by way of `to_hf`."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "extra"}
+    if isinstance(config.eos_token_id, tuple):
+        fields["eos_token_id"] = list(config.eos_token_id)
     return transformers.OPTConfig(**fields, attn_implementation="eager")
 
 
