@@ -51,15 +51,15 @@ class Options:
     """Directory or hub id. Default: the starting checkpoint's, else one is trained on the data."""
     vocab_size: int | None = None
     """Entries of the tokenizer trained on the data. Default: the model's vocabulary."""
-    steps: int = 500
-    batch_size: int = 16
+    steps: int = 1000
+    batch_size: int = 8
     """Sequences per step, over all devices."""
     seq_len: int | None = None
     """Tokens per sequence. Default: the model's max_position_embeddings."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     """The peak, reached after the warm-up; then it falls linearly to a tenth at the last step. The paper's are lower:
     6e-4 (125m), 3e-4 (350m), 2e-4 (1.3b) ... 1.2e-4 (175b)."""
-    warmup_steps: int = 50
+    warmup_steps: int = 100
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     dropout: float | None = None
@@ -74,12 +74,12 @@ class Options:
     # These may differ from one start of a run to the next.
     mesh: str | None = None
     """Devices, as in data=2,fsdp=4 (-1: the rest). Default: all on fsdp."""
-    checkpoint_every: int = 100
+    checkpoint_every: int = 200
     """Steps between checkpoints; there is always one at the end."""
     keep_checkpoints: int = 2
-    eval_every: int = 100
+    eval_every: int = 200
     """Steps between measurements of the loss on held-out documents; there is always one at the end."""
-    eval_batches: int = 10
+    eval_batches: int = 20
     log_every: int = 20
     """Steps between lines where the output is not a terminal."""
     stop_after: int | None = None
@@ -308,10 +308,13 @@ def main(options: Options) -> None:
     if is_main:
         state.model.save_pretrained(output / "model", tokenizer=tokenizer)
         model = OPTForCausalLM.from_pretrained(output / "model")
-        prompt = tokenizer("", return_tensors="np")
-        room = min(120, config.max_position_embeddings - 1)
-        sample = model.generate(**prompt, max_new_tokens=room, do_sample=True, temperature=0.8, top_p=0.95, seed=0)
-        say(f"\na sample from {output / 'model'}:\n\n{tokenizer.decode(sample[0], skip_special_tokens=True)}\n")
+        prompt = held_out_tokens[
+            None, : min(12, seq_len // 2)
+        ]  # </s>, and how a document begins that it has never seen
+        room = min(120, config.max_position_embeddings - prompt.shape[1])
+        sample = model.generate(prompt, max_new_tokens=room, do_sample=True, temperature=0.8, top_p=0.95, seed=0)
+        beginning, continuation = (tokenizer.decode(row) for row in (prompt[0, 1:], sample[0][prompt.shape[1] :]))
+        say(f"\na sample: {output / 'model'} goes on from {beginning!r}\n\n{beginning}{continuation}\n")
         say(f"more of it: opt-jax generate --model {output} 'def '")
 
 

@@ -97,7 +97,7 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     model, tokenizer = OPTForCausalLM.from_pretrained(output), OPTTokenizer.from_pretrained(output)
     out = model(tokenizer("def self return x", return_tensors="np").input_ids)
     assert np.isfinite(np.asarray(out.logits)).all()
-    assert f"opt-jax generate --model {output}" in printed and "a sample from" in printed
+    assert f"opt-jax generate --model {output}" in printed and "a sample: " in printed
 
 
 def test_a_finished_run_says_so(options, uninterrupted, capsys):
