@@ -38,8 +38,9 @@ class BatchEncoding(dict):
 class OPTTokenizer:
     """OPT's byte-level BPE tokenizer, called and read like `transformers.GPT2Tokenizer`.
 
-    Deviations from HF: arrays come back unless `return_tensors=None` asks for lists (HF's default). `padding_side` is "left" (what generation needs) whatever the files say. With `vocab.json` and
-    `merges.txt` a BOS is added unless `tokenizer_config.json` says `"add_bos_token": false`; with `tokenizer.json`, if
+    Deviations from HF: arrays come back unless `return_tensors=None` asks for lists (HF's default). `padding_side` is
+    "left" (what generation needs) whatever the files say. With `vocab.json` and `merges.txt` a BOS is added unless
+    `tokenizer_config.json` says `"add_bos_token": false`; with `tokenizer.json`, if
     that file adds one or the config says `true`.
 
     Args:
