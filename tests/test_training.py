@@ -167,8 +167,8 @@ def test_the_standard_library_is_there_without_its_tests():
 
 def test_schedule_warms_up_and_decays_to_a_tenth():
     schedule = make_schedule(peak=2.0, warmup_steps=4, steps=14)
-    np.testing.assert_allclose([float(schedule(i)) for i in range(4)], [0.5, 1.0, 1.5, 2.0])
-    np.testing.assert_allclose([float(schedule(8)), float(schedule(13))], [2.0 * 0.55, 0.2], rtol=1e-6)
+    np.testing.assert_allclose([schedule(i) for i in range(4)], [0.5, 1.0, 1.5, 2.0])
+    np.testing.assert_allclose([schedule(8), schedule(13)], [2.0 * 0.55, 0.2], rtol=1e-6)
     np.testing.assert_allclose(make_schedule(peak=2.0, warmup_steps=0, steps=2)(0), 1.1)
 
 

@@ -1,4 +1,6 @@
-"""AdamW with the recipe of the OPT paper (section 2.2 and metaseq's `opt_baselines`; facts.md section 5)."""
+"""AdamW with the recipe of the OPT paper (section 2.2 and metaseq's `opt_baselines`)."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,9 @@ import optax
 from jax.typing import ArrayLike
 
 
-def make_schedule(*, peak: float, warmup_steps: int, steps: int, final: float = 0.1) -> optax.Schedule:
+def make_schedule(
+    *, peak: float, warmup_steps: int, steps: int, final: float = 0.1
+) -> Callable[[ArrayLike], jax.Array]:
     """Linear warm-up to `peak` over `warmup_steps` updates, then linear decay to `final * peak` at the last of `steps`.
 
     The schedule's argument counts the updates done before this one, and the first update already has a rate above zero.
