@@ -18,6 +18,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items):
+    """Parity tests are slow as a whole, so that `pytest -m "not slow"` is what to run between two edits."""
+    for item in items:
+        if "parity" in item.path.parts:
+            item.add_marker("slow")
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds():
     """The global generators start every test from the same place (the library itself never uses them)."""

@@ -47,6 +47,7 @@ def test_any_chunking_equals_one_call(name, seed):
         cache = out.cache
 
 
+@pytest.mark.slow
 def test_compiled_steps_equal_one_call():
     """Prefill and steps as a sampler makes them: compiled, left-padded, in half precision too."""
     inputs = batch("opt-350m", "left")

@@ -175,6 +175,7 @@ def compiled():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.slow
 def test_compiles_once_per_bucket_batch_and_kind(model, compiled):
     jax.clear_caches()
     rows = np.random.RandomState(0).randint(3, 61, (4, 32)).astype(np.int32)

@@ -124,6 +124,7 @@ def loss_and_logits(model, inputs):
 
 
 @eight
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "spec"),
     [("opt-125m", "data=8"), ("opt-125m", "fsdp=8"), *((name, "data=2,fsdp=2,tensor=2") for name in SMALL)],

@@ -16,6 +16,7 @@ import pytest
 import train
 from opt_jax import OPTConfig, OPTForCausalLM, OPTTokenizer
 
+pytestmark = pytest.mark.slow
 REPOSITORY = Path(train.__file__).parent
 STEPS = 40
 

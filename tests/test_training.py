@@ -227,6 +227,7 @@ def test_loss_is_of_every_next_token():
     np.testing.assert_allclose(batch_loss(model, jnp.asarray(ids)), expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_step_donates_its_state_and_reports():
     run = Run()
     before = run.state
@@ -239,6 +240,7 @@ def test_the_step_donates_its_state_and_reports():
     assert int(run.state.step) == 1
 
 
+@pytest.mark.slow
 def test_dropout_is_a_function_of_seed_and_step():
     def first_loss(step, seed=0, config=CONFIG):
         run = Run(ONE, config, seed)
@@ -267,6 +269,7 @@ def step_0_gradients(run):
     return {name: np.asarray(leaf, np.float64) for name, leaf in named_leaves(grads).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
 @pytest.mark.parametrize("mesh", ["data=2,fsdp=4", "data=2,fsdp=2,tensor=2"])
 def test_a_mesh_computes_what_one_device_does(mesh, reference):
