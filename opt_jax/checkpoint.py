@@ -189,8 +189,8 @@ def load_pretrained(
     are logged. Every other missing, left-over or misshapen tensor is an error.
 
     Args:
-      dtype, param_dtype: of the computation and of the parameters; "auto": as stored. Default: float32 on CPU, else as
-        stored, but bfloat16 for float16 on TPU (logged).
+      dtype, param_dtype: of the computation and of the parameters; "auto": as stored, and `dtype="auto"` alone means
+        both. Default: float32 on CPU, else as stored, but bfloat16 for float16 on TPU (logged).
       mesh: put the parameters on it, as `sharding.param_spec` says; every process reads its own shards only.
       revision, cache_dir, local_files_only: see `hub.resolve`.
 
@@ -294,6 +294,8 @@ def _choose_dtypes(
             raise ValueError(f"{where}: {chosen} is not a dtype for models ({', '.join(PARAM_DTYPES)})")
         return chosen
 
+    if param_dtype is None and isinstance(dtype, str) and dtype == "auto":  # as HF's one option: all as stored
+        param_dtype = dtype
     chosen = choose(dtype, stored[_EMBEDDING]), {path: choose(param_dtype, dt) for path, dt in stored.items()}
     if platform == "tpu" and stored[_EMBEDDING] == jnp.float16 and jnp.bfloat16 in (chosen[0], chosen[1][_EMBEDDING]):
         log.info("%s is stored as float16; on TPU it is used as bfloat16", where)
