@@ -3,6 +3,7 @@
 import importlib.metadata
 import io
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -70,6 +71,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 gets "?"
+    # Ctrl-C ends the program at once, by the signal: a KeyboardInterrupt amid JAX's tracing may be lost or wrapped.
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"opt-jax: warning: {message}", file=sys.stderr)
@@ -82,12 +85,11 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has left; Python would complain again when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as a program that the signal ended
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
     except (ValueError, OSError) as error:
         print(f"opt-jax: error: {error}", file=sys.stderr)
         return 1
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     return 0
 
 
