@@ -25,15 +25,15 @@ def chunks(random) -> list[slice]:
     return [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", SMALL)
 def test_any_chunking_equals_one_call(name, seed):
     """Random cuts, random holes in the mask (pads anywhere), a cache longer than needed, either form of the mask."""
     random = np.random.RandomState(seed)
-    model, ids = our_model(name), batch(name)["input_ids"]
+    model, ids = our_model(name, num_hidden_layers=2), batch(name)["input_ids"]
     mask = random.random_sample(ids.shape) < (0.7 if seed else 1.1)  # seed 0: no pads and no mask
     expected = call(model, input_ids=ids, **({} if mask.all() else dict(attention_mask=mask))).logits
-    cache = model.init_cache(3, LENGTH + seed)
+    cache = model.init_cache(3, LENGTH + 2)
     for chunk in chunks(random):
         with_past = random.random_sample() < 0.5
         extra = {} if mask.all() else dict(attention_mask=mask[:, 0 if with_past else chunk.start : chunk.stop])
