@@ -27,7 +27,7 @@ lint: .venv/.installed-test
 	.venv/bin/pyright
 
 clean:
-	rm -rf .venv .venv-latest .pytest_cache .ruff_cache build dist runs
+	rm -rf .venv .venv-latest .pytest_cache .ruff_cache build dist runs/demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps make pip run again when the dependencies change, and only then.
