@@ -12,12 +12,11 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from hf_files import TINY, VARIANTS, global_, hf_weights, state_dict_pickle, tensor_pickle, torch_zip, write_hf
+from hf_files import TINY, VARIANTS, hf_weights, write_hf
 
 import opt_jax
 from convert import names
 from convert.__main__ import main
-from convert.torch_files import read_safetensors, read_torch
 from opt_jax import OPTConfig, checkpoint, named_parameters
 
 DATA = Path(__file__).parent / "data"
@@ -95,31 +94,6 @@ def test_official_layouts_of_names(tmp_path):
     bare = {name.removeprefix("model."): array for name, array in weights.items()}
     convert(write_hf(tmp_path / "bare", TINY, bare, "bin"), tmp_path / "out2")
     assert_same(load_hf_names(tmp_path / "out2"), expected)
-
-
-def test_files_written_by_torch(tmp_path):
-    """tests/data/torch was made by tests/parity/test_convert_parity.py with torch itself."""
-    arange = np.arange(24, dtype=np.float32)
-    expected = {
-        "float32": arange.reshape(4, 6),
-        "float16": arange.astype(np.float16),
-        "bfloat16": arange.astype(ml_dtypes.bfloat16),
-        "transposed": arange.reshape(4, 6).T,
-        "shared_row": arange.reshape(4, 6)[2],
-        "steps": arange[1::5],
-        "expanded": np.broadcast_to(arange[3:6, None], (3, 4)),
-        "parameter": arange[:3],
-        "scalar": np.float32(7),
-        "empty": np.zeros((0, 5), np.float32),
-    }
-    found = read_torch(DATA / "torch" / "views.bin")
-    assert_same({k: np.array(v) for k, v in found.items()}, {k: np.asarray(v) for k, v in expected.items()})
-    assert not found["float32"].flags.writeable
-
-    convert(DATA / "torch" / "tiny-opt", tmp_path / "out")
-    out = load_hf_names(tmp_path / "out")
-    golden = json.loads((DATA / "torch" / "tiny-opt" / "sums.json").read_text())
-    assert {name: float(np.abs(a.astype(np.float64)).sum()) for name, a in out.items()} == pytest.approx(golden)
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
@@ -304,138 +278,6 @@ def test_cut_short_by_an_error_while_writing(tmp_path, capsys):
     weights["model.decoder.final_layer_norm.bias"][:] = 1e30
     source = write_hf(tmp_path / "hf", TINY, weights)
     assert "final_layer_norm.bias" in refused(capsys, source, tmp_path / "out", "--dtype", "float16")
-
-
-# Hostile and damaged torch files --------------------------------------------------------------------------------------
-
-
-def write_state(path: Path, entry: bytes, storages=None, **kwargs) -> Path:
-    """A file whose state dict has one entry, "x", made by the pickle opcodes `entry`."""
-    start = state_dict_pickle({})[:-1]
-    pickled = start + b"(X\x01\0\0\0x" + entry + b"u."
-    torch_zip(path, pickled, {"0": bytes(64)} if storages is None else storages, **kwargs)
-    return path
-
-
-@pytest.mark.parametrize(
-    "asks_for, opcodes",
-    [
-        ("os.system", global_("os system") + b"(X\x0e\0\0\0touch pwned.txttR"),
-        ("posix.system", b"X\5\0\0\0posixX\6\0\0\0system\x93(X\x0e\0\0\0touch pwned.txttR"),
-        ("builtins.eval", global_("builtins eval") + b"(X\4\0\0\0exittR"),
-        ("collections.OrderedDict.fromkeys", b"X\x0b\0\0\0collectionsX\x14\0\0\0OrderedDict.fromkeys\x93"),
-        ("torch.storage._load_from_bytes", global_("torch.storage _load_from_bytes") + b"(tR"),
-        ("torch.jit._script.unpickle", b"(itorch.jit._script\nunpickle\n"),
-        ("numpy.core.multiarray._reconstruct", global_("numpy.core.multiarray _reconstruct")),
-    ],
-)
-def test_pickle_that_asks_for_code_is_refused_by_name(tmp_path, capsys, monkeypatch, asks_for, opcodes):
-    monkeypatch.chdir(tmp_path)
-    write_state(write_hf(tmp_path / "hf", TINY, {}, "bin") / "pytorch_model.bin", opcodes)
-    assert f"asks for {asks_for};" in refused(capsys, tmp_path / "hf", tmp_path / "out")
-    assert not (tmp_path / "pwned.txt").exists()
-
-
-@pytest.mark.parametrize(
-    "entry, message",
-    [
-        (tensor_pickle("0", "float32", 16, 0, (4, 5)), "tensor x: it reaches beyond"),
-        (tensor_pickle("0", "float32", 16, 1, (16,)), "tensor x: it reaches beyond"),
-        (tensor_pickle("0", "float32", 16, 0, (2, 2), (20, 1)), "tensor x: it reaches beyond"),
-        (tensor_pickle("0", "float32", 17, 0, (16,)), "tensor x: its storage 0 has 64 bytes"),
-        (tensor_pickle("1", "float32", 16, 0, (16,)), "tensor x: record data/1 is not in the file"),
-        (tensor_pickle("../data.pkl", "float32", 1, 0, (1,)), "tensor x: record data/../data.pkl is not in the file"),
-        (tensor_pickle("0", "float32", 16, -1, (4,)), "tensor x: malformed"),
-        (tensor_pickle("0", "float32", 16, 0, (-4,)), "tensor x: malformed"),
-        (tensor_pickle("0", "float32", 16, 3, (4,), (-1,)), "tensor x: malformed"),
-        (tensor_pickle("0", "float32", 16, 0, (4,), (1, 1)), "tensor x: malformed"),
-        (b"I7\n", "entry 'x' is a int"),
-        (b"}", "entry 'x' is a dict"),
-        (b"", "the pickle in it is damaged"),
-        (global_("torch Size") + tensor_pickle("0", "float32", 16, 0, (4,)) + b"\x85R", "damaged"),
-        # BUILD tries to change what a global stands for; later files must not notice.
-        (global_("torch._utils _rebuild_tensor_v2") + b"N}X\x08\0\0\0__code__Ns\x86b", "damaged"),
-    ],
-)
-def test_malformed_tensors_are_named(tmp_path, entry, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        read_torch(write_state(tmp_path / "x.bin", entry))
-    tensor, data = tensor_pickle("0", "float32", 16, 2, (2, 3), (1, 4)), np.arange(16, dtype="f4").tobytes()
-    good = write_state(tmp_path / "good.bin", tensor, {"0": data})
-    np.testing.assert_array_equal(read_torch(good)["x"], [[2, 6, 10], [3, 7, 11]])
-
-
-def test_odd_archives(tmp_path):
-    import zipfile
-
-    tensor = tensor_pickle("0", "float32", 16, 0, (16,))
-    with pytest.raises(ValueError, match="big-endian"):
-        read_torch(write_state(tmp_path / "a.bin", tensor, byteorder="big"))
-    with pytest.raises(ValueError, match="compressed"):
-        read_torch(write_state(tmp_path / "b.bin", tensor, compression=zipfile.ZIP_DEFLATED))
-    with zipfile.ZipFile(tmp_path / "c.bin", "w") as archive:
-        archive.writestr("hello.txt", "hello")
-    with pytest.raises(ValueError, match="not one written by torch.save"):
-        read_torch(tmp_path / "c.bin")
-    torch_zip(tmp_path / "d.bin", b"\x80\x02]q\0.", {})
-    with pytest.raises(ValueError, match="holds a list"):
-        read_torch(tmp_path / "d.bin")
-    # torch may leave the checksums 0: they are not looked at
-    path = write_state(tmp_path / "e.bin", tensor)
-    raw = bytearray(path.read_bytes())
-    for signature, offset in ((b"PK\x03\x04", 14), (b"PK\x01\x02", 16)):
-        at = -1
-        while (at := raw.find(signature, at + 1)) >= 0:
-            raw[at + offset : at + offset + 4] = bytes(4)
-    path.write_bytes(raw)
-    assert read_torch(path)["x"].shape == (16,)
-
-
-def safetensors_bytes(header, data: bytes = bytes(16)) -> bytes:
-    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return len(raw).to_bytes(8, "little") + raw + data
-
-
-@pytest.mark.parametrize(
-    "header, message",
-    [
-        ({"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 12]}}, "tensor x (F32, shape [4]) does not fill"),
-        ({"x": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}}, "tensor x ends at byte 32 of 16"),
-        ({"x": {"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}}, "tensor x has a malformed"),
-        ({"x": {"dtype": "F32", "shape": 4, "data_offsets": [0, 16]}}, "tensor x has a malformed"),
-        ({"x": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}, "tensor x has a malformed"),
-        ({"x": [1, 2]}, "tensor x has a malformed"),
-        ({"x": {"dtype": "F8_E4M3", "shape": [16], "data_offsets": [0, 16]}}, "tensor x has dtype F8_E4M3"),
-        ({"x": {"dtype": ["F32"], "shape": [4], "data_offsets": [0, 16]}}, "tensor x has"),
-        ({"x": {"dtype": "F32", "shape": [3], "data_offsets": [4, 16]}}, "tensor x overlaps another or leaves a gap"),
-        ({n: {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} for n in "xy"}, "tensor y overlaps another"),
-        ({}, "16 bytes after the last tensor"),
-        (b'{"x": {"dtype": "U8", "shape": [16], "data_offsets": [0, 16]}, "x": {}}', "'x' is there twice"),
-        (b"[]", "header is damaged"),
-        (b"\xff\xfe", "header is damaged"),
-        (b"[" * 100_000, "header is damaged"),
-    ],
-)
-def test_damaged_safetensors_headers(tmp_path, header, message):
-    file = tmp_path / "x.safetensors"
-    file.write_bytes(safetensors_bytes(header))
-    with pytest.raises(ValueError, match=re.escape(message)):
-        read_safetensors(file)
-
-
-def test_safetensors_may_be_unaligned_and_in_any_order(tmp_path):
-    header = {
-        "__metadata__": {"format": "pt"},
-        "b": {"dtype": "BF16", "shape": [2, 1], "data_offsets": [5, 9]},
-        "a": {"dtype": "U8", "shape": [5], "data_offsets": [0, 5]},
-        "c": {"dtype": "F32", "shape": [], "data_offsets": [9, 13]},
-        "d": {"dtype": "F16", "shape": [3, 0], "data_offsets": [13, 13]},
-    }
-    data = bytes(range(5)) + np.array([1.5, -2], ml_dtypes.bfloat16).tobytes() + np.float32(3).tobytes()
-    (tmp_path / "x").write_bytes(safetensors_bytes(header, data))
-    found = read_safetensors(tmp_path / "x")
-    assert found.keys() == {"a", "b", "c", "d"} and found["c"] == 3 and found["d"].shape == (3, 0)
-    np.testing.assert_array_equal(found["b"].astype(np.float32), [[1.5], [-2]])
 
 
 # The table ------------------------------------------------------------------------------------------------------------
