@@ -1,9 +1,11 @@
 """A model's name (hub id, directory, "tiny") to a local directory."""
 
 import importlib.resources
+import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "tokenizer.json",
@@ -26,8 +28,9 @@ def resolve(
     """The directory that holds the model `name`.
 
     Args:
-      name: "tiny", the model inside this package; a directory (in a run directory of train.py: its exported `model`);
-        else the id of a repository on the Hugging Face hub, which is downloaded, or taken from the cache.
+      name: "tiny", the model inside this package; a directory (in a run directory of train.py: its exported `model`, or
+        the newest checkpoint while there is none); else the id of a repository on the Hugging Face hub, which is
+        downloaded, or taken from the cache.
       revision: branch, tag or commit of a hub id.
       cache_dir: where downloads are kept; default: Hugging Face's cache.
       local_files_only: never download.
@@ -45,12 +48,25 @@ def resolve(
     if name and path.is_dir():
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for models on the hub, but {name} is a local directory")
-        return path / "model" if (path / "model" / "config.json").is_file() else path
+        return _in_run(path)
     if name and path.exists():
         raise ValueError(f"{name} is a file; give the directory it is in")
     if name == "tiny" or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise FileNotFoundError(f"no directory {name!r}" + (" in this package" if name == "tiny" else ""))
     return _download(name, weights, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+
+
+def _in_run(path: Path) -> Path:
+    """The model of a run directory of train.py; any other directory stands for itself."""
+    if (path / "model" / "config.json").is_file():
+        return path / "model"
+    if not (path / "run.json").is_file() or (path / "config.json").is_file():
+        return path
+    # Other names are Orbax's temporary ones: checkpoints that were never finished.
+    steps = [step for step in path.glob("checkpoints/*") if re.fullmatch("[0-9]+", step.name) and is_orbax(step)]
+    if not steps:
+        raise FileNotFoundError(f"{path} is a training run without a checkpoint yet: none in {path / 'checkpoints'}")
+    return max(steps, key=lambda step: int(step.name))
 
 
 def _download(name: str, weights: bool, **options) -> Path:
@@ -72,3 +88,41 @@ def _download(name: str, weights: bool, **options) -> Path:
 def is_orbax(path: str | os.PathLike) -> bool:
     """Whether the directory is a model of our own (`checkpoint.save_pretrained`, `python -m convert`)."""
     return (Path(path) / "params" / "_METADATA").is_file()
+
+
+def _run_of(directory: str | os.PathLike) -> Path | None:
+    """The run directory of train.py if `directory` is one of its checkpoints, `RUN/checkpoints/<step>`, else None."""
+    path = Path(os.path.abspath(directory))
+    run = path.parent.parent
+    inside = path.parent.name == "checkpoints" and (run / "run.json").is_file()
+    return run if inside and not (path / "config.json").is_file() else None
+
+
+def read_config(directory: str | os.PathLike) -> dict[str, Any]:
+    """The content of a model directory's config.json; that of a checkpoint of train.py is in the run's `run.json`.
+
+    Raises:
+      FileNotFoundError: there is neither.
+      ValueError: not JSON, or not an object.
+    """
+    run = _run_of(directory)
+    path = Path(directory) / "config.json" if run is None else run / "run.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no OPT configuration at {path}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not valid JSON: {e}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    if run is None:
+        return content
+    if not isinstance(content.get("model"), dict):
+        raise ValueError(f"{path} has no object 'model', so it is not a record of train.py")
+    return content["model"] | {"architectures": ["OPTForCausalLM"]}
+
+
+def companion_directories(directory: str | os.PathLike) -> tuple[Path, ...]:
+    """Where COMPANION_FILES of a model may be, the first one first: a run of train.py keeps its tokenizer apart."""
+    run = _run_of(directory)
+    return (Path(directory),) if run is None else (Path(directory), run / "tokenizer")

@@ -38,6 +38,66 @@ def test_run_directory_of_train_stands_for_its_model(tmp_path):
     assert hub.resolve(tmp_path) == tmp_path / "model"
 
 
+def make_run(run: Path, *steps: str) -> Path:
+    run.mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps({"options": {}, "model": {"model_type": "opt", "vocab_size": 48}}))
+    for step in steps:
+        (run / "checkpoints" / step / "params").mkdir(parents=True)
+        (run / "checkpoints" / step / "params" / "_METADATA").write_text("{}")
+    return run
+
+
+def test_unfinished_run_stands_for_its_newest_checkpoint(tmp_path):
+    run = make_run(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="run is a training run without a checkpoint yet: none in .*checkpoint"):
+        hub.resolve(run)
+    make_run(tmp_path / "other", "900", "1000", "2000.orbax-checkpoint-tmp-1", "tmp.3000")
+    (tmp_path / "other" / "checkpoints" / "5000").mkdir()  # without parameters
+    newest = tmp_path / "other" / "checkpoints" / "1000"
+    assert hub.resolve(tmp_path / "other") == newest  # by number, not by name
+    assert hub.resolve(newest.parent / "900") == newest.parent / "900"
+    (tmp_path / "other" / "model").mkdir()
+    (tmp_path / "other" / "model" / "config.json").write_text("{}")
+    assert hub.resolve(tmp_path / "other") == tmp_path / "other" / "model"
+
+
+def test_config_and_companions_of_a_run(tmp_path, monkeypatch):
+    step = make_run(tmp_path / "run", "5") / "checkpoints" / "5"
+    expected = {"model_type": "opt", "vocab_size": 48, "architectures": ["OPTForCausalLM"]}
+    assert hub.read_config(step) == expected
+    assert hub.companion_directories(step) == (step, tmp_path / "run" / "tokenizer")
+    monkeypatch.chdir(step)
+    assert hub.read_config(".") == expected
+    assert hub.companion_directories(".") == (Path("."), tmp_path / "run" / "tokenizer")
+    for content, message in (("{", "is not valid JSON"), ("{}", "has no object 'model'"), ("[]", "holds a list")):
+        (tmp_path / "run" / "run.json").write_text(content)
+        with pytest.raises(ValueError, match=f"run.json {message}"):
+            hub.read_config(step)
+    (step / "config.json").write_text('{"a": 1}')  # its own one counts
+    assert hub.read_config(step) == {"a": 1}
+    assert hub.companion_directories(step) == (step,)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "config.json is not valid JSON"),
+        (b"\xff", "config.json is not valid JSON"),
+        (b"[" * 100_000, "config.json is not valid JSON"),
+        (b"3", "config.json holds a int, not a JSON object"),
+    ],
+)
+def test_read_config(tmp_path, content, message):
+    with pytest.raises(FileNotFoundError, match="no OPT configuration at .*config.json"):
+        hub.read_config(tmp_path)
+    assert hub.companion_directories(tmp_path) == (tmp_path,)
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        hub.read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"vocab_size": 48, "other": [1]}')
+    assert hub.read_config(tmp_path) == {"vocab_size": 48, "other": [1]}
+
+
 @pytest.mark.parametrize("name", ["./nowhere", "/no/where", "../x/y", "a/b/c", "~/nowhere", "", "a b", "a/../b"])
 def test_names_that_are_not_on_the_hub_either(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
