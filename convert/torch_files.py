@@ -141,16 +141,60 @@ class TorchTensor(NamedTuple):
     stride: Any
 
 
+class Stub:
+    """Stands for an object of a foreign class, which is never imported: what the pickle says of it, as plain data.
+
+    Attributes:
+      name: module and class. args: what it is made with. state: what it is restored to, usually a dict (None: nothing).
+      items: what is put into it as a container: values, or pairs of key and value.
+    """
+
+    name = ""
+    __slots__ = ("args", "items", "state")
+
+    def __new__(cls, *args, **kwargs):
+        stub = super().__new__(cls)
+        stub.args, stub.state, stub.items = args, None, []
+        return stub
+
+    def __init__(self, *args, **kwargs) -> None:
+        pass
+
+    def __setstate__(self, state) -> None:  # called by BUILD, which would set any attribute, on classes too, without it
+        self.state = state
+
+    def __setitem__(self, key, value) -> None:
+        self.items.append((key, value))
+
+    def append(self, value) -> None:
+        self.items.append(value)
+
+    add = append
+
+
+# What the training code keeps beside tensors: settings with their types, enums, meters, numbers of NumPy.
+_STUB_MODULES = ("metaseq", "fairseq", "fairscale", "omegaconf", "argparse", "enum", "typing", "pathlib")
+_BUILTIN_TYPES = "bool bytearray bytes complex dict float frozenset int list long object set str tuple type unicode"
+_STUB_NAMES = {
+    *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in _BUILTIN_TYPES.split()),
+    *(f"torch.{name}" for name in ("bfloat16", "device", "float16", "float32", "float64", "int32", "int64")),
+    "numpy.core.multiarray.scalar", "numpy.core.multiarray._reconstruct", "numpy.dtype", "numpy.ndarray",
+    "numpy._core.multiarray.scalar", "numpy._core.multiarray._reconstruct", "_codecs.encode", "_operator.getitem",
+    "operator.getitem", "collections.Counter", "collections.defaultdict", "collections.deque",
+}  # fmt: skip
+
+
 class _Unpickler(pickle.Unpickler):
     """Builds plain data from a torch pickle: dicts, lists, numbers, strings and `TorchTensor`.
 
-    Only the globals of `allowed` exist. What they stand for cannot be changed by the pickle's later instructions either
-    (BUILD sets attributes): strings, built-in types and bound methods.
+    Only the globals of `allowed` exist; with `stubs` those of the names above, too, as a `Stub`. What they stand for
+    cannot be changed by the pickle's later instructions either (BUILD sets attributes): strings, built-in types, bound
+    methods, and classes of stubs, which are this unpickler's own.
     """
 
-    def __init__(self, file, path: Path):
+    def __init__(self, file, path: Path, stubs: bool = False):
         super().__init__(file)
-        self.path = path
+        self.path, self.stubs = path, stubs
         self.refused: str | None = None
         self.allowed: dict[str, Any] = {
             "collections.OrderedDict": OrderedDict,
@@ -160,10 +204,13 @@ class _Unpickler(pickle.Unpickler):
         } | {f"torch.{storage}": dtype for storage, dtype in _STORAGE_DTYPES.items()}
 
     def find_class(self, module: str, name: str) -> Any:
-        if f"{module}.{name}" not in self.allowed:
-            self.refused = f"{module}.{name}"
-            raise pickle.UnpicklingError(f"refused {self.refused}")
-        return self.allowed[f"{module}.{name}"]
+        wanted = f"{module}.{name}"
+        if wanted not in self.allowed:
+            if not self.stubs or (module.split(".")[0] not in _STUB_MODULES and wanted not in _STUB_NAMES):
+                self.refused = wanted
+                raise pickle.UnpicklingError(f"refused {wanted}")
+            self.allowed[wanted] = type("Stub", (Stub,), {"name": wanted, "__slots__": ()})
+        return self.allowed[wanted]
 
     def persistent_load(self, pid: Any) -> Any:
         return pid
@@ -183,11 +230,14 @@ class _Unpickler(pickle.Unpickler):
 class TorchFile:
     """A torch zip file: `content` is the saved object, with a `TorchTensor` for each tensor; `view` gives its array.
 
+    Args:
+      stubs: read objects of the training code's classes as a `Stub`, instead of refusing the file.
+
     Raises:
       ValueError: truncated, another format, or a pickle that asks for anything but tensors (names what it asked for).
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, stubs: bool = False):
         self.path, self.map = path, map_file(path)
         try:
             with zipfile.ZipFile(path) as archive:
@@ -201,7 +251,7 @@ class TorchFile:
         self._prefix = pickles[0].removesuffix("data.pkl")
         if self._prefix + "byteorder" in self._records and self._bytes("byteorder") != b"little":
             raise ValueError(f"{path} was written on a big-endian machine: save it again on a little-endian one")
-        self.content = self._unpickle()
+        self.content = self._unpickle(stubs)
 
     def _what_else(self) -> str:
         start = self.map[:262]
@@ -211,8 +261,8 @@ class TorchFile:
             return "the format of torch before 1.6: load it with torch, and torch.save it again"
         return "not a file written by torch.save, or truncated"
 
-    def _unpickle(self) -> Any:
-        unpickler = _Unpickler(io.BytesIO(self._bytes("data.pkl")), self.path)
+    def _unpickle(self, stubs: bool) -> Any:
+        unpickler = _Unpickler(io.BytesIO(self._bytes("data.pkl")), self.path, stubs)
         try:
             return unpickler.load()
         except Exception as e:  # a damaged pickle can raise nearly anything
