@@ -90,6 +90,13 @@ def is_orbax(path: str | os.PathLike) -> bool:
     return (Path(path) / "params" / "_METADATA").is_file()
 
 
+def is_model(path: str | os.PathLike) -> bool:
+    """Whether the directory is a model in one of the two forms that this project writes."""
+    path = Path(path)
+    has_weights = any((path / name).is_file() for name in (*_SAFETENSORS[:2], *_TORCH[:2]))
+    return is_orbax(path) or has_weights and (path / "config.json").is_file()
+
+
 def _run_of(directory: str | os.PathLike) -> Path | None:
     """The run directory of train.py if `directory` is one of its checkpoints, `RUN/checkpoints/<step>`, else None."""
     path = Path(os.path.abspath(directory))
