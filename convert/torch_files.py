@@ -6,20 +6,20 @@ Formats: https://github.com/huggingface/safetensors#format; torch's zip as writt
 (torch/serialization.py, `_save`).
 """
 
-import io
 import json
 import math
 import mmap
 import os
-import pickle
-import struct
-import zipfile
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from convert import unpickle
+from convert.unpickle import Refused, StubClass
+from convert.unpickle import Stub as Stub  # what `stubs=True` leaves in a file's content
+from convert.zip_records import find_records
 
 _SAFETENSORS_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -30,7 +30,9 @@ _STORAGE_DTYPES = {
     "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
     "ByteStorage": "uint8", "BoolStorage": "bool",
 }  # fmt: skip
-_MAX_HEADER = 100_000_000  # bytes: the limit of the safetensors library
+_MAX_HEADER = 10_000_000  # bytes: 70,000 tensors. Parsing JSON made to hurt takes thirty times its length
+_MAX_SIZE = 1 << 60  # elements; NumPy counts bytes in 63 bits
+_MAX_DIMENSIONS = 32
 
 
 class Tensors(dict[str, np.ndarray]):
@@ -67,6 +69,25 @@ def _dtype(name: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, name) if name == "bfloat16" else name).newbyteorder("<")
 
 
+def _is_size(*numbers: Any) -> bool:
+    return all(type(n) is int and 0 <= n < _MAX_SIZE for n in numbers)
+
+
+def _is_shape(shape: Any) -> bool:
+    """Whether NumPy can have an array of this shape, as far as its length goes."""
+    if type(shape) not in (list, tuple) or len(shape) > _MAX_DIMENSIONS or not _is_size(*shape):
+        return False
+    return math.prod(n or 1 for n in shape) < _MAX_SIZE
+
+
+def shown(what: Any) -> str:
+    """A name or message from a file, for a message: no control characters, and not endless."""
+    text = str(what)
+    if not text.isprintable():
+        text = text.encode("unicode_escape").decode()
+    return text if len(text) <= 160 else f"{text[:100]}...{text[-50:]}"
+
+
 # safetensors ------------------------------------------------------------------------------------------------
 
 
@@ -81,35 +102,38 @@ def read_safetensors(path: Path) -> Tensors:
     if len(mapped) < 8 or length > min(len(mapped) - 8, _MAX_HEADER):
         raise ValueError(f"{path} is truncated or not a safetensors file: its header does not fit")
     try:
-        header = json.loads(mapped[8 : 8 + length], object_pairs_hook=_unique)
+        header = json.loads(mapped[8 : 8 + length].decode("utf-8"), object_pairs_hook=_unique)
         if not isinstance(header, dict):
             raise ValueError("not a JSON object")
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its __metadata__ is not an object of strings")
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: the safetensors header is damaged: {e}") from None
+        raise ValueError(f"{path}: the safetensors header is damaged: {shown(e)}") from None
 
     tensors, spans = Tensors(), []
     tensors.maps.append(mapped)
     for name, entry in header.items():
         try:
             dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            if not all(_is_size(n) for n in (*shape, start, end)):
-                raise ValueError
         except (TypeError, KeyError, ValueError):
-            raise ValueError(f"{path}: tensor {name} has a malformed header entry") from None
-        if not isinstance(dtype, str) or dtype not in _SAFETENSORS_DTYPES:
-            raise ValueError(f"{path}: tensor {name} has dtype {dtype}, which is not supported")
+            raise ValueError(f"{path}: tensor {shown(name)} has a malformed header entry") from None
+        if not (isinstance(dtype, str) and _is_shape(shape) and _is_size(start, end)):
+            raise ValueError(f"{path}: tensor {shown(name)} has a malformed header entry")
+        if dtype not in _SAFETENSORS_DTYPES:
+            raise ValueError(f"{path}: tensor {shown(name)} has dtype {shown(dtype)}, which is not supported")
         if end - start != math.prod(shape) * _dtype(_SAFETENSORS_DTYPES[dtype]).itemsize:
-            raise ValueError(f"{path}: tensor {name} ({dtype}, shape {shape}) does not fill its {end - start} bytes")
+            what = f"tensor {shown(name)} ({dtype}, shape {shape})"
+            raise ValueError(f"{path}: {what} does not fill its {end - start} bytes")
         spans.append((start, end, name, dtype, shape))
 
     # The format allows neither gaps nor overlaps, so walking the tensors in order accounts for every byte.
     position, size = 0, len(mapped) - 8 - length
     for start, end, name, dtype, shape in sorted(spans):
         if start != position:
-            raise ValueError(f"{path}: tensor {name} overlaps another or leaves a gap before it")
+            raise ValueError(f"{path}: tensor {shown(name)} overlaps another or leaves a gap before it")
         if end > size:
-            raise ValueError(f"{path} is truncated: tensor {name} ends at byte {end} of {size}")
+            raise ValueError(f"{path} is truncated: tensor {shown(name)} ends at byte {end} of {size}")
         flat = np.frombuffer(mapped, _dtype(_SAFETENSORS_DTYPES[dtype]), math.prod(shape), 8 + length + start)
         tensors[name] = flat.reshape(shape)
         position = end
@@ -119,14 +143,12 @@ def read_safetensors(path: Path) -> Tensors:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice")
-    return dict(pairs)
-
-
-def _is_size(n: Any) -> bool:
-    return type(n) is int and n >= 0
+    unique: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in unique:
+            raise ValueError(f"{name} is there twice")
+        unique[name] = value
+    return unique
 
 
 # torch zip --------------------------------------------------------------------------------------------------
@@ -141,37 +163,6 @@ class TorchTensor(NamedTuple):
     stride: Any
 
 
-class Stub:
-    """Stands for an object of a foreign class, which is never imported: what the pickle says of it, as plain data.
-
-    Attributes:
-      name: module and class. args: what it is made with. state: what it is restored to, usually a dict (None: nothing).
-      items: what is put into it as a container: values, or pairs of key and value.
-    """
-
-    name = ""
-    __slots__ = ("args", "items", "state")
-
-    def __new__(cls, *args, **kwargs):
-        stub = super().__new__(cls)
-        stub.args, stub.state, stub.items = args, None, []
-        return stub
-
-    def __init__(self, *args, **kwargs) -> None:
-        pass
-
-    def __setstate__(self, state) -> None:  # called by BUILD, which would set any attribute, on classes too, without it
-        self.state = state
-
-    def __setitem__(self, key, value) -> None:
-        self.items.append((key, value))
-
-    def append(self, value) -> None:
-        self.items.append(value)
-
-    add = append
-
-
 # What the training code keeps beside tensors: settings with their types, enums, meters, numbers of NumPy.
 _STUB_MODULES = ("metaseq", "fairseq", "fairscale", "omegaconf", "argparse", "enum", "typing", "pathlib")
 _BUILTIN_TYPES = "bool bytearray bytes complex dict float frozenset int list long object set str tuple type unicode"
@@ -184,47 +175,40 @@ _STUB_NAMES = {
 }  # fmt: skip
 
 
-class _Unpickler(pickle.Unpickler):
-    """Builds plain data from a torch pickle: dicts, lists, numbers, strings and `TorchTensor`.
+def _rebuild_tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> TorchTensor:
+    return TorchTensor(storage, offset, size, stride)
 
-    Only the globals of `allowed` exist; with `stubs` those of the names above, too, as a `Stub`. What they stand for
-    cannot be changed by the pickle's later instructions either (BUILD sets attributes): strings, built-in types, bound
-    methods, and classes of stubs, which are this unpickler's own.
-    """
 
-    def __init__(self, file, path: Path, stubs: bool = False):
-        super().__init__(file)
-        self.path, self.stubs = path, stubs
-        self.refused: str | None = None
-        self.allowed: dict[str, Any] = {
-            "collections.OrderedDict": OrderedDict,
-            "torch._utils._rebuild_tensor_v2": self._rebuild_tensor,
-            "torch._utils._rebuild_parameter": self._rebuild_parameter,
-            "torch.Size": self._size,
-        } | {f"torch.{storage}": dtype for storage, dtype in _STORAGE_DTYPES.items()}
+def _rebuild_parameter(tensor, requires_grad=False, hooks=None) -> TorchTensor:
+    if not isinstance(tensor, TorchTensor):
+        raise ValueError(f"a parameter is made of a {type(tensor).__name__}")
+    return tensor
 
-    def find_class(self, module: str, name: str) -> Any:
-        wanted = f"{module}.{name}"
-        if wanted not in self.allowed:
-            if not self.stubs or (module.split(".")[0] not in _STUB_MODULES and wanted not in _STUB_NAMES):
-                self.refused = wanted
-                raise pickle.UnpicklingError(f"refused {wanted}")
-            self.allowed[wanted] = type("Stub", (Stub,), {"name": wanted, "__slots__": ()})
-        return self.allowed[wanted]
 
-    def persistent_load(self, pid: Any) -> Any:
-        return pid
+def _size(dims) -> tuple:
+    if type(dims) is not tuple:
+        raise ValueError(f"torch.Size of a {type(dims).__name__}")
+    return dims
 
-    def _rebuild_tensor(self, storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None):
-        return TorchTensor(storage, offset, size, stride)
 
-    def _rebuild_parameter(self, tensor, requires_grad=False, hooks=None):
-        return tensor
+_GLOBALS: dict[str, Any] = {
+    "collections.OrderedDict": dict,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch.Size": _size,
+} | {f"torch.{storage}": dtype for storage, dtype in _STORAGE_DTYPES.items()}
 
-    def _size(self, dims):
-        if type(dims) not in (tuple, list):
-            raise pickle.UnpicklingError(f"torch.Size of a {type(dims).__name__}")
-        return tuple(dims)
+
+def _find_global(name: str) -> Any:
+    if name not in _GLOBALS:
+        raise Refused(name)
+    return _GLOBALS[name]
+
+
+def _find_global_or_stub(name: str) -> Any:
+    if name in _GLOBALS or not (name.split(".")[0] in _STUB_MODULES or name in _STUB_NAMES):
+        return _find_global(name)
+    return StubClass(name)
 
 
 class TorchFile:
@@ -239,84 +223,63 @@ class TorchFile:
 
     def __init__(self, path: Path, stubs: bool = False):
         self.path, self.map = path, map_file(path)
+        if self.map[:2] != b"PK":
+            raise ValueError(f"{path}: {self._what_else()}")
         try:
-            with zipfile.ZipFile(path) as archive:
-                infos = archive.infolist()
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error):
-            raise ValueError(f"{path}: {self._what_else()}") from None
-        self._records = {info.filename: info for info in infos}
+            self._records = find_records(self.map)
+        except ValueError as e:
+            raise ValueError(f"{path} is a damaged zip file (truncated download?): {shown(e)}") from None
         pickles = [name for name in self._records if name.endswith("/data.pkl") and name.count("/") == 1]
-        if len(pickles) != 1 or len(infos) != len(self._records):
+        if len(pickles) != 1:
             raise ValueError(f"{path} is a zip file, but not one written by torch.save")
         self._prefix = pickles[0].removesuffix("data.pkl")
         if self._prefix + "byteorder" in self._records and self._bytes("byteorder") != b"little":
             raise ValueError(f"{path} was written on a big-endian machine: save it again on a little-endian one")
-        self.content = self._unpickle(stubs)
+        try:
+            self.content = unpickle.loads(self._bytes("data.pkl"), _find_global_or_stub if stubs else _find_global)
+        except Refused as e:
+            raise ValueError(
+                f"{path}: refused, because the pickle in it asks for {shown(e)}; only tensors in dictionaries are read"
+            ) from None
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"{path}: the pickle in it is damaged: {shown(e)}") from None
 
     def _what_else(self) -> str:
         start = self.map[:262]
-        if start[:2] == b"PK":
-            return "damaged zip file (truncated download?)"
         if start[257:262] == b"ustar" or b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19" in start[:20]:
             return "the format of torch before 1.6: load it with torch, and torch.save it again"
         return "not a file written by torch.save, or truncated"
 
-    def _unpickle(self, stubs: bool) -> Any:
-        unpickler = _Unpickler(io.BytesIO(self._bytes("data.pkl")), self.path, stubs)
-        try:
-            return unpickler.load()
-        except Exception as e:  # a damaged pickle can raise nearly anything
-            if unpickler.refused:
-                raise ValueError(
-                    f"{self.path}: refused, because the pickle in it asks for {unpickler.refused}; "
-                    "only tensors in dictionaries are read"
-                ) from None
-            raise ValueError(f"{self.path}: the pickle in it is damaged: {e or type(e).__name__}") from None
-
-    def _span(self, record: str) -> tuple[int, int]:
-        """(start, length) in the file of a record's bytes."""
-        info = self._records.get(self._prefix + record)
-        if info is None:
-            raise ValueError(f"record {record} is not in the file")
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise ValueError(f"record {record} is compressed or encrypted, which torch.save never does")
-        # The padding that aligns the data is in the local header only; the central directory says 0.
-        header = self.map[info.header_offset : info.header_offset + 30]
-        if len(header) < 30 or header[:4] != b"PK\x03\x04":
-            raise ValueError(f"record {record} has a damaged header")
-        start = info.header_offset + 30 + sum(struct.unpack_from("<HH", header, 26))
-        if start + info.file_size > len(self.map):
-            raise ValueError(f"record {record} is truncated")
-        return start, info.file_size
-
     def _bytes(self, record: str) -> bytes:
-        try:
-            start, length = self._span(record)
-        except ValueError as e:
-            raise ValueError(f"{self.path}: {e}") from None
+        start, length = self._records[self._prefix + record]
         return self.map[start : start + length]
 
     def view(self, tensor: TorchTensor) -> np.ndarray:
         """The tensor's elements in the mapped file. Raises ValueError where they would lie outside their storage."""
         offset, size, stride = tensor.offset, tensor.size, tensor.stride
         try:
-            _, dtype_name, key, _, numel = tensor.storage
-            if dtype_name not in _STORAGE_DTYPES.values() or not isinstance(key, str) or len(size) != len(stride):
-                raise ValueError
-            if not all(_is_size(n) for n in (numel, offset, *size, *stride)):
-                raise ValueError
+            kind, dtype_name, key, _, numel = tensor.storage
         except (TypeError, ValueError):
             raise ValueError("malformed tensor description") from None
+        known = kind == "storage" and dtype_name in _STORAGE_DTYPES.values() and isinstance(key, str)
+        if not (known and _is_shape(size) and _is_size(numel, offset) and type(stride) in (tuple, list)):
+            raise ValueError("malformed tensor description")
+        if len(stride) != len(size) or not _is_size(*stride):
+            raise ValueError("malformed tensor description")
         dtype = _dtype(dtype_name)
-        start, length = self._span(f"data/{key}")
-        if numel * dtype.itemsize > length:
-            raise ValueError(f"its storage {key} has {length} bytes, not {numel} elements of {dtype}")
+        if f"{self._prefix}data/{key}" not in self._records:
+            raise ValueError(f"record data/{shown(key)} is not in the file")
+        start, length = self._records[f"{self._prefix}data/{key}"]
+        if numel * dtype.itemsize != length:
+            raise ValueError(f"its storage {shown(key)} has {length} bytes, not {numel} elements of {dtype}")
         if 0 in size:
             return np.zeros(size, dtype)
         if offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) >= numel:
-            raise ValueError(f"it reaches beyond its storage {key} of {numel} elements")
+            raise ValueError(f"it reaches beyond its storage {shown(key)} of {numel} elements")
+        if math.prod(size) > len(self.map):  # strides of 0 repeat elements: legal, but not to make much of nothing
+            raise ValueError(f"shape {tuple(size)} is larger than the whole file")
         flat = np.frombuffer(self.map, dtype, numel - offset, start + offset * dtype.itemsize)
-        strides = [step * dtype.itemsize for step in stride]
+        strides = [step * dtype.itemsize if n > 1 else 0 for n, step in zip(size, stride, strict=True)]
         return np.lib.stride_tricks.as_strided(flat, size, strides, writeable=False)
 
 
@@ -331,11 +294,12 @@ def read_torch(path: Path) -> Tensors:
         raise ValueError(f"{path} holds a {type(file.content).__name__}, not a state dict")
     tensors = Tensors()
     tensors.maps.append(file.map)
-    for name, value in dict.items(file.content):
+    for name, value in file.content.items():
         if not isinstance(name, str) or not isinstance(value, TorchTensor):
-            raise ValueError(f"{path}: entry {name!r} is a {type(value).__name__}, where a state dict has tensors")
+            kind = type(value).__name__
+            raise ValueError(f"{path}: entry {shown(name)} is a {kind}, where a state dict has tensors")
         try:
             tensors[name] = file.view(value)
         except ValueError as e:
-            raise ValueError(f"{path}: tensor {name}: {e}") from None
+            raise ValueError(f"{path}: tensor {shown(name)}: {e}") from None
     return tensors
