@@ -1,75 +1,314 @@
-"""`python -m convert SRC DST`: a PyTorch OPT checkpoint to Orbax."""
+"""`python -m convert`: any OPT checkpoint to Orbax or to Hugging Face's form; `inspect` and `verify`."""
 
+import dataclasses
 import os
 import resource
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from opt_jax import hub
 
-def run(
-    src: Annotated[str, tyro.conf.Positional],
-    dst: Annotated[Path, tyro.conf.Positional],
-    overwrite: bool = False,
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-    revision: str | None = None,
-    cache_dir: Path | None = None,
-    offline: bool = False,
+Src = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+Files = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SRC...")]
+Dst = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+Dtype = Literal["float32", "bfloat16", "float16"]
+PROG = "python -m convert"
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How to find and read SRC."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    cache_dir: Path | None = None
+    """Where downloads are kept. Default: Hugging Face's cache (HF_HOME)."""
+    offline: bool = False
+    """Take a hub id from the cache, never from the network."""
+
+
+@dataclass(frozen=True)
+class MetaseqOptions:
+    """What a metaseq checkpoint may not say itself."""
+
+    model: str | None = None
+    """One of the published sizes: 125m, 350m, 1.3b, 2.7b, 6.7b, 13b, 30b, 66b, 175b."""
+    config: Path | None = None
+    """A config.json of any other architecture."""
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How to write DST."""
+
+    overwrite: bool = False
+    """Replace DST if it is a model directory already."""
+    dtype: Dtype | None = None
+    """Cast the parameters. Default: keep their dtype, bit for bit."""
+    quiet: bool = False
+    """No progress; errors, and one line at the end."""
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """Several processes that convert one checkpoint together."""
+
+    distributed: bool = False
+    """Start `jax.distributed`: on a TPU pod or under SLURM it finds the others by itself, elsewhere through the three
+    options below."""
+    coordinator_address: str | None = None
+    """host:port of process 0."""
+    num_processes: int | None = None
+    process_id: int | None = None
+
+
+Source = Annotated[SourceOptions, tyro.conf.arg(name="")]
+Metaseq = Annotated[MetaseqOptions, tyro.conf.arg(name="")]
+Write = Annotated[WriteOptions, tyro.conf.arg(name="")]
+Job = Annotated[JobOptions, tyro.conf.arg(name="")]
+
+
+def to_orbax(
+    src: Src,
+    dst: Dst,
+    /,
+    source: Source = SourceOptions(),
+    write: Write = WriteOptions(),
+    job: Job = JobOptions(),
 ) -> None:
-    """Convert a Hugging Face OPT checkpoint (safetensors or .bin, sharded or not) to an Orbax directory.
+    """Convert an OPT checkpoint to an Orbax model directory.
 
-    Needs no PyTorch, and memory for little more than the largest tensor. DST appears complete or not at all.
+    Needs no PyTorch, and little memory whatever the size of the model. DST appears complete or not at all.
+
+    Other commands (each with its own --help; a directory of such a name is ./inspect):
+
+    metaseq SRC... DST         convert a checkpoint of Meta's metaseq: model-parallel parts, FSDP shards
+
+    to-hf SRC DST              convert to Hugging Face's form, safetensors
+
+    verify DST --against SRC   compare two checkpoints bit by bit
+
+    inspect SRC                show what a checkpoint holds
 
     Args:
-      src: A hub id (facebook/opt-125m), a local directory, or "tiny", the model inside this package.
+      src: A hub id (facebook/opt-125m), a directory (Hugging Face, Orbax, a run of train.py or one of its checkpoints),
+        or "tiny", the model inside this package.
       dst: The directory to write.
-      overwrite: Replace DST if it is a model directory already.
-      dtype: Cast the parameters; default: keep their dtype, bit for bit.
-      revision: Branch, tag or commit of a hub id.
-      cache_dir: Where downloads are kept; default: Hugging Face's cache.
-      offline: Take a hub id from the cache, never from the network.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.table import Column
-
-    from convert.to_orbax import Totals, convert
-    from opt_jax import checkpoint, hub
-
-    start = time.monotonic()
-    checkpoint.check_destination(dst, overwrite)  # before a long download
-    source = hub.resolve(src, revision=revision, cache_dir=cache_dir, local_files_only=offline)
-    console = Console(stderr=True)
-    name_column = TextColumn("{task.fields[name]}", table_column=Column(max_width=24, no_wrap=True))  # 80 in all
-    columns = (BarColumn(12), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), name_column)
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("", total=None, name="")
-
-        def progress(name: str, written: int, totals: Totals) -> None:
-            bar.update(task, completed=written, total=totals.bytes, name=name.removeprefix("model.decoder."))
-
-        totals = convert(source, dst, dtype=dtype, overwrite=overwrite, progress=progress)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(
-        f"{dst}: {totals.parameters:,} parameters, {totals.bytes:,} bytes, {time.monotonic() - start:.1f} seconds, "
-        f"peak RSS {peak / 1e6:,.0f} MB"
-    )
+    _start(job)
+    _convert([src], dst, source, MetaseqOptions(), write)
 
 
-def main(argv: list[str] | None = None) -> int:
+def metaseq(
+    paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SRC... DST")],
+    /,
+    metaseq: Metaseq = MetaseqOptions(),
+    write: Write = WriteOptions(),
+    job: Job = JobOptions(),
+) -> None:
+    """Convert a checkpoint of Meta's metaseq to an Orbax model directory.
+
+    Args:
+      paths: SRC... DST. SRC: all files of the checkpoint, in any order: model-parallel parts, FSDP shards or both; a
+        quoted glob; or the directory they are in. DST: the directory to write.
+    """
+    if len(paths) < 2:
+        raise UsageError("give the files of the checkpoint and, last, the directory to write: SRC... DST")
+    _start(job)
+    _convert(paths[:-1], Path(paths[-1]), SourceOptions(), metaseq, write)
+
+
+def to_hf(
+    src: Src,
+    dst: Dst,
+    /,
+    max_shard_size: str = "5GB",
+    shard_of: str | None = None,
+    source: Source = SourceOptions(),
+    metaseq: Metaseq = MetaseqOptions(),
+    write: Write = WriteOptions(),
+    job: Job = JobOptions(),
+) -> None:
+    """Convert an OPT checkpoint to Hugging Face's form: safetensors, config.json, tokenizer files.
+
+    Args:
+      src: As for `python -m convert SRC DST`, or (quoted) files of a metaseq checkpoint.
+      dst: The directory to write.
+      max_shard_size: Of one file: 500MB, 5GB, 5GiB, ...
+      shard_of: i/n: write only the i-th of n parts of the files; the last of the n such commands, run anywhere on the
+        same file system and in any order, completes DST.
+    """
+    from convert import to_hf
+    from convert.source import open_source
+
+    part = _shard_of(shard_of)
+    _start(job)
+    if part is None:
+        _check_destination(dst, [src], write, hub.is_model)
+    opened = open_source([src], **_fields(source), **_fields(metaseq))
+    with _Work(opened, dst, write) as report:
+        to_hf.convert(
+            opened, dst, dtype=write.dtype, max_shard_size=max_shard_size, shard_of=part,
+            overwrite=write.overwrite, progress=report,
+        )  # fmt: skip
+
+
+def verify(
+    dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")],
+    /,
+    against: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SRC...")],
+    quiet: bool = False,
+    source: Source = SourceOptions(),
+    metaseq: Metaseq = MetaseqOptions(),
+) -> None:
+    """Compare two checkpoints, of any two forms: architecture, tensors, dtypes, and every bit.
+
+    Exit code 1, and the first difference, if there is one.
+
+    Args:
+      dst: The checkpoint to check, usually a conversion.
+      against: The checkpoint it was made from; several names: files of a metaseq checkpoint.
+      quiet: No progress.
+    """
+    from convert.inspect import compare
+    from convert.progress import Report
+    from convert.source import open_source
+
+    ours = open_source([dst])
+    theirs = open_source(against, **_fields(source), **_fields(metaseq))
+    with Report(theirs.nbytes, quiet) as report:
+        difference = compare(ours, theirs, report)
+    if difference is not None:
+        raise ValueError(difference)
+    print(f"{dst}: the same {len(theirs.arrays)} tensors, {theirs.nbytes:,} bytes, as {theirs.where}")
+
+
+def inspect(src: Files, /, source: Source = SourceOptions(), metaseq: Metaseq = MetaseqOptions()) -> None:
+    """Show format, config, tensors, dtypes and sizes of a checkpoint without loading it.
+
+    Args:
+      src: As for the other commands; several names: files of a metaseq checkpoint.
+    """
+    from convert.inspect import describe
+    from convert.source import open_source
+
+    for line in describe(open_source(src, **_fields(source), **_fields(metaseq))):
+        print(line)
+
+
+COMMANDS = {"metaseq": metaseq, "to-hf": to_hf, "verify": verify, "inspect": inspect}
+
+
+class UsageError(Exception):
+    pass
+
+
+def _fields(options: SourceOptions | MetaseqOptions) -> dict[str, Any]:
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+
+
+def _shard_of(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    i, slash, n = text.partition("/")
+    if not (slash and i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise UsageError(f"--shard-of {text}: give i/n with 1 <= i <= n, as in 1/4")
+    return int(i), int(n)
+
+
+def _start(job: JobOptions) -> None:
+    where = (job.coordinator_address, job.num_processes, job.process_id)
+    if not job.distributed:
+        if any(value is not None for value in where):
+            raise UsageError("--coordinator-address, --num-processes and --process-id are for --distributed")
+        return
+    import jax
+
+    jax.distributed.initialize(*where)
+
+
+def _check_destination(dst: Path, names: Sequence[str], write: WriteOptions, replaceable=hub.is_orbax) -> None:
+    """Before a long download; it is looked at again when the directory is written and when it is published."""
+    from opt_jax import storage
+
+    storage.check_destination(dst, write.overwrite, replaceable)
+    if dst.exists() and any(Path(name).exists() and os.path.samefile(name, dst) for name in names):
+        raise ValueError(f"{dst} is the checkpoint to convert, too: choose another DST")
+
+
+def _convert(
+    names: Sequence[str], dst: Path, source: SourceOptions, metaseq: MetaseqOptions, write: WriteOptions
+) -> None:
+    from convert.source import open_source
+    from convert.to_orbax import convert
+
+    _check_destination(dst, names, write)
+    opened = open_source(names, **_fields(source), **_fields(metaseq))
+    with _Work(opened, dst, write) as report:
+        convert(opened, dst, dtype=write.dtype, overwrite=write.overwrite, progress=report)
+
+
+class _Work:
+    """Progress while a destination is written, and the line at its end."""
+
+    def __init__(self, opened, dst: Path, write: WriteOptions) -> None:
+        import jax
+
+        from convert.progress import Report
+
+        self.opened, self.dst, self.first = opened, dst, jax.process_index() == 0
+        self.nbytes = (
+            opened.nbytes if write.dtype is None else opened.parameters * jax.numpy.dtype(write.dtype).itemsize
+        )
+        self.report = Report(self.nbytes // jax.process_count(), write.quiet or not self.first)
+        self.start = time.monotonic()
+
+    def __enter__(self):
+        return self.report.__enter__()
+
+    def __exit__(self, kind, error, tb) -> None:
+        self.report.__exit__(kind, error, tb)
+        if error is None and self.first:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            print(
+                f"{self.dst}: {self.opened.parameters:,} parameters, {self.nbytes:,} bytes, "
+                f"{time.monotonic() - self.start:.1f} seconds, peak RSS {peak / 1e6:,.0f} MB"
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 fine, 1 bad checkpoint or destination, 2 bad usage."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    command, prog = to_orbax, PROG
+    if args and args[0] in COMMANDS:
+        command, prog = COMMANDS[args[0]], f"{PROG} {args.pop(0)}"
     try:
-        tyro.cli(run, args=argv, prog="python -m convert", config=(tyro.conf.FlagCreatePairsOff,))
+        tyro.cli(command, args=args, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+    except UsageError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `... inspect X | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (OSError, ValueError) as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        print(f"error: {_one_line(e)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
     return 0
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

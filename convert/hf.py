@@ -3,30 +3,46 @@
 import json
 from pathlib import Path
 
-import numpy as np
-
 from convert import names
-from convert.torch_files import Tensors, read_safetensors, read_torch
+from convert.torch_files import read_safetensors, read_torch
 from opt_jax.config import OPTConfig
+from opt_jax.storage import LazyArray, first_difference
 
 WEIGHT_FILES = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
 
 
-def open_checkpoint(directory: Path) -> Tensors:
-    """All tensors of the first of WEIGHT_FILES that is in `directory`, shards joined: HF name -> memory-mapped view.
+def open_checkpoint(directory: Path) -> dict[str, LazyArray]:
+    """All tensors of the first of WEIGHT_FILES that is in `directory`, shards joined, by their HF names.
 
     Raises:
       FileNotFoundError: there is no weight file, or a shard that the index names is missing.
       ValueError: a damaged file, or an index that contradicts its shards.
     """
-    found = [directory / name for name in WEIGHT_FILES if (directory / name).is_file()]
-    if not found:
+    if (first := weight_file(directory)) is None:
         raise FileNotFoundError(f"{directory} has no weights: none of {', '.join(WEIGHT_FILES)}")
-    if found[0].suffix != ".json":
-        return _read(found[0])
-    index = found[0]
+    if first.suffix != ".json":
+        return _read(first)
+    weight_map = read_index(first)
+    tensors: dict[str, LazyArray] = {}
+    for name in sorted(set(weight_map.values())):
+        shard = _read(directory / name)
+        if twice := sorted(tensors.keys() & shard.keys()):
+            raise ValueError(f"{directory / name}: tensor {twice[0]} is in another shard, too")
+        if absent := sorted(n for n, file in weight_map.items() if file == name and n not in shard):
+            raise ValueError(f"{directory / name}: tensor {absent[0]} is missing, but {first.name} says it is here")
+        tensors |= shard
+    return tensors
+
+
+def weight_file(directory: Path) -> Path | None:
+    """The weights of the directory, or the index of their shards."""
+    return next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, each of them beside `index`."""
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         files = sorted(set(weight_map.values()))
@@ -34,61 +50,59 @@ def open_checkpoint(directory: Path) -> Tensors:
             raise ValueError("it names files outside its directory")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{index} is not an index of weight files: {e}") from None
-    if missing := [name for name in files if not (directory / name).is_file()]:
-        raise FileNotFoundError(f"{directory / missing[0]} is missing, but {index.name} names it")
-    tensors = Tensors()
-    for name in files:
-        shard = _read(directory / name)
-        if twice := sorted(tensors.keys() & shard.keys()):
-            raise ValueError(f"{directory / name}: tensor {twice[0]} is in another shard, too")
-        if absent := sorted(n for n, file in weight_map.items() if file == name and n not in shard):
-            raise ValueError(f"{directory / name}: tensor {absent[0]} is missing, but {index.name} says it is here")
-        tensors.update(shard)
-        tensors.maps += shard.maps
-    return tensors
+    if missing := [name for name in files if not (index.parent / name).is_file()]:
+        raise FileNotFoundError(f"{index.parent / missing[0]} is missing, but {index.name} names it")
+    return weight_map
 
 
-def _read(path: Path) -> Tensors:
-    return read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+def _read(path: Path) -> dict[str, LazyArray]:
+    tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+    return {
+        name: LazyArray(view.shape, view.dtype, view.__getitem__, tensors.release) for name, view in tensors.items()
+    }
 
 
-def open_parameters(directory: Path, config: OPTConfig) -> Tensors:
-    """The checkpoint's tensors under our paths and in our orientation (kernels are transposed views).
+def open_parameters(directory: Path, config: OPTConfig) -> dict[str, LazyArray]:
+    """The checkpoint's tensors under our paths and in our orientation.
 
-    An `lm_head.weight` that repeats the tied embedding is left out, after comparing the two bit by bit.
+    An `lm_head.weight` that repeats the tied embedding is left out, after comparing the two bit by bit, and so is
+    `decoder.version`, a number that HF's classes ignore as well (`_keys_to_ignore_on_load_unexpected`).
 
     Raises:
       FileNotFoundError, ValueError: as `open_checkpoint`; a tensor no OPT model has; a tied head that differs.
     """
-    source, tensors = open_checkpoint(directory), Tensors()
-    tensors.maps = source.maps
-    for name, array in source.items():
+    arrays: dict[str, LazyArray] = {}
+    for name, array in open_checkpoint(directory).items():
+        if name in ("model.decoder.version", "decoder.version"):
+            continue
         try:
             path, transposed = names.from_hf(name)
         except KeyError:
             raise ValueError(f"{directory}: tensor {name} is left over: no OPT model has it") from None
-        if path in tensors:
+        if path in arrays:
             raise ValueError(f"{directory}: tensor {name} is there twice, with and without 'model.' in front")
-        tensors[path] = array.T if transposed else array
-    embedding = tensors.get("model.decoder.embed_tokens.embedding")
-    if config.tie_word_embeddings and "lm_head.kernel" in tensors and embedding is not None:
-        if not _equal(tensors.pop("lm_head.kernel").T, embedding):
+        arrays[path] = array.T if transposed else array
+    embedding = arrays.get("model.decoder.embed_tokens.embedding")
+    if config.tie_word_embeddings and "lm_head.kernel" in arrays and embedding is not None:
+        if first_difference(arrays.pop("lm_head.kernel").T, embedding) is not None:
             raise ValueError(
                 f"{directory}: tensor lm_head.weight differs from model.decoder.embed_tokens.weight, though the config "
                 "ties them: set tie_word_embeddings to false in config.json to keep both"
             )
-        tensors.release()
-    return tensors
-
-
-def _equal(a: np.ndarray, b: np.ndarray, rows: int = 4096) -> bool:
-    """Bit by bit (a NaN equals itself), some rows at a time."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return all(a[i : i + rows].tobytes() == b[i : i + rows].tobytes() for i in range(0, len(a), rows))
+    return arrays
 
 
 def describe(path: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
     """A parameter's name and shape as they are in an HF file, for messages."""
     name, transposed = names.to_hf(path)
     return name, shape[::-1] if transposed else shape
+
+
+def describe_files(directory: Path) -> str:
+    """The form of the directory's weights, for people."""
+    first = weight_file(directory)
+    if first is None:
+        return "no weights"
+    kind = "safetensors" if ".safetensors" in first.name else "torch .bin"
+    count = len(set(read_index(first).values())) if first.suffix == ".json" else 1
+    return f"Hugging Face {kind}, {count} file{'s' if count > 1 else ''}"

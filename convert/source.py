@@ -1,12 +1,17 @@
 """What the converter reads from: one form for every supported checkpoint, opened lazily."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import opt_jax.model
+from convert import hf
+from opt_jax import checkpoint, hub
 from opt_jax.config import OPTConfig
 from opt_jax.storage import LazyArray
+
+CLASSES = ("OPTForCausalLM", "OPTModel", "OPTForSequenceClassification", "OPTForQuestionAnswering")
 
 
 @dataclass(frozen=True)
@@ -27,3 +32,106 @@ class Checkpoint:
     raw_config: Mapping[str, Any]
     arrays: Mapping[str, LazyArray]
     companions: tuple[Path, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        return sum(array.size for array in self.arrays.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays.values())
+
+
+def open_source(
+    names: Sequence[str],
+    *,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    offline: bool = False,
+    model: str | None = None,
+    config: Path | None = None,
+) -> Checkpoint:
+    """Whatever `names` stands for: what `hub.resolve` knows, or files of a metaseq checkpoint.
+
+    Args:
+      revision, cache_dir, offline: of a hub id.
+      model, config: the architecture of a metaseq checkpoint, a preset or a config.json.
+
+    Raises:
+      FileNotFoundError, FileExistsError, ValueError: no such checkpoint, or a bad one; options that do not fit it.
+    """
+    if len(names) == 1 and not _is_metaseq(names[0]):
+        if model is not None or config is not None:
+            raise ValueError(f"--model and --config are for metaseq checkpoints, but {names[0]} has its own config")
+        return open_directory(hub.resolve(names[0], revision=revision, cache_dir=cache_dir, local_files_only=offline))
+    if revision is not None or cache_dir is not None or offline:
+        raise ValueError("--revision, --cache-dir and --offline are for hub ids, not for metaseq files")
+    if model is not None and config is not None:
+        raise ValueError("--model and --config both name the architecture: give one of them")
+    from convert import metaseq  # which gives what this module defines
+
+    given = OPTConfig.preset(model) if model is not None else OPTConfig.from_hf(config) if config is not None else None
+    return metaseq.open_checkpoint(metaseq.find_files(names), config=given)
+
+
+def _is_metaseq(name: str) -> bool:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        known = hub.is_orbax(path) or hf.weight_file(path) is not None or (path / "run.json").is_file()
+        return not known and any(path.glob("*.pt"))
+    return path.suffix == ".pt" or any(c in name for c in "*?[")
+
+
+def open_directory(directory: Path) -> Checkpoint:
+    """A Hugging Face directory, a model directory of ours, or a checkpoint of train.py.
+
+    Raises:
+      FileNotFoundError: the config or weights are missing.
+      ValueError: a damaged file, or one tensor too many, too few or misshapen, or in a dtype models are not kept in.
+    """
+    config, raw = checkpoint.read_config(directory)
+    orbax = hub.is_orbax(directory)
+    arrays = checkpoint.open_parameters(directory, config)
+    cls = model_class(config, arrays, directory)
+    opened = Checkpoint(
+        where=directory,
+        format=_orbax_format(directory) if orbax else hf.describe_files(directory),
+        config=config,
+        raw_config={**raw, "architectures": [cls]},
+        arrays=arrays,
+        companions=hub.companion_directories(directory),
+    )
+    check(opened, cls)
+    return opened
+
+
+def _orbax_format(directory: Path) -> str:
+    return "Orbax model directory" if (directory / "config.json").is_file() else "checkpoint of train.py"
+
+
+def model_class(config: OPTConfig, arrays: Mapping[str, LazyArray], where: Path) -> str:
+    """The class that the config names; where it names none (older fine-tunes), the one that has the heads found."""
+    named: Any = config.extra.get("architectures")
+    if not named:
+        if "score.kernel" in arrays:
+            return "OPTForSequenceClassification"
+        return "OPTForQuestionAnswering" if "qa_outputs.kernel" in arrays else "OPTForCausalLM"
+    if not isinstance(named, (list, tuple)) or len(named) != 1 or named[0] not in CLASSES:
+        raise ValueError(f"{where}/config.json: architectures={named!r} is not one of {', '.join(CLASSES)}")
+    return named[0]
+
+
+def check(opened: Checkpoint, cls: str) -> None:
+    """Account for every tensor of the model and of the checkpoint.
+
+    Raises:
+      ValueError: one too many, too few or misshapen, or in a dtype that models are not kept in; names it as HF does.
+    """
+    found = {path: array.shape for path, array in opened.arrays.items()}
+    expected = checkpoint.expected_shapes(getattr(opt_jax.model, cls), opened.config)
+    checkpoint.check_parameters(expected, found, opened.where, describe=hf.describe)
+    for path, array in opened.arrays.items():
+        if array.dtype.name not in checkpoint.PARAM_DTYPES:
+            name = hf.describe(path, ())[0]
+            allowed = ", ".join(checkpoint.PARAM_DTYPES)
+            raise ValueError(f"{opened.where}: tensor {name} is {array.dtype.name}; models are kept in {allowed}")

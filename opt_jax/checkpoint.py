@@ -4,23 +4,18 @@ A model directory holds `config.json` (HF's form), the tokenizer's files, and `p
 parts of `opt_jax.model.named_parameters`' paths, with one array per layer and parameter, in the dtype of its source.
 """
 
-import asyncio
 import json
 import logging
 import os
 import re
 import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -28,12 +23,11 @@ from jax.typing import DTypeLike
 from opt_jax import hub, sharding
 from opt_jax.config import OPTConfig
 from opt_jax.model import OPTForCausalLM, OPTPreTrainedModel, named_parameters
+from opt_jax.storage import LazyArray, Shape, new_directory, open_arrays, write_arrays
 
 M = TypeVar("M", bound=OPTPreTrainedModel)
-Shape = tuple[int, ...]
 log = logging.getLogger(__name__)
 
-CHUNK_BYTES = 64 << 20  # of one stored chunk: what a process must read at least to fill its shard
 PARAM_DTYPES = ("float32", "bfloat16", "float16")
 _EMBEDDING = "model.decoder.embed_tokens.embedding"
 _HEADS = ("lm_head.", "score.", "qa_outputs.")
@@ -42,86 +36,12 @@ _HEADS = ("lm_head.", "score.", "qa_outputs.")
 # Writing ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LazyArray:
-    """An array to be written, made (`load`) only when its turn comes."""
-
-    shape: Shape
-    dtype: np.dtype
-    load: Callable[[], np.ndarray]
-
-
-class _LazyHandler(ocp.type_handlers.NumpyHandler):
-    """Writes `LazyArray`s one after the other, so that one array is in memory at a time (Orbax alone starts all at
-    once, on copies). On disk they are what NumpyHandler writes: any Orbax reads them."""
-
-    def __init__(self) -> None:
-        super().__init__(deepcopy_host_arrays=False)
-
-    async def serialize(self, values: Sequence[Any], infos, args=None):
-        for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
-            for written in await super().serialize([value.load()], [info], [arg]):
-                await asyncio.to_thread(written.result)
-        return []
-
-
-def save_params(directory: Path, arrays: Mapping[str, LazyArray]) -> None:
-    """Write parameters, path -> array, as an Orbax pytree to the new `directory`, one at a time, in chunks."""
-    tree = _nest(arrays)
-    registry = ocp.type_handlers.create_type_handler_registry(
-        (LazyArray, _LazyHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
-    )
-    # Weights do not compress: zstd makes writing several times slower for a few percent.
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
-    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
-    with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree, save_args=save_args))
-
-
-@contextmanager
-def new_directory(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary directory beside `path` that becomes `path` when the block ends, and vanishes if it raises.
-
-    Raises:
-      FileExistsError: `path` exists and `overwrite` is false, or `path` is not a model directory of ours.
-    """
-    path = Path(os.path.realpath(path))
-    check_destination(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tag = uuid.uuid4().hex[:8]
-    new, old = (path.with_name(f".{path.name}.{tag}.{suffix}") for suffix in ("new", "old"))
-    new.mkdir()
-    try:
-        yield new
-        check_destination(path, overwrite)
-        if path.exists():
-            path.rename(old)
-        try:
-            new.rename(path)
-        except OSError:
-            if old.exists():
-                old.rename(path)
-            raise
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def check_destination(path: Path, overwrite: bool) -> None:
-    """Raise FileExistsError where `new_directory` would refuse to write."""
-    if not path.exists():
-        return
-    if not overwrite:
-        raise FileExistsError(f"{path} exists already: choose another name, or pass overwrite=True (--overwrite)")
-    if not (hub.is_orbax(path) or path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"{path} is not a model directory, so it will not be overwritten: remove it yourself")
-
-
-def copy_companions(source: Path, destination: Path) -> None:
-    """Copy the tokenizer's files and generation_config.json, those that are there."""
+def copy_companions(sources: Iterable[Path], destination: Path) -> None:
+    """Copy the tokenizer's files and generation_config.json, those that are in one of `sources` (the first wins)."""
     for name in hub.COMPANION_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, destination / name)
+        for source in sources:
+            if (source / name).is_file() and not (destination / name).exists():
+                shutil.copyfile(source / name, destination / name)
 
 
 def save_pretrained(
@@ -146,21 +66,31 @@ def save_pretrained(
             raise ValueError(f"cannot save parameter {path}: it is not an array that this process holds in full")
         if re.search(r"\.layers\.\D", path):  # stacked: written layer by layer
             for i in range(value.shape[0]):
-                load = lambda value=value, i=i: np.asarray(value[i])  # noqa: E731
-                arrays[path.replace(".layers.", f".layers.{i}.")] = LazyArray(value.shape[1:], value.dtype, load)
+                arrays[path.replace(".layers.", f".layers.{i}.")] = _lazy(value, i)
         else:
-            arrays[path] = LazyArray(value.shape, value.dtype, lambda value=value: np.asarray(value))
+            arrays[path] = _lazy(value)
     config = model.config.to_hf() | {"architectures": [type(model).__name__]}
     config = set_dtype(config, str(arrays[_EMBEDDING].dtype))
     with new_directory(directory, overwrite) as new:
-        save_params(new / "params", arrays)
+        write_arrays(new / "params", arrays)
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if model.name_or_path is not None and Path(model.name_or_path).is_dir():
-            copy_companions(Path(model.name_or_path), new)
+            copy_companions(hub.companion_directories(Path(model.name_or_path)), new)
         if tokenizer is not None:
             for name in hub.TOKENIZER_FILES:
                 (new / name).unlink(missing_ok=True)
             tokenizer.save_pretrained(new)
+
+
+def _lazy(value: jax.Array, *layer: int) -> LazyArray:
+    """The array, or one layer of it. (`dynamic_slice` compiles once for all indices and leaves no copy on the host.)"""
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        sizes = [1] * len(layer) + [s.stop - s.start for s in index]
+        part = jax.lax.dynamic_slice(value, [*layer, *(s.start for s in index)], sizes)
+        return np.asarray(part)[(0,) * len(layer)]
+
+    return LazyArray(value.shape[len(layer) :], value.dtype, read)
 
 
 def set_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -199,16 +129,17 @@ def load_pretrained(
       ValueError: a bad config or checkpoint, or a dtype that is not floating point.
     """
     directory = hub.resolve(name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
-    config = OPTConfig.from_hf(directory)
-    source = _OrbaxSource(directory) if hub.is_orbax(directory) else _HFSource(directory, config)
+    config, _ = read_config(directory)
+    arrays = open_parameters(directory, config)
 
     expected = expected_shapes(cls, config)
     # A tied causal LM must not lose a head that is there, nor an untied one get a random head.
     may_drop = [head for head in _HEADS if not (head == "lm_head." and issubclass(cls, OPTForCausalLM))]
-    found = {path: shape for path, (shape, _) in source.found.items()}
+    found = {path: array.shape for path, array in arrays.items()}
     fresh, dropped = check_parameters(
-        expected, found, directory, may_lack=("score.", "qa_outputs."), may_drop=may_drop, describe=source.describe
-    )
+        expected, found, directory,
+        may_lack=("score.", "qa_outputs."), may_drop=may_drop, describe=_describe(directory),
+    )  # fmt: skip
     for path in fresh:
         log.warning("%s has no %s: newly initialised. Train it before use.", directory, path)
     for path in dropped:
@@ -216,7 +147,7 @@ def load_pretrained(
 
     default = jnp.zeros(()).sharding  # honours jax.default_device
     platform = next(iter(default.device_set)).platform if mesh is None else mesh.devices.flat[0].platform
-    stored = {path: dt for path, (_, dt) in source.found.items() if path in expected}
+    stored = {path: array.dtype for path, array in arrays.items() if path in expected}
     compute, dtypes = _choose_dtypes(dtype, param_dtype, stored, platform, directory)
     model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), dtype=compute, param_dtype=dtypes[_EMBEDDING]))
     targets = {
@@ -227,11 +158,10 @@ def load_pretrained(
         )
         for path, shape in expected.items()
     }
-    arrays = source.read({path: target for path, target in targets.items() if path not in fresh})
     params = named_parameters(model)
-    for path in targets:
+    for path, target in targets.items():
         if path not in fresh:
-            params[path].set_value(arrays.pop(path))
+            params[path].set_value(_read(arrays[path], target))
     if fresh:
         for path, array in _initialise(cls, config, {path: targets[path] for path in fresh}).items():
             params[path].set_value(array)
@@ -314,73 +244,46 @@ def _initialise(
     return jax.jit(init, out_shardings={path: target.sharding for path, target in targets.items()})()
 
 
-class _OrbaxSource:
-    """The parameters in a model directory of ours; `found`: path -> (shape, dtype)."""
+def read_config(directory: Path) -> tuple[OPTConfig, dict[str, Any]]:
+    """(configuration, content of the config.json) of a directory that `hub.resolve` found.
 
-    def __init__(self, directory: Path):
-        self.path = directory.absolute() / "params"
-        with self._reading() as checkpointer:
-            tree: Any = checkpointer.metadata(self.path).item_metadata
-            if tree is None:  # Orbax keeps the reason to itself
-                raise ValueError("its metadata are damaged or do not belong to its data")
-            leaves = _flatten(tree.tree)
-            self.found = {path: (tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in leaves.items()}
-
-    @contextmanager
-    def _reading(self) -> Iterator[ocp.Checkpointer]:
-        try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                yield checkpointer
-        except Exception as e:  # Orbax and TensorStore raise nearly anything for a damaged checkpoint
-            raise ValueError(f"{self.path} cannot be read: {' '.join(str(e).split())}") from e
-
-    def describe(self, path: str, shape: Shape) -> tuple[str, Shape]:
-        return path, shape
-
-    def read(self, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        tree = _nest(targets)
-        how = jax.tree.map(
-            lambda t: ocp.ArrayRestoreArgs(sharding=t.sharding, dtype=t.dtype, global_shape=t.shape), tree
-        )
-        with self._reading() as checkpointer:
-            args = ocp.args.PyTreeRestore(tree, restore_args=how, partial_restore=True)
-            return _flatten(checkpointer.restore(self.path, args=args))
+    Raises:
+      FileNotFoundError, ValueError: as `hub.read_config` and `OPTConfig.from_hf`.
+    """
+    raw = hub.read_config(directory)
+    return OPTConfig.from_hf(raw, where=str(directory / "config.json")), raw
 
 
-class _HFSource:
-    """The parameters in a Hugging Face directory; `found`: path -> (shape, dtype)."""
-
-    def __init__(self, directory: Path, config: OPTConfig):
-        from convert import hf  # the one place where the library knows a foreign format
-
-        self.describe = hf.describe
-        self.tensors = hf.open_parameters(directory, config)
-        self.found = {path: (view.shape, view.dtype) for path, view in self.tensors.items()}
-
-    def read(self, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        arrays = {}
-        for path, target in targets.items():
-            view = self.tensors[path]
-            # A copy, never the mapped file itself: the file may change, and its pages cannot be donated.
-            shard = lambda index, view=view, target=target: np.array(view[index], target.dtype, order="C")  # noqa: E731
-            arrays[path] = jax.make_array_from_callback(target.shape, target.sharding, shard)
-            self.tensors.release()
+def open_parameters(directory: Path, config: OPTConfig) -> dict[str, LazyArray]:
+    """Parameter path -> array, of a model directory of ours, a checkpoint of train.py or a Hugging Face directory."""
+    if hub.is_orbax(directory):
+        arrays = open_arrays(directory / "params")
+        if any(path.startswith("model.model.") for path in arrays):  # a training state: its model is one field of it
+            arrays = {path.removeprefix("model."): array for path, array in arrays.items()}
         return arrays
+    from convert import hf  # the one place where the library knows a foreign format
+
+    return hf.open_parameters(directory, config)
 
 
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, last = path.split(".")
-        node = tree
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[last] = leaf
-    return tree
+def _describe(directory: Path) -> Callable[[str, Shape], tuple[str, Shape]]:
+    """Our path and shape -> name and shape in the checkpoint, for messages."""
+    if hub.is_orbax(directory):
+        return lambda path, shape: (path, shape)
+    from convert import hf
+
+    return hf.describe
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+def _read(lazy: LazyArray, target: jax.ShapeDtypeStruct) -> jax.Array:
+    """The array in the sharding and dtype of `target`; this process reads only what its devices hold, and once."""
+    parts: dict[Any, np.ndarray] = {}
+
+    def part(index: Any) -> np.ndarray:
+        key = tuple((s.start, s.stop) for s in index)
+        if key in parts:
+            return parts[key].copy()  # for another replica: buffers that JAX may donate are never shared
+        parts[key] = lazy.load(index).astype(target.dtype, copy=False)
+        return parts[key]
+
+    return jax.make_array_from_callback(target.shape, target.sharding, part)

@@ -134,17 +134,18 @@ class OPTConfig:
         return cls(**(fields | overrides))
 
     @classmethod
-    def from_hf(cls, source: str | os.PathLike | Mapping[str, Any]) -> "OPTConfig":
+    def from_hf(cls, source: str | os.PathLike | Mapping[str, Any], *, where: str = "config") -> "OPTConfig":
         """From a `config.json` of `transformers`: its path, the directory it is in, or its content as a dict.
 
-        Fields that are not OPT's architecture are kept in `extra` and come back out of `to_hf`.
+        Fields that are not OPT's architecture are kept in `extra` and come back out of `to_hf`. `where`: what error
+        messages call a dict.
 
         Raises:
           FileNotFoundError: there is no such file.
           ValueError: not JSON, not an OPT model, or a bad field (named).
         """
         if isinstance(source, Mapping):
-            raw, where = dict(source), "config"
+            raw = dict(source)
         else:
             path = Path(source)
             path = path / "config.json" if path.is_dir() else path

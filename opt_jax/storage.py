@@ -1,15 +1,19 @@
 """Arrays on disk: reads and writes Orbax pytrees piece by piece, and makes directories appear all at once.
 
-Nothing here knows what a model is. A tensor is a `LazyArray`: shape, dtype, and how to read any part of it. What is in
-memory at a time is a few pieces of `CHUNK_BYTES`, whatever the size of the tensors.
+A tensor is a `LazyArray`: shape, dtype, and how to read any part of it. What is in memory at a time is a few pieces of
+`CHUNK_BYTES`, whatever the size of the tensors. In a `jax.distributed` job each process writes its part of the pieces.
 """
 
+import errno
+import fcntl
 import json
 import math
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -19,6 +23,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from jax.experimental import multihost_utils
+
+from opt_jax import hub
 
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
@@ -73,22 +80,48 @@ def copy_blocked(out: np.ndarray, view: np.ndarray) -> None:
         out[...] = view
 
 
+def pieces(shape: Shape, piece: Sequence[int]) -> Iterator[Index]:
+    """The indices of the parts of an array that are at most `piece` large; () has one."""
+    starts = (range(0, n, step) for n, step in zip(shape, piece, strict=True))
+    for corner in product(*starts):
+        yield tuple(slice(i, min(i + step, n)) for i, step, n in zip(corner, piece, shape, strict=True))
+
+
+def first_difference(a: LazyArray, b: LazyArray) -> tuple[int, ...] | None:
+    """The index of the first element whose bits differ (a NaN equals itself); () if shape or dtype do; None: equal."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return ()
+    row = max(1, math.prod(a.shape[1:])) * a.dtype.itemsize
+    for index in pieces(a.shape, (max(1, CHUNK_BYTES // row), *a.shape[1:])[: len(a.shape)]):
+        ours, theirs = (x.load(index) for x in (a, b))
+        bits = f"u{a.dtype.itemsize}"
+        if (differ := ours.view(bits) != theirs.view(bits)).any():
+            where = np.argwhere(differ)[0]
+            return tuple(int(i) + s.start for i, s in zip(where, index, strict=True))
+    return None
+
+
 # Writing ----------------------------------------------------------------------------------------------------
 
 
 class _LazyHandler(ocp.type_handlers.NumpyHandler):
     """Writes `LazyArray`s chunk by chunk (Orbax alone starts all arrays at once, on copies). On disk they are what
-    NumpyHandler writes: any Orbax reads them. Several processes write each its part of the chunks."""
+    NumpyHandler writes: any Orbax reads them."""
 
     def __init__(self, progress: Callable[[str, int], None]) -> None:
         super().__init__(deepcopy_host_arrays=False)
-        self._progress, self._count, self._lock = progress, 0, threading.Lock()
+        self._progress, self._lock, self._count = progress, threading.Lock(), 0
+        self.error: Exception | None = None
 
     async def serialize(self, values: Sequence[Any], infos, args=None):
+        # An error is kept for later: Orbax would leave the other processes waiting for this one.
         with ThreadPoolExecutor(_THREADS) as pool:
             for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
                 await info.await_path_creation()
-                self._write(pool, value, info, arg)
+                try:
+                    self._write(pool, value, info, arg)
+                except Exception as e:
+                    self.error = self.error or e
         return []
 
     def _write(self, pool: ThreadPoolExecutor, value: LazyArray, info, arg) -> None:
@@ -101,14 +134,21 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
             process_index=jax.process_index(),
             arg=arg,
         )
-        store = ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context).result()
+        store: Any = ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context).result()
 
         def write(index: Index) -> None:
             piece = value.load(index)
-            store[index].write(piece, can_reference_source_data_indefinitely=True).result()
+            try:
+                store[index].write(piece, can_reference_source_data_indefinitely=True).result()
+            except ValueError as e:
+                if "No space left" in str(e) or "quota exceeded" in str(e):
+                    raise OSError(errno.ENOSPC, "the disk is full", str(info.parent_dir)) from None
+                raise
             with self._lock:
                 self._progress(info.name, piece.nbytes)
 
+        if self.error is not None:  # the array must be there, or the first process alone would fail
+            return
         mine = []
         for index in pieces(value.shape, store.chunk_layout.write_chunk.shape):
             if self._count % jax.process_count() == jax.process_index():
@@ -116,13 +156,6 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
             self._count += 1
         for _ in pool.map(write, mine):
             pass
-
-
-def pieces(shape: Shape, piece: Sequence[int]) -> Iterator[Index]:
-    """The indices of the parts of an array that are at most `piece` large; () has one."""
-    starts = (range(0, n, step) for n, step in zip(shape, piece, strict=True))
-    for corner in product(*starts):
-        yield tuple(slice(i, min(i + step, n)) for i, step, n in zip(corner, piece, shape, strict=True))
 
 
 def write_arrays(
@@ -134,15 +167,127 @@ def write_arrays(
 
     progress: called after each chunk with its array's path and its bytes, by several threads, one at a time.
     """
-    tree = nest(arrays)
+    tree, lazy = nest(arrays), _LazyHandler(progress)
     registry = ocp.type_handlers.create_type_handler_registry(
-        (LazyArray, _LazyHandler(progress)), (jax.Array, ocp.type_handlers.ArrayHandler())
+        (LazyArray, lazy), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
     # Weights do not compress: zstd makes writing several times slower for a few percent.
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
-    with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree, save_args=save_args))
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree, save_args=save_args))
+    except Exception as e:
+        lazy.error = lazy.error or e
+    agree(lazy.error)
+
+
+def agree(error: Exception | None) -> None:
+    """Raise on every process if one of them has an error: its own where it is, a reference to that one elsewhere."""
+    if jax.process_count() > 1:
+        failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(error is not None)))
+        if len(failed) and error is None:
+            raise OSError(f"process {failed[0]} failed: see its message")
+    if error is not None:
+        raise error
+
+
+def on_first_process(action: Callable[[], None]) -> None:
+    """Run `action` on process 0 alone; the others wait for it, and fail if it does."""
+    error = None
+    if jax.process_index() == 0:
+        try:
+            action()
+        except Exception as e:
+            error = e
+    agree(error)
+
+
+# Directories ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def new_directory(
+    path: str | os.PathLike, overwrite: bool = False, replaceable: Callable[[Path], bool] = hub.is_orbax
+) -> Iterator[Path]:
+    """A temporary directory beside `path` that becomes `path` when the block ends, and vanishes if it raises.
+
+    What a killed process has left behind is cleaned up by the next one with the same `path`. All processes of a
+    `jax.distributed` job enter and leave together.
+
+    Raises:
+      FileExistsError: `path` exists and `overwrite` is false, or it is not `replaceable`; or another process is
+        writing it now.
+    """
+    path = Path(os.path.realpath(path))
+    new, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    locks: list[int] = []
+
+    def begin() -> None:
+        if old.exists() and not path.exists():  # killed between the two renamings below
+            old.rename(path)
+        check_destination(path, overwrite, replaceable)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        locks.append(_lock_directory(new))
+        shutil.rmtree(old, ignore_errors=True)
+        for left in new.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+    def publish() -> None:
+        check_destination(path, overwrite, replaceable)
+        if path.exists():
+            path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+
+    try:
+        on_first_process(begin)
+        yield new
+        on_first_process(publish)
+    finally:
+        if locks:  # held until nothing is left to do
+            shutil.rmtree(new, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+            os.close(locks[0])
+
+
+def _lock_directory(path: Path) -> int:
+    """Create the directory, or take it over from a process that is dead. The lock ends with this process."""
+    while True:
+        path.mkdir(exist_ok=True)
+        lock = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock), os.stat(path)):
+                return lock
+        except BlockingIOError:
+            os.close(lock)
+            raise FileExistsError(f"{path} is in use: another process is writing this destination now") from None
+        except FileNotFoundError:  # its owner has just published it
+            pass
+        os.close(lock)
+
+
+def check_destination(path: Path, overwrite: bool, replaceable: Callable[[Path], bool] = hub.is_orbax) -> None:
+    """Raise FileExistsError where `new_directory` would refuse to write."""
+    if not path.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{path} exists already: choose another name, or pass overwrite=True (--overwrite)")
+    if not (replaceable(path) or path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} is not a model directory, so it will not be overwritten: remove it yourself")
+
+
+def check_space(path: Path, nbytes: int) -> None:
+    """Raise OSError unless `nbytes` more fit on the disk where `path` is to be."""
+    while not path.exists():
+        path = path.absolute().parent
+    if (free := shutil.disk_usage(path).free) < nbytes:
+        raise OSError(errno.ENOSPC, f"{nbytes / 1e9:.2f} GB are needed, but {free / 1e9:.2f} GB are free", str(path))
 
 
 # Reading ----------------------------------------------------------------------------------------------------
@@ -158,11 +303,8 @@ def open_arrays(directory: Path) -> dict[str, LazyArray]:
     """
     directory = directory.absolute()
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            tree: Any = checkpointer.metadata(directory).item_metadata
-        if tree is None:  # Orbax keeps the reason to itself
-            raise ValueError("its metadata are damaged or do not belong to its data")
-        leaves = flatten(tree.tree)
+        handler: Any = ocp.PyTreeCheckpointHandler()
+        leaves = flatten(handler.metadata(directory).tree)
         zarr3 = json.loads((directory / "_METADATA").read_bytes()).get("use_zarr3", False)
         found = {path: (tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in leaves.items()}
     except Exception as e:  # Orbax and TensorStore raise nearly anything for a damaged checkpoint

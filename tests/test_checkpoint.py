@@ -9,12 +9,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from hf_files import TINY, VARIANTS, hf_weights, write_hf
 
 import opt_jax
-from opt_jax import OPTConfig, OPTForCausalLM, OPTForSequenceClassification, OPTModel, checkpoint, named_parameters
+from opt_jax import (
+    OPTConfig,
+    OPTForCausalLM,
+    OPTForSequenceClassification,
+    OPTModel,
+    checkpoint,
+    named_parameters,
+    storage,
+)
 from opt_jax.sharding import make_mesh, param_sharding
 
 CLASSES = ("OPTModel", "OPTForCausalLM", "OPTForSequenceClassification", "OPTForQuestionAnswering")
@@ -114,12 +123,10 @@ def test_a_loaded_model_is_independent_of_its_files_and_trains(tmp_path):
 
 def test_large_arrays_are_stored_in_chunks(tmp_path, monkeypatch):
     """A process that needs one shard must not read all of an array."""
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(storage, "CHUNK_BYTES", 4096)
     random_model(vocab_size=4096).save_pretrained(tmp_path / "out")
-    source = checkpoint._OrbaxSource(tmp_path / "out")
-    with source._reading() as checkpointer:
-        metadata: Any = checkpointer.metadata(source.path).item_metadata
-    for path, leaf in checkpoint._flatten(metadata.tree).items():
+    metadata: Any = ocp.PyTreeCheckpointHandler().metadata((tmp_path / "out" / "params").absolute())
+    for path, leaf in storage.flatten(metadata.tree).items():
         assert np.prod(leaf.storage.chunk_shape) * 4 <= 4096, path
     assert_same(arrays(OPTForCausalLM.from_pretrained(tmp_path / "out")), arrays(random_model(vocab_size=4096)))
 
@@ -312,7 +319,7 @@ def test_a_failed_save_leaves_things_as_they_were(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         random_model(variant="350m").save_pretrained(tmp_path / "out", overwrite=True, tokenizer=Broken())
     with pytest.raises(FileNotFoundError):
-        with checkpoint.new_directory(tmp_path / "out", overwrite=True) as new:
+        with storage.new_directory(tmp_path / "out", overwrite=True) as new:
             shutil.rmtree(new)  # as somebody tidying up would
     assert_same(arrays(OPTForCausalLM.from_pretrained(tmp_path / "out")), arrays(first))
     assert not hidden(tmp_path)

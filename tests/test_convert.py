@@ -17,7 +17,7 @@ from hf_files import TINY, VARIANTS, hf_weights, write_hf
 import opt_jax
 from convert import names
 from convert.__main__ import main
-from opt_jax import OPTConfig, checkpoint, named_parameters
+from opt_jax import OPTConfig, checkpoint, named_parameters, storage
 
 DATA = Path(__file__).parent / "data"
 
@@ -27,7 +27,7 @@ def load_hf_names(directory: Path) -> dict[str, np.ndarray]:
     with ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.restore((directory / "params").absolute())
     found = {}
-    for path, array in checkpoint._flatten(tree).items():
+    for path, array in storage.flatten(tree).items():
         kind = path.rpartition(".")[2]  # not by way of `names`: its mistakes must show
         name = path.removesuffix(kind) + {"kernel": "weight", "embedding": "weight", "scale": "weight"}.get(kind, kind)
         found[name] = np.asarray(array).T if kind == "kernel" else np.asarray(array)
@@ -89,6 +89,7 @@ def test_official_layouts_of_names(tmp_path):
     weights = hf_weights(TINY)
     expected = dict(weights)
     weights["lm_head.weight"] = weights["model.decoder.embed_tokens.weight"]
+    weights["model.decoder.version"] = np.full(1, 3, np.float32)  # HF ignores it, too
     convert(write_hf(tmp_path / "tied", TINY, weights), tmp_path / "out1")
     assert_same(load_hf_names(tmp_path / "out1"), expected)
     bare = {name.removeprefix("model."): array for name, array in weights.items()}
@@ -159,7 +160,11 @@ def test_existing_destination(tmp_path, capsys):
     assert "not a model directory" in refused(capsys, source, source, "--overwrite")
     (tmp_path / "file").write_text("precious")
     assert "not a model directory" in refused(capsys, source, tmp_path / "file", "--overwrite")
-    assert "Orbax model directory already" in refused(capsys, out, tmp_path / "out2")
+    assert "not a model directory" in refused(capsys, out, source, "--overwrite")
+    assert "is the checkpoint to convert, too" in refused(capsys, out, out, "--overwrite")
+    convert(out, tmp_path / "copy", "--dtype", "bfloat16")
+    bfloat16 = {name: array.astype(ml_dtypes.bfloat16) for name, array in hf_weights(TINY).items()}
+    assert_same(load_hf_names(tmp_path / "copy"), bfloat16)
 
 
 @pytest.mark.parametrize("options", [["--frobnicate"], ["--dtype", "int8"], ["third"]])
@@ -182,7 +187,7 @@ EMBED = "model.decoder.embed_tokens.weight"
         (TINY, {"score.weight": np.zeros((2, 8))}, "tensor score.weight is left over"),
         (TINY, {"model.decoder.layers.2.fc1.weight": np.zeros((16, 8))}, "tensor model.decoder.layers.2.fc1.weight is"),
         (TINY, {"model.decoder.layers.01.fc1.weight": np.zeros((16, 8))}, "layers.01.fc1.weight is left over"),
-        (TINY, {"model.decoder.version": np.zeros(1)}, "tensor model.decoder.version is left over"),
+        (TINY, {"model.decoder.versions": np.zeros(1)}, "tensor model.decoder.versions is left over"),
         (TINY, {"decoder.embed_tokens.weight": np.zeros((48, 8))}, "decoder.embed_tokens.weight is there twice"),
         (TINY, {FC1: np.zeros((8, 16))}, f"tensor {FC1} has shape (8, 16), but the config calls for (16, 8)"),
         (TINY, {EMBED: np.zeros((48, 8, 1))}, f"tensor {EMBED} has shape (48, 8, 1)"),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from opt_jax.checkpoint import CHUNK_BYTES
+from opt_jax.storage import CHUNK_BYTES
 from opt_jax.training.step import TrainState, named_leaves
 
 

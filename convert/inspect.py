@@ -1,0 +1,53 @@
+"""What a checkpoint holds, and whether two hold the same."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+from convert import hf
+from convert.source import Checkpoint
+from opt_jax.storage import first_difference
+
+_SHOWN = (
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "ffn_dim", "word_embed_proj_dim", "vocab_size",
+    "max_position_embeddings", "activation_function", "do_layer_norm_before", "_remove_final_layer_norm",
+    "enable_bias", "layer_norm_elementwise_affine", "tie_word_embeddings",
+)  # fmt: skip
+
+
+def describe(opened: Checkpoint) -> Iterator[str]:
+    """Lines: format, class, config, totals, and each tensor under its HF name. No data is read."""
+    yield f"{opened.where}: {opened.format}"
+    yield f"class: {opened.raw_config['architectures'][0]}"
+    yield "config: " + ", ".join(f"{name}={getattr(opened.config, name)}" for name in _SHOWN)
+    dtypes = Counter(array.dtype.name for array in opened.arrays.values())
+    kinds = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())
+    yield f"{len(opened.arrays)} tensors ({kinds}), {opened.parameters:,} parameters, {opened.nbytes:,} bytes"
+    for path, array in opened.arrays.items():
+        name, shape = hf.describe(path, array.shape)
+        yield f"  {name:<55} {array.dtype.name:<9} {'x'.join(map(str, shape)):<15} {array.nbytes:>14,}"
+
+
+def compare(ours: Checkpoint, theirs: Checkpoint, progress: Callable[[str, int], None]) -> str | None:
+    """The first difference between two checkpoints: configuration, tensors, dtypes, and every bit; None if none."""
+    for name in _SHOWN:
+        a, b = getattr(ours.config, name), getattr(theirs.config, name)
+        if a != b:
+            return f"config: {name} is {a} in {ours.where}, but {b} in {theirs.where}"
+    for path in [*theirs.arrays, *ours.arrays]:
+        for one, other in ((ours, theirs), (theirs, ours)):
+            if path not in one.arrays:
+                return f"tensor {hf.describe(path, ())[0]} of {other.where} is not in {one.where}"
+    for path, b in theirs.arrays.items():
+        a, (name, transposed) = ours.arrays[path], hf.names.to_hf(path)
+        if a.dtype != b.dtype or a.shape != b.shape:
+            (_, left), (_, right) = hf.describe(path, a.shape), hf.describe(path, b.shape)
+            what = f"{a.dtype.name} {left} in {ours.where}, but {b.dtype.name} {right} in {theirs.where}"
+            return f"tensor {name} is {what}"
+        where = first_difference(a, b)
+        if where is not None:
+            at = tuple(slice(i, i + 1) for i in where)
+            left, right = (x.load(at).item() for x in (a, b))
+            index = list(where[::-1] if transposed else where)
+            return f"tensor {name} at {index} is {left!r} in {ours.where}, but {right!r} in {theirs.where}"
+        progress(path, b.nbytes)
+    return None
