@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 import os
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -251,8 +252,11 @@ class TorchFile:
         return "not a file written by torch.save, or truncated"
 
     def _bytes(self, record: str) -> bytes:
-        start, length = self._records[self._prefix + record]
-        return self.map[start : start + length]
+        start, length, crc = self._records[self._prefix + record]
+        content = self.map[start : start + length]
+        if crc and crc != zlib.crc32(content):
+            raise ValueError(f"{self.path}: record {record} is damaged: its checksum is wrong")
+        return content
 
     def view(self, tensor: TorchTensor) -> np.ndarray:
         """The tensor's elements in the mapped file. Raises ValueError where they would lie outside their storage."""
@@ -269,7 +273,7 @@ class TorchFile:
         dtype = _dtype(dtype_name)
         if f"{self._prefix}data/{key}" not in self._records:
             raise ValueError(f"record data/{shown(key)} is not in the file")
-        start, length = self._records[f"{self._prefix}data/{key}"]
+        start, length, _ = self._records[f"{self._prefix}data/{key}"]  # a checksum of all data would cost a reading
         if numel * dtype.itemsize != length:
             raise ValueError(f"its storage {shown(key)} has {length} bytes, not {numel} elements of {dtype}")
         if 0 in size:

@@ -13,12 +13,20 @@ from typing import NamedTuple
 _END = struct.Struct("<4sHHHHIIH")
 _END64 = struct.Struct("<4sQHHIIQQQQ")
 _LOCATOR64 = struct.Struct("<4sIQI")
-_ENTRY = struct.Struct("<4s4xHH8xIIHHHH6xI")
+_ENTRY = struct.Struct("<4s4xHH4xIIIHHHH6xI")
 _LOCAL = struct.Struct("<4s2xHH8xIIHH")
 _ENCRYPTED, _SIZES_FOLLOW = (
     1,
     8,
 )  # flags; with the latter, the local header may leave the sizes 0: a descriptor behind the data has them
+
+
+class Record(NamedTuple):
+    """Where the bytes of a record are in the file, and their CRC-32 (torch may leave it 0)."""
+
+    start: int
+    length: int
+    crc: int
 
 
 class _Entry(NamedTuple):
@@ -28,10 +36,11 @@ class _Entry(NamedTuple):
     offset: int
     size: int
     flags: int
+    crc: int
 
 
-def find_records(mapped: mmap.mmap) -> dict[str, tuple[int, int]]:
-    """Record name -> (start, length) in the file.
+def find_records(mapped: mmap.mmap) -> dict[str, Record]:
+    """The records by their names.
 
     Raises:
       ValueError: not a zip file from the first byte to the last, or one with records that torch.save does not write.
@@ -44,7 +53,7 @@ def find_records(mapped: mmap.mmap) -> dict[str, tuple[int, int]]:
         if name in records:
             raise ValueError(f"record {name} is there twice")
         start = _start(mapped, entry, name)
-        records[name] = (start, entry.size)
+        records[name] = Record(start, entry.size, entry.crc)
         spans.append((entry.offset, start + entry.size, name))
     if position != end:
         raise ValueError("the zip directory is damaged")
@@ -77,9 +86,8 @@ def _read_entry(mapped: mmap.mmap, at: int, end: int) -> tuple[_Entry, int]:
     """The entry of the central directory at `at`, and where the next one starts."""
     if at + _ENTRY.size > end or mapped[at : at + 4] != b"PK\1\2":
         raise ValueError("the zip directory is damaged")
-    _, flags, method, packed, size, name_length, extra_length, comment_length, disk, offset = _ENTRY.unpack_from(
-        mapped, at
-    )
+    _, flags, method, crc, packed, size, *lengths, disk, offset = _ENTRY.unpack_from(mapped, at)
+    name_length, extra_length, comment_length = lengths
     name_end = at + _ENTRY.size + name_length
     extra_end = name_end + extra_length
     if extra_end + comment_length > end:
@@ -92,7 +100,7 @@ def _read_entry(mapped: mmap.mmap, at: int, end: int) -> tuple[_Entry, int]:
     if method or flags & _ENCRYPTED or packed != size or disk:
         shown = name.decode("utf-8", "backslashreplace")
         raise ValueError(f"record {shown} is compressed, encrypted or in another file, as torch.save never does it")
-    return _Entry(name, offset, size, flags), extra_end + comment_length
+    return _Entry(name, offset, size, flags, crc), extra_end + comment_length
 
 
 def _zip64_numbers(extra: bytes, count: int) -> tuple[int, ...]:
