@@ -7,14 +7,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+from opt_jax.download import WEIGHT_FILES, Repository, download
+
 TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
 # What travels with a model's weights, besides config.json.
 COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
-_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
-_TORCH = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin")
 
 
 def resolve(
@@ -38,8 +38,8 @@ def resolve(
         repository has them.
 
     Raises:
-      FileNotFoundError: no such directory or repository, or it cannot be reached and is not in the cache.
-      ValueError: not a possible name, or `revision` of something that is not on the hub.
+      FileNotFoundError, PermissionError, OSError: no such directory or repository, or see `download.download`.
+      ValueError: a file, or `revision` of something that is not on the hub.
     """
     name = os.fspath(name)
     path = Path(name).expanduser()
@@ -53,7 +53,7 @@ def resolve(
         raise ValueError(f"{name} is a file; give the directory it is in")
     if name == "tiny" or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise FileNotFoundError(f"no directory {name!r}" + (" in this package" if name == "tiny" else ""))
-    return _download(name, weights, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+    return download(Repository(name, revision, cache_dir, local_files_only), COMPANION_FILES, weights)
 
 
 def _in_run(path: Path) -> Path:
@@ -69,22 +69,6 @@ def _in_run(path: Path) -> Path:
     return max(steps, key=lambda step: int(step.name))
 
 
-def _download(name: str, weights: bool, **options) -> Path:
-    from huggingface_hub import snapshot_download  # here, because it is slow to import
-
-    small = ["config.json", *COMPANION_FILES]
-    try:
-        if not weights:
-            return Path(snapshot_download(name, allow_patterns=small, **options))
-        folder = Path(snapshot_download(name, allow_patterns=[*small, *_SAFETENSORS], **options))
-        if not any((folder / file).is_file() for file in _SAFETENSORS[:2]):
-            folder = Path(snapshot_download(name, allow_patterns=[*small, *_TORCH], **options))
-        return folder
-    except Exception as e:  # huggingface_hub's own and whatever its HTTP library raises
-        reason = " ".join(str(e).split())
-        raise FileNotFoundError(f"no directory {name}, and not available from the hub: {reason}") from e
-
-
 def is_orbax(path: str | os.PathLike) -> bool:
     """Whether the directory is a model of our own (`checkpoint.save_pretrained`, `python -m convert`)."""
     return (Path(path) / "params" / "_METADATA").is_file()
@@ -93,7 +77,7 @@ def is_orbax(path: str | os.PathLike) -> bool:
 def is_model(path: str | os.PathLike) -> bool:
     """Whether the directory is a model in one of the two forms that this project writes."""
     path = Path(path)
-    has_weights = any((path / name).is_file() for name in (*_SAFETENSORS[:2], *_TORCH[:2]))
+    has_weights = any((path / name).is_file() for name in WEIGHT_FILES)
     return is_orbax(path) or has_weights and (path / "config.json").is_file()
 
 

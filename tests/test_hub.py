@@ -1,19 +1,11 @@
-"""Names to directories: local ones, the cache, and downloads from a small server that speaks the hub's API."""
+"""Names to directories, as far as no hub is needed; tests/test_download.py has the rest."""
 
-import hashlib
 import json
-import os
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from opt_jax import hub
-
-COMMIT = "a" * 40
 
 
 def test_directories(tmp_path, monkeypatch):
@@ -111,112 +103,3 @@ def test_is_orbax(tmp_path):
     assert not hub.is_orbax(tmp_path)
     (tmp_path / "params" / "_METADATA").write_text("{}")
     assert hub.is_orbax(tmp_path)
-
-
-def test_cache_without_network(tmp_path):
-    repository = tmp_path / "models--org--name"
-    snapshot = repository / "snapshots" / COMMIT
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(COMMIT)
-    (snapshot / "pytorch_model.bin").write_text("weights")
-    assert hub.resolve("org/name", cache_dir=tmp_path, local_files_only=True) == snapshot
-    assert hub.resolve("org/name", cache_dir=tmp_path, local_files_only=True, revision=COMMIT) == snapshot
-    for name, revision in (("org/other", None), ("org/name", "b" * 40)):
-        with pytest.raises(FileNotFoundError, match="not available from the hub") as error:
-            hub.resolve(name, cache_dir=tmp_path, local_files_only=True, revision=revision)
-        assert "\n" not in str(error.value)
-
-
-class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as a download of small files needs. `files`: repository -> file name -> content."""
-
-    files: dict[str, dict[str, bytes]] = {}
-    asked: list[str] = []
-
-    def do_GET(self):
-        path = self.path.partition("?")[0]
-        for repository, files in self.files.items():
-            if path in (f"/api/models/{repository}", f"/api/models/{repository}/revision/main"):
-                siblings = [{"rfilename": name} for name in files]
-                return self.answer(json.dumps({"id": repository, "sha": COMMIT, "siblings": siblings}).encode())
-            if path.startswith(f"/api/models/{repository}/tree/"):
-                entries = [
-                    {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                    for name, content in files.items()
-                ]
-                return self.answer(json.dumps(entries).encode())
-            name = path.removeprefix(f"/{repository}/resolve/{COMMIT}/")
-            if name in files:
-                if self.command == "GET":
-                    self.asked.append(name)
-                return self.answer(files[name])
-        self.send_response(404)
-        self.send_header("X-Error-Code", "RepoNotFound")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    do_HEAD = do_GET
-
-    def answer(self, content: bytes) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, format, *args):
-        pass
-
-
-@pytest.fixture
-def endpoint():
-    Hub.asked = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def resolve_elsewhere(endpoint: str, cache: Path, name: str, **options) -> subprocess.CompletedProcess:
-    """In another process, because huggingface_hub reads its environment when it is imported."""
-    code = f"from opt_jax import hub; print(hub.resolve({name!r}, cache_dir={str(cache)!r}, **{options!r}))"
-    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1", "HF_HOME": str(cache / "home")}
-    command = [sys.executable, "-c", code]
-    return subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=120, cwd=Path(__file__).parents[1]
-    )
-
-
-def test_downloads_what_is_needed_and_no_more(tmp_path, endpoint):
-    common = {"config.json": b"{}", "vocab.json": b"v", "README.md": b"r", "flax_model.msgpack": b"f"}
-    torch_files = {"pytorch_model-00001-of-00001.bin": b"t", "pytorch_model.bin.index.json": b"i"}
-    Hub.files = {
-        "org/both": common | torch_files | {"model.safetensors": b"s", "rust_model.ot": b"o"},
-        "org/torch": common | torch_files,
-    }
-
-    def resolve(name: str, **options) -> set[str]:
-        Hub.asked.clear()
-        done = resolve_elsewhere(endpoint, tmp_path, name, **options)
-        assert done.returncode == 0, done.stderr
-        assert Path(done.stdout.strip()).name == COMMIT
-        assert all((Path(done.stdout.strip()) / file).read_bytes() == Hub.files[name][file] for file in Hub.asked)
-        return set(Hub.asked)
-
-    assert resolve("org/both", weights=False) == {"config.json", "vocab.json"}
-    assert resolve("org/both") == {"model.safetensors"}  # the others are there already
-    assert resolve("org/torch") == {"config.json", "vocab.json", *torch_files}
-    assert resolve("org/torch") == set()
-    Hub.files = {}
-    assert resolve_elsewhere(endpoint, tmp_path, "org/torch").returncode == 0  # gone from the hub, but cached
-    assert resolve_elsewhere(endpoint, tmp_path, "org/torch", local_files_only=True).returncode == 0
-    missing = resolve_elsewhere(endpoint, tmp_path, "org/nothing")
-    assert missing.returncode == 1
-    assert missing.stderr.splitlines()[-1].startswith("FileNotFoundError: no directory org/nothing, and not available")
