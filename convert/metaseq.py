@@ -1,0 +1,207 @@
+"""metaseq checkpoints: model-parallel parts and FSDP shards joined, presented under our paths, lazily.
+
+A file holds {"model": tensors, "cfg" or "args": settings, "shard_metadata": ..., what training needs besides}. There is
+one file per part of a model that was split over devices (Megatron's tensor parallelism), or several: the shards that
+FSDP makes of it. FSDP flattens the tensors of a layer into one (`flat_param_0`), pads it and cuts it.
+
+Sources: metaseq's scripts/reshard_mp.py, distributed/stitch_fsdp_ckpt.py, and the files released.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from glob import glob
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert import names
+from convert.metaseq_config import choose_config
+from convert.metaseq_parts import EMBEDDING, Part, Source, counted, is_flat, open_part, part_tensors, same
+from convert.source import Checkpoint, check
+from opt_jax.checkpoint import set_dtype
+from opt_jax.config import OPTConfig
+from opt_jax.storage import Index, LazyArray
+
+_NAME = re.compile(r"(.+?)(?:-model_part-(\d+))?(?:-shard(\d+))?(?:\.pt)?", re.DOTALL)
+_HEAD = "decoder.output_projection.weight"
+_OTHER_NAMES = {"decoder.layer_norm.": "decoder.final_layer_norm.", "decoder.project_in_dim.": "decoder.project_in.",
+                "decoder.project_out_dim.": "decoder.project_out.", _HEAD: "lm_head.weight"}  # fmt: skip
+
+
+def find_files(patterns: Sequence[str]) -> list[Path]:
+    """The files that the arguments of a command line name: files, directories (their `*.pt`), and globs.
+
+    Raises:
+      FileNotFoundError: an argument that stands for no file.
+    """
+    files: list[Path] = []
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            found = sorted(path.glob("*.pt"))
+        else:
+            found = [path] if path.exists() else [Path(name) for name in sorted(glob(str(path)))]
+        if not found:
+            raise FileNotFoundError(f"{pattern} {'has no .pt files' if path.is_dir() else 'is not there'}")
+        files += found
+    return files
+
+
+def open_checkpoint(files: Sequence[Path], *, config: OPTConfig | None) -> Checkpoint:
+    """The checkpoint that is in all of `files`, in any order.
+
+    Args:
+      config: the architecture, if the checkpoint does not say or to check what it says; its dropout rates count.
+
+    Raises:
+      FileNotFoundError: a part or shard is missing.
+      ValueError: files that are damaged, there twice, or of different checkpoints; parts that contradict each other or
+        the config; no config. Names the file, and the tensor where there is one.
+    """
+    grid = _arrange(files)
+    parts = [open_part(paths) for paths in grid]
+    first = grid[0][0]
+    draft = choose_config(parts[0].settings, config, first)
+    joined = _join([part_tensors(part, draft, len(grid)) for part in parts], draft)
+    if config is None and EMBEDDING in joined:
+        draft = replace(draft, vocab_size=joined[EMBEDDING].shape[0])
+    arrays: dict[str, LazyArray] = {}
+    for name, tensor in joined.items():
+        try:
+            path, transposed = names.from_hf(name)
+        except KeyError:
+            raise ValueError(f"{tensor.file}: tensor {name} is left over: no OPT model has it") from None
+        if path in arrays:
+            raise ValueError(f"{tensor.file}: tensor {name} is there twice, fused with others and alone")
+        arrays[path] = tensor.lazy().T if transposed else tensor.lazy()
+    embedding = joined.get(EMBEDDING)
+    raw = draft.to_hf() | {"architectures": ["OPTForCausalLM"]}
+    opened = Checkpoint(
+        where=first if len(files) == 1 else first.parent,
+        format=_describe(parts),
+        config=draft,
+        raw_config=set_dtype(raw, embedding.dtype.name) if embedding else raw,
+        arrays=arrays,
+        companions=tuple(dict.fromkeys(path.parent for path in files)),
+    )
+    try:
+        check(opened, "OPTForCausalLM")
+    except ValueError as e:
+        raise ValueError(f"{e} (from {counted(len(grid), 'model part')}: are they all?)") from None
+    return opened
+
+
+def _describe(parts: Sequence[Part]) -> str:
+    form = "whole tensors"
+    if any(map(is_flat, parts[0].stored)):
+        form = f"flat parameters, {'with' if parts[0].units else 'without'} metadata"
+    shards = len(parts[0].paths)
+    return (
+        f"metaseq, {counted(len(parts), 'model part')} in {counted(shards, 'file')}{' each' * (len(parts) > 1)}, {form}"
+    )
+
+
+def _arrange(files: Sequence[Path]) -> list[list[Path]]:
+    """The files by model part and shard, both in numeric order."""
+    if not files:
+        raise ValueError("no metaseq files given")
+    found: dict[tuple[int, int], Path] = {}
+    kind: Any = None
+    for path in files:
+        match = _NAME.fullmatch(path.name)
+        stem, part, shard = match.groups() if match else (path.name, None, None)
+        kind = kind or (stem, part is None, shard is None)
+        if kind != (stem, part is None, shard is None):
+            raise ValueError(
+                f"{path} is of another checkpoint than {files[0]}: give the files of one, by a glob if need be"
+            )
+        place = int(part or 0), int(shard or 0)
+        if place in found:
+            raise ValueError(f"{path} and {found[place]} are the same part of the checkpoint")
+        found[place] = path
+    parts, shards = (max(numbers) + 1 for numbers in zip(*found, strict=True))
+    for part, shard in product(range(parts), range(shards)):
+        if (part, shard) not in found:
+            name = kind[0] + ("" if kind[1] else f"-model_part-{part}") + ("" if kind[2] else f"-shard{shard}") + ".pt"
+            raise FileNotFoundError(
+                f"{files[0].parent / name} is missing: {counted(len(files), 'file')} of {parts * shards}"
+            )
+    return [[found[part, shard] for shard in range(shards)] for part in range(parts)]
+
+
+# Joining the parts ------------------------------------------------------------------------------------------
+
+
+def _join(parts: Sequence[Mapping[str, Source]], config: OPTConfig) -> dict[str, Source]:
+    """The model's tensors, by the names of Hugging Face's base model."""
+    joined: dict[str, Source] = {}
+    for other in parts[1:]:
+        if different := sorted(parts[0].keys() ^ other.keys()):
+            has, lacks = (parts[0], other) if different[0] in parts[0] else (other, parts[0])
+            file = next(iter(lacks.values())).file
+            raise ValueError(f"{file}: tensor {different[0]} is missing, which {has[different[0]].file} has")
+    for name in parts[0]:
+        sources = [part[name] for part in parts]
+        if name == "decoder.version":
+            continue
+        if name == _HEAD and config.tie_word_embeddings:
+            for part in parts:
+                if EMBEDDING in part:
+                    same(name, [part[EMBEDDING], part[name]])
+            continue
+        hf_name = name
+        for ours, theirs in _OTHER_NAMES.items():
+            hf_name = hf_name.replace(ours, theirs) if name.startswith(ours) else hf_name
+        if ".self_attn.qkv_proj." in name:
+            for i, letter in enumerate("kvq"):
+                thirds = [_third(source, i, name) for source in sources]
+                joined[hf_name.replace("qkv", letter)] = _concatenate(name, thirds, 0)
+        elif re.search(r"\.(embed_tokens|output_projection|fc1|[kvq]_proj)\.(weight|bias)$", name):
+            joined[hf_name] = _concatenate(name, sources, 0)
+        elif re.search(r"\.(fc2|out_proj)\.weight$", name):
+            joined[hf_name] = _concatenate(name, sources, 1)
+        else:
+            joined[hf_name] = same(name, sources)
+    return joined
+
+
+def _third(source: Source, i: int, name: str) -> Source:
+    """The i-th third of the rows."""
+    if not source.shape or source.shape[0] % 3:
+        raise ValueError(f"{source.file}: tensor {name} has shape {source.shape}, which three projections cannot share")
+    n = source.shape[0] // 3
+
+    def copy(index: Index, out: np.ndarray) -> None:
+        source.copy((slice(index[0].start + i * n, index[0].stop + i * n), *index[1:]), out)
+
+    return Source(source.file, (n, *source.shape[1:]), source.dtype, copy)
+
+
+def _concatenate(name: str, sources: Sequence[Source], axis: int) -> Source:
+    first = sources[0]
+    for other in sources:
+        kinds = [(s.dtype, len(s.shape), s.shape[:axis] + s.shape[axis + 1 :]) for s in (first, other)]
+        if kinds[0] != kinds[1] or len(other.shape) <= axis:
+            raise ValueError(
+                f"{other.file}: tensor {name} ({other.dtype}, shape {other.shape}) cannot be joined with that in "
+                f"{first.file} ({first.dtype}, shape {first.shape})"
+            )
+    lengths = [source.shape[axis] for source in sources]
+
+    def copy(index: Index, out: np.ndarray) -> None:
+        wanted, start = index[axis], 0
+        for source, length in zip(sources, lengths, strict=True):
+            low, high = max(wanted.start, start), min(wanted.stop, start + length)
+            if low < high:
+                inner, place = list(index), [slice(None)] * len(index)
+                inner[axis], place[axis] = (
+                    slice(low - start, high - start),
+                    slice(low - wanted.start, high - wanted.start),
+                )
+                source.copy(tuple(inner), out[tuple(place)])
+            start += length
+
+    return Source(first.file, (*first.shape[:axis], sum(lengths), *first.shape[axis + 1 :]), first.dtype, copy)

@@ -1,0 +1,146 @@
+"""The architecture of a metaseq checkpoint: from the settings that are stored in it, as far as they go.
+
+A checkpoint keeps them as `cfg` (by group, "model" among them) or `args`, each a dict, an `argparse.Namespace` or an
+omegaconf `DictConfig`; the latter two arrive as a `Stub`. Names and defaults: metaseq's models/transformer_lm.py, of
+May 2022 (decoder_input_dim, decoder_normalize_before: the 350M) and of 2023 (disable_bias, disable_affine_ln).
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from convert.torch_files import Stub
+from opt_jax.config import OPTConfig
+
+# metaseq's name -> (ours, type of the value). Of several names of one field the first that is set counts.
+_FIELDS: dict[str, tuple[str, type]] = {
+    "decoder_layers": ("num_hidden_layers", int),
+    "decoder_embed_dim": ("hidden_size", int),
+    "decoder_ffn_embed_dim": ("ffn_dim", int),
+    "decoder_attention_heads": ("num_attention_heads", int),
+    "decoder_input_dim": ("word_embed_proj_dim", int),
+    "decoder_output_dim": ("word_embed_proj_dim", int),
+    "max_target_positions": ("max_position_embeddings", int),
+    "tokens_per_sample": ("max_position_embeddings", int),
+    "activation_fn": ("activation_function", str),
+    "decoder_normalize_before": ("do_layer_norm_before", bool),
+    "no_decoder_final_norm": ("_remove_final_layer_norm", bool),
+    "share_decoder_input_output_embed": ("tie_word_embeddings", bool),
+    "disable_bias": ("enable_bias", bool),
+    "disable_affine_ln": ("layer_norm_elementwise_affine", bool),
+    "dropout": ("dropout", float),
+    "attention_dropout": ("attention_dropout", float),
+}
+_NEGATED = ("disable_bias", "disable_affine_ln")
+_REQUIRED = ("decoder_layers", "decoder_embed_dim", "decoder_ffn_embed_dim", "decoder_attention_heads")
+_TRAINING = ("dropout", "attention_dropout")  # not of the architecture: what is given counts
+# What OPT has not, and what could be overlooked because it brings no parameters of its own.
+_ONLY: dict[str, Any] = {
+    "no_scale_embedding": True, "decoder_learned_pos": True, "alibi": False, "attn_variant": "default",
+}  # fmt: skip
+_ACTIVATIONS = {"relu": "relu", "tanh": "tanh", "gelu_accurate": "gelu_new", "gelu_fast": "gelu_new"}
+_GELUS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
+
+
+def read_settings(content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The settings above that are set, metaseq's name -> value; None: the checkpoint has none."""
+    for key in ("cfg", "args"):
+        root = _entries(dict.get(dict(content), key))
+        for group in (_entries(root.get("model")), root):
+            if "decoder_layers" in group:
+                values = {name: _resolve(root, group[name]) for name in (*_FIELDS, *_ONLY) if name in group}
+                return {name: value for name, value in values.items() if value not in (None, "???")}
+    return None
+
+
+def _entries(node: Any) -> dict[str, Any]:
+    """What a dict, Namespace or DictConfig holds; {} for anything else."""
+    if isinstance(node, Stub):
+        state = node.state[0] if isinstance(node.state, tuple) and node.state else node.state  # else with __slots__
+        pairs = {item[0]: item[1] for item in node.items if isinstance(item, tuple) and isinstance(item[0], str)}
+        node = dict.get(state, "_content", state) if isinstance(state, dict) else pairs
+    return dict(dict.items(node)) if isinstance(node, dict) else {}
+
+
+def _plain(value: Any) -> Any:
+    """The value in a node of omegaconf or in a member of an enum."""
+    for _ in range(3):  # a node holds an enum at most
+        if not isinstance(value, Stub):
+            break
+        entries = _entries(value)
+        value = entries["_val"] if "_val" in entries else value.args[0] if len(value.args) == 1 else value
+    return value
+
+
+def _resolve(root: Mapping[str, Any], value: Any) -> Any:
+    """The value, or the one that an interpolation like "${task.tokens_per_sample}" refers to; None if it is not set."""
+    value = _plain(value)
+    if isinstance(value, str) and (path := re.fullmatch(r"\$\{([\w.]+)\}", value)):
+        node: Any = root
+        for part in path[1].split("."):
+            node = _entries(node).get(part)
+        value = _plain(node)
+        return None if isinstance(value, str) and value.startswith("$") else value
+    return value
+
+
+def choose_config(settings: Mapping[str, Any] | None, given: OPTConfig | None, where: Path) -> OPTConfig:
+    """The given architecture, checked against the settings in the checkpoint; without one, that of the settings.
+
+    Without `given` the vocabulary's size, which is not among the settings, is OPT's.
+
+    Raises:
+      ValueError: neither is there; they contradict each other; a setting that OPT does not have.
+    """
+    ask = "give the architecture with --model (125m ... 175b) or --config config.json"
+    if settings is None:
+        if given is None:
+            raise ValueError(f"{where} holds no settings of its model: {ask}")
+        return given
+    for name, value in _ONLY.items():
+        if settings.get(name, value) != value:
+            raise ValueError(f"{where}: {name}={settings[name]!r} in its settings is not supported, only {value!r} is")
+    found = {ours: (name, value) for name, (ours, value) in _translate(settings, where).items()}
+    if given is None:
+        if absent := [name for name in _REQUIRED if name not in settings]:
+            raise ValueError(f"{where}: {absent[0]} is not in its settings: {ask}")
+        if found.get("activation_function", ("", ""))[1] == "gelu":
+            raise ValueError(
+                f"{where}: activation_fn='gelu' means the exact form in some versions of metaseq and the tanh form in "
+                "others: give --config config.json with activation_function 'gelu' (exact) or 'gelu_new' (tanh)"
+            )
+        try:
+            return OPTConfig(**{ours: value for ours, (_, value) in found.items()})
+        except ValueError as e:
+            raise ValueError(f"{where}: {e}") from None
+    for ours, (name, value) in found.items():
+        want = getattr(given, ours)
+        same = want == value or (value == "gelu" and want in _GELUS) or ours in _TRAINING
+        if not same:
+            raise ValueError(
+                f"{where}: {name}={settings[name]!r} in its settings, but {ours} is {want!r} in the given config"
+            )
+    return given
+
+
+def _translate(settings: Mapping[str, Any], where: Path) -> dict[str, tuple[str, Any]]:
+    """metaseq's name -> (our name, our value), for one name of each field."""
+    found: dict[str, tuple[str, Any]] = {}
+    for name, (ours, kind) in _FIELDS.items():
+        if name not in settings:
+            continue
+        value = settings[name]
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"{where}: {name}={value!r} in its settings is not of type {kind.__name__}")
+        if name == "activation_fn" and value != "gelu":
+            if value not in _ACTIVATIONS:
+                raise ValueError(f"{where}: activation_fn={value!r} in its settings is not supported")
+            value = _ACTIVATIONS[value]
+        found.setdefault(ours, (name, value))
+        if name == "decoder_output_dim" and value != found[ours][1]:
+            raise ValueError(
+                f"{where}: decoder_output_dim={value} in its settings differs from {found[ours][0]}={found[ours][1]}, "
+                "which is not supported"
+            )
+    return {name: (ours, (not value) if name in _NEGATED else value) for ours, (name, value) in found.items()}

@@ -1,0 +1,308 @@
+"""The files of one model-parallel part of a metaseq checkpoint, and the tensors in them: FSDP shards joined, lazily.
+
+Nothing stays open: a read maps the bytes that it needs, copies them and unmaps them. (992 mapped files would be 992
+open ones, too: Python keeps a descriptor for each.)
+
+Sources: fairscale's FullyShardedDataParallel.local_metadata_dict and _get_shard; metaseq's scripts/reshard_fsdp.py.
+"""
+
+import math
+import mmap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from convert.metaseq_config import read_settings
+from convert.torch_files import TorchFile, TorchTensor
+from opt_jax.config import OPTConfig
+from opt_jax.storage import Index, LazyArray, Shape, first_difference
+
+EMBEDDING = "decoder.embed_tokens.weight"
+
+# Reading files ----------------------------------------------------------------------------------------------
+
+
+class _Stored(NamedTuple):
+    """Where a tensor is in a file; offset and strides in bytes."""
+
+    path: Path
+    offset: int
+    shape: Shape
+    strides: Shape
+    dtype: np.dtype
+
+    def map(self, index: Index) -> np.ndarray:
+        """The part at the index, mapped for as long as the array lives."""
+        shape = tuple(s.stop - s.start for s in index)
+        if 0 in shape:
+            return np.empty(shape, self.dtype)
+        start = self.offset + sum(s.start * step for s, step in zip(index, self.strides, strict=True))
+        extent = sum((n - 1) * step for n, step in zip(shape, self.strides, strict=True)) + self.dtype.itemsize
+        before = start % mmap.ALLOCATIONGRANULARITY
+        with open(self.path, "rb") as file:
+            try:
+                mapped = mmap.mmap(file.fileno(), before + extent, access=mmap.ACCESS_READ, offset=start - before)
+            except ValueError as e:
+                raise ValueError(f"{self.path} has changed while it was read: {e}") from None
+        return np.ndarray(shape, self.dtype, mapped, before, self.strides)
+
+
+_Unit = tuple[tuple[str, Shape], ...]  # names and shapes of the tensors in a flat parameter, in order
+
+
+@dataclass
+class Part:
+    """The files of one model-parallel part.
+
+    Attributes:
+      stored: tensor name -> where it is in each file (shard). units, padding: flat parameter -> what is in it, and how
+        many elements at the end of each shard are not; None: the files have no metadata.
+    """
+
+    paths: Sequence[Path]
+    stored: dict[str, list[_Stored]]
+    units: dict[str, _Unit] | None
+    padding: dict[str, list[int]] = field(default_factory=dict)
+    settings: dict[str, Any] | None = None
+
+
+def is_flat(name: str) -> bool:
+    return name.rpartition(".")[2].startswith("flat_param_")
+
+
+def open_part(paths: Sequence[Path]) -> Part:
+    part: Part | None = None
+    for path in paths:
+        shard = _open_file(path)
+        if part is None:
+            part = shard
+            part.paths = paths
+            continue
+        if different := sorted(part.stored.keys() ^ shard.stored.keys()):
+            raise ValueError(f"{path}: tensor {different[0]} is in it or in {paths[0]}, but not in both")
+        if part.units != shard.units:
+            raise ValueError(f"{path}: its shard_metadata are not those of {paths[0]}")
+        for name, places in shard.stored.items():
+            part.stored[name] += places
+        for name, padding in shard.padding.items():
+            part.padding[name] += padding
+    assert part is not None
+    return part
+
+
+def _open_file(path: Path) -> Part:
+    file = TorchFile(path, stubs=True)
+    content = file.content
+    model = dict.get(content, "model", content) if isinstance(content, dict) else None
+    if not isinstance(model, dict) or not model:
+        raise ValueError(f"{path} holds no model, so it is not a metaseq checkpoint")
+    base = np.frombuffer(file.map, np.uint8).ctypes.data
+    stored: dict[str, list[_Stored]] = {}
+    for name, value in dict.items(model):
+        if not isinstance(name, str) or not isinstance(value, TorchTensor):
+            raise ValueError(f"{path}: entry {name!r} is a {type(value).__name__}, where a model has tensors")
+        try:
+            view = file.view(value)
+        except ValueError as e:
+            raise ValueError(f"{path}: tensor {name}: {e}") from None
+        offset = view.ctypes.data - base if view.size else 0
+        stored[name] = [_Stored(path, offset, view.shape, view.strides, view.dtype)]
+    part = Part([path], stored, None, settings=read_settings(content))
+    # Scripts that unflatten leave the metadata of the flat parameters there.
+    if dict.get(content, "shard_metadata") and any(map(is_flat, stored)):
+        part.units = {}
+        try:
+            for name, unit, padding in _read_metadata(content["shard_metadata"]):
+                part.units[name], part.padding[name] = unit, [padding]
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise ValueError(f"{path}: its shard_metadata are malformed") from None
+    return part
+
+
+def _read_metadata(metadata: Any) -> Iterator[tuple[str, _Unit, int]]:
+    for entry in metadata["param_metadata"]:
+        prefix = entry["fsdp_path"] + "." if entry["fsdp_path"] else ""
+        for name, flat in dict.items(entry["params"]):
+            unit = tuple((prefix + n, tuple(shape)) for n, shape in zip(flat["names"], flat["shapes"], strict=True))
+            sizes = [math.prod(shape) for _, shape in unit]
+            numbers = (flat["padding"], *(n for _, shape in unit for n in shape))
+            if not all(type(n) is int and n >= 0 for n in numbers) or list(flat["numels"]) != sizes:
+                raise ValueError
+            yield prefix + name, unit, flat["padding"]
+
+
+# The tensors of a part --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor in PyTorch's orientation. copy: (index, out) fills `out` with the part at the index."""
+
+    file: Path
+    shape: Shape
+    dtype: np.dtype
+    copy: Callable[[Index, np.ndarray], None]
+
+    def lazy(self) -> LazyArray:
+        def read(index: Index) -> np.ndarray:
+            out = np.empty([s.stop - s.start for s in index], self.dtype)
+            self.copy(index, out)
+            return out
+
+        return LazyArray(self.shape, self.dtype, read)
+
+
+def _whole(stored: _Stored) -> Source:
+    return Source(stored.path, stored.shape, stored.dtype, lambda index, out: np.copyto(out, stored.map(index)))
+
+
+def part_tensors(part: Part, config: OPTConfig, parts: int) -> dict[str, Source]:
+    """All tensors of the part, by metaseq's names."""
+    flat = set(filter(is_flat, part.stored))
+    if not flat and len(part.paths) > 1:
+        raise ValueError(f"{part.paths[1]}: its tensors are whole, so it cannot be a shard beside {part.paths[0]}")
+    units = _derive(part, flat, config, parts) if part.units is None else part.units
+    if absent := sorted((units.keys() - part.stored.keys()) | (flat - units.keys())):
+        raise ValueError(f"{part.paths[0]}: {absent[0]} is in its model or in its shard_metadata, but not in both")
+    tensors: dict[str, Source] = {}
+    for name, unit in units.items():
+        for inner, source in _unflatten(part, name, unit):
+            if inner in tensors or (inner in part.stored and inner not in units):
+                raise ValueError(f"{source.file}: tensor {inner} is there twice")
+            tensors[inner] = source
+    for name in [
+        name for name in part.stored if name not in units
+    ]:  # whole tensors; beside flat ones, buffers that each shard repeats
+        copies = [_whole(stored) for stored in part.stored[name]]
+        tensors[name] = same(name, copies)
+    return tensors
+
+
+def _unflatten(part: Part, name: str, unit: _Unit) -> Iterator[tuple[str, Source]]:
+    """The tensors in a flat parameter: what the shards hold without their padding, one after another."""
+    shards, total = part.stored[name], sum(math.prod(shape) for _, shape in unit)
+    sizes = [math.prod(stored.shape) for stored in shards]
+    if part.units is not None:
+        used = [size - padding for size, padding in zip(sizes, part.padding[name], strict=True)]
+        fits = min(used) >= 0
+    else:  # fairscale cuts into pieces of equal size and pads the last ones
+        each = -(-total // len(shards))
+        used = [max(0, min(each, total - i * each)) for i in range(len(shards))]
+        fits = set(sizes) == {each}
+    if not fits or sum(used) != total:
+        raise ValueError(
+            f"{part.paths[0]}: {name} has {sum(sizes):,} elements in {counted(len(sizes), 'file')}, which is not what "
+            f"the {total:,} elements of its tensors take, according to its "
+            + ("shard_metadata: is a shard missing?" if part.units is not None else "config: is it another model's?")
+        )
+    if any(len(stored.shape) != 1 or stored.dtype != shards[0].dtype for stored in shards):
+        raise ValueError(f"{part.paths[0]}: {name} is not one-dimensional, or not of one dtype in all shards")
+    runs, end = [], 0
+    for stored, n in zip(shards, used, strict=True):
+        runs.append((end, end + n, stored))
+        end += n
+    start = 0
+    for inner, shape in unit:
+        if len(shape) not in (1, 2):
+            raise ValueError(f"{part.paths[0]}: tensor {inner} has shape {shape}, which no OPT model has")
+        stop = start + math.prod(shape)
+        yield inner, _span([run for run in runs if run[0] < stop and run[1] > start], start, shape, shards[0])
+        start = stop
+
+
+def _span(runs: Sequence[tuple[int, int, _Stored]], start: int, shape: Shape, like: _Stored) -> Source:
+    """The tensor that starts at element `start` of the runs (start, stop, where it is)."""
+    width = shape[-1]
+
+    def copy(index: Index, out: np.ndarray) -> None:
+        rows, columns = index if len(index) == 2 else (slice(0, 1), index[0])
+        out = out.reshape(rows.stop - rows.start, columns.stop - columns.start)
+        if not out.size:
+            return
+        corner = start + rows.start * width
+        low, high = corner + columns.start, start + (rows.stop - 1) * width + columns.stop
+        for run_start, run_stop, stored in runs:
+            a, b = max(low, run_start), min(high, run_stop)
+            if a < b:
+                _place(out, stored.map((slice(a - run_start, b - run_start),)), a - corner, width, columns)
+
+    return Source(runs[0][2].path if runs else like.path, shape, like.dtype, copy)
+
+
+def _place(out: np.ndarray, run: np.ndarray, position: int, width: int, columns: slice) -> None:
+    """Put into `out`, columns of a matrix, what `run`, elements of the matrix from `position` on, has of them."""
+    row, column = divmod(position, width)
+    while run.size:
+        if column or run.size < width:  # a part of a row
+            n = min(width - column, run.size)
+            low, high = max(column, columns.start), min(column + n, columns.stop)
+            if low < high:
+                out[row, low - columns.start : high - columns.start] = run[low - column : high - column]
+            row, column = row + 1, 0
+        else:
+            count = run.size // width
+            n = count * width
+            out[row : row + count] = run[:n].reshape(count, width)[:, columns]
+            row += count
+        run = run[n:]
+
+
+def _derive(part: Part, flat: set[str], config: OPTConfig, parts: int) -> dict[str, _Unit]:
+    """What is in each flat parameter of files without metadata, such as those released in May 2022."""
+    units: dict[str, list[tuple[str, Shape]]] = {name: [] for name in sorted(flat)}
+    for name, shape in _layout(config, parts, part.paths[0]) if flat else ():
+        inside = [key for key in units if key.endswith("flat_param_0") and name.startswith(key[: -len("flat_param_0")])]
+        if not inside:
+            raise ValueError(f"{part.paths[0]}: tensor {name} is missing: its model has no flat parameter for it")
+        units[max(inside, key=len)].append((name, shape))
+    return {name: tuple(unit) for name, unit in units.items()}
+
+
+def _layout(config: OPTConfig, parts: int, where: Path) -> Iterator[tuple[str, Shape]]:
+    """A part's tensors in the order of metaseq's modules (facts from 175B's metadata, quoted in metaseq PR 197)."""
+    width, ffn, vocab = config.hidden_size, config.ffn_dim, config.vocab_size
+    if not config.do_layer_norm_before or config.embed_dim != width or not config.tie_word_embeddings:
+        raise ValueError(
+            f"{where} has flat parameters without shard_metadata, whose order is not known for this config"
+        )
+    for name, size in (("hidden_size", width), ("ffn_dim", ffn), ("vocab_size", vocab)):
+        if size % parts:
+            raise ValueError(f"{where}: {name}={size} is not divisible by the {parts} model parts")
+
+    def linear(name: str, out: int, into: int) -> Iterator[tuple[str, Shape]]:
+        yield f"{name}.weight", (out, into)
+        if config.enable_bias:
+            yield f"{name}.bias", (out,)
+
+    def norm(name: str) -> Iterator[tuple[str, Shape]]:
+        if config.layer_norm_elementwise_affine:
+            yield from ((f"{name}.weight", (width,)), (f"{name}.bias", (width,)))
+
+    yield EMBEDDING, (vocab // parts, width)
+    yield "decoder.embed_positions.weight", (config.max_position_embeddings + 2, width)
+    for i in range(config.num_hidden_layers):
+        layer = f"decoder.layers.{i}"
+        yield from linear(f"{layer}.self_attn.qkv_proj", 3 * width // parts, width)
+        yield from linear(f"{layer}.self_attn.out_proj", width, width // parts)
+        yield from norm(f"{layer}.self_attn_layer_norm")
+        yield from linear(f"{layer}.fc1", ffn // parts, width)
+        yield from linear(f"{layer}.fc2", width, ffn // parts)
+        yield from norm(f"{layer}.final_layer_norm")
+    if not config._remove_final_layer_norm:
+        yield from norm("decoder.layer_norm")
+
+
+def same(name: str, sources: Sequence[Source]) -> Source:
+    """The first of several copies of a tensor, all of which are read and compared."""
+    for other in sources[1:]:
+        if (index := first_difference(sources[0].lazy(), other.lazy())) is not None:
+            where = f" at {list(index)}" if index else " in shape or dtype"
+            raise ValueError(f"{other.file}: tensor {name} differs from its copy in {sources[0].file}{where}")
+    return sources[0]
+
+
+def counted(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
