@@ -1,0 +1,361 @@
+"""An opened checkpoint to a Hugging Face directory: safetensors files, their index, configuration and tokenizer.
+
+The safetensors library writes a file in one call, from tensors that are all in memory (`serialize_file` of 0.8 takes
+their addresses), so it is written here instead: a JSON header whose length says where each tensor begins, then the
+tensors, slab by slab. Names, order, shards and padding are those of `transformers`' save_pretrained: so are the bytes.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from convert import hf, names, staging
+from convert.source import Checkpoint
+from convert.to_orbax import cast
+from opt_jax import checkpoint, hub, storage
+from opt_jax.storage import LazyArray
+
+Progress = Callable[[str, int], None]
+
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # in the order of the safetensors library
+# The order of the modules in PyTorch, at every level.
+_ORDER = (
+    "model", "lm_head", "score", "qa_outputs", "embed_tokens", "embed_positions", "project_out", "project_in",
+    "self_attn", "self_attn_layer_norm", "fc1", "fc2", "final_layer_norm", "layers",
+    "k_proj", "v_proj", "q_proj", "out_proj", "weight", "bias",
+)  # fmt: skip
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS |= {f"{unit}I": 1024**i for i, unit in enumerate("KMGT", 1)}
+_THREADS = min(4, os.cpu_count() or 1)  # each holds a slab
+_SAMPLES = 64  # tensors of which a plan remembers values
+
+
+def convert(
+    source: Checkpoint,
+    destination: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str | int = "5GB",
+    shard_of: tuple[int, int] | None = None,
+    overwrite: bool = False,
+    progress: Progress = lambda name, nbytes: None,
+) -> None:
+    """Write `source` as a directory that `transformers` loads; `destination` appears complete or not at all.
+
+    All processes of a `jax.distributed` job call this together; each writes some of the files.
+
+    Args:
+      dtype: cast to it; default: keep each tensor's own, bit for bit.
+      max_shard_size: of the tensors in one file: bytes, or "500MB", "5GB", "5GiB". A larger tensor has its own file.
+      shard_of: (i, n): write every n-th file, from the i-th on, and publish if all others are there; see `unfinished`.
+      progress: called after each slab with the path of its array and its bytes, by several threads, one at a time.
+
+    Raises:
+      FileExistsError: see `storage.new_directory`; or another worker writes the same file now.
+      OSError: the disk is full. With `shard_of`, files that are complete stay for the next run.
+      ValueError: damaged data, values out of range for `dtype`, a bad `max_shard_size` or `shard_of`, or `shard_of` for
+        a destination that was begun from another source or with other options.
+    """
+    job = jax.process_count() > 1
+    if shard_of is not None:
+        if job:
+            raise ValueError("--shard-of is for separate commands: a jax.distributed job shares out the files itself")
+        if not 1 <= shard_of[0] <= shard_of[1]:
+            raise ValueError(f"--shard-of {shard_of[0]}/{shard_of[1]}: i/n needs 1 <= i <= n")
+    writer = _Writer(source, dtype, parse_size(max_shard_size), progress)
+    destination = Path(os.path.realpath(destination))
+    if job:
+        _convert_in_job(writer, destination, overwrite)
+    elif shard_of is not None:
+        _convert_part(writer, destination, shard_of, overwrite)
+    else:
+        with storage.new_directory(destination, overwrite, hub.is_model) as new:
+            storage.check_space(new, sum(file.nbytes for file in writer.files))
+            for file in writer.files:
+                with _disk_full_at(new / file.name), open(new / file.name, "xb", buffering=0) as out:
+                    writer.write(out.fileno(), file)
+            with _disk_full_at(new):
+                writer.write_descriptions(new)
+            writer.check_written(new)
+        staging.discard(staging.directory_of(destination))  # what killed workers have left
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes; units are decimal (KB, MB, GB, TB) or binary (KiB, ...), without regard to case."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?|[KMGT]I)B?", str(size).strip().upper())
+    if match is None or (nbytes := int(float(match[1]) * _UNITS[match[2]])) < 1:
+        raise ValueError(f"--max-shard-size {size!r} is not a size: give a number of bytes, or one like 500MB or 5GiB")
+    return nbytes
+
+
+# Files --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    name: str
+    path: str  # ours
+    transposed: bool
+    array: LazyArray  # in HF's orientation
+
+
+@dataclass(frozen=True)
+class _File:
+    name: str
+    tensors: Sequence[_Tensor]
+
+    @cached_property
+    def header(self) -> bytes:
+        """The length of the rest in 8 bytes, then JSON, padded so that the first tensor is aligned to 8 bytes."""
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for tensor in self.tensors:
+            start, end = end, end + tensor.array.nbytes
+            kind, shape = DTYPES[tensor.array.dtype.name], list(tensor.array.shape)
+            entries[tensor.name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(tensor.array.nbytes for tensor in self.tensors)
+
+
+def _split(tensors: Sequence[_Tensor], limit: int) -> list[_File]:
+    """Files of at most `limit` bytes of tensors, filled in order, as `huggingface_hub` splits a state dict."""
+    shards: list[list[_Tensor]] = []
+    current, size = [], 0
+    for tensor in tensors:
+        if tensor.array.nbytes > limit:
+            shards.append([tensor])
+            continue
+        if size + tensor.array.nbytes > limit:
+            shards.append(current)
+            current, size = [], 0
+        current.append(tensor)
+        size += tensor.array.nbytes
+    shards += [current] if current else []
+    kinds = [*DTYPES]
+    for shard in shards:  # the widest first, so that all are aligned; then by name, as the library does
+        shard.sort(key=lambda tensor: (kinds.index(tensor.array.dtype.name), tensor.name))
+    if len(shards) == 1:
+        return [_File("model.safetensors", shards[0])]
+    return [_File(f"model-{i:05d}-of-{len(shards):05d}.safetensors", shard) for i, shard in enumerate(shards, 1)]
+
+
+class _Writer:
+    """What is to be written, the same for all workers, and how."""
+
+    def __init__(self, source: Checkpoint, dtype: str | None, limit: int, progress: Progress) -> None:
+        self.source, self.dtype, self.limit = source, dtype, limit
+        self._progress, self._lock = progress, threading.Lock()
+        self.cls: str = source.raw_config["architectures"][0]
+        tensors = [self._describe(path) for path in source.arrays]
+        self.files = _split(sorted(tensors, key=_order), limit)
+
+    def _describe(self, path: str) -> _Tensor:
+        name, transposed = names.to_hf(path)
+        if self.cls == "OPTModel":
+            name = name.removeprefix("model.")
+        array = cast(self.source, path, self.dtype)
+        return _Tensor(name, path, transposed, array.T if transposed else array)
+
+    def plan(self) -> dict[str, Any]:
+        """By which workers know that they write parts of the same thing."""
+        return {
+            "source": os.path.realpath(self.source.where),
+            "content": self._sample(),
+            "dtype": self.dtype,
+            "max_shard_size": self.limit,
+            "files": {file.name: file.nbytes for file in self.files},
+        }
+
+    def _sample(self) -> str:
+        """A hash of the description, some vectors and a row of a few matrices: reading all would take too long."""
+        digest = hashlib.sha256(json.dumps([self.cls, dict(self.source.raw_config)], sort_keys=True).encode())
+        arrays = self.source.arrays
+        for path in sorted(arrays):
+            digest.update(f"{path} {arrays[path].shape} {arrays[path].dtype}\n".encode())
+        vectors = sorted(path for path in arrays if len(arrays[path].shape) == 1)
+        matrices = sorted(arrays.keys() - set(vectors))
+        for path in vectors[:: len(vectors) // _SAMPLES + 1] + matrices[:: len(matrices) // 4 + 1]:
+            first = [slice(None)] if path in vectors else [slice(0, 1), slice(None)]
+            digest.update(arrays[path].load(first).tobytes())
+        return digest.hexdigest()
+
+    def write(self, fd: int, file: _File) -> None:
+        _pwrite(fd, memoryview(file.header), 0)
+        offset = len(file.header)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for tensor in file.tensors:
+                self._write_tensor(fd, offset, tensor, pool)
+                offset += tensor.array.nbytes
+
+    def _write_tensor(self, fd: int, offset: int, tensor: _Tensor, pool: ThreadPoolExecutor) -> None:
+        held = dataclasses.replace(self.source, arrays={tensor.path: self._hold(tensor.path)})
+        array = cast(held, tensor.path, self.dtype)
+        array = array.T if tensor.transposed else array
+        row = array.nbytes // array.shape[0]
+
+        def write(index: storage.Index) -> None:
+            piece = array.load(index)
+            _pwrite(fd, piece.reshape(-1).view(np.uint8).data, offset + index[0].start * row)
+            with self._lock:
+                self._progress(tensor.path, piece.nbytes)
+
+        rows = max(1, storage.CHUNK_BYTES // row)
+        for _ in pool.map(write, storage.pieces(array.shape, (rows, *array.shape[1:]))):
+            pass
+
+    def _hold(self, path: str) -> LazyArray:
+        """The array, read once: a view of a mapped file, a copy of all of a tensor from elsewhere.
+
+        Orbax stores a matrix as a grid of chunks and reads a whole chunk for any part of it. Slabs of HF's rows are
+        columns of ours: to read them one by one would read each chunk several times.
+        """
+        array = self.source.arrays[path]
+        whole = array.read(tuple(slice(0, n) for n in array.shape))
+        return LazyArray(array.shape, array.dtype, whole.__getitem__, array.release)
+
+    def write_descriptions(self, directory: Path) -> None:
+        raw, config = self.source.raw_config, self.source.config
+        _write_json(directory / "config.json", raw if self.dtype is None else checkpoint.set_dtype(raw, self.dtype))
+        checkpoint.copy_companions(self.source.companions, directory)
+        generation = directory / "generation_config.json"
+        if self.cls == "OPTForCausalLM" and not generation.exists():
+            ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            _write_json(generation, {"_from_model_config": True} | {k: v for k, v in ids.items() if v is not None})
+        if len(self.files) > 1:
+            nbytes = sum(tensor.array.nbytes for file in self.files for tensor in file.tensors)
+            weight_map = {tensor.name: file.name for file in self.files for tensor in file.tensors}
+            metadata = {"total_parameters": self.source.parameters, "total_size": nbytes}
+            _write_json(
+                directory / "model.safetensors.index.json",
+                {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))},
+            )
+
+    def check_written(self, directory: Path) -> None:
+        """Compare what is on disk with what was to be written: names, shapes, dtypes and the bytes of all files.
+
+        (metaseq's own merge once "succeeded" with 376 KB of 2.5 GB: its issue 695.)
+        """
+        tensors = {tensor.name: tensor.array for file in self.files for tensor in file.tensors}
+        found = hf.open_checkpoint(directory)
+        for name in tensors.keys() | found.keys():
+            ours, theirs = ((x[name].shape, x[name].dtype) if name in x else None for x in (tensors, found))
+            if ours != theirs:
+                raise OSError(f"{directory}: {name} was to be {ours}, but is {theirs} on disk: nothing was published")
+        for file in self.files:
+            if not staging.complete(directory / file.name, file.nbytes):
+                raise OSError(f"{directory / file.name} does not have its {file.nbytes} bytes: nothing was published")
+
+
+def _order(tensor: _Tensor) -> list[int]:
+    """Sorts tensors as a PyTorch state dict has them."""
+    parts = names.to_hf(tensor.path)[0].split(".")
+    return [int(part) if part.isdigit() else _ORDER.index(part) for part in parts if part != "decoder"]
+
+
+def _pwrite(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _disk_full_at(path: Path) -> Iterator[None]:
+    """The error of a descriptor does not say which file it is."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(e.errno, os.strerror(e.errno), str(path)) from None
+        raise
+
+
+# Several processes ---------------------------------------------------------------------------------------------
+
+
+def unfinished(destination: Path) -> list[str]:
+    """The files that other workers have still to write before `destination` appears; [] if it was published."""
+    return staging.unfinished(staging.directory_of(destination))
+
+
+def _convert_part(writer: _Writer, destination: Path, shard_of: tuple[int, int], overwrite: bool) -> None:
+    """One of several commands that know nothing of each other."""
+    storage.check_destination(destination, overwrite, hub.is_model)
+    directory, plan = staging.directory_of(destination), writer.plan()
+    staging.join(directory, plan)
+    _write_part(writer, directory, shard_of)
+    with staging.locked(directory):
+        if (found := staging.read_plan(directory)) != plan:  # all were there when another looked, and it published
+            if found is None:
+                shutil.rmtree(directory)
+            if not hub.is_model(destination):
+                raise OSError(f"{directory} was removed while parts of {destination} were written to it: start again")
+        elif not staging.unfinished(directory):
+            with storage.new_directory(destination, overwrite, hub.is_model) as new:
+                _collect(writer, directory, new)
+            shutil.rmtree(directory)
+
+
+def _convert_in_job(writer: _Writer, destination: Path, overwrite: bool) -> None:
+    """All processes of a `jax.distributed` job in step: what one finds wrong ends the others as well."""
+    directory = staging.directory_of(destination)
+
+    def begin() -> None:
+        storage.check_destination(destination, overwrite, hub.is_model)
+        if staging.read_plan(directory) not in (None, writer.plan()):
+            staging.discard(directory)  # of a job that was killed; if one is alive, `join` refuses
+
+    storage.on_first_process(begin)
+    error = None
+    try:
+        staging.join(directory, writer.plan())
+        _write_part(writer, directory, (jax.process_index() + 1, jax.process_count()))
+    except Exception as e:
+        error = e
+    try:
+        storage.agree(error)
+        with storage.new_directory(destination, overwrite, hub.is_model) as new:
+            storage.on_first_process(lambda: _collect(writer, directory, new))
+    finally:
+        if jax.process_index() == 0:
+            staging.discard(directory)
+
+
+def _write_part(writer: _Writer, directory: Path, shard_of: tuple[int, int]) -> None:
+    mine = writer.files[shard_of[0] - 1 :: shard_of[1]]
+    mine = [file for file in mine if not staging.complete(directory / file.name, file.nbytes)]
+    storage.check_space(directory, sum(file.nbytes for file in mine))
+    for file in mine:
+        with _disk_full_at(directory / file.name), staging.new_file(directory, file.name, file.nbytes) as fd:
+            writer.write(fd, file)
+
+
+def _collect(writer: _Writer, directory: Path, new: Path) -> None:
+    """Move the files into the directory to be published, after all else that might fail."""
+    writer.write_descriptions(new)
+    for file in writer.files:
+        os.rename(directory / file.name, new / file.name)
+    writer.check_written(new)

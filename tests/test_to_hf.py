@@ -1,0 +1,472 @@
+"""The Hugging Face destination: what it writes, read back by the safetensors library and by our own reader."""
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+from hf_files import TINY, VARIANTS, hf_weights, write_hf
+from safetensors.numpy import save_file
+
+from convert import staging, to_hf, to_orbax
+from convert.source import open_directory
+from opt_jax import storage
+
+HEADS = {
+    "lm_head": "OPTForCausalLM", "score": "OPTForSequenceClassification", "qa_outputs": "OPTForQuestionAnswering",
+    "": "OPTModel",
+}  # fmt: skip
+ROOT = Path(__file__).parents[1]
+
+
+def read(directory: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """HF name -> (dtype, shape, bytes), by the library; an index must agree with the files."""
+    found: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
+    where = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        for name, entry in safetensors.deserialize(file.read_bytes()):
+            assert name not in found
+            found[name] = entry["dtype"], tuple(entry["shape"]), bytes(entry["data"])
+            where[name] = file.name
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        content = json.loads(index.read_text())
+        assert content["weight_map"] == where
+        assert content["metadata"] == {
+            "total_parameters": sum(int(np.prod(shape)) for _, shape, _ in found.values()),
+            "total_size": sum(len(data) for *_, data in found.values()),
+        }
+    return found
+
+
+def expected(weights: dict[str, np.ndarray]) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+    return {name: (kinds[a.dtype.name], a.shape, a.tobytes()) for name, a in weights.items()}
+
+
+def write(source: Path, destination: Path, **options) -> Path:
+    to_hf.convert(open_directory(source), destination, **options)
+    return destination
+
+
+def hidden(directory: Path) -> list[str]:
+    return sorted(p.name for p in directory.iterdir() if p.name.startswith("."))
+
+
+# What works -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("head", HEADS)
+def test_there_and_back_is_bit_exact(tmp_path, dtype, head):
+    config = VARIANTS["350m"] | {"architectures": [HEADS[head]], "a field of tomorrow": {"kept": [1, None]}}
+    weights = hf_weights(config, head, dtype)
+    next(iter(weights.values())).view(np.uint8)[0] = 255  # NaNs with all their bits
+    source = write_hf(tmp_path / "hf", config, weights, "bin")
+    to_orbax.convert(open_directory(source), tmp_path / "orbax")
+    back = write(tmp_path / "orbax", tmp_path / "back")
+    assert read(back) == expected(weights)
+    assert json.loads((back / "config.json").read_text()) == config
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_architecture_opens_again(tmp_path, variant):
+    config = VARIANTS[variant]
+    weights = hf_weights(config)
+    back = write(write_hf(tmp_path / "hf", config, weights), tmp_path / "out", max_shard_size="1KB")
+    assert read(back) == expected(weights)
+    arrays, again = (open_directory(d).arrays for d in (tmp_path / "hf", back))
+    assert arrays.keys() == again.keys()
+    assert all(storage.first_difference(arrays[path], again[path]) is None for path in arrays)
+
+
+def test_layers_beyond_ten_are_in_order(tmp_path):
+    config = TINY | {"num_hidden_layers": 12}
+    weights = hf_weights(config)
+    out = write(write_hf(tmp_path / "hf", config, weights), tmp_path / "out", max_shard_size="2KB")
+    where = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    files = [where[f"model.decoder.layers.{i}.fc1.weight"] for i in range(12)]
+    assert files == sorted(files) and len(set(files)) == 12
+    assert read(out) == expected(weights)
+
+
+def test_bytes_are_those_of_the_library(tmp_path):
+    """Mixed dtypes as well, which decide about the order."""
+    weights = hf_weights(TINY)
+    for name in list(weights)[::3]:
+        weights[name] = weights[name].astype(np.float16)
+    for name in list(weights)[1::3]:
+        weights[name] = weights[name].astype(ml_dtypes.bfloat16)
+    out = write(write_hf(tmp_path / "hf", TINY, weights), tmp_path / "out")
+    save_file(weights, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "orbax"])
+def test_large_tensors_are_written_in_slabs(tmp_path, monkeypatch, form):
+    """Of a size that does not divide the number of rows; reported one by one."""
+    weights = hf_weights(TINY)
+    source = write_hf(tmp_path / "hf", TINY, weights)
+    if form == "orbax":
+        to_orbax.convert(open_directory(source), tmp_path / "orbax")
+        source = tmp_path / "orbax"
+    monkeypatch.setattr(storage, "CHUNK_BYTES", 7 * 8 * 4)
+    reports: list[tuple[str, int]] = []
+    out = write(source, tmp_path / "out", progress=lambda *report: reports.append(report))
+    assert read(out) == expected(weights)
+    slabs = [nbytes for path, nbytes in reports if path == "model.decoder.embed_tokens.embedding"]
+    assert sorted(slabs) == [6 * 32] + [7 * 32] * 6
+    assert sum(nbytes for _, nbytes in reports) == sum(a.nbytes for a in weights.values())
+
+
+def test_each_stored_chunk_is_read_once(tmp_path):
+    """By counting what the source is asked for: slabs across the grain of Orbax's grid would read it several times."""
+    source = open_directory(write_hf(tmp_path / "hf", TINY, hf_weights(TINY)))
+    asked = []
+    path = "model.decoder.layers.0.fc1.kernel"
+    array = source.arrays[path]
+
+    def counting(index):
+        asked.append(index)
+        return array.read(index)
+
+    arrays = {**source.arrays, path: storage.LazyArray(array.shape, array.dtype, counting)}
+    to_hf.convert(type(source)(**{**vars(source), "arrays": arrays}), tmp_path / "out")
+    assert asked == [(slice(0, 8), slice(0, 16))]
+
+
+def test_cast(tmp_path):
+    config = TINY | {"torch_dtype": "float32"}
+    weights = hf_weights(config)
+    source = write_hf(tmp_path / "hf", config, weights)
+    out = write(source, tmp_path / "out", dtype="bfloat16")
+    assert read(out) == expected({name: a.astype(ml_dtypes.bfloat16) for name, a in weights.items()})
+    assert json.loads((out / "config.json").read_text()) == config | {"torch_dtype": "bfloat16"}
+    weights["model.decoder.layers.1.fc2.weight"][3, 4] = 1e6
+    write_hf(source, config, weights)
+    with pytest.raises(ValueError, match="layers.1.fc2.weight has values that float16 cannot hold"):
+        write(source, tmp_path / "half", dtype="float16")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "out"]
+
+
+def test_what_lies_beside_the_weights(tmp_path):
+    source = write_hf(tmp_path / "hf", TINY | {"bos_token_id": 7, "eos_token_id": [2, 3]}, hf_weights(TINY))
+    made = write(source, tmp_path / "made") / "generation_config.json"
+    assert json.loads(made.read_text()) == {
+        "_from_model_config": True, "bos_token_id": 7, "eos_token_id": [2, 3], "pad_token_id": 1,
+    }  # fmt: skip
+    for name in ("vocab.json", "merges.txt", "generation_config.json", "flax_model.msgpack"):
+        (source / name).write_text(f"content of {name}")
+    out = write(source, tmp_path / "out")
+    names = ["config.json", "generation_config.json", "merges.txt", "model.safetensors", "vocab.json"]
+    assert sorted(p.name for p in out.iterdir()) == names
+    assert all(
+        (out / name).read_text() == f"content of {name}" for name in names if name[0] in "gmv" and "saf" not in name
+    )
+    score = TINY | {"architectures": ["OPTForSequenceClassification"]}
+    out = write(write_hf(tmp_path / "score", score, hf_weights(score, "score")), tmp_path / "classifier")
+    assert not (out / "generation_config.json").exists()
+
+
+# Sizes ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, nbytes",
+    [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("10KB", 10**4), ("5GiB", 5 * 2**30), ("1.5 kib", 1536),
+     ("2TB", 2 * 10**12), ("12345", 12345), (12345, 12345), ("7B", 7), ("3mib", 3 * 2**20)],
+)  # fmt: skip
+def test_sizes(text, nbytes):
+    assert to_hf.parse_size(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "GB", "5XB", "-5GB", "0", 0, -3, "5 G B", "nan", "1e9", "5I", "0.1B", "٣GB"])
+def test_bad_sizes(tmp_path, text):
+    source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
+    with pytest.raises(ValueError, match="--max-shard-size .* is not a size"):
+        write(source, tmp_path / "out", max_shard_size=text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_keep_to_the_limit(tmp_path):
+    weights = hf_weights(TINY)
+    source = write_hf(tmp_path / "hf", TINY, weights)
+    out = write(source, tmp_path / "out", max_shard_size=1000)
+    sizes = []
+    for file in sorted(out.glob("*.safetensors")):
+        data = [len(entry["data"]) for _, entry in safetensors.deserialize(file.read_bytes())]
+        assert sum(data) <= 1000 or len(data) == 1
+        sizes.append(sum(data))
+    n = len(sizes)
+    assert [p.name for p in sorted(out.glob("*.safetensors"))] == [
+        f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)
+    ]
+    assert max(sizes) == 48 * 8 * 4  # the embedding, by itself
+    assert all(a + b > 1000 for a, b in zip(sizes[2:], sizes[3:], strict=False))  # no file is split without need
+    total = sum(a.nbytes for a in weights.values())
+    assert len(list(write(source, tmp_path / "one", max_shard_size=total).glob("*.safetensors"))) == 1
+    two = write(source, tmp_path / "two", max_shard_size=total - 1)
+    assert [p.name for p in sorted(two.glob("model*"))][-1] == "model.safetensors.index.json"
+    assert len(list(two.glob("*.safetensors"))) == 2
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+def test_existing_destination(tmp_path):
+    weights = hf_weights(TINY)
+    source = write_hf(tmp_path / "hf", TINY, weights)
+    out = write(source, tmp_path / "out", dtype="float16")
+    before = read(out)
+    for options in ({}, {"shard_of": (1, 1)}):
+        with pytest.raises(FileExistsError, match="--overwrite"):
+            write(source, out, **options)
+    weights["model.decoder.final_layer_norm.bias"][:] = 1e30
+    write_hf(tmp_path / "large", TINY, weights)
+    with pytest.raises(ValueError, match="cannot hold"):
+        write(tmp_path / "large", out, dtype="float16", overwrite=True)
+    assert read(out) == before and hidden(tmp_path) == []
+    write(source, out, overwrite=True, max_shard_size="1KB")
+    assert read(out) == expected(hf_weights(TINY)) and not (out / "model.safetensors").exists()
+    write(source, out, overwrite=True, shard_of=(1, 1))
+    assert read(out) == expected(hf_weights(TINY)) and (out / "model.safetensors").exists()
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("kept")
+    for options in ({}, {"shard_of": (1, 1)}):
+        with pytest.raises(FileExistsError, match="not a model directory"):
+            write(source, tmp_path / "precious", overwrite=True, **options)
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("shard_of", [None, (1, 1)])
+def test_full_disk(tmp_path, shard_of):
+    """A limit on the size of files fails where a full disk does, without being root."""
+    source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
+    out = write(source, tmp_path / "out", dtype="float16")
+    before = read(out)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, hard))
+    try:
+        with pytest.raises(OSError) as failed:
+            write(source, out, overwrite=True, shard_of=shard_of)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert failed.value.errno == errno.EFBIG and str(failed.value.filename).endswith("model.safetensors")
+    assert read(out) == before
+    assert [p.name for p in tmp_path.rglob("*.part")] == []
+    write(source, out, overwrite=True, shard_of=shard_of)
+    assert read(out) == expected(hf_weights(TINY)) and hidden(tmp_path) == []
+
+
+def test_too_little_space(tmp_path, monkeypatch):
+    source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
+    usage = type("Usage", (), {"free": 8000})
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage)
+    for shard_of in (None, (1, 2)):
+        with pytest.raises(OSError, match="GB are needed"):
+            write(source, tmp_path / "out", shard_of=shard_of)
+        assert not (tmp_path / "out").exists()
+
+
+def test_what_is_on_disk_is_compared(tmp_path, monkeypatch):
+    """A writer that loses bytes, or a tensor, is found out before anything is published."""
+    source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
+    whole = to_hf._pwrite
+    monkeypatch.setattr(to_hf, "_pwrite", lambda fd, data, offset: whole(fd, data[: -1 if offset else None], offset))
+    for shard_of in (None, (1, 1)):
+        with pytest.raises((OSError, ValueError), match=r"truncated|bytes, not|do not have"):
+            write(source, tmp_path / "out", shard_of=shard_of)
+        assert not (tmp_path / "out").exists()
+
+
+# Several workers ------------------------------------------------------------------------------------------------------
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in directory.iterdir()}
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2), (2, 3, 1)])
+@pytest.mark.parametrize("size", ["1KB", "5GB"])
+def test_workers_in_any_order(tmp_path, order, size):
+    source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
+    (source / "vocab.json").write_text("{}")
+    whole = write(source, tmp_path / "whole", max_shard_size=size)
+    out = tmp_path / "out"
+    for i in order:
+        if size == "1KB":
+            assert not out.exists()
+        if not out.exists():  # one file: whoever writes it has finished
+            write(source, out, max_shard_size=size, shard_of=(i, 3))
+    assert files_of(out) == files_of(whole)
+    assert hidden(tmp_path) == [] and to_hf.unfinished(out) == []
+
+
+def test_workers_at_once(tmp_path):
+    source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
+    whole, out = write(source, tmp_path / "whole", max_shard_size="1KB"), tmp_path / "out"
+    errors: list[Exception] = []
+
+    def work(i: int) -> None:
+        try:
+            write(source, out, max_shard_size="1KB", shard_of=(i, 4))
+        except Exception as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == [] and files_of(out) == files_of(whole) and hidden(tmp_path) == []
+
+
+def test_a_worker_run_again_writes_only_what_is_missing(tmp_path):
+    source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
+    out, place = tmp_path / "out", tmp_path / ".out.shards"
+    options = dict(max_shard_size="1KB")
+    write(source, out, **options, shard_of=(1, 3))
+    n = len(to_hf._Writer(open_directory(source), None, 1000, print).files)
+    files = sorted(p.name for p in place.glob("*.safetensors"))
+    assert files == [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1, 3)]
+    assert set(to_hf.unfinished(out)).isdisjoint(files) and len(to_hf.unfinished(out)) == n - len(files)
+    inodes = {p.name: p.stat().st_ino for p in place.glob("*.safetensors")}
+    (place / files[0]).write_bytes(b"cut short")
+    (place / f"{files[0]}.0123.part").write_bytes(b"of a worker that was killed")
+    reports: list[str] = []
+    write(source, out, **options, shard_of=(1, 3), progress=lambda path, nbytes: reports.append(path))
+    assert reports == ["model.decoder.embed_tokens.embedding"]
+    assert {p.name for p in place.glob("*.safetensors") if p.stat().st_ino == inodes[p.name]} >= set(files[1:])
+    assert list(place.glob("*.part")) == []
+    write(source, out, **options, shard_of=(1, 1))  # another division of the work
+    assert read(out) == expected(hf_weights(TINY)) and hidden(tmp_path) == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from convert import to_hf
+from convert.source import open_directory
+count = int(sys.argv[3])
+def progress(path, nbytes):
+    global count
+    count -= 1
+    if count == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+source, out = Path(sys.argv[1]), Path(sys.argv[2])
+to_hf.convert(open_directory(source), out, max_shard_size="1KB", shard_of=(1, 2), progress=progress)
+"""
+
+
+def test_a_killed_worker(tmp_path):
+    source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
+    out, place = tmp_path / "out", tmp_path / ".out.shards"
+    command = [sys.executable, "-c", KILLED, str(source), str(out), "9"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    assert done.returncode == -signal.SIGKILL
+    assert len(list(place.glob("*.part"))) == 1 and list(place.glob("*.safetensors")) and not out.exists()
+    write(source, out, max_shard_size="1KB", shard_of=(1, 2))
+    assert list(place.glob("*.part")) == [] and not out.exists()
+    write(source, out, max_shard_size="1KB", shard_of=(2, 2))
+    assert read(out) == expected(hf_weights(TINY)) and hidden(tmp_path) == []
+
+
+def test_a_run_of_its_own_supersedes_killed_workers(tmp_path):
+    source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
+    write(source, tmp_path / "out", max_shard_size="1KB", shard_of=(1, 2))
+    assert hidden(tmp_path) == [".out.shards"]
+    write(source, tmp_path / "out")
+    assert read(tmp_path / "out") == expected(hf_weights(TINY)) and hidden(tmp_path) == []
+
+
+def test_the_same_file_is_not_written_twice_at_once(tmp_path):
+    source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
+
+    def intrude(path: str, nbytes: int) -> None:
+        if path.endswith("embed_tokens.embedding"):
+            with pytest.raises(FileExistsError, match="another process is writing this file"):
+                write(source, tmp_path / "out", shard_of=(1, 1))
+
+    write(source, tmp_path / "out", shard_of=(1, 1), progress=intrude)
+    assert read(tmp_path / "out") == expected(hf_weights(TINY))
+
+
+def other_weights(source: Path) -> dict:
+    """One bias of one layer differs."""
+    weights = hf_weights(TINY)
+    weights["model.decoder.layers.1.fc1.bias"][3] += 1
+    write_hf(source, TINY, weights)
+    return {}
+
+
+def other_config(source: Path) -> dict:
+    write_hf(source, TINY | {"dropout": 0.5}, hf_weights(TINY))
+    return {}
+
+
+def other_place(source: Path) -> dict:
+    write_hf(source.with_name("copy"), TINY, hf_weights(TINY))
+    return {"source": source.with_name("copy")}
+
+
+@pytest.mark.parametrize(
+    "change, key",
+    [
+        (lambda source: {"max_shard_size": "2KB"}, "max_shard_size (1000, not 2000)"),
+        (lambda source: {"dtype": "float16"}, "dtype (None, not float16)"),
+        (other_weights, "content"),
+        (other_config, "content"),
+        (other_place, "source"),
+    ],
+)
+def test_workers_of_different_minds(tmp_path, change: Callable, key):
+    source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
+    write(source, tmp_path / "out", max_shard_size="1KB", shard_of=(1, 2))
+    before = files_of(tmp_path / ".out.shards")
+    options = {"source": source, "max_shard_size": "1KB"} | change(source)
+    with pytest.raises(ValueError, match=r"\.out\.shards was begun with another") as refused:
+        write(options.pop("source"), tmp_path / "out", **options, shard_of=(2, 2))
+    assert f"begun with another {key}" in str(refused.value)
+    assert files_of(tmp_path / ".out.shards") == before and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("shard_of", [(0, 3), (4, 3), (-1, 3), (1, 0)])
+def test_impossible_parts(tmp_path, shard_of):
+    source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
+    with pytest.raises(ValueError, match="--shard-of .*: i/n needs 1 <= i <= n"):
+        write(source, tmp_path / "out", shard_of=shard_of)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"files": 3}'])
+def test_a_damaged_plan(tmp_path, content):
+    source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
+    write(source, tmp_path / "out", max_shard_size="1KB", shard_of=(1, 2))
+    (tmp_path / ".out.shards" / "plan.json").write_text(content)
+    with pytest.raises(ValueError, match="plan.json is damaged"):
+        write(source, tmp_path / "out", max_shard_size="1KB", shard_of=(2, 2))
+
+
+def test_parts_that_were_removed_meanwhile(tmp_path):
+    source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
+    place = staging.directory_of(tmp_path / "out")
+
+    def remove(path: str, nbytes: int) -> None:
+        for file in place.iterdir():
+            if file.suffix == ".json" or file.name == "lock":
+                file.unlink()
+
+    with pytest.raises(OSError, match="was removed while"):
+        write(source, tmp_path / "out", shard_of=(1, 1), progress=remove)
+    assert hidden(tmp_path) == []
