@@ -151,13 +151,17 @@ def _list(repository: Repository, commit: str) -> Mapping[str, Any]:
 
 
 def _patiently(call: Callable[[], T]) -> T:
-    """The call's result; an overloaded server is asked again a few times, which not all of huggingface_hub does."""
+    """The call's result, tried again where not all of huggingface_hub does: an overloaded server, a broken connection.
+
+    Not if there is no connection at all: then the cache is next.
+    """
     for wait in _WAITS:
         try:
             return call()
         except Exception as e:
             response = getattr(e, "response", getattr(e.__cause__, "response", None))
-            if response is None or response.status_code not in _OVERLOADED:
+            broken = _of_connection(e) and type(e).__name__ in ("ReadError", "ReadTimeout", "RemoteProtocolError")
+            if not broken and (response is None or response.status_code not in _OVERLOADED):
                 raise
             time.sleep(wait)
     return call()

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT, TAGGED = "a" * 40, "b" * 40
+_LOCAL = "127.0.0.1,localhost"
 _LARGE = (".safetensors", ".bin", ".msgpack", ".h5")
 
 
@@ -71,7 +72,8 @@ class HubServer:
         for server in self._servers:
             server.daemon_threads = True
             server.hub = self  # pyright: ignore
-        self.endpoint, self.cdn = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
+        self.endpoint = f"http://127.0.0.1:{self._servers[0].server_port}"
+        self.cdn = f"http://localhost:{self._servers[1].server_port}"  # some versions compare the hosts, not the ports
 
     def __enter__(self) -> "HubServer":
         self._threads = [threading.Thread(target=server.serve_forever, args=(0.05,)) for server in self._servers]
@@ -200,7 +202,7 @@ class _Cdn(_Handler):
 def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
     """For a process that talks to the server and to nobody else; `home` is its HF_HOME."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and "OFFLINE" not in k}
-    kept |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    kept |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": _LOCAL, "no_proxy": _LOCAL}
     return kept | {"HF_HUB_DISABLE_TELEMETRY": "1"} | more
 
 

@@ -1,14 +1,17 @@
 """Downloads from a small server that speaks the hub's API (tests/hub_server.py), and what the cache has offline."""
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hf_files import TINY, write_hf
-from hub_server import COMMIT, TAGGED, HubServer, Repository, Resolver
+from hf_files import TINY, hf_weights, write_hf
+from hub_server import COMMIT, TAGGED, HubServer, Repository, Resolver, environment
 
+from convert.__main__ import main
 from opt_jax import download
 
 MB = 1_000_000
@@ -308,3 +311,39 @@ def test_missing_file(tmp_path):
     (tmp_path / "pytorch_model.bin.index.json").unlink()
     missing = download.missing_file(tmp_path)
     assert missing is not None and missing.startswith("weights (model.safetensors, ")
+
+
+def test_convert_from_the_hub(server, tmp_path):
+    local = write_hf(tmp_path / "local", TINY, hf_weights(TINY, dtype="float16"), "bin-sharded")
+    files = {path.name: path.read_bytes() for path in local.iterdir()} | {"vocab.json": b"{}", "README.md": b"r"}
+    server.repositories["org/converted"] = repository = Repository(
+        files, drop={"pytorch_model-00002-of-00002.bin": [9]}
+    )
+
+    def convert(out: str, *options: str, endpoint: str = server.endpoint) -> subprocess.CompletedProcess:
+        command = [
+            sys.executable,
+            "-m",
+            "convert",
+            "org/converted",
+            str(tmp_path / out),
+            "--revision",
+            "main",
+            *options,
+        ]
+        command += ["--cache-dir", str(tmp_path / "cache")]
+        settings = {"env": environment(endpoint, tmp_path / "home"), "cwd": Path(__file__).parents[1]}
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, **settings)
+
+    done = convert("out", "--offline")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert done.stderr.startswith("error: no directory org/converted, and not in the cache")
+    done = convert("out")
+    assert done.returncode == 0, done.stderr
+    assert asked(repository) == files.keys() - {"README.md"}
+    done = convert("again", "--offline", endpoint="http://127.0.0.1:9")
+    assert done.returncode == 0, done.stderr
+    for out in ("out", "again"):
+        assert main(["verify", str(tmp_path / out), "--against", str(local)]) == 0
+        assert (tmp_path / out / "vocab.json").read_bytes() == b"{}"
+    assert not list((tmp_path / "home").glob("hub/models*"))
