@@ -14,7 +14,9 @@ from convert import metaseq, names
 from convert.source import Checkpoint
 from opt_jax import OPTConfig
 
-CONFIG = VARIANTS["125m"] | dict(hidden_size=24, ffn_dim=48, word_embed_proj_dim=24)
+# Sizes that four shards of three parts cannot share evenly, and a config for more than ten parts.
+CONFIG = VARIANTS["125m"] | dict(vocab_size=51, hidden_size=18, ffn_dim=51, word_embed_proj_dim=18)
+WIDE = VARIANTS["125m"] | dict(vocab_size=66, hidden_size=33, ffn_dim=55, word_embed_proj_dim=33, num_attention_heads=3)
 CFG = {"model": namespace(settings(CONFIG))}
 
 
@@ -43,26 +45,29 @@ FORMS = {
     "one-file-separate": dict(fused=False),
     "parts": dict(parts=3),
     "parts-separate": dict(parts=3, fused=False),
-    "many-parts": dict(parts=12),
+    "many-parts": dict(parts=11),
     "one-shard-of-each-part": dict(parts=3, shards=1, flat=True),
     "shards": dict(shards=5, flat=True),
     "parts-and-shards": dict(parts=3, shards=4, flat=True),
     "parts-and-shards-separate": dict(parts=3, shards=4, flat=True, fused=False),
-    "many-parts-and-shards": dict(parts=12, shards=11, flat=True),
+    "many-parts-and-shards": dict(parts=11, shards=12, flat=True),
     "flat-file-without-metadata": dict(flat=True, metadata=False),
     "flat-parts-without-metadata": dict(parts=3, flat=True, metadata=False),
     "parts-and-shards-without-metadata": dict(parts=3, shards=4, flat=True, metadata=False),
-    "more-shards-than-some-need": dict(parts=2, shards=70, flat=True, metadata=False),
+    "more-shards-than-some-need": dict(parts=3, shards=70, flat=True, metadata=False),
 }
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_weights_back(tmp_path, form, dtype):
-    weights = hf_weights(CONFIG, dtype=dtype)
-    opened = metaseq.open_checkpoint(write(tmp_path, contents(weights, cfg=CFG, **FORMS[form])), config=given())
+    config = WIDE if form.startswith("many") else CONFIG
+    weights = hf_weights(config, dtype=dtype)
+    cfg = {"model": namespace(settings(config))}
+    files = write(tmp_path, contents(weights, cfg=cfg, **FORMS[form]))
+    opened = metaseq.open_checkpoint(files, config=given(config))
     assert_same(load(opened), weights)
-    assert opened.config == given()
+    assert opened.config == given(config)
     assert opened.raw_config["architectures"] == ["OPTForCausalLM"]
     assert dtype in (opened.raw_config.get("dtype"), opened.raw_config.get("torch_dtype"))
     assert opened.companions == (tmp_path,)
@@ -101,7 +106,7 @@ def test_flat_without_metadata_and_without_a_unit_per_layer(tmp_path):
 
 
 def test_stale_metadata_of_whole_tensors_are_ignored(tmp_path):
-    files = contents(hf_weights(CONFIG), parts=2)
+    files = contents(hf_weights(CONFIG), parts=3)
     for content in files.values():
         content["shard_metadata"] = {"param_metadata": [{"stale": True}]}
     assert_same(load(metaseq.open_checkpoint(write(tmp_path, files), config=given())), hf_weights(CONFIG))
@@ -134,7 +139,7 @@ def test_find_files(tmp_path, monkeypatch):
 
 
 def test_names_of_released_files(tmp_path):
-    files = contents(hf_weights(CONFIG), parts=2, cfg=CFG)
+    files = contents(hf_weights(CONFIG), parts=3, cfg=CFG)
     renamed = {name.replace("reshard", "checkpoint_1_4000.pt"): content for name, content in files.items()}
     assert_same(load(metaseq.open_checkpoint(write(tmp_path, renamed), config=None)), hf_weights(CONFIG))
 
@@ -208,11 +213,11 @@ BAD_CONTENTS = {
     "positions": (False, edit("decoder.embed_positions.weight", replace_rows), f"{PART}: .*positions.* differs"),
     "dtype": (False, edit("decoder.layers.0.fc1.bias", np.float16), f"{PART}: .*fc1.bias .*float16.* cannot be joined"),
     "widths": (False, edit("decoder.layers.0.fc1.weight", lambda a: a[:, 1:]), f"{PART}: .*fc1.weight .* cannot be"),
-    "shape": (False, edit("decoder.layers.0.fc1.weight", lambda a: a[1:]), "fc1.weight has shape .47, 24.*3 model par"),
+    "shape": (False, edit("decoder.layers.0.fc1.weight", lambda a: a[1:]), "fc1.weight has shape .50, 18.*3 model par"),
     "thirds": (
         False,
         edit("decoder.layers.0.self_attn.qkv_proj.bias", lambda a: a[1:]),
-        f"{PART}: .*qkv_proj.bias has shape .23,",
+        f"{PART}: .*qkv_proj.bias has shape .17,",
     ),
     "lacks": (
         False,
@@ -337,7 +342,8 @@ def test_pickles_that_ask_for_more(tmp_path, name):
 
 @pytest.mark.parametrize("form", ["one-file", "parts", "shards", "parts-and-shards", "many-parts-and-shards"])
 def test_parts_of_arrays(tmp_path, form):
-    opened = metaseq.open_checkpoint(write(tmp_path, contents(hf_weights(CONFIG), **FORMS[form])), config=given())
+    config = WIDE if form.startswith("many") else CONFIG
+    opened = metaseq.open_checkpoint(write(tmp_path, contents(hf_weights(config), **FORMS[form])), config=given(config))
     rng = np.random.default_rng(0)
     for array in opened.arrays.values():
         whole = array.load()
@@ -347,7 +353,7 @@ def test_parts_of_arrays(tmp_path, form):
 
 
 def test_reading_maps_the_bytes_it_needs_and_leaves_nothing_open(tmp_path, monkeypatch):
-    config = CONFIG | dict(vocab_size=3 * 4096, ffn_dim=48)
+    config = CONFIG | dict(vocab_size=3 * 4096)
     weights = hf_weights(config)
     files = write(tmp_path, contents(weights, parts=3, shards=4, flat=True))
     opened = metaseq.open_checkpoint(files, config=given(config))
@@ -366,9 +372,9 @@ def test_reading_maps_the_bytes_it_needs_and_leaves_nothing_open(tmp_path, monke
     embedding = opened.arrays["model.decoder.embed_tokens.embedding"]
     rows = slice(5000, 5100)  # in the second part
     np.testing.assert_array_equal(
-        embedding.load((rows, slice(0, 24))), weights["model.decoder.embed_tokens.weight"][rows], strict=True
+        embedding.load((rows, slice(0, 18))), weights["model.decoder.embed_tokens.weight"][rows], strict=True
     )
-    assert 0 < sum(mapped) <= 100 * 24 * 4 + len(mapped) * mmap.ALLOCATIONGRANULARITY and len(mapped) <= 2
+    assert 0 < sum(mapped) <= 100 * 18 * 4 + len(mapped) * mmap.ALLOCATIONGRANULARITY and len(mapped) <= 2
     mapped.clear()
     opened.arrays["model.decoder.layers.0.fc1.bias"].load((slice(0, 16),))  # all in the first part
     assert len(mapped) <= 2
@@ -380,11 +386,11 @@ def test_only_the_files_needed_are_read(tmp_path):
     opened = metaseq.open_checkpoint(files, config=given())
     for i in (0, 2):
         (tmp_path / f"reshard-model_part-{i}.pt").unlink()
-    fc2 = opened.arrays["model.decoder.layers.1.fc2.kernel"]  # [48, 24]: rows 16..31 are in the second part
+    fc2 = opened.arrays["model.decoder.layers.1.fc2.kernel"]  # [51, 18]: rows 17..33 are in the second part
     expected = weights["model.decoder.layers.1.fc2.weight"].T
-    np.testing.assert_array_equal(fc2.load((slice(16, 32), slice(3, 9))), expected[16:32, 3:9], strict=True)
+    np.testing.assert_array_equal(fc2.load((slice(17, 34), slice(3, 9))), expected[17:34, 3:9], strict=True)
     with pytest.raises(FileNotFoundError, match="reshard-model_part-2.pt"):
-        fc2.load((slice(16, 33), slice(3, 9)))
+        fc2.load((slice(17, 35), slice(3, 9)))
 
 
 def test_a_file_that_shrinks_after_opening(tmp_path):

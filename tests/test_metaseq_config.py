@@ -69,13 +69,13 @@ BAD_SETTINGS = {
     "scaled-embedding": ({"no_scale_embedding": False}, False, "no_scale_embedding=False .* not supported"),
     "alibi": ({"alibi": True}, True, "alibi=True .* not supported"),
     "sinusoidal": ({"decoder_learned_pos": False}, False, "decoder_learned_pos=False .* not supported"),
-    "output-dim": ({"decoder_output_dim": 12}, False, "decoder_output_dim=12 .* differs from decoder_input_dim=24"),
+    "output-dim": ({"decoder_output_dim": 12}, False, "decoder_output_dim=12 .* differs from decoder_input_dim=18"),
     "no-heads": ({"decoder_attention_heads": None}, False, "decoder_attention_heads is not .* --model"),
     "type": ({"decoder_attention_heads": "2"}, False, "decoder_attention_heads='2' .* not of type int"),
     "bad-heads": (
         {"decoder_attention_heads": 5},
         False,
-        "OPTConfig: hidden_size=24 is not divisible by num_attention_heads=5",
+        "OPTConfig: hidden_size=18 is not divisible by num",
     ),
 }
 
