@@ -61,11 +61,15 @@ class LazyArray:
     def T(self) -> "LazyArray":
         return LazyArray(self.shape[::-1], self.dtype, lambda index: self.read(index[::-1]).T, self.release)
 
-    def load(self, index: Sequence[slice] | None = None) -> np.ndarray:
-        """A C-contiguous copy, in native byte order, of the whole or of the part at `index`."""
+    def load(self, index: Sequence[slice] | None = None, buffer: np.ndarray | None = None) -> np.ndarray:
+        """A C-contiguous copy, in native byte order, of the whole or of the part at `index`.
+
+        buffer: uint8 [at least as many bytes]; the copy is made there (new memory costs as much time as copying).
+        """
         index = (slice(None),) * len(self.shape) if index is None else index
         view = self.read(tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, self.shape, strict=True)))
-        out = np.empty(view.shape, self.dtype.newbyteorder("="))
+        buffer = np.empty(view.size * self.dtype.itemsize, np.uint8) if buffer is None else buffer
+        out = buffer[: view.size * self.dtype.itemsize].view(self.dtype.newbyteorder("=")).reshape(view.shape)
         copy_blocked(out, view)
         self.release()
         return out
@@ -111,6 +115,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
     def __init__(self, progress: Callable[[str, int], None]) -> None:
         super().__init__(deepcopy_host_arrays=False)
         self._progress, self._lock, self._count = progress, threading.Lock(), 0
+        self._local = threading.local()
         self.error: Exception | None = None
 
     async def serialize(self, values: Sequence[Any], infos, args=None):
@@ -137,8 +142,10 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         store: Any = ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context).result()
 
         def write(index: Index) -> None:
-            piece = value.load(index)
-            try:
+            if not hasattr(self._local, "buffer"):
+                self._local.buffer = np.empty(CHUNK_BYTES, np.uint8)
+            piece = value.load(index, self._local.buffer)
+            try:  # the buffer is free again when the write has been committed, which is what `result` waits for
                 store[index].write(piece, can_reference_source_data_indefinitely=True).result()
             except ValueError as e:
                 if "No space left" in str(e) or "quota exceeded" in str(e):

@@ -45,6 +45,7 @@ class Repository:
       drop: connections to cut after that many bytes of the file's content, one after the other.
       stall: file -> after how many bytes the next connection sends no more, without closing.
       statuses: of the first answers, to any request that names the repository; 0: as without.
+      html: the answer to everything, as that of a proxy that wants a password.
       ranges: whether the CDN honours Range.
     """
 
@@ -58,8 +59,10 @@ class Repository:
     drop: dict[str, list[int]] = field(default_factory=dict)
     stall: dict[str, int] = field(default_factory=dict)
     statuses: list[int] = field(default_factory=list)
+    html: bytes | None = None
     ranges: bool = True
     asked: list[Asked] = field(default_factory=list)
+    heads: list[str] = field(default_factory=list)  # files whose headers alone were asked for
     release: threading.Event = field(default_factory=threading.Event)  # ends what is stalled
 
 
@@ -96,6 +99,8 @@ class _Handler(BaseHTTPRequestHandler):
             if path.startswith((f"/api/models/{name}/", f"/{name}/")) or path == f"/api/models/{name}":
                 if repository.statuses and (status := repository.statuses.pop(0)):
                     return self.refuse(status)
+                if repository.html is not None:
+                    return self.send(repository.html, Content_Type="text/html")
                 return self.answer(hub, name, repository, path.removeprefix("/api/models").removeprefix(f"/{name}"))
         self.refuse(404, "RepoNotFound")
 
@@ -187,6 +192,8 @@ class _Hub(_Handler):
         if file not in repository.files or file in repository.absent:
             return self.refuse(404, "EntryNotFound", **about)
         content = repository.files[file]
+        if self.command == "HEAD":
+            repository.heads.append(file)
         if not file.endswith(_LARGE):
             return self.send_file(repository, file, ETag=f'"{hashlib.sha1(content).hexdigest()}"', **about)
         about["X_Linked_Size"] = str(repository.listed.get(file, len(content)))
@@ -245,6 +252,9 @@ for line in sys.stdin:
 
     def __call__(self, name: str, **options: Any) -> dict[str, Any]:
         self.send(name, **options)
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         return json.loads(self.process.stdout.readline())
 

@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,6 +49,13 @@ def asked(repository: Repository) -> set[str]:
 
 def ranges(repository: Repository, name: str) -> list[tuple[int, int]]:
     return [(each.start, each.stop) for each in repository.asked if each.file == name]
+
+
+def wait_until(condition: Callable[[], Any], process: Resolver) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline and process.process.poll() is None
+        time.sleep(0.01)
 
 
 def check(answer: dict, repository: Repository, *names: str) -> Path:
@@ -180,10 +189,8 @@ def test_killed_process_continues(server, resolve, tmp_path):
     server.repositories["org/killed"] = repository = Repository(data, stall={second: MB})
     with Resolver(server.endpoint, tmp_path) as other:
         other.send("org/killed", cache_dir=str(tmp_path / "cache"))
-        deadline = time.monotonic() + 60
-        while sum(p.stat().st_size for p in tmp_path.glob("cache/models*/blobs/*.incomplete")) < MB - 10_000:
-            assert time.monotonic() < deadline and other.process.poll() is None
-            time.sleep(0.01)
+        partial = lambda: tmp_path.glob("cache/models*/blobs/*.incomplete")  # noqa: E731
+        wait_until(lambda: sum(path.stat().st_size for path in partial()) >= MB - 10_000, other)
         other.process.kill()
     repository.release.set()
     asked(repository)
@@ -192,6 +199,20 @@ def test_killed_process_continues(server, resolve, tmp_path):
     assert MB - 10_000 <= start <= MB and stop == 3 * MB
     assert asked(repository) == {second}
     assert not list((folder.parents[1] / "blobs").glob("*.incomplete"))
+
+
+def test_two_processes_download_once(server, resolve, tmp_path):
+    data = {"config.json": b"{}", "model.safetensors": weights(8)}
+    server.repositories["org/twice"] = repository = Repository(data, stall={"model.safetensors": MB})
+    with Resolver(server.endpoint, tmp_path) as other:
+        other.send("org/twice", cache_dir=str(tmp_path))
+        wait_until(lambda: ranges(repository, "model.safetensors"), other)
+        resolve.send("org/twice", cache_dir=str(tmp_path))
+        wait_until(lambda: repository.heads.count("model.safetensors") == 2, resolve)
+        repository.release.set()
+        for answer in (other.answer(), resolve.answer()):
+            check(answer, repository, *data)
+    assert ranges(repository, "model.safetensors") == [(0, MB), (MB, 3 * MB)]
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "merges.txt"])
@@ -236,6 +257,11 @@ def test_missing_files(server, resolve):
         error = resolve(f"org/{name}")["error"]
         assert message in error and f"org--{name}" in error.replace("/", "--") and "\n" not in error, error
         assert asked(repository) <= {"config.json", "model.safetensors.index.json"}  # nothing large
+    server.repositories["org/proxy"] = Repository({}, html=b"<html>Log in</html>")
+    error = resolve("org/proxy")["error"]
+    assert error.startswith(
+        f"OSError: org/proxy at {server.endpoint}: the answer is not that of a hub; is HF_ENDPOINT "
+    )
     error = resolve("a--b")["error"]
     assert error.startswith("FileNotFoundError: no directory a--b, and not a possible name on the hub: ")
 
