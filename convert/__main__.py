@@ -306,9 +306,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _one_line(error: Exception) -> str:
+    """The message, without control characters (it may quote the checkpoint), and not endless."""
+    text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
+        text = f"{error.filename}: {error.strerror}"
+    if not text.isprintable():
+        text = text.encode("unicode_escape").decode()
+    return text if len(text) <= 1000 else f"{text[:600]} ... {text[-300:]}"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from convert import names
-from convert.torch_files import read_safetensors, read_torch
+from convert.torch_files import read_safetensors, read_torch, shown
 from opt_jax.config import OPTConfig
 from opt_jax.storage import LazyArray, first_difference
 
@@ -29,9 +29,11 @@ def open_checkpoint(directory: Path) -> dict[str, LazyArray]:
     for name in sorted(set(weight_map.values())):
         shard = _read(directory / name)
         if twice := sorted(tensors.keys() & shard.keys()):
-            raise ValueError(f"{directory / name}: tensor {twice[0]} is in another shard, too")
+            raise ValueError(f"{directory / name}: tensor {shown(twice[0])} is in another shard, too")
         if absent := sorted(n for n, file in weight_map.items() if file == name and n not in shard):
-            raise ValueError(f"{directory / name}: tensor {absent[0]} is missing, but {first.name} says it is here")
+            raise ValueError(
+                f"{directory / name}: tensor {shown(absent[0])} is missing, but {first.name} says it is here"
+            )
         tensors |= shard
     return tensors
 
@@ -78,7 +80,7 @@ def open_parameters(directory: Path, config: OPTConfig) -> dict[str, LazyArray]:
         try:
             path, transposed = names.from_hf(name)
         except KeyError:
-            raise ValueError(f"{directory}: tensor {name} is left over: no OPT model has it") from None
+            raise ValueError(f"{directory}: tensor {shown(name)} is left over: no OPT model has it") from None
         if path in arrays:
             raise ValueError(f"{directory}: tensor {name} is there twice, with and without 'model.' in front")
         arrays[path] = array.T if transposed else array

@@ -127,9 +127,8 @@ def check(opened: Checkpoint, cls: str) -> None:
     Raises:
       ValueError: one too many, too few or misshapen, or in a dtype that models are not kept in; names it as HF does.
     """
-    found = {path: array.shape for path, array in opened.arrays.items()}
-    expected = checkpoint.expected_shapes(getattr(opt_jax.model, cls), opened.config)
-    checkpoint.check_parameters(expected, found, opened.where, describe=hf.describe)
+    model = getattr(opt_jax.model, cls)
+    checkpoint.check_parameters(model, opened.config, opened.arrays, opened.where, describe=hf.describe)
     for path, array in opened.arrays.items():
         if array.dtype.name not in checkpoint.PARAM_DTYPES:
             name = hf.describe(path, ())[0]

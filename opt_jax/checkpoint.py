@@ -132,12 +132,10 @@ def load_pretrained(
     config, _ = read_config(directory)
     arrays = open_parameters(directory, config)
 
-    expected = expected_shapes(cls, config)
     # A tied causal LM must not lose a head that is there, nor an untied one get a random head.
     may_drop = [head for head in _HEADS if not (head == "lm_head." and issubclass(cls, OPTForCausalLM))]
-    found = {path: array.shape for path, array in arrays.items()}
-    fresh, dropped = check_parameters(
-        expected, found, directory,
+    expected, fresh, dropped = check_parameters(
+        cls, config, arrays, directory,
         may_lack=("score.", "qa_outputs."), may_drop=may_drop, describe=_describe(directory),
     )  # fmt: skip
     for path in fresh:
@@ -176,23 +174,33 @@ def expected_shapes(cls: type[OPTPreTrainedModel], config: OPTConfig) -> dict[st
 
 
 def check_parameters(
-    expected: Mapping[str, Shape],
-    found: Mapping[str, Shape],
+    cls: type[OPTPreTrainedModel],
+    config: OPTConfig,
+    arrays: Mapping[str, LazyArray],
     where: str | os.PathLike,
     *,
     may_lack=(),
     may_drop=(),
     describe: Callable[[str, Shape], tuple[str, Shape]] = lambda path, shape: (path, shape),
-) -> tuple[list[str], list[str]]:
-    """Compare a checkpoint's parameters with the model's: (missing ones, left-over ones), of the heads that may be.
+) -> tuple[dict[str, Shape], list[str], list[str]]:
+    """Compare a checkpoint's parameters with the model's.
 
     Args:
       may_lack, may_drop: prefixes of heads that may be missing as a whole, or left over.
       describe: our path and shape -> name and shape in the checkpoint, for messages.
 
+    Returns:
+      The model's parameters, path -> shape; those that are missing, and those left over, of the heads that may be.
+
     Raises:
       ValueError: a tensor is missing, left over or has another shape; the message names it.
     """
+    if config.num_hidden_layers > len(arrays):  # before a model of a billion layers is thought through
+        raise ValueError(
+            f"{where}: there are only {len(arrays)} tensors, but the config calls for {config.num_hidden_layers} layers"
+        )
+    expected = expected_shapes(cls, config)
+    found = {path: array.shape for path, array in arrays.items()}
     lacking = [head for head in may_lack if not any(path.startswith(head) for path in found)]
     fresh = [path for path in expected if path not in found]
     dropped = [path for path in found if path not in expected]
@@ -206,7 +214,7 @@ def check_parameters(
         if path not in fresh and found[path] != shape:
             (label, got), (_, want) = describe(path, found[path]), describe(path, shape)
             raise ValueError(f"{where}: tensor {label} has shape {got}, but the config calls for {want}")
-    return fresh, dropped
+    return expected, fresh, dropped
 
 
 def _choose_dtypes(

@@ -68,7 +68,7 @@ class OPTConfig:
             self._check_type(field)
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "ffn_dim", "max_position_embeddings",
                      "word_embed_proj_dim", "num_attention_heads", "num_labels"):  # fmt: skip
-            self._require(getattr(self, name) > 0, name, "a positive integer")
+            self._require(0 < getattr(self, name) < 2**31, name, "a positive integer below 2**31")
         for name in ("dropout", "attention_dropout", "layerdrop"):
             self._require(0 <= getattr(self, name) < 1, name, "a probability in [0, 1)")
         self._require(self.init_std >= 0 and math.isfinite(self.init_std), "init_std", "a finite number >= 0")

@@ -107,9 +107,9 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_those_of_pytorch(tmp_path, case):
     name, form, style = CASES[case]
-    hf = make_hf(name, vocab_size=102)  # for three parts, as ffn_dim
+    hf = make_hf(name, vocab_size=102, num_hidden_layers=2)  # for three parts, as ffn_dim
     if name != "opt-350m":
-        hf = make_hf(name, vocab_size=102, ffn_dim=51)
+        hf = make_hf(name, vocab_size=102, num_hidden_layers=2, ffn_dim=51)
     weights = {n: p.detach().numpy() for n, p in hf.named_parameters() if not n.startswith("lm_head")}
     config = OPTConfig.from_hf(hf.config.to_dict())
     values = settings(config.to_hf(), activation_fn="relu" if name != "galactica" else "gelu")
