@@ -174,6 +174,9 @@ def _fetch_all(repository: Repository, folder: Path, files: list[Any]) -> bool:
     """Put large files into the cache, where `snapshot_download` finds them. False: some are left to it."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 
+    blobs = folder.parents[1] / "blobs"
+    blobs.mkdir(parents=True, exist_ok=True)
+    _check_room(repository, blobs, files)
     urls = {file.rfilename: hf_hub_url(repository.name, file.rfilename, revision=folder.name) for file in files}
     large = []
     for file in files:  # all of them, before anything large is downloaded
@@ -184,9 +187,6 @@ def _fetch_all(repository: Repository, folder: Path, files: list[Any]) -> bool:
         by_xet = about.xet_file_data is not None and constants.HF_XET_HIGH_PERFORMANCE or (file.size or 0) > _HTTP_LIMIT
         if file.lfs is not None and about.etag == file.lfs.sha256 and not by_xet:
             large.append(file)
-    blobs = folder.parents[1] / "blobs"
-    blobs.mkdir(parents=True, exist_ok=True)
-    _check_room(repository, blobs, files)
     stop = threading.Event()
     with ThreadPoolExecutor(_PARALLEL) as pool:
         jobs = [pool.submit(_fetch, urls[file.rfilename], file, blobs, stop) for file in large]
@@ -277,6 +277,8 @@ def _stream(url: str, file: Any, out: BinaryIO, bar: Any, stop: threading.Event)
             bar.update(len(chunk))
             if stop.is_set():
                 return
+            if out.tell() > file.size:  # of an answer without its length, too
+                break
     if (size := out.tell()) != file.size:
         _empty(out)
         raise _wrong_size(file, size)

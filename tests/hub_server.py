@@ -39,12 +39,13 @@ class Repository:
     Attributes:
       files: name -> content, the same at each of `revisions` (name -> commit; a commit is a revision, too).
       token: who may read it; None: everyone. `gated`: its list is public, its files are not.
-      listed: sizes that the listing and the headers give instead of the true ones.
+      listed: sizes that the listing gives instead of the true ones.
       sent: name -> what is sent in place of the content that the listing and the headers describe.
       absent: files that are listed and answered with 404.
       drop: connections to cut after that many bytes of the file's content, one after the other.
       stall: file -> after how many bytes the next connection sends no more, without closing.
       statuses: of the first answers, to any request that names the repository; 0: as without.
+      lengths: whether answers with a file's content say how long it is.
       html: the answer to everything, as that of a proxy that wants a password.
       ranges: whether the CDN honours Range.
     """
@@ -59,6 +60,7 @@ class Repository:
     drop: dict[str, list[int]] = field(default_factory=dict)
     stall: dict[str, int] = field(default_factory=dict)
     statuses: list[int] = field(default_factory=list)
+    lengths: bool = True
     html: bytes | None = None
     ranges: bool = True
     asked: list[Asked] = field(default_factory=list)
@@ -116,7 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send(self, content: bytes, status: int = 200, announced: int | None = None, **headers: Any) -> None:
         self.send_response(status)
-        self.send_header("Content-Length", str(len(content) if announced is None else announced))
+        if announced != -1:
+            self.send_header("Content-Length", str(len(content) if announced is None else announced))
         for key, value in headers.items():
             self.send_header(key.replace("_", "-"), value)
         self.end_headers()
@@ -141,7 +144,8 @@ class _Handler(BaseHTTPRequestHandler):
         if name in repository.stall:
             stop = start + repository.stall.pop(name)
         repository.asked.append(Asked(name, start, stop, self.token))
-        self.send(content[start:stop], 206 if "Content_Range" in headers else 200, len(content) - start, **headers)
+        announced = len(content) - start if repository.lengths else -1
+        self.send(content[start:stop], 206 if "Content_Range" in headers else 200, announced, **headers)
         if stop < len(content):
             self.wfile.flush()
             if cuts is None:
@@ -182,6 +186,7 @@ class _Hub(_Handler):
         entry = {"type": "file", "path": file, "rfilename": file, "size": size, "oid": oid, "blobId": oid}
         if file.endswith(_LARGE):
             sha256 = hashlib.sha256(content).hexdigest()
+            entry["xetHash"] = sha256
             entry["lfs"] = {"oid": sha256, "sha256": sha256, "size": size, "pointerSize": 100}
         return entry
 
@@ -196,7 +201,9 @@ class _Hub(_Handler):
             repository.heads.append(file)
         if not file.endswith(_LARGE):
             return self.send_file(repository, file, ETag=f'"{hashlib.sha1(content).hexdigest()}"', **about)
-        about["X_Linked_Size"] = str(repository.listed.get(file, len(content)))
+        about["X_Xet_Hash"] = hashlib.sha256(content).hexdigest()  # as the hub has, whatever the client wants
+        about["X_Xet_Refresh_Route"] = f"/api/models/{name}/xet-read-token/{commit}"
+        about["X_Linked_Size"] = str(len(content))
         about["X_Linked_ETag"] = f'"{hashlib.sha256(content).hexdigest()}"'
         self.send(b"", 302, Location=f"{hub.cdn}/{name}/{file}?signature=secret", **about)
 

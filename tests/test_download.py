@@ -216,7 +216,7 @@ def test_two_processes_download_once(server, resolve, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "merges.txt"])
-@pytest.mark.parametrize("size", [10, 2000])
+@pytest.mark.parametrize("size", [10, 5_000_000])
 def test_wrong_size(server, resolve, file, size):
     data = {"config.json": b"{}", "merges.txt": bytes(1000), "model.safetensors": weights(size, 1000)}
     server.repositories["org/size"] = repository = Repository(data, sent={file: bytes(size)})
@@ -225,6 +225,9 @@ def test_wrong_size(server, resolve, file, size):
     assert error.startswith("OSError: org/size") and file in error and "\n" not in error
     assert (f"{size:,} bytes" in error and "1,000" in error) or f"size 1000 but has size {size}" in error
     assert not list(Path(cache_dir).glob(f"models--*/snapshots/*/{file}"))
+    if file == "model.safetensors":
+        repository.lengths = False
+        assert "bytes, but the hub lists it with 1,000: try" in resolve("org/size", cache_dir=cache_dir)["error"]
     repository.sent.clear()
     check(resolve("org/size", cache_dir=cache_dir), repository, *data)
 
@@ -251,6 +254,7 @@ def test_missing_files(server, resolve):
         "shard": (Repository(config | many), "has no model-2.safetensors, but model.safetensors.index.json names it"),
         "index": (Repository(config | bad), "index.json is not an index of weight files"),
         "size": (Repository(config | st, listed={"model.safetensors": 10**15}), "org/size needs 1000000.0 GB, but"),
+        "size2": (Repository(config | st, listed={"model.safetensors": 2}), "arrives with 1 bytes, but the hub lists"),
     }  # fmt: skip
     for name, (repository, message) in cases.items():
         server.repositories[f"org/{name}"] = repository
