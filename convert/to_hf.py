@@ -164,7 +164,7 @@ class _Writer:
 
     def __init__(self, source: Checkpoint, dtype: str | None, limit: int, progress: Progress) -> None:
         self.source, self.dtype, self.limit = source, dtype, limit
-        self._progress, self._lock = progress, threading.Lock()
+        self._progress, self._lock, self._local = progress, threading.Lock(), threading.local()
         self.cls: str = source.raw_config["architectures"][0]
         tensors = [self._describe(path) for path in source.arrays]
         self.files = _split(sorted(tensors, key=_order), limit)
@@ -212,14 +212,16 @@ class _Writer:
         array = cast(held, tensor.path, self.dtype)
         array = array.T if tensor.transposed else array
         row = array.nbytes // array.shape[0]
+        rows = max(1, storage.CHUNK_BYTES // row)
 
         def write(index: storage.Index) -> None:
-            piece = array.load(index)
+            if len(getattr(self._local, "buffer", "")) < rows * row:
+                self._local.buffer = np.empty(max(rows * row, storage.CHUNK_BYTES), np.uint8)
+            piece = array.load(index, self._local.buffer)
             _pwrite(fd, piece.reshape(-1).view(np.uint8).data, offset + index[0].start * row)
             with self._lock:
                 self._progress(tensor.path, piece.nbytes)
 
-        rows = max(1, storage.CHUNK_BYTES // row)
         for _ in pool.map(write, storage.pieces(array.shape, (rows, *array.shape[1:]))):
             pass
 
@@ -355,7 +357,8 @@ def _write_part(writer: _Writer, directory: Path, shard_of: tuple[int, int]) -> 
 
 def _collect(writer: _Writer, directory: Path, new: Path) -> None:
     """Move the files into the directory to be published, after all else that might fail."""
-    writer.write_descriptions(new)
+    with _disk_full_at(new):
+        writer.write_descriptions(new)
     for file in writer.files:
         os.rename(directory / file.name, new / file.name)
     writer.check_written(new)
