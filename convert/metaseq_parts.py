@@ -8,6 +8,7 @@ Sources: fairscale's FullyShardedDataParallel.local_metadata_dict and _get_shard
 
 import math
 import mmap
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,11 +43,13 @@ class _Stored(NamedTuple):
         start = self.offset + sum(s.start * step for s, step in zip(index, self.strides, strict=True))
         extent = sum((n - 1) * step for n, step in zip(shape, self.strides, strict=True)) + self.dtype.itemsize
         before = start % mmap.ALLOCATIONGRANULARITY
-        with open(self.path, "rb") as file:
-            try:
-                mapped = mmap.mmap(file.fileno(), before + extent, access=mmap.ACCESS_READ, offset=start - before)
-            except ValueError as e:
-                raise ValueError(f"{self.path} has changed while it was read: {e}") from None
+        file = os.open(self.path, os.O_RDONLY)
+        try:
+            mapped = mmap.mmap(file, before + extent, access=mmap.ACCESS_READ, offset=start - before)
+        except ValueError as e:
+            raise ValueError(f"{self.path} has changed while it was read: {e}") from None
+        finally:
+            os.close(file)
         return np.ndarray(shape, self.dtype, mapped, before, self.strides)
 
 
@@ -129,7 +132,9 @@ def _read_metadata(metadata: Any) -> Iterator[tuple[str, _Unit, int]]:
             unit = tuple((prefix + n, tuple(shape)) for n, shape in zip(flat["names"], flat["shapes"], strict=True))
             sizes = [math.prod(shape) for _, shape in unit]
             numbers = (flat["padding"], *(n for _, shape in unit for n in shape))
-            if not all(type(n) is int and n >= 0 for n in numbers) or list(flat["numels"]) != sizes:
+            if not all(type(n) is int and 0 <= n < 1 << 60 for n in numbers) or list(flat["numels"]) != sizes:
+                raise ValueError
+            if any(len(shape) not in (1, 2) for _, shape in unit):  # no OPT model has such a tensor
                 raise ValueError
             yield prefix + name, unit, flat["padding"]
 
@@ -206,8 +211,6 @@ def _unflatten(part: Part, name: str, unit: _Unit) -> Iterator[tuple[str, Source
         end += n
     start = 0
     for inner, shape in unit:
-        if len(shape) not in (1, 2):
-            raise ValueError(f"{part.paths[0]}: tensor {inner} has shape {shape}, which no OPT model has")
         stop = start + math.prod(shape)
         yield inner, _span([run for run in runs if run[0] < stop and run[1] > start], start, shape, shards[0])
         start = stop

@@ -43,8 +43,7 @@ def namespace(values: dict) -> Foreign:
 
 def omega(values: dict) -> Foreign:
     """As omegaconf 2.1 pickles it: nodes with a type each, and with references to their parent."""
-    kinds = [Foreign("typing Any"), Foreign("__builtin__ dict")]
-    metadata = Foreign("omegaconf.base ContainerMetadata", state={"ref_type": kinds[0].name, "object_type": dict})
+    metadata = Foreign("omegaconf.base ContainerMetadata", state={"ref_type": dict, "key": None, "flags": {}})
     content = {
         key: omega(value)
         if isinstance(value, dict)
@@ -170,7 +169,7 @@ def contents(
 
 
 def write(directory: Path, files: dict[str, dict[str, Any]]) -> list[Path]:
-    """The files, as torch.save writes them: shuffled, so that nothing depends on the order."""
+    """The files, as torch.save writes them. Their paths are shuffled, so that nothing depends on the order."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         storages: dict[str, bytes] = {}

@@ -180,6 +180,31 @@ def test_bad_sets_of_files(tmp_path, case):
         metaseq.open_checkpoint(write(tmp_path, files), config=given())
 
 
+@pytest.mark.parametrize("config", [given(), None])
+def test_last_parts_missing(tmp_path, config):
+    files = contents(hf_weights(CONFIG), parts=3, cfg=CFG)
+    del files["reshard-model_part-2.pt"]
+    with pytest.raises(ValueError, match="has shape .* but the config calls for .*from 2 model parts: are they all"):
+        metaseq.open_checkpoint(write(tmp_path, files), config=config)
+
+
+@pytest.mark.parametrize("metadata", [True, False])
+def test_last_shards_missing(tmp_path, metadata):
+    files = contents(hf_weights(CONFIG), parts=3, shards=4, flat=True, metadata=metadata, cfg=CFG)
+    for part in range(3):
+        del files[f"reshard-model_part-{part}-shard3.pt"]
+    with pytest.raises(ValueError, match="reshard-model_part-0-shard0.pt: .*flat_param_0 has .* elements in 3 files"):
+        metaseq.open_checkpoint(write(tmp_path, files), config=given())
+
+
+def test_another_vocabulary(tmp_path):
+    files = write(tmp_path, contents(hf_weights(CONFIG), parts=3))
+    with pytest.raises(
+        ValueError, match=r"embed_tokens.weight has shape \(51, 18\), but the config calls for \(48, 18\)"
+    ):
+        metaseq.open_checkpoint(files, config=given(CONFIG | {"vocab_size": 48}))
+
+
 def test_no_files():
     with pytest.raises(ValueError, match="no metaseq files"):
         metaseq.open_checkpoint([], config=given())
@@ -380,7 +405,24 @@ def test_reading_maps_the_bytes_it_needs_and_leaves_nothing_open(tmp_path, monke
     assert len(mapped) <= 2
 
 
-def test_only_the_files_needed_are_read(tmp_path):
+def test_only_the_shards_needed_are_read(tmp_path):
+    weights = hf_weights(CONFIG)
+    files = write(tmp_path, contents(weights, shards=100, flat=True))  # of 13 elements in the root unit
+    embedding = metaseq.open_checkpoint(files, config=given()).arrays["model.decoder.embed_tokens.embedding"]
+    row = weights["model.decoder.embed_tokens.weight"][21:22]  # elements 378 to 395: 12 in shard 29, 6 in shard 30
+    for i in {*range(100)} - {29, 30}:
+        (tmp_path / f"reshard-shard{i}.pt").unlink()
+    np.testing.assert_array_equal(embedding.load((slice(21, 22), slice(0, 18))), row, strict=True)
+    (tmp_path / "reshard-shard30.pt").rename(tmp_path / "away")
+    np.testing.assert_array_equal(embedding.load((slice(21, 22), slice(3, 12))), row[:, 3:12], strict=True)
+    with pytest.raises(FileNotFoundError, match="reshard-shard30.pt"):
+        embedding.load((slice(21, 22), slice(3, 13)))
+    (tmp_path / "away").rename(tmp_path / "reshard-shard30.pt")
+    (tmp_path / "reshard-shard29.pt").unlink()
+    np.testing.assert_array_equal(embedding.load((slice(21, 22), slice(12, 17))), row[:, 12:17], strict=True)
+
+
+def test_only_the_parts_needed_are_read(tmp_path):
     weights = hf_weights(CONFIG)
     files = write(tmp_path, contents(weights, parts=3))
     opened = metaseq.open_checkpoint(files, config=given())
