@@ -46,7 +46,7 @@ def weight_file(directory: Path) -> Path | None:
 def read_index(index: Path) -> dict[str, str]:
     """Tensor name -> file name, each of them beside `index`."""
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(weight_map.values()))
         if any(Path(name).name != name for name in files):
             raise ValueError("it names files outside its directory")

@@ -7,6 +7,7 @@ A tensor is a `LazyArray`: shape, dtype, and how to read any part of it. What is
 import errno
 import fcntl
 import json
+import logging
 import math
 import os
 import shutil
@@ -149,7 +150,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
                 store[index].write(piece, can_reference_source_data_indefinitely=True).result()
             except ValueError as e:
                 if "No space left" in str(e) or "quota exceeded" in str(e):
-                    raise OSError(errno.ENOSPC, "the disk is full", str(info.parent_dir)) from None
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(info.parent_dir)) from None
                 raise
             with self._lock:
                 self._progress(info.name, piece.nbytes)
@@ -182,11 +183,24 @@ def write_arrays(
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
     try:
-        with ocp.Checkpointer(handler) as checkpointer:
+        with _silent(logging.getLogger("absl")), ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree, save_args=save_args))
     except Exception as e:
+        import traceback; traceback.print_exc()
         lazy.error = lazy.error or e
+    print("SAVE ENDED", lazy.error, flush=True)
     agree(lazy.error)
+
+
+@contextmanager
+def _silent(logger: logging.Logger) -> Iterator[None]:
+    """Without its messages. (Orbax logs, with a traceback, what it raises anyway.)"""
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def agree(error: Exception | None) -> None:
@@ -309,16 +323,28 @@ def open_arrays(directory: Path) -> dict[str, LazyArray]:
       ValueError: the directory is damaged, or has a form that is not ours. So does reading an array whose data are.
     """
     directory = directory.absolute()
+    base = {"driver": "ocdbt", "base": f"file://{directory}/"}
+    context = ts.Context()
     try:
-        handler: Any = ocp.PyTreeCheckpointHandler()
-        leaves = flatten(handler.metadata(directory).tree)
-        zarr3 = json.loads((directory / "_METADATA").read_bytes()).get("use_zarr3", False)
-        found = {path: (tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in leaves.items()}
-    except Exception as e:  # Orbax and TensorStore raise nearly anything for a damaged checkpoint
+        # Not by way of Orbax's own metadata: it reads them all at once and, when one is damaged, its threads print
+        # tracebacks. The names are what it makes of a tree's keys.
+        if "tree_metadata" not in json.loads((directory / "_METADATA").read_bytes()):
+            raise ValueError("_METADATA describes no tree")
+        keys = [key.decode() for key in ts.KvStore.open(base, context=context).result().list().result()]
+        kinds = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
+        specs = {
+            key.removesuffix(end): {"driver": driver, "kvstore": base | {"path": key.removesuffix(end) + "/"}}
+            for key in sorted(keys)
+            for end, driver in kinds.items()
+            if key.endswith(end)
+        }
+        opening = {path: ts.open(spec, read=True, open=True, context=context) for path, spec in specs.items()}
+        stores = {path: store.result() for path, store in opening.items()}
+    except (OSError, ValueError, TypeError, RecursionError) as e:
         raise ValueError(f"{directory} cannot be read: {' '.join(str(e).split())}") from e
     arrays: dict[str, LazyArray] = {}
-    for path, (shape, dtype) in found.items():
-        stored = _Stored(directory, path, "zarr3" if zarr3 else "zarr")
+    for path, store in stores.items():
+        shape, dtype, stored = store.shape, store.dtype.numpy_dtype, _Stored(directory, path, store)
         before, layers, after = path.partition(".layers.")
         if layers and not after[:1].isdigit():
             for i in range(shape[0]):
@@ -331,19 +357,14 @@ def open_arrays(directory: Path) -> dict[str, LazyArray]:
 
 @dataclass
 class _Stored:
-    """One array of an Orbax directory; opened when it is first read."""
+    """One array of an Orbax directory."""
 
     directory: Path
     name: str
-    driver: str
-    store: Any = None
+    store: ts.TensorStore
 
     def read(self, index: Index) -> np.ndarray:
         try:
-            if self.store is None:
-                base = f"file://{self.directory}/"
-                kvstore = {"driver": "ocdbt", "base": base, "path": f"{self.name}/"}
-                self.store = ts.open({"driver": self.driver, "kvstore": kvstore}, read=True, open=True).result()
             return self.store[index].read().result()
         except ValueError as e:
             raise ValueError(f"{self.directory}: tensor {self.name} cannot be read: {' '.join(str(e).split())}") from e
