@@ -48,6 +48,16 @@ def test_dropout_is_that_of_the_given_config(tmp_path):
     assert metaseq.open_checkpoint(files, config=given()).config.dropout == 0.1
 
 
+def test_normalisation_is_what_the_tensors_say(tmp_path):
+    post = CONFIG | {"do_layer_norm_before": False}
+    cfg = {"model": settings(CONFIG)}  # says decoder_normalize_before
+    files = write(tmp_path / "post", contents(hf_weights(post), cfg=cfg))
+    assert_same(load(metaseq.open_checkpoint(files, config=given(post))), hf_weights(post))
+    files = write(tmp_path / "pre", contents(hf_weights(CONFIG), cfg=cfg))
+    with pytest.raises(ValueError, match="decoder.final_layer_norm.weight is left over"):
+        metaseq.open_checkpoint(files, config=given(post))
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh"])
 def test_gelu_is_what_the_given_config_says(tmp_path, activation):
     cfg = {"model": settings(CONFIG, activation_fn="gelu")}
