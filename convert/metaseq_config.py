@@ -34,6 +34,7 @@ _FIELDS: dict[str, tuple[str, type]] = {
 }
 _NEGATED = ("disable_bias", "disable_affine_ln")
 _REQUIRED = ("decoder_layers", "decoder_embed_dim", "decoder_ffn_embed_dim", "decoder_attention_heads")
+_LIMITS = {"decoder_layers": 1000}  # a number beyond reason would take the time to make a model of it
 _TRAINING = ("dropout", "attention_dropout")  # not of the architecture: what is given counts
 # What OPT has not, and what could be overlooked because it brings no parameters of its own.
 _ONLY: dict[str, Any] = {
@@ -100,7 +101,8 @@ def choose_config(settings: Mapping[str, Any] | None, given: OPTConfig | None, w
         return given
     for name, value in _ONLY.items():
         if settings.get(name, value) != value:
-            raise ValueError(f"{where}: {name}={settings[name]!r} in its settings is not supported, only {value!r} is")
+            shown = repr(settings[name])[:40]
+            raise ValueError(f"{where}: {name}={shown} in its settings is not supported, only {value!r} is")
     found = {ours: (name, value) for name, (ours, value) in _translate(settings, where).items()}
     if given is None:
         if absent := [name for name in _REQUIRED if name not in settings]:
@@ -135,10 +137,12 @@ def _translate(settings: Mapping[str, Any], where: Path) -> dict[str, tuple[str,
             continue
         value = settings[name]
         if type(value) is not kind and not (kind is float and type(value) is int):
-            raise ValueError(f"{where}: {name}={value!r} in its settings is not of type {kind.__name__}")
+            raise ValueError(f"{where}: {name} in its settings is of type {type(value).__name__}, not {kind.__name__}")
+        if kind is int and not 0 < value <= _LIMITS.get(name, 1 << 24):
+            raise ValueError(f"{where}: {name} in its settings is out of range")
         if name == "activation_fn" and value != "gelu":
             if value not in _ACTIVATIONS:
-                raise ValueError(f"{where}: activation_fn={value!r} in its settings is not supported")
+                raise ValueError(f"{where}: activation_fn={str(value)[:40]!r} in its settings is not supported")
             value = _ACTIVATIONS[value]
         found.setdefault(ours, (name, value))
         if name == "decoder_output_dim" and value != found[ours][1]:

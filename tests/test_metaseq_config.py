@@ -81,7 +81,13 @@ BAD_SETTINGS = {
     "sinusoidal": ({"decoder_learned_pos": False}, False, "decoder_learned_pos=False .* not supported"),
     "output-dim": ({"decoder_output_dim": 12}, False, "decoder_output_dim=12 .* differs from decoder_input_dim=18"),
     "no-heads": ({"decoder_attention_heads": None}, False, "decoder_attention_heads is not .* --model"),
-    "type": ({"decoder_attention_heads": "2"}, False, "decoder_attention_heads='2' .* not of type int"),
+    "type": (
+        {"decoder_attention_heads": "2"},
+        False,
+        "decoder_attention_heads in its settings is of type str, not int",
+    ),
+    "absurd": ({"decoder_layers": 10**9}, False, "decoder_layers in its settings is out of range"),
+    "negative": ({"decoder_ffn_embed_dim": -51}, False, "decoder_ffn_embed_dim in its settings is out of range"),
     "bad-heads": (
         {"decoder_attention_heads": 5},
         False,
