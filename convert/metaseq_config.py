@@ -41,7 +41,8 @@ _ONLY: dict[str, Any] = {
     "no_scale_embedding": True, "decoder_learned_pos": True, "alibi": False, "attn_variant": "default",
 }  # fmt: skip
 _ACTIVATIONS = {"relu": "relu", "tanh": "tanh", "gelu_accurate": "gelu_new", "gelu_fast": "gelu_new"}
-_GELUS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
+# What a config may say for it besides: metaseq's gelu has been both forms, and the tanh form has two names.
+_ALSO = {"gelu": ("gelu_new", "gelu_pytorch_tanh"), "gelu_new": ("gelu_pytorch_tanh",)}
 
 
 def read_settings(content: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -118,7 +119,7 @@ def choose_config(settings: Mapping[str, Any] | None, given: OPTConfig | None, w
             raise ValueError(f"{where}: {e}") from None
     for ours, (name, value) in found.items():
         want = getattr(given, ours)
-        same = want == value or (value == "gelu" and want in _GELUS) or ours in _TRAINING
+        same = want == value or (ours == "activation_function" and want in _ALSO.get(value, ())) or ours in _TRAINING
         # What was built with this one has a decoder.layer_norm, which the tensors are checked for: the 350M, which has
         # none, is post-norm whatever code of another age than its own has noted.
         stale = name == "decoder_normalize_before" and value and "no_decoder_final_norm" not in settings

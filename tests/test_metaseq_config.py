@@ -74,6 +74,11 @@ BAD_SETTINGS = {
     "bias": ({"disable_bias": True}, True, "disable_bias=True .* enable_bias is True"),
     "activation": ({"activation_fn": "tanh"}, True, "activation_fn='tanh' .* activation_function is 'relu'"),
     "gelu-for-relu": ({"activation_fn": "gelu"}, True, "activation_fn='gelu' .* activation_function is 'relu'"),
+    "tanh-form": (
+        {"activation_fn": "gelu_accurate"},
+        True,
+        "activation_fn='gelu_accurate' .* activation_function is 'relu'",
+    ),
     "gelu": ({"activation_fn": "gelu"}, False, "activation_fn='gelu' means the exact form in some .* --config"),
     "unknown-activation": ({"activation_fn": "swiglu"}, False, "activation_fn='swiglu' .* not supported"),
     "scaled-embedding": ({"no_scale_embedding": False}, False, "no_scale_embedding=False .* not supported"),
