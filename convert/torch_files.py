@@ -236,8 +236,9 @@ class TorchFile:
         self._prefix = pickles[0].removesuffix("data.pkl")
         if self._prefix + "byteorder" in self._records and self._bytes("byteorder") != b"little":
             raise ValueError(f"{path} was written on a big-endian machine: save it again on a little-endian one")
+        pickled = self._bytes("data.pkl")
         try:
-            self.content = unpickle.loads(self._bytes("data.pkl"), _find_global_or_stub if stubs else _find_global)
+            self.content = unpickle.loads(pickled, _find_global_or_stub if stubs else _find_global)
         except Refused as e:
             raise ValueError(
                 f"{path}: refused, because the pickle in it asks for {shown(e)}; only tensors in dictionaries are read"

@@ -5,6 +5,7 @@ Malformed files are made by hand here, one for each refusal; tests/test_hostile.
 
 import json
 import re
+import struct
 from pathlib import Path
 
 import ml_dtypes
@@ -84,6 +85,15 @@ def test_pickle_that_asks_for_code_is_refused_by_name(tmp_path, capsys, monkeypa
         (tensor_pickle("0", "float32", 16, 0, (-4,)), "tensor x: malformed"),
         (tensor_pickle("0", "float32", 16, 3, (4,), (-1,)), "tensor x: malformed"),
         (tensor_pickle("0", "float32", 16, 0, (4,), (1, 1)), "tensor x: malformed"),
+        (tensor_pickle("0", "float32", 16, 0, (10**12,), (0,)), "tensor x: shape (1000000000000,) is larger than the"),
+        (
+            tensor_pickle("0", "float16", 16, 0, (16,)),
+            "tensor x: its storage 0 has 64 bytes, not 16 elements of float16",
+        ),
+        (tensor_pickle("0", "float32", 16, 0, (1,) * 33), "tensor x: malformed"),
+        (b"}(N)Nu", "damaged: it puts 3 keys and values into a dict"),
+        (b"}()Nu", "damaged: a dictionary has a tuple as key"),
+        (b"Nr\xff\xff\xff\xff0N\x8f", "damaged: it has the instruction EMPTY_SET"),
         (b"I7\n", "entry x is a int"),
         (b"}", "entry x is a dict"),
         (b"", "the pickle in it is damaged"),
@@ -124,6 +134,38 @@ def test_odd_archives(tmp_path):
             raw[at + offset : at + offset + 4] = bytes(4)
     path.write_bytes(raw)
     assert read_torch(path)["x"].shape == (16,)
+
+
+def test_pickles_of_too_many_instructions(tmp_path, monkeypatch):
+    path = write_state(tmp_path / "x.bin", tensor_pickle("0", "float32", 16, 0, (16,)))
+    monkeypatch.setattr("convert.unpickle._MAX_INSTRUCTIONS", 20)
+    with pytest.raises(ValueError, match="more than 20 instructions"):
+        read_torch(path)
+
+
+def test_records_beyond_4_gb(tmp_path):
+    """A sparse file: a record behind 4 GB of zeros, found by the directory's 64-bit numbers."""
+    pickled = state_dict_pickle({"x": np.arange(16, dtype=np.float32)})
+    torch_zip(tmp_path / "small.bin", pickled, {"x": np.arange(16, dtype=np.float32).tobytes()})
+    raw = (tmp_path / "small.bin").read_bytes()
+    start = struct.unpack_from("<I", raw, len(raw) - 6)[0]
+    directory, far = raw[start : len(raw) - 22], 5 << 30
+    last = directory.rindex(b"PK\1\2")
+    (record,) = struct.unpack_from("<I", directory, last + 42)
+    entry = bytearray(directory[last:])
+    struct.pack_into("<H", entry, 30, 12)
+    struct.pack_into("<I", entry, 42, 0xFFFFFFFF)
+    entry += struct.pack("<HHQ", 1, 8, far)
+    moved = raw[record:start]
+    at, size, count = far + len(moved), last + len(entry), directory.count(b"PK\1\2")
+    with open(tmp_path / "large.bin", "wb") as file:
+        file.write(raw[:record])
+        file.seek(far)
+        file.write(moved + directory[:last] + entry)
+        file.write(struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, at))
+        file.write(struct.pack("<4sIQI", b"PK\6\7", 0, at + size, 1))
+        file.write(struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, count, count, 0xFFFFFFFF, 0xFFFFFFFF, 0))
+    np.testing.assert_array_equal(read_torch(tmp_path / "large.bin")["x"], np.arange(16))
 
 
 def safetensors_bytes(header, data: bytes = bytes(16)) -> bytes:
