@@ -186,9 +186,7 @@ def write_arrays(
         with _silent(logging.getLogger("absl")), ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree, save_args=save_args))
     except Exception as e:
-        import traceback; traceback.print_exc()
         lazy.error = lazy.error or e
-    print("SAVE ENDED", lazy.error, flush=True)
     agree(lazy.error)
 
 
