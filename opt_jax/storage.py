@@ -117,17 +117,18 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         super().__init__(deepcopy_host_arrays=False)
         self._progress, self._lock, self._count = progress, threading.Lock(), 0
         self._local = threading.local()
-        self.error: Exception | None = None
 
     async def serialize(self, values: Sequence[Any], infos, args=None):
-        # An error is kept for later: Orbax would leave the other processes waiting for this one.
+        error = None
         with ThreadPoolExecutor(_THREADS) as pool:
             for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
                 await info.await_path_creation()
                 try:
                     self._write(pool, value, info, arg)
                 except Exception as e:
-                    self.error = self.error or e
+                    error = e
+                    break
+        agree(error)  # here, or the other processes would go on and wait for this one
         return []
 
     def _write(self, pool: ThreadPoolExecutor, value: LazyArray, info, arg) -> None:
@@ -155,8 +156,6 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
             with self._lock:
                 self._progress(info.name, piece.nbytes)
 
-        if self.error is not None:  # the array must be there, or the first process alone would fail
-            return
         mine = []
         for index in pieces(value.shape, store.chunk_layout.write_chunk.shape):
             if self._count % jax.process_count() == jax.process_index():
@@ -175,19 +174,15 @@ def write_arrays(
 
     progress: called after each chunk with its array's path and its bytes, by several threads, one at a time.
     """
-    tree, lazy = nest(arrays), _LazyHandler(progress)
+    tree = nest(arrays)
     registry = ocp.type_handlers.create_type_handler_registry(
-        (LazyArray, lazy), (jax.Array, ocp.type_handlers.ArrayHandler())
+        (LazyArray, _LazyHandler(progress)), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
     # Weights do not compress: zstd makes writing several times slower for a few percent.
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
-    try:
-        with _silent(logging.getLogger("absl")), ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree, save_args=save_args))
-    except Exception as e:
-        lazy.error = lazy.error or e
-    agree(lazy.error)
+    with _silent(logging.getLogger("absl")), ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree, save_args=save_args))
 
 
 @contextmanager
@@ -321,8 +316,9 @@ def open_arrays(directory: Path) -> dict[str, LazyArray]:
       ValueError: the directory is damaged, or has a form that is not ours. So does reading an array whose data are.
     """
     directory = directory.absolute()
-    base = {"driver": "ocdbt", "base": f"file://{directory}/"}
-    context = ts.Context()
+    # With a cache for the index of chunks, or every array would read it anew.
+    base = {"driver": "ocdbt", "base": f"file://{directory}/", "cache_pool": "cache_pool#index"}
+    context = ts.Context({"cache_pool#index": {"total_bytes_limit": 100_000_000}})
     try:
         # Not by way of Orbax's own metadata: it reads them all at once and, when one is damaged, its threads print
         # tracebacks. The names are what it makes of a tree's keys.

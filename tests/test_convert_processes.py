@@ -1,0 +1,286 @@
+"""What only processes of their own show: kills, full disks, bounded memory, several processes on one checkpoint."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hf_files import TINY, hf_shapes, hf_weights, write_hf
+
+from convert.__main__ import main
+from opt_jax import OPTForCausalLM, hub
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+
+
+def python(code: str, *args: object, check: bool = True, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-W", "error", "-c", code, *map(str, args)]
+    # By way of a shell: a process that is started by a large one inherits its peak memory (Linux, vfork).
+    command = ["sh", "-c", '"$@"; exit $?', "sh", *command]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=300, **options)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+# Kills ----------------------------------------------------------------------------------------------------------------
+
+# Imports once, then forks a conversion per moment: most of the time would go into starting Python otherwise.
+KILLER = """
+import os, random, shutil, signal, sys, time
+from pathlib import Path
+import convert.source, convert.to_hf, convert.to_orbax
+from convert.__main__ import main
+from opt_jax import hub, storage
+command, dst, old, moments = sys.argv[1].split(), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+quiet = os.open(os.devnull, os.O_WRONLY)
+OLD, NEW = 1, 8  # layers
+
+def fork(action):
+    if (child := os.fork()) == 0:  # JAX starts its threads in the children only
+        os.dup2(quiet, 1)
+        os._exit(action())
+    return child
+
+def status(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+def write():
+    os.dup2(quiet, 2)
+    return main([*command, str(dst), '--overwrite'])
+
+def layers():
+    opened = convert.source.open_directory(dst)
+    for array in opened.arrays.values():
+        array.load()
+    return opened.config.num_hidden_layers
+
+def reset():
+    shutil.rmtree(dst, ignore_errors=True)
+    if old:
+        shutil.copytree(old, dst)
+
+reset()
+begin = time.monotonic()
+assert status(fork(write)) == 0
+took = time.monotonic() - begin
+seen = dict(none=0, old=0, new=0, left=0)
+for i in range(moments):
+    reset()
+    child = fork(write)
+    time.sleep(took * 1.1 * (i + random.Random(i).random()) / moments)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    seen['left'] += any(path.name.startswith('.') for path in dst.parent.iterdir())
+    if not dst.exists():
+        seen['none'] += 1
+        continue
+    found = status(fork(layers))
+    assert found in (OLD, NEW), found
+    seen['old' if found == OLD else 'new'] += 1
+assert status(fork(write)) == 0 and status(fork(layers)) == NEW
+assert [path.name for path in dst.parent.iterdir()] == [dst.name]
+print(seen)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["", "to-hf --max-shard-size 3MB"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_at_any_moment(tmp_path, command, overwrite):
+    """Nothing, the old or the new checkpoint is at DST, never a part of one; the next run cleans up and succeeds."""
+    config = TINY | dict(hidden_size=256, word_embed_proj_dim=256, ffn_dim=2048, num_hidden_layers=8)
+    source = write_hf(tmp_path / "hf", config, hf_weights(config))
+    old = ""
+    if overwrite:
+        small = TINY | dict(num_hidden_layers=1)
+        old = tmp_path / "old"
+        made = write_hf(tmp_path / "small", small, hf_weights(small))
+        assert main([*command.split(), str(made), str(old)]) == 0
+    (tmp_path / "place").mkdir()
+    done = python(KILLER, f"{command} {source}", tmp_path / "place" / "dst", old, 20)
+    seen = eval(done.stdout)
+    assert seen["left"] >= 5, seen  # most of the kills came while it was writing
+    assert seen["old" if overwrite else "none"] >= 5 and seen["none"] + seen["old"] + seen["new"] == 20, seen
+    assert OPTForCausalLM.from_pretrained(tmp_path / "place" / "dst").config.num_hidden_layers == 8
+
+
+# Full disks -----------------------------------------------------------------------------------------------------------
+
+
+def in_small_file_system(directory: Path, megabytes: int, code: str, *args: object) -> subprocess.CompletedProcess:
+    mount = f'mount -t tmpfs -o size={megabytes}m none {directory} && "$@"; status=$?; ls -A {directory}; exit $status'
+    command = ["unshare", "-rm", "sh", "-c", mount, "sh", sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=120)
+
+
+FILL = """
+import sys
+from opt_jax import storage
+if sys.argv.pop(1) == 'late':  # something else fills the disk after we have looked
+    storage.check_space = lambda path, nbytes: None
+from convert.__main__ import main
+code = main(sys.argv[1:3] if sys.argv[1] != 'to-hf' else sys.argv[1:4])
+if len(sys.argv) > 4:
+    assert main(['tiny', sys.argv[-1]]) == 0
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["early", "late"])
+@pytest.mark.parametrize("command", ["", "to-hf"])
+def test_a_full_disk_is_one_clear_line(tmp_path, when, command):
+    small = tmp_path / "disk"
+    small.mkdir()
+    if shutil.which("unshare") is None or in_small_file_system(small, 1, "pass").returncode:
+        pytest.skip("needs `unshare -rm` and tmpfs, to make a small file system without being root")
+    done = in_small_file_system(small, 6, FILL, when, *command.split(), "tiny", small / "dst")  # 7.1 MB
+    assert done.returncode == 1 and done.stdout == "", done  # nothing is left there
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert ("GB are needed" if when == "early" else "No space left on device") in done.stderr
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+MEASURED = """
+import resource, sys
+import convert.metaseq, convert.source, convert.to_hf, convert.to_orbax
+from convert.__main__ import main
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+code = main(sys.argv[1:])
+print((peak() - before) * (1 if sys.platform == 'darwin' else 1024))
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_bounded_whatever_the_size(tmp_path):
+    """0.9 GB in tensors of 16 MB: their sum would show, and so would a copy of each kept a little too long."""
+    config = TINY | dict(hidden_size=2048, word_embed_proj_dim=2048, ffn_dim=4096, num_hidden_layers=14)
+    shapes = hf_shapes(config)
+    source, largest, offset, header = tmp_path / "hf", 0, 0, {}
+    for name, shape in shapes.items():
+        nbytes = 2 * int(np.prod(shape))
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [offset, offset + nbytes]}
+        offset, largest = offset + nbytes, max(largest, nbytes)
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(config))
+    raw = json.dumps(header).encode()
+    with open(source / "model.safetensors", "wb") as file:  # sparse: the zeros are on no disk
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + offset)
+    bound = 2 * largest + 512 * 2**20
+    assert offset > 1.5 * bound  # a whole model in memory would show
+    for command in ([source, tmp_path / "orbax"], ["to-hf", tmp_path / "orbax", tmp_path / "back"]):
+        done = python(MEASURED, *command)
+        assert int(done.stdout.splitlines()[-1]) < bound, done.stdout
+    done = python(MEASURED, "verify", tmp_path / "orbax", "--against", tmp_path / "back")
+    assert int(done.stdout.splitlines()[-1]) < bound, done.stdout
+
+
+# Several processes ----------------------------------------------------------------------------------------------------
+
+
+def together(code: str, *args: object, count: int = 2) -> list[subprocess.CompletedProcess]:
+    """The same code in `count` processes; argv: i, address, count, *args."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    commands = [[sys.executable, "-c", code, str(i), address, str(count), *map(str, args)] for i in range(count)]
+    running = [
+        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT)
+        for c in commands
+    ]
+    outputs = [process.communicate(timeout=300) for process in running]
+    return [subprocess.CompletedProcess(p.args, p.returncode, *o) for p, o in zip(running, outputs, strict=True)]
+
+
+CONVERT = """
+import sys
+from convert.__main__ import main
+i, address, count = sys.argv[1:4]
+job = ['--distributed', '--coordinator-address', address, '--num-processes', count, '--process-id', i]
+sys.exit(main([*sys.argv[4:], *job]))
+"""
+
+LOAD = """
+import sys
+import jax, numpy as np, tensorstore as ts
+jax.distributed.initialize(sys.argv[2], int(sys.argv[3]), int(sys.argv[1]))
+from convert import torch_files
+from opt_jax import OPTForCausalLM, named_parameters, storage
+from opt_jax.sharding import make_mesh
+
+asked = 0
+class Counted(np.ndarray):  # a mapped file that counts the bytes that are looked at
+    def __getitem__(self, index):
+        global asked
+        part = np.asarray(self)[index]
+        asked += part.nbytes
+        return part
+
+view = torch_files.TorchFile.view
+torch_files.TorchFile.view = lambda self, tensor: view(self, tensor).view(Counted)
+
+def file_bytes():
+    metrics = ts.experimental_collect_matching_metrics('/tensorstore/kvstore/file/bytes_read')
+    return sum(value['value'] for metric in metrics for value in metric['values'])
+
+mesh = make_mesh('fsdp=2')
+hf, orbax = sys.argv[4:6]
+one = OPTForCausalLM.from_pretrained(hf, mesh=mesh)
+print(asked)
+before = file_bytes()
+two = OPTForCausalLM.from_pretrained(orbax, mesh=mesh)
+print(file_bytes() - before)
+mine = 0
+for path, param in named_parameters(one).items():
+    ours, theirs = param.get_value(), named_parameters(two)[path].get_value()
+    assert ours.sharding == theirs.sharding and not ours.is_fully_addressable
+    for a, b in zip(ours.addressable_shards, theirs.addressable_shards, strict=True):
+        np.testing.assert_array_equal(a.data, b.data)
+        mine += a.data.nbytes
+print(mine)
+"""
+
+
+@pytest.mark.slow
+def test_several_processes_convert_and_load_their_parts(tmp_path, monkeypatch):
+    config = TINY | dict(vocab_size=1024, hidden_size=256, word_embed_proj_dim=256, ffn_dim=1024)
+    source = write_hf(tmp_path / "hf", config, hf_weights(config), "bin")
+    for command in ([source, tmp_path / "orbax"], ["to-hf", "--max-shard-size", "2MB", source, tmp_path / "back"]):
+        for done in together(CONVERT, *command):
+            assert done.returncode == 0, done.stderr
+        assert main(["verify", str(command[-1]), "--against", str(source)]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "hf", "orbax"]
+
+    # Each process of a job reads the bytes of its shards: from HF files exactly these, from Orbax in whole chunks.
+    monkeypatch.setattr("opt_jax.storage.CHUNK_BYTES", 64 << 10)
+    assert main([str(tmp_path / "back"), str(tmp_path / "chunks")]) == 0
+    for done in together(LOAD, source, tmp_path / "chunks"):
+        assert done.returncode == 0, done.stderr
+        from_hf, from_orbax, mine = map(int, done.stdout.split())
+        total = sum(4 * int(np.prod(shape)) for shape in hf_shapes(config).values())
+        assert mine < 0.52 * total and from_hf == mine
+        assert from_orbax < 1.1 * mine
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_all(tmp_path):
+    weights = hf_weights(TINY)
+    weights["model.decoder.layers.1.fc1.weight"][:] = 1e30
+    source = write_hf(tmp_path / "hf", TINY, weights)
+    results = together(CONVERT, source, tmp_path / "out", "--dtype", "float16")
+    assert [done.returncode for done in results] == [1, 1]
+    errors = [line for done in results for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert sum("fc1.weight has values that float16 cannot hold" in error for error in errors) == 1
+    assert sum("failed: see its message" in error for error in errors) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"] and hub.is_model(source)

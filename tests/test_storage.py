@@ -1,0 +1,213 @@
+"""Lazy arrays, Orbax trees written piece by piece, and directories that appear all at once."""
+
+import fcntl
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from opt_jax import storage
+from opt_jax.storage import LazyArray, first_difference, new_directory, open_arrays, pieces, write_arrays
+
+RNG = np.random.default_rng(0)
+
+
+def lazy(array: np.ndarray, seen: list | None = None) -> LazyArray:
+    def read(index):
+        if seen is not None:
+            seen.append(array[index].nbytes)
+        return array[index]
+
+    return LazyArray(array.shape, array.dtype, read)
+
+
+# Lazy arrays ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+@pytest.mark.parametrize("shape", [(), (5,), (40, 70), (70, 40), (1, 33), (33, 1), (3, 4, 5)])
+def test_parts_and_transposes_are_those_of_the_array(dtype, shape):
+    array = RNG.standard_normal(shape).astype(dtype)
+    for ours, theirs in ((lazy(array), array), (lazy(array).T, array.T), (lazy(array).T.T, array)):
+        assert (ours.shape, ours.size, ours.nbytes) == (theirs.shape, theirs.size, theirs.nbytes)
+        whole = ours.load()
+        assert whole.flags.c_contiguous and whole.dtype == dtype and whole.tobytes() == theirs.tobytes()
+        index = tuple(slice(n // 3, n - n // 4) for n in theirs.shape)
+        assert ours.load(index).tobytes() == theirs[index].tobytes()
+        buffer = np.zeros(theirs.nbytes + 3, np.uint8)
+        part = ours.load(index, buffer)
+        assert part.tobytes() == theirs[index].tobytes() and np.shares_memory(part, buffer)
+    assert lazy(array).load() is not array
+
+
+def test_loading_reads_the_part_and_releases_what_it_took():
+    seen, released = [], []
+    array = np.arange(12.0).reshape(3, 4)
+    one = LazyArray(array.shape, array.dtype, lazy(array, seen).read, lambda: released.append(1))
+    np.testing.assert_array_equal(one.T.load((slice(1, None), slice(None, 2))), array.T[1:, :2])
+    assert seen == [6 * 8] and released == [1]
+
+
+@pytest.mark.parametrize("shape, piece", [((), ()), ((7,), (3,)), ((4, 6), (4, 6)), ((5, 7), (2, 3)), ((0, 3), (1, 3))])
+def test_pieces_cover_an_array_once(shape, piece):
+    count = np.zeros(shape, int)
+    for index in pieces(shape, piece):
+        count[index] += 1
+        assert all(s.stop - s.start <= n for s, n in zip(index, piece, strict=True))
+    assert (count == 1).all()
+
+
+def test_first_difference(monkeypatch):
+    monkeypatch.setattr(storage, "CHUNK_BYTES", 64)
+    array = RNG.standard_normal((9, 11)).astype(np.float32)
+    array[2, 3] = np.nan
+    other = array.copy()
+    assert first_difference(lazy(array), lazy(other)) is None
+    other[8, 10] += 1
+    other[7, 4] = -array[7, 4]
+    assert first_difference(lazy(array), lazy(other)) == (7, 4)
+    zeros = np.zeros(3, np.float16)
+    assert first_difference(lazy(zeros), lazy(-zeros)) == (0,)  # equal to ==, not bit for bit
+    assert first_difference(lazy(array), lazy(array.T)) == ()
+    assert first_difference(lazy(array), lazy(array.astype(np.float64))) == ()
+    assert first_difference(lazy(array[0, 0]), lazy(array[0, 0])) is None
+
+
+# Orbax trees ----------------------------------------------------------------------------------------------------------
+
+
+def tree() -> dict[str, np.ndarray]:
+    return {
+        "model.decoder.embed.embedding": RNG.standard_normal((300, 64)).astype(np.float16),
+        "model.decoder.layers.0.fc1.kernel": RNG.standard_normal((64, 200)).astype(ml_dtypes.bfloat16),
+        "model.decoder.layers.0.fc1.bias": RNG.standard_normal(200).astype(np.float32),
+        "zeros": np.zeros((50, 50), np.float32),
+    }
+
+
+def test_what_is_written_is_read_by_us_and_by_plain_orbax(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "CHUNK_BYTES", 4096)
+    arrays, done = tree(), {}
+    read: list[int] = []
+    write_arrays(
+        tmp_path / "out",
+        {k: lazy(v, read) for k, v in arrays.items()},
+        lambda k, n: done.update({k: done.get(k, 0) + n}),
+    )
+    assert done == {name: array.nbytes for name, array in arrays.items()}
+    assert max(read) <= 4096 and sum(read) == sum(a.nbytes for a in arrays.values())  # in chunks, each byte once
+    with ocp.StandardCheckpointer() as checkpointer:
+        plain = storage.flatten(checkpointer.restore((tmp_path / "out").absolute()))
+    ours = open_arrays(tmp_path / "out")
+    assert plain.keys() == ours.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert ours[name].dtype == plain[name].dtype == array.dtype
+        assert ours[name].load().tobytes() == np.asarray(plain[name]).tobytes() == array.tobytes()
+    part = (slice(100, 103), slice(7, 9))
+    np.testing.assert_array_equal(
+        ours["model.decoder.embed.embedding"].load(part), arrays["model.decoder.embed.embedding"][part]
+    )
+
+
+def test_stacked_layers_appear_one_by_one(tmp_path):
+    stacked = RNG.standard_normal((3, 4, 5)).astype(np.float32)
+    write_arrays(tmp_path / "out", {"m.layers.fc1.kernel": lazy(stacked), "m.norm.scale": lazy(stacked[0, 0])})
+    found = open_arrays(tmp_path / "out")
+    assert found.keys() == {"m.norm.scale", *(f"m.layers.{i}.fc1.kernel" for i in range(3))}
+    for i in range(3):
+        one = found[f"m.layers.{i}.fc1.kernel"]
+        assert one.shape == (4, 5)
+        np.testing.assert_array_equal(one.load(), stacked[i])
+        np.testing.assert_array_equal(one.T.load((slice(2, 4), slice(0, 3))), stacked[i].T[2:4, :3])
+
+
+def test_an_error_while_reading_comes_out_as_it_is(tmp_path):
+    def broken(index):
+        raise ValueError("tensor x is bad")
+
+    arrays = {"a": lazy(np.ones(3)), "x": LazyArray((4,), np.dtype(np.float32), broken), "z": lazy(np.ones(3))}
+    with pytest.raises(ValueError, match="^tensor x is bad$"):
+        write_arrays(tmp_path / "out", arrays)
+
+
+# Directories ----------------------------------------------------------------------------------------------------------
+
+
+def model_at(path: Path, content: str = "old") -> Path:
+    (path / "params").mkdir(parents=True)
+    (path / "params" / "_METADATA").write_text(content)
+    return path
+
+
+def test_leftovers_of_a_killed_process_are_cleaned_up(tmp_path):
+    (tmp_path / ".out.new" / "params").mkdir(parents=True)
+    (tmp_path / ".out.new" / "half").write_text("x")
+    model_at(tmp_path / ".out.old")
+    with new_directory(tmp_path / "out", overwrite=True) as new:
+        # killed between two renamings: the old one is back, until the new one is complete
+        assert (tmp_path / "out" / "params" / "_METADATA").read_text() == "old"
+        assert list(new.iterdir()) == []
+        (new / "params").mkdir()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    assert not (tmp_path / "out" / "params" / "_METADATA").exists()
+
+
+def test_killed_after_publishing_the_new_one_stays(tmp_path):
+    model_at(tmp_path / "out", "new")
+    model_at(tmp_path / ".out.old", "old")
+    with pytest.raises(FileExistsError, match="exists already"):
+        with new_directory(tmp_path / "out"):
+            pass
+    assert (tmp_path / "out" / "params" / "_METADATA").read_text() == "new"
+    with pytest.raises(KeyError):
+        with new_directory(tmp_path / "out", overwrite=True):
+            raise KeyError
+    assert (tmp_path / "out" / "params" / "_METADATA").read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_two_processes_do_not_write_the_same_destination(tmp_path):
+    code = (
+        "import sys; from opt_jax.storage import new_directory\n"
+        "with new_directory(sys.argv[1]) as new: (new / 'x').write_text('x'); print('in', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    other = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert other.stdin and other.stdout
+    assert other.stdout.readline() == "in\n"
+    with pytest.raises(FileExistsError, match="in use"):
+        with new_directory(tmp_path / "out"):
+            pass
+    assert (tmp_path / ".out.new" / "x").exists()  # still the other's
+    other.communicate()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "x").exists()
+
+
+def test_lock_is_not_taken_on_a_directory_that_was_just_published(tmp_path, monkeypatch):
+    """Its owner renames it between our opening and locking it: we must not write into the published one."""
+    flock, new = fcntl.flock, tmp_path / ".out.new"
+    raced = []
+
+    def published_meanwhile(fd, how):
+        if not raced:
+            raced.append(new.rename(tmp_path / "out"))
+        flock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", published_meanwhile)
+    lock = storage._lock_directory(new)
+    assert os.path.samestat(os.fstat(lock), os.stat(new)) and (tmp_path / "out").exists()
+    os.close(lock)
+
+
+def test_too_little_space_is_known_beforehand(tmp_path):
+    storage.check_space(tmp_path / "not" / "yet", 1)
+    with pytest.raises(OSError, match=re.escape("1000000000.00 GB are needed")):
+        storage.check_space(tmp_path / "not" / "yet", 10**18)
