@@ -121,7 +121,7 @@ def metaseq(
     if len(paths) < 2:
         raise UsageError("give the files of the checkpoint and, last, the directory to write: SRC... DST")
     _start(job)
-    _convert(paths[:-1], Path(paths[-1]), SourceOptions(), metaseq, write)
+    _convert(paths[:-1], Path(paths[-1]), SourceOptions(), metaseq, write, from_metaseq=True)
 
 
 def to_hf(
@@ -148,11 +148,16 @@ def to_hf(
     from convert.source import open_source
 
     part = _shard_of(shard_of)
+    try:
+        to_hf.parse_size(max_shard_size)
+    except ValueError as e:
+        raise UsageError(str(e)) from None
     _start(job)
     if part is None:
         _check_destination(dst, [src], write, hub.is_model)
+    _quiet_downloads(write.quiet)
     opened = open_source([src], **_fields(source), **_fields(metaseq))
-    with _Work(opened, dst, write) as report:
+    with _Work(opened, dst, write, part) as report:
         to_hf.convert(
             opened, dst, dtype=write.dtype, max_shard_size=max_shard_size, shard_of=part,
             overwrite=write.overwrite, progress=report,
@@ -233,6 +238,13 @@ def _start(job: JobOptions) -> None:
     jax.distributed.initialize(*where)
 
 
+def _quiet_downloads(quiet: bool) -> None:
+    if quiet:
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
+
+
 def _check_destination(dst: Path, names: Sequence[str], write: WriteOptions, replaceable=hub.is_orbax) -> None:
     """Before a long download; it is looked at again when the directory is written and when it is published."""
     from opt_jax import storage
@@ -243,13 +255,19 @@ def _check_destination(dst: Path, names: Sequence[str], write: WriteOptions, rep
 
 
 def _convert(
-    names: Sequence[str], dst: Path, source: SourceOptions, metaseq: MetaseqOptions, write: WriteOptions
+    names: Sequence[str],
+    dst: Path,
+    source: SourceOptions,
+    metaseq: MetaseqOptions,
+    write: WriteOptions,
+    from_metaseq: bool = False,
 ) -> None:
     from convert.source import open_source
     from convert.to_orbax import convert
 
     _check_destination(dst, names, write)
-    opened = open_source(names, **_fields(source), **_fields(metaseq))
+    _quiet_downloads(write.quiet)
+    opened = open_source(names, **_fields(source), **_fields(metaseq), from_metaseq=from_metaseq)
     with _Work(opened, dst, write) as report:
         convert(opened, dst, dtype=write.dtype, overwrite=write.overwrite, progress=report)
 
@@ -257,16 +275,16 @@ def _convert(
 class _Work:
     """Progress while a destination is written, and the line at its end."""
 
-    def __init__(self, opened, dst: Path, write: WriteOptions) -> None:
+    def __init__(self, opened, dst: Path, write: WriteOptions, part: tuple[int, int] | None = None) -> None:
         import jax
 
         from convert.progress import Report
 
-        self.opened, self.dst, self.first = opened, dst, jax.process_index() == 0
-        self.nbytes = (
-            opened.nbytes if write.dtype is None else opened.parameters * jax.numpy.dtype(write.dtype).itemsize
-        )
-        self.report = Report(self.nbytes // jax.process_count(), write.quiet or not self.first)
+        self.opened, self.dst, self.part, self.first = opened, dst, part, jax.process_index() == 0
+        itemsize = None if write.dtype is None else jax.numpy.dtype(write.dtype).itemsize
+        self.nbytes = opened.nbytes if itemsize is None else opened.parameters * itemsize
+        workers = jax.process_count() if part is None else part[1]
+        self.report = Report(self.nbytes // workers, write.quiet or not self.first)
         self.start = time.monotonic()
 
     def __enter__(self):
@@ -275,11 +293,20 @@ class _Work:
     def __exit__(self, kind, error, tb) -> None:
         self.report.__exit__(kind, error, tb)
         if error is None and self.first:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-            print(
-                f"{self.dst}: {self.opened.parameters:,} parameters, {self.nbytes:,} bytes, "
-                f"{time.monotonic() - self.start:.1f} seconds, peak RSS {peak / 1e6:,.0f} MB"
-            )
+            print(self._summary())
+
+    def _summary(self) -> str:
+        if self.part is not None:
+            from convert.to_hf import unfinished
+
+            if missing := unfinished(self.dst):
+                i, n = self.part
+                return f"{self.dst}: part {i}/{n} is written; {len(missing)} files of other parts are still to come"
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return (
+            f"{self.dst}: {self.opened.parameters:,} parameters, {self.nbytes:,} bytes, "
+            f"{time.monotonic() - self.start:.1f} seconds, peak RSS {peak / 1e6:,.0f} MB"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

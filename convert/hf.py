@@ -1,16 +1,12 @@
 """Hugging Face checkpoint directories: finds the weight files and presents their tensors under our paths, lazily."""
 
-import json
 from pathlib import Path
 
 from convert import names
 from convert.torch_files import read_safetensors, read_torch, shown
 from opt_jax.config import OPTConfig
+from opt_jax.download import WEIGHT_FILES, read_index
 from opt_jax.storage import LazyArray, first_difference
-
-WEIGHT_FILES = (
-    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
-)  # fmt: skip
 
 
 def open_checkpoint(directory: Path) -> dict[str, LazyArray]:
@@ -25,6 +21,8 @@ def open_checkpoint(directory: Path) -> dict[str, LazyArray]:
     if first.suffix != ".json":
         return _read(first)
     weight_map = read_index(first)
+    if missing := [name for name in sorted(set(weight_map.values())) if not (directory / name).is_file()]:
+        raise FileNotFoundError(f"{directory / missing[0]} is missing, but {first.name} names it")
     tensors: dict[str, LazyArray] = {}
     for name in sorted(set(weight_map.values())):
         shard = _read(directory / name)
@@ -41,20 +39,6 @@ def open_checkpoint(directory: Path) -> dict[str, LazyArray]:
 def weight_file(directory: Path) -> Path | None:
     """The weights of the directory, or the index of their shards."""
     return next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
-
-
-def read_index(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, each of them beside `index`."""
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(weight_map.values()))
-        if any(Path(name).name != name for name in files):
-            raise ValueError("it names files outside its directory")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise ValueError(f"{index} is not an index of weight files: {e}") from None
-    if missing := [name for name in files if not (index.parent / name).is_file()]:
-        raise FileNotFoundError(f"{index.parent / missing[0]} is missing, but {index.name} names it")
-    return weight_map
 
 
 def _read(path: Path) -> dict[str, LazyArray]:

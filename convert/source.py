@@ -50,17 +50,19 @@ def open_source(
     offline: bool = False,
     model: str | None = None,
     config: Path | None = None,
+    from_metaseq: bool = False,
 ) -> Checkpoint:
     """Whatever `names` stands for: what `hub.resolve` knows, or files of a metaseq checkpoint.
 
     Args:
+      from_metaseq: they are files of a metaseq checkpoint, whatever they look like.
       revision, cache_dir, offline: of a hub id.
       model, config: the architecture of a metaseq checkpoint, a preset or a config.json.
 
     Raises:
       FileNotFoundError, FileExistsError, ValueError: no such checkpoint, or a bad one; options that do not fit it.
     """
-    if len(names) == 1 and not _is_metaseq(names[0]):
+    if len(names) == 1 and not from_metaseq and not _is_metaseq(names[0]):
         if model is not None or config is not None:
             raise ValueError(f"--model and --config are for metaseq checkpoints, but {names[0]} has its own config")
         return open_directory(hub.resolve(names[0], revision=revision, cache_dir=cache_dir, local_files_only=offline))
@@ -93,9 +95,13 @@ def open_directory(directory: Path) -> Checkpoint:
     orbax = hub.is_orbax(directory)
     arrays = checkpoint.open_parameters(directory, config)
     cls = model_class(config, arrays, directory)
+    trained = orbax and not (directory / "config.json").is_file()
+    if trained:  # a run that began from a float16 checkpoint has its config, but trains in float32
+        raw = checkpoint.set_dtype(raw, next(iter(arrays.values())).dtype.name)
+    kind = "checkpoint of train.py" if trained else "Orbax model directory"
     opened = Checkpoint(
         where=directory,
-        format=_orbax_format(directory) if orbax else hf.describe_files(directory),
+        format=kind if orbax else hf.describe_files(directory),
         config=config,
         raw_config={**raw, "architectures": [cls]},
         arrays=arrays,
@@ -103,10 +109,6 @@ def open_directory(directory: Path) -> Checkpoint:
     )
     check(opened, cls)
     return opened
-
-
-def _orbax_format(directory: Path) -> str:
-    return "Orbax model directory" if (directory / "config.json").is_file() else "checkpoint of train.py"
 
 
 def model_class(config: OPTConfig, arrays: Mapping[str, LazyArray], where: Path) -> str:

@@ -85,13 +85,21 @@ def missing_file(folder: Path) -> str | None:
 
 def _needed(path: Path) -> list[str]:
     """The names of the files with the weights: this one, or those that it names if it is an index."""
-    if path.suffix != ".json":
-        return [path.name]
+    return sorted(set(read_index(path).values())) if path.suffix == ".json" else [path.name]
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> name of the file beside `path`, an index of weight files.
+
+    Raises:
+      ValueError: it is none.
+    """
     try:
-        names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
+        weight_map = json.loads(path.read_bytes().decode())["weight_map"]
+        names = set(weight_map.values())
         if not names or not all(re.fullmatch(r"[\w-][\w.-]*", name) for name in names):
             raise ValueError("it names no files, or files outside its directory")
-        return names
+        return weight_map
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{path} is not an index of weight files: {e}") from None
 

@@ -32,6 +32,7 @@ Shape = tuple[int, ...]
 Index = tuple[slice, ...]
 
 CHUNK_BYTES = 32 << 20  # of one stored chunk at most: what a process must read at least to fill its shard
+_MAX_LAYERS = 10_000  # more are damage, not depth
 _THREADS = min(4, os.cpu_count() or 1)  # each holds a chunk or two
 
 
@@ -341,6 +342,8 @@ def open_arrays(directory: Path) -> dict[str, LazyArray]:
         shape, dtype, stored = store.shape, store.dtype.numpy_dtype, _Stored(directory, path, store)
         before, layers, after = path.partition(".layers.")
         if layers and not after[:1].isdigit():
+            if not shape or shape[0] > _MAX_LAYERS:
+                raise ValueError(f"{directory}: tensor {path} has shape {shape}, which no stack of layers has")
             for i in range(shape[0]):
                 read = lambda index, stored=stored, i=i: stored.read((slice(i, i + 1), *index))[0]  # noqa: E731
                 arrays[f"{before}.layers.{i}.{after}"] = LazyArray(shape[1:], dtype, read)

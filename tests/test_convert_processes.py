@@ -65,18 +65,29 @@ def reset():
     if old:
         shutil.copytree(old, dst)
 
+def staging():
+    return any(path.name.startswith('.') for path in dst.parent.iterdir())
+
+def wait_for(condition, child):
+    while not condition() and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        time.sleep(0.001)
+
 reset()
+child = fork(write)
+wait_for(staging, child)
 begin = time.monotonic()
-assert status(fork(write)) == 0
-took = time.monotonic() - begin
+assert status(child) == 0
+writing = time.monotonic() - begin
 seen = dict(none=0, old=0, new=0, left=0)
 for i in range(moments):
     reset()
     child = fork(write)
-    time.sleep(took * 1.1 * (i + random.Random(i).random()) / moments)
+    if i % 5:  # while it writes; every fifth one earlier, or while it reads
+        wait_for(staging, child)
+    time.sleep(writing * 1.1 * random.Random(i).random())
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    seen['left'] += any(path.name.startswith('.') for path in dst.parent.iterdir())
+    seen['left'] += staging()
     if not dst.exists():
         seen['none'] += 1
         continue

@@ -80,7 +80,7 @@ def test_half_precision_bits(tmp_path, dtype, form):
     found = open_checkpoint(save(hf, tmp_path, form))
     for name, tensor in hf.named_parameters():
         assert found[name].dtype == dtype
-        assert found[name].tobytes() == tensor.detach().view(torch.int16).numpy().tobytes(), name
+        assert found[name].load().tobytes() == tensor.detach().view(torch.int16).numpy().tobytes(), name
 
 
 def write_fixtures() -> None:
