@@ -171,29 +171,51 @@ sys.exit(code)
 """
 
 
+# 0.9 GB in tensors of 16 MB: their sum would show, and so would a copy of each kept a little too long.
+LARGE = TINY | dict(
+    vocab_size=64, hidden_size=2048, word_embed_proj_dim=2048, ffn_dim=4096, num_hidden_layers=14, dtype="float16"
+)
+
+
+def assert_bounded(largest: int, *command: object) -> None:
+    peak = int(python(MEASURED, *command).stdout.splitlines()[-1])
+    assert peak < 2 * largest + 512 * 2**20, (peak, command)
+
+
 @pytest.mark.slow
 def test_memory_is_bounded_whatever_the_size(tmp_path):
-    """0.9 GB in tensors of 16 MB: their sum would show, and so would a copy of each kept a little too long."""
-    config = TINY | dict(hidden_size=2048, word_embed_proj_dim=2048, ffn_dim=4096, num_hidden_layers=14)
-    shapes = hf_shapes(config)
     source, largest, offset, header = tmp_path / "hf", 0, 0, {}
-    for name, shape in shapes.items():
+    for name, shape in hf_shapes(LARGE).items():
         nbytes = 2 * int(np.prod(shape))
         header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [offset, offset + nbytes]}
         offset, largest = offset + nbytes, max(largest, nbytes)
     source.mkdir()
-    (source / "config.json").write_text(json.dumps(config))
+    (source / "config.json").write_text(json.dumps(LARGE))
     raw = json.dumps(header).encode()
     with open(source / "model.safetensors", "wb") as file:  # sparse: the zeros are on no disk
         file.write(len(raw).to_bytes(8, "little") + raw)
         file.truncate(8 + len(raw) + offset)
-    bound = 2 * largest + 512 * 2**20
-    assert offset > 1.5 * bound  # a whole model in memory would show
-    for command in ([source, tmp_path / "orbax"], ["to-hf", tmp_path / "orbax", tmp_path / "back"]):
-        done = python(MEASURED, *command)
-        assert int(done.stdout.splitlines()[-1]) < bound, done.stdout
-    done = python(MEASURED, "verify", tmp_path / "orbax", "--against", tmp_path / "back")
-    assert int(done.stdout.splitlines()[-1]) < bound, done.stdout
+    assert offset > 1.5 * (2 * largest + 512 * 2**20)  # a whole model in memory would show
+    assert_bounded(largest, source, tmp_path / "orbax")
+    assert_bounded(largest, "to-hf", tmp_path / "orbax", tmp_path / "back")
+    assert_bounded(largest, "verify", tmp_path / "orbax", "--against", tmp_path / "back")
+
+
+@pytest.mark.slow
+def test_memory_is_bounded_for_metaseq(tmp_path):
+    """2 parts x 2 shards, flat: 0.9 GB in flat parameters of 17 MB a shard."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(LARGE))
+    code = (
+        "import sys, json; from pathlib import Path; sys.path.insert(0, 'tests')\n"
+        "import numpy as np; from hf_files import hf_shapes; from metaseq_files import contents, write\n"
+        "config = json.loads(Path(sys.argv[1]).read_text())\n"
+        "weights = {name: np.ones(shape, np.float16) for name, shape in hf_shapes(config).items()}\n"
+        "write(Path(sys.argv[2]), contents(weights, 2, 2, flat=True, metadata=False))"
+    )
+    python(code, config, tmp_path / "metaseq")
+    flat = 2 * (4 * 2048 * 2048 + 2 * 2048 * 4096) // 4
+    assert_bounded(flat, "metaseq", tmp_path / "metaseq", tmp_path / "orbax", "--config", config)
 
 
 # Several processes ----------------------------------------------------------------------------------------------------
