@@ -33,7 +33,7 @@ Index = tuple[slice, ...]
 
 CHUNK_BYTES = 32 << 20  # of one stored chunk at most: what a process must read at least to fill its shard
 _MAX_LAYERS = 10_000  # more are damage, not depth
-_THREADS = min(4, os.cpu_count() or 1)  # each holds a chunk or two
+_THREADS = 4  # each holds a chunk or two; while some wait for the disk, others transpose
 
 
 @dataclass(frozen=True)
