@@ -226,14 +226,15 @@ class _Writer:
             pass
 
     def _hold(self, path: str) -> LazyArray:
-        """The array, read once: a view of a mapped file, a copy of all of a tensor from elsewhere.
+        """The array; if it is stored in chunks, a copy of all of it.
 
-        Orbax stores a matrix as a grid of chunks and reads a whole chunk for any part of it. Slabs of HF's rows are
-        columns of ours: to read them one by one would read each chunk several times.
+        Slabs of HF's rows are columns of ours: to read them one by one would read each chunk of a grid several times.
         """
         array = self.source.arrays[path]
+        if not array.in_chunks:
+            return array
         whole = array.read(tuple(slice(0, n) for n in array.shape))
-        return LazyArray(array.shape, array.dtype, whole.__getitem__, array.release)
+        return LazyArray(array.shape, array.dtype, whole.__getitem__)
 
     def write_descriptions(self, directory: Path) -> None:
         raw, config = self.source.raw_config, self.source.config

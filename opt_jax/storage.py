@@ -44,12 +44,14 @@ class LazyArray:
       read: the part at an index with one slice (start and stop, step 1) per dimension. May be a view of any strides
         and alignment, of memory that changes later: use `load`, which copies.
       release: gives back the memory that reading has taken (pages of mapped files).
+      in_chunks: it is stored as a grid of chunks, and reading any part of one reads all of it.
     """
 
     shape: Shape
     dtype: np.dtype
     read: Callable[[Index], np.ndarray]
     release: Callable[[], None] = lambda: None
+    in_chunks: bool = False
 
     @property
     def size(self) -> int:
@@ -61,7 +63,9 @@ class LazyArray:
 
     @property
     def T(self) -> "LazyArray":
-        return LazyArray(self.shape[::-1], self.dtype, lambda index: self.read(index[::-1]).T, self.release)
+        return LazyArray(
+            self.shape[::-1], self.dtype, lambda index: self.read(index[::-1]).T, self.release, self.in_chunks
+        )
 
     def load(self, index: Sequence[slice] | None = None, buffer: np.ndarray | None = None) -> np.ndarray:
         """A C-contiguous copy, in native byte order, of the whole or of the part at `index`.
@@ -346,9 +350,9 @@ def open_arrays(directory: Path) -> dict[str, LazyArray]:
                 raise ValueError(f"{directory}: tensor {path} has shape {shape}, which no stack of layers has")
             for i in range(shape[0]):
                 read = lambda index, stored=stored, i=i: stored.read((slice(i, i + 1), *index))[0]  # noqa: E731
-                arrays[f"{before}.layers.{i}.{after}"] = LazyArray(shape[1:], dtype, read)
+                arrays[f"{before}.layers.{i}.{after}"] = LazyArray(shape[1:], dtype, read, in_chunks=True)
         else:
-            arrays[path] = LazyArray(shape, dtype, stored.read)
+            arrays[path] = LazyArray(shape, dtype, stored.read, in_chunks=True)
     return arrays
 
 

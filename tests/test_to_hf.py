@@ -104,10 +104,16 @@ def test_each_stored_chunk_is_read_once(tmp_path, monkeypatch):
         asked.append(index)
         return array.read(index)
 
-    arrays = {**source.arrays, path: storage.LazyArray(array.shape, array.dtype, counting)}
-    to_hf.convert(dataclasses.replace(source, arrays=arrays), tmp_path / "out")
+    def write_lazily(in_chunks: bool, out) -> None:
+        lazy = storage.LazyArray(array.shape, array.dtype, counting, in_chunks=in_chunks)
+        to_hf.convert(dataclasses.replace(source, arrays={**source.arrays, path: lazy}), out)
+        assert read(out) == expected(weights)
+
+    write_lazily(True, tmp_path / "out")
     assert asked == [(slice(0, 8), slice(0, 16))]
-    assert read(tmp_path / "out") == expected(weights)
+    asked.clear()
+    write_lazily(False, tmp_path / "streamed")  # what is not in chunks is never held as a whole
+    assert len(asked) == 16 and all(columns.stop - columns.start == 1 for _, columns in asked)
 
 
 def test_cast(tmp_path):
