@@ -132,13 +132,16 @@ def in_small_file_system(directory: Path, megabytes: int, code: str, *args: obje
 
 FILL = """
 import sys
-from opt_jax import storage
-if sys.argv.pop(1) == 'late':  # something else fills the disk after we have looked
-    storage.check_space = lambda path, nbytes: None
 from convert.__main__ import main
-code = main(sys.argv[1:3] if sys.argv[1] != 'to-hf' else sys.argv[1:4])
-if len(sys.argv) > 4:
-    assert main(['tiny', sys.argv[-1]]) == 0
+from opt_jax import storage
+when, command, old, dst = sys.argv[1:]
+if old:
+    assert main([*command.split(), old, dst, '--quiet']) == 0
+if when == 'late':  # something else fills the disk after we have looked
+    storage.check_space = lambda path, nbytes: None
+code = main([*command.split(), 'tiny', dst, '--overwrite'])
+if old:
+    assert main(['verify', dst, '--against', old]) == 0
 sys.exit(code)
 """
 
@@ -146,15 +149,20 @@ sys.exit(code)
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["early", "late"])
 @pytest.mark.parametrize("command", ["", "to-hf"])
-def test_a_full_disk_is_one_clear_line(tmp_path, when, command):
-    small = tmp_path / "disk"
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_full_disk_is_one_clear_line(tmp_path, when, command, overwrite):
+    small, old = tmp_path / "disk", ""
     small.mkdir()
     if shutil.which("unshare") is None or in_small_file_system(small, 1, "pass").returncode:
         pytest.skip("needs `unshare -rm` and tmpfs, to make a small file system without being root")
-    done = in_small_file_system(small, 6, FILL, when, *command.split(), "tiny", small / "dst")  # 7.1 MB
-    assert done.returncode == 1 and done.stdout == "", done  # nothing is left there
+    if overwrite:
+        old = write_hf(tmp_path / "old", TINY, hf_weights(TINY))
+    done = in_small_file_system(small, 6, FILL, when, command, old, small / "dst")  # tiny has 7.1 MB
+    assert done.returncode == 1, done
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert ("GB are needed" if when == "early" else "No space left on device") in done.stderr
+    left = done.stdout.splitlines()[-1:] if overwrite else done.stdout.splitlines()
+    assert left == (["dst"] if overwrite else [])  # the old one, whole; or nothing
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
