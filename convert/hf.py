@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from convert import names
+from convert.stored import locate
 from convert.torch_files import read_safetensors, read_torch, shown
 from opt_jax.config import OPTConfig
 from opt_jax.download import WEIGHT_FILES, read_index
@@ -43,9 +44,7 @@ def weight_file(directory: Path) -> Path | None:
 
 def _read(path: Path) -> dict[str, LazyArray]:
     tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
-    return {
-        name: LazyArray(view.shape, view.dtype, view.__getitem__, tensors.release) for name, view in tensors.items()
-    }
+    return {name: locate(path, tensors.map, view).lazy() for name, view in tensors.items()}
 
 
 def open_parameters(directory: Path, config: OPTConfig) -> dict[str, LazyArray]:

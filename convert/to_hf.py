@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,8 @@ def convert(
 def parse_size(size: str | int) -> int:
     """Bytes; units are decimal (KB, MB, GB, TB) or binary (KiB, ...), without regard to case."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?|[KMGT]I)B?", str(size).strip().upper())
-    if match is None or (nbytes := int(float(match[1]) * _UNITS[match[2]])) < 1:
+    nbytes = 0 if match is None else int(Fraction(match[1]) * _UNITS[match[2]])
+    if not 1 <= nbytes < 2**63:
         raise ValueError(f"--max-shard-size {size!r} is not a size: give a number of bytes, or one like 500MB or 5GiB")
     return nbytes
 

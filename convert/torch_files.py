@@ -37,17 +37,11 @@ _MAX_DIMENSIONS = 32
 
 
 class Tensors(dict[str, np.ndarray]):
-    """Tensor name -> read-only view into memory-mapped files. Views may be strided and unaligned: copy to use."""
+    """Tensor name -> read-only view into the mapped file, of any strides and alignment. `stored.locate` says where."""
 
-    def __init__(self) -> None:
+    def __init__(self, mapped: mmap.mmap) -> None:
         super().__init__()
-        self.maps: list[mmap.mmap] = []
-
-    def release(self) -> None:
-        """Give back the memory of the pages read so far. The views stay valid: the pages are read again on use."""
-        for mapped in self.maps:
-            if hasattr(mmap, "MADV_DONTNEED"):
-                mapped.madvise(mmap.MADV_DONTNEED)
+        self.map = mapped
 
 
 def map_file(path: Path) -> mmap.mmap:
@@ -112,8 +106,7 @@ def read_safetensors(path: Path) -> Tensors:
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: the safetensors header is damaged: {shown(e)}") from None
 
-    tensors, spans = Tensors(), []
-    tensors.maps.append(mapped)
+    tensors, spans = Tensors(mapped), []
     for name, entry in header.items():
         try:
             dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -297,8 +290,7 @@ def read_torch(path: Path) -> Tensors:
     file = TorchFile(path)
     if not isinstance(file.content, dict):
         raise ValueError(f"{path} holds a {type(file.content).__name__}, not a state dict")
-    tensors = Tensors()
-    tensors.maps.append(file.map)
+    tensors = Tensors(file.map)
     for name, value in file.content.items():
         if not isinstance(name, str) or not isinstance(value, TorchTensor):
             kind = type(value).__name__

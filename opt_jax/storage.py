@@ -43,14 +43,12 @@ class LazyArray:
     Attributes:
       read: the part at an index with one slice (start and stop, step 1) per dimension. May be a view of any strides
         and alignment, of memory that changes later: use `load`, which copies.
-      release: gives back the memory that reading has taken (pages of mapped files).
       in_chunks: it is stored as a grid of chunks, and reading any part of one reads all of it.
     """
 
     shape: Shape
     dtype: np.dtype
     read: Callable[[Index], np.ndarray]
-    release: Callable[[], None] = lambda: None
     in_chunks: bool = False
 
     @property
@@ -63,9 +61,7 @@ class LazyArray:
 
     @property
     def T(self) -> "LazyArray":
-        return LazyArray(
-            self.shape[::-1], self.dtype, lambda index: self.read(index[::-1]).T, self.release, self.in_chunks
-        )
+        return LazyArray(self.shape[::-1], self.dtype, lambda index: self.read(index[::-1]).T, self.in_chunks)
 
     def load(self, index: Sequence[slice] | None = None, buffer: np.ndarray | None = None) -> np.ndarray:
         """A C-contiguous copy, in native byte order, of the whole or of the part at `index`.
@@ -77,7 +73,6 @@ class LazyArray:
         buffer = np.empty(view.size * self.dtype.itemsize, np.uint8) if buffer is None else buffer
         out = buffer[: view.size * self.dtype.itemsize].view(self.dtype.newbyteorder("=")).reshape(view.shape)
         copy_blocked(out, view)
-        self.release()
         return out
 
 

@@ -120,6 +120,7 @@ def test_verify_finds_the_first_difference(tmp_path, capsys):
         (["to-hf", "tiny", "DST", "--shard-of", "0/3"], "--shard-of 0/3: give i/n"),
         (["to-hf", "tiny", "DST", "--shard-of", "one"], "--shard-of one: give i/n"),
         (["to-hf", "tiny", "DST", "--max-shard-size", "5XB"], "--max-shard-size '5XB'"),
+        (["to-hf", "tiny", "DST", "--max-shard-size", "9" * 400], "--max-shard-size '999"),
         (["tiny", "DST", "--num-processes", "2"], "are for --distributed"),
         (["metaseq", "DST"], "SRC... DST"),
     ],

@@ -255,20 +255,18 @@ LOAD = """
 import sys
 import jax, numpy as np, tensorstore as ts
 jax.distributed.initialize(sys.argv[2], int(sys.argv[3]), int(sys.argv[1]))
-from convert import torch_files
+import os
 from opt_jax import OPTForCausalLM, named_parameters, storage
 from opt_jax.sharding import make_mesh
 
-asked = 0
-class Counted(np.ndarray):  # a mapped file that counts the bytes that are looked at
-    def __getitem__(self, index):
-        global asked
-        part = np.asarray(self)[index]
-        asked += part.nbytes
-        return part
-
-view = torch_files.TorchFile.view
-torch_files.TorchFile.view = lambda self, tensor: view(self, tensor).view(Counted)
+read = 0
+preadv = os.preadv
+def counted(*args):
+    global read
+    count = preadv(*args)
+    read += count
+    return count
+os.preadv = counted
 
 def file_bytes():
     metrics = ts.experimental_collect_matching_metrics('/tensorstore/kvstore/file/bytes_read')
@@ -277,7 +275,7 @@ def file_bytes():
 mesh = make_mesh('fsdp=2')
 hf, orbax = sys.argv[4:6]
 one = OPTForCausalLM.from_pretrained(hf, mesh=mesh)
-print(asked)
+print(read)
 before = file_bytes()
 two = OPTForCausalLM.from_pretrained(orbax, mesh=mesh)
 print(file_bytes() - before)

@@ -4,6 +4,7 @@ Malformed files are made by hand here, one for each refusal; tests/test_hostile.
 """
 
 import json
+import os
 import re
 import struct
 from pathlib import Path
@@ -11,9 +12,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from hf_files import TINY, global_, state_dict_pickle, tensor_pickle, torch_zip, write_hf
+from hf_files import TINY, global_, hf_weights, state_dict_pickle, tensor_pickle, torch_zip, write_hf
 from test_convert import DATA, assert_same, convert, load_hf_names, refused
 
+from convert import to_orbax
+from convert.source import open_directory
+from convert.stored import locate
 from convert.torch_files import read_safetensors, read_torch
 
 
@@ -40,6 +44,43 @@ def test_files_written_by_torch(tmp_path):
     out = load_hf_names(tmp_path / "out")
     golden = json.loads((DATA / "torch" / "tiny-opt" / "sums.json").read_text())
     assert {name: float(np.abs(a.astype(np.float64)).sum()) for name, a in out.items()} == pytest.approx(golden)
+
+
+def test_parts_of_what_is_in_a_file(monkeypatch):
+    """Of every kind of strides, any part is that of the mapped view; of rows no other byte is read."""
+    count = 0
+    preadv = os.preadv
+
+    def counting(*args):
+        nonlocal count
+        done = preadv(*args)
+        count += done
+        return done
+
+    monkeypatch.setattr(os, "preadv", counting)
+    path, random = DATA / "torch" / "views.bin", np.random.default_rng(0)
+    found = read_torch(path)
+    for name, view in found.items():
+        stored = locate(path, found.map, view).lazy()
+        assert (stored.shape, stored.dtype) == (view.shape, view.dtype)
+        assert stored.load().tobytes() == view.tobytes() and stored.T.load().tobytes() == view.T.tobytes()
+        for _ in range(20):
+            index = tuple(slice(*sorted(random.integers(0, n + 1, 2).tolist())) for n in view.shape)
+            count = 0
+            assert stored.load(index).tobytes() == view[index].tobytes(), (name, index)
+            if name not in ("transposed", "steps", "expanded"):
+                assert count == view[index].nbytes, (name, index)
+
+
+def test_a_file_that_is_truncated_while_it_is_read(tmp_path):
+    """A mapped file would kill the process."""
+    source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
+    opened = open_directory(source)
+    file = source / "model.safetensors"
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(ValueError, match=re.escape(f"{file} is shorter than it was when it was opened")):
+        to_orbax.convert(opened, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
 
 
 # Hostile and damaged torch files --------------------------------------------------------------------------------------
