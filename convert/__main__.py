@@ -5,14 +5,17 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from opt_jax import hub
+
+if TYPE_CHECKING:
+    from convert.source import Checkpoint
 
 Src = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
 Files = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SRC...")]
@@ -145,7 +148,6 @@ def to_hf(
         same file system and in any order, completes DST.
     """
     from convert import to_hf
-    from convert.source import open_source
 
     part = _shard_of(shard_of)
     try:
@@ -153,10 +155,7 @@ def to_hf(
     except ValueError as e:
         raise UsageError(str(e)) from None
     _start(job)
-    if part is None:
-        _check_destination(dst, [src], write, hub.is_model)
-    _quiet_downloads(write.quiet)
-    opened = open_source([src], **_fields(source), **_fields(metaseq))
+    opened = _open([src], dst, source, metaseq, write, hub.is_model if part is None else None)
     with _Work(opened, dst, write, part) as report:
         to_hf.convert(
             opened, dst, dtype=write.dtype, max_shard_size=max_shard_size, shard_of=part,
@@ -183,10 +182,9 @@ def verify(
     """
     from convert.inspect import compare
     from convert.progress import Report
-    from convert.source import open_source
 
-    ours = open_source([dst])
-    theirs = open_source(against, **_fields(source), **_fields(metaseq))
+    ours = _open_source([dst], SourceOptions(), MetaseqOptions())
+    theirs = _open_source(against, source, metaseq)
     with Report(theirs.nbytes, quiet) as report:
         difference = compare(ours, theirs, report)
     if difference is not None:
@@ -201,9 +199,8 @@ def inspect(src: Files, /, source: Source = SourceOptions(), metaseq: Metaseq = 
       src: As for the other commands; several names: files of a metaseq checkpoint.
     """
     from convert.inspect import describe
-    from convert.source import open_source
 
-    for line in describe(open_source(src, **_fields(source), **_fields(metaseq))):
+    for line in describe(_open_source(src, source, metaseq)):
         print(line)
 
 
@@ -212,10 +209,6 @@ COMMANDS = {"metaseq": metaseq, "to-hf": to_hf, "verify": verify, "inspect": ins
 
 class UsageError(Exception):
     pass
-
-
-def _fields(options: SourceOptions | MetaseqOptions) -> dict[str, Any]:
-    return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
 
 
 def _shard_of(text: str | None) -> tuple[int, int] | None:
@@ -235,7 +228,13 @@ def _start(job: JobOptions) -> None:
         return
     import jax
 
-    jax.distributed.initialize(*where)
+    try:
+        jax.distributed.initialize(*where)
+    except (ValueError, RuntimeError) as e:
+        raise UsageError(
+            f"--distributed: no cluster ({_one_line(e)}): give --coordinator-address, --num-processes, --process-id"
+        ) from None
+    jax.devices()  # all processes must be here, also those that are about to find an error
 
 
 def _quiet_downloads(quiet: bool) -> None:
@@ -245,13 +244,42 @@ def _quiet_downloads(quiet: bool) -> None:
         disable_progress_bars()
 
 
-def _check_destination(dst: Path, names: Sequence[str], write: WriteOptions, replaceable=hub.is_orbax) -> None:
-    """Before a long download; it is looked at again when the directory is written and when it is published."""
+def _open(
+    names: Sequence[str],
+    dst: Path,
+    source: SourceOptions,
+    metaseq: MetaseqOptions,
+    write: WriteOptions,
+    replaceable: Callable[[Path], bool] | None,
+    from_metaseq: bool = False,
+) -> "Checkpoint":
+    """Open SRC after a look at DST (None: later), which is repeated when it is written and when it is published."""
     from opt_jax import storage
 
-    storage.check_destination(dst, write.overwrite, replaceable)
-    if dst.exists() and any(Path(name).exists() and os.path.samefile(name, dst) for name in names):
-        raise ValueError(f"{dst} is the checkpoint to convert, too: choose another DST")
+    error = opened = None
+    try:
+        if replaceable is not None:
+            storage.check_destination(dst, write.overwrite, replaceable)
+        _quiet_downloads(write.quiet)
+        opened = _open_source(names, source, metaseq, from_metaseq)
+        inside = os.path.realpath(dst)
+        for path in (opened.where, *opened.companions):
+            if inside in (real := os.path.realpath(path), *map(str, Path(real).parents)):
+                raise ValueError(f"{dst} is, or holds, the checkpoint to convert ({path}): choose another DST")
+    except Exception as e:
+        error = e
+    storage.agree(error)  # or the other processes of a job would wait for this one
+    assert opened is not None
+    return opened
+
+
+def _open_source(
+    names: Sequence[str], source: SourceOptions, metaseq: MetaseqOptions, from_metaseq: bool = False
+) -> "Checkpoint":
+    from convert.source import open_source
+
+    options = {**dataclasses.asdict(source), **dataclasses.asdict(metaseq)}
+    return open_source(names, **options, from_metaseq=from_metaseq)
 
 
 def _convert(
@@ -262,12 +290,9 @@ def _convert(
     write: WriteOptions,
     from_metaseq: bool = False,
 ) -> None:
-    from convert.source import open_source
     from convert.to_orbax import convert
 
-    _check_destination(dst, names, write)
-    _quiet_downloads(write.quiet)
-    opened = open_source(names, **_fields(source), **_fields(metaseq), from_metaseq=from_metaseq)
+    opened = _open(names, dst, source, metaseq, write, hub.is_orbax, from_metaseq)
     with _Work(opened, dst, write) as report:
         convert(opened, dst, dtype=write.dtype, overwrite=write.overwrite, progress=report)
 
@@ -299,9 +324,10 @@ class _Work:
         if self.part is not None:
             from convert.to_hf import unfinished
 
-            if missing := unfinished(self.dst):
+            missing = unfinished(self.dst)
+            if missing or not self.dst.exists():
                 i, n = self.part
-                return f"{self.dst}: part {i}/{n} is written; {len(missing)} files of other parts are still to come"
+                return f"{self.dst}: part {i}/{n} is done; still to be written by others: {len(missing) or 'all'}"
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return (
             f"{self.dst}: {self.opened.parameters:,} parameters, {self.nbytes:,} bytes, "
@@ -324,6 +350,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, ValueError) as e:
+        print(f"error: {_one_line(e)}", file=sys.stderr)
+        return 1
+    except RuntimeError as e:
+        if type(e).__name__ != "JaxRuntimeError":  # another process of the job is gone
+            raise
         print(f"error: {_one_line(e)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

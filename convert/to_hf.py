@@ -308,6 +308,8 @@ def unfinished(destination: Path) -> list[str]:
 
 def _convert_part(writer: _Writer, destination: Path, shard_of: tuple[int, int], overwrite: bool) -> None:
     """One of several commands that know nothing of each other."""
+    if shard_of[0] > len(writer.files):  # nothing to do, before or after the others
+        return
     storage.check_destination(destination, overwrite, hub.is_model)
     directory, plan = staging.directory_of(destination), writer.plan()
     staging.join(directory, plan)

@@ -81,6 +81,12 @@ def is_model(path: str | os.PathLike) -> bool:
     return is_orbax(path) or has_weights and (path / "config.json").is_file()
 
 
+def is_model_file(name: str) -> bool:
+    """Whether a file or directory of this name in a model directory is a part of the model."""
+    weights = r"(pytorch_)?model(-[0-9]+(-of-[0-9]+)?)?\.(safetensors|bin)(\.index\.json)?"
+    return name in ("params", "config.json", *COMPANION_FILES) or re.fullmatch(weights, name) is not None
+
+
 def _run_of(directory: str | os.PathLike) -> Path | None:
     """The run directory of train.py if `directory` is one of its checkpoints, `RUN/checkpoints/<step>`, else None."""
     path = Path(os.path.abspath(directory))

@@ -294,6 +294,10 @@ def check_destination(path: Path, overwrite: bool, replaceable: Callable[[Path],
         raise FileExistsError(f"{path} exists already: choose another name, or pass overwrite=True (--overwrite)")
     if not (replaceable(path) or path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} is not a model directory, so it will not be overwritten: remove it yourself")
+    if foreign := [entry.name for entry in path.iterdir() if not hub.is_model_file(entry.name)]:
+        raise FileExistsError(
+            f"{path} holds {foreign[0]}, which is no part of a model, so it will not be overwritten: move it elsewhere"
+        )
 
 
 def check_space(path: Path, nbytes: int) -> None:

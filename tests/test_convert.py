@@ -161,7 +161,10 @@ def test_existing_destination(tmp_path, capsys):
     (tmp_path / "file").write_text("precious")
     assert "not a model directory" in refused(capsys, source, tmp_path / "file", "--overwrite")
     assert "not a model directory" in refused(capsys, out, source, "--overwrite")
-    assert "is the checkpoint to convert, too" in refused(capsys, out, out, "--overwrite")
+    assert "is, or holds, the checkpoint to convert" in refused(capsys, out, out, "--overwrite")
+    (out / "NOTES.md").write_text("precious")
+    assert "holds NOTES.md" in refused(capsys, source, out, "--overwrite")
+    (out / "NOTES.md").unlink()
     convert(out, tmp_path / "copy", "--dtype", "bfloat16")
     bfloat16 = {name: array.astype(ml_dtypes.bfloat16) for name, array in hf_weights(TINY).items()}
     assert_same(load_hf_names(tmp_path / "copy"), bfloat16)

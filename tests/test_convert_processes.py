@@ -313,6 +313,7 @@ def test_several_processes_convert_and_load_their_parts(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_an_error_in_one_process_ends_all(tmp_path):
+    # While writing, and while opening what only one of them has.
     weights = hf_weights(TINY)
     weights["model.decoder.layers.1.fc1.weight"][:] = 1e30
     source = write_hf(tmp_path / "hf", TINY, weights)
@@ -323,3 +324,9 @@ def test_an_error_in_one_process_ends_all(tmp_path):
     assert sum("fc1.weight has values that float16 cannot hold" in error for error in errors) == 1
     assert sum("failed: see its message" in error for error in errors) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["hf"] and hub.is_model(source)
+
+    here_only = CONVERT.replace("*sys.argv[4:]", "'tiny' if i == '0' else sys.argv[4], *sys.argv[5:]")
+    results = together(here_only, tmp_path / "nowhere", tmp_path / "out")
+    assert [done.returncode for done in results] == [1, 1]
+    assert "error: process 1 failed: see its message" in results[0].stderr
+    assert "error: no directory" in results[1].stderr and list(tmp_path.iterdir()) == [source]
