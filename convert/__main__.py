@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 Src = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
 Files = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SRC...")]
+Paths = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SRC... DST")]
 Dst = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 PROG = "python -m convert"
@@ -40,8 +42,8 @@ class SourceOptions:
 class MetaseqOptions:
     """What a metaseq checkpoint may not say itself."""
 
-    model: str | None = None
-    """One of the published sizes: 125m, 350m, 1.3b, 2.7b, 6.7b, 13b, 30b, 66b, 175b."""
+    model: Literal["125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b", "175b"] | None = None
+    """The architecture of a published size."""
     config: Path | None = None
     """A config.json of any other architecture."""
 
@@ -109,7 +111,7 @@ def to_orbax(
 
 
 def metaseq(
-    paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SRC... DST")],
+    paths: Paths,
     /,
     metaseq: Metaseq = MetaseqOptions(),
     write: Write = WriteOptions(),
@@ -121,15 +123,13 @@ def metaseq(
       paths: SRC... DST. SRC: all files of the checkpoint, in any order: model-parallel parts, FSDP shards or both; a
         quoted glob; or the directory they are in. DST: the directory to write.
     """
-    if len(paths) < 2:
-        raise UsageError("give the files of the checkpoint and, last, the directory to write: SRC... DST")
+    *files, dst = _sources_and_destination(paths)
     _start(job)
-    _convert(paths[:-1], Path(paths[-1]), SourceOptions(), metaseq, write, from_metaseq=True)
+    _convert(files, Path(dst), SourceOptions(), metaseq, write, from_metaseq=True)
 
 
 def to_hf(
-    src: Src,
-    dst: Dst,
+    paths: Paths,
     /,
     max_shard_size: str = "5GB",
     shard_of: str | None = None,
@@ -141,21 +141,23 @@ def to_hf(
     """Convert an OPT checkpoint to Hugging Face's form: safetensors, config.json, tokenizer files.
 
     Args:
-      src: As for `python -m convert SRC DST`, or (quoted) files of a metaseq checkpoint.
-      dst: The directory to write.
+      paths: SRC DST as for `python -m convert`, or SRC... DST: files of a metaseq checkpoint.
       max_shard_size: Of one file: 500MB, 5GB, 5GiB, ...
       shard_of: i/n: write only the i-th of n parts of the files; the last of the n such commands, run anywhere on the
         same file system and in any order, completes DST.
     """
     from convert import to_hf
 
-    part = _shard_of(shard_of)
+    *names, target = _sources_and_destination(paths)
+    dst, part = Path(target).expanduser(), _shard_of(shard_of)
+    if part is not None and job.distributed:
+        raise UsageError("--shard-of is for separate commands: with --distributed the processes share out the files")
     try:
         to_hf.parse_size(max_shard_size)
     except ValueError as e:
         raise UsageError(str(e)) from None
     _start(job)
-    opened = _open([src], dst, source, metaseq, write, hub.is_model if part is None else None)
+    opened = _open(names, dst, source, metaseq, write, hub.is_model if part is None else None)
     with _Work(opened, dst, write, part) as report:
         to_hf.convert(
             opened, dst, dtype=write.dtype, max_shard_size=max_shard_size, shard_of=part,
@@ -185,6 +187,8 @@ def verify(
 
     ours = _open_source([dst], SourceOptions(), MetaseqOptions())
     theirs = _open_source(against, source, metaseq)
+    ours.check()
+    theirs.check()
     with Report(theirs.nbytes, quiet) as report:
         difference = compare(ours, theirs, report)
     if difference is not None:
@@ -199,9 +203,12 @@ def inspect(src: Files, /, source: Source = SourceOptions(), metaseq: Metaseq = 
       src: As for the other commands; several names: files of a metaseq checkpoint.
     """
     from convert.inspect import describe
+    from convert.source import check_shapes
 
-    for line in describe(_open_source(src, source, metaseq)):
+    opened = _open_source(src, source, metaseq)
+    for line in describe(opened):
         print(line)
+    check_shapes(opened)
 
 
 COMMANDS = {"metaseq": metaseq, "to-hf": to_hf, "verify": verify, "inspect": inspect}
@@ -209,6 +216,20 @@ COMMANDS = {"metaseq": metaseq, "to-hf": to_hf, "verify": verify, "inspect": ins
 
 class UsageError(Exception):
     pass
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, of `timeout`, SLURM or a container's end: cleans up as after Ctrl-C."""
+
+
+def _terminate(*_) -> None:
+    raise Terminated
+
+
+def _sources_and_destination(paths: Sequence[str]) -> Sequence[str]:
+    if len(paths) < 2:
+        raise UsageError("give the files of the checkpoint and, last, the directory to write: SRC... DST")
+    return paths
 
 
 def _shard_of(text: str | None) -> tuple[int, int] | None:
@@ -278,6 +299,8 @@ def _open_source(
 ) -> "Checkpoint":
     from convert.source import open_source
 
+    if metaseq.model is not None and metaseq.config is not None:
+        raise UsageError("--model and --config both name the architecture: give one of them")
     options = {**dataclasses.asdict(source), **dataclasses.asdict(metaseq)}
     return open_source(names, **options, from_metaseq=from_metaseq)
 
@@ -292,6 +315,7 @@ def _convert(
 ) -> None:
     from convert.to_orbax import convert
 
+    dst = dst.expanduser()
     opened = _open(names, dst, source, metaseq, write, hub.is_orbax, from_metaseq)
     with _Work(opened, dst, write) as report:
         convert(opened, dst, dtype=write.dtype, overwrite=write.overwrite, progress=report)
@@ -357,9 +381,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {_one_line(e)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as e:
+        print("interrupted; DST is as it was", file=sys.stderr)
+        return 143 if isinstance(e, Terminated) else 130
     return 0
 
 
@@ -374,5 +398,6 @@ def _one_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminate)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # files to files: leave the accelerators alone
     sys.exit(main())

@@ -1,5 +1,6 @@
 """Hugging Face checkpoint directories: finds the weight files and presents their tensors under our paths, lazily."""
 
+from functools import partial
 from pathlib import Path
 
 from convert import names
@@ -7,7 +8,7 @@ from convert.stored import locate
 from convert.torch_files import read_safetensors, read_torch, shown
 from opt_jax.config import OPTConfig
 from opt_jax.download import WEIGHT_FILES, read_index
-from opt_jax.storage import LazyArray, first_difference
+from opt_jax.storage import Checks, LazyArray, first_difference
 
 
 def open_checkpoint(directory: Path) -> dict[str, LazyArray]:
@@ -47,14 +48,17 @@ def _read(path: Path) -> dict[str, LazyArray]:
     return {name: locate(path, tensors.map, view).lazy() for name, view in tensors.items()}
 
 
-def open_parameters(directory: Path, config: OPTConfig) -> dict[str, LazyArray]:
-    """The checkpoint's tensors under our paths and in our orientation.
+def open_parameters(directory: Path, config: OPTConfig) -> tuple[dict[str, LazyArray], Checks]:
+    """The checkpoint's tensors under our paths and in our orientation, and what is left to compare before using them.
 
-    An `lm_head.weight` that repeats the tied embedding is left out, after comparing the two bit by bit, and so is
-    `decoder.version`, a number that HF's classes ignore as well (`_keys_to_ignore_on_load_unexpected`).
+    An `lm_head.weight` that repeats the tied embedding is left out, and so is `decoder.version`, a number that HF's
+    classes ignore as well (`_keys_to_ignore_on_load_unexpected`).
+
+    Returns:
+      The arrays; functions that read what is stored twice and raise ValueError if it differs.
 
     Raises:
-      FileNotFoundError, ValueError: as `open_checkpoint`; a tensor no OPT model has; a tied head that differs.
+      FileNotFoundError, ValueError: as `open_checkpoint`; a tensor no OPT model has.
     """
     arrays: dict[str, LazyArray] = {}
     for name, array in open_checkpoint(directory).items():
@@ -67,14 +71,18 @@ def open_parameters(directory: Path, config: OPTConfig) -> dict[str, LazyArray]:
         if path in arrays:
             raise ValueError(f"{directory}: tensor {name} is there twice, with and without 'model.' in front")
         arrays[path] = array.T if transposed else array
-    embedding = arrays.get("model.decoder.embed_tokens.embedding")
+    embedding, checks = arrays.get("model.decoder.embed_tokens.embedding"), []
     if config.tie_word_embeddings and "lm_head.kernel" in arrays and embedding is not None:
-        if first_difference(arrays.pop("lm_head.kernel").T, embedding) is not None:
-            raise ValueError(
-                f"{directory}: tensor lm_head.weight differs from model.decoder.embed_tokens.weight, though the config "
-                "ties them: set tie_word_embeddings to false in config.json to keep both"
-            )
-    return arrays
+        checks.append(partial(_check_tied, directory, arrays.pop("lm_head.kernel").T, embedding))
+    return arrays, tuple(checks)
+
+
+def _check_tied(directory: Path, head: LazyArray, embedding: LazyArray) -> None:
+    if first_difference(head, embedding) is not None:
+        raise ValueError(
+            f"{directory}: tensor lm_head.weight differs from model.decoder.embed_tokens.weight, though the config "
+            "ties them: set tie_word_embeddings to false in config.json to keep both"
+        )
 
 
 def describe(path: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:

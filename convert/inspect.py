@@ -1,12 +1,22 @@
 """What a checkpoint holds, and whether two hold the same."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
 from convert import hf
 from convert.source import Checkpoint
+from opt_jax.config import OPTConfig
 from opt_jax.storage import first_difference
 
+# What makes two models the same besides their tensors; the rates of dropout do not.
+_COMPARED = [
+    field.name
+    for field in dataclasses.fields(OPTConfig)
+    if "drop" not in field.name and field.name not in ("extra", "init_std")
+]
 _SHOWN = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "ffn_dim", "word_embed_proj_dim", "vocab_size",
     "max_position_embeddings", "activation_function", "do_layer_norm_before", "_remove_final_layer_norm",
@@ -28,8 +38,11 @@ def describe(opened: Checkpoint) -> Iterator[str]:
 
 
 def compare(ours: Checkpoint, theirs: Checkpoint, progress: Callable[[str, int], None]) -> str | None:
-    """The first difference between two checkpoints: configuration, tensors, dtypes, and every bit; None if none."""
-    for name in _SHOWN:
+    """The first difference between two checkpoints: class, config, tensors, dtypes, and every bit; None if none."""
+    a, b = (opened.raw_config["architectures"][0] for opened in (ours, theirs))
+    if a != b:
+        return f"class: {a} in {ours.where}, but {b} in {theirs.where}"
+    for name in _COMPARED:
         a, b = getattr(ours.config, name), getattr(theirs.config, name)
         if a != b:
             return f"config: {name} is {a} in {ours.where}, but {b} in {theirs.where}"
@@ -46,8 +59,14 @@ def compare(ours: Checkpoint, theirs: Checkpoint, progress: Callable[[str, int],
         where = first_difference(a, b)
         if where is not None:
             at = tuple(slice(i, i + 1) for i in where)
-            left, right = (x.load(at).item() for x in (a, b))
+            left, right = (_shown(x.load(at)) for x in (a, b))
             index = list(where[::-1] if transposed else where)
-            return f"tensor {name} at {index} is {left!r} in {ours.where}, but {right!r} in {theirs.where}"
+            return f"tensor {name} at {index} is {left} in {ours.where}, but {right} in {theirs.where}"
         progress(path, b.nbytes)
     return None
+
+
+def _shown(number: np.ndarray) -> str:
+    """The number, and its bits where they say more."""
+    value = number.item()
+    return f"{value} (0x{number.tobytes()[::-1].hex()})" if value != value else repr(value)

@@ -8,8 +8,9 @@ Sources: metaseq's scripts/reshard_mp.py, distributed/stitch_fsdp_ckpt.py, and t
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from glob import glob
 from itertools import product
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 from convert import names
 from convert.metaseq_config import choose_config
 from convert.metaseq_parts import EMBEDDING, Part, Source, counted, is_flat, open_part, part_tensors, same
-from convert.source import Checkpoint, check
+from convert.source import Checkpoint, check_shapes
 from opt_jax.checkpoint import set_dtype
 from opt_jax.config import OPTConfig
 from opt_jax.storage import Index, LazyArray
@@ -65,7 +66,8 @@ def open_checkpoint(files: Sequence[Path], *, config: OPTConfig | None) -> Check
     parts = [open_part(paths) for paths in grid]
     first = grid[0][0]
     draft = choose_config(parts[0].settings, config, first)
-    joined = _join([part_tensors(part, draft, len(grid)) for part in parts], draft)
+    checks: list[Callable[[], object]] = []
+    joined = _join([part_tensors(part, draft, len(grid), checks) for part in parts], draft, checks)
     if config is None and EMBEDDING in joined:
         draft = replace(draft, vocab_size=joined[EMBEDDING].shape[0])
     arrays: dict[str, LazyArray] = {}
@@ -86,9 +88,10 @@ def open_checkpoint(files: Sequence[Path], *, config: OPTConfig | None) -> Check
         raw_config=set_dtype(raw, embedding.dtype.name) if embedding else raw,
         arrays=arrays,
         companions=tuple(dict.fromkeys(path.parent for path in files)),
+        checks=tuple(checks),
     )
     try:
-        check(opened, "OPTForCausalLM")
+        check_shapes(opened)
     except ValueError as e:
         raise ValueError(f"{e} (from {counted(len(grid), 'model part')}: are they all?)") from None
     return opened
@@ -135,8 +138,10 @@ def _arrange(files: Sequence[Path]) -> list[list[Path]]:
 # Joining the parts ------------------------------------------------------------------------------------------
 
 
-def _join(parts: Sequence[Mapping[str, Source]], config: OPTConfig) -> dict[str, Source]:
-    """The model's tensors, by the names of Hugging Face's base model."""
+def _join(
+    parts: Sequence[Mapping[str, Source]], config: OPTConfig, checks: list[Callable[[], object]]
+) -> dict[str, Source]:
+    """The model's tensors, by the names of Hugging Face's base model. checks: gets the comparisons of copies."""
     joined: dict[str, Source] = {}
     for other in parts[1:]:
         if different := sorted(parts[0].keys() ^ other.keys()):
@@ -150,7 +155,7 @@ def _join(parts: Sequence[Mapping[str, Source]], config: OPTConfig) -> dict[str,
         if name == _HEAD and config.tie_word_embeddings:
             for part in parts:
                 if EMBEDDING in part:
-                    same(name, [part[EMBEDDING], part[name]])
+                    checks.append(partial(same, name, [part[EMBEDDING], part[name]]))
             continue
         hf_name = name
         for ours, theirs in _OTHER_NAMES.items():
@@ -164,7 +169,8 @@ def _join(parts: Sequence[Mapping[str, Source]], config: OPTConfig) -> dict[str,
         elif re.search(r"\.(fc2|out_proj)\.weight$", name):
             joined[hf_name] = _concatenate(name, sources, 1)
         else:
-            joined[hf_name] = same(name, sources)
+            checks.append(partial(same, name, sources))
+            joined[hf_name] = sources[0]
     return joined
 
 
@@ -197,10 +203,8 @@ def _concatenate(name: str, sources: Sequence[Source], axis: int) -> Source:
             low, high = max(wanted.start, start), min(wanted.stop, start + length)
             if low < high:
                 inner, place = list(index), [slice(None)] * len(index)
-                inner[axis], place[axis] = (
-                    slice(low - start, high - start),
-                    slice(low - wanted.start, high - wanted.start),
-                )
+                inner[axis] = slice(low - start, high - start)
+                place[axis] = slice(low - wanted.start, high - wanted.start)
                 source.copy(tuple(inner), out[tuple(place)])
             start += length
 

@@ -11,6 +11,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,8 +165,8 @@ def _whole(stored: _Stored) -> Source:
     return Source(stored.path, stored.shape, stored.dtype, lambda index, out: np.copyto(out, stored.map(index)))
 
 
-def part_tensors(part: Part, config: OPTConfig, parts: int) -> dict[str, Source]:
-    """All tensors of the part, by metaseq's names."""
+def part_tensors(part: Part, config: OPTConfig, parts: int, checks: list[Callable[[], object]]) -> dict[str, Source]:
+    """All tensors of the part, by metaseq's names. checks: gets the comparisons of copies."""
     flat = set(filter(is_flat, part.stored))
     if not flat and len(part.paths) > 1:
         raise ValueError(f"{part.paths[1]}: its tensors are whole, so it cannot be a shard beside {part.paths[0]}")
@@ -178,11 +179,11 @@ def part_tensors(part: Part, config: OPTConfig, parts: int) -> dict[str, Source]
             if inner in tensors or (inner in part.stored and inner not in units):
                 raise ValueError(f"{source.file}: tensor {inner} is there twice")
             tensors[inner] = source
-    for name in [
-        name for name in part.stored if name not in units
-    ]:  # whole tensors; beside flat ones, buffers that each shard repeats
-        copies = [_whole(stored) for stored in part.stored[name]]
-        tensors[name] = same(name, copies)
+    for name, copies in part.stored.items():  # whole tensors; beside flat ones, buffers that each shard repeats
+        if name not in units:
+            sources = [_whole(stored) for stored in copies]
+            checks.append(partial(same, name, sources))
+            tensors[name] = sources[0]
     return tensors
 
 
@@ -298,13 +299,12 @@ def _layout(config: OPTConfig, parts: int, where: Path) -> Iterator[tuple[str, S
         yield from norm("decoder.layer_norm")
 
 
-def same(name: str, sources: Sequence[Source]) -> Source:
-    """The first of several copies of a tensor, all of which are read and compared."""
+def same(name: str, sources: Sequence[Source]) -> None:
+    """Raise ValueError unless all copies of a tensor are equal, bit for bit. Reads them."""
     for other in sources[1:]:
         if (index := first_difference(sources[0].lazy(), other.lazy())) is not None:
             where = f" at {list(index)}" if index else " in shape or dtype"
             raise ValueError(f"{other.file}: tensor {name} differs from its copy in {sources[0].file}{where}")
-    return sources[0]
 
 
 def counted(n: int, what: str) -> str:

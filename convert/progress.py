@@ -41,7 +41,7 @@ class Report:
 
     def line(self, path: str, seconds: float) -> str:
         speed = max(self.done / seconds, 1.0)
-        left = int((self.total - self.done) / speed)
+        left = max(0, int((self.total - self.done) / speed))
         return (
             f"{self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, {speed / 1e9:.2f} GB/s, "
             f"{left // 60}:{left % 60:02d} left, {path}"

@@ -9,7 +9,7 @@ import opt_jax.model
 from convert import hf
 from opt_jax import checkpoint, hub
 from opt_jax.config import OPTConfig
-from opt_jax.storage import LazyArray
+from opt_jax.storage import Checks, LazyArray
 
 CLASSES = ("OPTForCausalLM", "OPTModel", "OPTForSequenceClassification", "OPTForQuestionAnswering")
 
@@ -24,6 +24,7 @@ class Checkpoint:
       config: the architecture. `raw_config`: the content of the config.json to write, fields unknown to us included.
       arrays: our parameter paths -> arrays in our orientation (kernels [in, out]), exactly those of the model.
       companions: directories whose tokenizer files and generation_config.json go with the model, the first one first.
+      checks: comparisons of what is stored more than once, to be run before the arrays are used.
     """
 
     where: Path
@@ -32,6 +33,7 @@ class Checkpoint:
     raw_config: Mapping[str, Any]
     arrays: Mapping[str, LazyArray]
     companions: tuple[Path, ...] = ()
+    checks: Checks = ()
 
     @property
     def parameters(self) -> int:
@@ -40,6 +42,16 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays.values())
+
+    def check(self) -> None:
+        """Account for every tensor of the model and of the checkpoint, and compare what is stored more than once.
+
+        Raises:
+          ValueError: one too many, too few or misshapen, or copies that differ; names it as HF does.
+        """
+        check_shapes(self)
+        for check in self.checks:
+            check()
 
 
 def open_source(
@@ -89,26 +101,25 @@ def open_directory(directory: Path) -> Checkpoint:
 
     Raises:
       FileNotFoundError: the config or weights are missing.
-      ValueError: a damaged file, or one tensor too many, too few or misshapen, or in a dtype models are not kept in.
+      ValueError: a damaged file, or a tensor that no OPT model has. (`Checkpoint.check` finds what else is wrong.)
     """
     config, raw = checkpoint.read_config(directory)
     orbax = hub.is_orbax(directory)
-    arrays = checkpoint.open_parameters(directory, config)
+    arrays, checks = checkpoint.open_parameters(directory, config)
     cls = model_class(config, arrays, directory)
     trained = orbax and not (directory / "config.json").is_file()
     if trained:  # a run that began from a float16 checkpoint has its config, but trains in float32
         raw = checkpoint.set_dtype(raw, next(iter(arrays.values())).dtype.name)
     kind = "checkpoint of train.py" if trained else "Orbax model directory"
-    opened = Checkpoint(
+    return Checkpoint(
         where=directory,
         format=kind if orbax else hf.describe_files(directory),
         config=config,
         raw_config={**raw, "architectures": [cls]},
         arrays=arrays,
         companions=hub.companion_directories(directory),
+        checks=checks,
     )
-    check(opened, cls)
-    return opened
 
 
 def model_class(config: OPTConfig, arrays: Mapping[str, LazyArray], where: Path) -> str:
@@ -123,16 +134,11 @@ def model_class(config: OPTConfig, arrays: Mapping[str, LazyArray], where: Path)
     return named[0]
 
 
-def check(opened: Checkpoint, cls: str) -> None:
-    """Account for every tensor of the model and of the checkpoint.
+def check_shapes(opened: Checkpoint) -> None:
+    """Account for every tensor of the model and of the checkpoint; no data is read.
 
     Raises:
-      ValueError: one too many, too few or misshapen, or in a dtype that models are not kept in; names it as HF does.
+      ValueError: one too many, too few or misshapen; names it as HF does.
     """
-    model = getattr(opt_jax.model, cls)
+    model = getattr(opt_jax.model, opened.raw_config["architectures"][0])
     checkpoint.check_parameters(model, opened.config, opened.arrays, opened.where, describe=hf.describe)
-    for path, array in opened.arrays.items():
-        if array.dtype.name not in checkpoint.PARAM_DTYPES:
-            name = hf.describe(path, ())[0]
-            allowed = ", ".join(checkpoint.PARAM_DTYPES)
-            raise ValueError(f"{opened.where}: tensor {name} is {array.dtype.name}; models are kept in {allowed}")

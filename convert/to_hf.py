@@ -78,7 +78,9 @@ def convert(
             raise ValueError("--shard-of is for separate commands: a jax.distributed job shares out the files itself")
         if not 1 <= shard_of[0] <= shard_of[1]:
             raise ValueError(f"--shard-of {shard_of[0]}/{shard_of[1]}: i/n needs 1 <= i <= n")
-    writer = _Writer(source, dtype, parse_size(max_shard_size), progress)
+    limit = parse_size(max_shard_size)
+    storage.on_first_process(source.check)
+    writer = _Writer(source, dtype, limit, progress)
     destination = Path(os.path.realpath(destination))
     if job:
         _convert_in_job(writer, destination, overwrite)
@@ -90,6 +92,7 @@ def convert(
             for file in writer.files:
                 with _disk_full_at(new / file.name), open(new / file.name, "xb", buffering=0) as out:
                     writer.write(out.fileno(), file)
+                    os.fsync(out.fileno())
             with _disk_full_at(new):
                 writer.write_descriptions(new)
             writer.check_written(new)

@@ -32,8 +32,9 @@ def convert(
     Raises:
       FileExistsError: see `storage.new_directory`.
       OSError: the disk is full.
-      ValueError: damaged data, or values out of range for `dtype`; names the tensor.
+      ValueError: a tensor too many, too few or misshapen, damaged data, values out of range for `dtype`; names it.
     """
+    storage.on_first_process(source.check)
     arrays = {path: cast(source, path, dtype) for path in source.arrays}
     config = dict(source.raw_config) if dtype is None else checkpoint.set_dtype(source.raw_config, dtype)
     with storage.new_directory(destination, overwrite) as new:
@@ -52,6 +53,11 @@ def cast(source: Checkpoint, path: str, dtype: str | None) -> LazyArray:
     """The array at `path` in another dtype; reading values that overflow there raises ValueError."""
     array = source.arrays[path]
     target = jnp.dtype(dtype or array.dtype)
+    if target.name not in checkpoint.PARAM_DTYPES:
+        name = hf.describe(path, ())[0]
+        raise ValueError(
+            f"{source.where}: tensor {name} is {target}, which models are not kept in; use --dtype float32"
+        )
     if target == array.dtype:
         return array
 

@@ -15,10 +15,8 @@ _END64 = struct.Struct("<4sQHHIIQQQQ")
 _LOCATOR64 = struct.Struct("<4sIQI")
 _ENTRY = struct.Struct("<4s4xHH4xIIIHHHH6xI")
 _LOCAL = struct.Struct("<4s2xHH8xIIHH")
-_ENCRYPTED, _SIZES_FOLLOW = (
-    1,
-    8,
-)  # flags; with the latter, the local header may leave the sizes 0: a descriptor behind the data has them
+# Flags. With the latter, the local header may leave the sizes 0: a descriptor behind the data has them.
+_ENCRYPTED, _SIZES_FOLLOW = 1, 8
 
 
 class Record(NamedTuple):

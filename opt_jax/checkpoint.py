@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from opt_jax import hub, sharding
 from opt_jax.config import OPTConfig
 from opt_jax.model import OPTForCausalLM, OPTPreTrainedModel, named_parameters
-from opt_jax.storage import LazyArray, Shape, new_directory, open_arrays, write_arrays
+from opt_jax.storage import Checks, LazyArray, Shape, new_directory, on_first_process, open_arrays, write_arrays
 
 M = TypeVar("M", bound=OPTPreTrainedModel)
 log = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def load_pretrained(
     """
     directory = hub.resolve(name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
     config, _ = read_config(directory)
-    arrays = open_parameters(directory, config)
+    arrays, checks = open_parameters(directory, config)
 
     # A tied causal LM must not lose a head that is there, nor an untied one get a random head.
     may_drop = [head for head in _HEADS if not (head == "lm_head." and issubclass(cls, OPTForCausalLM))]
@@ -142,6 +142,9 @@ def load_pretrained(
         log.warning("%s has no %s: newly initialised. Train it before use.", directory, path)
     for path in dropped:
         log.warning("%s: %s is not used by %s", directory, path, cls.__name__)
+
+    for check in checks:  # in a job by one process: each reads only what it needs
+        check() if mesh is None else on_first_process(check)
 
     default = jnp.zeros(()).sharding  # honours jax.default_device
     platform = next(iter(default.device_set)).platform if mesh is None else mesh.devices.flat[0].platform
@@ -262,13 +265,14 @@ def read_config(directory: Path) -> tuple[OPTConfig, dict[str, Any]]:
     return OPTConfig.from_hf(raw, where=str(directory / "config.json")), raw
 
 
-def open_parameters(directory: Path, config: OPTConfig) -> dict[str, LazyArray]:
-    """Parameter path -> array, of a model directory of ours, a checkpoint of train.py or a Hugging Face directory."""
+def open_parameters(directory: Path, config: OPTConfig) -> tuple[dict[str, LazyArray], Checks]:
+    """Parameter path -> array, of a model directory of ours, a checkpoint of train.py or a Hugging Face directory; and
+    what is left to compare before using them (`convert.hf.open_parameters`)."""
     if hub.is_orbax(directory):
         arrays = open_arrays(directory / "params")
         if any(path.startswith("model.model.") for path in arrays):  # a training state: its model is one field of it
             arrays = {path.removeprefix("model."): array for path, array in arrays.items()}
-        return arrays
+        return arrays, ()
     from convert import hf  # the one place where the library knows a foreign format
 
     return hf.open_parameters(directory, config)

@@ -30,6 +30,7 @@ from opt_jax import hub
 
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
+Checks = tuple[Callable[[], object], ...]  # comparisons put off because they read data; each raises ValueError
 
 CHUNK_BYTES = 32 << 20  # of one stored chunk at most: what a process must read at least to fill its shard
 _MAX_LAYERS = 10_000  # more are damage, not depth
@@ -147,12 +148,8 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
             if not hasattr(self._local, "buffer"):
                 self._local.buffer = np.empty(CHUNK_BYTES, np.uint8)
             piece = value.load(index, self._local.buffer)
-            try:  # the buffer is free again when the write has been committed, which is what `result` waits for
-                store[index].write(piece, can_reference_source_data_indefinitely=True).result()
-            except ValueError as e:
-                if "No space left" in str(e) or "quota exceeded" in str(e):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(info.parent_dir)) from None
-                raise
+            # The buffer is free again when the write has been committed, which is what `result` waits for.
+            store[index].write(piece, can_reference_source_data_indefinitely=True).result()
             with self._lock:
                 self._progress(info.name, piece.nbytes)
 
@@ -181,8 +178,20 @@ def write_arrays(
     # Weights do not compress: zstd makes writing several times slower for a few percent.
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
-    with _silent(logging.getLogger("absl")), ocp.Checkpointer(handler) as checkpointer:
+    quiet, full = _silent(logging.getLogger("absl")), _disk_full(directory)
+    with quiet, full, ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree, save_args=save_args))
+
+
+@contextmanager
+def _disk_full(directory: Path) -> Iterator[None]:
+    """A full disk as one short OSError, whatever TensorStore and Orbax make of it."""
+    try:
+        yield
+    except Exception as e:
+        if "No space left" in str(e) or "quota exceeded" in str(e):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory)) from None
+        raise
 
 
 @contextmanager
@@ -206,7 +215,7 @@ def agree(error: Exception | None) -> None:
         raise error
 
 
-def on_first_process(action: Callable[[], None]) -> None:
+def on_first_process(action: Callable[[], object]) -> None:
     """Run `action` on process 0 alone; the others wait for it, and fail if it does."""
     error = None
     if jax.process_index() == 0:
@@ -305,7 +314,7 @@ def check_space(path: Path, nbytes: int) -> None:
     while not path.exists():
         path = path.absolute().parent
     if (free := shutil.disk_usage(path).free) < nbytes:
-        raise OSError(errno.ENOSPC, f"{nbytes / 1e9:.2f} GB are needed, but {free / 1e9:.2f} GB are free", str(path))
+        raise OSError(errno.ENOSPC, f"{nbytes / 1e6:,.1f} MB are needed, but {free / 1e6:,.1f} MB are free", str(path))
 
 
 # Reading ----------------------------------------------------------------------------------------------------

@@ -53,16 +53,18 @@ def sources(directory: Path) -> dict[str, Path | str]:
 def test_inspect_shows_every_form_without_loading_it(tmp_path, capsys, monkeypatch):
     found = sources(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(TINY))
+    weights = hf_weights(TINY, dtype="float16")
+    weights["lm_head.weight"] = weights["model.decoder.embed_tokens.weight"]
+    found["with-head"] = write_hf(tmp_path / "with-head", TINY, weights)
     monkeypatch.setattr(storage.LazyArray, "load", lambda *args: pytest.fail("tensor data were read"))
     count = sum(a.size for a in hf_weights(TINY).values())
     for form, source in found.items():
-        if form == "metaseq":  # its repeated tensors are compared when it is opened
-            monkeypatch.undo()
         given = ["--config", tmp_path / "config.json"] if form == "metaseq" else []
         code, out, err = run(capsys, "inspect", source, *given)
         assert (code, err) == (0, "")
         first, cls, config, total, *tensors = out.splitlines()
-        kind = {"safetensors": "Hugging Face safetensors, 1 file", "bin": "Hugging Face torch .bin, 1 file",
+        kind = {"safetensors": "Hugging Face safetensors, 1 file", "with-head": "Hugging Face safetensors, 1 file",
+                "bin": "Hugging Face torch .bin, 1 file",
                 "safetensors-sharded": "Hugging Face safetensors, 2 files", "orbax": "Orbax model directory",
                 "metaseq": "metaseq, 2 model parts in 2 files each, flat parameters, with metadata"}[form]  # fmt: skip
         assert first.endswith(f": {kind}")
@@ -71,6 +73,19 @@ def test_inspect_shows_every_form_without_loading_it(tmp_path, capsys, monkeypat
         lines = {line.split()[0]: line.split()[1:] for line in tensors}
         assert lines.keys() == hf_weights(TINY).keys()
         assert lines[FC1] == ["float16", "16x8", "256"]
+
+
+def test_inspect_shows_what_is_wrong_with_it(tmp_path, capsys):
+    weights = hf_weights(TINY)
+    weights[FC1] = weights[FC1].astype(np.float64)
+    del weights["model.decoder.layers.0.fc2.bias"]
+    code, out, err = run(capsys, "inspect", write_hf(tmp_path / "hf", TINY, weights))
+    assert code == 1 and len(out.splitlines()) == 4 + len(weights) and f"{FC1:<55} float64" in out
+    assert err.startswith("error: ") and "tensor model.decoder.layers.0.fc2.bias is missing" in err
+    assert "--dtype float32" in failed(
+        capsys, 1, write_hf(tmp_path / "64", TINY, hf_weights(TINY) | {FC1: weights[FC1]}), tmp_path / "out"
+    )
+    assert run(capsys, tmp_path / "64", tmp_path / "out", "--dtype", "float32")[0] == 0
 
 
 def test_a_directory_named_like_a_command(tmp_path, capsys, monkeypatch):
@@ -104,10 +119,17 @@ def test_verify_finds_the_first_difference(tmp_path, capsys):
     assert f"tensor {FC1} at [3, 5] is -0.0 in {tmp_path / 'other'}, but 0.0 in" in difference(TINY, other)
     other[FC1] = weights[FC1].astype(np.float16)
     assert f"tensor {FC1} is float16 (16, 8) in" in difference(TINY, other)
+    other = {name: array.copy() for name, array in weights.items()}
+    other[FC1][3, 5], weights[FC1][3, 5] = np.array([0x7FC00000, 0x7FC00001], np.uint32).view(np.float32)
+    write_hf(tmp_path / "one", TINY, weights)
+    assert "is nan (0x7fc00000) in" in difference(TINY, other)
+    assert "pad_token_id is 7 in" in difference(TINY | {"pad_token_id": 7}, weights)
+    base = {name.removeprefix("model."): array for name, array in weights.items()}
+    assert "class: OPTModel in" in difference(TINY | {"architectures": ["OPTModel"]}, base)
     assert "num_attention_heads is 4 in" in difference(TINY | {"num_attention_heads": 4}, weights)
     assert "tie_word_embeddings" in difference(VARIANTS["untied"], hf_weights(VARIANTS["untied"]))
     headed = TINY | {"architectures": ["OPTForSequenceClassification"]}
-    assert "tensor score.weight of" in difference(headed, hf_weights(headed, "score"))
+    assert "class: OPTForSequenceClassification in" in difference(headed, hf_weights(headed, "score"))
 
 
 # Usage ----------------------------------------------------------------------------------------------------------------
@@ -123,6 +145,9 @@ def test_verify_finds_the_first_difference(tmp_path, capsys):
         (["to-hf", "tiny", "DST", "--max-shard-size", "9" * 400], "--max-shard-size '999"),
         (["tiny", "DST", "--num-processes", "2"], "are for --distributed"),
         (["metaseq", "DST"], "SRC... DST"),
+        (["to-hf", "DST"], "SRC... DST"),
+        (["to-hf", "tiny", "DST", "--shard-of", "1/2", "--distributed"], "--shard-of is for separate commands"),
+        (["metaseq", "nowhere", "DST", "--model", "125m", "--config", "c"], "give one of them"),
     ],
 )
 def test_bad_usage_is_exit_code_2(tmp_path, capsys, args, message):
@@ -138,8 +163,6 @@ def test_bad_usage_is_exit_code_2(tmp_path, capsys, args, message):
         (["to-hf", "tiny", "DST", "--model", "125m"], "--model and --config are for metaseq checkpoints"),
         (["to-hf", "nowhere.pt", "DST", "--revision", "main"], "are for hub ids, not for metaseq files"),
         (["metaseq", "nowhere.pt", "DST", "--model", "125m"], "nowhere.pt is not there"),
-        (["metaseq", "nowhere", "DST", "--model", "7b"], "unknown OPT size '7b'"),
-        (["metaseq", "nowhere", "DST", "--model", "125m", "--config", "c"], "give one of them"),
     ],
 )
 def test_options_that_do_not_fit_the_source(tmp_path, capsys, args, message):

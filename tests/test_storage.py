@@ -208,5 +208,5 @@ def test_lock_is_not_taken_on_a_directory_that_was_just_published(tmp_path, monk
 
 def test_too_little_space_is_known_beforehand(tmp_path):
     storage.check_space(tmp_path / "not" / "yet", 1)
-    with pytest.raises(OSError, match=re.escape("1000000000.00 GB are needed")):
+    with pytest.raises(OSError, match=re.escape("1,000,000,000,000.0 MB are needed")):
         storage.check_space(tmp_path / "not" / "yet", 10**18)
