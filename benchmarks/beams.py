@@ -49,7 +49,7 @@ def search_rows(model: OPTForCausalLM, ids, mask, options: beams.BeamOptions, *,
     per_row = (out.cache.k, out.cache.v, out.cache.valid, out.cache.next_position)
     k, v, valid, position = jax.tree.map(lambda x: jnp.repeat(x, num_beams, axis=0), per_row)
     cache: Any = RowsCache(dataclasses.replace(out.cache, k=k, v=v, valid=valid, next_position=position))
-    advance = partial(beams._advance, ids, options, None, False, None)
+    advance = partial(beams._advance, ids, mask, options, None, False, None)
 
     def step(state):
         token = lax.dynamic_index_in_dim(state.running.tokens, state.step - 1, axis=2, keepdims=False)

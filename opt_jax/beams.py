@@ -25,8 +25,9 @@ from opt_jax.model import OPTForCausalLM
 _NEVER = -1e9  # HF's score of what must not be chosen: finite, since sums of it are compared
 _EOS_SLOTS = 8  # more end tokens than this compile anew
 
-# (options, log_probs [B * N, V], tokens [B * N, T + new], columns of tokens in use, new tokens so far) -> log_probs.
-Process = Callable[[Any, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+# (options, log_probs [B * N, V], tokens [B * N, L], which of them are real [B * N, L], column of the next token, number
+# of new tokens so far) -> log_probs
+Process = Callable[[Any, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -152,7 +153,7 @@ def _search(
     batch, width = ids.shape
     out = model.forward(ids, mask, cache=model.init_cache(batch, width + num_beams * capacity), logits_to_keep=1)
     assert out.cache is not None
-    advance = partial(_advance, ids, options, keys, early_stopping, process)
+    advance = partial(_advance, ids, mask, options, keys, early_stopping, process)
 
     def step(state: _State) -> _State:
         token = lax.dynamic_index_in_dim(state.running.tokens, state.step - 1, axis=2, keepdims=False)
@@ -179,6 +180,7 @@ def _start(batch: int, beams: int, capacity: int, pad_token_id: Int[Array, ""], 
 
 def _advance(
     ids: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
     options: BeamOptions,
     keys: Key[Array, " B"] | None,
     early_stopping: bool | Literal["never"],
@@ -190,10 +192,7 @@ def _advance(
     beams, vocabulary = logits.shape[1:]
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     if process is not None:
-        tokens = _with_prompt(ids, state.running.tokens)
-        flat = log_probs.reshape(-1, vocabulary)
-        flat = process(options.process, flat, tokens, ids.shape[1] + state.step, state.step)
-        log_probs = flat.reshape(log_probs.shape)
+        log_probs = _processed(process, options.process, ids, mask, state, log_probs)
     totals = (log_probs + state.running.scores[:, :, None]).reshape(len(ids), -1)
 
     # So many that `beams` of them are left to go on if each beam proposes all the end tokens.
@@ -227,6 +226,23 @@ def _advance(
     return _State(state.cache.select(_take(parent, chosen)), running, finished, length, done)
 
 
+def _processed(
+    process: Process, options: Any, ids: Int[Array, "B T"], mask: Bool[Array, "B T"], state: _State,
+    log_probs: Float[Array, "B N V"],
+) -> Float[Array, "B N V"]:  # fmt: skip
+    tokens, step = state.running.tokens, state.step
+    width, (beams, capacity) = ids.shape[1], tokens.shape[1:]
+    is_new = jnp.broadcast_to(jnp.arange(capacity) < step, tokens.shape)
+
+    def joined(prompt, new):
+        prompt = jnp.repeat(prompt[:, None], beams, axis=1)
+        return jnp.concatenate([prompt, new], axis=2).reshape(-1, width + capacity)
+
+    flat = log_probs.reshape(-1, log_probs.shape[-1])
+    flat = process(options, flat, joined(ids, tokens), joined(mask, is_new), width + step, step)
+    return flat.reshape(log_probs.shape)
+
+
 def _candidates(totals: Float[Array, "B C"], most: int, keys: Key[Array, " B"] | None, step) -> Int[Array, "B most"]:
     """The largest, in order; or drawn without replacement from softmax(totals), in the order drawn."""
     if keys is not None:  # Gumbel top-k: https://arxiv.org/abs/1903.06059
@@ -258,12 +274,6 @@ def _power(length: Int[Array, "..."], exponent: Float[Array, ""]) -> Float[Array
 def _take(x: Array, index: Int[Array, "B n"]) -> Array:
     """x[b, index[b]] for every prompt b."""
     return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
-
-
-def _with_prompt(ids: Int[Array, "B T"], tokens: Int[Array, "B N M"]) -> Int[Array, "BN TM"]:
-    batch, beams, _ = tokens.shape
-    prompts = jnp.broadcast_to(ids[:, None], (batch, beams, ids.shape[1]))
-    return jnp.concatenate([prompts, tokens], axis=2).reshape(batch * beams, -1)
 
 
 # Arguments ----------------------------------------------------------------------------------------------------
