@@ -71,8 +71,14 @@ class TextGenerationPipeline:
         options = self._defaults | options
         full, skip = options.pop("return_full_text", True), options.pop("skip_special_tokens", True)
         special, size = options.pop("add_special_tokens", True), options.pop("batch_size", 8)
-        if options.setdefault("do_sample", True):
-            options = {"temperature": 0.7, "top_k": 50} | options
+        from opt_jax.request import checkpoint_options
+
+        config = options.pop("generation_config", None)
+        options = ({} if config is None else config.to_dict()) | options
+        given = {k: v for k, v in (checkpoint_options(self.model) | options).items() if v is not None}  # as HF
+        sampling = {k: v for k, v in dict(temperature=0.7, top_k=50).items() if k not in given}
+        if given.setdefault("do_sample", True):
+            options = sampling | options | {"do_sample": True}
         if size < 1:
             raise ValueError(f"batch_size={size}: use 1 or more")
         prompts = [text_inputs] if isinstance(text_inputs, str) else list(text_inputs)
@@ -87,11 +93,13 @@ class TextGenerationPipeline:
             )
             width = inputs["input_ids"].shape[1]
             own: dict[str, Any] = {}
-            if options.get("max_new_tokens") is None and options.get("max_length") is None:
+            if not {"max_new_tokens", "max_length"} & given.keys():
                 own["max_new_tokens"] = max(1, min(256, self.model.config.max_position_embeddings - width))
-            if options["do_sample"]:  # other random numbers for every batch
-                own["seed"] = options.get("seed", 0) + start
-            rows = np.asarray(self.model.generate(**inputs, **(options | own)).sequences)[:, width:]
+            if given["do_sample"]:  # other random numbers for every batch
+                seed: Any = options.get("seed") or 0
+                own["seed"] = seed + start if isinstance(seed, int) else list(seed)[start : start + size]
+            output = self.model.generate(**inputs, tokenizer=self.tokenizer, **(options | own))
+            rows = output.sequences[:, width:]
             texts = self.tokenizer.batch_decode(rows, skip_special_tokens=skip)
             each = len(texts) // len(batch)  # num_return_sequences
             for i, prompt in enumerate(batch):

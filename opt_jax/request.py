@@ -64,7 +64,7 @@ def check_request(
 ) -> Request:
     """The arguments of `generate`, checked and with all defaults filled in; ValueError as there."""
     ids = _check_model_and_ids(model, input_ids)
-    given = combine(_checkpoint_options(model), generation_config, options or {})
+    given = combine(checkpoint_options(model), generation_config, options or {})
     eos, pad = _special_ids(model, given)
     mask = _check_mask(ids, attention_mask, None if pad in eos else pad)
     if not mask[:, -1].all():
@@ -117,7 +117,8 @@ def _check_heads(model: OPTForCausalLM) -> None:
         raise ValueError(f"{heads} attention heads cannot be split over {shards} devices: use a mesh that divides them")
 
 
-def _checkpoint_options(model: OPTForCausalLM) -> dict[str, Any]:
+def checkpoint_options(model: OPTForCausalLM) -> dict[str, Any]:
+    """What the generation_config.json says that the model was loaded with."""
     text = model.generation_config_json
     return {} if text is None else parse(text, "the checkpoint's generation_config.json")
 

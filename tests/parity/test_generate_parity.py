@@ -4,8 +4,10 @@ import warnings
 
 import numpy as np
 import pytest
-from oracle import make_hf, to_jax, torch
+from oracle import make_hf, to_jax, torch, transformers
 from reference import CONFIGS, SMALL, batch
+
+from opt_jax import GenerationConfig
 
 # Mixed lengths, padded on the left: 10, 7, 4, 1 real tokens.
 PROMPTS = {k: v for k, v in batch("opt-125m", "left", rows=4).items() if k != "labels"}
@@ -92,3 +94,39 @@ def test_greedy_with_processors(options):
     ours = pair[1].generate(ids, mask, **(length | options | ends)).sequences
     np.testing.assert_array_equal(ours, theirs)
     assert not np.array_equal(pair[1].generate(ids, mask, max_new_tokens=20).sequences, ours)
+
+
+def test_stop_strings():
+    """The token after which HF's criterion says stop, on random text and on random bytes, prompts included."""
+    from opt_jax import OPTTokenizer, hub
+    from opt_jax.text import StopStrings
+
+    tok = OPTTokenizer.from_pretrained("tiny")
+    folder = hub.resolve("tiny")
+    theirs = transformers.GPT2Tokenizer(
+        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), bos_token="</s>", eos_token="</s>",
+        unk_token="</s>", pad_token="<pad>",
+    )  # fmt: skip
+    random = np.random.RandomState(0)
+    rows = random.randint(3, len(tok), (60, 30))
+    rows[30:] = random.choice([i for i in range(len(tok)) if len(tok.token_bytes(i)) == 1], (30, 30))
+    text = b"".join(map(tok.token_bytes, rows[0].tolist())).decode(errors="ignore")
+    for strings in ("e", ["re", "\n", "zq"], [text[9:14], text[40:41], "on"], "é", [text[15:40], "ta"]):
+        criterion = transformers.StopStringCriteria(theirs, strings)
+        prompt, new = rows[:, :10], rows[:, 10:]
+        expected = np.full(60, np.iinfo(np.int32).max)
+        for n in range(20, 0, -1):
+            expected[criterion(torch.tensor(rows[:, : 10 + n]), None).numpy()] = n
+        search = StopStrings(tok, strings, list(prompt))
+        search.look(new, np.zeros(60, bool))
+        np.testing.assert_array_equal(search.lengths, expected, str(strings))
+        assert strings == "é" or (expected < 20).any()
+
+
+def test_every_option_of_hf_is_known():
+    """By name, with its default harmless; so a new version of transformers shows what is new."""
+    config = transformers.GenerationConfig()
+    options = config.to_dict() | {k: v for k, v in config._get_default_generation_params().items() if k != "top_k"}
+    GenerationConfig.from_dict(options)
+    checkpoint = {"_from_model_config": True, "bos_token_id": 2, "transformers_version": "5.0.0"}
+    assert GenerationConfig.from_dict(checkpoint).to_dict() == {}
