@@ -3,6 +3,7 @@
 import re
 import warnings
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -204,6 +205,11 @@ def test_compiles_once_per_bucket_batch_and_kind(model, compiled):
         dict(temperature=2, top_k=3, top_p=0.2, seed=2**32 - 1, min_new_tokens=3),
     ):  # fmt: skip
         assert run(2, 11, max_new_tokens=6, do_sample=True, **options)[1] == [], options
+    # another kind of decoding is another program, which takes all values
+    kind: dict[str, Any] = dict(repetition_penalty=1.2, stop_token_ids=[[5, 6]], suppress_tokens=[9], logprobs=2)
+    assert run(2, 10, max_new_tokens=8, **kind)[0] == both
+    kind = dict(repetition_penalty=0.7, stop_token_ids=[[7, 8], 3], suppress_tokens=[4, 5, 6], logprobs=2)
+    assert run(2, 12, max_new_tokens=6, **kind)[1] == []
     assert run(3, 10, max_new_tokens=8)[0] == both
     assert run(2, 17, max_new_tokens=8)[0] == both
     assert run(2, 17, max_new_tokens=20)[0] == both
@@ -218,9 +224,15 @@ def test_buckets(model):
         assert check_request(model, ids).padded_ids.shape[1] <= 64
 
 
-@pytest.mark.parametrize("do_sample", [False, True])
-def test_the_loop_updates_the_cache_in_place(model, do_sample):
-    request = check_request(model, IDS, MASK, options=dict(max_new_tokens=30, do_sample=do_sample))
+PROCESSORS = dict(repetition_penalty=1.3, no_repeat_ngram_size=2, bad_words_ids=[[5, 6]], stop_token_ids=[[7, 8]])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(do_sample=True), PROCESSORS | dict(logprobs=2)], ids=lambda o: "-".join(o)
+)
+def test_the_loop_updates_the_cache_in_place(model, options):
+    do_sample = "do_sample" in options
+    request = check_request(model, IDS, MASK, options=dict(max_new_tokens=30) | options)
     state, _, _ = module._start(model, request)
     lowered = module._decode.lower(model, state, request.options, np.int32(30), do_sample=do_sample)
     with warnings.catch_warnings():
