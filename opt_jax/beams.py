@@ -289,8 +289,6 @@ def _check(
         raise ValueError(f"ids {ids.shape} and mask {mask.shape} must be [batch, tokens], padded on the left")
     if num_beams < 1:
         raise ValueError(f"num_beams={num_beams} must be at least 1")
-    if num_beams > config.vocab_size:
-        raise ValueError(f"num_beams={num_beams} are more than the {config.vocab_size} tokens there are to begin with")
     if not 1 <= num_return_sequences <= num_beams:
         raise ValueError(
             f"num_return_sequences={num_return_sequences} must be in [1, {num_beams}], as num_beams={num_beams}"

@@ -1,6 +1,7 @@
 """Sequences and scores of `transformers`' beam search."""
 
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def hf_beams(hf, ids, mask, eos, **options):
 
 
 def our_beams(model, ids, mask, eos, **options):
-    given = dict(max_new_tokens=NEW, pad_token_id=1, capacity=NEW) | options
+    given: dict[str, Any] = dict(max_new_tokens=NEW, pad_token_id=1, capacity=NEW) | options
     return beam_search(model, ids, mask, eos_token_ids=eos, num_return_sequences=RETURNED, **given)
 
 
