@@ -63,10 +63,10 @@ def no_repeat_ngram(logits: Logits, history: History, size: Int[Array, ""]) -> L
     tokens, valid, column = history.tokens, history.valid, history.column
     columns = jnp.arange(tokens.shape[1])
 
-    def agree(i, match):  # the token i before each column is the i-th last token
+    def agree(i, match):  # the token i before each column is the i-th last token (real: there is a whole n-gram)
         before, known = (jnp.roll(x, i, axis=1) for x in (tokens, valid))
-        last, last_known = (lax.dynamic_slice_in_dim(x, column - i, 1, axis=1) for x in (tokens, valid))
-        return match & known & (columns >= i) & (before == last) & last_known & (column >= i)
+        last = lax.dynamic_slice_in_dim(tokens, column - i, 1, axis=1)
+        return match & known & (columns >= i) & (before == last)
 
     ends_ngram = lax.fori_loop(1, size, agree, valid & (columns < column))
     return jnp.where(_marked(logits, tokens, ends_ngram), -jnp.inf, logits)

@@ -79,7 +79,13 @@ def _byte_tokens(text):
 
 def test_stop_strings_may_begin_in_the_prompt_and_not_end_there(tok):
     prompt, new = (np.array(tok.encode(text, add_special_tokens=False)) for text in ("stop here: st", "op it"))
-    for strings, length in (("stop", 1), (["zzz", "here: stop"], 1), ("stop here", None), (": st", None), ("it", 2)):
+    for strings, length in (
+        ("stop", 1),
+        (["zzz", "here: stop"], 1),
+        ("stop here", None),
+        ([": st", "a longer one"], None),
+        ("it", 2),
+    ):
         search = StopStrings(tok, strings, [prompt])
         pieces = [tok.decode([i]) for i in new]
         assert pieces[0] == "op" and "".join(pieces) == "op it"

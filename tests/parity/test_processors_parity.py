@@ -75,7 +75,7 @@ def ours(options: dict[str, Any], logits, prompts, new) -> np.ndarray:
     tokens, valid = np.zeros((len(ids), COLUMNS), np.int32), np.zeros((len(ids), COLUMNS), bool)
     tokens[:, : request.width], valid[:, : request.width] = request.padded_ids, request.mask
     tokens[:, request.width : used], valid[:, request.width : used] = new, True
-    tokens[:, used:] = 5  # what is not there yet must not count
+    tokens[~valid] = np.tile(3 + np.arange(COLUMNS) % 5, (len(ids), 1))[~valid]  # pads and the future must not count
     history = History(tokens, valid, np.int32(used), np.int32(step))  # type: ignore[reportArgumentType]
     return np.asarray(process(logits, history, request.options, do_sample=request.do_sample))
 
