@@ -7,7 +7,7 @@ bucket, batch size and kind of decoding (which processors are on); everything el
 
 import dataclasses
 from collections.abc import Generator, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -16,12 +16,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from opt_jax import processors, sampling
+from opt_jax import beams, processors, sampling
 from opt_jax.cache import KVCache
 from opt_jax.generation_config import GenerationConfig
 from opt_jax.model import OPTForCausalLM
 from opt_jax.processors import History
-from opt_jax.request import Request, check_request, check_score
+from opt_jax.request import Request, bucket, check_request, check_score
 from opt_jax.sampling import SamplingOptions
 
 _CHECK_EVERY = 8  # steps between two looks for stop strings
@@ -41,6 +41,7 @@ class GenerateOutput:
     logprobs: np.ndarray | None = None  # float32 [R, N]: of the new tokens (with `logprobs=n`)
     top_token_ids: np.ndarray | None = None  # int32 [R, N, n]: the most likely tokens, best first
     top_logprobs: np.ndarray | None = None  # float32 [R, N, n]: theirs
+    sequences_scores: np.ndarray | None = None  # float32 [R]: of beams, which are sorted by it
 
     def __getitem__(self, index: Any) -> Any:
         return self.sequences[index]
@@ -112,6 +113,8 @@ def generate(
         more positions than the model has, a stacked model (see `unstack_layers`), or one without LM head.
     """
     request = check_request(model, input_ids, attention_mask, generation_config, tokenizer, options)
+    if request.beams is not None:
+        return _generate_with_beams(model, request)
     state, _, done = _start(model, request)
     if request.stops is None:
         state, _, _ = _advance(model, request, state, request.max_new_tokens)
@@ -146,6 +149,38 @@ def _output(request: Request, state: DecodeState) -> GenerateOutput:
     )
 
 
+def _generate_with_beams(model: OPTForCausalLM, request: Request) -> GenerateOutput:
+    assert request.beams is not None
+    eos = request.beams["eos_token_ids"]
+    out = beams.beam_search(
+        model, request.padded_ids, request.mask, max_new_tokens=request.max_new_tokens,
+        num_return_sequences=request.copies, pad_token_id=request.pad_token_id, do_sample=request.do_sample,
+        process=_beam_process(request.do_sample, len(eos) + 1 if request.do_sample else 1),
+        process_options=request.options, capacity=bucket(request.max_new_tokens), **request.beams,
+    )  # fmt: skip
+    prompts = np.repeat(request.input_ids, request.copies, axis=0)
+    last = out.sequences[np.arange(len(prompts)), request.width + out.lengths - 1]
+    return GenerateOutput(
+        sequences=np.concatenate([prompts, out.sequences[:, request.width :]], axis=1),
+        lengths=out.lengths,
+        finish_reasons=["stop" if token in eos else "length" for token in last.tolist()],
+        sequences_scores=out.sequences_scores,
+    )
+
+
+@cache
+def _beam_process(do_sample: bool, min_keep: int) -> beams.Process:
+    """The processors for `beams.beam_search`: the same function for the same arguments, or each call would compile.
+
+    min_keep: what HF's processors of sampling leave at least, so that there are beams left when one ends.
+    """
+
+    def process(options, log_probs, tokens, valid, column, step):
+        return sampling.process(log_probs, History(tokens, valid, column, step), options, do_sample, min_keep)
+
+    return process
+
+
 def stream(
     model: OPTForCausalLM,
     input_ids: Any,
@@ -161,8 +196,9 @@ def stream(
     the caller works with this one.
     """
     request = check_request(model, input_ids, attention_mask, generation_config, tokenizer, options)
-    if request.logprobs is not None:
-        raise ValueError("logprobs are not streamed: use generate")
+    if request.logprobs is not None or request.beams is not None:
+        what = "logprobs" if request.beams is None else "beams, which are known at the end only,"
+        raise ValueError(f"{what} are not streamed: use generate")
     return _stream(model, request)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 _INERT = {"bos_token_id", "transformers_version", "_from_model_config", "return_dict_in_generate"}
 # HF's options that are not supported, and the values that are fine because they change nothing (None always is).
 _UNSUPPORTED: dict[str, tuple] = {
-    "num_beams": (1,), "early_stopping": (False,), "length_penalty": (1,), "num_beam_groups": (1,),
+    "num_beam_groups": (1,),
     "diversity_penalty": (0,), "constraints": (), "force_words_ids": (), "low_memory": (False,),
     "penalty_alpha": (0,), "dola_layers": (), "max_time": (), "use_mtp": (False,), "use_cache": (True,),
     "cache_implementation": (), "cache_config": (), "max_cache_len": (), "prefill_chunk_size": (),
@@ -31,6 +31,9 @@ _UNSUPPORTED: dict[str, tuple] = {
 }  # fmt: skip
 # Only of use with do_sample=True, and the values that are of no use even then.
 _SAMPLING: dict[str, tuple] = {"temperature": (1,), "top_k": (0,), "top_p": (1,), "min_p": (0,), "typical_p": (1,)}
+# Only of use with num_beams, likewise; and what beams cannot do yet.
+_BEAMS: dict[str, tuple] = {"length_penalty": (1,), "early_stopping": (False,)}
+_NOT_WITH_BEAMS = ("stop_token_ids", "stop_strings", "logprobs")
 _LENGTHS = ({"max_length", "max_new_tokens"}, {"min_length", "min_new_tokens"})
 
 
@@ -61,7 +64,12 @@ class GenerationConfig:
       pad_token_id: fills rows that have ended; default: the config's, else the first end token.
       stop_token_ids: sequences of tokens (or single tokens) that end a row; they stay in it.
       stop_strings: the same, as text, also when they straddle tokens or begin in the prompt; needs `tokenizer=`.
-      num_return_sequences: so many rows for each prompt, one after the other; needs do_sample.
+      num_beams: follow so many continuations of each prompt at every step, and return the most likely (beam search);
+        with do_sample their candidates are drawn at random.
+      length_penalty: beams are compared by their log-probability / (number of new tokens) ** length_penalty; 1.
+      early_stopping: when a prompt is done. True: with num_beams finished beams; False: when the best running one is
+        worse than all of these; "never": when it cannot become better.
+      num_return_sequences: so many rows for each prompt, one after the other; needs do_sample, or as many beams.
       seed: in [0, 2**32); the same call gives the same tokens. One number: row i draws as its i-th sample. A sequence,
         one for each prompt: what a row draws depends on its seed and on which of the prompt's samples it is.
       logprobs: record the log-probability of each new token, and of the n most likely ones; 0: of the chosen only.
@@ -93,6 +101,9 @@ class GenerationConfig:
     pad_token_id: int | None = None
     stop_token_ids: Any = None
     stop_strings: Any = None
+    num_beams: int | None = None
+    length_penalty: float | None = None
+    early_stopping: Any = None
     num_return_sequences: int | None = None
     seed: Any = None
     logprobs: int | None = None
@@ -160,6 +171,8 @@ def combine(
     _check_names({k: v for k, v in merged.items() if k not in given}, "the checkpoint's generation_config.json")
     if not merged.get("do_sample"):  # a checkpoint may say how to sample without saying to sample
         merged = {k: v for k, v in merged.items() if k not in _SAMPLING or k in given}
+    if (merged.get("num_beams") or 1) == 1:
+        merged = {k: v for k, v in merged.items() if k not in _BEAMS or k in given}
     result = GenerationConfig.from_dict(merged, "generate")
     _check_values(result)
     return result
@@ -202,12 +215,13 @@ def _real(holds: Callable[[Any], bool], words: str) -> tuple[Callable[[Any], boo
 
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("max_new_tokens", "max_length", "num_return_sequences"), _at_least(1)),
+    **dict.fromkeys(("max_new_tokens", "max_length", "num_return_sequences", "num_beams"), _at_least(1)),
     **dict.fromkeys(("min_new_tokens", "min_length", "no_repeat_ngram_size", "logprobs"), _at_least(0)),
     "top_k": (_at_least(0)[0], "at least 1, or 0 for all tokens"),
     "temperature": _real(lambda x: x > 0, "a positive number"),
     "repetition_penalty": _real(lambda x: x > 0, "a positive number"),
-    **dict.fromkeys(("presence_penalty", "frequency_penalty"), _real(lambda x: True, "a number")),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "length_penalty"), _real(lambda x: True, "a number")),
+    "early_stopping": (lambda x: isinstance(x, bool) or isinstance(x, str) and x == "never", 'True, False or "never"'),
     **dict.fromkeys(("top_p", "typical_p"), _real(lambda x: 0 < x <= 1, "in (0, 1]")),
     "min_p": _real(lambda x: 0 <= x <= 1, "in [0, 1]"),
     "do_sample": (lambda x: isinstance(x, bool), "True or False"),
@@ -222,14 +236,20 @@ def _check_values(config: GenerationConfig) -> None:
             raise ValueError(f"{name}={value!r} must be {words}{hint}")
     if config.max_new_tokens is not None and config.max_length is not None:  # HF warns and lets max_new_tokens win
         raise ValueError(f"give max_new_tokens={config.max_new_tokens} or max_length={config.max_length}, not both")
+    beams, copies = config.num_beams or 1, config.num_return_sequences or 1
+    if beams > 1:
+        if copies > beams:
+            raise ValueError(f"num_return_sequences={copies} is more than num_beams={beams}")
+        if unable := [name for name in _NOT_WITH_BEAMS if getattr(config, name) is not None]:
+            raise ValueError(f"{', '.join(unable)} are not supported with num_beams={beams}: leave one of them out")
+    elif unused := [name for name, off in _BEAMS.items() if getattr(config, name) not in (None, *off)]:  # HF warns
+        raise ValueError(f"{', '.join(unused)} without effect: pass num_beams above 1 as well")
     if not config.do_sample:  # HF warns
         unused = [name for name, off in _SAMPLING.items() if getattr(config, name) not in (None, *off)]
         if unused:
             raise ValueError(f"{', '.join(unused)} without effect: pass do_sample=True as well")
-        if (config.num_return_sequences or 1) > 1:
-            raise ValueError(
-                f"num_return_sequences={config.num_return_sequences} would return equal rows: pass do_sample=True"
-            )
+        if copies > 1 and beams == 1:
+            raise ValueError(f"num_return_sequences={copies} would return equal rows: pass do_sample=True or num_beams")
 
 
 def check_ids(name: str, ids: Any, vocab_size: int, hint: str = "") -> list[int]:

@@ -31,6 +31,7 @@ class Request:
     copies: int  # rows for each prompt
     logprobs: int | None
     stops: Any  # the tokenizer's `StopStrings`, or None
+    beams: dict[str, Any] | None  # arguments of `beams.beam_search` that nothing else here says; None: no beams
 
     @property
     def rows(self) -> int:
@@ -86,6 +87,10 @@ def check_request(
         pad_token_id=pad,
         copies=copies,
         logprobs=None if given.logprobs is None else min(given.logprobs, model.config.vocab_size),
+        beams=None if (given.num_beams or 1) == 1 else dict(
+            num_beams=given.num_beams, early_stopping=given.early_stopping or False, eos_token_ids=eos,
+            length_penalty=1.0 if given.length_penalty is None else given.length_penalty, seed=given.seed or 0,
+        ),
         stops=None if given.stop_strings is None else tokenizer.stop_strings(
             given.stop_strings, [row[m] for row, m in zip(ids, mask, strict=True) for _ in range(copies)]
         ),

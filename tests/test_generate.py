@@ -295,5 +295,5 @@ def test_unsuitable_models():
         generate(stack_layers(OPTForCausalLM(CONFIG, rngs=nnx.Rngs(0))), IDS)
     with pytest.raises(ValueError, match="OPTForCausalLM"):
         generate(OPTModel(CONFIG, rngs=nnx.Rngs(0)), IDS)  # type: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="num_beams=2 is not supported"):
-        generate(OPTForCausalLM(CONFIG, rngs=nnx.Rngs(0)), IDS, num_beams=2)
+    with pytest.raises(ValueError, match="penalty_alpha=0.6 is not supported"):
+        generate(OPTForCausalLM(CONFIG, rngs=nnx.Rngs(0)), IDS, penalty_alpha=0.6)

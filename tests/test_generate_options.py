@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from reference import our_model
 
-from opt_jax import GenerationConfig, OPTForCausalLM, stack_layers
+from opt_jax import GenerationConfig, OPTForCausalLM, beams, stack_layers
 from opt_jax.generate import generate, score, stream
 from opt_jax.processors import History, Sequences, completes
 
@@ -191,11 +191,11 @@ def test_config_objects_and_the_checkpoint(model, tmp_path):
     np.testing.assert_array_equal(loaded.generate(IDS, eos_token_id=[]).sequences, expected)
     greedy = loaded.generate(IDS, do_sample=False, **FREE).sequences
     np.testing.assert_array_equal(greedy, model.generate(IDS, **FREE).sequences)
-    (tmp_path / "model" / "generation_config.json").write_text('{"num_beams": 4}')
+    (tmp_path / "model" / "generation_config.json").write_text('{"penalty_alpha": 0.6}')
     loaded = OPTForCausalLM.from_pretrained(tmp_path / "model")  # good for all else
-    with pytest.raises(ValueError, match=r"generation_config\.json: num_beams=4 is not supported"):
+    with pytest.raises(ValueError, match=r"generation_config\.json: penalty_alpha=0.6 is not supported"):
         loaded.generate(IDS)
-    np.testing.assert_array_equal(loaded.generate(IDS, num_beams=1, **FREE).sequences, greedy)
+    np.testing.assert_array_equal(loaded.generate(IDS, penalty_alpha=0, **FREE).sequences, greedy)
 
 
 @pytest.mark.parametrize(
@@ -236,3 +236,20 @@ def test_errors_of_others(model):
             score(model, ids)
     with pytest.raises(ValueError, match="OPTForCausalLM, not an Linear"):
         score(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), IDS)  # type: ignore[reportArgumentType]
+
+
+def test_beams(model):
+    """One function for the search whatever the values; what beams cannot do is refused."""
+    options: dict[str, Any] = dict(num_beams=3, num_return_sequences=2, max_new_tokens=5)
+    out = model.generate(IDS, **options)
+    assert len(out) == 2 * len(IDS) and out.sequences_scores is not None
+    assert (np.diff(out.sequences_scores.reshape(-1, 2), axis=1) <= 0).all()  # best first
+    search: Any = beams._search
+    size = search._cache_size()
+    assert len(model.generate(IDS, **options | dict(length_penalty=2.0, max_new_tokens=6))) == 2 * len(IDS)
+    assert search._cache_size() == size
+    drawn = [model.generate(IDS, **options, do_sample=True, temperature=2.0, seed=seed).sequences for seed in (1, 1, 2)]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert drawn[0].shape != drawn[2].shape or (drawn[0] != drawn[2]).any()
+    with pytest.raises(ValueError, match="beams, which are known at the end only, are not streamed"):
+        stream(model, IDS, **options)

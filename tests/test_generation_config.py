@@ -12,7 +12,14 @@ from opt_jax.generation_config import FIELDS, check_ids, check_sequences, combin
 
 
 def test_names_come_from_files_and_dicts(tmp_path):
-    content = {"bos_token_id": 2, "eos_token_id": [2, 7], "do_sample": True, "top_k": 5, "num_beams": 1, "top_h": None}
+    content = {
+        "bos_token_id": 2,
+        "eos_token_id": [2, 7],
+        "do_sample": True,
+        "top_k": 5,
+        "num_beam_groups": 1,
+        "top_h": None,
+    }
     (tmp_path / "generation_config.json").write_text(json.dumps(content | {"transformers_version": "5.0"}))
     config = GenerationConfig.from_pretrained(tmp_path)
     assert config.to_dict() == {"eos_token_id": [2, 7], "do_sample": True, "top_k": 5}
@@ -27,7 +34,7 @@ def test_names_come_from_files_and_dicts(tmp_path):
     ("content", "words"),
     [
         ('{"temprature": 1}', "generation_config.json: there is no option 'temprature'"),
-        ('{"num_beams": 4}', "generation_config.json: num_beams=4 is not supported"),
+        ('{"penalty_alpha": 0.6}', "generation_config.json: penalty_alpha=0.6 is not supported"),
         ('{"use_cache": false}', "use_cache=False is not supported"),
         ("[]", "holds a list"),
         ("{", "not valid JSON"),
@@ -61,7 +68,11 @@ def test_no_file(tmp_path):
         (dict(top_k=5, temperature=0.5), None, {}, dict(top_k=None, temperature=None)),
         (dict(top_k=5, temperature=0.5), None, dict(do_sample=True), dict(top_k=5, temperature=0.5)),
         # one option may be overruled that is not supported
-        (dict(num_beams=4), None, dict(num_beams=1), {}),
+        (dict(penalty_alpha=0.6), None, dict(penalty_alpha=0), {}),
+        # options of beams go with the beams
+        (dict(num_beams=4, length_penalty=2), None, {}, dict(num_beams=4, length_penalty=2)),
+        (dict(num_beams=4, length_penalty=2), None, dict(num_beams=1), dict(num_beams=1, length_penalty=None)),
+        (dict(early_stopping=True), None, {}, dict(early_stopping=None)),
     ],
 )
 def test_layers(checkpoint, config, options, result):
@@ -72,8 +83,26 @@ def test_layers(checkpoint, config, options, result):
 @pytest.mark.parametrize(
     ("checkpoint", "options", "words"),
     [
-        (dict(num_beams=4), {}, r"the checkpoint's generation_config\.json: num_beams=4 is not supported"),
-        ({}, dict(num_beams=4), "generate: num_beams=4 is not supported"),
+        (dict(penalty_alpha=0.6), {}, r"the checkpoint's generation_config\.json: penalty_alpha=0.6 is not supported"),
+        ({}, dict(penalty_alpha=0.6), "generate: penalty_alpha=0.6 is not supported"),
+        ({}, dict(num_beams=0), "num_beams=0 must be an integer of at least 1"),
+        ({}, dict(num_beams=2, num_return_sequences=3), "num_return_sequences=3 is more than num_beams=2"),
+        (
+            {},
+            dict(num_beams=2, logprobs=1, stop_strings="x"),
+            "stop_strings, logprobs are not supported with num_beams=2",
+        ),
+        (
+            {},
+            dict(length_penalty=2.0, early_stopping=True),
+            "length_penalty, early_stopping without effect: .*num_beams",
+        ),
+        (
+            {},
+            dict(num_beams=2, early_stopping="sometimes"),
+            "early_stopping='sometimes' must be True, False or \"never\"",
+        ),
+        ({}, dict(num_beams=2, length_penalty=float("nan")), "length_penalty=nan"),
         ({}, dict(assistant_model=object()), "assistant_model=.* is not supported"),
         ({}, dict(top_q=4), "generate: there is no option 'top_q'"),
         ({}, dict(max_new_tokens=1, max_length=9), "not both"),

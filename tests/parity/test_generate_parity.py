@@ -130,3 +130,28 @@ def test_every_option_of_hf_is_known():
     GenerationConfig.from_dict(options)
     checkpoint = {"_from_model_config": True, "bos_token_id": 2, "transformers_version": "5.0.0"}
     assert GenerationConfig.from_dict(checkpoint).to_dict() == {}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(num_return_sequences=3, length_penalty=0.3),
+        dict(early_stopping=True, no_repeat_ngram_size=2),
+        dict(early_stopping="never", repetition_penalty=1.3, min_new_tokens=5, length_penalty=-1.0),
+    ],
+)
+def test_beams(pair, options):
+    """By way of `generate`, with its processors; tests/parity/test_beams_parity.py has the search itself."""
+    ids, mask = PROMPTS.values()
+    options |= dict(num_beams=3, max_new_tokens=12, eos_token_id=[5, 17, 40])
+    hf, model = pair
+    with torch.no_grad():
+        theirs = hf.generate(
+            torch.tensor(ids, dtype=torch.int64), attention_mask=torch.tensor(mask), output_scores=True,
+            return_dict_in_generate=True, **options,
+        )  # fmt: skip
+    ours = model.generate(ids, mask, **options)
+    np.testing.assert_array_equal(ours.sequences, theirs.sequences.numpy())
+    np.testing.assert_allclose(ours.sequences_scores, theirs.sequences_scores.numpy(), atol=1e-4)
+    for row, length, reason in zip(ours.sequences, ours.lengths, ours.finish_reasons, strict=True):
+        assert (row[ids.shape[1] + length - 1] in (5, 17, 40)) == (reason == "stop")
