@@ -11,17 +11,22 @@ import importlib.metadata
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import transformers
+# benchmarks/convert.py is called like the package that reads checkpoints: keep it from being found first.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 
-from opt_jax import OPTConfig, OPTForCausalLM, named_parameters
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+from opt_jax import OPTConfig, OPTForCausalLM, named_parameters  # noqa: E402
 
 
 def bandwidth(repeats: int = 3) -> float:

@@ -7,6 +7,7 @@ from opt_jax.config import OPTConfig
 
 if TYPE_CHECKING:
     from opt_jax.decoder import stack_layers, unstack_layers
+    from opt_jax.generation_config import GenerationConfig
     from opt_jax.model import (
         OPTForCausalLM,
         OPTForQuestionAnswering,
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
         named_parameters,
     )
     from opt_jax.model import OPTForCausalLM as AutoModelForCausalLM
-    from opt_jax.text import AutoTokenizer, OPTTokenizer, pipeline
+    from opt_jax.pipelines import pipeline, score_texts, stream_text
+    from opt_jax.text import AutoTokenizer, OPTTokenizer
 
 # Loaded on first use, so that `import opt_jax` costs little and text processing needs no JAX.
 _HOME = {
@@ -26,15 +28,18 @@ _HOME = {
     "named_parameters": "model",
     "stack_layers": "decoder",
     "unstack_layers": "decoder",
+    "GenerationConfig": "generation_config",
     "OPTTokenizer": "text",
     "AutoTokenizer": "text",
-    "pipeline": "text",
+    "pipeline": "pipelines",
+    "stream_text": "pipelines",
+    "score_texts": "pipelines",
 }
 
 __all__ = [
     "OPTConfig", "OPTModel", "OPTForCausalLM", "OPTForSequenceClassification", "OPTForQuestionAnswering",
-    "AutoModelForCausalLM", "OPTTokenizer", "AutoTokenizer", "pipeline",
-    "named_parameters", "stack_layers", "unstack_layers",
+    "AutoModelForCausalLM", "OPTTokenizer", "AutoTokenizer", "GenerationConfig",
+    "pipeline", "stream_text", "score_texts", "named_parameters", "stack_layers", "unstack_layers",
 ]  # fmt: skip
 
 

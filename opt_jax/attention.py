@@ -12,13 +12,13 @@ from jaxtyping import Array, Bool, Float, Int
 class AttentionMask:
     """What a query may look at, kept in parts so that each backend can build the form it needs.
 
-    key_mask: key columns that hold a real token; None: all of them.
+    key_mask: key columns that hold a real token; with an axis T, those that each query may see; None: all of them.
     segment_ids: packed documents, a token sees its own segment only; None: one segment. Only where queries = keys.
     query_column: key column of the first query. Columns of later queries are hidden from earlier ones; any other
       column is in the past, whatever its number, so a cache may have holes and wrap.
     """
 
-    key_mask: Bool[Array, "B S"] | None
+    key_mask: Bool[Array, "B S"] | Bool[Array, "B T S"] | None
     segment_ids: Int[Array, "B S"] | None
     query_column: Int[Array, ""] | int
 
@@ -28,7 +28,7 @@ class AttentionMask:
         since = (jnp.arange(keys)[None] - self.query_column) % keys  # 0.. for this call's tokens, in order
         mask = ((since <= t) | (since >= queries))[None, None]
         if self.key_mask is not None:
-            mask &= self.key_mask[:, None, None, :]
+            mask &= self.key_mask[:, None] if self.key_mask.ndim == 3 else self.key_mask[:, None, None, :]
         if self.segment_ids is not None:
             mask &= (self.segment_ids[:, :, None] == self.segment_ids[:, None, :])[:, None]
         return mask

@@ -42,7 +42,8 @@ class KVCache:
 
     k: tuple[Float[Array, "B H L K"], ...]  # one per layer; heads before length keeps each head's keys contiguous
     v: tuple[Float[Array, "B H L K"], ...]
-    valid: Bool[Array, "B L"]  # columns that hold a real token
+    # Columns that hold a real token; with an axis N, of a row in branches (`branch`): the ancestors of each of them.
+    valid: Bool[Array, "B L"] | Bool[Array, "B N L"]
     next_position: Int[Array, " B"]  # number of real tokens so far = position of the next one
     column: Int[Array, ""]  # where the next token is written
     # Known while tracing: nothing was written yet, so a call attends to its own keys only (prefill).
@@ -54,22 +55,39 @@ class KVCache:
 
     @property
     def max_length(self) -> int:
-        return self.valid.shape[1]
+        return self.valid.shape[-1]
 
     def layers(self) -> list[LayerCache]:
         return [LayerCache(k, v, self.column, self.fresh) for k, v in zip(self.k, self.v, strict=True)]
 
     def advance(self, mask: Bool[Array, "B T"], layers: Iterable[LayerCache] | None = None) -> "KVCache":
-        """The cache after T more tokens, real where `mask`; `layers`: the updated layers (default: not yet written)."""
+        """The cache after T more tokens, real where `mask`; `layers`: the updated layers (default: not yet written).
+
+        In branches: after one more token of each (T = N), hidden from its siblings.
+        """
         layers = self.layers() if layers is None else list(layers)
+        branched = self.valid.ndim == 3
+        seen = mask[:, :, None] & jnp.eye(mask.shape[1], dtype=bool) if branched else mask
         return KVCache(
             k=tuple(layer.k for layer in layers),
             v=tuple(layer.v for layer in layers),
-            valid=lax.dynamic_update_slice(self.valid, mask, (0, self.column)),
-            next_position=self.next_position + mask.sum(-1, dtype=jnp.int32),
+            valid=lax.dynamic_update_slice(self.valid, seen, (*[0] * (seen.ndim - 1), self.column)),
+            next_position=self.next_position + (1 if branched else mask.sum(-1, dtype=jnp.int32)),
             column=self.column + mask.shape[1],
             fresh=False,
         )
+
+    def branch(self, branches: int) -> "KVCache":
+        """The same cache for N continuations of each row, which share all columns up to here.
+
+        Then every call brings one token of each branch, T = N, with its `position_ids` (`next_position` for all).
+        """
+        valid = jnp.broadcast_to(self.valid[:, None], (self.batch_size, branches, self.max_length))
+        return dataclasses.replace(self, valid=valid)
+
+    def select(self, branches: Int[Array, "B N"]) -> "KVCache":
+        """Go on from these branches, in this order; some may be dropped, some taken twice. Moves no keys or values."""
+        return dataclasses.replace(self, valid=jnp.take_along_axis(self.valid, branches[:, :, None], axis=1))
 
 
 def init_cache(layers: int, batch: int, heads: int, max_length: int, head_dim: int, dtype: DTypeLike) -> KVCache:

@@ -167,6 +167,8 @@ def load_pretrained(
         for path, array in _initialise(cls, config, {path: targets[path] for path in fresh}).items():
             params[path].set_value(array)
     model.name_or_path = str(directory)
+    if (directory / "generation_config.json").is_file():
+        model.generation_config_json = (directory / "generation_config.json").read_text("utf-8", "replace")
     return model
 
 

@@ -42,9 +42,8 @@ def generate(
 
     tokenizer = OPTTokenizer.from_pretrained(model)  # before the weights: it fails sooner
 
-    from opt_jax.generate import stream
     from opt_jax.model import OPTForCausalLM
-    from opt_jax.text import TextStream
+    from opt_jax.pipelines import stream_text
 
     language_model = OPTForCausalLM.from_pretrained(model)
     options = dict(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p) if temperature else {}
@@ -52,12 +51,11 @@ def generate(
         inputs = tokenizer(prompt, return_tensors="np")
         room = language_model.config.max_position_embeddings - inputs["input_ids"].shape[1]
         new = max(1, min(DEFAULT_NEW_TOKENS, room)) if max_new_tokens is None else max_new_tokens
-        tokens = stream(language_model, **inputs, max_new_tokens=new, seed=seed + i, **options)
+        pieces = stream_text(language_model, tokenizer, inputs, max_new_tokens=new, seed=seed + i, **options)
         _print("\n" * (i > 0) + prompt)
-        text = TextStream(tokenizer)
-        for token in tokens:
-            _print(text.put(token))
-        _print(text.end() + "\n")
+        for piece in pieces:
+            _print(piece)
+        _print("\n")
 
 
 COMMANDS = {"generate": generate}

@@ -1,14 +1,13 @@
-"""Prompts to continuations: prefill, the compiled decode loop, streaming. Ids only, no text.
+"""Prompts to continuations: prefill, the compiled decode loop, streaming, scoring. Ids only, no text.
 
 Two compiled functions do the work: `_prefill` reads the prompts and chooses the first token, `_decode` makes steps
 until told to stop. Prompts are padded on the left to a few fixed lengths (`bucket`), so that each is compiled once per
-bucket, batch size and kind of decoding (greedy or sampling); everything else is a traced value.
+bucket, batch size and kind of decoding (which processors are on); everything else is a traced value.
 """
 
 import dataclasses
-import math
-from collections.abc import Generator, Iterator, Sequence
-from functools import partial
+from collections.abc import Generator, Iterator
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -17,21 +16,32 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from opt_jax import sampling
+from opt_jax import beams, processors, sampling
 from opt_jax.cache import KVCache
-from opt_jax.inputs import check_inputs
+from opt_jax.generation_config import GenerationConfig
 from opt_jax.model import OPTForCausalLM
+from opt_jax.processors import History
+from opt_jax.request import Request, bucket, check_request, check_score
 from opt_jax.sampling import SamplingOptions
 
-DEFAULT_NEW_TOKENS = 20  # HF's
-_EOS_SLOTS = 8  # more end tokens than this compile anew
+_CHECK_EVERY = 8  # steps between two looks for stop strings
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GenerateOutput:
-    """What `generate` returns. Indexing, iterating and `len` go to the rows, as with the tensor that HF returns."""
+    """What `generate` returns. Indexing, iterating and `len` go to the rows, as with the tensor that HF returns.
 
-    sequences: np.ndarray  # int32 [B, T + new]: the prompts as given, then the new tokens, pads after the end token
+    R = B * num_return_sequences; N: the new tokens of the longest row. Log-probabilities are the model's own, before
+    temperature and all other processors (as OpenAI's), and NaN after a row's end.
+    """
+
+    sequences: np.ndarray  # int32 [R, T + N]: the prompts as given, then the new tokens, pads after the last one
+    lengths: np.ndarray  # int32 [R]: number of new tokens, the end token included
+    finish_reasons: list[str]  # "stop": at an end token, stop sequence or stop string; "length": as long as allowed
+    logprobs: np.ndarray | None = None  # float32 [R, N]: of the new tokens (with `logprobs=n`)
+    top_token_ids: np.ndarray | None = None  # int32 [R, N, n]: the most likely tokens, best first
+    top_logprobs: np.ndarray | None = None  # float32 [R, N, n]: theirs
+    sequences_scores: np.ndarray | None = None  # float32 [R]: of beams, which are sorted by it
 
     def __getitem__(self, index: Any) -> Any:
         return self.sequences[index]
@@ -45,6 +55,25 @@ class GenerateOutput:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """What is recorded of each column of `DecodeState.tokens`."""
+
+    chosen: Float[Array, "B L"]
+    top_ids: Int[Array, "B L n"]
+    top: Float[Array, "B L n"]
+
+    def record(self, logits: Float[Array, "B V"], token: Int[Array, " B"], column: Int[Array, ""]) -> "TokenLogprobs":
+        logprobs = jax.nn.log_softmax(logits, axis=-1)
+        top, ids = lax.top_k(logprobs, self.top.shape[-1])
+        return TokenLogprobs(
+            chosen=_write(self.chosen, jnp.take_along_axis(logprobs, token[:, None], axis=1), column),
+            top_ids=_write(self.top_ids, ids[:, None], column),
+            top=_write(self.top, top[:, None], column),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class DecodeState:
     """Between two steps. `tokens[:, c]` is the token of cache column c; the last one is not in the cache yet."""
 
@@ -52,114 +81,185 @@ class DecodeState:
     tokens: Int[Array, "B L"]
     step: Int[Array, ""]  # new tokens so far
     done: Bool[Array, " B"]  # rows that have ended
+    lengths: Int[Array, " B"]  # new tokens of each row, its end token included
+    logprobs: TokenLogprobs | None
 
-
-@dataclasses.dataclass(frozen=True)
-class _Request:
-    """The checked arguments of `generate`."""
-
-    input_ids: np.ndarray  # [B, T] as given
-    padded_ids: np.ndarray  # [B, bucket]
-    mask: np.ndarray  # bool [B, bucket]
-    max_new_tokens: int
-    options: SamplingOptions
-    do_sample: bool
-
-    @property
-    def cache_length(self) -> int:
-        return bucket(self.padded_ids.shape[1] + self.max_new_tokens)
+    def history(self) -> History:
+        """While the next token is chosen: all tokens are in the cache."""
+        return History(self.tokens, self.cache.valid, self.cache.column, self.step)
 
 
 def generate(
     model: OPTForCausalLM,
     input_ids: Any,
     attention_mask: Any = None,
-    max_new_tokens: int | None = None,
-    max_length: int | None = None,
-    min_new_tokens: int = 0,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    eos_token_id: int | Sequence[int] | None = None,
-    pad_token_id: int | None = None,
-    seed: int = 0,
+    *,
+    generation_config: GenerationConfig | None = None,
+    tokenizer: Any = None,
+    **options: Any,
 ) -> GenerateOutput:
-    """Continue each prompt until its end token, all with one prefill and one compiled loop (HF `generate`).
+    """Continue each prompt until its end, all with one prefill and one compiled loop (HF `generate`).
 
     Args:
       input_ids: int [B, T], numpy, jax or nested lists; prompts of different lengths padded on the left.
       attention_mask: [B, T], nonzero at real tokens. Default as in HF: ids other than `pad_token_id`, if that is not an
         end token; else all.
-      max_new_tokens: the most tokens to add to a prompt.
-      max_length: the same, as length of the result, T included. Give one of the two; with neither, 20 new tokens, or
-        what the context has room for.
-      min_new_tokens: no end token before so many new ones.
-      do_sample: draw at random, after temperature, top_k and top_p, in this order; False: the most likely token.
-      temperature: above 0; less than 1 is less random.
-      top_k: draw from the k most likely tokens only; None or 0: from all (HF: 50 unless told otherwise).
-      top_p: draw from the fewest most likely tokens with this much probability; None or 1: from all.
-      eos_token_id: one or several end tokens; default: the config's; []: none.
-      pad_token_id: fills rows that have ended; default: the config's, else the first end token.
-      seed: in [0, 2**32). The same call gives the same tokens. A row depends on its number, not on the other rows.
+      generation_config: options; those of the checkpoint's `generation_config.json` fill what it leaves open.
+      tokenizer: an `OPTTokenizer`, for `stop_strings`.
+      **options: as in `GenerationConfig`; they win.
 
     Raises:
       ValueError: options that contradict each other or have no effect, prompts without a token or padded on the right,
         more positions than the model has, a stacked model (see `unstack_layers`), or one without LM head.
     """
-    request = _check(
-        model, input_ids, attention_mask, max_new_tokens, max_length, min_new_tokens, do_sample, temperature, top_k,
-        top_p, eos_token_id, pad_token_id, seed,
+    request = check_request(model, input_ids, attention_mask, generation_config, tokenizer, options)
+    if request.beams is not None:
+        return _generate_with_beams(model, request)
+    state, _, done = _start(model, request)
+    if request.stops is None:
+        state, _, _ = _advance(model, request, state, request.max_new_tokens)
+    else:
+        step = 1
+        while not request.stops.look(_new_tokens(request, state), np.asarray(done)) and step < request.max_new_tokens:
+            step = min(step + _CHECK_EVERY, request.max_new_tokens)
+            state, _, done = _advance(model, request, state, step)
+    return _output(request, state)
+
+
+def _output(request: Request, state: DecodeState) -> GenerateOutput:
+    tokens, lengths, done, records = jax.device_get((state.tokens, state.lengths, state.done, state.logprobs))
+    if request.stops is not None:
+        lengths, done = np.minimum(lengths, request.stops.lengths), done | (request.stops.lengths <= lengths)
+    columns = slice(request.width, request.width + int(lengths.max()))
+    ended = np.arange(columns.stop - columns.start) >= lengths[:, None]
+    new = np.where(ended, request.pad_token_id, tokens[:, columns])
+    prompts = np.repeat(request.input_ids, request.copies, axis=0)
+    output = GenerateOutput(
+        sequences=np.concatenate([prompts, new.astype(np.int32)], axis=1),
+        lengths=lengths,
+        finish_reasons=["stop" if stopped else "length" for stopped in done],
+    )
+    if records is None:
+        return output
+    return dataclasses.replace(
+        output,
+        logprobs=np.where(ended, np.nan, records.chosen[:, columns]),
+        top_token_ids=records.top_ids[:, columns],
+        top_logprobs=np.where(ended[:, :, None], np.nan, records.top[:, columns]),
+    )
+
+
+def _generate_with_beams(model: OPTForCausalLM, request: Request) -> GenerateOutput:
+    assert request.beams is not None
+    eos = request.beams["eos_token_ids"]
+    out = beams.beam_search(
+        model, request.padded_ids, request.mask, max_new_tokens=request.max_new_tokens,
+        num_return_sequences=request.copies, pad_token_id=request.pad_token_id, do_sample=request.do_sample,
+        process=_beam_process(request.do_sample, len(eos) + 1 if request.do_sample else 1),
+        process_options=request.options, capacity=bucket(request.max_new_tokens), **request.beams,
     )  # fmt: skip
-    state, _, _ = _start(model, request)
-    state, _, _ = _decode(model, state, request.options, np.int32(request.max_new_tokens), do_sample=request.do_sample)
-    tokens, step = jax.device_get((state.tokens, state.step))
-    first = request.padded_ids.shape[1]
-    return GenerateOutput(np.concatenate([request.input_ids, tokens[:, first : first + int(step)]], axis=1))
+    prompts = np.repeat(request.input_ids, request.copies, axis=0)
+    last = out.sequences[np.arange(len(prompts)), request.width + out.lengths - 1]
+    return GenerateOutput(
+        sequences=np.concatenate([prompts, out.sequences[:, request.width :]], axis=1),
+        lengths=out.lengths,
+        finish_reasons=["stop" if token in eos else "length" for token in last.tolist()],
+        sequences_scores=out.sequences_scores,
+    )
+
+
+@cache
+def _beam_process(do_sample: bool, min_keep: int) -> beams.Process:
+    """The processors for `beams.beam_search`: the same function for the same arguments, or each call would compile.
+
+    min_keep: what HF's processors of sampling leave at least, so that there are beams left when one ends.
+    """
+
+    def process(options, log_probs, tokens, valid, column, step):
+        return sampling.process(log_probs, History(tokens, valid, column, step), options, do_sample, min_keep)
+
+    return process
 
 
 def stream(
-    model: OPTForCausalLM, input_ids: Any, attention_mask: Any = None, **options: Any
+    model: OPTForCausalLM,
+    input_ids: Any,
+    attention_mask: Any = None,
+    *,
+    generation_config: GenerationConfig | None = None,
+    tokenizer: Any = None,
+    **options: Any,
 ) -> Generator[np.ndarray, None, None]:
-    """The same tokens as they are made: an iterator of int32 [B], one for each step, pads for rows that have ended.
+    """The same tokens as they are made: an iterator of int32 [R], one for each step, pads for rows that have ended.
 
     Takes the arguments of `generate` and raises the same errors, at once. The device works on the next token while
     the caller works with this one.
     """
-    return _stream(model, _check(model, input_ids, attention_mask, **options))
+    request = check_request(model, input_ids, attention_mask, generation_config, tokenizer, options)
+    if request.logprobs is not None or request.beams is not None:
+        what = "logprobs" if request.beams is None else "beams, which are known at the end only,"
+        raise ValueError(f"{what} are not streamed: use generate")
+    return _stream(model, request)
 
 
-def _stream(model: OPTForCausalLM, request: _Request) -> Generator[np.ndarray, None, None]:
+def _stream(model: OPTForCausalLM, request: Request) -> Generator[np.ndarray, None, None]:
     following = _start(model, request)
+    stops, new = request.stops, np.zeros((request.rows, 0), np.int32)
     for step in range(1, request.max_new_tokens + 1):
-        state, token, finished = following
+        state, token, done = following
         if step < request.max_new_tokens:  # dispatched before waiting for this token; does nothing if that was the last
-            until = np.int32(step + 1)
-            following = _decode(model, state, request.options, until, do_sample=request.do_sample)
-        yield np.asarray(token)
-        if finished:
+            following = _advance(model, request, state, step + 1)
+        token, done = np.asarray(token), np.asarray(done)
+        if stops is not None:
+            token = np.where(stops.lengths < step, request.pad_token_id, token).astype(np.int32)
+            new = np.concatenate([new, token[:, None]], axis=1)
+            stops.look(new, done)
+            done = done | (stops.lengths <= step)
+        yield token
+        if done.all():
             return
 
 
-def bucket(length: int) -> int:
-    """`length` rounded up to one of 16, 24, 32, 48, 64, 96, ...: few shapes to compile, at most a third wasted."""
-    size = 16
-    while size < length:
-        size *= 2
-    return size * 3 // 4 if 16 < size and length <= size * 3 // 4 else size
+def score(model: OPTForCausalLM, input_ids: Any, attention_mask: Any = None) -> np.ndarray:
+    """The log-probability of each token given those before it, float32 [B, T], by one pass over all (teacher forcing).
+
+    NaN at pads, and at a row's first token, which nothing predicts. What `generate(..., logprobs=0)` records of a
+    token is what this says of it.
+
+    Args:
+      input_ids, attention_mask: as in `generate`, but pads may be anywhere.
+
+    Raises:
+      ValueError: as `generate`, for inputs.
+    """
+    ids, mask, padded_ids, padded_mask = check_score(model, input_ids, attention_mask)
+    logprobs = np.asarray(_score(model, padded_ids, padded_mask))
+    result = np.full(ids.shape, np.nan, np.float32)
+    result[mask] = logprobs[padded_mask]  # the same tokens in the same order
+    result[np.arange(len(ids)), mask.argmax(1)] = np.nan
+    return result
 
 
 # Compiled -----------------------------------------------------------------------------------------------------
 
 
-def _start(model: OPTForCausalLM, request: _Request):
+def _start(model: OPTForCausalLM, request: Request):
     return _prefill(
-        model, request.padded_ids, request.mask, request.options,
-        cache_length=request.cache_length, do_sample=request.do_sample,
+        model, request.padded_ids, request.mask, request.options, cache_length=request.cache_length,
+        do_sample=request.do_sample, copies=request.copies, logprobs=request.logprobs,
     )  # fmt: skip
 
 
-@partial(jax.jit, static_argnames=("cache_length", "do_sample"))
+def _advance(model: OPTForCausalLM, request: Request, state: DecodeState, until: int):
+    return _decode(model, state, request.options, np.int32(until), do_sample=request.do_sample)
+
+
+def _new_tokens(request: Request, state: DecodeState) -> np.ndarray:
+    tokens, step = jax.device_get((state.tokens, state.step))
+    return tokens[:, request.width : request.width + int(step)]
+
+
+@partial(jax.jit, static_argnames=("cache_length", "do_sample", "copies", "logprobs"))
 def _prefill(
     model: OPTForCausalLM,
     ids: Int[Array, "B T"],
@@ -168,23 +268,34 @@ def _prefill(
     *,
     cache_length: int,
     do_sample: bool,
-) -> tuple[DecodeState, Int[Array, " B"], Bool[Array, ""]]:
-    """Read the prompts and choose the first new token. Returns as `_decode`."""
-    batch = ids.shape[0]
-    out = model.forward(ids, mask, cache=model.init_cache(batch, cache_length), logits_to_keep=1)
+    copies: int = 1,
+    logprobs: int | None = None,
+) -> tuple[DecodeState, Int[Array, " R"], Bool[Array, " R"]]:
+    """Read the prompts, once, and choose the first token of `copies` rows for each. Returns as `_decode`."""
+    out = model.forward(ids, mask, cache=model.init_cache(ids.shape[0], cache_length), logits_to_keep=1)
     assert out.cache is not None
     tokens = jnp.pad(ids, ((0, 0), (0, cache_length - ids.shape[1])))
-    state = DecodeState(out.cache, tokens, jnp.zeros((), jnp.int32), jnp.zeros((batch,), bool))
-    return _report(_append(state, out.logits[:, -1], options, do_sample))
+    cache, tokens, logits = jax.tree.map(
+        lambda x: jnp.repeat(x, copies, axis=0) if x.ndim and copies > 1 else x, (out.cache, tokens, out.logits[:, -1])
+    )
+    rows = tokens.shape[0]
+    records = None
+    if logprobs is not None:
+        top = (*tokens.shape, logprobs)
+        records = TokenLogprobs(jnp.zeros(tokens.shape), jnp.zeros(top, jnp.int32), jnp.zeros(top))
+    state = DecodeState(
+        cache, tokens, jnp.zeros((), jnp.int32), jnp.zeros(rows, bool), jnp.zeros(rows, jnp.int32), records
+    )
+    return _report(_append(state, logits, options, do_sample))
 
 
 @partial(jax.jit, static_argnames="do_sample", donate_argnames="state")
 def _decode(
     model: OPTForCausalLM, state: DecodeState, options: SamplingOptions, until: Int[Array, ""], *, do_sample: bool
-) -> tuple[DecodeState, Int[Array, " B"], Bool[Array, ""]]:
+) -> tuple[DecodeState, Int[Array, " R"], Bool[Array, " R"]]:
     """Steps until there are `until` new tokens or every row has ended.
 
-    Returns the state, for the next call to consume, and two arrays to keep: the last tokens, and whether that was all.
+    Returns the state, for the next call to consume, and two arrays to keep: the last tokens, and which rows have ended.
     """
 
     def step(state: DecodeState) -> DecodeState:
@@ -194,115 +305,53 @@ def _decode(
     return _report(lax.while_loop(lambda s: (s.step < until) & ~s.done.all(), step, state))
 
 
-def _append(state: DecodeState, logits: Float[Array, "B V"], options: SamplingOptions, do_sample: bool) -> DecodeState:
+def _append(state: DecodeState, logits: Float[Array, "R V"], options: SamplingOptions, do_sample: bool) -> DecodeState:
     """Choose a token for each row that goes on, a pad for the others."""
-    token = sampling.choose(logits, state.step, options, do_sample)
+    token = sampling.choose(logits, state.history(), options, do_sample)
     token = jnp.where(state.done, options.pad_token_id, token)
+    column, valid = state.cache.column, state.cache.valid
+    tokens = _write(state.tokens, token[:, None], column)
+    done = state.done | (token[:, None] == options.eos_token_ids).any(-1)
+    if options.stop_sequences is not None:
+        after = History(tokens, _write(valid, jnp.ones_like(done)[:, None], column), column + 1, state.step + 1)
+        done |= processors.completes(after, options.stop_sequences)
     return DecodeState(
         cache=state.cache,
-        tokens=lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.cache.column)),
+        tokens=tokens,
         step=state.step + 1,
-        done=state.done | (token[:, None] == options.eos_token_ids).any(-1),
+        done=done,
+        lengths=state.lengths + ~state.done,
+        logprobs=None if state.logprobs is None else state.logprobs.record(logits, token, column),
     )
 
 
-def _report(state: DecodeState) -> tuple[DecodeState, Int[Array, " B"], Bool[Array, ""]]:
-    return state, _last_token(state)[:, 0], state.done.all()
+def _report(state: DecodeState) -> tuple[DecodeState, Int[Array, " R"], Bool[Array, " R"]]:
+    return state, _last_token(state)[:, 0], jnp.copy(state.done)  # the state's own will be donated
 
 
-def _last_token(state: DecodeState) -> Int[Array, "B 1"]:
+def _last_token(state: DecodeState) -> Int[Array, "R 1"]:
     return lax.dynamic_slice_in_dim(state.tokens, state.cache.column, 1, axis=1)
 
 
-# Checks -------------------------------------------------------------------------------------------------------
+def _write(buffer: Array, new: Array, column: Int[Array, ""]) -> Array:
+    """`buffer` [R, L, ...] with `new` [R, 1, ...] in a column."""
+    return lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), column, axis=1)
 
 
-def _check(
-    model, input_ids, attention_mask=None, max_new_tokens=None, max_length=None, min_new_tokens=0, do_sample=False,
-    temperature=1.0, top_k=None, top_p=None, eos_token_id=None, pad_token_id=None, seed=0,
-) -> _Request:  # fmt: skip
-    if not isinstance(model, OPTForCausalLM):
-        raise ValueError(f"generation needs an OPTForCausalLM, not an {type(model).__name__}")
-    config = model.config
-    ids = np.asarray(check_inputs(model, {"input_ids": input_ids})["input_ids"])
-    eos_token_id = config.eos_token_id if eos_token_id is None else eos_token_id
-    eos = [int(i) for i in np.atleast_1d([] if eos_token_id is None else eos_token_id)]
-    pad = config.pad_token_id if pad_token_id is None else pad_token_id
-    pad = (eos or [0])[0] if pad is None else int(pad)
-    for name, i in [*(("eos_token_id", i) for i in eos), ("pad_token_id", pad)]:
-        if not 0 <= i < config.vocab_size:
-            raise ValueError(f"{name} holds {i}, outside [0, {config.vocab_size - 1}]; for no end token use []")
-    mask = _check_mask(ids, attention_mask, None if pad in eos else pad)
-    width, room = ids.shape[1], config.max_position_embeddings - int(mask.sum(1).max())
-    max_new_tokens = _check_length(width, room, config, max_new_tokens, max_length)
-    if not 0 <= min_new_tokens <= max_new_tokens:
-        raise ValueError(f"min_new_tokens={min_new_tokens} must be in [0, {max_new_tokens}], the most new tokens")
-    _check_sampling(do_sample, temperature, top_k, top_p)
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed} must be in [0, 2**32)")
+@jax.jit
+def _score(model: OPTForCausalLM, ids: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
+    """Log-probability of each id given those before; the logits of a few columns at a time, for they are large."""
+    hidden = model.model.forward(ids, mask).last_hidden_state
+    batch, length = ids.shape
+    size = min(length & -length, 128)
 
-    def scalar(dtype, value):
-        return jax.device_put(dtype(value))  # jnp.asarray would compile something for every dtype
+    def column(chunk):
+        x, following = chunk
+        logprobs = jax.nn.log_softmax(model.logits(x), axis=-1)
+        return jnp.take_along_axis(logprobs, following[..., None], axis=-1)[..., 0]
 
-    slots = math.ceil(max(len(eos), 1) / _EOS_SLOTS) * _EOS_SLOTS
-    options = SamplingOptions(
-        temperature=scalar(np.float32, temperature),
-        top_k=scalar(np.int32, min(top_k or 0, config.vocab_size)),
-        top_p=scalar(np.float32, 1.0 if top_p is None else top_p),
-        seed=scalar(np.uint32, seed),
-        eos_token_ids=jax.device_put(np.array(eos + [config.vocab_size] * (slots - len(eos)), np.int32)),
-        pad_token_id=scalar(np.int32, pad),
-        min_new_tokens=scalar(np.int32, min_new_tokens),
-    )
-    fill = ((0, 0), (min(bucket(width), config.max_position_embeddings) - width, 0))
-    return _Request(ids, np.pad(ids, fill), np.pad(mask, fill), max_new_tokens, options, do_sample)
-
-
-def _check_mask(ids: np.ndarray, attention_mask: Any, pad: int | None) -> np.ndarray:
-    """bool [B, T], true at real tokens."""
-    mask = ids != pad if attention_mask is None else np.asarray(attention_mask) != 0
-    if mask.shape != ids.shape:
-        raise ValueError(f"attention_mask must be of the shape of input_ids, {ids.shape}, not {mask.shape}")
-    if not mask.any(1).all():
-        raise ValueError(f"row {int(np.argmin(mask.any(1)))} has no token: start empty prompts with the BOS token")
-    if not mask[:, -1].all():
-        row = int(np.argmin(mask[:, -1]))
-        raise ValueError(f"row {row} ends with padding: generation needs prompts padded on the left")
-    return mask
-
-
-def _check_length(width: int, room: int, config: Any, max_new_tokens: int | None, max_length: int | None) -> int:
-    """The number of new tokens. `room`: positions left after the longest prompt."""
-    if max_new_tokens is not None and max_length is not None:  # HF warns and lets max_new_tokens win
-        raise ValueError(f"give max_new_tokens={max_new_tokens} or max_length={max_length}, not both")
-    if max_length is not None:
-        if max_length <= width:
-            raise ValueError(
-                f"max_length={max_length} leaves no new token after prompts of {width}: use max_new_tokens"
-            )
-        max_new_tokens = max_length - width
-    if max_new_tokens is None:
-        max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if max_new_tokens > room:
-        limit = config.max_position_embeddings
-        raise ValueError(
-            f"a prompt of {limit - room} tokens and {max_new_tokens} new ones are more than "
-            f"max_position_embeddings={limit}: shorten the prompt, or ask for fewer"
-        )
-    return max_new_tokens
-
-
-def _check_sampling(do_sample: bool, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if not (temperature > 0 and math.isfinite(temperature)):
-        hint = " (for the most likely tokens use do_sample=False)" if temperature == 0 else ""
-        raise ValueError(f"temperature={temperature} must be a positive number{hint}")
-    if top_k is not None and top_k < 0:
-        raise ValueError(f"top_k={top_k} must be at least 1, or None or 0 for all tokens")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be in (0, 1]")
-    if not do_sample:  # HF warns
-        given = {"temperature": temperature != 1, "top_k": top_k, "top_p": top_p not in (None, 1)}
-        if unused := [name for name, is_given in given.items() if is_given]:
-            raise ValueError(f"{', '.join(unused)} without effect: pass do_sample=True as well")
+    chunks = [
+        jnp.moveaxis(x.reshape(batch, length // size, size, *x.shape[2:]), 1, 0)
+        for x in (hidden, jnp.roll(ids, -1, axis=1))
+    ]
+    return jnp.roll(jnp.moveaxis(lax.map(column, tuple(chunks)), 0, 1).reshape(batch, length), 1, axis=1)

@@ -47,6 +47,8 @@ class OPTPreTrainedModel(nnx.Module):
     param_dtype: Any
     # Where `from_pretrained` found the model; its tokenizer files are copied by `save_pretrained`.
     name_or_path: str | None = None
+    # The text of the generation_config.json found there: defaults of `generate`.
+    generation_config_json: str | None = None
 
     def __init__(
         self,
@@ -187,6 +189,12 @@ class OPTForCausalLM(OPTPreTrainedModel):
         from opt_jax.generate import generate
 
         return generate(self, input_ids, attention_mask, **kwargs)
+
+    def score(self, input_ids, attention_mask=None):
+        """The log-probability of each token: see `opt_jax.generate.score`."""
+        from opt_jax.generate import score
+
+        return score(self, input_ids, attention_mask)
 
 
 class OPTForSequenceClassification(OPTPreTrainedModel):

@@ -1,4 +1,4 @@
-"""Text in and out: the tokenizer, decoding token by token, and the text-generation pipeline. No jax.
+"""Text in and out: the tokenizer, decoding token by token, stop strings. No jax.
 
 OPT's tokenizer is GPT-2's byte-level BPE with RoBERTa's ids and `</s>` in front of every text. Ids and decoded text are
 those of Hugging Face's `AutoTokenizer` for facebook/opt-*; deviations are named in the docstrings.
@@ -272,6 +272,18 @@ class OPTTokenizer:
         """The texts of several rows of ids, as `decode` gives them."""
         return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in sequences]
 
+    def stop_strings(self, strings: str | Sequence[str], prompts: Sequence[Any]) -> "StopStrings":
+        """What looks for `strings` while rows of tokens grow; `prompts`: the ids before each of them."""
+        return StopStrings(self, strings, prompts)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 of one token, which may be part of a character only; b"" for ids outside the vocabulary."""
+        token = self.backend_tokenizer.id_to_token(token_id) or ""
+        try:
+            return bytes(_BYTE[char] for char in token)
+        except KeyError:  # an added token outside GPT-2's alphabet is its own text
+            return token.encode()
+
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Writes `tokenizer.json` and the files of facebook/opt-*, for `from_pretrained` and HF's `AutoTokenizer`."""
         folder = Path(directory)
@@ -310,102 +322,47 @@ class TextStream:
         return self._utf8.decode(b"", final=True)
 
     def _bytes(self, token_id: int) -> bytes:
-        token = None if token_id in self._skip else self._tokenizer.backend_tokenizer.id_to_token(token_id)
-        try:
-            return bytes(_BYTE[char] for char in token or "")
-        except KeyError:  # an added token outside GPT-2's alphabet is its own text
-            return (token or "").encode()
+        return b"" if token_id in self._skip else self._tokenizer.token_bytes(token_id)
 
 
-def pipeline(
-    task: str = "text-generation", model: Any = "tiny", tokenizer: Any = None, **options
-) -> "TextGenerationPipeline":
-    """A text generator, called and answering like `transformers.pipeline("text-generation", ...)`.
+class StopStrings:
+    """Finds where rows of tokens complete one of some strings: wherever in a token it ends, however many it straddles.
 
-    Args:
-      task: "text-generation".
-      model: what `OPTForCausalLM.from_pretrained` takes, or such a model.
-      tokenizer: what `OPTTokenizer.from_pretrained` takes, or an `OPTTokenizer`; by default the one of the named model.
-      **options: for a named model, `from_pretrained`'s `dtype`, `param_dtype`, `mesh`, `revision`, `cache_dir`,
-        `local_files_only`; the others become defaults of every call.
+    Bytes are compared, and special tokens count as their text; a string may begin in the prompt, but not end there (all
+    as in HF's `StopStringCriteria`).
 
     Raises:
-      ValueError: another task; a model object without a tokenizer, or with options for loading.
-    """
-    if task != "text-generation":
-        raise ValueError(f'task {task!r} is not supported: opt-jax has "text-generation"')
-    origin = {k: options.pop(k) for k in ("revision", "cache_dir", "local_files_only") if k in options}
-    loading = {k: options.pop(k) for k in ("dtype", "param_dtype", "mesh") if k in options}
-    named = isinstance(model, (str, os.PathLike))
-    if not named and (origin or loading):
-        raise ValueError(f"{', '.join(origin | loading)}: only for a model that is loaded by name")
-    if not named and tokenizer is None:
-        raise ValueError("a model object does not know its tokenizer: pass tokenizer=")
-    if tokenizer is None:
-        tokenizer = OPTTokenizer.from_pretrained(model, **origin)  # before the weights: it fails sooner
-    elif isinstance(tokenizer, (str, os.PathLike)):
-        tokenizer = OPTTokenizer.from_pretrained(tokenizer)
-    if named:
-        from opt_jax.model import OPTForCausalLM
-
-        model = OPTForCausalLM.from_pretrained(model, **origin, **loading)
-    return TextGenerationPipeline(model, tokenizer, **options)
-
-
-class TextGenerationPipeline:
-    """What `pipeline` returns. By default it samples as HF's does: temperature 0.7, top_k 50, 256 new tokens.
-
-    Deviations from HF: those 256 shrink to what the context leaves; a list goes through the model `batch_size` prompts
-    at a time (HF: one); the same call gives the same text unless `seed` changes.
+      ValueError: no string, an empty one, or something else.
     """
 
-    def __init__(self, model: Any, tokenizer: OPTTokenizer, **defaults):
-        self.task, self.model, self.tokenizer, self._defaults = "text-generation", model, tokenizer, defaults
+    def __init__(self, tokenizer: OPTTokenizer, strings: str | Sequence[str], prompts: Sequence[Any]):
+        strings = [strings] if isinstance(strings, str) else list(strings)
+        if not strings or not all(isinstance(string, str) and string for string in strings):
+            raise ValueError(f"stop_strings={strings!r:.60} must be a string or several, and none of them empty")
+        self._tokenizer = tokenizer
+        self._strings = [string.encode() for string in strings]
+        self._keep = max(map(len, self._strings)) - 1  # bytes that may be the beginning of a string
+        self._tails = [self._cut(b"".join(map(tokenizer.token_bytes, ids.tolist()[-self._keep :]))) for ids in prompts]
+        self._looked = 0
+        # Tokens of each row, the one that completes a string included; the greatest integer while there is none.
+        self.lengths = np.full(len(prompts), np.iinfo(np.int32).max, np.int32)
 
-    def __call__(self, text_inputs: str | Sequence[str], **options) -> list:
-        """Continues one prompt or several.
+    def look(self, tokens: np.ndarray, done: np.ndarray) -> bool:
+        """Takes all new tokens so far, int [R, N], and which rows have ended anyway; returns whether all have now."""
+        for column in range(self._looked, tokens.shape[1]):
+            for row in np.flatnonzero(self.lengths > column).tolist():
+                if self._completes(row, self._tokenizer.token_bytes(int(tokens[row, column]))):
+                    self.lengths[row] = column + 1
+        self._looked = tokens.shape[1]
+        return bool((done | (self.lengths <= self._looked)).all())
 
-        Args:
-          text_inputs: a string, or a sequence of strings.
-          **options: `return_full_text` (True: the prompt is part of the result), `skip_special_tokens` (True),
-            `add_special_tokens` (True), `batch_size` (8); everything else goes to `model.generate`.
+    def _completes(self, row: int, new: bytes) -> bool:
+        tail = self._tails[row]
+        self._tails[row] = self._cut(tail + new)
+        return any(string in tail[max(0, len(tail) - len(string) + 1) :] + new for string in self._strings)
 
-        Returns:
-          `[{"generated_text": str}]` for a string; a list of such lists for a sequence.
-
-        Raises:
-          ValueError: the input is not text; what `generate` raises.
-        """
-        options = self._defaults | options
-        full, skip = options.pop("return_full_text", True), options.pop("skip_special_tokens", True)
-        special, size = options.pop("add_special_tokens", True), options.pop("batch_size", 8)
-        if options.setdefault("do_sample", True):
-            options = {"temperature": 0.7, "top_k": 50} | options
-        if size < 1:
-            raise ValueError(f"batch_size={size}: use 1 or more")
-        prompts = [text_inputs] if isinstance(text_inputs, str) else list(text_inputs)
-        if any(not isinstance(prompt, str) for prompt in prompts):
-            raise ValueError("the pipeline takes a string or a sequence of strings; OPT has no chat template")
-
-        results = []
-        for start in range(0, len(prompts), size):
-            batch = prompts[start : start + size]
-            inputs = self.tokenizer(
-                batch, padding=True, padding_side="left", return_tensors="np", add_special_tokens=special
-            )
-            width = inputs["input_ids"].shape[1]
-            own: dict[str, Any] = {}
-            if options.get("max_new_tokens") is None and options.get("max_length") is None:
-                own["max_new_tokens"] = max(1, min(256, self.model.config.max_position_embeddings - width))
-            if options["do_sample"]:  # other random numbers for every batch
-                own["seed"] = options.get("seed", 0) + start
-            rows = np.asarray(self.model.generate(**inputs, **(options | own)).sequences)[:, width:]
-            texts = self.tokenizer.batch_decode(rows, skip_special_tokens=skip)
-            each = len(texts) // len(batch)  # num_return_sequences
-            for i, prompt in enumerate(batch):
-                new = texts[i * each : (i + 1) * each]
-                results.append([{"generated_text": prompt + text if full else text} for text in new])
-        return results[0] if isinstance(text_inputs, str) else results
+    def _cut(self, text: bytes) -> bytes:
+        return text[max(0, len(text) - self._keep) :]
 
 
 def _side(name: str, value: str) -> str:

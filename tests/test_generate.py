@@ -3,6 +3,7 @@
 import re
 import warnings
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from flax import nnx
 
 from opt_jax import OPTConfig, OPTForCausalLM, OPTModel, stack_layers
 from opt_jax import generate as module
-from opt_jax.generate import bucket, generate, stream
+from opt_jax.generate import generate, stream
+from opt_jax.request import bucket, check_request
 
 PAD, EOS = 1, 2
 CONFIG = OPTConfig(
@@ -203,6 +205,11 @@ def test_compiles_once_per_bucket_batch_and_kind(model, compiled):
         dict(temperature=2, top_k=3, top_p=0.2, seed=2**32 - 1, min_new_tokens=3),
     ):  # fmt: skip
         assert run(2, 11, max_new_tokens=6, do_sample=True, **options)[1] == [], options
+    # another kind of decoding is another program, which takes all values
+    kind: dict[str, Any] = dict(repetition_penalty=1.2, stop_token_ids=[[5, 6]], suppress_tokens=[9], logprobs=2)
+    assert run(2, 10, max_new_tokens=8, **kind)[0] == both
+    kind = dict(repetition_penalty=0.7, stop_token_ids=[[7, 8], 3], suppress_tokens=[4, 5, 6], logprobs=2)
+    assert run(2, 12, max_new_tokens=6, **kind)[1] == []
     assert run(3, 10, max_new_tokens=8)[0] == both
     assert run(2, 17, max_new_tokens=8)[0] == both
     assert run(2, 17, max_new_tokens=20)[0] == both
@@ -214,12 +221,18 @@ def test_buckets(model):
     assert all(n <= size and (size == 16 or 2 * size <= 3 * n) for n, size in enumerate(sizes, 1))
     for length in (17, 33, 60):  # a bucket past the context is cut to it
         ids = np.full((1, length), 5, np.int32)
-        assert module._check(model, ids).padded_ids.shape[1] <= 64
+        assert check_request(model, ids).padded_ids.shape[1] <= 64
 
 
-@pytest.mark.parametrize("do_sample", [False, True])
-def test_the_loop_updates_the_cache_in_place(model, do_sample):
-    request = module._check(model, IDS, MASK, max_new_tokens=30, do_sample=do_sample)
+PROCESSORS = dict(repetition_penalty=1.3, no_repeat_ngram_size=2, bad_words_ids=[[5, 6]], stop_token_ids=[[7, 8]])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(do_sample=True), PROCESSORS | dict(logprobs=2)], ids=lambda o: "-".join(o)
+)
+def test_the_loop_updates_the_cache_in_place(model, options):
+    do_sample = "do_sample" in options
+    request = check_request(model, IDS, MASK, options=dict(max_new_tokens=30) | options)
     state, _, _ = module._start(model, request)
     lowered = module._decode.lower(model, state, request.options, np.int32(30), do_sample=do_sample)
     with warnings.catch_warnings():
@@ -246,7 +259,7 @@ def test_the_loop_updates_the_cache_in_place(model, do_sample):
         (dict(top_k=-1, do_sample=True), "top_k=-1"),
         (dict(temperature=0.5), "temperature without effect: .*do_sample=True"),
         (dict(top_k=5, top_p=0.5), "top_k, top_p without effect"),
-        (dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
+        (dict(max_new_tokens=0), "max_new_tokens=0 must be an integer of at least 1"),
         (dict(max_length=5), "max_length=5 leaves no new token"),
         (dict(max_new_tokens=5, max_length=20), "not both"),
         (dict(max_new_tokens=60), "5 tokens and 60 new ones .*max_position_embeddings=64"),
@@ -282,5 +295,5 @@ def test_unsuitable_models():
         generate(stack_layers(OPTForCausalLM(CONFIG, rngs=nnx.Rngs(0))), IDS)
     with pytest.raises(ValueError, match="OPTForCausalLM"):
         generate(OPTModel(CONFIG, rngs=nnx.Rngs(0)), IDS)  # type: ignore[reportArgumentType]
-    with pytest.raises(TypeError, match="num_beams"):
-        generate(OPTForCausalLM(CONFIG, rngs=nnx.Rngs(0)), IDS, num_beams=2)  # type: ignore[reportCallIssue]
+    with pytest.raises(ValueError, match="penalty_alpha=0.6 is not supported"):
+        generate(OPTForCausalLM(CONFIG, rngs=nnx.Rngs(0)), IDS, penalty_alpha=0.6)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opt_jax import sampling
+from opt_jax import processors, sampling
 
 LOGITS = np.random.RandomState(0).standard_normal((4, 50)).astype(np.float32) * 3  # both signs, no ties
 X = jnp.asarray(LOGITS)
@@ -51,7 +51,7 @@ def test_top_p_off_and_after_another_filter():
 
 
 def test_suppress():
-    out = np.asarray(sampling.suppress(X, jnp.array([3, 7, 50, 99])))
+    out = np.asarray(processors.suppress(X, jnp.array([3, 7, 50, 99])))
     assert np.flatnonzero(~kept(out)[0]).tolist() == [3, 7]
     np.testing.assert_array_equal(out[kept(out)], LOGITS[kept(out)])
 
@@ -59,7 +59,7 @@ def test_suppress():
 def test_draw_follows_the_probabilities():
     probabilities = np.array([0.5, 0.25, 0.2, 0.05, 0.0])
     n = 20_000
-    keys = sampling.row_keys(jnp.uint32(5), n, jnp.int32(3))
+    keys = sampling.row_keys(jnp.full(n, 5, jnp.uint32), jnp.arange(n), jnp.int32(3))
     tokens = sampling.draw(jnp.tile(jnp.log(jnp.array(probabilities, jnp.float32)), (n, 1)), keys)
     frequencies = np.bincount(np.asarray(tokens), minlength=5) / n
     assert frequencies[4] == 0
@@ -68,7 +68,8 @@ def test_draw_follows_the_probabilities():
 
 def test_keys_differ_by_seed_row_and_step_only():
     def data(seed, batch, step):
-        return np.asarray(jax.random.key_data(sampling.row_keys(jnp.uint32(seed), batch, jnp.int32(step))))
+        keys = sampling.row_keys(jnp.full(batch, seed, jnp.uint32), jnp.arange(batch), jnp.int32(step))
+        return np.asarray(jax.random.key_data(keys))
 
     all_keys = np.concatenate([data(seed, 5, step) for seed in (0, 1, 2**32 - 1) for step in range(4)])
     assert len(np.unique(all_keys, axis=0)) == len(all_keys)

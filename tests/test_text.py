@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from opt_jax.text import OPTTokenizer, TextStream, pipeline
+from opt_jax.pipelines import pipeline
+from opt_jax.text import OPTTokenizer, TextStream
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 HARD = [
@@ -396,5 +397,5 @@ def test_pipeline_errors(tok, model):
         pipe([{"role": "user", "content": "hello"}])  # type: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="batch_size=0"):
         pipe("hello", batch_size=0)
-    with pytest.raises(TypeError, match="handle_long_generation"):
+    with pytest.raises(ValueError, match="handle_long_generation"):
         pipe("hello", handle_long_generation="hole")

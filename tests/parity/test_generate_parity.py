@@ -1,15 +1,13 @@
-"""Tokens of `transformers`' `generate`, and logits of its processors."""
+"""Tokens of `transformers`' `generate`; its processors are in test_processors_parity.py."""
 
 import warnings
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracle import make_hf, to_jax, torch, transformers
 from reference import CONFIGS, SMALL, batch
 
-from opt_jax import sampling
+from opt_jax import GenerationConfig
 
 # Mixed lengths, padded on the left: 10, 7, 4, 1 real tokens.
 PROMPTS = {k: v for k, v in batch("opt-125m", "left", rows=4).items() if k != "labels"}
@@ -76,48 +74,84 @@ def test_defaults_of_length_and_mask():
     np.testing.assert_array_equal(ours, theirs)
 
 
-OPTIONS = [
-    dict(temperature=0.3),
-    dict(temperature=2.5),
-    dict(top_k=1),
-    dict(top_k=40),
-    dict(top_k=5000),
-    dict(top_p=1e-4),
-    dict(top_p=0.3),
-    dict(top_p=0.95),
-    dict(min_new_tokens=4),
-    dict(temperature=0.7, top_k=50, top_p=0.9),
-    dict(temperature=3.0, top_k=200, top_p=0.6, min_new_tokens=4),
-    dict(temperature=0.5, top_p=0.5, min_new_tokens=3),
-]
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(repetition_penalty=1.5, eos_token_id=-1),
+        dict(no_repeat_ngram_size=2, eos_token_id=-1, min_new_tokens=3),
+        dict(repetition_penalty=0.8, no_repeat_ngram_size=3, suppress_tokens=[7, 8, 9], begin_suppress_tokens=[2, 50]),
+        dict(bad_words_ids=[[5], [11, 12], [30]], forced_eos_token_id=2, min_length=14),
+        dict(max_length=30, forced_eos_token_id=[40, 41], eos_token_id=[3, 4]),
+    ],
+    ids=lambda o: "-".join(o),
+)
+def test_greedy_with_processors(options):
+    pair = talkative_pair("opt-125m")
+    ids, mask = PROMPTS.values()
+    length = {} if "max_length" in options else {"max_new_tokens": 20}
+    theirs = hf_generate(pair[0], ids, mask, **(length | options))
+    ends = {"eos_token_id": []} if options.get("eos_token_id") == -1 else {}
+    ours = pair[1].generate(ids, mask, **(length | options | ends)).sequences
+    np.testing.assert_array_equal(ours, theirs)
+    assert not np.array_equal(pair[1].generate(ids, mask, max_new_tokens=20).sequences, ours)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_processors(options):
-    """The chain that HF builds for these options, on random logits, at a step with and one without end tokens."""
-    vocabulary, prompt, ends = 1000, 6, [2, 17]
-    logits = np.random.RandomState(1).standard_normal((5, vocabulary)).astype(np.float32) * 3
-    logits[:, ends] += 8  # likely, so that their suppression shows
-    config = transformers.GenerationConfig(do_sample=True, eos_token_id=ends, **({"top_k": 0} | options))
-    config._eos_token_tensor = torch.tensor(ends)
-    chain = make_hf_chain(config, prompt)
-    full = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_new_tokens": 0} | options
-    ours_options = sampling.SamplingOptions(
-        temperature=jnp.float32(full["temperature"]),
-        top_k=jnp.int32(full["top_k"]),
-        top_p=jnp.float32(full["top_p"]),
-        min_new_tokens=jnp.int32(full["min_new_tokens"]),
-        seed=jnp.uint32(0),
-        eos_token_ids=jnp.array([*ends, vocabulary]),
-        pad_token_id=jnp.int32(1),
-    )
-    process = jax.jit(sampling.process, static_argnums=3)
-    for step in (3, 4):
-        theirs = chain(torch.zeros((5, prompt + step), dtype=torch.int64), torch.from_numpy(logits)).numpy()
-        ours = np.asarray(process(logits, jnp.int32(step), ours_options, True))
-        np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(theirs))
-        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+def test_stop_strings():
+    """The token after which HF's criterion says stop, on random text and on random bytes, prompts included."""
+    from opt_jax import OPTTokenizer, hub
+    from opt_jax.text import StopStrings
+
+    tok = OPTTokenizer.from_pretrained("tiny")
+    folder = hub.resolve("tiny")
+    theirs = transformers.GPT2Tokenizer(
+        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), bos_token="</s>", eos_token="</s>",
+        unk_token="</s>", pad_token="<pad>",
+    )  # fmt: skip
+    random = np.random.RandomState(0)
+    rows = random.randint(3, len(tok), (60, 30))
+    rows[30:] = random.choice([i for i in range(len(tok)) if len(tok.token_bytes(i)) == 1], (30, 30))
+    text = b"".join(map(tok.token_bytes, rows[0].tolist())).decode(errors="ignore")
+    for strings in ("e", ["re", "\n", "zq"], [text[9:14], text[40:41], "on"], "é", [text[15:40], "ta"]):
+        criterion = transformers.StopStringCriteria(theirs, strings)
+        prompt, new = rows[:, :10], rows[:, 10:]
+        expected = np.full(60, np.iinfo(np.int32).max)
+        for n in range(20, 0, -1):
+            expected[criterion(torch.tensor(rows[:, : 10 + n]), None).numpy()] = n
+        search = StopStrings(tok, strings, list(prompt))
+        search.look(new, np.zeros(60, bool))
+        np.testing.assert_array_equal(search.lengths, expected, str(strings))
+        assert strings == "é" or (expected < 20).any()
 
 
-def make_hf_chain(config, prompt):
-    return make_hf("opt-125m")._get_logits_processor(generation_config=config, input_ids_seq_length=prompt)
+def test_every_option_of_hf_is_known():
+    """By name, with its default harmless; so a new version of transformers shows what is new."""
+    config = transformers.GenerationConfig()
+    options = config.to_dict() | {k: v for k, v in config._get_default_generation_params().items() if k != "top_k"}
+    GenerationConfig.from_dict(options)
+    checkpoint = {"_from_model_config": True, "bos_token_id": 2, "transformers_version": "5.0.0"}
+    assert GenerationConfig.from_dict(checkpoint).to_dict() == {}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(num_return_sequences=3, length_penalty=0.3),
+        dict(early_stopping=True, no_repeat_ngram_size=2),
+        dict(early_stopping="never", repetition_penalty=1.3, min_new_tokens=5, length_penalty=-1.0),
+    ],
+)
+def test_beams(pair, options):
+    """By way of `generate`, with its processors; tests/parity/test_beams_parity.py has the search itself."""
+    ids, mask = PROMPTS.values()
+    options |= dict(num_beams=3, max_new_tokens=12, eos_token_id=[5, 17, 40])
+    hf, model = pair
+    with torch.no_grad():
+        theirs = hf.generate(
+            torch.tensor(ids, dtype=torch.int64), attention_mask=torch.tensor(mask), output_scores=True,
+            return_dict_in_generate=True, **options,
+        )  # fmt: skip
+    ours = model.generate(ids, mask, **options)
+    np.testing.assert_array_equal(ours.sequences, theirs.sequences.numpy())
+    np.testing.assert_allclose(ours.sequences_scores, theirs.sequences_scores.numpy(), atol=1e-4)
+    for row, length, reason in zip(ours.sequences, ours.lengths, ours.finish_reasons, strict=True):
+        assert (row[ids.shape[1] + length - 1] in (5, 17, 40)) == (reason == "stop")

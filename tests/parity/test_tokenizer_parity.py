@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from opt_jax.text import OPTTokenizer, pipeline
+from opt_jax import pipeline
+from opt_jax.text import OPTTokenizer
 
 transformers = pytest.importorskip("transformers", reason="parity tests compare with transformers")
 

@@ -1,0 +1,122 @@
+"""Logits to logits, by the tokens so far: penalties, bans and forced tokens, for use inside `jax.jit`.
+
+They mean what the `LogitsProcessor`s of `transformers` mean on a row without padding: pads are in no row's history, so
+that a row's result does not depend on the rows it was padded for. Nothing is kept between steps: each function looks at
+the tokens anew, and beams may be exchanged as they like.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+Logits = Float[Array, "B V"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class History:
+    """The tokens so far, prompts right-aligned: columns [0, column), of which the last `step` are new."""
+
+    tokens: Int[Array, "B L"]
+    valid: Bool[Array, "B L"]  # columns that hold a real token
+    column: Int[Array, ""]
+    step: Int[Array, ""]
+
+    def lengths(self) -> Int[Array, " B"]:
+        return self.valid.sum(-1, dtype=jnp.int32)
+
+    def is_new(self) -> Bool[Array, " L"]:
+        columns = jnp.arange(self.tokens.shape[1])
+        return (columns >= self.column - self.step) & (columns < self.column)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sequences:
+    """Sequences of tokens, right-aligned. A row that stands for none holds ids that no token has."""
+
+    ids: Int[Array, "W S"]
+    used: Bool[Array, "W S"]
+
+
+def repetition_penalty(logits: Logits, history: History, penalty: Float[Array, ""]) -> Logits:
+    """Tokens of prompt and continuation are less likely (HF `RepetitionPenaltyLogitsProcessor`)."""
+    seen = _counts(logits, history, history.valid) > 0
+    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def additive_penalties(
+    logits: Logits, history: History, presence: Float[Array, ""] | None, frequency: Float[Array, ""] | None
+) -> Logits:
+    """OpenAI's and vLLM's penalties, over new tokens only: minus `presence`, and minus `frequency` for each time."""
+    counts = _counts(logits, history, history.valid & history.is_new())
+    if presence is not None:
+        logits = logits - presence * (counts > 0)
+    return logits if frequency is None else logits - frequency * counts
+
+
+def no_repeat_ngram(logits: Logits, history: History, size: Int[Array, ""]) -> Logits:
+    """-inf where an n-gram of prompt and continuation would appear again (HF `NoRepeatNGramLogitsProcessor`)."""
+    tokens, valid, column = history.tokens, history.valid, history.column
+    columns = jnp.arange(tokens.shape[1])
+
+    def agree(i, match):  # the token i before each column is the i-th last token (real: there is a whole n-gram)
+        before, known = (jnp.roll(x, i, axis=1) for x in (tokens, valid))
+        last = lax.dynamic_slice_in_dim(tokens, column - i, 1, axis=1)
+        return match & known & (columns >= i) & (before == last)
+
+    ends_ngram = lax.fori_loop(1, size, agree, valid & (columns < column))
+    return jnp.where(_marked(logits, tokens, ends_ngram), -jnp.inf, logits)
+
+
+def ban_sequences(logits: Logits, history: History, banned: Sequences) -> Logits:
+    """-inf for what would complete a sequence; one of one token is always banned (HF `NoBadWordsLogitsProcessor`)."""
+    begun = _ends_with(history, banned.ids[:, :-1], banned.used[:, :-1], history.valid)
+    last = jnp.broadcast_to(banned.ids[:, -1], begun.shape)
+    return jnp.where(_marked(logits, last, begun), -jnp.inf, logits)
+
+
+def completes(history: History, sequences: Sequences) -> Bool[Array, " B"]:
+    """Whether the new tokens end with one of the sequences."""
+    return _ends_with(history, sequences.ids, sequences.used, history.valid & history.is_new()).any(-1)
+
+
+def suppress(logits: Logits, token_ids: Int[Array, " E"]) -> Logits:
+    """-inf for the given tokens; ids outside the vocabulary are nobody's (HF `SuppressTokensLogitsProcessor`)."""
+    return jnp.where(_listed(logits, token_ids), -jnp.inf, logits)
+
+
+def force(logits: Logits, token_ids: Int[Array, " E"]) -> Logits:
+    """0 for the given tokens, -inf for all others (HF `ForcedEOSTokenLogitsProcessor`)."""
+    return jnp.where(_listed(logits, token_ids), jnp.zeros_like(logits), -jnp.inf)
+
+
+def _listed(logits: Logits, token_ids: Int[Array, " E"]) -> Bool[Array, " V"]:
+    return jnp.zeros(logits.shape[-1], bool).at[token_ids].set(True, mode="drop")
+
+
+def _marked(logits: Logits, tokens: Int[Array, "B N"], where: Bool[Array, "B N"]) -> Bool[Array, "B V"]:
+    """Those of the `tokens` that are marked."""
+    rows = jnp.arange(logits.shape[0])[:, None]
+    return jnp.zeros(logits.shape, bool).at[rows, tokens].max(where, mode="drop")
+
+
+def _counts(logits: Logits, history: History, where: Bool[Array, "B L"]) -> Int[Array, "B V"]:
+    """How often each token is in the marked columns."""
+    rows = jnp.arange(logits.shape[0])[:, None]
+    return jnp.zeros(logits.shape, jnp.int32).at[rows, history.tokens].add(where.astype(jnp.int32), mode="drop")
+
+
+def _ends_with(
+    history: History, ids: Int[Array, "W S"], used: Bool[Array, "W S"], valid: Bool[Array, "B L"]
+) -> Bool[Array, "B W"]:
+    """Whether the last valid tokens of a row are the used ones of each sequence; nothing is at every end."""
+    size = ids.shape[1]
+    last, known = (
+        lax.dynamic_slice_in_dim(jnp.pad(x, ((0, 0), (size, 0))), history.column, size, axis=1)[:, None]
+        for x in (history.tokens, valid)
+    )
+    return (~used | (known & (last == ids))).all(-1)

@@ -1,0 +1,266 @@
+"""What `generate` and `score` check, and the arrays that they hand to compiled code."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from opt_jax.generation_config import GenerationConfig, check_ids, check_sequences, combine, is_integer, parse
+from opt_jax.inputs import check_inputs
+from opt_jax.model import OPTForCausalLM
+from opt_jax.processors import Sequences
+from opt_jax.sampling import SamplingOptions
+
+DEFAULT_NEW_TOKENS = 20  # HF's
+_SLOTS = 8  # more end tokens, stop sequences, ... than this compile anew
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """The checked arguments of `generate`."""
+
+    input_ids: np.ndarray  # [B, T] as given
+    padded_ids: np.ndarray  # [B, bucket], the real tokens of each row at its end
+    mask: np.ndarray  # bool [B, bucket]
+    max_new_tokens: int
+    options: SamplingOptions
+    do_sample: bool
+    pad_token_id: int
+    copies: int  # rows for each prompt
+    logprobs: int | None
+    stops: Any  # the tokenizer's `StopStrings`, or None
+    beams: dict[str, Any] | None  # arguments of `beams.beam_search` that nothing else here says; None: no beams
+
+    @property
+    def rows(self) -> int:
+        return len(self.input_ids) * self.copies
+
+    @property
+    def width(self) -> int:
+        """Column of the first new token."""
+        return self.padded_ids.shape[1]
+
+    @property
+    def cache_length(self) -> int:
+        return bucket(self.width + self.max_new_tokens)
+
+
+def bucket(length: int) -> int:
+    """`length` rounded up to one of 16, 24, 32, 48, 64, 96, ...: few shapes to compile, at most a third wasted."""
+    size = 16
+    while size < length:
+        size *= 2
+    return size * 3 // 4 if 16 < size and length <= size * 3 // 4 else size
+
+
+def check_request(
+    model: OPTForCausalLM,
+    input_ids: Any,
+    attention_mask: Any = None,
+    generation_config: GenerationConfig | None = None,
+    tokenizer: Any = None,
+    options: dict[str, Any] | None = None,
+) -> Request:
+    """The arguments of `generate`, checked and with all defaults filled in; ValueError as there."""
+    ids = _check_model_and_ids(model, input_ids)
+    given = combine(checkpoint_options(model), generation_config, options or {})
+    eos, pad = _special_ids(model, given)
+    mask = _check_mask(ids, attention_mask, None if pad in eos else pad)
+    if not mask[:, -1].all():
+        row = int(np.argmin(mask[:, -1]))
+        raise ValueError(f"row {row} ends with padding: generation needs prompts padded on the left")
+    room = model.config.max_position_embeddings - int(mask.sum(1).max())
+    max_new_tokens = _check_length(ids.shape[1], room, model.config, given)
+    if given.stop_strings is not None and tokenizer is None:
+        raise ValueError("stop_strings need the tokenizer: pass tokenizer=")
+    copies = given.num_return_sequences or 1
+    padded_ids, padded_mask = _align(ids, mask, model.config.max_position_embeddings)
+    return Request(
+        input_ids=ids,
+        padded_ids=padded_ids,
+        mask=padded_mask,
+        max_new_tokens=max_new_tokens,
+        options=_sampling_options(model.config.vocab_size, given, ids, max_new_tokens, eos, pad),
+        do_sample=bool(given.do_sample),
+        pad_token_id=pad,
+        copies=copies,
+        logprobs=None if given.logprobs is None else min(given.logprobs, model.config.vocab_size),
+        beams=None if (given.num_beams or 1) == 1 else dict(
+            num_beams=given.num_beams, early_stopping=given.early_stopping or False, eos_token_ids=eos,
+            length_penalty=1.0 if given.length_penalty is None else given.length_penalty, seed=given.seed or 0,
+        ),
+        stops=None if given.stop_strings is None else tokenizer.stop_strings(
+            given.stop_strings, [row[m] for row, m in zip(ids, mask, strict=True) for _ in range(copies)]
+        ),
+    )  # fmt: skip
+
+
+def check_score(model: OPTForCausalLM, input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, ...]:
+    """ids and mask [B, T], and both padded to [B, bucket] with the real tokens of each row at its end."""
+    ids = _check_model_and_ids(model, input_ids)
+    eos, pad = _special_ids(model, GenerationConfig())
+    mask = _check_mask(ids, attention_mask, None if pad in eos else pad)
+    return ids, mask, *_align(ids, mask, model.config.max_position_embeddings)
+
+
+def _check_model_and_ids(model: Any, input_ids: Any) -> np.ndarray:
+    if not isinstance(model, OPTForCausalLM):
+        raise ValueError(f"generation needs an OPTForCausalLM, not an {type(model).__name__}")
+    _check_heads(model)
+    return np.asarray(check_inputs(model, {"input_ids": input_ids})["input_ids"])
+
+
+def _check_heads(model: OPTForCausalLM) -> None:
+    """On a mesh each device must hold whole heads, or every step would send parts of them around."""
+    layers: Any = model.model.decoder.layers  # a list, or one stacked layer
+    heads = model.config.num_attention_heads
+    kernel = (layers[0] if hasattr(layers, "__getitem__") else layers).self_attn.q_proj.kernel.get_value()
+    shards = kernel.shape[-1] // kernel.sharding.shard_shape(kernel.shape)[-1]
+    if heads % shards:
+        raise ValueError(f"{heads} attention heads cannot be split over {shards} devices: use a mesh that divides them")
+
+
+def checkpoint_options(model: OPTForCausalLM) -> dict[str, Any]:
+    """What the generation_config.json says that the model was loaded with."""
+    text = model.generation_config_json
+    return {} if text is None else parse(text, "the checkpoint's generation_config.json")
+
+
+def _special_ids(model: OPTForCausalLM, given: GenerationConfig) -> tuple[list[int], int]:
+    """(end tokens, pad)."""
+    config, hint = model.config, "; for no end token use []"
+    eos = config.eos_token_id if given.eos_token_id is None else given.eos_token_id
+    eos = [] if eos is None else check_ids("eos_token_id", eos, config.vocab_size, hint)
+    pad = config.pad_token_id if given.pad_token_id is None else given.pad_token_id
+    pad = (eos or [0])[0] if pad is None else pad
+    return eos, check_ids("pad_token_id", [pad], config.vocab_size)[0]
+
+
+def _check_mask(ids: np.ndarray, attention_mask: Any, pad: int | None) -> np.ndarray:
+    """bool [B, T], true at real tokens."""
+    mask = ids != pad if attention_mask is None else np.asarray(attention_mask) != 0
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask must be of the shape of input_ids, {ids.shape}, not {mask.shape}")
+    if not mask.any(1).all():
+        raise ValueError(f"row {int(np.argmin(mask.any(1)))} has no token: start empty prompts with the BOS token")
+    return mask
+
+
+def _align(ids: np.ndarray, mask: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Both cut or padded to a bucket, real tokens last: where pads were makes no difference from here on."""
+    order = np.argsort(mask, axis=1, kind="stable")
+    ids, mask = (np.take_along_axis(x, order, axis=1) for x in (ids, mask))
+    width = int(mask.sum(1).max())
+    fill = ((0, 0), (min(bucket(width), limit) - width, 0))
+    return np.pad(ids[:, -width:], fill), np.pad(mask[:, -width:], fill)
+
+
+def _check_length(width: int, room: int, config: Any, given: GenerationConfig) -> int:
+    """The number of new tokens. `room`: positions left after the longest prompt."""
+    new = given.max_new_tokens
+    if given.max_length is not None:
+        if given.max_length <= width:
+            raise ValueError(
+                f"max_length={given.max_length} leaves no new token after prompts of {width}: use max_new_tokens"
+            )
+        new = given.max_length - width
+    new = max(1, min(DEFAULT_NEW_TOKENS, room)) if new is None else int(new)
+    if new > room:
+        limit = config.max_position_embeddings
+        raise ValueError(
+            f"a prompt of {limit - room} tokens and {new} new ones are more than "
+            f"max_position_embeddings={limit}: shorten the prompt, or ask for fewer"
+        )
+    least = {"min_new_tokens": given.min_new_tokens or 0, "min_length": (given.min_length or 0) - width}
+    for name, value in least.items():
+        if value > new:
+            raise ValueError(f"{name}={getattr(given, name)} asks for {value} new tokens, more than the most, {new}")
+    return new
+
+
+def _sampling_options(
+    vocab_size: int, given: GenerationConfig, ids: np.ndarray, max_new_tokens: int, eos: list[int], pad: int
+) -> SamplingOptions:
+    def scalar(dtype, value, off=None):
+        """None if the processor is off. (jnp.asarray would compile something for every dtype.)"""
+        return None if value is None or value == off else jax.device_put(dtype(value))
+
+    def some(name):
+        values = check_ids(name, given_ids, vocab_size) if (given_ids := getattr(given, name)) is not None else []
+        return _slots(values, vocab_size) if values else None
+
+    (batch, width), copies = ids.shape, given.num_return_sequences or 1
+    seeds, samples = _check_seed(given.seed, batch, copies)
+    _check_forced(given)
+    bad_words, stops = given.bad_words_ids, given.stop_token_ids
+    if bad_words is not None:
+        bad_words = check_sequences("bad_words_ids", bad_words, vocab_size)
+    if stops is not None:
+        stops = check_sequences("stop_token_ids", stops, vocab_size, or_ids=True)
+    return SamplingOptions(
+        temperature=jax.device_put(np.float32(given.temperature or 1)),
+        top_k=jax.device_put(np.int32(min(given.top_k or 0, vocab_size))),
+        top_p=jax.device_put(np.float32(given.top_p or 1)),
+        seeds=jax.device_put(seeds),
+        samples=jax.device_put(samples),
+        eos_token_ids=_slots(eos, vocab_size),
+        pad_token_id=jax.device_put(np.int32(pad)),
+        min_new_tokens=jax.device_put(np.int32(max(given.min_new_tokens or 0, (given.min_length or 0) - width, 0))),
+        max_new_tokens=jax.device_put(np.int32(max_new_tokens)),
+        min_p=scalar(np.float32, given.min_p, 0),
+        typical_p=scalar(np.float32, given.typical_p, 1),
+        repetition_penalty=scalar(np.float32, given.repetition_penalty, 1),
+        presence_penalty=scalar(np.float32, given.presence_penalty, 0),
+        frequency_penalty=scalar(np.float32, given.frequency_penalty, 0),
+        no_repeat_ngram_size=scalar(np.int32, given.no_repeat_ngram_size, 0),
+        bad_words=_sequences([word for word in bad_words or [] if word not in [[i] for i in eos]], vocab_size),
+        suppress_tokens=some("suppress_tokens"),
+        begin_suppress_tokens=some("begin_suppress_tokens"),
+        forced_bos_token_id=some("forced_bos_token_id"),
+        forced_eos_token_id=some("forced_eos_token_id"),
+        stop_sequences=_sequences(stops or [], vocab_size),
+    )
+
+
+def _check_seed(seed: Any, batch: int, copies: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint32 and int32 [B * copies]: the seed of each row, and which of the samples with this seed it is."""
+    seed = seed.tolist() if hasattr(seed, "tolist") else 0 if seed is None else seed
+    one = is_integer(seed)
+    seeds: Sequence[Any] = [seed] * batch if one else seed
+    if not isinstance(seeds, Sequence) or isinstance(seeds, str) or len(seeds) != batch:
+        raise ValueError(f"seed={seed!r:.60} must be a number, or one number for each of the {batch} prompts")
+    if bad := [s for s in seeds if not is_integer(s) or not 0 <= s < 2**32]:
+        raise ValueError(f"seed={bad[0]!r} must be in [0, 2**32)")
+    samples = np.arange(batch * copies) if one else np.tile(np.arange(copies), batch)
+    return np.repeat(np.array(seeds, np.uint32), copies), samples.astype(np.int32)
+
+
+def _check_forced(given: GenerationConfig) -> None:
+    if given.forced_bos_token_id is not None and not is_integer(given.forced_bos_token_id):
+        raise ValueError(f"forced_bos_token_id={given.forced_bos_token_id!r:.60} must be one token id")
+    suppressed = set() if given.suppress_tokens is None else set(np.ravel(given.suppress_tokens).tolist())
+    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+        forced = getattr(given, name)
+        if forced is not None and set(np.ravel(forced).tolist()) <= suppressed:  # as HF
+            raise ValueError(f"{name}={forced} is also in suppress_tokens, which leaves no token")
+
+
+def _slots(ids: list[int], nobody: int) -> jax.Array:
+    """The ids, filled up to a multiple of `_SLOTS`."""
+    count = -(-max(len(ids), 1) // _SLOTS) * _SLOTS
+    return jax.device_put(np.array(ids + [nobody] * (count - len(ids)), np.int32))
+
+
+def _sequences(sequences: list[list[int]], nobody: int) -> Sequences | None:
+    """Right-aligned, filled up to a multiple of `_SLOTS` sequences, of a power of two tokens."""
+    if not sequences:
+        return None
+    count = -(-len(sequences) // _SLOTS) * _SLOTS
+    length = 1 << (max(map(len, sequences)) - 1).bit_length()
+    ids, used = np.full((count, length), nobody, np.int32), np.zeros((count, length), bool)
+    used[len(sequences) :, -1] = True  # nobody's id is never seen
+    for row, sequence in enumerate(sequences):
+        ids[row, -len(sequence) :], used[row, -len(sequence) :] = sequence, True
+    return Sequences(jax.device_put(ids), jax.device_put(used))

@@ -1,0 +1,130 @@
+"""Sequences and scores of `transformers`' beam search."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+from oracle import make_hf, to_jax, torch
+from reference import SMALL, batch
+
+from opt_jax.beams import beam_search
+
+# Mixed lengths, padded on the left: 10, 7, 4, 1 real tokens.
+PROMPTS = {k: v for k, v in batch("opt-125m", "left", rows=4).items() if k != "labels"}
+NEW, RETURNED = 14, 2
+MANY = [3, 7, 11, 15, 19, 31, 50, 60]
+
+
+def talkative_pair(name):
+    """As `make_pair`, but position counts for more, constants for less, or they would say one token for ever."""
+    hf = make_hf(name, num_hidden_layers=2)
+    with torch.no_grad():
+        for parameter, value in hf.named_parameters():
+            value *= 4 if "embed_positions" in parameter else 0.1 if parameter.endswith("bias") else 1
+    return hf, to_jax(hf, "OPTForCausalLM")
+
+
+@pytest.fixture(scope="module", params=SMALL)
+def pair(request):
+    return talkative_pair(request.param)
+
+
+@pytest.fixture(scope="module")
+def one_pair():
+    return talkative_pair("opt-350m")
+
+
+def hf_beams(hf, ids, mask, eos, **options):
+    given = dict(max_new_tokens=NEW, do_sample=False, pad_token_id=1, eos_token_id=eos or -1) | options
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice on options
+        out = hf.generate(
+            torch.tensor(ids, dtype=torch.int64), attention_mask=torch.tensor(mask), return_dict_in_generate=True,
+            output_scores=True, num_return_sequences=RETURNED, **given,
+        )  # fmt: skip
+    return out.sequences.numpy(), out.sequences_scores.numpy()
+
+
+def our_beams(model, ids, mask, eos, **options):
+    given: dict[str, Any] = dict(max_new_tokens=NEW, pad_token_id=1, capacity=NEW) | options
+    return beam_search(model, ids, mask, eos_token_ids=eos, num_return_sequences=RETURNED, **given)
+
+
+def compare(pair, eos, ids=PROMPTS["input_ids"], mask=PROMPTS["attention_mask"], **options):
+    """Checks that both agree; returns ours."""
+    sequences, scores = hf_beams(pair[0], ids, mask, eos, **options)
+    ours = our_beams(pair[1], ids, mask, eos, **options)
+    np.testing.assert_array_equal(ours.sequences, sequences)
+    # The relative part is float32's: with a negative length penalty, scores are in the thousands.
+    np.testing.assert_allclose(ours.sequences_scores, scores, atol=1e-4, rtol=5e-7)
+    return ours
+
+
+def test_all_models(pair):
+    free = compare(pair, [], num_beams=4)
+    assert set(free.lengths) == {NEW}
+    new = free.sequences[:, PROMPTS["input_ids"].shape[1] :]
+    ends = {int(row[k]) for row, k in zip(new, (3, 5, 7, 4, 2, 6, 8, 9), strict=True)}
+    assert len(set(compare(pair, sorted(ends), num_beams=4).lengths)) > 1
+
+
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+@pytest.mark.parametrize("length_penalty", [1.0, 0.0, -1.0, 2.5, 0.3])
+def test_stopping_and_penalties(one_pair, early_stopping, length_penalty):
+    options = dict(early_stopping=early_stopping, length_penalty=length_penalty)
+    for eos, new in ((MANY, NEW), (MANY[:1], NEW), (MANY[:4], 7)):
+        compare(one_pair, eos, num_beams=3, max_new_tokens=new, **options)
+
+
+def test_the_options_matter(one_pair):
+    """Else the test above would say nothing."""
+    ids, mask = PROMPTS.values()
+
+    def run(**options):
+        out = our_beams(one_pair[1], ids, mask, MANY, num_beams=3, **options)
+        return out.sequences[:, ids.shape[1] :].tolist(), out.lengths.tolist()
+
+    seen = [
+        run(early_stopping=early, length_penalty=penalty)
+        for early, penalty in [(False, 1.0), (True, 1.0), ("never", 1.0), (False, 0.0), (False, 2.5), ("never", 2.5)]
+    ]
+    assert len({str(x) for x in seen}) >= 4
+    assert len({length for _, lengths in seen for length in lengths}) > 4, seen
+
+
+@pytest.mark.parametrize(("num_beams", "slots", "early_stopping"), [(2, 8, False), (6, 24, "never")])
+def test_random_combinations(one_pair, num_beams, slots, early_stopping):
+    random = np.random.RandomState(num_beams)
+    for _ in range(5):
+        ids = random.randint(3, 99, (3, 8))
+        mask = np.arange(8) >= random.randint(0, 8, (3, 1))
+        ids[~mask] = 1
+        eos = random.choice(np.arange(3, 99), random.randint(slots - 7, slots + 1), replace=False).tolist()
+        compare(
+            one_pair, eos, ids, mask.astype(np.int64), num_beams=num_beams, early_stopping=early_stopping,
+            length_penalty=random.uniform(-0.5, 3), max_new_tokens=int(random.randint(1, NEW + 1)),
+        )  # fmt: skip
+
+
+def _penalise_repetition(penalty, log_probs, tokens, valid, column, step):
+    """HF `RepetitionPenaltyLogitsProcessor`, by a loop over the columns that are in use."""
+    rows = np.arange(log_probs.shape[0])
+    seen = (log_probs * 0).astype(bool)
+    for c in range(tokens.shape[1]):
+        seen = seen.at[rows, tokens[:, c]].max(valid[:, c] & (c < column))
+    return log_probs * (1 + (penalty - 1) * seen)
+
+
+def test_process(one_pair):
+    """Processors see log-probabilities, not logits, and all tokens so far of the beam they are for."""
+    ids = PROMPTS["input_ids"][:2, 3:]  # without pads, which HF counts as tokens
+    ids = np.where(ids == 1, 5, ids)
+    plain = hf_beams(one_pair[0], ids, np.ones_like(ids), MANY, num_beams=3)
+    sequences, scores = hf_beams(one_pair[0], ids, np.ones_like(ids), MANY, num_beams=3, repetition_penalty=1.7)
+    assert plain[0].shape != sequences.shape or (plain[0] != sequences).any()
+    ours = our_beams(
+        one_pair[1], ids, np.ones_like(ids), MANY, num_beams=3, process=_penalise_repetition, process_options=1.7
+    )
+    np.testing.assert_array_equal(ours.sequences, sequences)
+    np.testing.assert_allclose(ours.sequences_scores, scores, atol=1e-4, rtol=5e-7)
