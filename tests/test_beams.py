@@ -16,6 +16,8 @@ from opt_jax import OPTConfig, OPTForCausalLM, OPTModel, beams, named_parameters
 from opt_jax.beams import beam_search
 from opt_jax.sharding import make_mesh, param_spec, use_mesh
 
+pytestmark = pytest.mark.slow
+
 PAD = 1
 CONFIG = OPTConfig(
     vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, ffn_dim=40, max_position_embeddings=64,

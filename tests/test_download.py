@@ -16,6 +16,8 @@ from hub_server import COMMIT, TAGGED, HubServer, Repository, Resolver, environm
 from convert.__main__ import main
 from opt_jax import download
 
+pytestmark = pytest.mark.slow
+
 MB = 1_000_000
 TWO = ("model-1.safetensors", "model-2.safetensors")
 

@@ -12,7 +12,7 @@ from reference import our_model
 from opt_jax import named_parameters
 from opt_jax.sharding import make_mesh, param_sharding, use_mesh
 
-pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")]
 
 # Eight heads, and sizes that divide by eight, the vocabulary among them.
 SHAPE: dict[str, Any] = dict(

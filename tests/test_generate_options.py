@@ -49,6 +49,7 @@ def test_several_sequences_for_each_prompt(model):
         np.testing.assert_array_equal(alone.sequences, out.sequences[3 * i : 3 * i + 2])
 
 
+@pytest.mark.slow
 def test_a_thousand_rows_do_not_depend_on_their_batch(model):
     """Tokens equal, log-probabilities to 1e-5: in one batch, in small ones, in another order, more padded."""
     ids, seeds = prompts(1000), np.arange(1000)

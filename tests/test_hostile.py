@@ -42,6 +42,7 @@ FORBIDDEN = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_hostile_checkpoints(tmp_path):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-W", "error", __file__, str(tmp_path)]
