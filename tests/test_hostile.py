@@ -23,6 +23,7 @@ from pathlib import Path
 import hostile_files
 import hostile_pickles
 import metaseq_files
+import pytest
 from hf_files import hf_weights, write_hf
 from hostile_files import CONFIG, EITHER, HARMLESS, REFUSED, Case
 
