@@ -34,6 +34,22 @@ def fixed_seeds():
         sys.modules["torch"].manual_seed(0)
 
 
+@pytest.fixture
+def compiled():
+    """Names of what JAX compiles during the test."""
+    import jax  # after the environment above is set, and not in every test
+
+    names = []
+
+    def listen(event, duration_secs, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(kwargs["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """`../shared/data` beside the repository: real text, the real OPT tokenizer. Tests that need it skip elsewhere."""

@@ -165,20 +165,6 @@ def test_the_number_of_candidates_drawn_follows_the_end_tokens(model):
     assert one.shape != eight.shape or (one != eight).any()
 
 
-@pytest.fixture
-def compiled():
-    """Names of what JAX compiles during the test."""
-    names = []
-
-    def listen(event, duration_secs, **kwargs):
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(kwargs["fun_name"])
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield names
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def test_compiles_once_per_shape_and_kind(model, compiled):
     def run(**options):
         del compiled[:]

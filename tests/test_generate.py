@@ -163,20 +163,6 @@ def test_stream_checks_at_once_and_can_be_left(model):
     np.testing.assert_array_equal(first, generate(model, IDS, MASK, max_new_tokens=1).sequences[:, 5])
 
 
-@pytest.fixture
-def compiled():
-    """Names of what JAX compiles during the test."""
-    names = []
-
-    def listen(event, duration_secs, **kwargs):
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(kwargs["fun_name"])
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield names
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
 @pytest.mark.slow
 def test_compiles_once_per_bucket_batch_and_kind(model, compiled):
     jax.clear_caches()
