@@ -39,7 +39,7 @@ _THREADS = 4  # each holds a chunk or two; while some wait for the disk, others 
 
 @dataclass(frozen=True)
 class LazyArray:
-    """An array that is somewhere else: in a mapped file, in an Orbax directory, in parts to be joined.
+    """An array that is somewhere else: in a file, in an Orbax directory, in parts to be joined.
 
     Attributes:
       read: the part at an index with one slice (start and stop, step 1) per dimension. May be a view of any strides
@@ -258,14 +258,13 @@ def new_directory(
 
     def publish() -> None:
         check_destination(path, overwrite, replaceable)
-        if path.exists():
-            path.rename(old)
         try:
+            if path.exists():
+                path.rename(old)
             new.rename(path)
-        except OSError:
-            if old.exists():
+        finally:  # whatever went wrong, Ctrl-C included
+            if old.exists() and not path.exists():
                 old.rename(path)
-            raise
 
     try:
         on_first_process(begin)

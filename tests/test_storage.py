@@ -171,6 +171,24 @@ def test_killed_after_publishing_the_new_one_stays(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_an_error_between_the_two_renamings_brings_the_old_one_back(tmp_path, monkeypatch, error):
+    model_at(tmp_path / "out", "old")
+    rename = Path.rename
+
+    def failing(self, target):
+        if self.name == ".out.new":
+            raise error("now")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(error, match="now"):
+        with new_directory(tmp_path / "out", overwrite=True) as new:
+            model_at(new / "inner")
+    assert (tmp_path / "out" / "params" / "_METADATA").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_two_processes_do_not_write_the_same_destination(tmp_path):
     code = (
         "import sys; from opt_jax.storage import new_directory\n"
