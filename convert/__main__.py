@@ -6,6 +6,7 @@ import resource
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -382,6 +383,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {_one_line(e)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as e:
+        # What Orbax has left half-started complains when it is collected: this line says all.
+        warnings.simplefilter("ignore")
+        sys.unraisablehook = lambda _: None
         print("interrupted; DST is as it was", file=sys.stderr)
         return 143 if isinstance(e, Terminated) else 130
     return 0
