@@ -244,9 +244,18 @@ def test_too_little_space(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 8000})
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage)
     for shard_of in (None, (1, 2)):
-        with pytest.raises(OSError, match="GB are needed"):
+        with pytest.raises(OSError, match="MB are needed"):
             write(source, tmp_path / "out", shard_of=shard_of)
         assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_without_files_has_nothing_to_do(tmp_path):
+    """More workers than files: the late ones neither fail nor begin anything."""
+    source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
+    for shard_of in ((2, 2), (1, 2), (2, 2)):
+        write(source, tmp_path / "out", shard_of=shard_of)
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert (tmp_path / "out").exists()
 
 
 def test_what_is_on_disk_is_compared(tmp_path, monkeypatch):
