@@ -22,7 +22,7 @@ class Checkpoint:
       where: the file or directory that error messages name.
       format: for people, as in "Hugging Face safetensors, 3 files".
       config: the architecture. `raw_config`: the content of the config.json to write, fields unknown to us included.
-      arrays: our parameter paths -> arrays in our orientation (kernels [in, out]), exactly those of the model.
+      arrays: our parameter paths -> arrays in our orientation (kernels [in, out]); after `check`, those of the model.
       companions: directories whose tokenizer files and generation_config.json go with the model, the first one first.
       checks: comparisons of what is stored more than once, to be run before the arrays are used.
     """
