@@ -25,8 +25,8 @@ from opt_jax.model import OPTForCausalLM
 _NEVER = -1e9  # HF's score of what must not be chosen: finite, since sums of it are compared
 _EOS_SLOTS = 8  # more end tokens than this compile anew
 
-# (options, log_probs [B * N, V], tokens [B * N, L], which of them are real [B * N, L], column of the next token, number
-# of new tokens so far) -> log_probs
+# (options, log_probs [B * N, V], tokens [B * N, L], which of them are real [B * N, L], column of the next token
+# [B * N], number of new tokens so far [B * N]) -> log_probs
 Process = Callable[[Any, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -239,7 +239,8 @@ def _processed(
         return jnp.concatenate([prompt, new], axis=2).reshape(-1, width + capacity)
 
     flat = log_probs.reshape(-1, log_probs.shape[-1])
-    flat = process(options, flat, joined(ids, tokens), joined(mask, is_new), width + step, step)
+    column, new = (jnp.full(len(flat), x, jnp.int32) for x in (width + step, step))
+    flat = process(options, flat, joined(ids, tokens), joined(mask, is_new), column, new)
     return flat.reshape(log_probs.shape)
 
 

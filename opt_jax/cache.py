@@ -77,6 +77,45 @@ class KVCache:
             fresh=False,
         )
 
+    def wrap(self) -> "KVCache":
+        """Go on at column 0 behind the last one. What stands there must not be needed any more."""
+        return dataclasses.replace(self, column=self.column % self.max_length)
+
+    def extend(self, batch: int, max_length: int) -> "KVCache":
+        """A copy of a cache of one row, for `batch` rows that go on from it, with columns up to `max_length`."""
+
+        def grown(x: Array, axis: int) -> Array:
+            x = jnp.pad(x, [(0, max_length - n if i == axis else 0) for i, n in enumerate(x.shape)])
+            return jnp.broadcast_to(x, (batch, *x.shape[1:]))
+
+        return KVCache(
+            k=tuple(grown(k, 2) for k in self.k),
+            v=tuple(grown(v, 2) for v in self.v),
+            valid=grown(self.valid, 1),
+            next_position=jnp.broadcast_to(self.next_position, (batch,)),
+            column=self.column,
+            fresh=self.fresh,
+        )
+
+    def replace_rows(self, rows: Int[Array, " b"], new: "KVCache") -> "KVCache":
+        """The cache with other rows in some places; a row outside [0, B) is dropped. `new` may be shorter.
+
+        The columns of `new` move to where its last one is the last one written here; before column 0 comes the end.
+        """
+        spare = self.max_length - new.max_length
+
+        def put(x: Array, y: Array, axis: int) -> Array:
+            y = jnp.pad(y, [(0, spare if i == axis else 0) for i in range(y.ndim)])
+            return x.at[rows].set(jnp.roll(y, self.column - new.column, axis), mode="drop")
+
+        return dataclasses.replace(
+            self,
+            k=tuple(put(x, y, 2) for x, y in zip(self.k, new.k, strict=True)),
+            v=tuple(put(x, y, 2) for x, y in zip(self.v, new.v, strict=True)),
+            valid=put(self.valid, new.valid, 1),
+            next_position=self.next_position.at[rows].set(new.next_position, mode="drop"),
+        )
+
     def branch(self, branches: int) -> "KVCache":
         """The same cache for N continuations of each row, which share all columns up to here.
 

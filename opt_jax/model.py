@@ -190,6 +190,12 @@ class OPTForCausalLM(OPTPreTrainedModel):
 
         return generate(self, input_ids, attention_mask, **kwargs)
 
+    def prefill(self, input_ids, attention_mask=None):
+        """Read the common beginning of many prompts once: see `opt_jax.generate.prefill`."""
+        from opt_jax.generate import prefill
+
+        return prefill(self, input_ids, attention_mask)
+
     def score(self, input_ids, attention_mask=None):
         """The log-probability of each token: see `opt_jax.generate.score`."""
         from opt_jax.generate import score

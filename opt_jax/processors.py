@@ -18,19 +18,19 @@ Logits = Float[Array, "B V"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class History:
-    """The tokens so far, prompts right-aligned: columns [0, column), of which the last `step` are new."""
+    """The tokens so far. In each row they are the last columns before `column`, and the last `step` of them are new."""
 
     tokens: Int[Array, "B L"]
     valid: Bool[Array, "B L"]  # columns that hold a real token
-    column: Int[Array, ""]
-    step: Int[Array, ""]
+    column: Int[Array, " B"]
+    step: Int[Array, " B"]
 
     def lengths(self) -> Int[Array, " B"]:
         return self.valid.sum(-1, dtype=jnp.int32)
 
-    def is_new(self) -> Bool[Array, " L"]:
+    def is_new(self) -> Bool[Array, "B L"]:
         columns = jnp.arange(self.tokens.shape[1])
-        return (columns >= self.column - self.step) & (columns < self.column)
+        return (columns >= (self.column - self.step)[:, None]) & (columns < self.column[:, None])
 
 
 @jax.tree_util.register_dataclass
@@ -60,12 +60,12 @@ def additive_penalties(
 
 def no_repeat_ngram(logits: Logits, history: History, size: Int[Array, ""]) -> Logits:
     """-inf where an n-gram of prompt and continuation would appear again (HF `NoRepeatNGramLogitsProcessor`)."""
-    tokens, valid, column = history.tokens, history.valid, history.column
+    tokens, valid, column = history.tokens, history.valid, history.column[:, None]
     columns = jnp.arange(tokens.shape[1])
 
     def agree(i, match):  # the token i before each column is the i-th last token (real: there is a whole n-gram)
         before, known = (jnp.roll(x, i, axis=1) for x in (tokens, valid))
-        last = lax.dynamic_slice_in_dim(tokens, column - i, 1, axis=1)
+        last = jnp.take_along_axis(tokens, column - i, axis=1)
         return match & known & (columns >= i) & (before == last)
 
     ends_ngram = lax.fori_loop(1, size, agree, valid & (columns < column))
@@ -115,8 +115,8 @@ def _ends_with(
 ) -> Bool[Array, "B W"]:
     """Whether the last valid tokens of a row are the used ones of each sequence; nothing is at every end."""
     size = ids.shape[1]
+    columns = history.column[:, None] + jnp.arange(size)
     last, known = (
-        lax.dynamic_slice_in_dim(jnp.pad(x, ((0, 0), (size, 0))), history.column, size, axis=1)[:, None]
-        for x in (history.tokens, valid)
+        jnp.take_along_axis(jnp.pad(x, ((0, 0), (size, 0))), columns, axis=1)[:, None] for x in (history.tokens, valid)
     )
     return (~used | (known & (last == ids))).all(-1)

@@ -6,7 +6,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Int
 
+from opt_jax.cache import KVCache
 from opt_jax.generation_config import GenerationConfig, check_ids, check_sequences, combine, is_integer, parse
 from opt_jax.inputs import check_inputs
 from opt_jax.model import OPTForCausalLM
@@ -18,19 +20,44 @@ _SLOTS = 8  # more end tokens, stop sequences, ... than this compile anew
 
 
 @dataclasses.dataclass(frozen=True)
+class Prefix:
+    """What `prefill` returns: the beginning of many prompts, read once."""
+
+    input_ids: np.ndarray  # [1, P]: its real tokens
+    cache: KVCache  # of one row, every column written
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Prompts as compiled code takes them: the real tokens of each row at its end."""
+
+    ids: Int[Any, "B T"]  # what is to be read
+    mask: Bool[Any, "B T"]
+    tokens: Int[Any, "B W"]  # all tokens before the new ones, those of the prefix too
+    lengths: Int[Any, " B"]  # real ones of these
+    prefix: KVCache | None = None
+
+    def take(self, rows: np.ndarray) -> "Prompts":
+        """Some of the rows; no more columns are read than these need."""
+        ids, mask = self.ids[rows], self.mask[rows]
+        ids, mask = _align(ids, mask, ids.shape[1])
+        return Prompts(ids, mask, self.tokens[rows], self.lengths[rows], self.prefix)
+
+
+@dataclasses.dataclass(frozen=True)
 class Request:
-    """The checked arguments of `generate`."""
+    """The checked arguments of `generate`. B prompts; R = B * copies rows."""
 
     input_ids: np.ndarray  # [B, T] as given
-    padded_ids: np.ndarray  # [B, bucket], the real tokens of each row at its end
-    mask: np.ndarray  # bool [B, bucket]
-    max_new_tokens: int
-    options: SamplingOptions
+    prompts: Prompts
+    max_new_tokens: int  # of the row that may have the most
+    options: SamplingOptions  # of R rows
     do_sample: bool
     pad_token_id: int
     copies: int  # rows for each prompt
     logprobs: int | None
-    stops: Any  # the tokenizer's `StopStrings`, or None
+    stops: Any  # the tokenizer's `StopStrings` of all rows, or None
     beams: dict[str, Any] | None  # arguments of `beams.beam_search` that nothing else here says; None: no beams
 
     @property
@@ -39,20 +66,34 @@ class Request:
 
     @property
     def width(self) -> int:
-        """Column of the first new token."""
-        return self.padded_ids.shape[1]
+        """Column of the first new token, in `DecodeState.tokens`."""
+        return self.prompts.tokens.shape[1]
 
     @property
-    def cache_length(self) -> int:
-        return bucket(self.width + self.max_new_tokens)
+    def capacity(self) -> int:
+        """Columns for new tokens."""
+        prefix = self.prompts.prefix
+        width = self.prompts.ids.shape[1] + (0 if prefix is None else prefix.max_length)
+        return bucket(width + self.max_new_tokens) - width
+
+    def options_of(self, rows: np.ndarray) -> SamplingOptions:
+        """The options of some of the R rows, on the device."""
+        names = ("seeds", "samples", "min_new_tokens", "max_new_tokens")
+        chosen = {name: jax.device_put(np.asarray(getattr(self.options, name))[rows]) for name in names}
+        return dataclasses.replace(self.options, **chosen)
 
 
-def bucket(length: int) -> int:
-    """`length` rounded up to one of 16, 24, 32, 48, 64, 96, ...: few shapes to compile, at most a third wasted."""
-    size = 16
-    while size < length:
-        size *= 2
-    return size * 3 // 4 if 16 < size and length <= size * 3 // 4 else size
+def bucket(size: int, least: int = 16) -> int:
+    """`size` rounded up to one of 16, 24, 32, 48, 64, 96, ...: few shapes to compile, at most a third wasted."""
+    full = least
+    while full < size:
+        full *= 2
+    return full * 3 // 4 if full > least and full % 4 == 0 and size <= full * 3 // 4 else full
+
+
+def batch_bucket(rows: int) -> int:
+    """`rows` rounded up to one of 1, 2, 3, 4, 6, 8, 12, 16, 24, ..."""
+    return bucket(rows, 1)
 
 
 def check_request(
@@ -61,40 +102,59 @@ def check_request(
     attention_mask: Any = None,
     generation_config: GenerationConfig | None = None,
     tokenizer: Any = None,
+    prefix: Any = None,
     options: dict[str, Any] | None = None,
 ) -> Request:
     """The arguments of `generate`, checked and with all defaults filled in; ValueError as there."""
-    ids = _check_model_and_ids(model, input_ids)
+    ids, ragged = _rectangle(input_ids, attention_mask)
+    ids = _check_model_and_ids(model, ids)
     given = combine(checkpoint_options(model), generation_config, options or {})
     eos, pad = _special_ids(model, given)
-    mask = _check_mask(ids, attention_mask, None if pad in eos else pad)
+    mask = _check_mask(ids, attention_mask, None if pad in eos else pad) if ragged is None else ragged
     if not mask[:, -1].all():
         row = int(np.argmin(mask[:, -1]))
         raise ValueError(f"row {row} ends with padding: generation needs prompts padded on the left")
-    room = model.config.max_position_embeddings - int(mask.sum(1).max())
-    max_new_tokens = _check_length(ids.shape[1], room, model.config, given)
+    before = _check_prefix(model, prefix)
+    beams = given.num_beams or 1
+    if prefix is not None and beams > 1:
+        raise ValueError(f"cache is not supported with num_beams={beams}: put the prefix into input_ids")
+    # One number for prompts in one array, as in HF; else each prompt has its own.
+    widths = before.size + (np.full(len(ids), ids.shape[1]) if ragged is None else mask.sum(1))
+    most, least = _check_lengths(widths, before.size + mask.sum(1), model.config, given)
     if given.stop_strings is not None and tokenizer is None:
         raise ValueError("stop_strings need the tokenizer: pass tokenizer=")
+    if beams > 1 and (len(set(most.tolist())) > 1 or len(set(least.tolist())) > 1):
+        raise ValueError("num_beams and prompts of different lengths: give max_new_tokens, and no min_length")
     copies = given.num_return_sequences or 1
-    padded_ids, padded_mask = _align(ids, mask, model.config.max_position_embeddings)
     return Request(
         input_ids=ids,
-        padded_ids=padded_ids,
-        mask=padded_mask,
-        max_new_tokens=max_new_tokens,
-        options=_sampling_options(model.config.vocab_size, given, ids, max_new_tokens, eos, pad),
+        prompts=_prompts(ids, mask, prefix, model.config.max_position_embeddings),
+        max_new_tokens=int(most.max()),
+        options=_sampling_options(model.config.vocab_size, given, most, least, eos, pad),
         do_sample=bool(given.do_sample),
         pad_token_id=pad,
         copies=copies,
         logprobs=None if given.logprobs is None else min(given.logprobs, model.config.vocab_size),
-        beams=None if (given.num_beams or 1) == 1 else dict(
-            num_beams=given.num_beams, early_stopping=given.early_stopping or False, eos_token_ids=eos,
+        beams=None if beams == 1 else dict(
+            num_beams=beams, early_stopping=given.early_stopping or False, eos_token_ids=eos,
             length_penalty=1.0 if given.length_penalty is None else given.length_penalty, seed=given.seed or 0,
         ),
         stops=None if given.stop_strings is None else tokenizer.stop_strings(
-            given.stop_strings, [row[m] for row, m in zip(ids, mask, strict=True) for _ in range(copies)]
+            given.stop_strings,
+            [np.append(before, row[m]) for row, m in zip(ids, mask, strict=True) for _ in range(copies)],
         ),
     )  # fmt: skip
+
+
+def check_batch_size(batch_size: Any, progress_bar: Any, request: Request) -> None:
+    if batch_size is None:
+        if progress_bar:
+            raise ValueError("progress_bar without effect: pass batch_size as well")
+        return
+    if not is_integer(batch_size) or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1")
+    if request.beams is not None:
+        raise ValueError(f"batch_size={batch_size} is not supported with num_beams: call generate for each batch")
 
 
 def check_score(model: OPTForCausalLM, input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, ...]:
@@ -103,6 +163,49 @@ def check_score(model: OPTForCausalLM, input_ids: Any, attention_mask: Any) -> t
     eos, pad = _special_ids(model, GenerationConfig())
     mask = _check_mask(ids, attention_mask, None if pad in eos else pad)
     return ids, mask, *_align(ids, mask, model.config.max_position_embeddings)
+
+
+def _rectangle(input_ids: Any, attention_mask: Any) -> tuple[Any, np.ndarray | None]:
+    """Prompts of different lengths padded on the left, and where their tokens are; anything else as it is, and None."""
+    if not isinstance(input_ids, Sequence) or not all(hasattr(row, "__len__") for row in input_ids):
+        return input_ids, None
+    lengths = np.array([len(row) for row in input_ids])
+    if attention_mask is not None or len(set(lengths.tolist())) < 2:
+        return input_ids, None
+    if not lengths.all():
+        raise ValueError(f"row {int(np.argmin(lengths))} has no token: start empty prompts with the BOS token")
+    mask = np.arange(lengths.max())[::-1] < lengths[:, None]
+    rows = [np.asarray(row) for row in input_ids]
+    for i, row in enumerate(rows):
+        if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
+            raise ValueError(f"row {i} of input_ids must be a sequence of token ids")
+    ids = np.zeros(mask.shape, np.int64)
+    ids[mask] = np.concatenate(rows)
+    return ids, mask
+
+
+def _check_prefix(model: OPTForCausalLM, prefix: Any) -> np.ndarray:
+    """Its tokens."""
+    if prefix is None:
+        return np.zeros(0, np.int32)
+    if not isinstance(prefix, Prefix):
+        raise ValueError(f"cache must be what model.prefill returns, not a {type(prefix).__name__}")
+    config, keys = model.config, prefix.cache.k
+    shape = (config.num_hidden_layers, config.num_attention_heads, config.head_dim)
+    if (len(keys), keys[0].shape[1], keys[0].shape[3]) != shape:
+        raise ValueError("cache was made by another model: call prefill of this one")
+    return prefix.input_ids[0]
+
+
+def _prompts(ids: np.ndarray, mask: np.ndarray, prefix: Prefix | None, limit: int) -> Prompts:
+    padded, padded_mask = _align(ids, mask, limit)
+    if prefix is None:
+        return Prompts(padded, padded_mask, padded, padded_mask.sum(1, dtype=np.int32))
+    before = np.repeat(prefix.input_ids, len(ids), axis=0)
+    tokens, known = _align(
+        np.concatenate([before, ids], axis=1), np.concatenate([np.ones_like(before, bool), mask], axis=1), limit
+    )
+    return Prompts(padded, padded_mask, tokens, known.sum(1, dtype=np.int32), prefix.cache)
 
 
 def _check_model_and_ids(model: Any, input_ids: Any) -> np.ndarray:
@@ -157,31 +260,44 @@ def _align(ids: np.ndarray, mask: np.ndarray, limit: int) -> tuple[np.ndarray, n
     return np.pad(ids[:, -width:], fill), np.pad(mask[:, -width:], fill)
 
 
-def _check_length(width: int, room: int, config: Any, given: GenerationConfig) -> int:
-    """The number of new tokens. `room`: positions left after the longest prompt."""
-    new = given.max_new_tokens
+def _check_lengths(
+    widths: np.ndarray, used: np.ndarray, config: Any, given: GenerationConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """The most and the fewest new tokens of each prompt, int32 [B].
+
+    widths: what `max_length` and `min_length` count of a prompt; used: the positions it takes.
+    """
+    limit = config.max_position_embeddings
     if given.max_length is not None:
-        if given.max_length <= width:
+        most = given.max_length - widths
+        if most.min() < 1:
             raise ValueError(
-                f"max_length={given.max_length} leaves no new token after prompts of {width}: use max_new_tokens"
+                f"max_length={given.max_length} leaves no new token after prompts of {widths.max()}: use max_new_tokens"
             )
-        new = given.max_length - width
-    new = max(1, min(DEFAULT_NEW_TOKENS, room)) if new is None else int(new)
-    if new > room:
-        limit = config.max_position_embeddings
+    elif given.max_new_tokens is not None:
+        most = np.full_like(widths, given.max_new_tokens)
+    else:  # if all widths are the same, so are the numbers of new tokens
+        room = limit - (used if len(set(widths.tolist())) > 1 else used.max())
+        most = np.broadcast_to(np.clip(room, 1, DEFAULT_NEW_TOKENS), widths.shape)
+    if (used + most > limit).any():
+        row = int(np.argmax(used + most))
         raise ValueError(
-            f"a prompt of {limit - room} tokens and {new} new ones are more than "
+            f"a prompt of {used[row]} tokens and {most[row]} new ones are more than "
             f"max_position_embeddings={limit}: shorten the prompt, or ask for fewer"
         )
-    least = {"min_new_tokens": given.min_new_tokens or 0, "min_length": (given.min_length or 0) - width}
-    for name, value in least.items():
-        if value > new:
-            raise ValueError(f"{name}={getattr(given, name)} asks for {value} new tokens, more than the most, {new}")
-    return new
+    asked = {"min_new_tokens": np.full_like(widths, given.min_new_tokens or 0), "min_length": -widths}
+    asked["min_length"] += given.min_length or 0
+    for name, least in asked.items():
+        if (least > most).any():
+            row = int(np.argmax(least - most))
+            raise ValueError(
+                f"{name}={getattr(given, name)} asks for {least[row]} new tokens, more than the most, {most[row]}"
+            )
+    return most.astype(np.int32), np.maximum(0, np.maximum(*asked.values())).astype(np.int32)
 
 
 def _sampling_options(
-    vocab_size: int, given: GenerationConfig, ids: np.ndarray, max_new_tokens: int, eos: list[int], pad: int
+    vocab_size: int, given: GenerationConfig, most: np.ndarray, least: np.ndarray, eos: list[int], pad: int
 ) -> SamplingOptions:
     def scalar(dtype, value, off=None):
         """None if the processor is off. (jnp.asarray would compile something for every dtype.)"""
@@ -191,8 +307,8 @@ def _sampling_options(
         values = check_ids(name, given_ids, vocab_size) if (given_ids := getattr(given, name)) is not None else []
         return _slots(values, vocab_size) if values else None
 
-    (batch, width), copies = ids.shape, given.num_return_sequences or 1
-    seeds, samples = _check_seed(given.seed, batch, copies)
+    copies = given.num_return_sequences or 1
+    seeds, samples = _check_seed(given.seed, len(most), copies)
     _check_forced(given)
     bad_words, stops = given.bad_words_ids, given.stop_token_ids
     if bad_words is not None:
@@ -207,8 +323,8 @@ def _sampling_options(
         samples=jax.device_put(samples),
         eos_token_ids=_slots(eos, vocab_size),
         pad_token_id=jax.device_put(np.int32(pad)),
-        min_new_tokens=jax.device_put(np.int32(max(given.min_new_tokens or 0, (given.min_length or 0) - width, 0))),
-        max_new_tokens=jax.device_put(np.int32(max_new_tokens)),
+        min_new_tokens=jax.device_put(np.repeat(least, copies)),
+        max_new_tokens=jax.device_put(np.repeat(most, copies)),
         min_p=scalar(np.float32, given.min_p, 0),
         typical_p=scalar(np.float32, given.typical_p, 1),
         repetition_penalty=scalar(np.float32, given.repetition_penalty, 1),

@@ -30,8 +30,8 @@ class SamplingOptions:
     samples: Int[Array, " B"]  # rows with one seed differ by this number
     eos_token_ids: Int[Array, " E"]
     pad_token_id: Int[Array, ""]
-    min_new_tokens: Int[Array, ""]
-    max_new_tokens: Int[Array, ""]
+    min_new_tokens: Int[Array, " b"]  # one for each row, or one
+    max_new_tokens: Int[Array, " b"]
     min_p: Float[Array, ""] | None = None
     typical_p: Float[Array, ""] | None = None
     repetition_penalty: Float[Array, ""] | None = None
@@ -69,18 +69,23 @@ def process(logits: Logits, history: History, options: SamplingOptions, do_sampl
     if o.bad_words is not None:
         logits = processors.ban_sequences(logits, history, o.bad_words)
     too_early = step < o.min_new_tokens
-    logits = lax.cond(too_early, lambda x: processors.suppress(x, o.eos_token_ids), lambda x: x, logits)
+    logits = lax.cond(
+        too_early.any(),
+        lambda x: jnp.where(too_early[:, None], processors.suppress(x, o.eos_token_ids), x),
+        lambda x: x,
+        logits,
+    )
     if o.forced_bos_token_id is not None:
         first = history.lengths()[:, None] == 1  # as in HF: a prompt of one token is a start token
         logits = jnp.where(first, processors.force(logits, o.forced_bos_token_id), logits)
     if o.forced_eos_token_id is not None:
-        last = step == o.max_new_tokens - 1
+        last = (step == o.max_new_tokens - 1)[:, None]
         logits = jnp.where(last, processors.force(logits, o.forced_eos_token_id), logits)
     if o.suppress_tokens is not None:
         logits = processors.suppress(logits, o.suppress_tokens)
     if o.begin_suppress_tokens is not None:
         after_bos = (history.lengths() - step == 1) & (o.forced_bos_token_id is not None)
-        begins = (step == after_bos.astype(jnp.int32))[:, None]
+        begins = (step == after_bos)[:, None]
         logits = jnp.where(begins, processors.suppress(logits, o.begin_suppress_tokens), logits)
     return truncate(logits, options, min_keep) if do_sample else logits
 
@@ -167,13 +172,13 @@ def _keep_largest(
     return jnp.where(ordered >= threshold, logits, -jnp.inf)
 
 
-def row_keys(seeds: UInt[Array, " B"], samples: Int[Array, " B"], step: Int[Array, ""]) -> Key[Array, " B"]:
+def row_keys(seeds: UInt[Array, " B"], samples: Int[Array, " B"], step: Int[Array, " B"]) -> Key[Array, " B"]:
     """A key per row and step: what a row draws does not depend on the rows beside it."""
 
-    def key(seed, sample):
+    def key(seed, sample, step):
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), sample)
 
-    return jax.vmap(key)(seeds, samples)
+    return jax.vmap(key)(seeds, samples, step)
 
 
 def draw(logits: Logits, keys: Key[Array, " B"]) -> Int[Array, " B"]:

@@ -343,18 +343,24 @@ class StopStrings:
         self._strings = [string.encode() for string in strings]
         self._keep = max(map(len, self._strings)) - 1  # bytes that may be the beginning of a string
         self._tails = [self._cut(b"".join(map(tokenizer.token_bytes, ids.tolist()[-self._keep :]))) for ids in prompts]
-        self._looked = 0
+        self._looked = np.zeros(len(prompts), np.int32)  # tokens of each row that were looked at
         # Tokens of each row, the one that completes a string included; the greatest integer while there is none.
         self.lengths = np.full(len(prompts), np.iinfo(np.int32).max, np.int32)
 
-    def look(self, tokens: np.ndarray, done: np.ndarray) -> bool:
-        """Takes all new tokens so far, int [R, N], and which rows have ended anyway; returns whether all have now."""
-        for column in range(self._looked, tokens.shape[1]):
-            for row in np.flatnonzero(self.lengths > column).tolist():
-                if self._completes(row, self._tokenizer.token_bytes(int(tokens[row, column]))):
+    def look(self, tokens: np.ndarray, lengths: np.ndarray, rows: Sequence[int] | None = None) -> np.ndarray:
+        """Which rows have completed a string, bool [r].
+
+        tokens: int [r, N], all new tokens so far, of which the first `lengths` [r] count; rows: which they are, if not
+        all in order.
+        """
+        rows = range(len(tokens)) if rows is None else rows
+        for row, new, length in zip(rows, tokens, lengths.tolist(), strict=True):
+            for column in range(self._looked[row], min(length, self.lengths[row])):
+                if self._completes(row, self._tokenizer.token_bytes(int(new[column]))):
                     self.lengths[row] = column + 1
-        self._looked = tokens.shape[1]
-        return bool((done | (self.lengths <= self._looked)).all())
+                    break
+            self._looked[row] = length
+        return self.lengths[list(rows)] <= lengths
 
     def _completes(self, row: int, new: bytes) -> bool:
         tail = self._tails[row]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from opt_jax import OPTConfig, OPTForCausalLM, OPTModel, stack_layers
+from opt_jax import OPTConfig, OPTForCausalLM, OPTModel, decode, stack_layers
 from opt_jax import generate as module
 from opt_jax.generate import generate, stream
 from opt_jax.request import bucket, check_request
@@ -171,9 +171,9 @@ def test_compiles_once_per_bucket_batch_and_kind(model, compiled):
     def run(batch, length, **options):
         del compiled[:]
         model.generate(rows[:batch, :length], **options)
-        return sorted(name for name in compiled if re.search("prefill|decode", name)), compiled
+        return sorted(name for name in compiled if re.search("begin|advance", name)), compiled
 
-    both = ["jit(_decode)", "jit(_prefill)"]
+    both = ["jit(advance)", "jit(begin)"]
     assert run(2, 10, max_new_tokens=8)[0] == both
     for length in (1, 9, 16):
         for options in (
@@ -207,7 +207,7 @@ def test_buckets(model):
     assert all(n <= size and (size == 16 or 2 * size <= 3 * n) for n, size in enumerate(sizes, 1))
     for length in (17, 33, 60):  # a bucket past the context is cut to it
         ids = np.full((1, length), 5, np.int32)
-        assert check_request(model, ids).padded_ids.shape[1] <= 64
+        assert check_request(model, ids).prompts.ids.shape[1] <= 64
 
 
 PROCESSORS = dict(repetition_penalty=1.3, no_repeat_ngram_size=2, bad_words_ids=[[5, 6]], stop_token_ids=[[7, 8]])
@@ -219,8 +219,9 @@ PROCESSORS = dict(repetition_penalty=1.3, no_repeat_ngram_size=2, bad_words_ids=
 def test_the_loop_updates_the_cache_in_place(model, options):
     do_sample = "do_sample" in options
     request = check_request(model, IDS, MASK, options=dict(max_new_tokens=30) | options)
-    state, _, _ = module._start(model, request)
-    lowered = module._decode.lower(model, state, request.options, np.int32(30), do_sample=do_sample)
+    settings, (state, _, _) = module._start(model, request)
+    arguments = model, state, settings, np.int32(30), np.int32(len(IDS))
+    lowered = decode.advance.lower(*arguments, do_sample=do_sample)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a donated buffer that cannot be used
         program = lowered.compile()
@@ -230,7 +231,7 @@ def test_the_loop_updates_the_cache_in_place(model, options):
     cache = 2 * CONFIG.num_hidden_layers * state.cache.k[0].nbytes
     memory = program.memory_analysis()
     assert memory and memory.alias_size_in_bytes >= cache and memory.temp_size_in_bytes < cache / 2
-    module._decode(model, state, request.options, np.int32(30), do_sample=do_sample)
+    decode.advance(*arguments, do_sample=do_sample)
     assert all(x.is_deleted() for x in (*state.cache.k, *state.cache.v, state.tokens))
 
 
@@ -264,7 +265,9 @@ def test_the_loop_updates_the_cache_in_place(model, options):
         (dict(input_ids=np.zeros((1, 0), np.int32)), "empty"),
         (dict(input_ids=np.zeros((0, 4), np.int32)), "empty"),
         (dict(input_ids=[5, 6]), "batch, tokens"),
-        (dict(input_ids=[[5], [5, 6]]), "different lengths"),
+        (dict(input_ids=[[5], [5, 6]], attention_mask=[[1], [1, 1]]), "different lengths"),
+        (dict(input_ids=[[5], []]), "row 1 has no token"),
+        (dict(input_ids=[[5], [5.0, 6]]), "row 1 .*token ids"),
         (dict(input_ids=[[5.0]]), "integers"),
         (dict(input_ids=[[61]]), "61"),
         (dict(input_ids=np.full((1, 65), 5)), "65 tokens"),

@@ -106,7 +106,7 @@ def test_stop_sequences_and_reasons(model):
 
 
 def test_completes_looks_at_new_tokens_only():
-    history = History(jnp.array([[4, 5, 6, 0, 0]]), jnp.array([[1, 1, 1, 0, 0]], bool), jnp.int32(3), jnp.int32(2))
+    history = History(jnp.array([[4, 5, 6, 0, 0]]), jnp.array([[1, 1, 1, 0, 0]], bool), jnp.array([3]), jnp.array([2]))
 
     def ends_with(*sequence):
         ids = jnp.array([[99] * (4 - len(sequence)) + list(sequence)])

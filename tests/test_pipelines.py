@@ -67,7 +67,7 @@ def test_stop_strings_straddle_tokens_and_characters(tok):
             string = text[start:stop]
             at = text.encode().find(string.encode()) + len(string.encode())
             search = StopStrings(tok, string, [np.array([], np.int32)])
-            found = search.look(np.array([ids]), np.array([False]))
+            found = search.look(np.array([ids]), np.array([len(ids)]))[0]
             assert found and search.lengths[0] == 1 + next(n for n, end in enumerate(ends) if end >= at)
 
 
@@ -90,7 +90,7 @@ def test_stop_strings_may_begin_in_the_prompt_and_not_end_there(tok):
         pieces = [tok.decode([i]) for i in new]
         assert pieces[0] == "op" and "".join(pieces) == "op it"
         for n in range(1, len(new) + 1):  # as they come
-            search.look(new[None, :n], np.array([False]))
+            search.look(new[None], np.array([n]))
         assert (search.lengths[0] if search.lengths[0] <= len(new) else None) == length, strings
 
 

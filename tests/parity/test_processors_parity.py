@@ -73,10 +73,11 @@ def ours(options: dict[str, Any], logits, prompts, new) -> np.ndarray:
     request = check_request(models()[1], ids, options=dict(options, eos_token_id=ENDS, max_new_tokens=NEW))
     step, used = len(new[0]), request.width + len(new[0])
     tokens, valid = np.zeros((len(ids), COLUMNS), np.int32), np.zeros((len(ids), COLUMNS), bool)
-    tokens[:, : request.width], valid[:, : request.width] = request.padded_ids, request.mask
+    tokens[:, : request.width], valid[:, : request.width] = request.prompts.ids, request.prompts.mask
     tokens[:, request.width : used], valid[:, request.width : used] = new, True
     tokens[~valid] = np.tile(3 + np.arange(COLUMNS) % 5, (len(ids), 1))[~valid]  # pads and the future must not count
-    history = History(tokens, valid, np.int32(used), np.int32(step))  # type: ignore[reportArgumentType]
+    counts = (np.full(len(ids), x, np.int32) for x in (used, step))
+    history = History(tokens, valid, *counts)  # type: ignore[reportArgumentType]
     return np.asarray(process(logits, history, request.options, do_sample=request.do_sample))
 
 
@@ -159,11 +160,12 @@ def test_values_are_traced_and_unused_processors_cost_nothing():
 
     def operations(**options):
         request = check_request(models()[1], np.array([[5]]), options=options)
-        history = History(*(np.zeros((1, 20), t) for t in (np.int32, bool)), np.int32(1), np.int32(0))  # type: ignore[reportArgumentType]
+        counts = np.ones(1, np.int32), np.zeros(1, np.int32)
+        history = History(*(np.zeros((1, 20), t) for t in (np.int32, bool)), *counts)  # type: ignore[reportArgumentType]
         jaxpr = jax.make_jaxpr(partial(sampling.process, do_sample=False))
         return jaxpr(np.zeros((1, 99), np.float32), history, request.options).jaxpr.eqns
 
     neutral = dict(
         repetition_penalty=1.0, presence_penalty=0, frequency_penalty=0, no_repeat_ngram_size=0, suppress_tokens=[]
     )
-    assert len(operations(**neutral)) == len(operations()) == 3  # too early for an end token? and `cond`
+    assert len(operations(**neutral)) == len(operations()) == 4  # too early for an end token? of any row? and `cond`
