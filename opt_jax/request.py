@@ -111,7 +111,10 @@ def check_request(
     ids = _check_model_and_ids(model, ids)
     given = combine(checkpoint_options(model), generation_config, options or {})
     eos, pad = _special_ids(model, given)
-    mask = _check_mask(ids, attention_mask, None if pad in eos else pad) if ragged is None else ragged
+    if ragged is None:
+        mask = _check_mask(ids, attention_mask, None if pad in eos else pad)
+    else:
+        ids, mask = np.where(ragged, ids, pad).astype(np.int32), ragged
     if not mask[:, -1].all():
         row = int(np.argmin(mask[:, -1]))
         raise ValueError(f"row {row} ends with padding: generation needs prompts padded on the left")

@@ -74,6 +74,7 @@ def test_one_by_one(model):
             n = one.lengths[0]
             assert many.lengths[i] == n and many.finish_reasons[i] == one.finish_reasons[0]
             np.testing.assert_array_equal(many.sequences[i, 90:][:n], one.sequences[0, len(row) :][:n])
+    assert many.sequences[0, : 90 - len(rows[0])].tolist() == [1] * (90 - len(rows[0]))
     assert many.lengths[4] <= 5 and many.lengths[:3].min() > 70
 
 

@@ -55,7 +55,7 @@ def test_refilled_rows_and_prefixes_on_a_mesh():
     model = our_model("opt-125m", **SHAPE)
     mesh = make_mesh("fsdp=2,tensor=4", jax.devices()[:8])
     meshed, rows = spread(model, mesh), [[7, 9], [5] * 14, [4, 40, 6], [3, 9, 17, 5, 11], [33], [8, 30], [21, 2]]
-    options: dict[str, Any] = dict(max_new_tokens=12, eos_token_id=[5, 40], batch_size=4)
+    options: dict[str, Any] = dict(max_new_tokens=12, eos_token_id=list(range(40, 60)), batch_size=4, do_sample=True)
     with use_mesh(mesh):
         out = meshed.generate(rows, cache=meshed.prefill([[60, 61, 62]]), **options)
     expected = model.generate(rows, cache=model.prefill([[60, 61, 62]]), **options)
