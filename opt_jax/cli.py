@@ -7,7 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -23,6 +23,10 @@ def generate(
     temperature: float = 0.7,
     top_k: int = 50,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
+    stop: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT ...")] = (),
     seed: int = 0,
 ) -> None:
     """Continue prompts; the text is printed as it is produced.
@@ -34,6 +38,10 @@ def generate(
       temperature: How random: 0 always takes the most likely token.
       top_k: Draw from this many of the most likely tokens; 0: from all.
       top_p: Draw from the fewest most likely tokens with this much of the probability.
+      min_p: Draw from tokens at least so likely, as a share of the most likely one's probability.
+      repetition_penalty: Above 1: tokens that were there are less likely.
+      no_repeat_ngram_size: No sequence of so many tokens appears twice; 0: they may.
+      stop: Texts at which to stop.
       seed: Another seed, another text.
     """
     prompts = prompts or (_read_stdin(),)
@@ -46,7 +54,12 @@ def generate(
     from opt_jax.pipelines import stream_text
 
     language_model = OPTForCausalLM.from_pretrained(model)
-    options = dict(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p) if temperature else {}
+    options: dict[str, Any] = dict(
+        top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, no_repeat_ngram_size=no_repeat_ngram_size,
+        stop_strings=stop or None,
+    )  # fmt: skip
+    if temperature:
+        options |= dict(do_sample=True, temperature=temperature, top_k=top_k)
     for i, prompt in enumerate(prompts):
         inputs = tokenizer(prompt, return_tensors="np")
         room = language_model.config.max_position_embeddings - inputs["input_ids"].shape[1]

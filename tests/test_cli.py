@@ -78,6 +78,15 @@ def test_several_prompts_and_defaults(folder, capsys):
     assert capsys.readouterr() == ("\n".join(texts), "")
 
 
+def test_penalties_and_stops(folder, capsys):
+    args = ["--repetition-penalty", "1.5", "--no-repeat-ngram-size", "2", "--min-p", "0.01", "--stop", "e", "t"]
+    assert main(["generate", "a", "--model", folder, "--max-new-tokens", "30", "--seed", "3", *args]) == 0
+    settings = dict(do_sample=True, temperature=0.7, top_k=50, min_p=0.01, repetition_penalty=1.5, seed=3)
+    text = expected(folder, "a", max_new_tokens=30, no_repeat_ngram_size=2, **settings)
+    printed = capsys.readouterr().out.removesuffix("\n")
+    assert text.startswith(printed) and len(printed) < len(text) - 1 and printed[-1] in "et"
+
+
 def test_greedy_from_standard_input(folder, monkeypatch, capsys):
     stdin(monkeypatch, b"two\nlines\n")
     assert main(["generate", "--model", folder, "--temperature", "0", "--max-new-tokens", "9"]) == 0
@@ -94,6 +103,7 @@ def test_version(capsys):
     [
         (["--model", "no/such/model", "a"], "no/such/model"),
         (["--model", "{folder}", "--temperature", "-1", "a"], "temperature=-1.0"),
+        (["--model", "{folder}", "--temperature", "0", "--min-p", "0.1", "a"], "min_p without effect"),
         (["--model", "{folder}", "--top-p", "2", "a"], "top_p=2"),
         (["--model", "{folder}", "--max-new-tokens", "100", "a"], "max_position_embeddings=64"),
         (["--model", "{folder}", "a " * 100], "more than max_position_embeddings=64"),
@@ -130,7 +140,7 @@ def test_help_names_every_option(capsys):
         main(["generate", "--help"])
     text = capsys.readouterr().out
     assert exit_info.value.code == 0
-    for option in ("--model", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "PROMPT"):
+    for option in ("--model", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--stop", "PROMPT"):
         assert option in text
 
 
