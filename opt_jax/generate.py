@@ -156,7 +156,8 @@ def _generate_with_beams(model: OPTForCausalLM, request: Request) -> GenerateOut
         model, request.padded_ids, request.mask, max_new_tokens=request.max_new_tokens,
         num_return_sequences=request.copies, pad_token_id=request.pad_token_id, do_sample=request.do_sample,
         process=_beam_process(request.do_sample, len(eos) + 1 if request.do_sample else 1),
-        process_options=request.options, capacity=bucket(request.max_new_tokens), **request.beams,
+        process_options=request.options, capacity=bucket(request.max_new_tokens), cache_dtype=request.cache_dtype,
+        **request.beams,
     )  # fmt: skip
     prompts = np.repeat(request.input_ids, request.copies, axis=0)
     last = out.sequences[np.arange(len(prompts)), request.width + out.lengths - 1]
@@ -246,7 +247,7 @@ def score(model: OPTForCausalLM, input_ids: Any, attention_mask: Any = None) -> 
 def _start(model: OPTForCausalLM, request: Request):
     return _prefill(
         model, request.padded_ids, request.mask, request.options, cache_length=request.cache_length,
-        do_sample=request.do_sample, copies=request.copies, logprobs=request.logprobs,
+        do_sample=request.do_sample, copies=request.copies, logprobs=request.logprobs, cache_dtype=request.cache_dtype,
     )  # fmt: skip
 
 
@@ -259,7 +260,7 @@ def _new_tokens(request: Request, state: DecodeState) -> np.ndarray:
     return tokens[:, request.width : request.width + int(step)]
 
 
-@partial(jax.jit, static_argnames=("cache_length", "do_sample", "copies", "logprobs"))
+@partial(jax.jit, static_argnames=("cache_length", "do_sample", "copies", "logprobs", "cache_dtype"))
 def _prefill(
     model: OPTForCausalLM,
     ids: Int[Array, "B T"],
@@ -270,9 +271,10 @@ def _prefill(
     do_sample: bool,
     copies: int = 1,
     logprobs: int | None = None,
+    cache_dtype: str | None = None,
 ) -> tuple[DecodeState, Int[Array, " R"], Bool[Array, " R"]]:
     """Read the prompts, once, and choose the first token of `copies` rows for each. Returns as `_decode`."""
-    out = model.forward(ids, mask, cache=model.init_cache(ids.shape[0], cache_length), logits_to_keep=1)
+    out = model.forward(ids, mask, cache=model.init_cache(ids.shape[0], cache_length, cache_dtype), logits_to_keep=1)
     assert out.cache is not None
     tokens = jnp.pad(ids, ((0, 0), (0, cache_length - ids.shape[1])))
     cache, tokens, logits = jax.tree.map(
