@@ -1,6 +1,6 @@
 """int8 weights and int8 cache against float32: what they cost in accuracy, and what they bring in speed.
 
-Run: `.venv/bin/python benchmarks/int8.py PATH/TO/wikitext-2/test.txt` (needs the `int8` extra; `--only accuracy` or
+Run: `.venv/bin/python -m benchmarks.int8 PATH/TO/wikitext-2/test.txt` (needs the `int8` extra; `--only accuracy` or
 `--only speed` for one of the two). Accuracy: the embedded model, windows of the text with BOS in front, the cache
 filled by one call that attends to it, as decode steps do (`generate` reads prompts without rounding). KL is that of
 next-token distributions from float32's, in nats per token. Speed: OPT-125M-shaped, random weights, greedy; whole calls,
