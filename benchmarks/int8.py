@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -117,13 +116,13 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt (default %(default)s)")
     parser.add_argument("--new", type=int, default=128, help="new tokens (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=3)
-    options = parser.parse_args()
+    options: Any = parser.parse_args()
     if options.text is None and options.only != "speed":
         parser.error("the accuracy needs a text: pass the path of WikiText-2's test split, or --only speed")
 
     versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "qwix"))
-    print(f"{jnp.zeros(()).device.platform}, {os.cpu_count()} cores, {versions}, Python {platform.python_version()}")
-    if options.only != "speed":
+    print(f"{jax.default_backend()}, {os.cpu_count()} cores, {versions}, Python {platform.python_version()}")
+    if options.only != "speed" and options.text is not None:
         accuracy(options.text, options.window, options.windows)
     if options.only != "accuracy":
         speed(options.model, options.batch_sizes, options.prompt, options.new, options.repeats)
