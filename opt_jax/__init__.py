@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     )
     from opt_jax.model import OPTForCausalLM as AutoModelForCausalLM
     from opt_jax.pipelines import pipeline, score_texts, stream_text
+    from opt_jax.quantization import quantize
     from opt_jax.text import AutoTokenizer, OPTTokenizer
 
 # Loaded on first use, so that `import opt_jax` costs little and text processing needs no JAX.
@@ -28,6 +29,7 @@ _HOME = {
     "named_parameters": "model",
     "stack_layers": "decoder",
     "unstack_layers": "decoder",
+    "quantize": "quantization",
     "GenerationConfig": "generation_config",
     "OPTTokenizer": "text",
     "AutoTokenizer": "text",
@@ -39,7 +41,7 @@ _HOME = {
 __all__ = [
     "OPTConfig", "OPTModel", "OPTForCausalLM", "OPTForSequenceClassification", "OPTForQuestionAnswering",
     "AutoModelForCausalLM", "OPTTokenizer", "AutoTokenizer", "GenerationConfig",
-    "pipeline", "stream_text", "score_texts", "named_parameters", "stack_layers", "unstack_layers",
+    "pipeline", "stream_text", "score_texts", "named_parameters", "stack_layers", "unstack_layers", "quantize",
 ]  # fmt: skip
 
 

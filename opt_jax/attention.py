@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from opt_jax import int8
+from opt_jax.int8 import Int8Array
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +46,8 @@ def dropout(x: Float[Array, "..."], rate: float, key: jax.Array | None) -> Float
 
 def attend(
     q: Float[Array, "B H T K"],
-    k: Float[Array, "B H S K"],
-    v: Float[Array, "B H S K"],
+    k: Float[Array, "B H S K"] | Int8Array,
+    v: Float[Array, "B H S K"] | Int8Array,
     mask: AttentionMask,
     *,
     dropout_rate: float = 0.0,
@@ -56,7 +59,12 @@ def attend(
     with `v`. Deviations: scores are accumulated in float32 (HF rounds them to half precision first), and hidden
     scores are *replaced* by a finite minimum, so that a row without any visible key stays finite in every dtype.
     """
-    scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
+    if isinstance(k, Int8Array):
+        scores = int8.einsum("bhtk,bhsk->bhts", q, k.values) * k.scale.mT
+    else:
+        scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask.dense(q.shape[2], k.shape[2]), scores, jnp.finfo(jnp.float32).min)
     weights = dropout(jax.nn.softmax(scores, axis=-1).astype(q.dtype), dropout_rate, dropout_key)
+    if isinstance(v, Int8Array):
+        return int8.einsum("bhts,bhsk->bhtk", weights * v.scale.mT, v.values).astype(q.dtype), weights
     return jnp.einsum("bhts,bhsk->bhtk", weights, v), weights

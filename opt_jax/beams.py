@@ -94,6 +94,7 @@ def beam_search(
     process: Process | None = None,
     process_options: Any = None,
     capacity: int | None = None,
+    cache_dtype: str | None = None,
 ) -> BeamOutput:
     """The most likely continuations found by following the `num_beams` best ones at every step.
 
@@ -115,6 +116,7 @@ def beam_search(
       process: changes log-probabilities before they are added up (HF: logits processors); a module-level function, as
         each new function compiles anew. `process_options` is its first argument, a pytree of traced values.
       capacity: compile for this many new tokens, so that any max_new_tokens up to it needs no other compilation.
+      cache_dtype: of keys and values; None: the compute dtype.
 
     Raises:
       ValueError: arguments outside of these ranges, more positions than the model has.
@@ -125,7 +127,7 @@ def beam_search(
     beams = _search(
         model, ids, mask, _options(model, max_new_tokens, length_penalty, eos_token_ids, pad_token_id, process_options),
         _row_keys(seed, len(ids), first_row) if do_sample else None,
-        num_beams=num_beams, early_stopping=early_stopping, process=process, capacity=capacity,
+        num_beams=num_beams, early_stopping=early_stopping, process=process, capacity=capacity, cache_dtype=cache_dtype,
     )  # fmt: skip
     tokens, scores, lengths = (
         x[:, :num_return_sequences].reshape(-1, *x.shape[2:])
@@ -138,7 +140,7 @@ def beam_search(
 # Compiled -----------------------------------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnames=("num_beams", "early_stopping", "process", "capacity"))
+@partial(jax.jit, static_argnames=("num_beams", "early_stopping", "process", "capacity", "cache_dtype"))
 def _search(
     model: OPTForCausalLM,
     ids: Int[Array, "B T"],
@@ -150,10 +152,12 @@ def _search(
     early_stopping: bool | Literal["never"],
     process: Process | None,
     capacity: int,
+    cache_dtype: str | None,
 ) -> _Beams:
     """The finished beams. `keys`: draw at random."""
     batch, width = ids.shape
-    out = model.forward(ids, mask, cache=model.init_cache(batch, width + num_beams * capacity), logits_to_keep=1)
+    cache = model.init_cache(batch, width + num_beams * capacity, cache_dtype)
+    out = model.forward(ids, mask, cache=cache, logits_to_keep=1)
     assert out.cache is not None
     advance = partial(_advance, ids, mask, options, keys, early_stopping, process)
 

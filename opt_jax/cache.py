@@ -9,6 +9,9 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from opt_jax import int8
+from opt_jax.int8 import Int8Array
+
 _STATIC = dict(static=True)
 
 
@@ -17,8 +20,8 @@ _STATIC = dict(static=True)
 class LayerCache:
     """One layer's share of a `KVCache`."""
 
-    k: Float[Array, "B H L K"]
-    v: Float[Array, "B H L K"]
+    k: Float[Array, "B H L K"] | Int8Array
+    v: Float[Array, "B H L K"] | Int8Array
     column: Int[Array, ""]
     fresh: bool = dataclasses.field(metadata=_STATIC)
 
@@ -40,8 +43,9 @@ class KVCache:
     no meaning but "seen before". Under `jax.jit` donate it; every update is then in place.
     """
 
-    k: tuple[Float[Array, "B H L K"], ...]  # one per layer; heads before length keeps each head's keys contiguous
-    v: tuple[Float[Array, "B H L K"], ...]
+    # One per layer; heads before length keeps each head's keys contiguous. int8: one scale per head and token.
+    k: tuple[Float[Array, "B H L K"] | Int8Array, ...]
+    v: tuple[Float[Array, "B H L K"] | Int8Array, ...]
     # Columns that hold a real token; with an axis N, of a row in branches (`branch`): the ancestors of each of them.
     valid: Bool[Array, "B L"] | Bool[Array, "B N L"]
     next_position: Int[Array, " B"]  # number of real tokens so far = position of the next one
@@ -89,8 +93,8 @@ class KVCache:
             return jnp.broadcast_to(x, (batch, *x.shape[1:]))
 
         return KVCache(
-            k=tuple(grown(k, 2) for k in self.k),
-            v=tuple(grown(v, 2) for v in self.v),
+            k=jax.tree.map(lambda x: grown(x, 2), self.k),
+            v=jax.tree.map(lambda x: grown(x, 2), self.v),
             valid=grown(self.valid, 1),
             next_position=jnp.broadcast_to(self.next_position, (batch,)),
             column=self.column,
@@ -110,8 +114,8 @@ class KVCache:
 
         return dataclasses.replace(
             self,
-            k=tuple(put(x, y, 2) for x, y in zip(self.k, new.k, strict=True)),
-            v=tuple(put(x, y, 2) for x, y in zip(self.v, new.v, strict=True)),
+            k=jax.tree.map(lambda x, y: put(x, y, 2), self.k, new.k),
+            v=jax.tree.map(lambda x, y: put(x, y, 2), self.v, new.v),
             valid=put(self.valid, new.valid, 1),
             next_position=self.next_position.at[rows].set(new.next_position, mode="drop"),
         )
@@ -130,10 +134,22 @@ class KVCache:
 
 
 def init_cache(layers: int, batch: int, heads: int, max_length: int, head_dim: int, dtype: DTypeLike) -> KVCache:
-    """An empty cache for `max_length` columns. Size: 2 * layers * batch * heads * max_length * head_dim elements."""
+    """An empty cache for `max_length` columns. Size: 2 * layers * batch * heads * max_length * head_dim elements.
+
+    dtype: floating point, or int8, which adds 4 bytes for each head_dim elements.
+
+    Raises:
+      ValueError: another dtype.
+    """
+    if jnp.dtype(dtype) != jnp.int8 and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"a cache of {jnp.dtype(dtype)} is not supported: use int8 or a floating point dtype")
+
+    def zeros():
+        values = jnp.zeros((batch, heads, max_length, head_dim), dtype)
+        return Int8Array(values, jnp.zeros((*values.shape[:-1], 1))) if values.dtype == jnp.int8 else values
 
     def empty():
-        return tuple(jnp.zeros((batch, heads, max_length, head_dim), dtype) for _ in range(layers))
+        return tuple(zeros() for _ in range(layers))
 
     return KVCache(
         k=empty(),
@@ -145,6 +161,7 @@ def init_cache(layers: int, batch: int, heads: int, max_length: int, head_dim: i
     )
 
 
-def _write(buffer: Float[Array, "B H L K"], new: Float[Array, "B H T K"], column: Int[Array, ""]):
+def _write(buffer: Float[Array, "B H L K"] | Int8Array, new: Float[Array, "B H T K"], column: Int[Array, ""]):
     """`buffer` with `new` in columns [column, column + T)."""
-    return lax.dynamic_update_slice(buffer, new.astype(buffer.dtype), (0, 0, column, 0))
+    columns = int8.quantize(new) if isinstance(buffer, Int8Array) else new.astype(buffer.dtype)
+    return jax.tree.map(lambda b, n: lax.dynamic_update_slice(b, n, (0, 0, column, 0)), buffer, columns)

@@ -57,13 +57,15 @@ def save_pretrained(
 
     Raises:
       FileExistsError: `directory` exists (see `overwrite`), or is something other than a model directory.
-      ValueError: an abstract model (`nnx.eval_shape`), or one spread over several processes.
+      ValueError: an abstract model (`nnx.eval_shape`), one spread over several processes, or a quantised one.
     """
     arrays: dict[str, LazyArray] = {}
     for path, param in named_parameters(model).items():
         value = param.get_value()
         if not isinstance(value, jax.Array) or not value.is_fully_addressable:
             raise ValueError(f"cannot save parameter {path}: it is not an array that this process holds in full")
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"cannot save parameter {path}: it is {value.dtype}; save the model that was quantized")
         if re.search(r"\.layers\.\D", path):  # stacked: written layer by layer
             for i in range(value.shape[0]):
                 arrays[path.replace(".layers.", f".layers.{i}.")] = _lazy(value, i)

@@ -48,7 +48,7 @@ def generate(model: OPTForCausalLM, request: Request, slots: int, progress_bar: 
 def _begin(model: OPTForCausalLM, request: Request, rows: np.ndarray, capacity: int):
     return begin(
         model, request.prompts.take(rows // request.copies), request.options_of(rows), capacity=capacity,
-        do_sample=request.do_sample, logprobs=request.logprobs,
+        do_sample=request.do_sample, logprobs=request.logprobs, cache_dtype=request.cache_dtype,
     )  # fmt: skip
 
 

@@ -83,7 +83,7 @@ def new_tokens(state: DecodeState) -> NewTokens:
 Report = tuple[DecodeState, Int[Array, " R"], Bool[Array, " R"]]
 
 
-@partial(jax.jit, static_argnames=("capacity", "do_sample", "copies", "logprobs"))
+@partial(jax.jit, static_argnames=("capacity", "do_sample", "copies", "logprobs", "cache_dtype"))
 def begin(
     model: OPTForCausalLM,
     prompts: Prompts,
@@ -93,6 +93,7 @@ def begin(
     do_sample: bool,
     copies: int = 1,
     logprobs: int | None = None,
+    cache_dtype: str | None = None,
 ) -> Report:
     """Read the prompts, once, and choose the first token of `copies` rows for each.
 
@@ -100,7 +101,7 @@ def begin(
     """
     batch, length = prompts.ids.shape
     if prompts.prefix is None:
-        cache = model.init_cache(batch, length + capacity)
+        cache = model.init_cache(batch, length + capacity, cache_dtype)
     else:
         cache = prompts.prefix.extend(batch, prompts.prefix.max_length + length + capacity)
     out = model.forward(prompts.ids, prompts.mask, cache=cache, logits_to_keep=1)

@@ -39,6 +39,15 @@ def linear(config: OPTConfig, inputs: int, outputs: int, use_bias: bool, **kwarg
     return nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, **kwargs)
 
 
+class Embed(nnx.Embed):
+    """`nnx.Embed` whose `attend` is the tied LM head."""
+
+    def attend(self, x: Float[Array, "B T P"]) -> Float[Array, "B T V"]:
+        """Logits. Deviation from HF: accumulated and returned in float32, not rounded to the compute dtype."""
+        table = self.embedding.get_value().astype(x.dtype)
+        return jnp.einsum("btp,vp->btv", x, table, preferred_element_type=jnp.float32)
+
+
 def _layer_norm(config: OPTConfig, **kwargs) -> nnx.LayerNorm:
     """LayerNorm with PyTorch's epsilon and two-pass variance (Flax defaults: 1e-6 and E[x^2] - E[x]^2)."""
     affine = config.layer_norm_elementwise_affine
@@ -122,7 +131,7 @@ class OPTDecoder(nnx.Module):
     ):
         kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         width, embed_dim = config.hidden_size, config.embed_dim
-        embed = partial(nnx.Embed, embedding_init=nnx.initializers.normal(config.init_std), rngs=rngs, **kwargs)
+        embed = partial(Embed, embedding_init=nnx.initializers.normal(config.init_std), rngs=rngs, **kwargs)
         self.embed_tokens = embed(config.vocab_size, embed_dim)
         if config.pad_token_id is not None:  # torch's padding_idx starts at zero
             table = self.embed_tokens.embedding

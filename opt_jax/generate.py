@@ -9,6 +9,7 @@ else is a traced value.
 import dataclasses
 from collections.abc import Generator, Iterator
 from functools import cache as memoize
+from functools import partial
 from typing import Any
 
 import jax
@@ -110,11 +111,14 @@ def generate_requested(
     return output(request, new_tokens(state))
 
 
-def prefill(model: OPTForCausalLM, input_ids: Any, attention_mask: Any = None) -> Prefix:
+def prefill(
+    model: OPTForCausalLM, input_ids: Any, attention_mask: Any = None, *, cache_dtype: str | None = None
+) -> Prefix:
     """Read the common beginning of many prompts once, for `generate(..., cache=)`.
 
     Args:
       input_ids, attention_mask: as in `generate`, of one row.
+      cache_dtype: as in `GenerationConfig`, of all that goes on from the prefix.
 
     Raises:
       ValueError: as `generate`, for inputs; more than one row.
@@ -122,7 +126,8 @@ def prefill(model: OPTForCausalLM, input_ids: Any, attention_mask: Any = None) -
     ids, mask, padded_ids, padded_mask = check_score(model, input_ids, attention_mask)
     if len(ids) > 1:
         raise ValueError(f"prefill reads one prefix, not {len(ids)} rows")
-    return Prefix(ids[mask][None], _read_prefix(model, padded_ids, padded_mask))
+    GenerationConfig(cache_dtype=cache_dtype).check()
+    return Prefix(ids[mask][None], _read_prefix(model, padded_ids, padded_mask, cache_dtype))
 
 
 def _look(request: Request, state: DecodeState) -> np.ndarray:
@@ -187,7 +192,7 @@ def _search(model: OPTForCausalLM, request: Request, rows: np.ndarray) -> beams.
         num_return_sequences=request.copies, pad_token_id=request.pad_token_id, do_sample=request.do_sample,
         process=_beam_process(request.do_sample, ends + 1 if request.do_sample else 1),
         process_options=request.options_of(np.arange(1)), capacity=bucket(request.max_new_tokens),
-        first_row=int(rows[0]), **options,
+        cache_dtype=request.cache_dtype, first_row=int(rows[0]), **options,
     )  # fmt: skip
 
 
@@ -269,8 +274,10 @@ def _start(model: OPTForCausalLM, request: Request) -> tuple[SamplingOptions, de
     rows = batch_bucket(count)
     options = request.options_of(_padded(np.arange(request.rows), rows * request.copies))
     prompts = request.prompts.take(_padded(np.arange(count), rows))
-    settings = dict(capacity=request.capacity, do_sample=request.do_sample, logprobs=request.logprobs)
-    return options, decode.begin(model, prompts, options, copies=request.copies, **settings)
+    return options, decode.begin(
+        model, prompts, options, capacity=request.capacity, do_sample=request.do_sample, copies=request.copies,
+        logprobs=request.logprobs, cache_dtype=request.cache_dtype,
+    )  # fmt: skip
 
 
 def _advance(
@@ -288,9 +295,12 @@ def _padded(x: np.ndarray, size: int) -> np.ndarray:
 # Compiled -----------------------------------------------------------------------------------------------------
 
 
-@jax.jit
-def _read_prefix(model: OPTForCausalLM, ids: Int[Array, "1 T"], mask: Bool[Array, "1 T"]) -> KVCache | None:
-    return model.forward(ids, mask, cache=model.init_cache(ids.shape[0], ids.shape[1]), logits_to_keep=1).cache
+@partial(jax.jit, static_argnames="cache_dtype")
+def _read_prefix(
+    model: OPTForCausalLM, ids: Int[Array, "1 T"], mask: Bool[Array, "1 T"], cache_dtype: str | None
+) -> KVCache | None:
+    cache = model.init_cache(ids.shape[0], ids.shape[1], cache_dtype)
+    return model.forward(ids, mask, cache=cache, logits_to_keep=1).cache
 
 
 @jax.jit

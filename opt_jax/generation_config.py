@@ -34,6 +34,7 @@ _SAMPLING: dict[str, tuple] = {"temperature": (1,), "top_k": (0,), "top_p": (1,)
 # Only of use with num_beams, likewise; and what beams cannot do yet.
 _BEAMS: dict[str, tuple] = {"length_penalty": (1,), "early_stopping": (False,)}
 _NOT_WITH_BEAMS = ("stop_token_ids", "stop_strings", "logprobs")
+_CACHE_DTYPES = ("int8", "float16", "bfloat16", "float32")
 _LENGTHS = ({"max_length", "max_new_tokens"}, {"min_length", "min_new_tokens"})
 
 
@@ -72,6 +73,8 @@ class GenerationConfig:
       num_return_sequences: so many rows for each prompt, one after the other; needs do_sample, or as many beams.
       seed: in [0, 2**32); the same call gives the same tokens. One number: row i draws as its i-th sample. A sequence,
         one for each prompt: what a row draws depends on its seed and on which of the prompt's samples it is.
+      cache_dtype: of the keys and values that are kept: "int8" (needs the extra `int8`), "float16", "bfloat16" or
+        "float32"; default: the compute dtype.
       logprobs: record the log-probability of each new token, and of the n most likely ones; 0: of the chosen only.
 
     Raises:
@@ -106,6 +109,7 @@ class GenerationConfig:
     early_stopping: Any = None
     num_return_sequences: int | None = None
     seed: Any = None
+    cache_dtype: str | None = None
     logprobs: int | None = None
 
     def __new__(cls, **options):
@@ -136,6 +140,10 @@ class GenerationConfig:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
         return cls.from_dict(parse(path.read_text(encoding="utf-8"), str(path)), str(path))
+
+    def check(self) -> None:
+        """ValueError for values out of range and contradictions."""
+        _check_values(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The options that are given."""
@@ -174,7 +182,7 @@ def combine(
     if (merged.get("num_beams") or 1) == 1:
         merged = {k: v for k, v in merged.items() if k not in _BEAMS or k in given}
     result = GenerationConfig.from_dict(merged, "generate")
-    _check_values(result)
+    result.check()
     return result
 
 
@@ -224,6 +232,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "early_stopping": (lambda x: isinstance(x, bool) or isinstance(x, str) and x == "never", 'True, False or "never"'),
     **dict.fromkeys(("top_p", "typical_p"), _real(lambda x: 0 < x <= 1, "in (0, 1]")),
     "min_p": _real(lambda x: 0 <= x <= 1, "in [0, 1]"),
+    "cache_dtype": (lambda x: isinstance(x, str) and x in _CACHE_DTYPES, f"one of {', '.join(_CACHE_DTYPES)}"),
     "do_sample": (lambda x: isinstance(x, bool), "True or False"),
 }
 

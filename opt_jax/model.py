@@ -106,7 +106,10 @@ class OPTPreTrainedModel(nnx.Module):
         return self.model
 
     def init_cache(self, batch_size: int, max_length: int, dtype: DTypeLike | None = None) -> kv.KVCache:
-        """An empty `KVCache` for `max_length` tokens a row, pads included; dtype defaults to the compute dtype."""
+        """An empty `KVCache` for `max_length` tokens a row, pads included; dtype defaults to the compute dtype.
+
+        dtype: floating point, or "int8" (see `int8`, which needs qwix); else ValueError.
+        """
         c = self.config
         shape = (c.num_hidden_layers, batch_size, c.num_attention_heads, max_length, c.head_dim)
         return kv.init_cache(*shape, dtype or self.dtype)
@@ -175,14 +178,9 @@ class OPTForCausalLM(OPTPreTrainedModel):
         )
 
     def logits(self, x: Float[Array, "B T P"]) -> Float[Array, "B T V"]:
-        """The LM head, tied to the token embedding unless the config says otherwise.
-
-        Deviation from HF: accumulated and returned in float32, not rounded to the compute dtype.
-        """
-        if self.lm_head is not None:
-            return constrain(self.lm_head(x), "logits")
-        table = self.model.decoder.embed_tokens.embedding.get_value().astype(x.dtype)
-        return constrain(jnp.einsum("btp,vp->btv", x, table, preferred_element_type=jnp.float32), "logits")
+        """The LM head, tied to the token embedding unless the config says otherwise."""
+        head = self.model.decoder.embed_tokens.attend if self.lm_head is None else self.lm_head
+        return constrain(head(x), "logits")
 
     def generate(self, input_ids, attention_mask=None, **kwargs):
         """Continue prompts: see `opt_jax.generate.generate`."""
@@ -190,11 +188,11 @@ class OPTForCausalLM(OPTPreTrainedModel):
 
         return generate(self, input_ids, attention_mask, **kwargs)
 
-    def prefill(self, input_ids, attention_mask=None):
+    def prefill(self, input_ids, attention_mask=None, **kwargs):
         """Read the common beginning of many prompts once: see `opt_jax.generate.prefill`."""
         from opt_jax.generate import prefill
 
-        return prefill(self, input_ids, attention_mask)
+        return prefill(self, input_ids, attention_mask, **kwargs)
 
     def score(self, input_ids, attention_mask=None):
         """The log-probability of each token: see `opt_jax.generate.score`."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jaxtyping import Bool, Int
 
 from opt_jax.cache import KVCache
@@ -57,6 +58,7 @@ class Request:
     pad_token_id: int
     copies: int  # rows for each prompt
     logprobs: int | None
+    cache_dtype: str | None
     stops: Any  # the tokenizer's `StopStrings` of all rows, or None
     beams: dict[str, Any] | None  # arguments of `beams.beam_search` that nothing else here says; None: no beams
 
@@ -120,6 +122,8 @@ def check_request(
         raise ValueError(f"row {row} ends with padding: generation needs prompts padded on the left")
     before = _check_prefix(model, prefix)
     beams = given.num_beams or 1
+    if prefix is not None and given.cache_dtype is not None:
+        raise ValueError(f"cache_dtype={given.cache_dtype} is what the prefix has or not: pass it to prefill")
     if prefix is not None and beams > 1:
         raise ValueError(f"cache is not supported with num_beams={beams}: put the prefix into input_ids")
     used = before.size + mask.sum(1)
@@ -139,6 +143,7 @@ def check_request(
         pad_token_id=pad,
         copies=copies,
         logprobs=None if given.logprobs is None else min(given.logprobs, model.config.vocab_size),
+        cache_dtype=given.cache_dtype,
         beams=None if beams == 1 else dict(
             num_beams=beams, early_stopping=given.early_stopping or False, eos_token_ids=eos,
             length_penalty=1.0 if given.length_penalty is None else given.length_penalty, seed=given.seed or 0,
@@ -225,8 +230,10 @@ def _check_heads(model: OPTForCausalLM) -> None:
     """On a mesh each device must hold whole heads, or every step would send parts of them around."""
     layers: Any = model.model.decoder.layers  # a list, or one stacked layer
     heads = model.config.num_attention_heads
-    kernel = (layers[0] if hasattr(layers, "__getitem__") else layers).self_attn.q_proj.kernel.get_value()
-    shards = kernel.shape[-1] // kernel.sharding.shard_shape(kernel.shape)[-1]
+    project = (layers[0] if hasattr(layers, "__getitem__") else layers).self_attn.q_proj
+    matrix, axis = (project.kernel, -1) if isinstance(project, nnx.Linear) else (project.weight, 0)  # int8: [out, in]
+    matrix = matrix.get_value()
+    shards = matrix.shape[axis] // matrix.sharding.shard_shape(matrix.shape)[axis]
     if heads % shards:
         raise ValueError(f"{heads} attention heads cannot be split over {shards} devices: use a mesh that divides them")
 
