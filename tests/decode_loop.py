@@ -39,7 +39,9 @@ def make_model(mesh: Mesh | None = None, **kwargs) -> OPTForCausalLM:
     return model
 
 
-def arguments(compiled: str, model: OPTForCausalLM, **options: Any) -> tuple[tuple, dict[str, Any]]:
+def arguments(
+    compiled: str, model: OPTForCausalLM, rows: int = len(IDS), **options: Any
+) -> tuple[tuple, dict[str, Any]]:
     """What `generate` calls a compiled function with, "decode.advance" or "beams._search"; it is not called."""
 
     class CalledError(Exception):
@@ -50,7 +52,7 @@ def arguments(compiled: str, model: OPTForCausalLM, **options: Any) -> tuple[tup
 
     try:
         with mock.patch(f"opt_jax.{compiled}", called):
-            model.generate(IDS, max_new_tokens=50, **options)
+            model.generate(IDS[:rows], max_new_tokens=40, **options)
     except CalledError as call:
         return call.args[0], call.args[1]
     raise AssertionError(f"generate has not called {compiled}")

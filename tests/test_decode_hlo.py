@@ -19,6 +19,7 @@ from opt_jax.sharding import make_mesh, use_mesh
 
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {},
+    "one row": dict(rows=1),
     "sampling": dict(
         do_sample=True, top_k=5, top_p=0.9, min_p=0.1, typical_p=0.9, repetition_penalty=1.1, presence_penalty=0.1,
         no_repeat_ngram_size=3, bad_words_ids=[[5, 6]], stop_token_ids=[[7, 8]], logprobs=2, num_return_sequences=2,
@@ -30,7 +31,7 @@ POSITIONS = CONFIG.max_position_embeddings + 2
 
 
 def is_cache(dimensions: list[int]) -> bool:
-    return len(dimensions) == 4 and dimensions[-1] == HEAD_DIM
+    return len(dimensions) in (3, 4) and dimensions[-1] == HEAD_DIM  # a single row has no axis for rows
 
 
 def is_weight(dimensions: list[int]) -> bool:
@@ -57,9 +58,9 @@ def inspect(program: Program, shards: int = 1) -> list[Instruction]:
         if is_cache(shape):
             assert len(readers) == 1 and program.is_update(readers[0]), array
         elif shape == [POSITIONS, WIDTH]:
-            assert len(readers) == 1 and not products, array  # of which single rows are taken
+            assert not products, array  # single rows are taken of it
         elif shape == [CONFIG.vocab_size // shards, WIDTH]:
-            assert len(readers) <= 2 and len(products) == 1, array  # rows, and the LM head
+            assert len(products) == 1, array  # the LM head; and rows
         else:
             assert len(readers) == len(products) == 1, array
     return [i for i in program.written_out(body) if i.op.removesuffix("-start") in COLLECTIVES]
