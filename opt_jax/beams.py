@@ -89,7 +89,8 @@ def beam_search(
     eos_token_ids: Sequence[int],
     pad_token_id: int,
     do_sample: bool = False,
-    seed: int | Sequence[int] = 0,
+    seed: int | Sequence[int] | np.ndarray = 0,
+    first_row: int = 0,
     process: Process | None = None,
     process_options: Any = None,
     capacity: int | None = None,
@@ -110,6 +111,7 @@ def beam_search(
       do_sample: draw the candidates of a step at random, without replacement, by their accumulated probability.
       seed: in [0, 2**32). One number: what row i draws depends on it and on i; or one number per row, which alone then
         decides what that row draws.
+      first_row: the row i of the first prompt, for a part of a batch with one seed.
       process: changes log-probabilities before they are added up (HF: logits processors); a module-level function, as
         each new function compiles anew. `process_options` is its first argument, a pytree of traced values.
       capacity: compile for this many new tokens, so that any max_new_tokens up to it needs no other compilation.
@@ -122,7 +124,7 @@ def beam_search(
     _check(model, ids, mask, max_new_tokens, num_beams, num_return_sequences, length_penalty, early_stopping, capacity)
     beams = _search(
         model, ids, mask, _options(model, max_new_tokens, length_penalty, eos_token_ids, pad_token_id, process_options),
-        _row_keys(seed, len(ids)) if do_sample else None,
+        _row_keys(seed, len(ids), first_row) if do_sample else None,
         num_beams=num_beams, early_stopping=early_stopping, process=process, capacity=capacity,
     )  # fmt: skip
     tokens, scores, lengths = (
@@ -323,7 +325,7 @@ def _options(model, max_new_tokens, length_penalty, eos_token_ids, pad_token_id,
     )
 
 
-def _row_keys(seed: int | Sequence[int], batch: int) -> Key[Array, " B"]:
+def _row_keys(seed: int | Sequence[int] | np.ndarray, batch: int, first_row: int) -> Key[Array, " B"]:
     seeds = np.atleast_1d(np.asarray(seed))
     if (
         seeds.dtype.kind not in "iu"
@@ -335,4 +337,4 @@ def _row_keys(seed: int | Sequence[int], batch: int) -> Key[Array, " B"]:
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
     if np.ndim(seed) > 0:
         return keys
-    return jax.vmap(lambda row: jax.random.fold_in(keys[0], row))(jnp.arange(batch))
+    return jax.vmap(lambda row: jax.random.fold_in(keys[0], row))(first_row + jnp.arange(batch))

@@ -87,9 +87,16 @@ def generate(
         more positions than the model has, a stacked model (see `unstack_layers`), or one without LM head.
     """
     request = check_request(model, input_ids, attention_mask, generation_config, tokenizer, cache, options)
+    return generate_requested(model, request, batch_size, progress_bar)
+
+
+def generate_requested(
+    model: OPTForCausalLM, request: Request, batch_size: int | None = None, progress_bar: bool | None = None
+) -> GenerateOutput:
+    """What `generate` does once its arguments are checked."""
     check_batch_size(batch_size, progress_bar, request)
     if request.beams is not None:
-        return _generate_with_beams(model, request)
+        return _generate_with_beams(model, request, batch_size or len(request.input_ids))
     if batch_size is not None and batch_size < request.rows:
         return output(request, continuous.generate(model, request, batch_size, progress_bar))
     sampling_options, (state, _, ended) = _start(model, request)
@@ -97,7 +104,7 @@ def generate(
         state, _, _ = _advance(model, request, sampling_options, state, request.max_new_tokens)
     else:
         step = 1
-        while step < request.max_new_tokens and not (np.asarray(ended) | _look(request, state)).all():
+        while not (np.asarray(ended) | _look(request, state)).all() and step < request.max_new_tokens:
             step = min(step + _CHECK_EVERY, request.max_new_tokens)
             state, _, ended = _advance(model, request, sampling_options, state, step)
     return output(request, new_tokens(state))
@@ -148,29 +155,40 @@ def output(request: Request, new: NewTokens) -> GenerateOutput:
     )
 
 
-def _generate_with_beams(model: OPTForCausalLM, request: Request) -> GenerateOutput:
-    assert request.beams is not None
-    options: dict[str, Any] = dict(request.beams)
-    eos = options["eos_token_ids"]
-    rows = batch_bucket(len(request.input_ids))
-    if not isinstance(options["seed"], int):
-        options["seed"] = _padded(np.asarray(options["seed"]), rows)
-    out = beams.beam_search(
-        model, _padded(request.prompts.ids, rows), _padded(request.prompts.mask, rows),
-        max_new_tokens=request.max_new_tokens,
-        num_return_sequences=request.copies, pad_token_id=request.pad_token_id, do_sample=request.do_sample,
-        process=_beam_process(request.do_sample, len(eos) + 1 if request.do_sample else 1),
-        process_options=request.options_of(np.arange(1)), capacity=bucket(request.max_new_tokens), **options,
-    )  # fmt: skip
-    out = beams.BeamOutput(*(x[: request.rows] for x in (out.sequences, out.sequences_scores, out.lengths)))
-    prompts = np.repeat(request.input_ids, request.copies, axis=0)
-    last = out.sequences[np.arange(len(prompts)), request.width + out.lengths - 1]
+def _generate_with_beams(model: OPTForCausalLM, request: Request, batch_size: int) -> GenerateOutput:
+    """`batch_size` prompts after the other; filled up to a bucket with copies of the last one."""
+    eos = request.beams["eos_token_ids"] if request.beams else []
+    count, parts = len(request.input_ids), []
+    for start in range(0, count, batch_size):
+        rows = np.arange(start, min(start + batch_size, count))
+        part = _search(model, request, _padded(rows, batch_bucket(len(rows))))
+        parts.append([x[: len(rows) * request.copies] for x in (part.sequences, part.lengths, part.sequences_scores)])
+    lengths, scores = (np.concatenate([part[i] for part in parts]) for i in (1, 2))
+    tokens = np.full((request.rows, lengths.max()), request.pad_token_id, np.int32)
+    for start, (sequences, *_) in zip(range(0, request.rows, batch_size * request.copies), parts, strict=True):
+        new = sequences[:, request.width :][:, : lengths.max()]
+        tokens[start : start + len(new), : new.shape[1]] = new
+    last = tokens[np.arange(len(tokens)), lengths - 1]
     return GenerateOutput(
-        sequences=np.concatenate([prompts, out.sequences[:, request.width :][:, : out.lengths.max()]], axis=1),
-        lengths=out.lengths,
+        sequences=np.concatenate([np.repeat(request.input_ids, request.copies, axis=0), tokens], axis=1),
+        lengths=lengths,
         finish_reasons=["stop" if token in eos else "length" for token in last.tolist()],
-        sequences_scores=out.sequences_scores,
+        sequences_scores=scores,
     )
+
+
+def _search(model: OPTForCausalLM, request: Request, rows: np.ndarray) -> beams.BeamOutput:
+    options: dict[str, Any] = dict(request.beams or {})
+    ends = len(options["eos_token_ids"])
+    if not isinstance(options["seed"], int):
+        options["seed"] = np.asarray(options["seed"])[rows]
+    return beams.beam_search(
+        model, request.prompts.ids[rows], request.prompts.mask[rows], max_new_tokens=request.max_new_tokens,
+        num_return_sequences=request.copies, pad_token_id=request.pad_token_id, do_sample=request.do_sample,
+        process=_beam_process(request.do_sample, ends + 1 if request.do_sample else 1),
+        process_options=request.options_of(np.arange(1)), capacity=bucket(request.max_new_tokens),
+        first_row=int(rows[0]), **options,
+    )  # fmt: skip
 
 
 @memoize

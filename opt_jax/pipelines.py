@@ -8,6 +8,8 @@ import numpy as np
 
 from opt_jax.text import BatchEncoding, OPTTokenizer, TextStream
 
+DEFAULT_NEW_TOKENS = 256  # HF's pipeline's
+
 
 def pipeline(
     task: str = "text-generation", model: Any = "tiny", tokenizer: Any = None, **options
@@ -47,8 +49,9 @@ def pipeline(
 class TextGenerationPipeline:
     """What `pipeline` returns. By default it samples as HF's does: temperature 0.7, top_k 50, 256 new tokens.
 
-    Deviations from HF: those 256 shrink to what the context leaves; a list goes through the model `batch_size` prompts
-    at a time (HF: one); the same call gives the same text unless `seed` changes.
+    Deviations from HF: those 256 shrink to what the context leaves; of a list `batch_size` prompts are at work at a
+    time (HF: one), and one that has ended makes room for the next; the same call gives the same text unless `seed`
+    changes.
     """
 
     def __init__(self, model: Any, tokenizer: OPTTokenizer, **defaults):
@@ -60,7 +63,8 @@ class TextGenerationPipeline:
         Args:
           text_inputs: a string, or a sequence of strings.
           **options: `return_full_text` (True: the prompt is part of the result), `skip_special_tokens` (True),
-            `add_special_tokens` (True), `batch_size` (8); everything else goes to `model.generate`.
+            `add_special_tokens` (True), `batch_size` (8), `progress_bar` (on a terminal, for more than `batch_size`
+            prompts); everything else goes to `model.generate`.
 
         Returns:
           `[{"generated_text": str}]` for a string; a list of such lists for a sequence.
@@ -71,7 +75,9 @@ class TextGenerationPipeline:
         options = self._defaults | options
         full, skip = options.pop("return_full_text", True), options.pop("skip_special_tokens", True)
         special, size = options.pop("add_special_tokens", True), options.pop("batch_size", 8)
-        from opt_jax.request import checkpoint_options
+        bar = options.pop("progress_bar", None)
+        from opt_jax.generate import generate_requested
+        from opt_jax.request import check_request, checkpoint_options
 
         config = options.pop("generation_config", None)
         options = ({} if config is None else config.to_dict()) | options
@@ -79,32 +85,24 @@ class TextGenerationPipeline:
         sampling = {k: v for k, v in dict(temperature=0.7, top_k=50).items() if k not in given}
         if given.setdefault("do_sample", True):
             options = sampling | options | {"do_sample": True}
-        if size < 1:
-            raise ValueError(f"batch_size={size}: use 1 or more")
         prompts = [text_inputs] if isinstance(text_inputs, str) else list(text_inputs)
         if any(not isinstance(prompt, str) for prompt in prompts):
             raise ValueError("the pipeline takes a string or a sequence of strings; OPT has no chat template")
 
-        results = []
-        for start in range(0, len(prompts), size):
-            batch = prompts[start : start + size]
-            inputs = self.tokenizer(
-                batch, padding=True, padding_side="left", return_tensors="np", add_special_tokens=special
-            )
-            width = inputs["input_ids"].shape[1]
-            own: dict[str, Any] = {}
-            if not {"max_new_tokens", "max_length"} & given.keys():
-                own["max_new_tokens"] = max(1, min(256, self.model.config.max_position_embeddings - width))
-            if given["do_sample"]:  # other random numbers for every batch
-                seed: Any = options.get("seed") or 0
-                own["seed"] = seed + start if isinstance(seed, int) else list(seed)[start : start + size]
-            output = self.model.generate(**inputs, tokenizer=self.tokenizer, **(options | own))
-            rows = output.sequences[:, width:]
-            texts = self.tokenizer.batch_decode(rows, skip_special_tokens=skip)
-            each = len(texts) // len(batch)  # num_return_sequences
-            for i, prompt in enumerate(batch):
-                new = texts[i * each : (i + 1) * each]
-                results.append([{"generated_text": prompt + text if full else text} for text in new])
+        if not prompts:
+            return []
+        inputs = self.tokenizer(
+            prompts, padding=True, padding_side="left", return_tensors="np", add_special_tokens=special
+        )
+        request = check_request(
+            self.model, **inputs, tokenizer=self.tokenizer, options=options, default_new_tokens=DEFAULT_NEW_TOKENS
+        )
+        output = generate_requested(self.model, request, size, bar)
+        texts = self.tokenizer.batch_decode(output.sequences[:, request.input_ids.shape[1] :], skip_special_tokens=skip)
+        results = [
+            [{"generated_text": prompt + text if full else text} for text in texts[i : i + request.copies]]
+            for i, prompt in zip(range(0, len(texts), request.copies), prompts, strict=True)
+        ]
         return results[0] if isinstance(text_inputs, str) else results
 
 

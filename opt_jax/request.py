@@ -104,6 +104,7 @@ def check_request(
     tokenizer: Any = None,
     prefix: Any = None,
     options: dict[str, Any] | None = None,
+    default_new_tokens: int = DEFAULT_NEW_TOKENS,
 ) -> Request:
     """The arguments of `generate`, checked and with all defaults filled in; ValueError as there."""
     ids, ragged = _rectangle(input_ids, attention_mask)
@@ -118,9 +119,9 @@ def check_request(
     beams = given.num_beams or 1
     if prefix is not None and beams > 1:
         raise ValueError(f"cache is not supported with num_beams={beams}: put the prefix into input_ids")
-    # One number for prompts in one array, as in HF; else each prompt has its own.
-    widths = before.size + (np.full(len(ids), ids.shape[1]) if ragged is None else mask.sum(1))
-    most, least = _check_lengths(widths, before.size + mask.sum(1), model.config, given)
+    used = before.size + mask.sum(1)
+    widths = used if ragged is not None else np.full(len(ids), before.size + ids.shape[1])  # of an array: its own (HF)
+    most, least = _check_lengths(widths, used, model.config, given, default_new_tokens)
     if given.stop_strings is not None and tokenizer is None:
         raise ValueError("stop_strings need the tokenizer: pass tokenizer=")
     if beams > 1 and (len(set(most.tolist())) > 1 or len(set(least.tolist())) > 1):
@@ -147,14 +148,15 @@ def check_request(
 
 
 def check_batch_size(batch_size: Any, progress_bar: Any, request: Request) -> None:
+    """ValueError for what `generate` cannot do."""
     if batch_size is None:
         if progress_bar:
             raise ValueError("progress_bar without effect: pass batch_size as well")
         return
     if not is_integer(batch_size) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1")
-    if request.beams is not None:
-        raise ValueError(f"batch_size={batch_size} is not supported with num_beams: call generate for each batch")
+    if request.beams is not None and progress_bar:
+        raise ValueError("progress_bar is not supported with num_beams: leave it out")
 
 
 def check_score(model: OPTForCausalLM, input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, ...]:
@@ -202,10 +204,11 @@ def _prompts(ids: np.ndarray, mask: np.ndarray, prefix: Prefix | None, limit: in
     if prefix is None:
         return Prompts(padded, padded_mask, padded, padded_mask.sum(1, dtype=np.int32))
     before = np.repeat(prefix.input_ids, len(ids), axis=0)
-    tokens, known = _align(
-        np.concatenate([before, ids], axis=1), np.concatenate([np.ones_like(before, bool), mask], axis=1), limit
-    )
-    return Prompts(padded, padded_mask, tokens, known.sum(1, dtype=np.int32), prefix.cache)
+    all_ids = np.concatenate([before, padded], axis=1)
+    order = np.argsort(np.concatenate([np.ones_like(before, bool), padded_mask], axis=1), axis=1, kind="stable")
+    fill = prefix.cache.max_length - before.shape[1]  # as wide as the bucket of the prefix and that of the prompts
+    tokens = np.pad(np.take_along_axis(all_ids, order, axis=1), ((0, 0), (fill, 0)))
+    return Prompts(padded, padded_mask, tokens, padded_mask.sum(1, dtype=np.int32) + before.shape[1], prefix.cache)
 
 
 def _check_model_and_ids(model: Any, input_ids: Any) -> np.ndarray:
@@ -261,7 +264,7 @@ def _align(ids: np.ndarray, mask: np.ndarray, limit: int) -> tuple[np.ndarray, n
 
 
 def _check_lengths(
-    widths: np.ndarray, used: np.ndarray, config: Any, given: GenerationConfig
+    widths: np.ndarray, used: np.ndarray, config: Any, given: GenerationConfig, default: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The most and the fewest new tokens of each prompt, int32 [B].
 
@@ -276,9 +279,9 @@ def _check_lengths(
             )
     elif given.max_new_tokens is not None:
         most = np.full_like(widths, given.max_new_tokens)
-    else:  # if all widths are the same, so are the numbers of new tokens
-        room = limit - (used if len(set(widths.tolist())) > 1 else used.max())
-        most = np.broadcast_to(np.clip(room, 1, DEFAULT_NEW_TOKENS), widths.shape)
+    else:
+        room = limit - (used if (given.num_beams or 1) == 1 else np.full_like(used, used.max()))
+        most = np.clip(room, 1, default)
     if (used + most > limit).any():
         row = int(np.argmax(used + most))
         raise ValueError(

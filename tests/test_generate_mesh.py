@@ -51,6 +51,18 @@ def test_same_tokens_as_on_one_device(spec):
         np.testing.assert_allclose(meshed.score(IDS), model.score(IDS), atol=1e-4)
 
 
+def test_refilled_rows_and_prefixes_on_a_mesh():
+    model = our_model("opt-125m", **SHAPE)
+    mesh = make_mesh("fsdp=2,tensor=4", jax.devices()[:8])
+    meshed, rows = spread(model, mesh), [[7, 9], [5] * 14, [4, 40, 6], [3, 9, 17, 5, 11], [33], [8, 30], [21, 2]]
+    options: dict[str, Any] = dict(max_new_tokens=12, eos_token_id=[5, 40], batch_size=4)
+    with use_mesh(mesh):
+        out = meshed.generate(rows, cache=meshed.prefill([[60, 61, 62]]), **options)
+    expected = model.generate(rows, cache=model.prefill([[60, 61, 62]]), **options)
+    np.testing.assert_array_equal(out.sequences, expected.sequences)
+    assert len(set(expected.lengths.tolist())) > 2
+
+
 def test_heads_that_do_not_divide_are_refused():
     shape: dict[str, Any] = SHAPE | {"num_attention_heads": 4}
     model = our_model("opt-125m", **shape)
