@@ -3,6 +3,8 @@ PYTHON ?= $(shell .ci/find-python default)
 LATEST_PYTHON ?= $(shell .ci/find-python newest)
 # Twice quiet: errors only.
 PIP_INSTALL = -m pip install -qq --disable-pip-version-check
+# Compiles for TPUs without having one; exists for Linux on x86 only. The test that wants it skips elsewhere.
+LIBTPU = $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),libtpu/.installed)
 
 .PHONY: help install demo test test-latest lint clean
 
@@ -17,9 +19,9 @@ help:
 install: .venv/.installed
 demo: .venv/.installed
 	.venv/bin/python examples/demo.py
-test: lint
+test: lint $(addprefix .venv/,$(LIBTPU))
 	.venv/bin/python -m pytest
-test-latest: .venv-latest/.installed-test
+test-latest: .venv-latest/.installed-test $(addprefix .venv-latest/,$(LIBTPU))
 	.venv-latest/bin/python -m pytest
 lint: .venv/.installed-test
 	.venv/bin/ruff check .
@@ -44,6 +46,14 @@ clean:
 .venv-latest/.installed-test: pyproject.toml | .venv-latest/bin/python
 	@echo "Installing opt-jax and its test tools into .venv-latest ..."
 	@.venv-latest/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager --editable ".[test]"
+	@touch $@
+
+# The version that this jax asks for. Not among the packages: where libtpu can be imported, `import jax` loads it.
+%/libtpu/.installed: %/.installed-test
+	@echo "Installing libtpu, the compiler for TPUs, into $(@D) (700 MB on disk) ..."
+	@rm -rf $(@D)
+	@$*/bin/python $(PIP_INSTALL) --no-deps --target $(@D) "$$($*/bin/python -c \
+	  'from importlib.metadata import requires; print(*{r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")})')"
 	@touch $@
 
 .venv/bin/python:

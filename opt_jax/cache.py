@@ -1,7 +1,7 @@
 """The key/value cache: a pytree, its update, and what it says about masks and positions. No sampling."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,8 @@ _STATIC = dict(static=True)
 class LayerCache:
     """One layer's share of a `KVCache`."""
 
-    k: Float[Array, "B H L K"] | Int8Array
-    v: Float[Array, "B H L K"] | Int8Array
+    k: Float[Array, "*B H L K"] | Int8Array
+    v: Float[Array, "*B H L K"] | Int8Array
     column: Int[Array, ""]
     fresh: bool = dataclasses.field(metadata=_STATIC)
 
@@ -30,6 +30,9 @@ class LayerCache:
 
         A fresh cache attends to the new columns alone: prefill costs T^2, not T * L.
         """
+        if len(self.k.shape) == 3:  # one row (`KVCache.squeeze`)
+            new = dataclasses.replace(self, k=_write(self.k, k[0], self.column), v=_write(self.v, v[0], self.column))
+            return new, *jax.tree.map(lambda x: x[None], (new.k, new.v))
         new = dataclasses.replace(self, k=_write(self.k, k, self.column), v=_write(self.v, v, self.column))
         return (new, k, v) if self.fresh else (new, new.k, new.v)
 
@@ -44,8 +47,8 @@ class KVCache:
     """
 
     # One per layer; heads before length keeps each head's keys contiguous. int8: one scale per head and token.
-    k: tuple[Float[Array, "B H L K"] | Int8Array, ...]
-    v: tuple[Float[Array, "B H L K"] | Int8Array, ...]
+    k: tuple[Float[Array, "*B H L K"] | Int8Array, ...]  # without B: `squeeze`
+    v: tuple[Float[Array, "*B H L K"] | Int8Array, ...]
     # Columns that hold a real token; with an axis N, of a row in branches (`branch`): the ancestors of each of them.
     valid: Bool[Array, "B L"] | Bool[Array, "B N L"]
     next_position: Int[Array, " B"]  # number of real tokens so far = position of the next one
@@ -80,6 +83,20 @@ class KVCache:
             column=self.column + mask.shape[1],
             fresh=False,
         )
+
+    def squeeze(self) -> "KVCache":
+        """For a loop over calls: keys and values of a single row without their axis B; `unsqueeze` after the loop.
+
+        XLA takes batch axes of one off what it multiplies. On a CPU, where the loop carries the array with that axis,
+        each new column is then written twice, and the whole cache copied four times, at every step.
+        """
+        return self._reshape(lambda x: x[0]) if self.batch_size == 1 else self
+
+    def unsqueeze(self) -> "KVCache":
+        return self._reshape(lambda x: x[None]) if len(self.k[0].shape) == 3 else self
+
+    def _reshape(self, reshape: Callable[[Array], Array]) -> "KVCache":
+        return dataclasses.replace(self, k=jax.tree.map(reshape, self.k), v=jax.tree.map(reshape, self.v))
 
     def wrap(self) -> "KVCache":
         """Go on at column 0 behind the last one. What stands there must not be needed any more."""
@@ -161,7 +178,7 @@ def init_cache(layers: int, batch: int, heads: int, max_length: int, head_dim: i
     )
 
 
-def _write(buffer: Float[Array, "B H L K"] | Int8Array, new: Float[Array, "B H T K"], column: Int[Array, ""]):
+def _write(buffer: Float[Array, "*B H L K"] | Int8Array, new: Float[Array, "*B H T K"], column: Int[Array, ""]):
     """`buffer` with `new` in columns [column, column + T)."""
     columns = int8.quantize(new) if isinstance(buffer, Int8Array) else new.astype(buffer.dtype)
-    return jax.tree.map(lambda b, n: lax.dynamic_update_slice(b, n, (0, 0, column, 0)), buffer, columns)
+    return jax.tree.map(lambda b, n: lax.dynamic_update_slice_in_dim(b, n, column, axis=b.ndim - 2), buffer, columns)

@@ -141,7 +141,8 @@ def advance(
     def go_on(state: DecodeState) -> Bool[Array, ""]:
         return (state.step < until) & (state.ended(options).sum() < enough)
 
-    return _report(lax.while_loop(go_on, step, state), options)
+    state = lax.while_loop(go_on, step, dataclasses.replace(state, cache=state.cache.squeeze()))
+    return _report(dataclasses.replace(state, cache=state.cache.unsqueeze()), options)
 
 
 def _append(state: DecodeState, logits: Float[Array, "R V"], options: SamplingOptions, do_sample: bool) -> DecodeState:
