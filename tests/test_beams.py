@@ -186,7 +186,16 @@ def test_no_step_copies_the_cache(model):
     capacity, num_beams = 24, 5
     options = beams._options(model, 20, 1.0, ENDS, PAD, None)
     program = beams._search.lower(
-        model, IDS, MASK, options, None, num_beams=num_beams, early_stopping=False, process=None, capacity=capacity
+        model,
+        IDS,
+        MASK,
+        options,
+        None,
+        num_beams=num_beams,
+        early_stopping=False,
+        process=None,
+        capacity=capacity,
+        cache_dtype=None,
     ).compile()
     heads, size, layers = CONFIG.num_attention_heads, CONFIG.head_dim, CONFIG.num_hidden_layers
     shape = (3, heads, 5 + capacity * num_beams, size)  # the prompt once, not once for each beam
