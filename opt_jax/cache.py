@@ -102,6 +102,36 @@ class KVCache:
         """Go on at column 0 behind the last one. What stands there must not be needed any more."""
         return dataclasses.replace(self, column=self.column % self.max_length)
 
+    def rewind(self, width: int, kept: Int[Array, " B"]) -> "KVCache":
+        """Forget the last `width` columns, real or not, but the first `kept` of each row, which are.
+
+        The next token goes behind the last column that any row keeps; what other rows had there becomes a hole.
+        """
+        start = self.column - width
+        window = lax.dynamic_slice_in_dim(self.valid, start, width, axis=1)
+        keep = jnp.arange(width) < kept[:, None]
+        return dataclasses.replace(
+            self,
+            valid=lax.dynamic_update_slice(self.valid, keep, (0, start)),
+            next_position=self.next_position - window.sum(-1, dtype=jnp.int32) + kept,
+            column=start + kept.max(),
+        )
+
+    def compact(self) -> "KVCache":
+        """Without holes: each row's real columns moved to the left, in order. Reads and writes all keys and values."""
+        order, count = jnp.argsort(~self.valid, axis=1, stable=True), self.valid.sum(-1, dtype=jnp.int32)
+
+        def moved(x: Array) -> Array:
+            return jnp.take_along_axis(x, order[:, None, :, None], axis=2)
+
+        return dataclasses.replace(
+            self,
+            k=jax.tree.map(moved, self.k),
+            v=jax.tree.map(moved, self.v),
+            valid=jnp.arange(self.max_length) < count[:, None],
+            column=count.max(),
+        )
+
     def extend(self, batch: int, max_length: int) -> "KVCache":
         """A copy of a cache of one row, for `batch` rows that go on from it, with columns up to `max_length`."""
 

@@ -18,9 +18,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from opt_jax import beams, continuous, decode, sampling
+from opt_jax import beams, continuous, decode, sampling, speculative
 from opt_jax.cache import KVCache
 from opt_jax.decode import DecodeState, NewTokens, new_tokens
+from opt_jax.drafts import Drafts, check_drafts
 from opt_jax.generation_config import GenerationConfig
 from opt_jax.model import OPTForCausalLM
 from opt_jax.processors import History
@@ -45,6 +46,15 @@ class GenerateOutput:
     top_token_ids: np.ndarray | None = None  # int32 [R, N, n]: the most likely tokens, best first
     top_logprobs: np.ndarray | None = None  # float32 [R, N, n]: theirs
     sequences_scores: np.ndarray | None = None  # float32 [R]: of beams, which are sorted by it
+    drafted: np.ndarray | None = None  # int32 [R]: with drafts: how many the model has looked at, in steps of the row
+    accepted: np.ndarray | None = None  # int32 [R]: those of them that became new tokens (also behind a stop string)
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Drafted tokens that were accepted / drafted tokens that the model has looked at, of all rows; None: none."""
+        if self.drafted is None or self.accepted is None or not self.drafted.any():
+            return None
+        return float(self.accepted.sum() / self.drafted.sum())
 
     def __getitem__(self, index: Any) -> Any:
         return self.sequences[index]
@@ -64,6 +74,7 @@ def generate(
     generation_config: GenerationConfig | None = None,
     tokenizer: Any = None,
     cache: Prefix | None = None,
+    assistant_model: OPTForCausalLM | None = None,
     batch_size: int | None = None,
     progress_bar: bool | None = None,
     **options: Any,
@@ -76,6 +87,8 @@ def generate(
       attention_mask: [B, T], nonzero at real tokens. Default as in HF: ids other than `pad_token_id`, if that is not an
         end token; else all. None for a list of prompts of different lengths.
       cache: from `prefill`: what all the prompts begin with; it is not part of `input_ids`, nor of the output.
+      assistant_model: a smaller model with the same tokenizer: it drafts `num_assistant_tokens` at a time, which
+        `model` looks at in one step. The same tokens, or the same distribution, sooner (`opt_jax.speculative`).
       batch_size: rows at work at a time; a row that has ended makes room for the next prompt (continuous batching).
         The result is the same. Default: all rows at once.
       progress_bar: of rows that have ended, on stderr; default: with batch_size, on a terminal.
@@ -88,14 +101,23 @@ def generate(
         more positions than the model has, a stacked model (see `unstack_layers`), or one without LM head.
     """
     request = check_request(model, input_ids, attention_mask, generation_config, tokenizer, cache, options)
-    return generate_requested(model, request, batch_size, progress_bar)
+    return generate_requested(model, request, batch_size, progress_bar, assistant_model)
 
 
 def generate_requested(
-    model: OPTForCausalLM, request: Request, batch_size: int | None = None, progress_bar: bool | None = None
+    model: OPTForCausalLM,
+    request: Request,
+    batch_size: int | None = None,
+    progress_bar: bool | None = None,
+    assistant_model: OPTForCausalLM | None = None,
 ) -> GenerateOutput:
     """What `generate` does once its arguments are checked."""
     check_batch_size(batch_size, progress_bar, request)
+    drafts = check_drafts(model, request, assistant_model)
+    if drafts is not None:
+        if batch_size is not None:
+            raise ValueError(f"batch_size={batch_size} is not supported with drafts: leave one of them out")
+        return _generate_with_drafts(model, request, drafts)
     if request.beams is not None:
         return _generate_with_beams(model, request, batch_size or len(request.input_ids))
     if batch_size is not None and batch_size < request.rows:
@@ -109,6 +131,13 @@ def generate_requested(
             step = min(step + _CHECK_EVERY, request.max_new_tokens)
             state, _, ended = _advance(model, request, sampling_options, state, step)
     return output(request, new_tokens(state))
+
+
+def _generate_with_drafts(model: OPTForCausalLM, request: Request, drafts: Drafts) -> GenerateOutput:
+    options, (state, _, _) = _start(model, request, drafts.spare(request.rows))
+    result = speculative.run(model, request, drafts, options, state)
+    drafted, accepted = (np.asarray(x)[: request.rows] for x in (result.drafted, result.accepted))
+    return dataclasses.replace(output(request, new_tokens(result.state)), drafted=drafted, accepted=accepted)
 
 
 def prefill(
@@ -217,28 +246,30 @@ def stream(
     generation_config: GenerationConfig | None = None,
     tokenizer: Any = None,
     cache: Prefix | None = None,
+    assistant_model: OPTForCausalLM | None = None,
     **options: Any,
 ) -> Generator[np.ndarray, None, None]:
     """The same tokens as they are made: an iterator of int32 [R], one for each step, pads for rows that have ended.
 
-    Takes the arguments of `generate` but the last two, and raises the same errors, at once. The device works on the
-    next token while the caller works with this one.
+    Takes the arguments of `generate` but the last two, and raises the same errors, at once. Without drafts, the device
+    works on the next token while the caller works with this one.
     """
     request = check_request(model, input_ids, attention_mask, generation_config, tokenizer, cache, options)
     if request.logprobs is not None or request.beams is not None:
         what = "logprobs" if request.beams is None else "beams, which are known at the end only,"
         raise ValueError(f"{what} are not streamed: use generate")
-    return _stream(model, request)
+    return _stream(model, request, check_drafts(model, request, assistant_model))
 
 
-def _stream(model: OPTForCausalLM, request: Request) -> Generator[np.ndarray, None, None]:
-    sampling_options, following = _start(model, request)
+def _stream(model: OPTForCausalLM, request: Request, drafts: Drafts | None) -> Generator[np.ndarray, None, None]:
+    if drafts is None:
+        steps = _steps(model, request)
+    else:
+        options, (state, _, _) = _start(model, request, drafts.spare(request.rows))
+        steps = speculative.steps(model, request, drafts, options, state)
     stops, new = request.stops, np.zeros((request.rows, request.max_new_tokens), np.int32)
-    for step in range(1, request.max_new_tokens + 1):
-        state, token, ended = following
-        if step < request.max_new_tokens:  # dispatched before waiting for this token; does nothing if that was the last
-            following = _advance(model, request, sampling_options, state, step + 1)
-        token, ended = (np.asarray(x)[: request.rows] for x in (token, ended))
+    for step, (token, ended) in enumerate(steps, 1):
+        token, ended = token[: request.rows], ended[: request.rows]
         if stops is not None:
             token = np.where(stops.lengths < step, request.pad_token_id, token).astype(np.int32)
             new[:, step - 1] = token
@@ -246,6 +277,16 @@ def _stream(model: OPTForCausalLM, request: Request) -> Generator[np.ndarray, No
         yield token
         if ended.all():
             return
+
+
+def _steps(model: OPTForCausalLM, request: Request) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The tokens of each step, and which rows have ended."""
+    options, following = _start(model, request)
+    for step in range(1, request.max_new_tokens + 1):
+        state, token, ended = following
+        if step < request.max_new_tokens:  # dispatched before waiting for this token; does nothing if that was the last
+            following = _advance(model, request, options, state, step + 1)
+        yield np.asarray(token), np.asarray(ended)
 
 
 def score(model: OPTForCausalLM, input_ids: Any, attention_mask: Any = None) -> np.ndarray:
@@ -268,15 +309,18 @@ def score(model: OPTForCausalLM, input_ids: Any, attention_mask: Any = None) -> 
     return result
 
 
-def _start(model: OPTForCausalLM, request: Request) -> tuple[SamplingOptions, decode.Report]:
-    """The options of all rows, and what `begin` returns. Rows are filled up to a bucket, with copies of the last."""
+def _start(model: OPTForCausalLM, request: Request, spare: int = 0) -> tuple[SamplingOptions, decode.Report]:
+    """The options of all rows, and what `begin` returns. Rows are filled up to a bucket, with copies of the last.
+
+    spare: columns that the cache needs besides those of the tokens.
+    """
     count = len(request.input_ids)
     rows = batch_bucket(count)
     options = request.options_of(_padded(np.arange(request.rows), rows * request.copies))
     prompts = request.prompts.take(_padded(np.arange(count), rows))
     return options, decode.begin(
-        model, prompts, options, capacity=request.capacity, do_sample=request.do_sample, copies=request.copies,
-        logprobs=request.logprobs, cache_dtype=request.cache_dtype,
+        model, prompts, options, capacity=request.capacity_with(spare), copies=request.copies,
+        do_sample=request.do_sample, logprobs=request.logprobs, cache_dtype=request.cache_dtype,
     )  # fmt: skip
 
 

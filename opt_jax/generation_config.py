@@ -22,8 +22,7 @@ _UNSUPPORTED: dict[str, tuple] = {
     "token_healing": (False,), "guidance_scale": (1,), "watermarking_config": (), "negative_prompt_ids": (),
     "output_attentions": (False,), "output_hidden_states": (False,), "output_scores": (False,),
     "output_logits": (False,), "is_assistant": (False,), "assistant_model": (), "assistant_tokenizer": (),
-    "num_assistant_tokens": (20,), "num_assistant_tokens_schedule": ("constant",),
-    "assistant_confidence_threshold": (0.4,), "prompt_lookup_num_tokens": (), "max_matching_ngram_size": (),
+    "num_assistant_tokens_schedule": ("constant",), "assistant_confidence_threshold": (0.4,),
     "assistant_early_exit": (), "assistant_lookbehind": (10,), "target_lookbehind": (10,),
     "assistant_ensemble_weight": (), "speculation_type": (), "compile_config": (), "disable_compile": (False,),
     "continuous_batching_config": (), "logits_processor": (), "stopping_criteria": (), "streamer": (),
@@ -35,6 +34,8 @@ _SAMPLING: dict[str, tuple] = {"temperature": (1,), "top_k": (0,), "top_p": (1,)
 _BEAMS: dict[str, tuple] = {"length_penalty": (1,), "early_stopping": (False,)}
 _NOT_WITH_BEAMS = ("stop_token_ids", "stop_strings", "logprobs")
 _CACHE_DTYPES = ("int8", "float16", "bfloat16", "float32")
+# Only of use with drafts (`opt_jax.speculative`); a checkpoint may say how to draft without saying to draft.
+_DRAFTS = ("num_assistant_tokens", "max_matching_ngram_size")
 _LENGTHS = ({"max_length", "max_new_tokens"}, {"min_length", "min_new_tokens"})
 
 
@@ -70,6 +71,11 @@ class GenerationConfig:
       length_penalty: beams are compared by their log-probability / (number of new tokens) ** length_penalty; 1.
       early_stopping: when a prompt is done. True: with num_beams finished beams; False: when the best running one is
         worse than all of these; "never": when it cannot become better.
+      num_assistant_tokens: tokens drafted at a time by `assistant_model`; default: what the assistant's
+        `generation_config.json` says, else 5 (HF: 20, and fewer where the assistant is not sure).
+      prompt_lookup_num_tokens: draft at most so many tokens at a time, those that followed where the row had its last
+        tokens before (prompt lookup); 0: off.
+      max_matching_ngram_size: look for so many of the last tokens, and then for fewer; 2, as in HF.
       num_return_sequences: so many rows for each prompt, one after the other; needs do_sample, or as many beams.
       seed: in [0, 2**32); the same call gives the same tokens. One number: row i draws as its i-th sample. A sequence,
         one for each prompt: what a row draws depends on its seed and on which of the prompt's samples it is.
@@ -107,6 +113,9 @@ class GenerationConfig:
     num_beams: int | None = None
     length_penalty: float | None = None
     early_stopping: Any = None
+    num_assistant_tokens: int | None = None
+    prompt_lookup_num_tokens: int | None = None
+    max_matching_ngram_size: int | None = None
     num_return_sequences: int | None = None
     seed: Any = None
     cache_dtype: str | None = None
@@ -181,6 +190,7 @@ def combine(
         merged = {k: v for k, v in merged.items() if k not in _SAMPLING or k in given}
     if (merged.get("num_beams") or 1) == 1:
         merged = {k: v for k, v in merged.items() if k not in _BEAMS or k in given}
+    merged = {k: v for k, v in merged.items() if k not in _DRAFTS or k in given}
     result = GenerationConfig.from_dict(merged, "generate")
     result.check()
     return result
@@ -223,8 +233,9 @@ def _real(holds: Callable[[Any], bool], words: str) -> tuple[Callable[[Any], boo
 
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("max_new_tokens", "max_length", "num_return_sequences", "num_beams"), _at_least(1)),
+    **dict.fromkeys(("max_new_tokens", "max_length", "num_return_sequences", "num_beams", *_DRAFTS), _at_least(1)),
     **dict.fromkeys(("min_new_tokens", "min_length", "no_repeat_ngram_size", "logprobs"), _at_least(0)),
+    "prompt_lookup_num_tokens": _at_least(0),
     "top_k": (_at_least(0)[0], "at least 1, or 0 for all tokens"),
     "temperature": _real(lambda x: x > 0, "a positive number"),
     "repetition_penalty": _real(lambda x: x > 0, "a positive number"),

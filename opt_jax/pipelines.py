@@ -9,6 +9,7 @@ import numpy as np
 from opt_jax.text import BatchEncoding, OPTTokenizer, TextStream
 
 DEFAULT_NEW_TOKENS = 256  # HF's pipeline's
+DEFAULT_BATCH_SIZE = 8
 
 
 def pipeline(
@@ -74,8 +75,8 @@ class TextGenerationPipeline:
         """
         options = self._defaults | options
         full, skip = options.pop("return_full_text", True), options.pop("skip_special_tokens", True)
-        special, size = options.pop("add_special_tokens", True), options.pop("batch_size", 8)
-        bar = options.pop("progress_bar", None)
+        special, size = options.pop("add_special_tokens", True), options.pop("batch_size", None)
+        bar, assistant = options.pop("progress_bar", None), options.pop("assistant_model", None)
         from opt_jax.generate import generate_requested
         from opt_jax.request import check_request, checkpoint_options
 
@@ -97,7 +98,9 @@ class TextGenerationPipeline:
         request = check_request(
             self.model, **inputs, tokenizer=self.tokenizer, options=options, default_new_tokens=DEFAULT_NEW_TOKENS
         )
-        output = generate_requested(self.model, request, size, bar)
+        if size is None and assistant is None and not request.given.prompt_lookup_num_tokens:
+            size = DEFAULT_BATCH_SIZE  # with drafts, all prompts are at work at a time
+        output = generate_requested(self.model, request, size, bar, assistant)
         texts = self.tokenizer.batch_decode(output.sequences[:, request.input_ids.shape[1] :], skip_special_tokens=skip)
         results = [
             [{"generated_text": prompt + text if full else text} for text in texts[i : i + request.copies]]

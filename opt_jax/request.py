@@ -60,6 +60,7 @@ class Request:
     logprobs: int | None
     cache_dtype: str | None
     stops: Any  # the tokenizer's `StopStrings` of all rows, or None
+    given: GenerationConfig  # the options as they were asked for, all layers together
     beams: dict[str, Any] | None  # arguments of `beams.beam_search` that nothing else here says; None: no beams
 
     @property
@@ -74,9 +75,13 @@ class Request:
     @property
     def capacity(self) -> int:
         """Columns for new tokens."""
+        return self.capacity_with(0)
+
+    def capacity_with(self, spare: int) -> int:
+        """Columns for new tokens and at least `spare` more."""
         prefix = self.prompts.prefix
         width = self.prompts.ids.shape[1] + (0 if prefix is None else prefix.max_length)
-        return bucket(width + self.max_new_tokens) - width
+        return bucket(width + self.max_new_tokens + spare) - width
 
     def options_of(self, rows: np.ndarray) -> SamplingOptions:
         """The options of some of the R rows, on the device."""
@@ -144,6 +149,7 @@ def check_request(
         copies=copies,
         logprobs=None if given.logprobs is None else min(given.logprobs, model.config.vocab_size),
         cache_dtype=given.cache_dtype,
+        given=given,
         beams=None if beams == 1 else dict(
             num_beams=beams, early_stopping=given.early_stopping or False, eos_token_ids=eos,
             length_penalty=1.0 if given.length_penalty is None else given.length_penalty, seed=given.seed or 0,
