@@ -8,6 +8,7 @@ calls, prefill included; medians.
 """
 
 import argparse
+import dataclasses
 import statistics
 import time
 from typing import Any
@@ -37,8 +38,9 @@ class Queue:
 def first_layers(model: OPTForCausalLM, count: int) -> OPTForCausalLM:
     """The same embeddings and head with fewer layers between them; shares the arrays."""
     draft = nnx.clone(model)
-    draft.model.decoder.layers = nnx.List(list(draft.model.decoder.layers)[:count])
-    config = OPTConfig(**vars(model.config) | dict(num_hidden_layers=count))
+    layers: Any = draft.model.decoder.layers
+    draft.model.decoder.layers = nnx.List(list(layers)[:count])
+    config = dataclasses.replace(model.config, num_hidden_layers=count)
     draft.config = draft.model.config = draft.model.decoder.config = config
     return draft
 

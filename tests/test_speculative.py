@@ -178,7 +178,7 @@ def test_the_end_of_the_context(model, good):
 
 def test_prefix_and_stream(model, good):
     cache = model.prefill(IDS[1:2])
-    options = FREE | dict(max_new_tokens=20, cache=cache)
+    options: dict[str, Any] = FREE | dict(max_new_tokens=20, cache=cache)
     plain = model.generate(IDS, **options)
     assert_equal(model.generate(IDS, assistant_model=good, **options), plain)
     options["eos_token_id"] = plain.sequences[[0, 1, 2], [12, 17, 17]]
@@ -197,7 +197,7 @@ def test_stop_strings():
     assert "stop" in plain.finish_reasons
     out = model.generate(**inputs, prompt_lookup_num_tokens=4, **options)
     assert_equal(out, plain)
-    assert out.accepted.sum() > 0
+    assert out.acceptance_rate
     steps = list(stream(model, **inputs, prompt_lookup_num_tokens=4, **options))
     np.testing.assert_array_equal(np.stack(steps, axis=1), plain.sequences[:, inputs["input_ids"].shape[1] :])
 
@@ -260,7 +260,7 @@ def test_sampling_is_from_the_distribution_of_the_model(kind):
     if kind == "lookup":
         how = dict(prompt_lookup_num_tokens=2, max_matching_ngram_size=1)
     out = model.generate([prompt], [[1] * len(prompt)], num_return_sequences=ROWS, seed=5, **SAMPLE, **how)
-    assert 0.05 < out.acceptance_rate < 0.9
+    assert out.acceptance_rate is not None and 0.05 < out.acceptance_rate < 0.9
     new, target = out.sequences[:, len(prompt) :], exact(model, prompt)
     assert p_value(new, target) > 0.01
     # the test can tell a distribution like it
@@ -269,6 +269,7 @@ def test_sampling_is_from_the_distribution_of_the_model(kind):
     assert p_value(new, exact(assistant, prompt)) < 1e-10
 
 
+@pytest.mark.slow
 def test_seeds():
     """What a row draws depends on its seed and its sample, not on its batch mates."""
     model, assistant = small(1, 3), small(1, 8)
@@ -277,7 +278,8 @@ def test_seeds():
     )
     ids, seeds = np.arange(12).reshape(3, 4) % 5 + 1, [5, 6, 7]
     out = model.generate(ids, np.ones_like(ids), seed=seeds, **options)
-    assert len({tuple(row) for row in out.sequences[:, 4:]}) == 6 and 0 < out.acceptance_rate < 1
+    assert len({tuple(row) for row in out.sequences[:, 4:]}) == 6
+    assert out.accepted is not None and out.acceptance_rate is not None and 0 < out.acceptance_rate < 1
     alone = model.generate(ids[2:], np.ones_like(ids[2:]), seed=seeds[2:], **options)
     np.testing.assert_array_equal(alone.sequences, out.sequences[4:])
     np.testing.assert_array_equal(alone.accepted, out.accepted[4:])
@@ -325,11 +327,12 @@ def test_the_loop_updates_both_caches_in_place(model, good, kind):
         shape = ",".join(map(str, cache.k[0].shape))
         results = re.findall(rf"= f32\[{shape}\]\S* ([\w-]+)\(", program.as_text() or "")
         assert results and not {"copy", "select", "gather", "concatenate"} & set(results), results
-    size = sum(x.nbytes for cache in caches for x in (*cache.k, *cache.v))
+    arrays = jax.tree.leaves([(cache.k, cache.v) for cache in caches])
+    size = sum(x.nbytes for x in arrays)
     memory = program.memory_analysis()
     assert memory and memory.alias_size_in_bytes >= size and memory.temp_size_in_bytes < size
     speculative.advance(*arguments, do_sample=False)
-    assert all(x.is_deleted() for cache in caches for x in (*cache.k, *cache.v))
+    assert all(x.is_deleted() for x in arrays)
 
 
 @pytest.mark.slow
