@@ -190,6 +190,17 @@ def test_progress_bar(model, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_a_pipeline_takes_drafts():
+    generator = pipeline("text-generation", "tiny")
+    texts = ["def a(", "x = [1, 2, 1, 2,"] * 5
+    options: dict[str, Any] = dict(do_sample=False, max_new_tokens=6)
+    plain = generator(texts, batch_size=10, **options)
+    assert generator(texts, prompt_lookup_num_tokens=3, **options) == plain
+    assert generator(texts, assistant_model=generator.model, **options) == plain
+    with pytest.raises(ValueError, match="batch_size=4 is not supported with drafts"):
+        generator(texts, batch_size=4, prompt_lookup_num_tokens=3, **options)
+
+
 def test_texts_of_a_long_list_end_at_their_stop_strings():
     generator = pipeline("text-generation", "tiny")
     texts = ["def a(", "import os\n", "class Foo:\n    def", "x = [", "return", "# " * 30, "if x", "for i in", "while"]

@@ -118,7 +118,7 @@ def test_stop_strings():
         for n in range(20, 0, -1):
             expected[criterion(torch.tensor(rows[:, : 10 + n]), None).numpy()] = n
         search = StopStrings(tok, strings, list(prompt))
-        search.look(new, np.zeros(60, bool))
+        search.look(new, np.full(60, 20))
         np.testing.assert_array_equal(search.lengths, expected, str(strings))
         assert strings == "é" or (expected < 20).any()
 
