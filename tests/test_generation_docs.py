@@ -21,6 +21,11 @@ def test_examples_run(capsys):
     assert "temperature without effect" in printed and "'length'" in printed
 
 
+def test_every_option_has_an_example():
+    code = "\n".join(re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL))
+    assert [name for name in FIELDS if f"{name}=" not in code] == []
+
+
 def test_every_option_is_in_the_table():
     table = TEXT.partition("## HF option -> here")[2]
     assert [name for name in FIELDS if f"`{name}" not in table] == []
