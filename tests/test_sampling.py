@@ -59,7 +59,7 @@ def test_suppress():
 def test_draw_follows_the_probabilities():
     probabilities = np.array([0.5, 0.25, 0.2, 0.05, 0.0])
     n = 20_000
-    keys = sampling.row_keys(jnp.full(n, 5, jnp.uint32), jnp.arange(n), jnp.int32(3))
+    keys = sampling.row_keys(jnp.full(n, 5, jnp.uint32), jnp.arange(n), jnp.full(n, 3))
     tokens = sampling.draw(jnp.tile(jnp.log(jnp.array(probabilities, jnp.float32)), (n, 1)), keys)
     frequencies = np.bincount(np.asarray(tokens), minlength=5) / n
     assert frequencies[4] == 0
@@ -68,7 +68,7 @@ def test_draw_follows_the_probabilities():
 
 def test_keys_differ_by_seed_row_and_step_only():
     def data(seed, batch, step):
-        keys = sampling.row_keys(jnp.full(batch, seed, jnp.uint32), jnp.arange(batch), jnp.int32(step))
+        keys = sampling.row_keys(jnp.full(batch, seed, jnp.uint32), jnp.arange(batch), jnp.full(batch, step))
         return np.asarray(jax.random.key_data(keys))
 
     all_keys = np.concatenate([data(seed, 5, step) for seed in (0, 1, 2**32 - 1) for step in range(4)])
