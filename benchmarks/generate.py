@@ -101,8 +101,8 @@ def ctranslate2_models(folder: str, vocab_size: int) -> dict[str, Generate]:
     if importlib.util.find_spec("ctranslate2") is None:
         print("CTranslate2 is not installed (the `bench` extra): its rows are left out")
         return {}
-    import ctranslate2
-    from ctranslate2.converters import TransformersConverter
+    import ctranslate2  # pyright: ignore[reportMissingImports]
+    from ctranslate2.converters import TransformersConverter  # pyright: ignore[reportMissingImports]
 
     names = ["<s>", "<pad>", "</s>", "<unk>", *(f"token{i}" for i in range(4, vocab_size))]  # it wants texts
     given: dict[str, Any] = dict(bos_token="</s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
