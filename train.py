@@ -10,150 +10,19 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import tyro
 
-from opt_jax import OPTConfig, OPTForCausalLM, OPTTokenizer, stack_layers
+from opt_jax import OPTForCausalLM, OPTTokenizer, stack_layers
 from opt_jax.sharding import make_mesh, use_mesh
 from opt_jax.training import data
 from opt_jax.training.checkpoints import Checkpoints
 from opt_jax.training.metrics import Metrics, cut_back
 from opt_jax.training.optimizer import make_optimizer, make_schedule
+from opt_jax.training.options import Options, check_options, compare_with_first_start, model_config
 from opt_jax.training.step import batch_loss, make_train_step, new_model, new_state, place_batch, state_shardings
-
-# The model of a run without --model: 1.1M parameters, minutes on two CPU cores. Deviations from the paper's recipe: no
-# dropout, because so short a run does not overfit, and a wider initialisation, because 0.006 suits wide models.
-SMALL = OPTConfig(
-    vocab_size=2048, hidden_size=128, num_hidden_layers=4, ffn_dim=512, num_attention_heads=2,
-    max_position_embeddings=256, dropout=0.0, init_std=0.02,
-)  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Options
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Train an OPT language model."""
-
-    data: tuple[str, ...] = ()
-    """Text or .jsonl files (key "text"), or directories of them. Default: the standard library's sources."""
-    output: str = "runs/small"
-    """The run directory. A run found there is resumed."""
-    model: str = "small"
-    """"small", a preset (125m ... 175b), a config.json, or a checkpoint to start from (directory, hub id, "tiny")."""
-    tokenizer: str | None = None
-    """Directory or hub id. Default: the starting checkpoint's, else one is trained on the data."""
-    vocab_size: int | None = None
-    """Entries of the tokenizer trained on the data. Default: the model's vocabulary."""
-    steps: int = 1000
-    batch_size: int = 8
-    """Sequences per step, over all devices."""
-    seq_len: int | None = None
-    """Tokens per sequence. Default: the model's max_position_embeddings."""
-    learning_rate: float = 3e-3
-    """The peak, reached after the warm-up; then it falls linearly to a tenth at the last step. The paper's are lower:
-    6e-4 (125m), 3e-4 (350m), 2e-4 (1.3b) ... 1.2e-4 (175b)."""
-    warmup_steps: int = 100
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    dropout: float | None = None
-    """Default: the model configuration's (0.1 in the presets, 0 in "small")."""
-    attention_dropout: float | None = None
-    """Default: the model configuration's."""
-    init_std: float | None = None
-    """Standard deviation of new weights. Default: the model configuration's; the paper's 0.006 for a preset."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the computation; parameters are float32. auto: float32 on CPU, bfloat16 elsewhere."""
-    seed: int = 0
-    # These may differ from one start of a run to the next.
-    mesh: str | None = None
-    """Devices, as in data=2,fsdp=4 (-1: the rest). Default: all on fsdp."""
-    checkpoint_every: int = 200
-    """Steps between checkpoints; there is always one at the end."""
-    keep_checkpoints: int = 2
-    eval_every: int = 200
-    """Steps between measurements of the loss on held-out documents; there is always one at the end."""
-    eval_batches: int = 20
-    log_every: int = 20
-    """Steps between lines where the output is not a terminal."""
-    stop_after: int | None = None
-    """End after this many steps of this start, with a checkpoint; start again to go on."""
-
-
-MAY_CHANGE = {
-    "output", "mesh", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches", "log_every", "stop_after",
-}  # fmt: skip
-
-
-def check_options(options: Options) -> None:
-    for name in ("steps", "batch_size", "seq_len", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches",
-                 "log_every", "stop_after", "vocab_size"):  # fmt: skip
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    for name in ("learning_rate", "clip_norm", "init_std"):
-        value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
-    for name in ("weight_decay", "warmup_steps"):
-        if getattr(options, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must not be negative")
-
-
-def model_config(options: Options) -> tuple[OPTConfig, str | None]:
-    """(configuration, checkpoint to start from or None) that --model stands for, with the options that change it."""
-    name, start = options.model, None
-    changes = {n: getattr(options, n) for n in ("dropout", "attention_dropout", "init_std")}
-    changes = {name: value for name, value in changes.items() if value is not None}
-    try:
-        preset = OPTConfig.preset(name, init_std=0.006) if "/" not in name else None
-    except ValueError:
-        preset = None
-    if name == "small":
-        config = SMALL
-    elif preset is not None:
-        config = preset
-    elif name.endswith(".json"):
-        config = OPTConfig.from_hf(name)
-    else:
-        from opt_jax import hub
-
-        start = str(hub.resolve(name))
-        config = OPTConfig.from_hf(start)
-        if "init_std" in changes:
-            raise ValueError("--init-std is for new weights, but --model is a checkpoint: leave one of them out")
-    if options.vocab_size and (options.tokenizer or start):
-        raise ValueError("--vocab-size is for a tokenizer trained on the data: leave it out, or --tokenizer / --model")
-    return dataclasses.replace(config, **changes), start
-
-
-def compare_with_first_start(path: Path, record: dict) -> None:
-    """Refuse to resume a run with anything changed that would change its losses.
-
-    An option that did not exist when the run began counts as having had its default.
-    """
-    if not path.exists():
-        return
-    before, differences = json.loads(path.read_text(encoding="utf-8")), []
-    defaults = {"options": dataclasses.asdict(Options())}
-    for section, values in record.items():
-        old_values = defaults.get(section, {}) | before.get(section, {})
-        for name in sorted({*values, *old_values}):
-            old, new = old_values.get(name), json.loads(json.dumps(values.get(name)))
-            old = json.loads(json.dumps(old))
-            if old != new and not (section == "options" and name in MAY_CHANGE):
-                differences.append(f"{section}: {name} was {json.dumps(old)}, is now {json.dumps(new)}")
-    if differences:
-        raise ValueError(
-            f"{path.parent} holds a run that was started differently:\n  " + "\n  ".join(differences)
-            + "\nStart it as it was, or choose another --output."
-        )  # fmt: skip
 
 
 def main(options: Options) -> None:
@@ -176,6 +45,11 @@ def main(options: Options) -> None:
     rows_over = mesh.shape["data"] * mesh.shape["fsdp"]
     if options.batch_size % rows_over:
         raise ValueError(f"--batch-size {options.batch_size} does not divide over the mesh's data x fsdp = {rows_over}")
+    if options.batch_size % (rows_over * options.accumulate):
+        raise ValueError(
+            f"--batch-size {options.batch_size} does not divide into --accumulate {options.accumulate} parts over the "
+            f"mesh's data x fsdp = {rows_over}"
+        )
 
     record = {
         "options": dataclasses.asdict(options) | {"seq_len": seq_len, "dtype": dtype},
@@ -251,15 +125,16 @@ def main(options: Options) -> None:
         state = jax.jit(begin, out_shardings=shardings)()
 
     train_step = make_train_step(optimizer, schedule, config, options.seed, shardings, mesh)
-    eval_step = jax.jit(batch_loss)
-    batch_shape = (options.batch_size, seq_len + 1)
+    eval_step = jax.jit(lambda model, batch: batch_loss(model, jax.tree.map(lambda x: x[0], batch)))
+    place = partial(place_batch, batch_size=options.batch_size, mesh=mesh)
 
     def validate() -> float | None:
         if validation is None:
             return None
         count = max(1, min(options.eval_batches, validation.count // options.batch_size))
-        batches = (place_batch(partial(validation.rows, i), batch_shape, mesh) for i in range(count))
-        return sum(float(jax.device_get(eval_step(state.model, batch))) for batch in batches) / count
+        batches = (place(partial(validation.batch, i), accumulate=1) for i in range(count))
+        sums, counts = zip(*(jax.device_get(eval_step(state.model, batch)) for batch in batches), strict=True)
+        return float(sum(sums) / sum(counts))
 
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.model))
     devices = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
@@ -281,7 +156,7 @@ def main(options: Options) -> None:
     with use_mesh(mesh), metrics, jax.transfer_guard("disallow"):
         pending = None  # the numbers of a step are fetched when the next one is already under way
         for step in range(first + 1, last + 1):
-            batch = place_batch(partial(windows.rows, step - 1), batch_shape, mesh)
+            batch = place(partial(windows.batch, step - 1), accumulate=options.accumulate)
             state, measured = train_step(state, batch)
             if pending is not None:
                 metrics.record(*pending)

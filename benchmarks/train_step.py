@@ -32,7 +32,8 @@ def ours(config: OPTConfig, batch: np.ndarray) -> Callable[[], float]:
     shardings = state_shardings(state, mesh)
     state = jax.device_put(state, shardings)
     step = make_train_step(optimizer, lambda step: jnp.float32(1e-4), config, 0, shardings, mesh)
-    placed = place_batch(lambda rows: batch[rows], (batch.shape[0], batch.shape[1]), mesh)
+    rows = lambda rows: {"input_ids": batch[rows, :-1], "labels": batch[rows, 1:]}  # noqa: E731
+    placed = place_batch(rows, len(batch), 1, mesh)
 
     def run() -> float:
         nonlocal state

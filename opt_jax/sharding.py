@@ -116,9 +116,9 @@ def param_sharding(path: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding
     return NamedSharding(mesh, param_spec(path, shape, mesh))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of inputs [B, ...]: rows over `data` and `fsdp`."""
-    return NamedSharding(mesh, P(_BATCH))
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Of inputs [B, ...], behind so many leading axes: rows over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(*[None] * leading, _BATCH))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

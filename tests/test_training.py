@@ -55,8 +55,8 @@ class Run:
         self.mesh, self.abstract, self.shardings, begin, self.step = programs(spec, config, seed)
         self.state = begin()
 
-    def batch(self, step):
-        return place_batch(partial(WINDOWS.rows, step), (BATCH, SEQ_LEN + 1), self.mesh)
+    def batch(self, step, accumulate=1):
+        return place_batch(partial(WINDOWS.batch, step), BATCH, accumulate, self.mesh)
 
     def losses(self, first, last):
         losses = []
@@ -220,11 +220,13 @@ def test_initialisation_is_the_papers():
 
 def test_loss_is_of_every_next_token():
     model = new_model(CONFIG, 0, "float32")
-    ids = WINDOWS.rows(0)
+    ids, batch = WINDOWS.rows(0), {name: jnp.asarray(rows) for name, rows in WINDOWS.batch(0).items()}
     logits = np.asarray(model(ids[:, :-1]).logits, np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     expected = -np.take_along_axis(log_p, ids[:, 1:, None], -1).mean()
-    np.testing.assert_allclose(batch_loss(model, jnp.asarray(ids)), expected, rtol=1e-6)
+    loss, count = batch_loss(model, batch)
+    assert count == BATCH * SEQ_LEN
+    np.testing.assert_allclose(loss / count, expected, rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -265,7 +267,8 @@ def reference():
 def step_0_gradients(run):
     key = jax.random.key(0)
     with use_mesh(run.mesh):
-        grads = jax.jit(jax.grad(batch_loss))(run.state.model, run.batch(0), key)
+        batch = {name: rows[0] for name, rows in run.batch(0).items()}
+        grads = jax.jit(jax.grad(lambda *args: batch_loss(*args)[0]))(run.state.model, batch, key)
     return {name: np.asarray(leaf, np.float64) for name, leaf in named_leaves(grads).items()}
 
 

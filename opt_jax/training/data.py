@@ -179,3 +179,9 @@ class Windows:
     def rows(self, step: int, rows: slice = slice(None)) -> np.ndarray:
         """[batch_size, seq_len + 1] int32, or only the given rows of it (what one host of many needs)."""
         return self.tokens[self.starts(step)[rows, None] + np.arange(self.seq_len + 1)]
+
+    def batch(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
+        """The rows as inputs and labels, [rows, seq_len] each: the last id of a row is a label only, the first an input
+        only."""
+        ids = self.rows(step, rows)
+        return {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}

@@ -2,11 +2,13 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -17,6 +19,9 @@ from opt_jax.config import OPTConfig
 from opt_jax.model import OPTForCausalLM
 from opt_jax.outputs import cross_entropy
 from opt_jax.sharding import batch_sharding, param_sharding, replicated
+
+# "input_ids", "labels" (the next id of each, -100 where none counts) and, for packed documents, "segment_ids".
+Batch = dict[str, Int[Array, "*A B T"]]
 
 
 @jax.tree_util.register_dataclass
@@ -69,9 +74,11 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     return jax.tree.unflatten(jax.tree.structure(state), shardings)
 
 
-def batch_loss(model: OPTForCausalLM, batch: Int[Array, "B T+1"], dropout_key: jax.Array | None = None):
-    """Mean next-token loss in float32; the last id of a row is a target only, the first an input only."""
-    return cross_entropy(model.forward(batch[:, :-1], dropout_key=dropout_key).logits, batch[:, 1:])
+def batch_loss(model: OPTForCausalLM, batch: Batch, dropout_key: jax.Array | None = None) -> tuple[Array, Array]:
+    """(sum of the next-token losses in float32, how many labels counted) of one micro-batch [B, T]."""
+    logits = model.forward(batch["input_ids"], segment_ids=batch.get("segment_ids"), dropout_key=dropout_key).logits
+    counted = (batch["labels"] != -100).sum()
+    return cross_entropy(logits, batch["labels"]) * counted, counted
 
 
 def make_train_step(
@@ -81,16 +88,34 @@ def make_train_step(
     seed: int,
     shardings: Any,
     mesh: Mesh,
-) -> Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]:
-    """(state, batch [B, T + 1]) -> (next state, {"loss", "grad_norm", "lr"}), compiled once; the state is donated.
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """(state, batch) -> (next state, {"loss", "grad_norm", "lr"}), compiled once; the state is donated.
 
-    The dropout key is a function of (seed, step), and its bits do not depend on the mesh.
+    batch: arrays [A, B, T]. Gradients of the A micro-batches are accumulated, every counted label weighing the same.
+    The dropout key is a function of (seed, step, micro-batch), and its bits do not depend on the mesh.
     """
     uses_dropout = max(config.dropout, config.attention_dropout, config.layerdrop) > 0
 
-    def train_step(state: TrainState, batch: Array) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step) if uses_dropout else None
-        loss, grads = jax.value_and_grad(batch_loss)(state.model, batch, key)
+    def micro_loss(model: OPTForCausalLM, batch: Batch, key: jax.Array | None, total: Array) -> Array:
+        return batch_loss(model, batch, key)[0] / total
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        count = batch["labels"].shape[0]
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        keys = jax.random.split(key, count) if uses_dropout else None
+        total = jnp.maximum((batch["labels"] != -100).sum(), 1)
+
+        def accumulate(carry: Any, micro: Any):
+            batch, key = micro
+            this = jax.value_and_grad(micro_loss)(state.model, batch, key, total)
+            return jax.tree.map(jnp.add, carry, this), None
+
+        if count == 1:
+            first, key = jax.tree.map(lambda x: x[0], (batch, keys))
+            loss, grads = jax.value_and_grad(micro_loss)(state.model, first, key, total)
+        else:
+            nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.model))
+            (loss, grads), _ = jax.lax.scan(accumulate, nothing, (batch, keys))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)  # type: ignore[reportArgumentType]
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "lr": schedule(state.step)}
         model = optax.apply_updates(state.model, updates)  # type: ignore[reportArgumentType]
@@ -100,15 +125,29 @@ def make_train_step(
     return jax.jit(
         train_step,
         donate_argnums=0,
-        in_shardings=(shardings, batch_sharding(mesh)),
+        in_shardings=(shardings, batch_sharding(mesh, leading=1)),
         out_shardings=(shardings, everywhere),
     )
 
 
-def place_batch(rows: Callable[[slice], Any], shape: tuple[int, int], mesh: Mesh) -> Array:
-    """The global batch on the mesh; each process makes only the rows its own devices hold.
+def place_batch(
+    rows: Callable[[slice], Mapping[str, np.ndarray]], batch_size: int, accumulate: int, mesh: Mesh
+) -> Batch:
+    """The global batch on the mesh, [accumulate, batch_size / accumulate, T]; each process makes only its own rows.
 
+    rows: gives the arrays [n, T] of a range of the `batch_size` rows; micro-batch i has the i-th share of them.
     The one transfer to the devices that a training loop needs, so it passes a `transfer_guard`.
     """
+    size = batch_size // accumulate
+
+    def part(name: str, index: Any) -> np.ndarray:
+        micro, (first, last, _) = range(*index[0].indices(accumulate)), index[1].indices(size)
+        return np.stack([rows(slice(i * size + first, i * size + last))[name] for i in micro])
+
     with jax.transfer_guard_host_to_device("allow"):
-        return jax.make_array_from_callback(shape, batch_sharding(mesh), lambda index: rows(index[0]))  # type: ignore[reportOptionalSubscript]
+        return {
+            name: jax.make_array_from_callback(
+                (accumulate, size, *example.shape[1:]), batch_sharding(mesh, leading=1), partial(part, name)
+            )
+            for name, example in rows(slice(0, 1)).items()
+        }
