@@ -186,10 +186,9 @@ def test_the_step_leaves_the_state_as_it_was(skip):
     for i in range(3):  # the one in the middle is bad
         batch = {name: rows % POISON for name, rows in WINDOWS.batch(i).items()}
         batch["input_ids"][0, 3] = POISON if i == 1 else 0
+        rows = lambda rows, batch=batch: {name: ids[rows] for name, ids in batch.items()}  # noqa: E731
         with use_mesh(run.mesh):
-            run.state, measured = step(
-                run.state, place_batch(lambda rows, b=batch: {k: v[rows] for k, v in b.items()}, BATCH, 1, run.mesh)
-            )  # noqa: E501
+            run.state, measured = step(run.state, place_batch(rows, BATCH, 1, run.mesh))
         states.append({name: np.asarray(leaf).copy() for name, leaf in named_leaves(run.state).items()})
         results.append({name: float(value) for name, value in measured.items()})
     assert [r["skipped"] for r in results] == [False, True, not skip]

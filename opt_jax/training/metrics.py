@@ -63,7 +63,7 @@ class Metrics:
     spikes. With path None (every process but 0) it only looks for the former.
 
     log_every: steps between lines where the output is not a terminal. flops_per_step, peak_flops: of all devices; with
-    both, MFU is among the numbers. batch_rows: of a step (from 1), where in the data the rows of its batch begin, for errors.
+    both, MFU is among the numbers. batch_rows: where in the data the rows of a step's batch begin, for errors.
     loggers: anything with `write(values)` and `close()`, of process 0. memory_of: devices whose memory is reported.
     """
 
