@@ -1,8 +1,10 @@
 """Recipes, the metrics of a run and where they go, what stops or skips where numbers are not finite."""
 
 import dataclasses
+import importlib.util
 import json
 import math
+import struct
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from opt_jax import OPTConfig, OPTForCausalLM, OPTTokenizer
 from opt_jax.sharding import use_mesh
 from opt_jax.training import data
 from opt_jax.training.flops import flops_per_token, peak_flops
+from opt_jax.training.loggers import TensorBoard, WandB
 from opt_jax.training.metrics import MOST_SKIPS_IN_A_ROW, SPIKE_AFTER, Metrics, cut_back
 from opt_jax.training.nonfinite import NonFiniteError
 from opt_jax.training.optimizer import make_optimizer, make_schedule
@@ -249,3 +252,73 @@ def test_an_absurd_learning_rate_ends_as_an_error_of_the_program(options, tmp_pa
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert "train.py: error: step 2: loss nan" in done.stderr and "checkpoint 1 is the state before" in done.stderr
     assert not (tmp_path / "run" / "model").exists()
+
+
+# Where they go --------------------------------------------------------------------------------------------------------
+
+
+def events(directory):
+    """{tag: {step: value}} as TensorBoard would show it: a start purges what others wrote from its step on."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[reportAttributeAccessIssue]
+
+    history: dict[str, dict[int, float]] = {}
+    for path in sorted(directory.iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        content, at = path.read_bytes(), 0
+        while at < len(content):  # TFRecords: length, its checksum, data, its checksum
+            (length,) = struct.unpack_from("<Q", content, at)
+            event = Event.FromString(content[at + 12 : at + 12 + length])
+            at += 16 + length
+            if event.session_log.status == SessionLog.START:
+                history = {tag: {s: v for s, v in h.items() if s < event.step} for tag, h in history.items()}
+            for value in event.summary.value:
+                history.setdefault(value.tag, {})[event.step] = value.simple_value
+    return history
+
+
+def test_tensorboard_has_one_history_after_a_resume(tmp_path):
+    pytest.importorskip("tensorboardX")
+    for start, stop, shift in ((0, 9, 0.5), (5, 12, 0.0)):  # the second knows better about steps 6 to 9
+        writer = TensorBoard(tmp_path / "tensorboard", start)
+        for step in range(start + 1, stop + 1):
+            writer.write({"step": step, "loss": step + shift * (step > 5), "grad_norm": None, "batch": [1, 2]})
+        writer.close()
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    assert events(tmp_path / "tensorboard") == {"loss": {step: float(step) for step in range(1, 13)}}
+
+
+def test_weights_and_biases_goes_on_with_its_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for start in (0, 5):
+        run = WandB("a-project", tmp_path, {"options": {"seed": 0}})
+        for step in range(start + 1, start + 9):
+            run.write({"step": step, "loss": 1 / step, "grad_norm": None, "batch": [1, 2]})
+        run.close()
+    identity = (tmp_path / "wandb-id").read_text().strip()
+    assert identity and len(list(tmp_path.glob(f"wandb/offline-run-*/run-{identity}.wandb"))) == 2
+
+
+@pytest.mark.slow
+def test_a_run_writes_all_of_them_and_a_trace(options, tmp_path, capsys):
+    pytest.importorskip("tensorboardX")
+    changes = dict(tensorboard=True, profile="3:4")
+    lines = run(options, tmp_path / "run", stop_after=4, **changes)
+    assert "traced: steps 3 to 4 are in " in capsys.readouterr().out
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    lines = run(options, tmp_path / "run", stop_after=6, **changes)
+    assert "nothing to trace: this start does steps 5 to 10" in capsys.readouterr().out
+    history = events(tmp_path / "run" / "tensorboard")
+    assert {"loss", "lr", "grad_norm", "tokens_per_s", "step_seconds", "val_loss"} <= history.keys()
+    for name in ("loss", "val_loss"):
+        ours = {line["step"]: line[name] for line in lines if name in line}
+        assert history[name] == {step: pytest.approx(value, rel=1e-6) for step, value in ours.items()}
+
+
+@pytest.mark.parametrize("changes, package", [(dict(tensorboard=True), "tensorboardX"), (dict(wandb="x"), "wandb")])
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, changes, package):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    (option,) = changes
+    message = rf"--{option} needs the package {package}: pip install 'opt-jax\[{option}\]'"
+    with pytest.raises(ValueError, match=message):
+        check_options(Options(**changes))

@@ -28,7 +28,11 @@ class TensorBoard:
 
 class WandB:
     """One run of Weights & Biases for all starts: its id is in `output`. Of steps that a resumed run does once more,
-    the service keeps what it was told first (on the same mesh the same numbers)."""
+    the service keeps what it was told first (on the same mesh the same numbers).
+
+    Raises:
+      ValueError: the service does not let us in.
+    """
 
     def __init__(self, project: str, output: Path, config: dict[str, Any]):
         import wandb  # type: ignore[reportMissingImports]  # of the extra `wandb`
@@ -37,9 +41,12 @@ class WandB:
         if not path.exists():
             path.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
         run_id = path.read_text(encoding="utf-8").strip()
-        self._run = wandb.init(
-            project=project, id=run_id, resume="allow", name=output.name, dir=str(output), config=config
-        )
+        try:
+            self._run = wandb.init(
+                project=project, id=run_id, resume="allow", name=output.name, dir=str(output), config=config
+            )
+        except wandb.Error as error:  # no key, no network
+            raise ValueError(f"--wandb {project}: {error}") from None
 
     def write(self, values: dict[str, Any]) -> None:
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
