@@ -13,15 +13,23 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import tyro
 
 from opt_jax import OPTForCausalLM, OPTTokenizer, stack_layers
 from opt_jax.sharding import make_mesh, use_mesh
-from opt_jax.training import data
+from opt_jax.training import data, loggers
 from opt_jax.training.checkpoints import Checkpoints
-from opt_jax.training.metrics import Metrics, cut_back
+from opt_jax.training.flops import flops_per_token, peak_flops
+from opt_jax.training.metrics import Metrics, cut_back, machine
+from opt_jax.training.nonfinite import kept_before_nonfinite
 from opt_jax.training.optimizer import make_optimizer, make_schedule
-from opt_jax.training.options import Options, check_options, compare_with_first_start, model_config
+from opt_jax.training.options import (
+    Options,
+    check_options,
+    compare_with_first_start,
+    model_config,
+    parse_options,
+    profiled_steps,
+)
 from opt_jax.training.step import batch_loss, make_train_step, new_model, new_state, place_batch, state_shardings
 
 
@@ -60,6 +68,7 @@ def main(options: Options) -> None:
     if resuming and (output / "model").exists():
         say(f"{output} is finished: {options.steps} steps. Try it: opt-jax generate --model {output}")
         return
+    say(machine(mesh))
 
     # -----------------------------------------------------------------------------------------------------------------
     # Data: documents -> tokenizer -> windows
@@ -109,8 +118,12 @@ def main(options: Options) -> None:
     # Mesh and state: restored, or begun, straight into their shards
     # -----------------------------------------------------------------------------------------------------------------
 
-    schedule = make_schedule(peak=options.learning_rate, warmup_steps=options.warmup_steps, steps=options.steps)
-    optimizer = make_optimizer(schedule, weight_decay=options.weight_decay, clip_norm=options.clip_norm)
+    schedule = make_schedule(
+        peak=options.learning_rate, warmup_steps=options.warmup_steps, steps=options.steps, final=options.final_lr
+    )
+    optimizer = make_optimizer(
+        schedule, weight_decay=options.weight_decay, clip_norm=options.clip_norm, betas=options.betas
+    )
     begin = lambda: new_state(new_model(config, options.seed, dtype), optimizer)  # noqa: E731
     abstract = jax.eval_shape(begin)
     shardings = state_shardings(abstract, mesh)
@@ -124,7 +137,7 @@ def main(options: Options) -> None:
     else:
         state = jax.jit(begin, out_shardings=shardings)()
 
-    train_step = make_train_step(optimizer, schedule, config, options.seed, shardings, mesh)
+    train_step = make_train_step(optimizer, schedule, config, options.seed, shardings, mesh, options.skip_nonfinite)
     eval_step = jax.jit(lambda model, batch: batch_loss(model, jax.tree.map(lambda x: x[0], batch)))
     place = partial(place_batch, batch_size=options.batch_size, mesh=mesh)
 
@@ -137,8 +150,8 @@ def main(options: Options) -> None:
         return float(sum(sums) / sum(counts))
 
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.model))
-    devices = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    say(f"model: {options.model}, {parameters:,} parameters, computing in {dtype}; {platform} mesh {devices}")
+    recipe = f" (recipe {options.recipe})" if options.recipe else ""
+    say(f"model: {options.model}{recipe}, {parameters:,} parameters, computing in {dtype}")
     say(f"data: {len(files)} files, {len(tokens):,} tokens to train on, {len(held_out_tokens):,} held out")
     say(f"run: {output}, steps {first} to {options.steps}, {options.batch_size} x {seq_len} tokens each")
     if validation is None:
@@ -149,15 +162,30 @@ def main(options: Options) -> None:
     # -----------------------------------------------------------------------------------------------------------------
 
     last = options.steps if options.stop_after is None else min(options.steps, first + options.stop_after)
+    tokens_per_step, device = options.batch_size * seq_len, mesh.devices.flat[0]
+    if (peak := peak_flops(device)) is None:
+        say(f"no MFU: the peak of {device.device_kind!r} is not in opt_jax/training/flops.py")
+    also = []
+    if is_main and options.tensorboard:
+        also.append(loggers.TensorBoard(output / "tensorboard", first))
+    if is_main and options.wandb:
+        also.append(loggers.WandB(options.wandb, output, record))
     metrics = Metrics(
         output / "metrics.jsonl" if is_main else None,
-        start=first, steps=options.steps, tokens_per_step=options.batch_size * seq_len, log_every=options.log_every,
+        start=first, steps=options.steps, tokens_per_step=tokens_per_step, log_every=options.log_every,
+        flops_per_step=flops_per_token(config, parameters, seq_len) * tokens_per_step,
+        peak_flops=peak and peak * mesh.size, batch_rows=lambda step: windows.starts(step - 1),
+        skip_nonfinite=options.skip_nonfinite, loggers=also, memory_of=mesh.local_devices,
     )  # fmt: skip
-    with use_mesh(mesh), metrics, jax.transfer_guard("disallow"):
+    trace = loggers.Trace(profiled_steps(options.profile), output / "profile", first, last, say)
+    kept = kept_before_nonfinite(checkpoints, lambda: state, shardings)
+    with kept, use_mesh(mesh), metrics, trace, jax.transfer_guard("disallow"):
         pending = None  # the numbers of a step are fetched when the next one is already under way
         for step in range(first + 1, last + 1):
             batch = place(partial(windows.batch, step - 1), accumulate=options.accumulate)
+            trace.before(step)
             state, measured = train_step(state, batch)
+            trace.after(step, measured)
             if pending is not None:
                 metrics.record(*pending)
             pending = (step, measured)
@@ -195,7 +223,7 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Options))
+        main(parse_options())
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: error: {error}")
     except KeyboardInterrupt:
