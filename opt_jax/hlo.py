@@ -75,13 +75,13 @@ class Program:
     def executed(self, computation: str | None = None, times: int = 1) -> Iterator[tuple[str, Instruction, int]]:
         """(computation, instruction, how often it runs) of the whole program, fusions included; a branch of a
         conditional, and a loop whose trip count nobody can tell, counts once."""
-        computation = computation or self.entry
-        for instruction in self.computations[computation].values():
-            yield computation, instruction, times
-            turns = self.trip_count(computation, instruction) or 1
-            for role, name in instruction.called.items():
-                if name in self.computations and role != "to_apply":  # the addition within a reduction
-                    yield from self.executed(name, times * turns)
+        name = computation or self.entry
+        for instruction in self.computations[name].values():
+            yield name, instruction, times
+            turns = self.trip_count(name, instruction) or 1
+            for role, called in instruction.called.items():
+                if called in self.computations and role != "to_apply":  # the addition within a reduction
+                    yield from self.executed(called, times * turns)
 
     def trip_count(self, computation: str, loop: Instruction) -> int | None:
         """How often a `while` runs, from XLA's own note or, without one, from its comparison with a constant."""
@@ -117,7 +117,7 @@ def collective_bytes(program: Program) -> dict[str, int]:
     From the size of the result and the group of g devices: all-gather (g - 1) / g, reduce-scatter g - 1, all-reduce
     2 (g - 1) / g, all-to-all (g - 1) / g, collective-permute 1.
     """
-    sent = dict.fromkeys(COLLECTIVES, 0)
+    sent: dict[str, int] = dict.fromkeys(COLLECTIVES, 0)
     fusions = {i.called["calls"]: i for c in program.computations.values() for i in c.values() if i.op == "fusion"}
     seen = set()
     for computation, instruction, times in program.executed():

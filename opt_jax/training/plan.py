@@ -1,6 +1,6 @@
 """`train.py --plan`: the step of a run, compiled for TPUs that are not there, and what it needs of them.
 
-The compiler for TPUs (libtpu) runs on any Linux machine and knows every slice by name: what it gives is the very program
+The compiler for TPUs (libtpu) runs on any Linux machine and knows every slice by name: what it gives is the program
 that a pod would run, with the memory it takes and all that it sends.
 """
 
@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
 from opt_jax.config import OPTConfig
 from opt_jax.hlo import Program, collective_bytes
+from opt_jax.training.flops import flops_per_token
 
 # device_kind -> HBM that a program may use, bytes: what libtpu 0.0.42 says where a program does not fit. (A device of
 # "TPU v4" is one of the two cores of a chip.)
@@ -30,18 +32,17 @@ HBM = {name: int(gib * 2**30) for name, gib in
 # Generation in a topology's name -> how the environment of such a machine calls a slice of n chips.
 _ACCELERATOR_TYPE = {"v4": "v4-{2n}", "v5e": "v5litepod-{n}", "v5p": "v5p-{2n}", "v6e": "v6e-{n}"}
 
-Step = tuple[Any, Any, Any]  # (jitted step, abstract state, abstract batch)
-
 
 def topology_devices(name: str) -> Sequence[Any]:
-    """The devices of a TPU topology such as "v5p:8x8x8", none of which need exist. Before any other use of JAX's devices.
+    """The devices of a TPU topology such as "v5p:8x8x8", none of which need exist. Call it before JAX looks for any.
 
     Raises ValueError for a name that libtpu does not know, or without libtpu.
     """
     parts = re.fullmatch(r"(v\w+):(\d+(?:x\d+)+)", name)
     if parts is None or parts[1] not in _ACCELERATOR_TYPE:
         raise ValueError(
-            f"--topology {name}: expected a generation ({', '.join(_ACCELERATOR_TYPE)}) and its shape in chips, as in v5e:4x8 or v5p:8x8x8"
+            f"--topology {name}: expected a generation ({', '.join(_ACCELERATOR_TYPE)}) and a shape in chips, "
+            "as in v5e:4x8 or v5p:8x8x8"
         )
     chips = math.prod(map(int, parts[2].split("x")))
     accelerator = _ACCELERATOR_TYPE[parts[1]].replace("{n}", str(chips)).replace("{2n}", str(2 * chips))
@@ -60,11 +61,6 @@ def topology_devices(name: str) -> Sequence[Any]:
         return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except Exception as error:  # whatever libtpu raises: its words are the best there are
         raise ValueError(f"--topology {name}: {str(error).splitlines()[0]}") from None
-
-
-def model_flops(config: OPTConfig, parameters: int, tokens: int, seq_len: int) -> int:
-    """FLOPs of a training step over `tokens`: 6 N each, and 12 L D T for attention (PaLM, appendix B; no causal discount)."""
-    return tokens * (6 * parameters + 12 * config.num_hidden_layers * config.hidden_size * seq_len)
 
 
 def hardware_flops(jaxpr: Any, times: int = 1) -> int:
@@ -88,12 +84,11 @@ def hardware_flops(jaxpr: Any, times: int = 1) -> int:
     return total
 
 
-def compile_step(step: Step, capacity: int) -> dict[str, Any]:
+def compile_step(train_step: Any, state: Any, batch: Any, capacity: int) -> dict[str, Any]:
     """Compile, and measure: {"fits", "hbm_bytes_per_chip", "temporary_bytes", "collective_bytes", "hardware_flops",
     "compile_seconds"}; of a step that does not fit, what the compiler says it needs, and no collectives."""
-    jitted, state, batch = step
     start = time.perf_counter()
-    traced = jitted.trace(state, batch)
+    traced = train_step.trace(state, batch)
     lowered = traced.lower()
     found: dict[str, Any] = {"hardware_flops": hardware_flops(traced.jaxpr.jaxpr)}
     with tempfile.TemporaryDirectory() as dump:
@@ -117,23 +112,66 @@ def compile_step(step: Step, capacity: int) -> dict[str, Any]:
     return found | {"compile_seconds": round(time.perf_counter() - start, 1)}
 
 
-def largest_micro_batch(
-    rows: int, asked: int, first: dict[str, Any], compile_at: Callable[[int], dict[str, Any]]
-) -> int | None:
-    """The largest number of sequences at a time that fits, of the divisors of `rows` (one step's, per group of chips
-    that share a sequence); None where not even one does. `first`: what compiling `asked` of them found."""
-    candidates = [n for n in range(1, rows + 1) if rows % n == 0]
-    fits = {asked: first["fits"]}
+def largest_that_fits(candidates: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+    """Of sizes in ascending order, the largest for which `fits` says so; None where not even the first does."""
     low, high = 0, len(candidates)  # candidates[:low] fit, candidates[high:] do not
-    while True:
-        known = [i for i in range(low, high) if candidates[i] in fits]
-        middle = known[0] if known else (low + high) // 2
-        if low == high:
-            return candidates[low - 1] if low else None
-        size = candidates[middle]
-        if size not in fits:
-            fits[size] = compile_at(size)["fits"]
-        low, high = (middle + 1, high) if fits[size] else (low, middle)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if fits(candidates[middle]) else (low, middle)
+    return candidates[low - 1] if low else None
+
+
+def make_plan(
+    train_step: Any, abstract: Any, shardings: Any, mesh: Any, config: OPTConfig, options: Any, seq_len: int
+) -> dict[str, Any]:
+    """Compile the step of a run for its mesh of TPUs, and for other micro-batches; see `report` for what comes of it.
+
+    abstract, shardings: the TrainState's. mesh: of `topology_devices`.
+    """
+    capacity = HBM[mesh.devices.flat[0].device_kind]
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = options.batch_size // shards  # of one step, for a group of chips that share their sequences
+
+    def compile_at(micro: int) -> dict[str, Any]:
+        ids = jax.ShapeDtypeStruct((rows // micro, micro * shards, seq_len), jnp.int32)
+        return compile_step(train_step, abstract, {"input_ids": ids, "labels": ids}, capacity)
+
+    asked = rows // options.accumulate
+    found = {asked: compile_at(asked)}
+
+    def fits(micro: int) -> bool:
+        if micro not in found and found[asked]["fits"] != (micro > asked):  # more memory than one that does not fit ...
+            return found[asked]["fits"]
+        found[micro] = found.get(micro) or compile_at(micro)
+        return found[micro]["fits"]
+
+    largest = largest_that_fits([n for n in range(1, rows + 1) if rows % n == 0], fits)
+    on_chip = lambda tree, where: sum(  # noqa: E731
+        math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
+        for x, s in zip(jax.tree.leaves(tree), jax.tree.leaves(where), strict=True)
+    )
+    parameters = sum(x.size for x in jax.tree.leaves(abstract.model))
+    tokens = options.batch_size * seq_len
+    axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    if largest is None:
+        advice = "not even one fits: more chips, a larger fsdp= or tensor= in --mesh, or --remat full"
+    elif not found[asked]["fits"]:
+        advice = f"sequences at a time per {axes.split(' x ')[-1]}: use --accumulate {rows // largest}"
+    else:
+        advice = f"sequences at a time per group of tensor={mesh.shape['tensor']}: --accumulate {rows // largest}"
+    return {
+        "title": f"{options.model} on {options.topology}: {axes}; {options.batch_size} x {seq_len} tokens a step, "
+                 f"{asked} sequences at a time per group of tensor={mesh.shape['tensor']}",
+        "model": options.model, "topology": options.topology, "mesh": dict(mesh.shape),
+        **found[asked],
+        "hbm_capacity_bytes": capacity,
+        "parameter_bytes_per_chip": on_chip(abstract.model, shardings.model),
+        "optimizer_bytes_per_chip": on_chip(abstract.opt_state, shardings.opt_state),
+        "parameters": parameters, "tokens": tokens,
+        "model_flops": round(flops_per_token(config, parameters, seq_len) * tokens),
+        "floor_bytes": floor_bytes(config, parameters, mesh, options.accumulate, asked, seq_len),
+        "micro_batch": asked, "largest_micro_batch": largest, "advice": advice,
+    }  # fmt: skip
 
 
 def floor_bytes(config: OPTConfig, parameters: int, mesh: Any, micro_batches: int, rows: int, seq_len: int) -> int:
@@ -163,7 +201,9 @@ def report(plan: dict[str, Any], output: str | None) -> None:
     teraflops = lambda flops: f"{flops / 1e12:,.0f} TFLOP"  # noqa: E731
     table.add_row("FLOPs per step, model", teraflops(plan["model_flops"]), "6N + attention, all chips")
     share = plan["hardware_flops"] / plan["model_flops"]
-    table.add_row("FLOPs per step, hardware", teraflops(plan["hardware_flops"]), f"{share:.2f} x, recomputation included")
+    table.add_row(
+        "FLOPs per step, hardware", teraflops(plan["hardware_flops"]), f"{share:.2f} x, recomputation included"
+    )
     if plan["collective_bytes"] is not None:
         table.add_section()
         for kind, size in plan["collective_bytes"].items():
