@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -54,9 +55,17 @@ class Options:
     # These may differ from one start of a run to the next.
     mesh: str | None = None
     """Devices, as in data=2,fsdp=4 (-1: the rest). Default: all on fsdp."""
+    dcn_mesh: str | None = None
+    """How many slices (or, without slices, processes) along each axis, as in data=2; part of --mesh, not beside it.
+    Default: all slices on data."""
     checkpoint_every: int = 200
     """Steps between checkpoints; there is always one at the end."""
+    checkpoint_minutes: float | None = None
+    """Also one when the last is so many minutes old."""
     keep_checkpoints: int = 2
+    """So many of the newest stay."""
+    keep_every: int | None = None
+    """Keep those of every so many steps for good."""
     eval_every: int = 200
     """Steps between measurements of the loss on held-out documents; there is always one at the end."""
     eval_batches: int = 20
@@ -64,26 +73,49 @@ class Options:
     """Steps between lines where the output is not a terminal."""
     stop_after: int | None = None
     """End after this many steps of this start, with a checkpoint; start again to go on."""
+    deterministic: bool = False
+    """On GPU: only kernels that give the same bits every time, so that a resumed run repeats exactly. (CPU and TPU
+    always do.)"""
+    distributed: Literal["auto", "on", "off"] = "auto"
+    """One run on several hosts. auto: if a TPU pod, SLURM, Open MPI or a Kubernetes job, or the next three, say so."""
+    coordinator_address: str | None = None
+    """host:port of process 0."""
+    num_processes: int | None = None
+    process_id: int | None = None
+    heartbeat_seconds: int = 30
+    """A process not heard of for so long is lost, and the others end."""
+    hang_minutes: int = 60
+    """With several processes: end when a step, or the compilation before the first, takes longer."""
 
 
 MAY_CHANGE = {
-    "output", "mesh", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches", "log_every", "stop_after",
+    "output", "mesh", "dcn_mesh", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "keep_every",
+    "eval_every", "eval_batches", "log_every", "stop_after",
+    "distributed", "coordinator_address", "num_processes", "process_id", "heartbeat_seconds", "hang_minutes",
 }  # fmt: skip
 
 
 def check_options(options: Options) -> None:
     for name in ("steps", "batch_size", "seq_len", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches",
-                 "log_every", "stop_after", "vocab_size", "accumulate"):  # fmt: skip
+                 "log_every", "stop_after", "vocab_size", "accumulate", "keep_every", "num_processes",
+                 "heartbeat_seconds", "hang_minutes"):  # fmt: skip
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    for name in ("learning_rate", "clip_norm", "init_std"):
+    for name in ("learning_rate", "clip_norm", "init_std", "checkpoint_minutes"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
-    for name in ("weight_decay", "warmup_steps"):
-        if getattr(options, name) < 0:
+    for name in ("weight_decay", "warmup_steps", "process_id"):
+        if (getattr(options, name) or 0) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must not be negative")
+
+
+def make_deterministic() -> None:
+    """Ask XLA for GPU kernels that repeat bit for bit; before JAX starts, which reads this then."""
+    flag = "--xla_gpu_deterministic_ops=true"
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 
 def model_config(options: Options) -> tuple[OPTConfig, str | None]:
