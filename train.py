@@ -88,9 +88,9 @@ def main(options: Options) -> None:
         say(f"training a tokenizer of {size} entries on {sum(map(len, training)) / 1e6:.1f}M characters")
         return data.train_tokenizer(training, size)
 
-    tokenizer = data.tokenizer_from_bytes(
-        distributed.from_first(lambda: data.tokenizer_to_bytes(choose_tokenizer()))
-    )  # of process 0, on all of them
+    # The one of process 0, on all of them.
+    tokenizer = distributed.from_first(lambda: data.tokenizer_to_bytes(choose_tokenizer()))
+    tokenizer = data.tokenizer_from_bytes(tokenizer)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} entries, but the model's vocabulary ends at {config.vocab_size}: "
@@ -207,9 +207,7 @@ def main(options: Options) -> None:
     best.close()
     checkpoints.close()
     if stopping and step < options.steps:
-        say(
-            f"SIGTERM: stopped after step {step} of {options.steps}, which is saved: the same command goes on from there"
-        )
+        say(f"SIGTERM: stopped after step {step} of {options.steps}, and saved it: the same command goes on from there")
         sys.exit(distributed.PREEMPTED)
     if last < options.steps:
         say(f"stopped after step {last} of {options.steps}, as asked: the same command goes on from there")
@@ -219,9 +217,8 @@ def main(options: Options) -> None:
     # Export, and a first sample
     # -----------------------------------------------------------------------------------------------------------------
 
-    model = state.model
-    del state  # of which the optimizer's part is no longer needed
-    model.save_pretrained(output / "model", tokenizer=tokenizer)
+    state = dataclasses.replace(state, opt_state=None)  # its memory may be needed
+    state.model.save_pretrained(output / "model", tokenizer=tokenizer)
     if jax.process_count() == 1 and not is_remote(output):
         model = OPTForCausalLM.from_pretrained(output / "model")
         prompt = held_out_tokens[

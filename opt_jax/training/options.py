@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import os
-from pathlib import Path
 from typing import Literal
+
+from etils import epath
 
 from opt_jax.config import OPTConfig
 
@@ -145,7 +146,7 @@ def model_config(options: Options) -> tuple[OPTConfig, str | None]:
     return dataclasses.replace(config, **changes), start
 
 
-def compare_with_first_start(path: Path, record: dict) -> None:
+def compare_with_first_start(path: epath.Path, record: dict) -> None:
     """Refuse to resume a run with anything changed that would change its losses.
 
     An option that did not exist when the run began counts as having had its default.
