@@ -78,6 +78,9 @@ class Watchdog(threading.Thread):
         """This process is done: its end is no loss, and neither is anybody else's."""
         self._finished = True
         self._tell("bye")
+        self.join()
+        for connection in self._peers:
+            connection.close()
 
     def fail(self) -> None:
         self._finished = True
@@ -93,8 +96,9 @@ class Watchdog(threading.Thread):
                     self._tell("beat")
                     beaten = time.monotonic()
                 for key, _ in selector.select(timeout=min(0.5, self.seconds / 8)):
-                    if not self._listen_to(key.fileobj):  # type: ignore[reportArgumentType]
-                        selector.unregister(key.fileobj)
+                    selector.unregister(key.fileobj)
+                    if self._listen_to(key.fileobj):  # type: ignore[reportArgumentType]
+                        selector.register(key.fileobj, selectors.EVENT_READ)
                 self._look_around()
 
     def _listen_to(self, connection: socket.socket) -> bool:
@@ -117,6 +121,7 @@ class Watchdog(threading.Thread):
                 self._tell(f"failed {who}")
             if word in ("bye", "failed"):
                 del self._peers[connection]
+                connection.close()
                 return False
         return True
 
@@ -126,7 +131,7 @@ class Watchdog(threading.Thread):
             if now - self._heard[connection] > self.seconds:
                 self._lost(process, f"nothing heard of it for {self.seconds:g} s")
         if self._failed and now - self._failed[1] > _GRACE:
-            self._end(f"process {self._failed[0]} failed: see its message", "")
+            self._end(f"process {self._failed[0]} failed: see its message", "", exit_code=1)
         if time.time() - self._since > self._hang:
             self._end(
                 f"no progress for {self._hang / 60:g} minutes",
@@ -141,7 +146,7 @@ class Watchdog(threading.Thread):
             "last checkpoint",
         )
 
-    def _end(self, what: str, advice: str) -> None:
+    def _end(self, what: str, advice: str, exit_code: int | None = None) -> None:
         if self._finished:
             return
         clock = lambda seconds: datetime.fromtimestamp(seconds, UTC).strftime("%H:%M:%S")  # noqa: E731
@@ -150,7 +155,7 @@ class Watchdog(threading.Thread):
             f"{clock(self._since)}{advice}\n"
         )
         os.write(sys.stderr.fileno() if sys.stderr else 2, line.encode())  # no lock that a stuck thread may hold
-        os._exit(self._exit_code)
+        os._exit(self._exit_code if exit_code is None else exit_code)
 
     def _tell(self, line: str) -> None:
         for connection in list(self._peers):
