@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +17,6 @@ import pytest
 
 from convert.__main__ import main as convert
 from opt_jax import OPTConfig, OPTForCausalLM, named_parameters
-from opt_jax.training.options import Options
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -122,54 +123,47 @@ def test_two_processes_train_as_one_does(place, whole, pair):
         ours, theirs = (OPTForCausalLM.from_pretrained(place / run / name) for run in ("pair", "alone"))
         for path, param in named_parameters(ours).items():
             other = named_parameters(theirs)[path].get_value()
-            np.testing.assert_allclose(param.get_value(), other, rtol=1e-4, atol=1e-6, err_msg=f"{name}: {path}")
+            # The gradient of k_proj.bias is rounding noise, which Adam amplifies.
+            atol = 1e-4 if path.endswith("k_proj.bias") else 1e-6
+            np.testing.assert_allclose(param.get_value(), other, rtol=1e-4, atol=atol, err_msg=f"{name}: {path}")
     assert convert(["to-hf", str(place / "pair"), str(place / "hf")]) == 0
     assert convert(["verify", str(place / "hf"), "--against", str(place / "pair" / "model")]) == 0
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_other_and_the_run_goes_on(place, pair, victim):
-    output = f"killed{victim}"
-    processes = start_two(place, output)
-    when_recorded(place, output, 6, processes)
-    processes[victim].kill()
-    done = ends(processes)
-    survivor, (code, _, error) = 1 - victim, done[1 - victim]
-    said = [line for line in error.splitlines() if line.startswith(f"process {survivor} of 2: ")]
-    assert code == 75 and len(said) == 1, done
-    assert f"lost process {victim} (its connection was closed)" in said[0] and "in step " in said[0]
-    assert done[victim][0] == -signal.SIGKILL
+def test_a_killed_process_ends_the_other_and_the_run_goes_on(place, pair):
+    processes = start_two(place, "killed")
+    when_recorded(place, "killed", 6, processes)
+    processes[1].kill()
+    (code, _, error), (killed, *_) = ends(processes)
+    said = [line for line in error.splitlines() if line.startswith("process 0 of 2: ")]
+    assert killed == -signal.SIGKILL and code == 75 and len(said) == 1, error
+    assert "lost process 1 (its connection was closed)" in said[0] and re.search(r"in step \d+ since \d\d:", said[0])
 
-    if victim == 1:  # on two processes again, bit for bit
-        assert "steps 4 to 12" in together(place, output)[0][1]
-        compare(lines(place, output), pair, rtol=0)
-    else:  # on one, with other devices
-        code, said, error = alone(place, output, devices=2, mesh="tensor=2")
-        assert code == 0 and "steps 4 to 12" in said, error
-        compare(lines(place, output), pair, rtol=1e-5)
+    shutil.copytree(place / "killed", place / "copy")
+    assert "steps 4 to 12" in together(place, "killed")[0][1]  # on two processes again, bit for bit
+    compare(lines(place, "killed"), pair, rtol=0)
+    code, said, error = alone(place, "copy", devices=2, mesh="tensor=2")  # on one, with other devices
+    assert code == 0 and "steps 4 to 12" in said, error
+    compare(lines(place, "copy"), pair, rtol=1e-5)
 
 
-def test_sigterm_to_one_process_stops_both_at_the_same_step(place, pair):
-    processes = start_two(place, "preempted", checkpoint_every=1000)
-    when_recorded(place, "preempted", 5, processes)
+def test_two_processes_start_from_a_checkpoint_and_sigterm_to_one_stops_both(place, whole):
+    changes = dict(model=place / "alone" / "model", dropout=0.0, checkpoint_every=1000)
+    processes = start_two(place, "tuned", **changes)
+    when_recorded(place, "tuned", 3, processes)
     processes[1].send_signal(signal.SIGTERM)
     done = ends(processes)
     assert [code for code, *_ in done] == [143, 143], done
     assert "SIGTERM: stopped after step" in done[0][1]
-    [saved] = (path.name for path in (place / "preempted" / "checkpoints").iterdir())
-    assert int(saved) == len(lines(place, "preempted"))
-    together(place, "preempted", checkpoint_every=1000)
-    compare(lines(place, "preempted"), pair, rtol=0)
+    [saved] = (path.name for path in (place / "tuned" / "checkpoints").iterdir())
+    assert int(saved) == len(lines(place, "tuned"))
 
-
-def test_a_silent_process_is_lost_too(place):
-    processes = start_two(place, "silent", heartbeat_seconds=3)
-    when_recorded(place, "silent", 3, processes)
-    processes[1].send_signal(signal.SIGSTOP)
-    [(code, _, error)] = ends(processes[:1])
-    processes[1].kill()
-    processes[1].communicate()
-    assert code == 75 and "lost process 1 (nothing heard of it for 3 s)" in error
+    together(place, "tuned", **changes)
+    code, _, error = alone(place, "tuned alone", **changes)
+    assert code == 0, error
+    compare(lines(place, "tuned"), lines(place, "tuned alone"), rtol=1e-5)
+    assert lines(place, "tuned")[0]["loss"] < whole[0]["loss"] - 0.1
+    assert OPTForCausalLM.from_pretrained(place / "tuned").config.dropout == 0.0
 
 
 def test_processes_that_differ_are_told_what_differs(place):
@@ -180,26 +174,58 @@ def test_processes_that_differ_are_told_what_differs(place):
     assert not (place / "different").exists()
 
 
+JOB = """
+import sys, time
+from opt_jax import distributed
+distributed.start("on", sys.argv[1], 2, int(sys.argv[2]), heartbeat_seconds=3)
+with distributed.last_words("job"):
+    import jax
+    from jax.experimental import multihost_utils
+    assert distributed.from_first(lambda: b"of process 0" if jax.process_index() == 0 else 1 / 0) == b"of process 0"
+    try:
+        distributed.from_first(lambda: open("/nowhere").read())
+    except OSError as error:
+        print(error, flush=True)
+    distributed.reached("the middle")
+    if jax.process_index() == 1 and sys.argv[3] == "error":
+        raise ValueError("bad file")
+    multihost_utils.sync_global_devices("never") if jax.process_index() != int(sys.argv[4]) else time.sleep(1000)
+"""
+
+
+def job(place: Path, what: str, victim: int) -> list[subprocess.Popen]:
+    """Two processes that are in the middle of something, the victim sleeping and the other waiting for it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    words = [[sys.executable, "-c", JOB, address, str(i), what, str(victim)] for i in range(2)]
+    return [start(place, command, devices=1) for command in words]
+
+
+def last_line(error: str, process: int) -> str:
+    [said] = [line for line in error.splitlines() if line.startswith(f"process {process} of 2: ")]
+    assert " UTC, in the middle since " in said
+    return said
+
+
 def test_an_error_in_one_process_ends_both(place):
-    done = ends(start_two(place, "error", others=dict(data=place / "nowhere.txt")))
-    assert [code for code, *_ in done] == [1, 1]
-    (place / "here").mkdir()
-    (place / "here" / "text.txt").write_text("x" * 9)  # too little
+    first, second = ends(job(place, "error", 1))
+    assert first[0] == second[0] == 1
+    assert "No such file" in first[1] and "process 0 failed: see its message" in second[1]
+    assert "job: error: process 1: bad file\n" in second[2]
+    assert "process 1 failed: see its message" in last_line(first[2], 0)
 
 
-def test_two_processes_start_from_a_checkpoint(place, whole):
-    changes = dict(model=place / "alone" / "model", dropout=0.0, steps=2)
-    together(place, "tuned", **changes)
-    code, _, error = alone(place, "tuned alone", **changes)
-    assert code == 0, error
-    ours, theirs = lines(place, "tuned"), lines(place, "tuned alone")
-    np.testing.assert_allclose([line["loss"] for line in ours], [line["loss"] for line in theirs], rtol=1e-5)
-    assert ours[0]["loss"] < whole[0]["loss"] - 0.1
-    assert OPTForCausalLM.from_pretrained(place / "tuned").config.dropout == 0.0
-
-
-def test_options_of_a_job_may_change_on_resume():
-    from opt_jax.training.options import MAY_CHANGE
-
-    assert {"num_processes", "process_id", "coordinator_address", "mesh", "dcn_mesh"} <= MAY_CHANGE
-    assert Options().heartbeat_seconds == 30
+@pytest.mark.parametrize("victim, sent", [(0, signal.SIGKILL), (0, signal.SIGSTOP), (1, signal.SIGSTOP)])
+def test_a_dead_or_silent_process_is_lost(place, victim, sent):
+    processes = job(place, "", victim)
+    for process in processes:
+        assert process.stdout is not None
+        assert any("process 0 failed" in line or "No such file" in line for line in process.stdout)  # both are there
+    processes[victim].send_signal(sent)
+    survivor = 1 - victim
+    [(code, _, error)] = ends([processes[survivor]])
+    processes[victim].kill()
+    ends([processes[victim]])
+    why = "its connection was closed" if sent == signal.SIGKILL else "nothing heard of it for 3 s"
+    assert code == 75 and f"lost process {victim} ({why})" in last_line(error, survivor)
