@@ -35,7 +35,7 @@ def main(options: Options) -> None:
     )  # fmt: skip
     common = dataclasses.asdict(options) | {"process_id": None}  # what must be the same on all processes
     distributed.check_same({f"--{k.replace('_', '-')}": v for k, v in common.items()})
-    distributed.check_same(distributed.code_version(__file__))
+    distributed.check_same_code(__file__)
     is_main = jax.process_index() == 0  # writes the run directory, alone
     say = partial(print, flush=True) if is_main else lambda *_: None
 

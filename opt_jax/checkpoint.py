@@ -82,7 +82,7 @@ def save_pretrained(
             for name in hub.TOKENIZER_FILES:
                 (new / name).unlink(missing_ok=True)
             with TemporaryDirectory() as files:
-                tokenizer.save_pretrained(files)
+                tokenizer.save_pretrained(Path(files))
                 copy_companions([Path(files)], new)
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

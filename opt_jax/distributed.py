@@ -183,15 +183,18 @@ def _gather(data: bytes) -> list[bytes]:
     return [np.asarray(row, np.uint8).tobytes() for row in rows]
 
 
-def code_version(*files: str | os.PathLike) -> dict[str, str]:
-    """What runs here: hashes of this library's sources and of `files`, versions of packages, variables that compile."""
+def check_same_code(*files: str | os.PathLike) -> None:
+    """`check_same` of what runs here: hashes of this library's sources and of `files`, versions of packages, variables
+    that change what is compiled."""
+    if jax.process_count() == 1:
+        return
     root = Path(__file__).parent
     sources = {f"source opt_jax/{path.relative_to(root)}": path for path in root.rglob("*.py")}
     sources |= {f"source {Path(file).name}": Path(file) for file in files}
     version = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for name, path in sources.items()}
     version |= {f"package {name}": importlib.metadata.version(name) for name in _PACKAGES}
     version |= {f"variable {name}": os.environ.get(name, "") for name in _VARIABLES}
-    return version | {"python": platform.python_version()}
+    check_same(version | {"python": platform.python_version()})
 
 
 # End --------------------------------------------------------------------------------------------------------

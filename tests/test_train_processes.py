@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,7 +149,7 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(place, pair):
 
 
 def test_two_processes_start_from_a_checkpoint_and_sigterm_to_one_stops_both(place, whole):
-    changes = dict(model=place / "alone" / "model", dropout=0.0, checkpoint_every=1000)
+    changes: dict[str, Any] = dict(model=place / "alone" / "model", dropout=0.0, checkpoint_every=1000)
     processes = start_two(place, "tuned", **changes)
     when_recorded(place, "tuned", 3, processes)
     processes[1].send_signal(signal.SIGTERM)
