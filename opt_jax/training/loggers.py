@@ -2,16 +2,18 @@
 
 import uuid
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
+
+from opt_jax.training.files import is_remote
 
 
 class TensorBoard:
     """Event files in `directory`. What an earlier start wrote behind step `start` no longer counts for TensorBoard."""
 
-    def __init__(self, directory: Path, start: int):
+    def __init__(self, directory: epath.Path, start: int):
         from tensorboardX import SummaryWriter  # of the extra `tensorboard`
 
         # The suffix: the names of the files hold the second, in which two starts may lie.
@@ -34,17 +36,18 @@ class WandB:
       ValueError: the service does not let us in.
     """
 
-    def __init__(self, project: str, output: Path, config: dict[str, Any]):
+    def __init__(self, project: str, output: epath.Path, config: dict[str, Any]):
         import wandb  # type: ignore[reportMissingImports]  # of the extra `wandb`
 
         path = output / "wandb-id"
         if not path.exists():
-            path.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
-        run_id = path.read_text(encoding="utf-8").strip()
+            path.write_text(uuid.uuid4().hex[:12] + "\n")
+        run_id = path.read_text().strip()
         try:
             self._run = wandb.init(
-                project=project, id=run_id, resume="allow", name=output.name, dir=str(output), config=config
-            )
+                project=project, id=run_id, resume="allow", name=output.name, config=config,
+                dir=None if is_remote(output) else str(output),
+            )  # fmt: skip
         except wandb.Error as error:  # no key, no network
             raise ValueError(f"--wandb {project}: {error}") from None
 
@@ -59,7 +62,7 @@ class WandB:
 class Trace:
     """Traces those of the `wanted` steps that lie behind `start` and not behind `last`, with jax.profiler."""
 
-    def __init__(self, wanted: range, directory: Path, start: int, last: int, say: Callable[[str], Any]):
+    def __init__(self, wanted: range, directory: epath.Path, start: int, last: int, say: Callable[[str], Any]):
         steps = range(max(wanted.start, start + 1), min(wanted.stop, last + 1)) if wanted else wanted
         if wanted and not steps:
             say(f"nothing to trace: this start does steps {start + 1} to {last}")
@@ -73,7 +76,7 @@ class Trace:
 
     def before(self, step: int) -> None:
         if self._steps and step == self._steps[0]:
-            jax.profiler.start_trace(self._directory)
+            jax.profiler.start_trace(str(self._directory))
             self._running = True
 
     def after(self, step: int, results: Any) -> None:

@@ -3,21 +3,21 @@
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from opt_jax.training.files import Lines, write_text
 from opt_jax.training.nonfinite import NonFiniteError
 
 # A loss is a spike if it lies so many deviations above the median of the recent ones: at least SPIKE_AFTER and at most
@@ -41,7 +41,7 @@ def machine(mesh: Mesh) -> str:
     )
 
 
-def cut_back(path: Path, step: int) -> None:
+def cut_back(path: epath.Path, step: int) -> None:
     """Keep the lines of `metrics.jsonl` up to `step`; a line that a kill left half-written goes, too."""
     if not path.exists():
         return
@@ -53,9 +53,14 @@ def cut_back(path: Path, step: int) -> None:
         except ValueError:
             break
         kept.append(line)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(kept))
+
+
+def best_validation(path: epath.Path) -> tuple[int, float] | tuple[None, None]:
+    """(step, val_loss) where it was lowest, the first if several are."""
+    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    losses = [(line["val_loss"], line["step"]) for line in lines if line.get("val_loss") is not None]
+    return min(losses)[::-1] if losses else (None, None)
 
 
 class Metrics:
@@ -69,7 +74,7 @@ class Metrics:
 
     def __init__(
         self,
-        path: Path | None,
+        path: epath.Path | None,
         *,
         start: int,
         steps: int,
@@ -86,7 +91,7 @@ class Metrics:
         self._skipped = json.loads(past[-1]).get("skipped", 0) if past else 0
         self._losses = deque((json.loads(line)["loss"] for line in past[-2 * SPIKE_WINDOW :]), SPIKE_WINDOW)
         self._losses = deque((loss for loss in self._losses if loss is not None), SPIKE_WINDOW)
-        self._file = None if path is None else path.open("a", encoding="utf-8")
+        self._file = None if path is None else Lines(path)
         self._tokens, self._log_every, self._steps = tokens_per_step, log_every, steps
         self._mfu_seconds = flops_per_step / peak_flops if flops_per_step and peak_flops else None
         self._batch_rows, self._skip, self._in_a_row = batch_rows, skip_nonfinite, 0
@@ -111,10 +116,12 @@ class Metrics:
         if self._file is not None:
             self._file.close()
 
-    def record(self, step: int, measured: dict[str, Any], val_loss: Callable[[], float | None] | None = None) -> None:
+    def record(
+        self, step: int, measured: dict[str, Any], val_loss: Callable[[], float | None] | None = None
+    ) -> float | None:
         """Write the numbers of update number `step` (from 1), fetched from the devices here, and so awaited.
 
-        val_loss: measures the held-out loss, after the time of the training step has been taken.
+        val_loss: measures the held-out loss, after the time of the training step has been taken; also returned.
 
         Raises:
           NonFiniteError: the loss or the gradient norm is not finite, and updates are not to be skipped.
@@ -144,6 +151,12 @@ class Metrics:
         self._write(values)
         self._show(values)
         self._last = time.perf_counter()
+        return values.get("val_loss")
+
+    def flush(self) -> None:
+        """What has been recorded is on disk; on a remote file system, too."""
+        if self._file is not None:
+            self._file.flush()
 
     def pause(self) -> None:
         """The time since the last record was spent on something other than training."""
@@ -180,7 +193,6 @@ class Metrics:
     def _write(self, values: dict[str, Any]) -> None:
         if self._file is not None:
             self._file.write(json.dumps(values, allow_nan=False) + "\n")
-            self._file.flush()  # the operating system has it, whatever happens to this process
             for logger in self._loggers:
                 logger.write(values)
 

@@ -4,13 +4,14 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from etils import epath
 
 from opt_jax.config import OPTConfig
 from opt_jax.training.recipes import RECIPES, recipe_options
@@ -68,9 +69,17 @@ class Options:
     # These may differ from one start of a run to the next.
     mesh: str | None = None
     """Devices, as in data=2,fsdp=4 (-1: the rest). Default: all on fsdp."""
+    dcn_mesh: str | None = None
+    """How many slices (or, without slices, processes) along each axis, as in data=2; part of --mesh, not beside it.
+    Default: all slices on data."""
     checkpoint_every: int = 200
     """Steps between checkpoints; there is always one at the end."""
+    checkpoint_minutes: float | None = None
+    """Also one when the last is so many minutes old."""
     keep_checkpoints: int = 2
+    """So many of the newest stay."""
+    keep_every: int | None = None
+    """Keep those of every so many steps for good."""
     eval_every: int = 200
     """Steps between measurements of the loss on held-out documents; there is always one at the end."""
     eval_batches: int = 20
@@ -86,6 +95,19 @@ class Options:
     """Send the metrics to this project of Weights & Biases, too."""
     profile: str | None = None
     """Trace the steps FIRST:LAST, both included, to the directory `profile` of the run directory; as in 10:13."""
+    deterministic: bool = False
+    """On GPU: only kernels that give the same bits every time, so that a resumed run repeats exactly. (CPU and TPU
+    always do.)"""
+    distributed: Literal["auto", "on", "off"] = "auto"
+    """One run on several hosts. auto: if a TPU pod, SLURM, Open MPI or a Kubernetes job, or the next three, say so."""
+    coordinator_address: str | None = None
+    """host:port of process 0."""
+    num_processes: int | None = None
+    process_id: int | None = None
+    heartbeat_seconds: int = 30
+    """A process not heard of for so long is lost, and the others end."""
+    hang_minutes: int = 60
+    """With several processes: end when a step, or the compilation before the first, takes longer."""
     plan: bool = False
     """Train nothing: compile the step for the TPUs of --topology, and print what it needs and sends. Needs no TPU."""
     topology: str | None = None
@@ -95,8 +117,11 @@ class Options:
 
 
 MAY_CHANGE = {
-    "output", "mesh", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches", "log_every", "stop_after",
-    "recipe", "skip_nonfinite", "tensorboard", "wandb", "profile", "plan", "topology", "plan_output",
+    "output", "mesh", "dcn_mesh", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "keep_every",
+    "eval_every", "eval_batches", "log_every", "stop_after",
+    "recipe", "skip_nonfinite", "tensorboard", "wandb", "profile",
+    "distributed", "coordinator_address", "num_processes", "process_id", "heartbeat_seconds", "hang_minutes",
+    "plan", "topology", "plan_output",
 }  # fmt: skip
 
 
@@ -115,16 +140,17 @@ def parse_options(args: Sequence[str] | None = None) -> Options:
 
 def check_options(options: Options) -> None:
     for name in ("steps", "batch_size", "seq_len", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches",
-                 "log_every", "stop_after", "vocab_size", "accumulate"):  # fmt: skip
+                 "log_every", "stop_after", "vocab_size", "accumulate", "keep_every", "num_processes",
+                 "heartbeat_seconds", "hang_minutes"):  # fmt: skip
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    for name in ("learning_rate", "clip_norm", "init_std"):
+    for name in ("learning_rate", "clip_norm", "init_std", "checkpoint_minutes"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
-    for name in ("weight_decay", "warmup_steps"):
-        if getattr(options, name) < 0:
+    for name in ("weight_decay", "warmup_steps", "process_id"):
+        if (getattr(options, name) or 0) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must not be negative")
     if not 0 <= options.final_lr <= 1:
         raise ValueError(f"--final-lr {options.final_lr}: must be a share of the peak, from 0 to 1")
@@ -136,6 +162,9 @@ def check_options(options: Options) -> None:
     for name in ("topology", "plan_output"):
         if getattr(options, name) is not None and not options.plan:
             raise ValueError(f"--{name.replace('_', '-')} is for --plan: leave it out, or add --plan")
+    for name in ("tensorboard", "profile"):
+        if getattr(options, name) and "://" in options.output:
+            raise ValueError(f"--{name} writes to local disks only, not to {options.output}: leave it out")
     for option, given, package in (("tensorboard", options.tensorboard, "tensorboardX"),
                                    ("wandb", options.wandb is not None, "wandb")):  # fmt: skip
         if given and importlib.util.find_spec(package) is None:
@@ -154,6 +183,13 @@ def profiled_steps(profile: str | None) -> range:
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise ValueError(f"--profile {profile}: needs the first and the last step to trace, as in 10:13")
     return range(int(match[1]), int(match[2]) + 1)
+
+
+def make_deterministic() -> None:
+    """Ask XLA for GPU kernels that repeat bit for bit; before JAX starts, which reads this then."""
+    flag = "--xla_gpu_deterministic_ops=true"
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 
 def model_config(options: Options) -> tuple[OPTConfig, str | None]:
@@ -183,7 +219,7 @@ def model_config(options: Options) -> tuple[OPTConfig, str | None]:
     return dataclasses.replace(config, **changes), start
 
 
-def compare_with_first_start(path: Path, record: dict) -> None:
+def compare_with_first_start(path: epath.Path, record: dict) -> None:
     """Refuse to resume a run with anything changed that would change its losses.
 
     An option that did not exist when the run began counts as having had its default.
