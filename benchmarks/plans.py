@@ -1,0 +1,80 @@
+"""`train.py --plan` of the nine sizes, each on slices of TPU v5e, v5p and v6e: the tables of docs/scaling.md.
+
+Run: `.venv/bin/python -m benchmarks.plans [SIZE ...] [--generations v5p]`, on any Linux machine with libtpu; minutes for
+each plan. With the paper's batch, sequences of 2048, full rematerialisation, bfloat16 gradients, no dropout.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from opt_jax.training.recipes import recipe_options
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# Size -> for each generation (topology, mesh).
+SLICES = {
+    "125m": ("v5e:2x4 fsdp=8", "v5p:2x2x1 fsdp=4", "v6e:2x2 fsdp=4"),
+    "350m": ("v5e:4x4 fsdp=16", "v5p:2x2x2 fsdp=8", "v6e:2x4 fsdp=8"),
+    "1.3b": ("v5e:4x8 fsdp=32", "v5p:2x2x4 fsdp=16", "v6e:4x4 fsdp=16"),
+    "2.7b": ("v5e:8x8 fsdp=64", "v5p:2x4x4 fsdp=32", "v6e:4x8 fsdp=32"),
+    "6.7b": ("v5e:8x16 fsdp=128", "v5p:4x4x4 fsdp=64", "v6e:8x8 fsdp=64"),
+    "13b": ("v5e:16x16 fsdp=256", "v5p:4x4x8 fsdp=128", "v6e:8x16 fsdp=128"),
+    "30b": ("v5e:16x16 fsdp=64,tensor=4", "v5p:4x8x8 fsdp=256", "v6e:16x16 fsdp=256"),
+    "66b": ("v5e:16x16 fsdp=32,tensor=8", "v5p:8x8x8 fsdp=128,tensor=4", "v6e:16x16 fsdp=64,tensor=4"),
+    "175b": ("v5e:16x16 fsdp=16,tensor=16", "v5p:8x8x8 fsdp=64,tensor=8", "v6e:16x16 fsdp=32,tensor=8"),
+}
+GENERATIONS = ("v5e", "v5p", "v6e")
+
+
+def plan(size: str, topology: str, mesh: str, micro_batch: int) -> dict:
+    """What `train.py --plan` writes. micro_batch: sequences at a time for each group of chips that share them."""
+    sizes = {name: int(count) for name, count in (axis.split("=") for axis in mesh.split(","))}
+    rows = recipe_options(f"opt-{size}")["batch_size"] // sizes["fsdp"]
+    words = (
+        f"--recipe opt-{size} --dropout 0 --remat full --grad-dtype bfloat16 --mesh {mesh} --plan --topology {topology}"
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        output = Path(directory) / "plan.json"
+        command = [sys.executable, str(REPOSITORY / "train.py"), *words.split(), "--plan-output", str(output)]
+        command += ["--accumulate", str(max(1, rows // micro_batch))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"{size} on {topology}: {done.stderr.strip() or done.stdout.strip()}")
+        return json.loads(output.read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sizes", nargs="*", choices=(*SLICES, []), default=list(SLICES), metavar="SIZE")
+    parser.add_argument("--generations", nargs="+", choices=GENERATIONS, default=GENERATIONS)
+    parser.add_argument("--micro-batch", type=int, default=1)
+    options = parser.parse_args()
+    columns = (
+        "size", "slice", "chips", "mesh", "sequences at a time", "state, GB/chip", "peak, GB/chip", "of",
+        "sent, GB/chip", "floor, GB/chip", "model PFLOP", "x hardware", "compiled in, s", "most sequences",
+    )  # fmt: skip
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for size in options.sizes:
+        for generation in options.generations:
+            topology, mesh = SLICES[size][GENERATIONS.index(generation)].split()
+            found = plan(size, topology, mesh, options.micro_batch)
+            chips = 1
+            for count in found["mesh"].values():
+                chips *= count
+            state = (found["parameter_bytes_per_chip"] + found["optimizer_bytes_per_chip"]) / 1e9
+            sent = "" if found["collective_bytes"] is None else f"{sum(found['collective_bytes'].values()) / 1e9:,.0f}"
+            print(
+                f"| {size} | {topology} | {chips} | {mesh} | {found['micro_batch']} | {state:.1f} "
+                f"| {found['hbm_bytes_per_chip'] / 1e9:.1f}{'' if found['fits'] else ' (does not fit)'} "
+                f"| {found['hbm_capacity_bytes'] / 1e9:.1f} | {sent} | {found['floor_bytes'] / 1e9:,.0f} "
+                f"| {found['model_flops'] / 1e15:,.0f} | {found['hardware_flops'] / found['model_flops']:.2f} "
+                f"| {found['compile_seconds']:.0f} | {found['largest_micro_batch'] or 'none'} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
