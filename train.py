@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from opt_jax import OPTForCausalLM, OPTTokenizer, stack_layers
 from opt_jax.sharding import make_mesh, use_mesh
-from opt_jax.training import data, loggers
+from opt_jax.training import data, loggers, plan
 from opt_jax.training.checkpoints import Checkpoints
 from opt_jax.training.flops import flops_per_token, peak_flops
 from opt_jax.training.metrics import Metrics, cut_back, machine
@@ -35,15 +35,12 @@ from opt_jax.training.step import batch_loss, make_train_step, new_model, new_st
 
 def main(options: Options) -> None:
     check_options(options)
-    is_main = jax.process_index() == 0  # writes the run directory, alone
-    say = partial(print, flush=True) if is_main else lambda *_: None
 
     # -----------------------------------------------------------------------------------------------------------------
-    # Run directory: resume, or start
+    # Devices and model
     # -----------------------------------------------------------------------------------------------------------------
 
-    output = Path(options.output)
-    mesh = make_mesh(options.mesh)
+    mesh = make_mesh(options.mesh, plan.topology_devices(options.topology) if options.topology else None)
     platform = mesh.devices.flat[0].platform
     config, start = model_config(options)
     seq_len = options.seq_len or config.max_position_embeddings
@@ -59,6 +56,33 @@ def main(options: Options) -> None:
             f"mesh's data x fsdp = {rows_over}"
         )
 
+    # -----------------------------------------------------------------------------------------------------------------
+    # The step, and what it is for
+    # -----------------------------------------------------------------------------------------------------------------
+
+    schedule = make_schedule(
+        peak=options.learning_rate, warmup_steps=options.warmup_steps, steps=options.steps, final=options.final_lr
+    )
+    optimizer = make_optimizer(
+        schedule, weight_decay=options.weight_decay, clip_norm=options.clip_norm, betas=options.betas
+    )
+    begin = lambda: new_state(new_model(config, options.seed, dtype), optimizer)  # noqa: E731
+    abstract = jax.eval_shape(begin)
+    shardings = state_shardings(abstract, mesh)
+    train_step = make_train_step(optimizer, schedule, config, options.seed, shardings, mesh, options.skip_nonfinite)
+    if options.plan:
+        with use_mesh(mesh):
+            found = plan.make_plan(train_step, abstract, shardings, mesh, config, options, seq_len)
+        plan.report(found, options.plan_output)
+        return
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Run directory: resume, or start
+    # -----------------------------------------------------------------------------------------------------------------
+
+    output = Path(options.output)
+    is_main = jax.process_index() == 0  # writes the run directory, alone
+    say = partial(print, flush=True) if is_main else lambda *_: None
     record = {
         "options": dataclasses.asdict(options) | {"seq_len": seq_len, "dtype": dtype},
         "model": config.to_hf(),
@@ -118,15 +142,6 @@ def main(options: Options) -> None:
     # Mesh and state: restored, or begun, straight into their shards
     # -----------------------------------------------------------------------------------------------------------------
 
-    schedule = make_schedule(
-        peak=options.learning_rate, warmup_steps=options.warmup_steps, steps=options.steps, final=options.final_lr
-    )
-    optimizer = make_optimizer(
-        schedule, weight_decay=options.weight_decay, clip_norm=options.clip_norm, betas=options.betas
-    )
-    begin = lambda: new_state(new_model(config, options.seed, dtype), optimizer)  # noqa: E731
-    abstract = jax.eval_shape(begin)
-    shardings = state_shardings(abstract, mesh)
     if first:
         state = checkpoints.restore(first, abstract, shardings)
     elif start:
@@ -137,7 +152,6 @@ def main(options: Options) -> None:
     else:
         state = jax.jit(begin, out_shardings=shardings)()
 
-    train_step = make_train_step(optimizer, schedule, config, options.seed, shardings, mesh, options.skip_nonfinite)
     eval_step = jax.jit(lambda model, batch: batch_loss(model, jax.tree.map(lambda x: x[0], batch)))
     place = partial(place_batch, batch_size=options.batch_size, mesh=mesh)
 

@@ -86,11 +86,17 @@ class Options:
     """Send the metrics to this project of Weights & Biases, too."""
     profile: str | None = None
     """Trace the steps FIRST:LAST, both included, to the directory `profile` of the run directory; as in 10:13."""
+    plan: bool = False
+    """Train nothing: compile the step for the TPUs of --topology, and print what it needs and sends. Needs no TPU."""
+    topology: str | None = None
+    """For --plan: a TPU slice by its shape in chips, as in v5e:4x8, v6e:16x16 or v5p:8x8x8."""
+    plan_output: str | None = None
+    """For --plan: also write its numbers to this JSON file."""
 
 
 MAY_CHANGE = {
     "output", "mesh", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches", "log_every", "stop_after",
-    "recipe", "skip_nonfinite", "tensorboard", "wandb", "profile",
+    "recipe", "skip_nonfinite", "tensorboard", "wandb", "profile", "plan", "topology", "plan_output",
 }  # fmt: skip
 
 
@@ -125,6 +131,11 @@ def check_options(options: Options) -> None:
     if not all(0 <= beta < 1 for beta in options.betas):
         raise ValueError(f"--betas {options.betas[0]} {options.betas[1]}: must be at least 0 and below 1")
     profiled_steps(options.profile)
+    if options.plan and options.topology is None:
+        raise ValueError("--plan needs --topology, the TPU slice to compile for, as in v5p:8x8x8")
+    for name in ("topology", "plan_output"):
+        if getattr(options, name) is not None and not options.plan:
+            raise ValueError(f"--{name.replace('_', '-')} is for --plan: leave it out, or add --plan")
     for option, given, package in (("tensorboard", options.tensorboard, "tensorboardX"),
                                    ("wandb", options.wandb is not None, "wandb")):  # fmt: skip
         if given and importlib.util.find_spec(package) is None:
