@@ -1,12 +1,12 @@
 """One training step of OPT with random weights: ours beside PyTorch `transformers`, in alternation.
 
-Run: `.venv/bin/python benchmarks/train_step.py` (the peer needs the `oracle` extra; without it, or on a GPU that PyTorch
-cannot use, it is left out). Both do the same work: forward, backward, clipping to norm 1.0 and AdamW without dropout,
-float32 weights and moments, and with `--dtype bfloat16` the products in bfloat16 (the peer: autocast). On a GPU the peer
-has SDPA, `torch.compile` and the fused AdamW. The floor is the model's FLOPs (6 N + 12 L H Q T per token) at the rate that
-a large product of the same dtype reaches on this machine in the same run; MFU, where the chip is known, compares with
-its data sheet's bfloat16. On a GPU: `--dtype bfloat16 --model 1.3b --batch-size 8 --seq-len 2048`, and `--model 6.7b
---layers 4` for the width of a size that does not fit.
+Run: `.venv/bin/python benchmarks/train_step.py` (the peer needs the `oracle` extra; without it, or on a GPU that
+PyTorch cannot use, it is left out). Both do the same work: forward, backward, clipping to norm 1.0 and AdamW without
+dropout, float32 weights and moments, and with `--dtype bfloat16` the products in bfloat16 (the peer: autocast). On GPUs
+the peer has SDPA, `torch.compile` and the fused AdamW. The floor is the model's FLOPs (6 N + 12 L H Q T per token) at
+the rate that a large product of the same dtype reaches on this machine in the same run; MFU, where the chip is known,
+compares with its data sheet's bfloat16. On a GPU: `--dtype bfloat16 --model 1.3b --batch-size 8 --seq-len 2048`, and
+`--model 6.7b --layers 4` for the width of a size that does not fit.
 """
 
 import argparse
@@ -21,16 +21,16 @@ from collections.abc import Callable
 # The peer lives in the same process: JAX takes what it needs of a GPU's memory, not three quarters of it at the start.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-from opt_jax import OPTConfig  # noqa: E402
-from opt_jax.sharding import make_mesh, use_mesh  # noqa: E402
-from opt_jax.training.flops import flops_per_token, peak_flops  # noqa: E402
-from opt_jax.training.metrics import peak_memory  # noqa: E402
-from opt_jax.training.optimizer import make_optimizer  # noqa: E402
-from opt_jax.training.step import make_train_step, new_model, new_state, place_batch, state_shardings  # noqa: E402
+from opt_jax import OPTConfig
+from opt_jax.sharding import make_mesh, use_mesh
+from opt_jax.training.flops import flops_per_token, peak_flops
+from opt_jax.training.metrics import peak_memory
+from opt_jax.training.optimizer import make_optimizer
+from opt_jax.training.step import make_train_step, new_model, new_state, place_batch, state_shardings
 
 Step = Callable[[], float]  # does one update and waits for it; returns the loss
 Memory = Callable[[], int | None]  # the most bytes of the device's memory in use so far
@@ -61,7 +61,7 @@ def theirs(config: OPTConfig, batch: np.ndarray, dtype: str) -> tuple[Step, Memo
 
     device = "cpu" if jax.default_backend() == "cpu" else "cuda"
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as XLA has it by default; on a CPU it changes nothing
-    hf_config = transformers.OPTConfig(**config.to_hf(), attn_implementation="sdpa")
+    hf_config = transformers.OPTConfig(**(config.to_hf() | {"attn_implementation": "sdpa"}))
     with torch.device(device):
         model = transformers.OPTForCausalLM(hf_config).train()
     optimizer = torch.optim.AdamW(
