@@ -1,36 +1,47 @@
-"""One training step of a 125M-shaped OPT with random weights: ours beside PyTorch `transformers`, in alternation.
+"""One training step of OPT with random weights: ours beside PyTorch `transformers`, in alternation.
 
-Run: `.venv/bin/python benchmarks/train_step.py` (needs the `oracle` extra). Both do the same work: forward, backward,
-clipping to norm 1.0 and AdamW in float32, without dropout. The floor is 6 FLOPs per parameter and token at the rate
-that a large float32 matrix product reaches on this machine in the same run.
+Run: `.venv/bin/python benchmarks/train_step.py` (the peer needs the `oracle` extra; without it, or on a GPU that
+PyTorch cannot use, it is left out). Both do the same work: forward, backward, clipping to norm 1.0 and AdamW without
+dropout, float32 weights and moments, and with `--dtype bfloat16` the products in bfloat16 (the peer: autocast). On GPUs
+the peer has SDPA, `torch.compile` and the fused AdamW. The floor is the model's FLOPs (6 N + 12 L H Q T per token) at
+the rate that a large product of the same dtype reaches on this machine in the same run; MFU, where the chip is known,
+compares with its data sheet's bfloat16. On a GPU: `--dtype bfloat16 --model 1.3b --batch-size 8 --seq-len 2048`, and
+`--model 6.7b --layers 4` for the width of a size that does not fit.
 """
 
 import argparse
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
 
+# The peer lives in the same process: JAX takes what it needs of a GPU's memory, not three quarters of it at the start.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import transformers
 
 from opt_jax import OPTConfig
 from opt_jax.sharding import make_mesh, use_mesh
+from opt_jax.training.flops import flops_per_token, peak_flops
+from opt_jax.training.metrics import peak_memory
 from opt_jax.training.optimizer import make_optimizer
 from opt_jax.training.step import make_train_step, new_model, new_state, place_batch, state_shardings
 
+Step = Callable[[], float]  # does one update and waits for it; returns the loss
+Memory = Callable[[], int | None]  # the most bytes of the device's memory in use so far
 
-def ours(config: OPTConfig, batch: np.ndarray) -> Callable[[], float]:
+
+def ours(config: OPTConfig, batch: np.ndarray, dtype: str) -> tuple[Step, Memory]:
     mesh = make_mesh("data=1", jax.devices()[:1])
     optimizer = make_optimizer(lambda step: 1e-4)
-    state = new_state(new_model(config, 0, jnp.float32), optimizer)
-    shardings = state_shardings(state, mesh)
-    state = jax.device_put(state, shardings)
+    begin = lambda: new_state(new_model(config, 0, dtype), optimizer)  # noqa: E731
+    shardings = state_shardings(jax.eval_shape(begin), mesh)
+    state = jax.jit(begin, out_shardings=shardings)()
     step = make_train_step(optimizer, lambda step: jnp.float32(1e-4), config, 0, shardings, mesh)
     rows = lambda rows: {"input_ids": batch[rows, :-1], "labels": batch[rows, 1:]}  # noqa: E731
     placed = place_batch(rows, len(batch), 1, mesh)
@@ -41,30 +52,54 @@ def ours(config: OPTConfig, batch: np.ndarray) -> Callable[[], float]:
             state, measured = step(state, placed)
         return float(measured["loss"])
 
-    return run
+    return run, lambda: peak_memory(jax.devices()[:1])
 
 
-def theirs(config: OPTConfig, batch: np.ndarray) -> Callable[[], float]:
-    hf_config = transformers.OPTConfig(**config.to_hf())
-    model = transformers.OPTForCausalLM(hf_config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    inputs, targets = torch.from_numpy(batch[:, :-1]).long(), torch.from_numpy(batch[:, 1:]).long()
+def theirs(config: OPTConfig, batch: np.ndarray, dtype: str) -> tuple[Step, Memory]:
+    import torch
+    import transformers
+
+    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as XLA has it by default; on a CPU it changes nothing
+    hf_config = transformers.OPTConfig(**(config.to_hf() | {"attn_implementation": "sdpa"}))
+    with torch.device(device):
+        model = transformers.OPTForCausalLM(hf_config).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=device == "cuda" or None
+    )
+    forward = torch.compile(model) if device == "cuda" else model
+    inputs, targets = (torch.from_numpy(ids).long().to(device) for ids in (batch[:, :-1], batch[:, 1:]))
 
     def run() -> float:
         optimizer.zero_grad(set_to_none=True)
-        logits = model(inputs, use_cache=False).logits
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+            logits = forward(inputs, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         return loss.item()
 
-    return run
+    return run, lambda: torch.cuda.max_memory_allocated() if device == "cuda" else None
 
 
-def matmul_flops(size: int = 2048) -> float:
-    """FLOP/s of a large float32 product, the best of five."""
-    a = jnp.ones((size, size), jnp.float32)
+def why_no_peer() -> str | None:
+    if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
+        return f"{missing[0]} is not installed"
+    import torch
+
+    platform = jax.default_backend()
+    if platform not in ("cpu", "gpu"):
+        return f"it does not run on {platform}"
+    if platform == "gpu" and not torch.cuda.is_available():
+        return f"torch {torch.__version__} cannot use this GPU"
+    return None
+
+
+def matmul_flops(dtype: str) -> float:
+    """FLOP/s of a large product, the best of five."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    a = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.dot)
     product(a, a).block_until_ready()
     times = []
@@ -75,42 +110,62 @@ def matmul_flops(size: int = 2048) -> float:
     return 2 * size**3 / min(times)
 
 
+def measure(contestants: dict[str, tuple[Step, Memory]], repeats: int) -> dict[str, list[float]]:
+    for run, _ in contestants.values():
+        run()  # compilation, allocation
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(repeats):
+        for name, (run, _) in contestants.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="125m", help="a preset (default %(default)s)")
+    parser.add_argument("--layers", type=int, help="so many instead of the preset's")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
 
-    config = OPTConfig.preset(options.model, dropout=0.0)
+    changes = {"num_hidden_layers": options.layers} if options.layers is not None else {}
+    config = OPTConfig.preset(options.model, dropout=0.0, **changes)
     shape = (options.batch_size, options.seq_len + 1)
     batch = np.random.default_rng(0).integers(4, config.vocab_size, shape).astype(np.int32)
-    contestants = {"opt-jax": ours(config, batch), "transformers": theirs(config, batch)}
-    for run in contestants.values():
-        run()  # compilation, allocation
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(options.repeats):
-        for name, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
+    contestants = {"opt-jax": ours(config, batch, options.dtype)}
+    if (reason := why_no_peer()) is None:
+        contestants["transformers"] = theirs(config, batch, options.dtype)
+    else:
+        print(f"transformers is left out: {reason}")
+    times = measure(contestants, options.repeats)
 
-    tokens = options.batch_size * options.seq_len
+    device, tokens = jax.devices()[0], options.batch_size * options.seq_len
     parameters = sum(p.size for p in jax.tree.leaves(jax.eval_shape(lambda: new_model(config, 0, jnp.float32))))
-    floor = 6 * parameters * tokens / matmul_flops()
-    versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "torch", "transformers"))
+    flops = flops_per_token(config, parameters, options.seq_len) * tokens
+    floor, peak = flops / matmul_flops(options.dtype), peak_flops(device)
+    names = ["jax", *(("torch", "transformers") if reason is None else ())]
+    versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    where = f"{os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
     print(
-        f"OPT-{options.model}, {options.batch_size} x {options.seq_len} tokens, float32, {os.cpu_count()} cores, ",
-        end="",
+        f"OPT-{options.model}, {config.num_hidden_layers} layers, {parameters:,} parameters, {options.batch_size} x "
+        f"{options.seq_len} tokens, {options.dtype}, {where}, {versions}, Python {platform.python_version()}; "
+        f"floor {floor:.3g} s"
     )
-    print(f"{versions}, Python {platform.python_version()}; floor (6N) {floor:.2f} s")
-    print("| | s/step (median) | spread | tokens/s | share of the floor | ratio |\n|---|---|---|---|---|---|")
-    reference = statistics.median(times["transformers"])
+    print("| | s/step (median) | spread | tokens/s | share of the floor | MFU | memory | ratio |")
+    print("|---|---|---|---|---|---|---|---|")
+    reference = statistics.median(times.get("transformers", times["opt-jax"]))
     for name, values in times.items():
-        median = statistics.median(values)
-        spread, speed = f"{min(values):.2f}-{max(values):.2f}", f"{tokens / median:,.0f}"
-        print(f"| {name} | {median:.2f} | {spread} | {speed} | {floor / median:.0%} | {reference / median:.2f}x |")
+        median, memory = statistics.median(values), contestants[name][1]()
+        mfu = f"{flops / median / peak:.1%}" if peak else "-"
+        print(
+            f"| {name} | {median:.3g} | {min(values):.3g}-{max(values):.3g} | {tokens / median:,.0f} | "
+            f"{floor / median:.0%} | {mfu} | {f'{memory / 2**30:.1f} GiB' if memory else '-'} | "
+            f"{reference / median:.2f}x |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,116 @@
+"""Updates beside PyTorch's: AdamW and clipping on the same gradients, and whole training steps on the same batches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from oracle import canonical, make_pair, torch
+from reference import CONFIGS
+
+from opt_jax.sharding import make_mesh, use_mesh
+from opt_jax.training.optimizer import make_optimizer, make_schedule
+from opt_jax.training.step import make_train_step, named_leaves, new_state, place_batch, state_shardings
+
+STEPS, BATCH, LENGTH, CLIP = 5, 4, 24, 1.0
+SCHEDULE = make_schedule(peak=6e-4, warmup_steps=2, steps=STEPS)
+
+
+def torch_optimizer(model):
+    return torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+
+
+def torch_backward(model, batch):
+    """The loss; the gradients are in the parameters."""
+    model.zero_grad(set_to_none=True)
+    logits = model(torch.from_numpy(batch["input_ids"]).long(), use_cache=False).logits
+    labels = torch.from_numpy(batch["labels"]).long()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())  # ignores -100
+    loss.backward()
+    return loss.item()
+
+
+def torch_update(model, optimizer, step, clip_norm=CLIP):
+    """The norm of the gradients; the parameters are updated."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    optimizer.param_groups[0]["lr"] = float(SCHEDULE(step))
+    optimizer.step()
+    return norm.item()
+
+
+def parameters(model):
+    """{path: array}, as copies: PyTorch updates in place."""
+    return {path: value.copy() for path, value in canonical(dict(model.named_parameters())).items()}
+
+
+def our_parameters(model):
+    """The same of our stacked model."""
+    params = {}
+    for path, leaf in named_leaves(model).items():
+        before, layers, behind = path.partition(".layers.")
+        parts = np.asarray(leaf) if layers else [np.asarray(leaf)]
+        params |= {f"{before}.layers.{i}.{behind}" if layers else path: part for i, part in enumerate(parts)}
+    return params
+
+
+def gradients(model):
+    return {path: g.copy() for path, g in canonical({n: p.grad for n, p in model.named_parameters()}).items()}
+
+
+def batches(name, count):
+    random = np.random.RandomState(1)
+    for _ in range(count):
+        ids = random.randint(4, CONFIGS[name].vocab_size, (BATCH, LENGTH + 1)).astype(np.int32)
+        batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:].copy()}
+        batch["labels"][0, 5:9] = -100
+        yield batch
+
+
+@pytest.mark.parametrize("clip_norm", [0.1, 1e9], ids=["clipped", "not-clipped"])
+def test_fed_pytorchs_gradients_an_update_is_pytorchs(clip_norm):
+    hf, _ = make_pair("opt-125m", dropout=0.0)
+    theirs = torch_optimizer(hf)
+    ours = make_optimizer(SCHEDULE, weight_decay=0.1, clip_norm=clip_norm)
+    params = {path: jnp.asarray(value) for path, value in parameters(hf).items()}
+    state = ours.init(params)
+    update = jax.jit(ours.update)
+    for step, batch in enumerate(batches("opt-125m", STEPS)):
+        torch_backward(hf, batch)
+        updates, state = update(gradients(hf), state, params)
+        params = optax.apply_updates(params, updates)
+        norm = torch_update(hf, theirs, step, clip_norm)
+        assert (norm > clip_norm) == (clip_norm < 1)
+        for path, value in parameters(hf).items():
+            np.testing.assert_allclose(params[path], value, rtol=0, atol=1e-6, err_msg=f"{path}, update {step}")  # type: ignore[reportIndexIssue,reportArgumentType]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("name", ["opt-125m", "opt-350m"])
+def test_training_steps_are_pytorchs(name, accumulate):
+    """Weights, LayerNorms and biases are random. A bias of the keys moves no softmax: its gradient is rounding noise,
+    which Adam makes as large as any other."""
+    hf, model = make_pair(name, dropout=0.0, scan_layers=True)
+    theirs, ours = torch_optimizer(hf), make_optimizer(SCHEDULE, weight_decay=0.1, clip_norm=CLIP)
+    mesh = make_mesh("data=1", devices=jax.devices()[:1])
+    state = new_state(model, ours)
+    shardings = state_shardings(state, mesh)
+    state = jax.device_put(state, shardings)
+    train_step = make_train_step(ours, SCHEDULE, model.config, 0, shardings, mesh)
+    for step, batch in enumerate(batches(name, STEPS)):
+        with use_mesh(mesh):
+            placed = place_batch(lambda rows, b=batch: {k: v[rows] for k, v in b.items()}, BATCH, accumulate, mesh)
+            state, measured = train_step(state, placed)
+        loss = torch_backward(hf, batch)
+        grads = {path: np.linalg.norm(g) for path, g in gradients(hf).items()}
+        for path in grads:
+            if path.endswith("k_proj.bias"):
+                assert grads[path] < 1e-5 * grads[path.replace("k_proj", "q_proj")], path
+        norm = torch_update(hf, theirs, step)
+        np.testing.assert_allclose([measured["loss"], measured["grad_norm"]], [loss, norm], rtol=1e-5)
+        mine = our_parameters(state.model)
+        expected = parameters(hf)
+        assert mine.keys() == expected.keys()
+        for path, value in expected.items():
+            away = np.abs(mine[path] - value).max()
+            limit = 2 * 6e-4 * (step + 1) if path.endswith("k_proj.bias") else 1e-5
+            assert away <= limit, f"{path}, update {step}: {away}"
