@@ -11,17 +11,26 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import tyro
 from etils import epath
 
 from opt_jax import OPTForCausalLM, OPTTokenizer, distributed, stack_layers
 from opt_jax.sharding import make_mesh, use_mesh
-from opt_jax.training import data
+from opt_jax.training import data, loggers, plan
 from opt_jax.training.checkpoints import Checkpoints, Due, Termination
 from opt_jax.training.files import is_remote, write_text
-from opt_jax.training.metrics import Metrics, best_validation, cut_back
+from opt_jax.training.flops import flops_per_token, peak_flops
+from opt_jax.training.metrics import Metrics, best_validation, cut_back, machine
+from opt_jax.training.nonfinite import kept_before_nonfinite
 from opt_jax.training.optimizer import make_optimizer, make_schedule
-from opt_jax.training.options import Options, check_options, compare_with_first_start, make_deterministic, model_config
+from opt_jax.training.options import (
+    Options,
+    check_options,
+    compare_with_first_start,
+    make_deterministic,
+    model_config,
+    parse_options,
+    profiled_steps,
+)
 from opt_jax.training.step import batch_loss, make_train_step, new_model, new_state, place_batch, state_shardings
 
 
@@ -30,21 +39,19 @@ def main(options: Options) -> None:
     if options.deterministic:
         make_deterministic()  # before JAX starts, as the next line
     distributed.start(
-        options.distributed, options.coordinator_address, options.num_processes, options.process_id,
-        options.heartbeat_seconds, options.hang_minutes,
+        "off" if options.plan else options.distributed, options.coordinator_address, options.num_processes,
+        options.process_id, options.heartbeat_seconds, options.hang_minutes,
     )  # fmt: skip
     common = dataclasses.asdict(options) | {"process_id": None}  # what must be the same on all processes
     distributed.check_same({f"--{k.replace('_', '-')}": v for k, v in common.items()})
     distributed.check_same_code(__file__)
-    is_main = jax.process_index() == 0  # writes the run directory, alone
-    say = partial(print, flush=True) if is_main else lambda *_: None
 
     # -----------------------------------------------------------------------------------------------------------------
-    # Run directory: resume, or start
+    # Devices and model
     # -----------------------------------------------------------------------------------------------------------------
 
-    output = epath.Path(options.output)
-    mesh = make_mesh(options.mesh, dcn=options.dcn_mesh)
+    devices = plan.topology_devices(options.topology) if options.topology else None
+    mesh = make_mesh(options.mesh, devices, dcn=options.dcn_mesh)
     platform = mesh.devices.flat[0].platform
     config, start = model_config(options)
     seq_len = options.seq_len or config.max_position_embeddings
@@ -60,6 +67,33 @@ def main(options: Options) -> None:
             f"mesh's data x fsdp = {rows_over}"
         )
 
+    # -----------------------------------------------------------------------------------------------------------------
+    # The step, and what it is for
+    # -----------------------------------------------------------------------------------------------------------------
+
+    schedule = make_schedule(
+        peak=options.learning_rate, warmup_steps=options.warmup_steps, steps=options.steps, final=options.final_lr
+    )
+    optimizer = make_optimizer(
+        schedule, weight_decay=options.weight_decay, clip_norm=options.clip_norm, betas=options.betas
+    )
+    begin = lambda: new_state(new_model(config, options.seed, dtype), optimizer)  # noqa: E731
+    abstract = jax.eval_shape(begin)
+    shardings = state_shardings(abstract, mesh)
+    train_step = make_train_step(optimizer, schedule, config, options.seed, shardings, mesh, options.skip_nonfinite)
+    if options.plan:
+        with use_mesh(mesh):
+            found = plan.make_plan(train_step, abstract, shardings, mesh, config, options, seq_len)
+        plan.report(found, options.plan_output)
+        return
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Run directory: resume, or start
+    # -----------------------------------------------------------------------------------------------------------------
+
+    output = epath.Path(options.output)
+    is_main = jax.process_index() == 0  # writes the run directory, alone
+    say = partial(print, flush=True) if is_main else lambda *_: None
     record = {
         "options": common | {"seq_len": seq_len, "dtype": dtype},
         "model": config.to_hf(),
@@ -71,6 +105,7 @@ def main(options: Options) -> None:
     if resuming and finished:
         say(f"{output} is finished: {options.steps} steps. Try it: opt-jax generate --model {output}")
         return
+    say(machine(mesh))
 
     # -----------------------------------------------------------------------------------------------------------------
     # Data: documents -> tokenizer -> windows
@@ -128,11 +163,6 @@ def main(options: Options) -> None:
     # Mesh and state: restored, or begun, straight into their shards
     # -----------------------------------------------------------------------------------------------------------------
 
-    schedule = make_schedule(peak=options.learning_rate, warmup_steps=options.warmup_steps, steps=options.steps)
-    optimizer = make_optimizer(schedule, weight_decay=options.weight_decay, clip_norm=options.clip_norm)
-    begin = lambda: new_state(new_model(config, options.seed, dtype), optimizer)  # noqa: E731
-    abstract = jax.eval_shape(begin)
-    shardings = state_shardings(abstract, mesh)
     if first:
         state = checkpoints.restore(first, abstract, shardings)
     elif start:
@@ -145,7 +175,6 @@ def main(options: Options) -> None:
     if first and best_step == first:  # it may have been killed between the checkpoint and its copy
         best.save_model(first, state)
 
-    train_step = make_train_step(optimizer, schedule, config, options.seed, shardings, mesh)
     eval_step = jax.jit(lambda model, batch: batch_loss(model, jax.tree.map(lambda x: x[0], batch)))
     place = partial(place_batch, batch_size=options.batch_size, mesh=mesh)
 
@@ -158,8 +187,8 @@ def main(options: Options) -> None:
         return float(sum(sums) / sum(counts))
 
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.model))
-    devices = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    say(f"model: {options.model}, {parameters:,} parameters, computing in {dtype}; {platform} mesh {devices}")
+    recipe = f" (recipe {options.recipe})" if options.recipe else ""
+    say(f"model: {options.model}{recipe}, {parameters:,} parameters, computing in {dtype}")
     say(f"data: {len(files)} files, {len(tokens):,} tokens to train on, {len(held_out_tokens):,} held out")
     say(f"run: {output}, steps {first} to {options.steps}, {options.batch_size} x {seq_len} tokens each")
     if validation is None:
@@ -170,18 +199,33 @@ def main(options: Options) -> None:
     # -----------------------------------------------------------------------------------------------------------------
 
     last = options.steps if options.stop_after is None else min(options.steps, first + options.stop_after)
+    tokens_per_step, device = options.batch_size * seq_len, mesh.devices.flat[0]
+    if (peak := peak_flops(device)) is None:
+        say(f"no MFU: the peak of {device.device_kind!r} is not in opt_jax/training/flops.py")
+    also = []
+    if is_main and options.tensorboard:
+        also.append(loggers.TensorBoard(output / "tensorboard", first))
+    if is_main and options.wandb:
+        also.append(loggers.WandB(options.wandb, output, record))
     metrics = Metrics(
         output / "metrics.jsonl" if is_main else None,
-        start=first, steps=options.steps, tokens_per_step=options.batch_size * seq_len, log_every=options.log_every,
+        start=first, steps=options.steps, tokens_per_step=tokens_per_step, log_every=options.log_every,
+        flops_per_step=flops_per_token(config, parameters, seq_len) * tokens_per_step,
+        peak_flops=peak and peak * mesh.size, batch_rows=lambda step: windows.starts(step - 1),
+        skip_nonfinite=options.skip_nonfinite, loggers=also, memory_of=mesh.local_devices,
     )  # fmt: skip
+    trace = loggers.Trace(profiled_steps(options.profile), output / "profile", first, last, say)
+    kept = kept_before_nonfinite(checkpoints, lambda: state, shardings)
     due = Due(options.checkpoint_every, options.checkpoint_minutes, options.keep_every, first)
+    termination, step, stopping = Termination(), first, False
     distributed.reached(f"step {first + 1}")
-    with Termination() as termination, use_mesh(mesh), metrics, jax.transfer_guard("disallow"):
-        step, stopping = first, False
+    with checkpoints, best, kept, termination, use_mesh(mesh), metrics, trace, jax.transfer_guard("disallow"):
         pending = None  # the numbers of a step are fetched when the next one is already under way
         for step in range(first + 1, last + 1):
             batch = place(partial(windows.batch, step - 1), accumulate=options.accumulate)
+            trace.before(step)
             state, measured = train_step(state, batch)
+            trace.after(step, measured)
             if pending is not None:
                 metrics.record(*pending)
             pending = (step, measured)
@@ -204,8 +248,6 @@ def main(options: Options) -> None:
                 metrics.pause()
             if stopping:
                 break
-    best.close()
-    checkpoints.close()
     if stopping and step < options.steps:
         say(f"SIGTERM: stopped after step {step} of {options.steps}, and saved it: the same command goes on from there")
         sys.exit(distributed.PREEMPTED)
@@ -235,4 +277,4 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
     with distributed.last_words("train.py"):
-        main(tyro.cli(Options))
+        main(parse_options())

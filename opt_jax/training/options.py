@@ -1,13 +1,20 @@
 """What `train.py` can be told, and what may not be told together: its options, and the model they stand for."""
 
+import argparse
 import dataclasses
+import importlib.util
 import json
 import os
-from typing import Literal
+import re
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
+import tyro
 from etils import epath
 
 from opt_jax.config import OPTConfig
+from opt_jax.training.recipes import RECIPES, recipe_options
 
 # The model of a run without --model: 1.1M parameters, minutes on two CPU cores. Deviations from the paper's recipe: no
 # dropout, because so short a run does not overfit, and a wider initialisation, because 0.006 suits wide models.
@@ -21,6 +28,9 @@ SMALL = OPTConfig(
 class Options:
     """Train an OPT language model."""
 
+    recipe: Annotated[str | None, tyro.conf.arg(metavar="{" + ",".join(RECIPES) + "}")] = None
+    """The paper's settings for one of its sizes: defaults for all options below, which win where they are given.
+    `--recipe opt-125m --help` shows them."""
     data: tuple[str, ...] = ()
     """Text or .jsonl files (key "text"), or directories of them. Default: the standard library's sources."""
     output: str = "runs/small"
@@ -39,10 +49,13 @@ class Options:
     seq_len: int | None = None
     """Tokens per sequence. Default: the model's max_position_embeddings."""
     learning_rate: float = 3e-3
-    """The peak, reached after the warm-up; then it falls linearly to a tenth at the last step. The paper's are lower:
-    6e-4 (125m), 3e-4 (350m), 2e-4 (1.3b) ... 1.2e-4 (175b)."""
+    """The peak, reached after the warm-up. The paper's are lower: see --recipe."""
     warmup_steps: int = 100
+    final_lr: float = 0.1
+    """The learning rate falls linearly to this share of the peak at the last step."""
     weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Of Adam."""
     clip_norm: float = 1.0
     dropout: float | None = None
     """Default: the model configuration's (0.1 in the presets, 0 in "small")."""
@@ -87,13 +100,41 @@ class Options:
     """A process not heard of for so long is lost, and the others end."""
     hang_minutes: int = 60
     """With several processes: end when a step, or the compilation before the first, takes longer."""
+    skip_nonfinite: bool = False
+    """Where a loss or gradient is NaN or infinite, pass over the update and go on. Default: stop, before the update."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard, too, below the run directory."""
+    wandb: str | None = None
+    """Send the metrics to this project of Weights & Biases, too."""
+    profile: str | None = None
+    """Trace the steps FIRST:LAST, both included, to the directory `profile` of the run directory; as in 10:13."""
+    plan: bool = False
+    """Train nothing: compile the step for the TPUs of --topology, and print what it needs and sends. Needs no TPU."""
+    topology: str | None = None
+    """For --plan: a TPU slice by its shape in chips, as in v5e:4x8, v6e:16x16 or v5p:8x8x8."""
+    plan_output: str | None = None
+    """For --plan: also write its numbers to this JSON file."""
 
 
 MAY_CHANGE = {
     "output", "mesh", "dcn_mesh", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "keep_every",
     "eval_every", "eval_batches", "log_every", "stop_after",
     "distributed", "coordinator_address", "num_processes", "process_id", "heartbeat_seconds", "hang_minutes",
+    "recipe", "skip_nonfinite", "tensorboard", "wandb", "profile", "plan", "topology", "plan_output",
 }  # fmt: skip
+
+
+def parse_options(args: Sequence[str] | None = None) -> Options:
+    """The options on the command line, over those of its --recipe, over the defaults.
+
+    Raises:
+      ValueError: no such recipe. (Other mistakes, and --help, end the program as tyro does.)
+    """
+    args = sys.argv[1:] if args is None else list(args)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", nargs="?")  # without a name: tyro says what is wrong
+    name = first.parse_known_args(args)[0].recipe
+    return tyro.cli(Options, args=args, default=Options(**recipe_options(name)) if name else Options())
 
 
 def check_options(options: Options) -> None:
@@ -110,6 +151,34 @@ def check_options(options: Options) -> None:
     for name in ("weight_decay", "warmup_steps", "process_id"):
         if (getattr(options, name) or 0) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must not be negative")
+    if not 0 <= options.final_lr <= 1:
+        raise ValueError(f"--final-lr {options.final_lr}: must be a share of the peak, from 0 to 1")
+    if not all(0 <= beta < 1 for beta in options.betas):
+        raise ValueError(f"--betas {options.betas[0]} {options.betas[1]}: must be at least 0 and below 1")
+    profiled_steps(options.profile)
+    if options.plan and options.topology is None:
+        raise ValueError("--plan needs --topology, the TPU slice to compile for, as in v5p:8x8x8")
+    for name in ("topology", "plan_output"):
+        if getattr(options, name) is not None and not options.plan:
+            raise ValueError(f"--{name.replace('_', '-')} is for --plan: leave it out, or add --plan")
+    for option, given, package in (("tensorboard", options.tensorboard, "tensorboardX"),
+                                   ("wandb", options.wandb is not None, "wandb")):  # fmt: skip
+        if given and importlib.util.find_spec(package) is None:
+            raise ValueError(f"--{option} needs the package {package}: pip install 'opt-jax[{option}]'")
+
+
+def profiled_steps(profile: str | None) -> range:
+    """The steps of --profile FIRST:LAST, LAST included.
+
+    Raises:
+      ValueError: not of this form, or no steps.
+    """
+    if profile is None:
+        return range(0)
+    match = re.fullmatch(r"(\d+):(\d+)", profile)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"--profile {profile}: needs the first and the last step to trace, as in 10:13")
+    return range(int(match[1]), int(match[2]) + 1)
 
 
 def make_deterministic() -> None:
