@@ -36,8 +36,10 @@ from opt_jax.training.step import batch_loss, make_train_step, new_model, new_st
 
 def main(options: Options) -> None:
     check_options(options)
+    # Three things that must be said before JAX looks for devices.
     if options.deterministic:
-        make_deterministic()  # before JAX starts, as the next line
+        make_deterministic()
+    absent = plan.topology_devices(options.topology) if options.topology else None  # --plan: TPUs that are not here
     distributed.start(
         "off" if options.plan else options.distributed, options.coordinator_address, options.num_processes,
         options.process_id, options.heartbeat_seconds, options.hang_minutes,
@@ -45,13 +47,14 @@ def main(options: Options) -> None:
     common = dataclasses.asdict(options) | {"process_id": None}  # what must be the same on all processes
     distributed.check_same({f"--{k.replace('_', '-')}": v for k, v in common.items()})
     distributed.check_same_code(__file__)
+    is_main = jax.process_index() == 0  # writes the run directory, alone
+    say = partial(print, flush=True) if is_main else lambda *_: None
 
     # -----------------------------------------------------------------------------------------------------------------
     # Devices and model
     # -----------------------------------------------------------------------------------------------------------------
 
-    devices = plan.topology_devices(options.topology) if options.topology else None
-    mesh = make_mesh(options.mesh, devices, dcn=options.dcn_mesh)
+    mesh = make_mesh(options.mesh, absent, dcn=options.dcn_mesh)
     platform = mesh.devices.flat[0].platform
     config, start = model_config(options)
     seq_len = options.seq_len or config.max_position_embeddings
@@ -92,8 +95,6 @@ def main(options: Options) -> None:
     # -----------------------------------------------------------------------------------------------------------------
 
     output = epath.Path(options.output)
-    is_main = jax.process_index() == 0  # writes the run directory, alone
-    say = partial(print, flush=True) if is_main else lambda *_: None
     record = {
         "options": common | {"seq_len": seq_len, "dtype": dtype},
         "model": config.to_hf(),
@@ -217,9 +218,10 @@ def main(options: Options) -> None:
     trace = loggers.Trace(profiled_steps(options.profile), output / "profile", first, last, say)
     kept = kept_before_nonfinite(checkpoints, lambda: state, shardings)
     due = Due(options.checkpoint_every, options.checkpoint_minutes, options.keep_every, first)
-    termination, step, stopping = Termination(), first, False
     distributed.reached(f"step {first + 1}")
-    with checkpoints, best, kept, termination, use_mesh(mesh), metrics, trace, jax.transfer_guard("disallow"):
+    guard = jax.transfer_guard("disallow")
+    with checkpoints, best, kept, Termination() as termination, use_mesh(mesh), metrics, trace, guard:
+        step, stopping = first, False
         pending = None  # the numbers of a step are fetched when the next one is already under way
         for step in range(first + 1, last + 1):
             batch = place(partial(windows.batch, step - 1), accumulate=options.accumulate)

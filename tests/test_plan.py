@@ -42,7 +42,9 @@ def test_collectives_are_counted_as_often_as_they_run(collective, kind, sent):
         return lax.fori_loop(0, 5, lambda i, x: x + jnp.sum(jnp.sin(collective(x * i))), x)
 
     mapped = jax.shard_map(loop, mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp"), check_vma=False)
-    program = Program(jax.jit(mapped).lower(jnp.ones((128, 4))).compile().as_text())
+    text = jax.jit(mapped).lower(jnp.ones((128, 4))).compile().as_text()
+    assert text is not None
+    program = Program(text)
     assert {k: v for k, v in collective_bytes(program).items() if v} == {kind: 5 * sent}
 
 

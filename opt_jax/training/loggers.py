@@ -7,6 +7,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from opt_jax.training.files import is_remote
+
 
 class TensorBoard:
     """Event files in `directory`. What an earlier start wrote behind step `start` no longer counts for TensorBoard."""
@@ -39,12 +41,13 @@ class WandB:
 
         path = output / "wandb-id"
         if not path.exists():
-            path.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
-        run_id = path.read_text(encoding="utf-8").strip()
+            path.write_text(uuid.uuid4().hex[:12] + "\n")
+        run_id = path.read_text().strip()
         try:
             self._run = wandb.init(
-                project=project, id=run_id, resume="allow", name=output.name, dir=str(output), config=config
-            )
+                project=project, id=run_id, resume="allow", name=output.name, config=config,
+                dir=None if is_remote(output) else str(output),
+            )  # fmt: skip
         except wandb.Error as error:  # no key, no network
             raise ValueError(f"--wandb {project}: {error}") from None
 
@@ -73,7 +76,7 @@ class Trace:
 
     def before(self, step: int) -> None:
         if self._steps and step == self._steps[0]:
-            jax.profiler.start_trace(self._directory)
+            jax.profiler.start_trace(str(self._directory))
             self._running = True
 
     def after(self, step: int, results: Any) -> None:

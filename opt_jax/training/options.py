@@ -87,6 +87,14 @@ class Options:
     """Steps between lines where the output is not a terminal."""
     stop_after: int | None = None
     """End after this many steps of this start, with a checkpoint; start again to go on."""
+    skip_nonfinite: bool = False
+    """Where a loss or gradient is NaN or infinite, pass over the update and go on. Default: stop, before the update."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard, too, below the run directory."""
+    wandb: str | None = None
+    """Send the metrics to this project of Weights & Biases, too."""
+    profile: str | None = None
+    """Trace the steps FIRST:LAST, both included, to the directory `profile` of the run directory; as in 10:13."""
     deterministic: bool = False
     """On GPU: only kernels that give the same bits every time, so that a resumed run repeats exactly. (CPU and TPU
     always do.)"""
@@ -100,14 +108,6 @@ class Options:
     """A process not heard of for so long is lost, and the others end."""
     hang_minutes: int = 60
     """With several processes: end when a step, or the compilation before the first, takes longer."""
-    skip_nonfinite: bool = False
-    """Where a loss or gradient is NaN or infinite, pass over the update and go on. Default: stop, before the update."""
-    tensorboard: bool = False
-    """Write the metrics for TensorBoard, too, below the run directory."""
-    wandb: str | None = None
-    """Send the metrics to this project of Weights & Biases, too."""
-    profile: str | None = None
-    """Trace the steps FIRST:LAST, both included, to the directory `profile` of the run directory; as in 10:13."""
     plan: bool = False
     """Train nothing: compile the step for the TPUs of --topology, and print what it needs and sends. Needs no TPU."""
     topology: str | None = None
@@ -119,8 +119,9 @@ class Options:
 MAY_CHANGE = {
     "output", "mesh", "dcn_mesh", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "keep_every",
     "eval_every", "eval_batches", "log_every", "stop_after",
+    "recipe", "skip_nonfinite", "tensorboard", "wandb", "profile",
     "distributed", "coordinator_address", "num_processes", "process_id", "heartbeat_seconds", "hang_minutes",
-    "recipe", "skip_nonfinite", "tensorboard", "wandb", "profile", "plan", "topology", "plan_output",
+    "plan", "topology", "plan_output",
 }  # fmt: skip
 
 
@@ -161,6 +162,9 @@ def check_options(options: Options) -> None:
     for name in ("topology", "plan_output"):
         if getattr(options, name) is not None and not options.plan:
             raise ValueError(f"--{name.replace('_', '-')} is for --plan: leave it out, or add --plan")
+    for name in ("tensorboard", "profile"):
+        if getattr(options, name) and "://" in options.output:
+            raise ValueError(f"--{name} writes to local disks only, not to {options.output}: leave it out")
     for option, given, package in (("tensorboard", options.tensorboard, "tensorboardX"),
                                    ("wandb", options.wandb is not None, "wandb")):  # fmt: skip
         if given and importlib.util.find_spec(package) is None:
