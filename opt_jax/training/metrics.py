@@ -46,7 +46,7 @@ def cut_back(path: epath.Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
             if not line.endswith("\n") or json.loads(line)["step"] > step:
                 break
@@ -87,7 +87,7 @@ class Metrics:
         loggers: Sequence[Any] = (),
         memory_of: Sequence[Any] = (),
     ):
-        past = path.read_text().splitlines() if path is not None and path.exists() else []
+        past = path.read_text(encoding="utf-8").splitlines() if path is not None and path.exists() else []
         self._skipped = json.loads(past[-1]).get("skipped", 0) if past else 0
         self._losses = deque((json.loads(line)["loss"] for line in past[-2 * SPIKE_WINDOW :]), SPIKE_WINDOW)
         self._losses = deque((loss for loss in self._losses if loss is not None), SPIKE_WINDOW)
