@@ -11,13 +11,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 
 from opt_jax import OPTForCausalLM, OPTTokenizer, distributed, stack_layers
 from opt_jax.sharding import make_mesh, use_mesh
 from opt_jax.training import data, loggers, plan
 from opt_jax.training.checkpoints import Checkpoints, Due, Termination
-from opt_jax.training.files import is_remote, write_text
+from opt_jax.training.files import is_remote, run_directory, write_text
 from opt_jax.training.flops import flops_per_token, peak_flops
 from opt_jax.training.metrics import Metrics, best_validation, cut_back, machine
 from opt_jax.training.nonfinite import kept_before_nonfinite
@@ -94,7 +93,7 @@ def main(options: Options) -> None:
     # Run directory: resume, or start
     # -----------------------------------------------------------------------------------------------------------------
 
-    output = epath.Path(options.output)
+    output = run_directory(options.output)
     record = {
         "options": common | {"seq_len": seq_len, "dtype": dtype},
         "model": config.to_hf(),
@@ -219,7 +218,8 @@ def main(options: Options) -> None:
     kept = kept_before_nonfinite(checkpoints, lambda: state, shardings)
     due = Due(options.checkpoint_every, options.checkpoint_minutes, options.keep_every, first)
     distributed.reached(f"step {first + 1}")
-    with Termination() as termination, kept, use_mesh(mesh), metrics, trace, jax.transfer_guard("disallow"):
+    guard = jax.transfer_guard("disallow")
+    with checkpoints, best, kept, Termination() as termination, use_mesh(mesh), metrics, trace, guard:
         step, stopping = first, False
         pending = None  # the numbers of a step are fetched when the next one is already under way
         for step in range(first + 1, last + 1):
@@ -249,8 +249,6 @@ def main(options: Options) -> None:
                 metrics.pause()
             if stopping:
                 break
-    best.close()
-    checkpoints.close()
     if stopping and step < options.steps:
         say(f"SIGTERM: stopped after step {step} of {options.steps}, and saved it: the same command goes on from there")
         sys.exit(distributed.PREEMPTED)

@@ -1,6 +1,10 @@
 """Meshes, the table from parameter path to mesh axes, and a model on eight (fake) devices against one."""
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -149,3 +153,37 @@ def test_a_mesh_computes_what_one_device_computes(name, spec):
     for path, param in named_parameters(gradients).items():
         error = np.linalg.norm(np.asarray(param.get_value()) - expected[path])
         assert error <= 1e-5 * max(np.linalg.norm(expected[path]), 1e-2 * total), path
+
+
+SLICES = """
+from jax.experimental import topologies
+from opt_jax.sharding import make_mesh
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4", num_slices=2).devices
+def slices(spec, dcn=None):
+    mesh = make_mesh(spec, devices, dcn)
+    return [list(mesh.shape.values()), [{d.slice_index for d in part.flat} for part in mesh.devices]]
+assert slices(None) == slices("data=2,fsdp=-1") == [[2, 8, 1], [{0}, {1}]]  # by default slices are on `data`
+assert slices("data=4,tensor=4") == [[4, 1, 4], [{0}, {0}, {1}, {1}]]
+assert slices("fsdp=16", "fsdp=2") == [[1, 16, 1], [{0, 1}]]
+for spec, dcn in (("fsdp=16", None), ("data=2,fsdp=8", "data=3")):
+    try:
+        make_mesh(spec, devices, dcn)
+    except ValueError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (Path(sys.prefix) / "libtpu" / "libtpu").is_dir(), reason="no libtpu: `make test` installs it")
+def test_slices_lie_along_the_axes_that_are_asked_for():
+    tpu = dict(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-8", TPU_WORKER_HOSTNAMES="localhost")
+    root = Path(opt_jax.__file__).parents[1]
+    path = os.pathsep.join([str(Path(sys.prefix) / "libtpu"), str(root)])
+    done = subprocess.run(
+        [sys.executable, "-c", SLICES], env=os.environ | tpu | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+        cwd=root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first.startswith("mesh data=1 does not divide over data=2 of the 2 slices: ")
+    assert second == "dcn-mesh data=3, fsdp=1, tensor=1: sizes multiply to 3, but there are 2 slices"

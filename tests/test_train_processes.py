@@ -182,6 +182,15 @@ distributed.start("on", sys.argv[1], 2, int(sys.argv[2]), heartbeat_seconds=3)
 with distributed.last_words("job"):
     import jax
     from jax.experimental import multihost_utils
+    from opt_jax.sharding import make_mesh
+    for dcn, processes in (("data=2", [[0, 0], [1, 1]]), ("fsdp=2", [[0, 1], [0, 1]])):
+        mesh = make_mesh("data=2,fsdp=2", dcn=dcn)
+        assert [[device.process_index for device in row] for row in mesh.devices[..., 0]] == processes, dcn
+    try:
+        make_mesh("data=4", dcn="fsdp=2")
+        assert False
+    except ValueError as error:
+        assert "mesh fsdp=1 does not divide over fsdp=2 of the 2 processes" in str(error), error
     assert distributed.from_first(lambda: b"of process 0" if jax.process_index() == 0 else 1 / 0) == b"of process 0"
     try:
         distributed.from_first(lambda: open("/nowhere").read())
@@ -200,7 +209,7 @@ def job(place: Path, what: str, victim: int) -> list[subprocess.Popen]:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     words = [[sys.executable, "-c", JOB, address, str(i), what, str(victim)] for i in range(2)]
-    return [start(place, command, devices=1) for command in words]
+    return [start(place, command, devices=2) for command in words]
 
 
 def last_line(error: str, process: int) -> str:

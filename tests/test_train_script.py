@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,11 +11,14 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import train
 from opt_jax import OPTConfig, OPTForCausalLM, OPTTokenizer
+from opt_jax.training.checkpoints import Checkpoints
+from opt_jax.training.step import TrainState
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(train.__file__).parent
@@ -132,6 +136,51 @@ def test_killed_and_started_again_it_goes_on_bitwise(options, uninterrupted, tmp
     assert done.returncode == 0, done.stderr
     assert f"steps 0 to {STEPS}" not in done.stdout  # it resumed
     same(metrics(output), metrics(uninterrupted[0]))
+
+
+def test_keeps_checkpoints_by_count_by_steps_and_by_minutes(options, tmp_path):
+    kept = lambda: sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())  # noqa: E731
+    options = options | dict(checkpoint_every=1000, eval_every=1000)
+    run(options, tmp_path / "run", stop_after=5, checkpoint_minutes=1e-6, keep_checkpoints=3)
+    assert kept() == [3, 4, 5]  # one at each step
+    run(options, tmp_path / "run", stop_after=4, checkpoint_minutes=1000.0, keep_checkpoints=1, keep_every=4)
+    assert kept() == [4, 8, 9]
+
+
+def test_keeps_the_best_model(options, tmp_path):
+    options = options | dict(steps=8, learning_rate=0.3, warmup_steps=2, eval_every=1, keep_every=1)
+    lines = run(options, tmp_path / "run", stop_after=6)
+    best = min(lines, key=lambda line: line["val_loss"])["step"]
+    assert best < 6  # such a rate spoils it again
+    assert [path.name for path in (tmp_path / "run" / "best").iterdir()] == [str(best)]
+    ours, theirs = (OPTForCausalLM.from_pretrained(tmp_path / "run" / name) for name in ("best", f"checkpoints/{best}"))
+    assert ours.config.dropout == 0.1
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert OPTTokenizer.from_pretrained(tmp_path / "run" / "tokenizer").bos_token_id == 2
+    # Killed between a checkpoint and the copy of it: the next start makes up for it.
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        if int(path.name) > best:
+            shutil.rmtree(path)
+    shutil.rmtree(tmp_path / "run" / "best" / str(best))
+    run(options, tmp_path / "run", stop_after=1)
+    assert [path.name for path in (tmp_path / "run" / "best").iterdir()] == [str(best)]
+
+
+def test_a_checkpoint_is_what_was_saved_though_training_goes_on(tmp_path):
+    """The state is donated to the next step at once, while it is still being written."""
+    make = jax.jit(lambda: TrainState(jnp.int32(3), {"w": jnp.arange(5e6)}, {"m": jnp.ones(5)}, jnp.bool(False)))
+    step = jax.jit(lambda state: jax.tree.map(lambda x: x * 0, state), donate_argnums=0)
+    state = make()
+    with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        for number in (3, 4):
+            checkpoints.save(number, state)
+            state = step(state)
+    shardings = jax.tree.map(lambda x: x.sharding, make())
+    with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        for number, scale in ((3, 1), (4, 0)):
+            restored = checkpoints.restore(number, jax.eval_shape(make), shardings)
+            jax.tree.map(np.testing.assert_array_equal, restored, jax.tree.map(lambda x, s=scale: x * s, make()))
 
 
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")

@@ -88,6 +88,12 @@ class Checkpoints:
         self._manager.wait_until_finished()
         self._manager.close()
 
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
 
 def _items(state: TrainState) -> dict[str, dict[str, Any]]:
     """The state as two flat dictionaries, name -> array."""

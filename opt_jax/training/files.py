@@ -11,6 +11,23 @@ def is_remote(path: epath.Path) -> bool:
     return "://" in str(path)
 
 
+def run_directory(name: str) -> epath.Path:
+    """
+    Raises:
+      ValueError: a kind of place that epath does not know, or that needs a package which is not installed.
+    """
+    scheme, remote, _ = name.partition("://")
+    if not remote:
+        return epath.Path(name)
+    try:
+        path = epath.Path(name)
+        path.exists()
+    except (ImportError, KeyError, ValueError) as e:
+        hint = ": pip install gcsfs" if scheme == "gs" else ""
+        raise ValueError(f"--output {name}: {scheme}:// cannot be used here ({e}){hint}") from None
+    return path
+
+
 def write_text(path: epath.Path, text: str) -> None:
     """The whole file or, killed in between, the old one."""
     if is_remote(path):  # an object appears when it is complete
