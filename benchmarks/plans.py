@@ -1,6 +1,6 @@
 """`train.py --plan` of the nine sizes, each on slices of TPU v5e, v5p and v6e: the tables of docs/scaling.md.
 
-Run: `.venv/bin/python -m benchmarks.plans [SIZE ...] [--generations v5p]`, on any Linux machine with libtpu; minutes for
+Run: `.venv/bin/python -m benchmarks.plans [SIZE ...] [--generations v5p]`, on a Linux machine with libtpu; minutes for
 each plan. With the paper's batch, sequences of 2048, full rematerialisation, bfloat16 gradients, no dropout.
 """
 

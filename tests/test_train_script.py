@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -169,7 +170,8 @@ def test_keeps_the_best_model(options, tmp_path):
 
 def test_a_checkpoint_is_what_was_saved_though_training_goes_on(tmp_path):
     """The state is donated to the next step at once, while it is still being written."""
-    make = jax.jit(lambda: TrainState(jnp.int32(3), {"w": jnp.arange(5e6)}, {"m": jnp.ones(5)}, jnp.bool(False)))
+    model: Any = {"w": jnp.arange(5e6)}
+    make = jax.jit(lambda: TrainState(jnp.int32(3), model, {"m": jnp.ones(5)}, jnp.bool(False)))
     step = jax.jit(lambda state: jax.tree.map(lambda x: x * 0, state), donate_argnums=0)
     state = make()
     with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
