@@ -61,7 +61,7 @@ def theirs(config: OPTConfig, batch: np.ndarray, dtype: str) -> tuple[Step, Memo
 
     device = "cpu" if jax.default_backend() == "cpu" else "cuda"
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as XLA has it by default; on a CPU it changes nothing
-    hf_config = transformers.OPTConfig(**config.to_hf(), attn_implementation="sdpa")
+    hf_config = transformers.OPTConfig(**config.to_hf())  # its attention is SDPA, if nobody says otherwise
     with torch.device(device):
         model = transformers.OPTForCausalLM(hf_config).train()
     optimizer = torch.optim.AdamW(
