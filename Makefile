@@ -1,6 +1,8 @@
 # Needs make and a Python >= 3.11; `make install PYTHON=/path/to/python` chooses another one than .ci/find-python would.
 PYTHON ?= $(shell .ci/find-python default)
 LATEST_PYTHON ?= $(shell .ci/find-python newest)
+# A test process takes 2 to 4 GB, and compiles on one core.
+PARALLEL = -n 2 --dist loadfile
 # Twice quiet: errors only.
 PIP_INSTALL = -m pip install -qq --disable-pip-version-check
 # Compiles for TPUs without having one; exists for Linux on x86 only. The test that wants it skips elsewhere.
@@ -20,9 +22,9 @@ install: .venv/.installed
 demo: .venv/.installed
 	.venv/bin/python examples/demo.py
 test: lint $(addprefix .venv/,$(LIBTPU))
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest $(PARALLEL)
 test-latest: .venv-latest/.installed-test $(addprefix .venv-latest/,$(LIBTPU))
-	.venv-latest/bin/python -m pytest
+	.venv-latest/bin/python -m pytest $(PARALLEL)
 lint: .venv/.installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .

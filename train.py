@@ -6,36 +6,63 @@ started again with the same command, a run goes on from its last checkpoint, bit
 
 import dataclasses
 import json
-import os
 import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import tyro
+from etils import epath
 
-from opt_jax import OPTForCausalLM, OPTTokenizer, stack_layers
+from opt_jax import OPTForCausalLM, OPTTokenizer, distributed, stack_layers
+from opt_jax.attention import choose_attention
 from opt_jax.sharding import make_mesh, use_mesh
-from opt_jax.training import data
-from opt_jax.training.checkpoints import Checkpoints
-from opt_jax.training.metrics import Metrics, cut_back
+from opt_jax.training import data, loggers, plan
+from opt_jax.training.checkpoints import Checkpoints, Due, Termination
+from opt_jax.training.files import is_remote, write_text
+from opt_jax.training.flops import flops_per_token, peak_flops
+from opt_jax.training.metrics import Metrics, best_validation, cut_back, machine
+from opt_jax.training.nonfinite import kept_before_nonfinite
 from opt_jax.training.optimizer import make_optimizer, make_schedule
-from opt_jax.training.options import Options, check_options, compare_with_first_start, model_config
-from opt_jax.training.step import batch_loss, make_train_step, new_model, new_state, place_batch, state_shardings
+from opt_jax.training.options import (
+    Options,
+    check_options,
+    compare_with_first_start,
+    make_deterministic,
+    model_config,
+    parse_options,
+    profiled_steps,
+)
+from opt_jax.training.step import (
+    make_eval_step,
+    make_train_step,
+    new_model,
+    new_state,
+    place_batch,
+    state_shardings,
+)
 
 
 def main(options: Options) -> None:
     check_options(options)
+    # Three things that must be said before JAX looks for devices.
+    if options.deterministic:
+        make_deterministic()
+    absent = plan.topology_devices(options.topology) if options.topology else None  # --plan: TPUs that are not here
+    distributed.start(
+        "off" if options.plan else options.distributed, options.coordinator_address, options.num_processes,
+        options.process_id, options.heartbeat_seconds, options.hang_minutes,
+    )  # fmt: skip
+    common = dataclasses.asdict(options) | {"process_id": None}  # what must be the same on all processes
+    distributed.check_same({f"--{k.replace('_', '-')}": v for k, v in common.items()})
+    distributed.check_same_code(__file__)
     is_main = jax.process_index() == 0  # writes the run directory, alone
     say = partial(print, flush=True) if is_main else lambda *_: None
 
     # -----------------------------------------------------------------------------------------------------------------
-    # Run directory: resume, or start
+    # Devices and model
     # -----------------------------------------------------------------------------------------------------------------
 
-    output = Path(options.output)
-    mesh = make_mesh(options.mesh)
+    mesh = make_mesh(options.mesh, absent, dcn=options.dcn_mesh)
     platform = mesh.devices.flat[0].platform
     config, start = model_config(options)
     seq_len = options.seq_len or config.max_position_embeddings
@@ -51,15 +78,45 @@ def main(options: Options) -> None:
             f"mesh's data x fsdp = {rows_over}"
         )
 
+    # -----------------------------------------------------------------------------------------------------------------
+    # The step, and what it is for
+    # -----------------------------------------------------------------------------------------------------------------
+
+    schedule = make_schedule(
+        peak=options.learning_rate, warmup_steps=options.warmup_steps, steps=options.steps, final=options.final_lr
+    )
+    optimizer = make_optimizer(
+        schedule, weight_decay=options.weight_decay, clip_norm=options.clip_norm, betas=options.betas
+    )
+    attention = choose_attention(options.attention, platform, config.head_dim, dtype, config.attention_dropout)
+    compute = dict(attn_implementation=attention, remat=options.remat, grad_dtype=options.grad_dtype)
+    begin = lambda: new_state(new_model(config, options.seed, dtype, **compute), optimizer)  # noqa: E731
+    abstract = jax.eval_shape(begin)
+    shardings = state_shardings(abstract, mesh)
+    train_step = make_train_step(optimizer, schedule, config, options.seed, shardings, mesh, options.skip_nonfinite)
+    if options.plan:
+        with use_mesh(mesh):
+            found = plan.make_plan(train_step, abstract, shardings, mesh, config, options, seq_len)
+        plan.report(found, options.plan_output)
+        return
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Run directory: resume, or start
+    # -----------------------------------------------------------------------------------------------------------------
+
+    output = epath.Path(options.output)
     record = {
-        "options": dataclasses.asdict(options) | {"seq_len": seq_len, "dtype": dtype},
+        "options": common | {"seq_len": seq_len, "dtype": dtype},
         "model": config.to_hf(),
     }
-    resuming = (output / "run.json").exists()
+    distributed.check_same(record)
+    look = lambda: [(output / name).exists() for name in ("run.json", "model/config.json")]  # noqa: E731
+    resuming, finished = json.loads(distributed.from_first(lambda: json.dumps(look()).encode()))
     compare_with_first_start(output / "run.json", record)
-    if resuming and (output / "model").exists():
+    if resuming and finished:
         say(f"{output} is finished: {options.steps} steps. Try it: opt-jax generate --model {output}")
         return
+    say(machine(mesh))
 
     # -----------------------------------------------------------------------------------------------------------------
     # Data: documents -> tokenizer -> windows
@@ -67,14 +124,19 @@ def main(options: Options) -> None:
 
     files = data.find_files(options.data) if options.data else data.stdlib_files()
     training, held_out = data.split_documents(data.read_documents(files))
-    if resuming:
-        tokenizer = OPTTokenizer.from_pretrained(output / "tokenizer")
-    elif options.tokenizer or start:
-        tokenizer = OPTTokenizer.from_pretrained(options.tokenizer or str(start))
-    else:
+
+    def choose_tokenizer() -> OPTTokenizer:
+        if resuming:
+            return data.read_tokenizer(output / "tokenizer")
+        if options.tokenizer or start:
+            return OPTTokenizer.from_pretrained(options.tokenizer or str(start))
         size = options.vocab_size or config.vocab_size
         say(f"training a tokenizer of {size} entries on {sum(map(len, training)) / 1e6:.1f}M characters")
-        tokenizer = data.train_tokenizer(training, size)
+        return data.train_tokenizer(training, size)
+
+    # The one of process 0, on all of them.
+    tokenizer = distributed.from_first(lambda: data.tokenizer_to_bytes(choose_tokenizer()))
+    tokenizer = data.tokenizer_from_bytes(tokenizer)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} entries, but the model's vocabulary ends at {config.vocab_size}: "
@@ -87,6 +149,7 @@ def main(options: Options) -> None:
         validation = data.Windows(held_out_tokens, seq_len, options.batch_size)
 
     record["data"] = {"tokens": len(tokens), "fingerprint": data.fingerprint(tokens)}
+    distributed.check_same(record["data"])
     compare_with_first_start(output / "run.json", record)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -97,23 +160,20 @@ def main(options: Options) -> None:
         output.mkdir(parents=True, exist_ok=True)
         if not resuming:
             data.save_tokenizer(tokenizer, output / "tokenizer")
-        temporary = output / "run.json.tmp"
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, output / "run.json")
-    checkpoints = Checkpoints(output / "checkpoints", options.keep_checkpoints)
+        write_text(output / "run.json", json.dumps(record, indent=2) + "\n")
+    distributed.check_shared(output / "run.json")
+    checkpoints = Checkpoints(output / "checkpoints", options.keep_checkpoints, options.keep_every)
+    best = Checkpoints(output / "best", keep=1)  # the parameters alone, of the step with the lowest val_loss
     first = checkpoints.latest_step() or 0
     if is_main:
         cut_back(output / "metrics.jsonl", first)
+    seen = distributed.from_first(lambda: json.dumps(best_validation(output / "metrics.jsonl")).encode())
+    best_step, best_loss = json.loads(seen)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Mesh and state: restored, or begun, straight into their shards
     # -----------------------------------------------------------------------------------------------------------------
 
-    schedule = make_schedule(peak=options.learning_rate, warmup_steps=options.warmup_steps, steps=options.steps)
-    optimizer = make_optimizer(schedule, weight_decay=options.weight_decay, clip_norm=options.clip_norm)
-    begin = lambda: new_state(new_model(config, options.seed, dtype), optimizer)  # noqa: E731
-    abstract = jax.eval_shape(begin)
-    shardings = state_shardings(abstract, mesh)
     if first:
         state = checkpoints.restore(first, abstract, shardings)
     elif start:
@@ -123,9 +183,10 @@ def main(options: Options) -> None:
         state = jax.jit(partial(new_state, optimizer=optimizer), out_shardings=shardings)(model)
     else:
         state = jax.jit(begin, out_shardings=shardings)()
+    if first and best_step == first:  # it may have been killed between the checkpoint and its copy
+        best.save_model(first, state)
 
-    train_step = make_train_step(optimizer, schedule, config, options.seed, shardings, mesh)
-    eval_step = jax.jit(lambda model, batch: batch_loss(model, jax.tree.map(lambda x: x[0], batch)))
+    eval_step = make_eval_step(shardings.model, mesh)
     place = partial(place_batch, batch_size=options.batch_size, mesh=mesh)
 
     def validate() -> float | None:
@@ -137,8 +198,8 @@ def main(options: Options) -> None:
         return float(sum(sums) / sum(counts))
 
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.model))
-    devices = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    say(f"model: {options.model}, {parameters:,} parameters, computing in {dtype}; {platform} mesh {devices}")
+    recipe = f" (recipe {options.recipe})" if options.recipe else ""
+    say(f"model: {options.model}{recipe}, {parameters:,} parameters, computing in {dtype}, attention: {attention}")
     say(f"data: {len(files)} files, {len(tokens):,} tokens to train on, {len(held_out_tokens):,} held out")
     say(f"run: {output}, steps {first} to {options.steps}, {options.batch_size} x {seq_len} tokens each")
     if validation is None:
@@ -149,29 +210,60 @@ def main(options: Options) -> None:
     # -----------------------------------------------------------------------------------------------------------------
 
     last = options.steps if options.stop_after is None else min(options.steps, first + options.stop_after)
+    tokens_per_step, device = options.batch_size * seq_len, mesh.devices.flat[0]
+    if (peak := peak_flops(device)) is None:
+        say(f"no MFU: the peak of {device.device_kind!r} is not in opt_jax/training/flops.py")
+    also = []
+    if is_main and options.tensorboard:
+        also.append(loggers.TensorBoard(output / "tensorboard", first))
+    if is_main and options.wandb:
+        also.append(loggers.WandB(options.wandb, output, record))
     metrics = Metrics(
         output / "metrics.jsonl" if is_main else None,
-        start=first, steps=options.steps, tokens_per_step=options.batch_size * seq_len, log_every=options.log_every,
+        start=first, steps=options.steps, tokens_per_step=tokens_per_step, log_every=options.log_every,
+        flops_per_step=flops_per_token(config, parameters, seq_len) * tokens_per_step,
+        peak_flops=peak and peak * mesh.size, batch_rows=lambda step: windows.starts(step - 1),
+        skip_nonfinite=options.skip_nonfinite, loggers=also, memory_of=mesh.local_devices,
     )  # fmt: skip
-    with use_mesh(mesh), metrics, jax.transfer_guard("disallow"):
+    trace = loggers.Trace(profiled_steps(options.profile), output / "profile", first, last, say)
+    kept = kept_before_nonfinite(checkpoints, lambda: state, shardings)
+    due = Due(options.checkpoint_every, options.checkpoint_minutes, options.keep_every, first)
+    distributed.reached(f"step {first + 1}")
+    with Termination() as termination, kept, use_mesh(mesh), metrics, trace, jax.transfer_guard("disallow"):
+        step, stopping = first, False
         pending = None  # the numbers of a step are fetched when the next one is already under way
         for step in range(first + 1, last + 1):
             batch = place(partial(windows.batch, step - 1), accumulate=options.accumulate)
+            trace.before(step)
             state, measured = train_step(state, batch)
+            trace.after(step, measured)
             if pending is not None:
                 metrics.record(*pending)
             pending = (step, measured)
+            distributed.reached(f"step {step + 1}")
 
+            stopping = termination.asked(step)
             evaluate = step % options.eval_every == 0 or step == options.steps
-            save = step % options.checkpoint_every == 0 or step == last
+            save = due(step) or step == last or stopping
             if evaluate or save:  # the metrics of a checkpoint's step are on disk before the checkpoint
-                metrics.record(*pending, val_loss=validate if evaluate else None)
+                val_loss = metrics.record(*pending, val_loss=validate if evaluate else None)
                 pending = None
+                if val_loss is not None and (best_loss is None or val_loss < best_loss):
+                    best_loss = val_loss
+                    best.save_model(step, state)
             if save:
+                metrics.flush()
                 checkpoints.save(step, state)
+                due.saved()
             if evaluate or save:
                 metrics.pause()
+            if stopping:
+                break
+    best.close()
     checkpoints.close()
+    if stopping and step < options.steps:
+        say(f"SIGTERM: stopped after step {step} of {options.steps}, and saved it: the same command goes on from there")
+        sys.exit(distributed.PREEMPTED)
     if last < options.steps:
         say(f"stopped after step {last} of {options.steps}, as asked: the same command goes on from there")
         return
@@ -180,8 +272,9 @@ def main(options: Options) -> None:
     # Export, and a first sample
     # -----------------------------------------------------------------------------------------------------------------
 
-    if is_main:
-        state.model.save_pretrained(output / "model", tokenizer=tokenizer)
+    state = dataclasses.replace(state, opt_state=None)  # its memory may be needed
+    state.model.save_pretrained(output / "model", tokenizer=tokenizer)
+    if jax.process_count() == 1 and not is_remote(output):
         model = OPTForCausalLM.from_pretrained(output / "model")
         prompt = held_out_tokens[
             None, : min(12, seq_len // 2)
@@ -191,12 +284,10 @@ def main(options: Options) -> None:
         beginning, continuation = (tokenizer.decode(row) for row in (prompt[0, 1:], sample[0][prompt.shape[1] :]))
         say(f"\na sample: {output / 'model'} goes on from {beginning!r}\n\n{beginning}{continuation}\n")
         say(f"more of it: opt-jax generate --model {output} 'def '")
+    else:
+        say(f"finished: the model is in {output / 'model'}")
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options))
-    except (ValueError, OSError) as error:
-        sys.exit(f"train.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted: the same command goes on from the last checkpoint")
+    with distributed.last_words("train.py"):
+        main(parse_options())

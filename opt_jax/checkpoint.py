@@ -8,10 +8,10 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import jax
@@ -43,7 +43,7 @@ def copy_companions(sources: Iterable[Path], destination: Path) -> None:
     for name in hub.COMPANION_FILES:
         for source in sources:
             if (source / name).is_file() and not (destination / name).exists():
-                shutil.copyfile(source / name, destination / name)
+                (destination / name).write_bytes((source / name).read_bytes())
 
 
 def save_pretrained(
@@ -51,7 +51,8 @@ def save_pretrained(
 ) -> None:
     """Write the model, stacked or not, to a self-contained directory that `load_pretrained` reads.
 
-    `directory` appears complete or not at all. Parameters keep their dtype.
+    `directory` appears complete or not at all. Parameters keep their dtype. In a `jax.distributed` job all processes
+    must call this together, with a directory that they share: each writes its part.
 
     Args:
       overwrite: replace a model directory that is there.
@@ -59,13 +60,13 @@ def save_pretrained(
 
     Raises:
       FileExistsError: `directory` exists (see `overwrite`), or is something other than a model directory.
-      ValueError: an abstract model (`nnx.eval_shape`), one spread over several processes, or a quantised one.
+      ValueError: an abstract model (`nnx.eval_shape`), or a quantised one.
     """
-    arrays: dict[str, LazyArray] = {}
+    arrays: dict[str, LazyArray | jax.Array] = {}
     for path, param in named_parameters(model).items():
         value = param.get_value()
-        if not isinstance(value, jax.Array) or not value.is_fully_addressable:
-            raise ValueError(f"cannot save parameter {path}: it is not an array that this process holds in full")
+        if not isinstance(value, jax.Array):
+            raise ValueError(f"cannot save parameter {path}: it is not an array, but abstract")
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(f"cannot save parameter {path}: it is {value.dtype}; save the model that was quantized")
         if re.search(r"\.layers\.\D", path):  # stacked: written layer by layer
@@ -75,19 +76,30 @@ def save_pretrained(
             arrays[path] = _lazy(value)
     config = model.config.to_hf() | {"architectures": [type(model).__name__]}
     config = set_dtype(config, str(arrays[_EMBEDDING].dtype))
-    with new_directory(directory, overwrite) as new:
-        write_arrays(new / "params", arrays)
-        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def write_small_files(new: Path) -> None:
         if model.name_or_path is not None and Path(model.name_or_path).is_dir():
             copy_companions(hub.companion_directories(Path(model.name_or_path)), new)
         if tokenizer is not None:
             for name in hub.TOKENIZER_FILES:
                 (new / name).unlink(missing_ok=True)
-            tokenizer.save_pretrained(new)
+            with TemporaryDirectory() as files:
+                tokenizer.save_pretrained(Path(files))
+                copy_companions([Path(files)], new)
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    with new_directory(directory, overwrite) as new:
+        write_arrays(new / "params", arrays)
+        on_first_process(lambda: write_small_files(new))
 
 
-def _lazy(value: jax.Array, *layer: int) -> LazyArray:
-    """The array, or one layer of it. (`dynamic_slice` compiles once for all indices and leaves no copy on the host.)"""
+def _lazy(value: jax.Array, *layer: int) -> LazyArray | jax.Array:
+    """The array, or one layer of it. (`dynamic_slice` compiles once for all indices and leaves no copy on the host.)
+
+    Of an array spread over several processes each can only read its own parts, which Orbax knows how to share out.
+    """
+    if not value.is_fully_addressable:
+        return jax.lax.dynamic_index_in_dim(value, layer[0], keepdims=False) if layer else value
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         sizes = [1] * len(layer) + [s.stop - s.start for s in index]

@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -71,7 +72,29 @@ def generate(
         _print("\n")
 
 
-COMMANDS = {"generate": generate}
+def plot(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")] = (),
+    /,
+    *,
+    output: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None,
+) -> None:
+    """Draw loss, learning rate, gradient norm and tokens/s of training runs.
+
+    Args:
+      runs: Directories of train.py's runs, drawn into one picture.
+      output: The picture, a PNG. None: curves.png in the (first) run's directory.
+    """
+    if not runs:
+        raise ValueError("no run: name its directory, as in opt-jax plot runs/small")
+
+    from opt_jax.plot import plot_runs
+
+    output = runs[0] / "curves.png" if output is None else output
+    plot_runs(runs, output)
+    _print(f"{output}\n")
+
+
+COMMANDS = {"generate": generate, "plot": plot}
 
 
 def main(args: Sequence[str] | None = None) -> int:

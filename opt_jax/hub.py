@@ -15,6 +15,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 # What travels with a model's weights, besides config.json.
 COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
+_STEPS = ("checkpoints", "best")  # in a run directory of train.py: directories of checkpoints, named by their steps
 
 
 def resolve(
@@ -29,8 +30,8 @@ def resolve(
 
     Args:
       name: "tiny", the model inside this package; a directory (in a run directory of train.py: its exported `model`, or
-        the newest checkpoint while there is none); else the id of a repository on the Hugging Face hub, which is
-        downloaded, or taken from the cache.
+        the newest checkpoint while there is none; RUN/best and RUN/checkpoints: the newest in it); else the id of a
+        repository on the Hugging Face hub, which is downloaded, or taken from the cache.
       revision: branch, tag or commit of a hub id.
       cache_dir: where downloads are kept; default: Hugging Face's cache.
       local_files_only: never download.
@@ -60,12 +61,14 @@ def _in_run(path: Path) -> Path:
     """The model of a run directory of train.py; any other directory stands for itself."""
     if (path / "model" / "config.json").is_file():
         return path / "model"
-    if not (path / "run.json").is_file() or (path / "config.json").is_file():
+    if (path / "run.json").is_file() and not (path / "config.json").is_file():
+        path = path / "checkpoints"
+    elif not (path.name in _STEPS and (path.absolute().parent / "run.json").is_file()):
         return path
     # Other names are Orbax's temporary ones: checkpoints that were never finished.
-    steps = [step for step in path.glob("checkpoints/*") if re.fullmatch("[0-9]+", step.name) and is_orbax(step)]
+    steps = [step for step in path.glob("*") if re.fullmatch("[0-9]+", step.name) and is_orbax(step)]
     if not steps:
-        raise FileNotFoundError(f"{path} is a training run without a checkpoint yet: none in {path / 'checkpoints'}")
+        raise FileNotFoundError(f"{path.parent} is a training run without a checkpoint yet: none in {path}")
     return max(steps, key=lambda step: int(step.name))
 
 
@@ -88,10 +91,10 @@ def is_model_file(name: str) -> bool:
 
 
 def _run_of(directory: str | os.PathLike) -> Path | None:
-    """The run directory of train.py if `directory` is one of its checkpoints, `RUN/checkpoints/<step>`, else None."""
+    """The run directory of train.py if `directory` is one of its checkpoints (`RUN/checkpoints/<step>`), else None."""
     path = Path(os.path.abspath(directory))
     run = path.parent.parent
-    inside = path.parent.name == "checkpoints" and (run / "run.json").is_file()
+    inside = path.parent.name in _STEPS and (run / "run.json").is_file()
     return run if inside and not (path / "config.json").is_file() else None
 
 

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from etils import epath
 from jax.experimental import multihost_utils
 
 from opt_jax import hub
@@ -163,7 +164,9 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
 
 
 def write_arrays(
-    directory: Path, arrays: Mapping[str, LazyArray], progress: Callable[[str, int], None] = lambda name, nbytes: None
+    directory: Path,
+    arrays: Mapping[str, LazyArray | jax.Array],
+    progress: Callable[[str, int], None] = lambda name, nbytes: None,
 ) -> None:
     """Write arrays, dotted path -> array, as an Orbax pytree to the new `directory`.
 
@@ -242,6 +245,11 @@ def new_directory(
       FileExistsError: `path` exists and `overwrite` is false, or it is not `replaceable`; or another process is
         writing it now.
     """
+    if "://" in os.fspath(path):
+        on_first_process(lambda: _clear_remote(epath.Path(path), overwrite))
+        yield epath.Path(path)  # type: ignore[reportReturnType]
+        agree(None)
+        return
     path = Path(os.path.realpath(path))
     new, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
     locks: list[int] = []
@@ -275,6 +283,19 @@ def new_directory(
             shutil.rmtree(new, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
             os.close(locks[0])
+
+
+def _clear_remote(path: epath.Path, overwrite: bool) -> None:
+    """Object stores rename no directories: a model there is complete once it has its config.json, written last."""
+    names = [entry.name for entry in path.iterdir()] if path.exists() else []
+    if foreign := [name for name in names if not hub.is_model_file(name.partition(".orbax-checkpoint-tmp")[0])]:
+        raise FileExistsError(f"{path} holds {foreign[0]}, which is no part of a model: choose another name")
+    if "config.json" in names:
+        if not overwrite:
+            raise FileExistsError(f"{path} exists already: choose another name, or pass overwrite=True (--overwrite)")
+        (path / "config.json").unlink()
+    if names:
+        path.rmtree()
 
 
 def _lock_directory(path: Path) -> int:

@@ -1,83 +1,30 @@
-"""Reads what XLA has compiled, for a CPU or a TPU: the text of optimized HLO.
+"""Questions of the tests to a compiled program (see `opt_jax.hlo`): what it copies, reads and updates in place.
 
 What `Program` finds is what costs memory traffic: arrays that a computation writes out. Within a fusion nothing is.
 """
 
-import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-COLLECTIVES = {"all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"}
-_BITS = {"pred": 8, "bf16": 16}  # the others end with their number of bits: f32, s8, u16
+from opt_jax import hlo
+from opt_jax.hlo import Instruction
+
 _FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "opt-barrier"}
 _SAME_ARRAY = {"bitcast", "copy-start", "copy-done", "async-start", "async-done", "slice-start", "slice-done"}
 
 
-@dataclass(frozen=True)
-class Instruction:
-    name: str
-    shape: str  # as printed; "(f32[2,3]{1,0}, s32[])" for several arrays
-    op: str
-    arguments: str  # "(%a, %b)"
-    attributes: str
-    is_root: bool
-
-    @cached_property
-    def operands(self) -> list[str]:
-        return re.findall(r"%([\w.\-]+)", self.arguments)
-
-    @cached_property
-    def arrays(self) -> list[tuple[str, int]]:
-        """(dtype and shape as in "f32[2,3]", bytes) of each array of the result."""
-        found = [(dtype, dims) for dtype, dims in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", self.shape)]
-        sizes = [math.prod(int(n) for n in dims.split(",") if n) * _bytes(dtype) for dtype, dims in found]
-        return [(f"{dtype}[{dims}]", size) for (dtype, dims), size in zip(found, sizes, strict=True)]
-
-    @cached_property
-    def called(self) -> dict[str, str]:
-        """Computations by role: calls, to_apply, body, condition, branch 0, branch 1, ..."""
-        roles = "calls|to_apply|body|condition|true_computation|false_computation"
-        named = dict(re.findall(rf"\b({roles})=%?([\w.\-]+)", self.attributes))
-        branches = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
-        names = re.findall(r"[\w.\-]+", branches[1]) if branches else []
-        return named | {f"branch {i}": name for i, name in enumerate(names)}
-
-    @property
-    def is_prefetch(self) -> bool:
-        """Of a TPU: a copy from HBM to the memory beside the processor (S(1)), the one place where arrays are read."""
-        return "S(1)" in self.shape and self.op in {
-            "copy-start",
-            "copy-done",
-            "slice-start",
-            "slice-done",
-            "custom-call",
-        }
+def _is_prefetch(instruction: Instruction) -> bool:
+    """Of a TPU: a copy from HBM to the memory beside the processor (S(1)), the one place where arrays are read."""
+    copies = {"copy-start", "copy-done", "slice-start", "slice-done", "custom-call"}
+    return "S(1)" in instruction.shape and instruction.op in copies
 
 
-def _bytes(dtype: str) -> int:
-    digits = re.search(r"\d+$", dtype)
-    return math.ceil((_BITS.get(dtype) or (int(digits[0]) if digits else 0)) / 8)
-
-
-class Program:
-    """The computations of a module by name, each a dict of instructions by name in the order of execution."""
-
+class Program(hlo.Program):
     def __init__(self, text: str):
-        self.computations: dict[str, dict[str, Instruction]] = {}
-        self.entry = current = ""
+        super().__init__(text)
         aliases = re.findall(r"\{[\d, ]*\}: \((\d+), \{[\d, ]*\}, (?:may|must)-alias\)", text.partition("\n")[0])
         self._aliased = {f"({number})" for number in aliases}
-        for line in text.splitlines():
-            line = re.sub(r"/\*.*?\*/", "", line)
-            if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-                current = header[2]
-                self.computations[current] = {}
-                self.entry = current if header[1] else self.entry
-            elif current and (instruction := _parse(line)):
-                self.computations[current][instruction.name] = instruction
 
     @classmethod
     def compiled(cls, lowered: Any) -> "Program":
@@ -104,7 +51,7 @@ class Program:
         """What writes an array of at least so many bytes anew: not in place, and not as the one read of a prefetch."""
         return [
             i for i in self.written_out(computation)
-            if i.op not in _FREE and not i.is_prefetch
+            if i.op not in _FREE and not _is_prefetch(i)
             and any(size >= least and not kept for (_, size), kept in zip(i.arrays, self._in_place(i), strict=True))
         ]  # fmt: skip
 
@@ -126,7 +73,7 @@ class Program:
         users = []
         for user in self.computations[body].values():
             if name in user.operands:
-                if user.op in _SAME_ARRAY or user.is_prefetch:
+                if user.op in _SAME_ARRAY or _is_prefetch(user):
                     users += self._users(body, user.name)
                 elif user.op != "tuple":
                     users.append(user)
@@ -160,25 +107,3 @@ class Program:
 def _through_bitcasts(computation: dict[str, Instruction], name: str) -> Instruction:
     instruction = computation[name]
     return _through_bitcasts(computation, instruction.operands[0]) if instruction.op == "bitcast" else instruction
-
-
-def _parse(line: str) -> Instruction | None:
-    start = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
-    if start is None:
-        return None
-    rest = line[start.end() :]
-    end = _close(rest, 0) if rest.startswith("(") else rest.find(" ")
-    shape, rest = rest[:end], rest[end:].strip()
-    opening = rest.find("(")
-    end = _close(rest, opening)
-    return Instruction(start[2], shape, rest[:opening], rest[opening:end], rest[end:], bool(start[1]))
-
-
-def _close(text: str, opening: int) -> int:
-    """Just past the bracket that closes the one at `opening`."""
-    depth = 0
-    for i in range(opening, len(text)):
-        depth += (text[i] in "([{") - (text[i] in ")]}")
-        if depth == 0:
-            return i + 1
-    return len(text)

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from decode_loop import CONFIG, LAYERS, arguments, make_model
-from hlo import COLLECTIVES, Instruction, Program
+from hlo import Program
 from jax import lax
 
 from opt_jax import beams, decode
+from opt_jax.hlo import COLLECTIVES, Instruction
 from opt_jax.sharding import make_mesh, use_mesh
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -59,7 +59,8 @@ def command_line(options, output, **changes):
 
 def same(ours, theirs):
     """Equal in everything but the time taken."""
-    timeless = lambda lines: [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]  # noqa: E731
+    of_time = {"tokens_per_s", "step_seconds", "mfu", "memory_bytes"}
+    timeless = lambda lines: [{k: v for k, v in line.items() if k not in of_time} for line in lines]  # noqa: E731
     assert timeless(ours) == timeless(theirs)
 
 
@@ -87,7 +88,8 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     output, printed = uninterrupted
     lines = metrics(output)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    assert all({"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s"} <= set(line) for line in lines)
+    names = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "step_seconds"}
+    assert all(names <= set(line) for line in lines)
     assert [line["step"] for line in lines if "val_loss" in line] == [10, 20, 30, 40]
     assert lines[-1]["val_loss"] < lines[0]["loss"] and lines[-1]["tokens"] == STEPS * 8 * 32
     record = json.loads((output / "run.json").read_text())
@@ -99,6 +101,9 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     out = model(tokenizer("def self return x", return_tensors="np").input_ids)
     assert np.isfinite(np.asarray(out.logits)).all()
     assert f"opt-jax generate --model {output}" in printed and "a sample: " in printed
+    first = printed.splitlines()[0]
+    assert f"jax {jax.__version__}, " in first and "1 process, 1 x " in first
+    assert first.endswith("mesh data=1 x fsdp=1 x tensor=1")
 
 
 def test_a_finished_run_says_so(options, uninterrupted, capsys):
@@ -190,6 +195,10 @@ def test_starts_from_a_checkpoint_with_its_tokenizer(options, uninterrupted, tmp
         (dict(warmup_steps=-1), "--warmup-steps -1: must not be negative"),
         (dict(seq_len=64), "--seq-len 64: the model has 32 positions"),
         (dict(batch_size=6, mesh="data=-1"), "--batch-size 6 does not divide over the mesh's data x fsdp = 8"),
+        (dict(final_lr=1.5), "--final-lr 1.5: must be a share of the peak, from 0 to 1"),
+        (dict(betas=(0.9, 1.0)), "--betas 0.9 1.0: must be at least 0 and below 1"),
+        (dict(profile="13:10"), "--profile 13:10: needs the first and the last step to trace, as in 10:13"),
+        (dict(profile="0:3"), "--profile 0:3: needs"),
         (dict(mesh="rows=2"), "unknown axis 'rows'"),
         (dict(dropout=1.5), "dropout=1.5 must be a probability"),
         (dict(vocab_size=100), "a vocabulary of 100 does not hold"),

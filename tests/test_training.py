@@ -237,7 +237,8 @@ def test_the_step_donates_its_state_and_reports():
     with use_mesh(run.mesh):
         run.state, metrics = run.step(before, run.batch(0))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
-    assert set(metrics) == {"loss", "grad_norm", "lr"} and all(m.dtype == jnp.float32 for m in metrics.values())
+    assert set(metrics) == {"loss", "grad_norm", "lr", "skipped"} and not metrics["skipped"]
+    assert all(metrics[name].dtype == jnp.float32 for name in ("loss", "grad_norm", "lr"))
     np.testing.assert_allclose(metrics["loss"], np.log(64), atol=0.1)
     np.testing.assert_allclose(metrics["lr"], 6e-4 / 5, rtol=1e-6)
     assert int(run.state.step) == 1

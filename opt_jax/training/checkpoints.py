@@ -1,26 +1,43 @@
-"""Checkpoints of a training state: atomic, the newest few kept, restored onto whatever mesh the run has now."""
+"""Checkpoints of a training state: atomic, written while training goes on, restored onto whatever mesh the run has now;
+when to write one, and what to do about SIGTERM."""
 
-from pathlib import Path
+import os
+import signal
+import time
+from types import TracebackType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from opt_jax.storage import CHUNK_BYTES
 from opt_jax.training.step import TrainState, named_leaves
 
+_LOOK_SECONDS = 5.0  # between looks at the clock that several processes have to agree on
+
+_copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+
 
 class Checkpoints:
     """`directory/<step>/` holds `params` (by parameter path, layers stacked) and `optimizer`. A directory half-written
-    when the process was killed has a temporary name and is never taken for a checkpoint."""
+    when the process was killed has a temporary name and is never taken for a checkpoint.
 
-    def __init__(self, directory: Path, keep: int):
+    keep: so many of the newest stay; keep_every: those of steps that it divides stay as well.
+    """
+
+    def __init__(self, directory: str | os.PathLike, keep: int, keep_every: int | None = None):
+        directory = epath.Path(directory)
+        policies = [LatestN(keep), *([EveryNSteps(keep_every)] if keep_every else [])]
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            preservation_policy=AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
-            # The state is donated to the next step: on CPU, where a host copy may be none, writing must end first.
-            enable_async_checkpointing=False,
+            # Two of these may write at once, and their processes must not wait for each other's barriers.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=directory.name),
         )
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
@@ -28,13 +45,28 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState) -> None:
-        if step == self.latest_step():
+        """Begin to write; returns when `state` may be donated. Waits for the last checkpoint to be finished, and raises
+        what went wrong with it."""
+        self._save(step, _items(state))
+
+    def save_model(self, step: int, state: TrainState) -> None:
+        """The same of the parameters alone."""
+        self._save(step, {"params": _items(state)["params"]})
+
+    def _save(self, step: int, items: dict[str, dict[str, jax.Array]]) -> None:
+        if step <= (self.latest_step() or 0):
             return
-        items = {}
-        for name, tree in _items(state).items():
-            save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
-            items[name] = ocp.args.StandardSave(tree, save_args=save_args)
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        device = next(iter(next(iter(items["params"].values())).sharding.device_set))
+        with jax.transfer_guard("allow"):
+            if device.platform == "cpu":
+                # Elsewhere Orbax copies to the host before it returns. Here "the host's copy" is the array itself,
+                # which the next step, donated it, may overwrite while it is being written.
+                items = _copy(items)
+            args = {}
+            for name, tree in items.items():
+                save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+                args[name] = ocp.args.StandardSave(tree, save_args=save_args)
+            self._manager.save(step, args=ocp.args.Composite(**args))
 
     def restore(self, step: int, abstract: TrainState, shardings: Any) -> TrainState:
         """The state of `step`, each array read straight into its shards. `abstract`: shapes and dtypes of a state.
@@ -52,6 +84,8 @@ class Checkpoints:
         return jax.jit(lambda s: jax.tree.map(jnp.copy, s), donate_argnums=0, out_shardings=shardings)(state)
 
     def close(self) -> None:
+        """Wait until everything is written."""
+        self._manager.wait_until_finished()
         self._manager.close()
 
 
@@ -60,3 +94,57 @@ def _items(state: TrainState) -> dict[str, dict[str, Any]]:
     leaves = named_leaves(state)
     params = {name: leaf for name, leaf in leaves.items() if name.startswith("model.")}
     return {"params": params, "optimizer": {name: leaf for name, leaf in leaves.items() if name not in params}}
+
+
+class Due:
+    """When a checkpoint is due: after so many steps, at a multiple of `keep_every`, after so many minutes. All
+    processes get the same answers: process 0 looks at the clock."""
+
+    def __init__(self, every: int, minutes: float | None, keep_every: int | None, first: int):
+        self._every, self._minutes, self._keep_every = every, minutes, keep_every or every
+        self._saved = self._looked = time.monotonic()
+        self._next_look, self._last_look = first + 1, first
+
+    def __call__(self, step: int) -> bool:
+        return step % self._every == 0 or step % self._keep_every == 0 or self._time_is_up(step)
+
+    def _time_is_up(self, step: int) -> bool:
+        if self._minutes is None or step < self._next_look:
+            return False
+        now = time.monotonic()
+        pace = (now - self._looked) / (step - self._last_look)
+        # Agreeing costs the devices a moment: not at every step where steps are short.
+        wait = 1 if jax.process_count() == 1 else int(np.clip(_LOOK_SECONDS / max(pace, 1e-6), 1, 10_000))
+        answer = np.asarray([now - self._saved >= self._minutes * 60, wait], np.int32)
+        if jax.process_count() > 1:
+            with jax.transfer_guard("allow"):
+                answer = multihost_utils.broadcast_one_to_all(answer)
+        self._looked, self._last_look, self._next_look = now, step, step + int(answer[1])
+        return bool(answer[0])
+
+    def saved(self) -> None:
+        self._saved = time.monotonic()
+
+
+class Termination:
+    """Context in which SIGTERM asks for a checkpoint and a clean end; a second one ends the process at once."""
+
+    def __enter__(self) -> "Termination":
+        self._asked = False
+        if not jax.distributed.is_initialized():  # else JAX listens, and lets all processes agree on a step
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def _note(self, *_: Any) -> None:
+        self._asked = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not jax.distributed.is_initialized():
+            signal.signal(signal.SIGTERM, self._before)
+
+    def asked(self, step: int) -> bool:
+        """Whether to stop after `step`: the same on all processes, which must ask at every step."""
+        if jax.distributed.is_initialized():
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked

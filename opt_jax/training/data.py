@@ -7,12 +7,13 @@ batch of step n is computed from n, on any number of hosts, before and after any
 import hashlib
 import json
 import os
-import shutil
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
+from etils import epath
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
@@ -123,13 +124,35 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> OPTTokenizer:
     return OPTTokenizer(tokenizer)
 
 
-def save_tokenizer(tokenizer: OPTTokenizer, directory: Path) -> None:
-    """Write the tokenizer's files, all or none of them."""
-    temporary = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(directory, ignore_errors=True)  # of a start that was killed before it could say that it had begun
-    os.replace(temporary, directory)
+def tokenizer_to_bytes(tokenizer: OPTTokenizer) -> bytes:
+    """All of a tokenizer, for another process or another file system."""
+    with TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory)
+        files = {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(directory).iterdir())}
+    return json.dumps(files).encode()
+
+
+def tokenizer_from_bytes(data: bytes) -> OPTTokenizer:
+    with TemporaryDirectory() as directory:
+        for name, text in json.loads(data).items():
+            Path(directory, name).write_text(text, encoding="utf-8")
+        return OPTTokenizer.from_pretrained(directory)
+
+
+def save_tokenizer(tokenizer: OPTTokenizer, directory: epath.Path) -> None:
+    """Write the tokenizer's files, in place of those of a start that was killed before it had begun."""
+    if directory.exists():
+        directory.rmtree()
+    directory.mkdir(parents=True)
+    for name, text in json.loads(tokenizer_to_bytes(tokenizer)).items():
+        (directory / name).write_bytes(text.encode())
+
+
+def read_tokenizer(directory: epath.Path) -> OPTTokenizer:
+    """What `save_tokenizer` has written."""
+    return tokenizer_from_bytes(
+        json.dumps({path.name: path.read_bytes().decode() for path in directory.iterdir()}).encode()
+    )
 
 
 def tokenize(documents: Sequence[str], tokenizer: OPTTokenizer) -> np.ndarray:

@@ -1,18 +1,47 @@
 """What a run tells its user: `metrics.jsonl`, and a progress bar (or plain lines where there is no terminal)."""
 
+import importlib.metadata
 import json
-import os
+import math
+import platform
+import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from opt_jax.training.files import Lines, write_text
+from opt_jax.training.nonfinite import NonFiniteError
 
-def cut_back(path: Path, step: int) -> None:
+# A loss is a spike if it lies so many deviations above the median of the recent ones: at least SPIKE_AFTER and at most
+# SPIKE_WINDOW finite losses. A deviation is 1.4826 times their median absolute deviation (the standard deviation, were
+# they normal; earlier spikes do not blunt it), and at least 1 % of the median.
+SPIKE_DEVIATIONS, SPIKE_AFTER, SPIKE_WINDOW = 6.0, 20, 100
+# With --skip-nonfinite: after so many in a row it is the weights that are bad, not the data.
+MOST_SKIPS_IN_A_ROW = 20
+
+
+def machine(mesh: Mesh) -> str:
+    """Versions, processes, devices and mesh of this run, in one line."""
+    names = ("opt-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    kinds = sorted({device.device_kind for device in mesh.devices.flat})
+    count = jax.process_count()
+    return (
+        f"{versions}, Python {platform.python_version()}; {count} process{'es' * (count > 1)}, "
+        f"{mesh.size} x {' and '.join(kinds)} ({mesh.devices.flat[0].platform}), mesh {axes}"
+    )
+
+
+def cut_back(path: epath.Path, step: int) -> None:
     """Keep the lines of `metrics.jsonl` up to `step`; a line that a kill left half-written goes, too."""
     if not path.exists():
         return
@@ -24,20 +53,49 @@ def cut_back(path: Path, step: int) -> None:
         except ValueError:
             break
         kept.append(line)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(kept))
+
+
+def best_validation(path: epath.Path) -> tuple[int, float] | tuple[None, None]:
+    """(step, val_loss) where it was lowest, the first if several are."""
+    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    losses = [(line["val_loss"], line["step"]) for line in lines if line.get("val_loss") is not None]
+    return min(losses)[::-1] if losses else (None, None)
 
 
 class Metrics:
-    """Appends one JSON object per step to `path` and shows progress. With path None (every process but 0) does neither.
+    """Appends one JSON object per step to `path`, shows progress, and looks for numbers that are not finite, and for
+    spikes. With path None (every process but 0) it only looks for the former.
 
-    `log_every`: steps between lines where the output is not a terminal.
+    log_every: steps between lines where the output is not a terminal. flops_per_step, peak_flops: of all devices; with
+    both, MFU is among the numbers. batch_rows: where in the data the rows of a step's batch begin, for errors.
+    loggers: anything with `write(values)` and `close()`, of process 0. memory_of: devices whose memory is reported.
     """
 
-    def __init__(self, path: Path | None, *, start: int, steps: int, tokens_per_step: int, log_every: int):
-        self._file = None if path is None else path.open("a", encoding="utf-8")
+    def __init__(
+        self,
+        path: epath.Path | None,
+        *,
+        start: int,
+        steps: int,
+        tokens_per_step: int,
+        log_every: int,
+        flops_per_step: float | None = None,
+        peak_flops: float | None = None,
+        batch_rows: Callable[[int], np.ndarray] | None = None,
+        skip_nonfinite: bool = False,
+        loggers: Sequence[Any] = (),
+        memory_of: Sequence[Any] = (),
+    ):
+        past = path.read_text(encoding="utf-8").splitlines() if path is not None and path.exists() else []
+        self._skipped = json.loads(past[-1]).get("skipped", 0) if past else 0
+        self._losses = deque((json.loads(line)["loss"] for line in past[-2 * SPIKE_WINDOW :]), SPIKE_WINDOW)
+        self._losses = deque((loss for loss in self._losses if loss is not None), SPIKE_WINDOW)
+        self._file = None if path is None else Lines(path)
         self._tokens, self._log_every, self._steps = tokens_per_step, log_every, steps
+        self._mfu_seconds = flops_per_step / peak_flops if flops_per_step and peak_flops else None
+        self._batch_rows, self._skip, self._in_a_row = batch_rows, skip_nonfinite, 0
+        self._loggers, self._memory_of = loggers, memory_of
         self._last, self._val_loss = time.perf_counter(), None
         self._console = Console()
         self._bar = Progress(
@@ -53,32 +111,113 @@ class Metrics:
 
     def __exit__(self, *_: Any) -> None:
         self._bar.stop()
+        for logger in self._loggers:
+            logger.close()
         if self._file is not None:
             self._file.close()
 
-    def record(self, step: int, measured: dict[str, Any], val_loss: Callable[[], float | None] | None = None) -> None:
+    def record(
+        self, step: int, measured: dict[str, Any], val_loss: Callable[[], float | None] | None = None
+    ) -> float | None:
         """Write the numbers of update number `step` (from 1), fetched from the devices here, and so awaited.
 
-        val_loss: measures the held-out loss, after the time of the training step has been taken.
+        val_loss: measures the held-out loss, after the time of the training step has been taken; also returned.
+
+        Raises:
+          NonFiniteError: the loss or the gradient norm is not finite, and updates are not to be skipped.
+          ValueError: too many updates in a row have been skipped.
         """
         fetched = jax.device_get(measured)
         seconds = time.perf_counter() - self._last
-        values = {"step": step} | {name: float(fetched[name]) for name in ("loss", "lr", "grad_norm")}
-        values |= {"tokens": step * self._tokens, "tokens_per_s": self._tokens / seconds}
+        numbers = {name: float(fetched[name]) for name in ("loss", "lr", "grad_norm")}
+        values: dict[str, Any] = {"step": step} | {n: v if math.isfinite(v) else None for n, v in numbers.items()}
+        values |= {"tokens": step * self._tokens, "tokens_per_s": self._tokens / seconds, "step_seconds": seconds}
+        if self._mfu_seconds is not None:
+            values["mfu"] = self._mfu_seconds / seconds
+        if (memory := peak_memory(self._memory_of)) is not None:
+            values["memory_bytes"] = memory
+
+        self._in_a_row = self._in_a_row + 1 if fetched["skipped"] else 0
+        self._skipped += bool(fetched["skipped"])
+        if self._skipped:
+            values["skipped"] = self._skipped
+        if fetched["skipped"]:
+            self._nonfinite(values, numbers)
+        else:
+            self._look_for_spike(values)
         if val_loss is not None and (measurement := val_loss()) is not None:
-            values["val_loss"] = self._val_loss = measurement
+            self._val_loss = measurement
+            values["val_loss"] = measurement if math.isfinite(measurement) else None
+        self._write(values)
+        self._show(values)
         self._last = time.perf_counter()
-        if self._file is None:
-            return
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()  # the operating system has it, whatever happens to this process
-        line = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['tokens_per_s']:,.0f} tokens/s"
-        if self._val_loss is not None:
-            line += f"  val {self._val_loss:.4f}"
-        self._bar.update(self._task, completed=step, line=line)
-        if self._bar.disable and (step % self._log_every == 0 or step == self._steps or "val_loss" in values):
-            self._console.print(f"step {step}/{self._steps}  {line}", highlight=False, soft_wrap=True)
+        return values.get("val_loss")
+
+    def flush(self) -> None:
+        """What has been recorded is on disk; on a remote file system, too."""
+        if self._file is not None:
+            self._file.flush()
 
     def pause(self) -> None:
         """The time since the last record was spent on something other than training."""
         self._last = time.perf_counter()
+
+    def _nonfinite(self, values: dict[str, Any], numbers: dict[str, float]) -> None:
+        step = values["step"]
+        what = f"step {step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}"
+        if self._batch_rows is not None:
+            rows = values["batch"] = self._batch_rows(step).tolist()
+            more = ", ..." if len(rows) > 8 else ""
+            what += f"; its batch is the windows at {', '.join(map(str, rows[:8]))}{more} of the tokens"
+        if not self._skip:
+            self._write(values)
+            raise NonFiniteError(step, what)
+        if self._in_a_row >= MOST_SKIPS_IN_A_ROW:
+            self._write(values)
+            raise ValueError(f"{what}; the {self._in_a_row}th update in a row that would have to be skipped")
+        self._print(f"{what}: skipped, {self._skipped} so far")
+
+    def _look_for_spike(self, values: dict[str, Any]) -> None:
+        loss = values["loss"]
+        if len(self._losses) >= SPIKE_AFTER:
+            median = statistics.median(self._losses)
+            deviation = 1.4826 * statistics.median(abs(x - median) for x in self._losses)
+            deviations = (loss - median) / max(deviation, 0.01 * abs(median), 1e-9)
+            if deviations > SPIKE_DEVIATIONS:
+                values["spike"] = deviations
+                recent = f"{deviations:.1f} deviations above {median:.4f}, the median of the last"
+                what = f"step {values['step']}: loss {loss:.4f} spikes, {recent} {len(self._losses)}"
+                self._print(f"{what}; gradient norm {values['grad_norm']:.3g}")
+        self._losses.append(loss)
+
+    def _write(self, values: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(values, allow_nan=False) + "\n")
+            for logger in self._loggers:
+                logger.write(values)
+
+    def _print(self, line: str) -> None:
+        if self._file is not None:
+            self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    def _show(self, values: dict[str, Any]) -> None:
+        step = values["step"]
+        line = "skipped" if values["loss"] is None else f"loss {values['loss']:.4f}"
+        if values["grad_norm"] is not None:
+            line += f"  grad {values['grad_norm']:.2f}"
+        line += f"  lr {values['lr']:.2e}  {values['tokens_per_s']:,.0f} tokens/s  {values['step_seconds']:.3g} s"
+        if "mfu" in values:
+            line += f"  MFU {values['mfu']:.1%}"
+        if "memory_bytes" in values:
+            line += f"  {values['memory_bytes'] / 2**30:.1f} GiB"
+        if self._val_loss is not None:
+            line += f"  val {self._val_loss:.4f}"
+        self._bar.update(self._task, completed=step, line=line)
+        if self._bar.disable and (step % self._log_every == 0 or step == self._steps or "val_loss" in values):
+            self._print(f"step {step}/{self._steps}  {line}")
+
+
+def peak_memory(devices: Sequence[Any]) -> int | None:
+    """The most bytes in use so far on any of the devices; None where the backend does not report it (CPU)."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
+    return max((peak for peak in peaks if peak is not None), default=None)

@@ -1,11 +1,21 @@
 """What `train.py` can be told, and what may not be told together: its options, and the model they stand for."""
 
+import argparse
 import dataclasses
+import importlib.util
 import json
-from pathlib import Path
-from typing import Literal
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import tyro
+from etils import epath
 
 from opt_jax.config import OPTConfig
+from opt_jax.decoder import Remat
+from opt_jax.training.recipes import RECIPES, recipe_options
 
 # The model of a run without --model: 1.1M parameters, minutes on two CPU cores. Deviations from the paper's recipe: no
 # dropout, because so short a run does not overfit, and a wider initialisation, because 0.006 suits wide models.
@@ -19,6 +29,9 @@ SMALL = OPTConfig(
 class Options:
     """Train an OPT language model."""
 
+    recipe: Annotated[str | None, tyro.conf.arg(metavar="{" + ",".join(RECIPES) + "}")] = None
+    """The paper's settings for one of its sizes: defaults for all options below, which win where they are given.
+    `--recipe opt-125m --help` shows them."""
     data: tuple[str, ...] = ()
     """Text or .jsonl files (key "text"), or directories of them. Default: the standard library's sources."""
     output: str = "runs/small"
@@ -37,10 +50,13 @@ class Options:
     seq_len: int | None = None
     """Tokens per sequence. Default: the model's max_position_embeddings."""
     learning_rate: float = 3e-3
-    """The peak, reached after the warm-up; then it falls linearly to a tenth at the last step. The paper's are lower:
-    6e-4 (125m), 3e-4 (350m), 2e-4 (1.3b) ... 1.2e-4 (175b)."""
+    """The peak, reached after the warm-up. The paper's are lower: see --recipe."""
     warmup_steps: int = 100
+    final_lr: float = 0.1
+    """The learning rate falls linearly to this share of the peak at the last step."""
     weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Of Adam."""
     clip_norm: float = 1.0
     dropout: float | None = None
     """Default: the model configuration's (0.1 in the presets, 0 in "small")."""
@@ -48,15 +64,30 @@ class Options:
     """Default: the model configuration's."""
     init_std: float | None = None
     """Standard deviation of new weights. Default: the model configuration's; the paper's 0.006 for a preset."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """auto: splash on TPUs, cudnn on GPUs in bfloat16, else xla; xla also where there is dropout on its weights."""
+    remat: Remat = "none"
+    """What the backward pass computes again, from the most memory to the least: none, dots (all but products of
+    matrices), names (all but what comes out of attention), full (all but each layer's input)."""
+    grad_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which gradients are added up over fsdp. bfloat16 sends half as much; optimizer state is always float32."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation; parameters are float32. auto: float32 on CPU, bfloat16 elsewhere."""
     seed: int = 0
     # These may differ from one start of a run to the next.
     mesh: str | None = None
     """Devices, as in data=2,fsdp=4 (-1: the rest). Default: all on fsdp."""
+    dcn_mesh: str | None = None
+    """How many slices (or, without slices, processes) along each axis, as in data=2; part of --mesh, not beside it.
+    Default: all slices on data."""
     checkpoint_every: int = 200
     """Steps between checkpoints; there is always one at the end."""
+    checkpoint_minutes: float | None = None
+    """Also one when the last is so many minutes old."""
     keep_checkpoints: int = 2
+    """So many of the newest stay."""
+    keep_every: int | None = None
+    """Keep those of every so many steps for good."""
     eval_every: int = 200
     """Steps between measurements of the loss on held-out documents; there is always one at the end."""
     eval_batches: int = 20
@@ -64,26 +95,109 @@ class Options:
     """Steps between lines where the output is not a terminal."""
     stop_after: int | None = None
     """End after this many steps of this start, with a checkpoint; start again to go on."""
+    skip_nonfinite: bool = False
+    """Where a loss or gradient is NaN or infinite, pass over the update and go on. Default: stop, before the update."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard, too, below the run directory."""
+    wandb: str | None = None
+    """Send the metrics to this project of Weights & Biases, too."""
+    profile: str | None = None
+    """Trace the steps FIRST:LAST, both included, to the directory `profile` of the run directory; as in 10:13."""
+    deterministic: bool = False
+    """On GPU: only kernels that give the same bits every time, so that a resumed run repeats exactly. (CPU and TPU
+    always do.)"""
+    distributed: Literal["auto", "on", "off"] = "auto"
+    """One run on several hosts. auto: if a TPU pod, SLURM, Open MPI or a Kubernetes job, or the next three, say so."""
+    coordinator_address: str | None = None
+    """host:port of process 0."""
+    num_processes: int | None = None
+    process_id: int | None = None
+    heartbeat_seconds: int = 30
+    """A process not heard of for so long is lost, and the others end."""
+    hang_minutes: int = 60
+    """With several processes: end when a step, or the compilation before the first, takes longer."""
+    plan: bool = False
+    """Train nothing: compile the step for the TPUs of --topology, and print what it needs and sends. Needs no TPU."""
+    topology: str | None = None
+    """For --plan: a TPU slice by its shape in chips, as in v5e:4x8, v6e:16x16 or v5p:8x8x8."""
+    plan_output: str | None = None
+    """For --plan: also write its numbers to this JSON file."""
 
 
 MAY_CHANGE = {
-    "output", "mesh", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches", "log_every", "stop_after",
+    "output", "mesh", "dcn_mesh", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "keep_every",
+    "eval_every", "eval_batches", "log_every", "stop_after",
+    "recipe", "skip_nonfinite", "tensorboard", "wandb", "profile",
+    "distributed", "coordinator_address", "num_processes", "process_id", "heartbeat_seconds", "hang_minutes",
+    "plan", "topology", "plan_output", "attention", "remat",
 }  # fmt: skip
+
+
+def parse_options(args: Sequence[str] | None = None) -> Options:
+    """The options on the command line, over those of its --recipe, over the defaults.
+
+    Raises:
+      ValueError: no such recipe. (Other mistakes, and --help, end the program as tyro does.)
+    """
+    args = sys.argv[1:] if args is None else list(args)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", nargs="?")  # without a name: tyro says what is wrong
+    name = first.parse_known_args(args)[0].recipe
+    return tyro.cli(Options, args=args, default=Options(**recipe_options(name)) if name else Options())
 
 
 def check_options(options: Options) -> None:
     for name in ("steps", "batch_size", "seq_len", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches",
-                 "log_every", "stop_after", "vocab_size", "accumulate"):  # fmt: skip
+                 "log_every", "stop_after", "vocab_size", "accumulate", "keep_every", "num_processes",
+                 "heartbeat_seconds", "hang_minutes"):  # fmt: skip
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    for name in ("learning_rate", "clip_norm", "init_std"):
+    for name in ("learning_rate", "clip_norm", "init_std", "checkpoint_minutes"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
-    for name in ("weight_decay", "warmup_steps"):
-        if getattr(options, name) < 0:
+    for name in ("weight_decay", "warmup_steps", "process_id"):
+        if (getattr(options, name) or 0) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must not be negative")
+    if not 0 <= options.final_lr <= 1:
+        raise ValueError(f"--final-lr {options.final_lr}: must be a share of the peak, from 0 to 1")
+    if not all(0 <= beta < 1 for beta in options.betas):
+        raise ValueError(f"--betas {options.betas[0]} {options.betas[1]}: must be at least 0 and below 1")
+    profiled_steps(options.profile)
+    if options.plan and options.topology is None:
+        raise ValueError("--plan needs --topology, the TPU slice to compile for, as in v5p:8x8x8")
+    for name in ("topology", "plan_output"):
+        if getattr(options, name) is not None and not options.plan:
+            raise ValueError(f"--{name.replace('_', '-')} is for --plan: leave it out, or add --plan")
+    for name in ("tensorboard", "profile"):
+        if getattr(options, name) and "://" in options.output:
+            raise ValueError(f"--{name} writes to local disks only, not to {options.output}: leave it out")
+    for option, given, package in (("tensorboard", options.tensorboard, "tensorboardX"),
+                                   ("wandb", options.wandb is not None, "wandb")):  # fmt: skip
+        if given and importlib.util.find_spec(package) is None:
+            raise ValueError(f"--{option} needs the package {package}: pip install 'opt-jax[{option}]'")
+
+
+def profiled_steps(profile: str | None) -> range:
+    """The steps of --profile FIRST:LAST, LAST included.
+
+    Raises:
+      ValueError: not of this form, or no steps.
+    """
+    if profile is None:
+        return range(0)
+    match = re.fullmatch(r"(\d+):(\d+)", profile)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"--profile {profile}: needs the first and the last step to trace, as in 10:13")
+    return range(int(match[1]), int(match[2]) + 1)
+
+
+def make_deterministic() -> None:
+    """Ask XLA for GPU kernels that repeat bit for bit; before JAX starts, which reads this then."""
+    flag = "--xla_gpu_deterministic_ops=true"
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 
 def model_config(options: Options) -> tuple[OPTConfig, str | None]:
@@ -113,7 +227,7 @@ def model_config(options: Options) -> tuple[OPTConfig, str | None]:
     return dataclasses.replace(config, **changes), start
 
 
-def compare_with_first_start(path: Path, record: dict) -> None:
+def compare_with_first_start(path: epath.Path, record: dict) -> None:
     """Refuse to resume a run with anything changed that would change its losses.
 
     An option that did not exist when the run began counts as having had its default.

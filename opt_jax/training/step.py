@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from opt_jax.config import OPTConfig
 from opt_jax.model import OPTForCausalLM
@@ -38,11 +38,13 @@ class TrainState:
     """All that changes from step to step, as one pytree: the checkpoint, and what the step is given and donates.
 
     step: int32, updates done so far. model: float32, layers stacked. opt_state: of optax, its moments like the model.
+    halted: a loss or gradient was not finite, so this is the state before that update, and no later one changes it.
     """
 
     step: Int[Array, ""]
     model: OPTForCausalLM
     opt_state: Any
+    halted: Bool[Array, ""]
 
 
 def new_model(config: OPTConfig, seed: int, dtype: DTypeLike, **options: Any) -> OPTForCausalLM:
@@ -63,7 +65,8 @@ def new_model(config: OPTConfig, seed: int, dtype: DTypeLike, **options: Any) ->
 
 
 def new_state(model: OPTForCausalLM, optimizer: optax.GradientTransformation) -> TrainState:
-    return TrainState(step=jnp.zeros((), jnp.int32), model=model, opt_state=optimizer.init(model))  # type: ignore[reportArgumentType]
+    nothing = dict(step=jnp.zeros((), jnp.int32), halted=jnp.zeros((), bool))
+    return TrainState(model=model, opt_state=optimizer.init(model), **nothing)  # type: ignore[reportArgumentType]
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -160,8 +163,12 @@ def make_train_step(
     seed: int,
     shardings: Any,
     mesh: Mesh,
+    skip_nonfinite: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """(state, batch) -> (next state, {"loss", "grad_norm", "lr"}), compiled once; the state is donated.
+    """(state, batch) -> (next state, {"loss", "grad_norm", "lr", "skipped"}), compiled once; the state is donated.
+
+    An update with a loss or gradient that is not finite is skipped. The next ones then are, too (by the time the host
+    knows, they may be under way), unless `skip_nonfinite`.
 
     batch: arrays [A, B, T], see `make_gradients`. The dropout key is a function of (seed, step, micro-batch), and its
     bits do not depend on the mesh.
@@ -174,9 +181,15 @@ def make_train_step(
         keys = jax.random.split(key, batch["labels"].shape[0]) if uses_dropout else None
         loss, grads = gradients(state.model, batch, keys)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)  # type: ignore[reportArgumentType]
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "lr": schedule(state.step)}
-        model = optax.apply_updates(state.model, updates)  # type: ignore[reportArgumentType]
-        return TrainState(step=state.step + 1, model=model, opt_state=opt_state), metrics  # type: ignore[reportArgumentType]
+        model: Any = optax.apply_updates(state.model, updates)  # type: ignore[reportArgumentType]
+        new = TrainState(step=state.step + 1, model=model, opt_state=opt_state, halted=state.halted)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        skipped = ~finite | state.halted
+        new = jax.tree.map(partial(jnp.where, skipped), state, new)
+        new = dataclasses.replace(new, halted=state.halted | (~finite & (not skip_nonfinite)))
+        metrics: dict[str, Any] = {"loss": loss, "grad_norm": norm, "lr": schedule(state.step), "skipped": skipped}
+        return new, metrics
 
     everywhere = replicated(mesh)
     return jax.jit(

@@ -1,0 +1,241 @@
+"""Several processes, one run: how they start together, agree before step 0, and end when one of them is lost.
+
+A process alone may call all of this: it starts nothing, waits for nobody and agrees with itself.
+"""
+
+import glob
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from opt_jax.storage import agree
+from opt_jax.watchdog import Watchdog, listen
+
+# Exit codes, besides 0 and 1: what a launcher may want to treat differently.
+PREEMPTED = 143  # SIGTERM came, a checkpoint was written: as if the signal had ended it (128 + 15)
+LOST_PROCESS = 75  # another process of the job is gone or stands still: start all again (EX_TEMPFAIL)
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
+_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
+
+_watchdog: Watchdog | None = None
+
+
+# Start ------------------------------------------------------------------------------------------------------
+
+
+def start(
+    mode: str = "auto",
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    heartbeat_seconds: int = 30,
+    hang_minutes: int = 60,
+) -> None:
+    """`jax.distributed.initialize`, where explicit values or a cluster's environment say so; before JAX does anything.
+
+    mode: "auto", "on" (let JAX find the cluster, or fail), "off".
+
+    Raises:
+      ValueError: incomplete values, or no cluster to be found.
+    """
+    explicit = (coordinator_address, num_processes, process_id)
+    if mode == "off" or mode == "auto" and not any(v is not None for v in explicit) and not in_cluster():
+        if any(v is not None for v in explicit):
+            raise ValueError("--distributed off: leave out --coordinator-address, --num-processes and --process-id")
+        return
+    if any(v is not None for v in explicit) and None in explicit:
+        raise ValueError("--coordinator-address, --num-processes and --process-id go together")
+    try:
+        # JAX's own heartbeat ends a process from within C++, without a word of ours: it comes second.
+        jax.distributed.initialize(
+            *explicit, heartbeat_timeout_seconds=2 * heartbeat_seconds, shutdown_timeout_seconds=2 * heartbeat_seconds
+        )
+        jax.devices()  # waits for the others
+    except (ValueError, RuntimeError) as e:
+        raise ValueError(
+            f"no cluster: {' '.join(str(e).split())}: give --coordinator-address host:port, --num-processes and "
+            "--process-id, or --distributed off for a process alone"
+        ) from None
+    if jax.process_count() > 1:
+        _watch(coordinator_address, heartbeat_seconds, hang_minutes)
+
+
+def in_cluster() -> bool:
+    """Whether the environment says that this is one process of several (JAX then finds out the rest by itself)."""
+    has, count = os.environ.__contains__, lambda name: int(os.environ.get(name, "1"))
+    if has("SLURM_STEP_NODELIST") and has("SLURM_PROCID"):  # under srun; in a batch script itself there is no step
+        return count("SLURM_NTASKS") > 1
+    if has("OMPI_COMM_WORLD_SIZE"):
+        return count("OMPI_COMM_WORLD_SIZE") > 1
+    if "," in os.environ.get("TPU_PROCESS_ADDRESSES", os.environ.get("TPU_WORKER_HOSTNAMES", "")):  # GKE
+        return importlib.util.find_spec("libtpu") is not None and bool(_tpu_devices())
+    if count("MEGASCALE_NUM_SLICES") > 1:
+        return True
+    if has("KUBERNETES_SERVICE_HOST") and has("JOB_COMPLETION_INDEX"):  # an indexed Job
+        return importlib.util.find_spec("kubernetes") is not None
+    # A Cloud TPU VM: whether it is one of several is known to its metadata server, which JAX asks.
+    on_tpu_vm = importlib.util.find_spec("libtpu") is not None and bool(_tpu_devices())
+    return on_tpu_vm and not has("TPU_SKIP_MDS_QUERY") and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
+
+
+def _tpu_devices() -> list[str]:
+    return glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+
+
+def _watch(coordinator_address: str | None, heartbeat_seconds: int, hang_minutes: int) -> None:
+    """Connect every process with process 0, for the watchdog."""
+    global _watchdog
+    server, address, token = None, "", ""
+    if jax.process_index() == 0:
+        host = coordinator_address.rpartition(":")[0].strip("[]") if coordinator_address else None
+        server, address, token = listen(host, jax.process_count())
+    address, token = json.loads(from_first(lambda: json.dumps([address, token]).encode()))
+    watchdog = Watchdog(
+        jax.process_index(), jax.process_count(), seconds=heartbeat_seconds, hang_minutes=hang_minutes,
+        exit_code=LOST_PROCESS,
+    )  # fmt: skip
+    problem = None if server else watchdog.connect(address, token)
+    connected = multihost_utils.process_allgather(np.asarray(problem is None)).reshape(-1)
+    if problem is not None:
+        print(
+            f"process {jax.process_index()}: no watchdog, since {address} cannot be reached ({problem}): a lost "
+            f"process will be noticed by JAX alone, after {2 * heartbeat_seconds} s",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+    if server:
+        watchdog.accept(server, token, int(connected.sum()) - 1)
+    watchdog.start()
+    _watchdog = watchdog
+
+
+def reached(where: str) -> None:
+    """Tell the watchdog that this process has come so far."""
+    if _watchdog is not None:
+        _watchdog.reached(where)
+
+
+# Agreement --------------------------------------------------------------------------------------------------
+
+
+def from_first(action: Callable[[], bytes]) -> bytes:
+    """What `action` returns on process 0, on all of them. Only process 0 runs it; if it raises, all do."""
+    error, data = None, b""
+    if jax.process_index() == 0:
+        try:
+            data = action()
+        except Exception as e:
+            error = e
+    agree(error)
+    if jax.process_count() == 1:
+        return data
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(data), np.int32)))
+    padded = np.zeros(size, np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8).tobytes()
+
+
+def check_same(values: Mapping[str, Any]) -> None:
+    """Raise ValueError on every process, saying what differs where, unless all have the same `values` (JSON)."""
+    if jax.process_count() == 1:
+        return
+    mine = json.dumps({k: json.dumps(v, sort_keys=True) for k, v in values.items()}, sort_keys=True).encode()
+    hashes = _gather(hashlib.sha256(mine).digest())
+    if len(set(hashes)) == 1:
+        return
+    longest = int(multihost_utils.process_allgather(np.asarray(len(mine), np.int32)).max())
+    everyone = [json.loads(text) for text in _gather(mine.ljust(longest))]
+    differences = []
+    for name in sorted(set().union(*everyone)):
+        holders: dict[str, list[int]] = {}
+        for process, theirs in enumerate(everyone):
+            holders.setdefault(theirs.get(name, "absent"), []).append(process)
+        if len(holders) > 1:
+            said = (f"{value} on process {', '.join(map(str, where))}" for value, where in holders.items())
+            differences.append(f"{name} is " + ", but ".join(said))
+    raise ValueError("the processes differ: " + "; ".join(differences))
+
+
+def check_shared(path: epath.Path) -> None:
+    """Raise unless every process sees the file that process 0 has written."""
+    agree(None)  # it has
+    seen = path.exists()
+    agree(None if seen else OSError(f"{path} is not there, but process 0 wrote it: --output must be shared by all"))
+
+
+def _gather(data: bytes) -> list[bytes]:
+    rows = multihost_utils.process_allgather(np.frombuffer(data, np.uint8))
+    return [np.asarray(row, np.uint8).tobytes() for row in rows]
+
+
+def check_same_code(*files: str | os.PathLike) -> None:
+    """`check_same` of what runs here: hashes of this library's sources and of `files`, versions of packages, variables
+    that change what is compiled."""
+    if jax.process_count() == 1:
+        return
+    root = Path(__file__).parent
+    sources = {f"source opt_jax/{path.relative_to(root)}": path for path in root.rglob("*.py")}
+    sources |= {f"source {Path(file).name}": Path(file) for file in files}
+    version = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for name, path in sources.items()}
+    version |= {f"package {name}": importlib.metadata.version(name) for name in _PACKAGES}
+    version |= {f"variable {name}": os.environ.get(name, "") for name in _VARIABLES}
+    check_same(version | {"python": platform.python_version()})
+
+
+# End --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def last_words(program: str) -> Iterator[None]:
+    """Around a whole program: an error that a user can mend is one line, and no process of a job waits for a dead one.
+
+    ValueError and OSError become `PROGRAM: error: ...` and exit code 1. In a job any error ends this process at once,
+    not by way of JAX's own shutdown, which would wait for the others.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if not jax.distributed.is_initialized():
+            sys.exit(f"{program}: error: {error}")
+        _leave(f"{program}: error: process {jax.process_index()}: {error}")
+    except KeyboardInterrupt:
+        message = "\ninterrupted: the same command goes on from the last checkpoint"
+        if not jax.distributed.is_initialized():
+            sys.exit(message)
+        _leave(message)
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        if isinstance(error, jax.errors.JaxRuntimeError) and _watchdog is not None:
+            # Most likely what a collective says whose other end is gone: leave the word to the watchdog.
+            _watchdog.join(timeout=_watchdog.seconds + 5)
+        _leave(traceback.format_exc())
+    finally:
+        if jax.distributed.is_initialized():
+            if _watchdog is not None:
+                _watchdog.finish()
+            jax.distributed.shutdown()
+
+
+def _leave(message: str) -> None:
+    """End this process of a job, and let the others know."""
+    print(message, file=sys.stderr, flush=True)
+    if _watchdog is not None:
+        _watchdog.fail()
+        time.sleep(3 if jax.process_index() == 0 else 0.5)  # the others, with the same error, say so before they end
+    os._exit(1)

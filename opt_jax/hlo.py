@@ -1,0 +1,166 @@
+"""Reads what XLA has compiled: the text of optimized HLO, for any platform. No jax."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+_BITS = {"pred": 8, "bf16": 16}  # the others end with their number of bits: f32, s8, u16
+
+
+@dataclass(frozen=True)
+class Instruction:
+    name: str
+    shape: str  # as printed; "(f32[2,3]{1,0}, s32[])" for several arrays
+    op: str
+    arguments: str  # "(%a, %b)"
+    attributes: str
+    is_root: bool
+
+    @cached_property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", self.arguments)
+
+    @cached_property
+    def arrays(self) -> list[tuple[str, int]]:
+        """(dtype and shape as in "f32[2,3]", bytes) of each array of the result."""
+        found = [(dtype, dims) for dtype, dims in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", self.shape)]
+        sizes = [math.prod(int(n) for n in dims.split(",") if n) * _bytes(dtype) for dtype, dims in found]
+        return [(f"{dtype}[{dims}]", size) for (dtype, dims), size in zip(found, sizes, strict=True)]
+
+    @cached_property
+    def called(self) -> dict[str, str]:
+        """Computations by role: calls, to_apply, body, condition, branch 0, branch 1, ..."""
+        roles = "calls|to_apply|body|condition|true_computation|false_computation"
+        named = dict(re.findall(rf"\b({roles})=%?([\w.\-]+)", self.attributes))
+        branches = re.search(r"(?:branch|called)_computations=\{([^}]*)\}", self.attributes)
+        names = re.findall(r"[\w.\-]+", branches[1]) if branches else []
+        return named | {f"branch {i}": name for i, name in enumerate(names)}
+
+    @cached_property
+    def group_size(self) -> int | None:
+        """How many devices take part in one collective; None where the text does not say."""
+        if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", self.attributes):
+            return listed[1].count(",") + 1
+        if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", self.attributes):
+            return int(iota[1])
+        if named := re.search(r"replica_groups=@?\w*\[([^\]]*)\]\s*\{([^}]*)\}", self.attributes):  # by mesh axis
+            sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
+            return math.prod(sizes[axis] for axis in re.findall(r"'([^']+)'", named[2]))
+        return None
+
+
+def _bytes(dtype: str) -> int:
+    digits = re.search(r"\d+$", dtype)
+    return math.ceil((_BITS.get(dtype) or (int(digits[0]) if digits else 0)) / 8)
+
+
+class Program:
+    """The computations of a module by name, each a dict of instructions by name in the order of execution."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry = current = ""
+        for line in text.splitlines():
+            line = re.sub(r"/\*.*?\*/", "", line)
+            if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+                current = header[2]
+                self.computations[current] = {}
+                self.entry = current if header[1] else self.entry
+            elif current and (instruction := _parse(line)):
+                self.computations[current][instruction.name] = instruction
+
+    def executed(self, computation: str | None = None, times: int = 1) -> Iterator[tuple[str, Instruction, int]]:
+        """(computation, instruction, how often it runs) of the whole program, fusions included; a branch of a
+        conditional, and a loop whose trip count nobody can tell, counts once."""
+        name = computation or self.entry
+        for instruction in self.computations[name].values():
+            yield name, instruction, times
+            turns = self.trip_count(name, instruction) or 1
+            for role, called in instruction.called.items():
+                if called in self.computations and role != "to_apply":  # the addition within a reduction
+                    yield from self.executed(called, times * turns)
+
+    def trip_count(self, computation: str, loop: Instruction) -> int | None:
+        """How often a `while` runs, from XLA's own note or, without one, from its comparison with a constant."""
+        if loop.op != "while":
+            return None
+        if noted := re.search(r'known_trip_count"?:?=?\{"?n"?:"?(\d+)', loop.attributes):
+            return int(noted[1])
+        condition = self.computations[loop.called["condition"]]
+        root = next(i for i in condition.values() if i.is_root)
+        if root.op != "compare" or "direction=LT" not in root.attributes:
+            return None
+        counter, limit = (condition[name] for name in root.operands)
+        index = re.search(r"index=(\d+)", counter.attributes)
+        start = self._element(computation, loop.operands[0], int(index[1])) if index else None
+        if limit.op != "constant" or start is None or start.op != "constant":
+            return None
+        return int(limit.arguments.strip("()")) - int(start.arguments.strip("()"))
+
+    def _element(self, computation: str, name: str, index: int) -> Instruction | None:
+        """What stands at `index` of a tuple, behind copies."""
+        found = self.computations[computation].get(name)
+        if found is None or found.op != "tuple":
+            return None
+        element = self.computations[computation][found.operands[index]]
+        while element.op in {"copy", "bitcast"}:
+            element = self.computations[computation][element.operands[0]]
+        return element
+
+
+def collective_bytes(program: Program) -> dict[str, int]:
+    """Kind of collective -> bytes that one device has to send in one run of the program, with ring algorithms.
+
+    From the size of the result and the group of g devices: all-gather (g - 1) / g, reduce-scatter g - 1, all-reduce
+    2 (g - 1) / g, all-to-all (g - 1) / g, collective-permute 1.
+    """
+    sent: dict[str, int] = dict.fromkeys(COLLECTIVES, 0)
+    fusions = {i.called["calls"]: i for c in program.computations.values() for i in c.values() if i.op == "fusion"}
+    seen = set()
+    for computation, instruction, times in program.executed():
+        kind = instruction.op.removesuffix("-start")
+        if kind not in sent:
+            continue
+        group, sizes = instruction.group_size, [size for _, size in instruction.arrays]
+        size = sum(sizes)
+        if instruction.op != kind and kind != "all-reduce":  # (operand, result, ...) of one that is begun here
+            size = sizes[len(sizes) // 2] if kind != "collective-permute" else sizes[1]
+        if fusion := fusions.get(computation):
+            if "all-reduce-scatter" in computation:  # how a TPU writes a reduce-scatter
+                kind, size = "reduce-scatter", sum(size for _, size in fusion.arrays)
+            # One collective that a TPU spreads over several fusions, to run beside them, keeps its number.
+            if channel := re.search(r"channel_id=(\d+)", instruction.attributes):
+                if (kind, channel[1]) in seen:
+                    continue
+                seen.add((kind, channel[1]))
+        share = 1.0
+        if kind != "collective-permute" and group:
+            ring = (group - 1) / group
+            share = {"all-reduce": 2 * ring, "reduce-scatter": group - 1.0}.get(kind, ring)
+        sent[kind] += round(times * size * share)
+    return sent
+
+
+def _parse(line: str) -> Instruction | None:
+    start = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
+    if start is None:
+        return None
+    rest = line[start.end() :]
+    end = _close(rest, 0) if rest.startswith("(") else rest.find(" ")
+    shape, rest = rest[:end], rest[end:].strip()
+    opening = rest.find("(")
+    end = _close(rest, opening)
+    return Instruction(start[2], shape, rest[:opening], rest[opening:end], rest[end:], bool(start[1]))
+
+
+def _close(text: str, opening: int) -> int:
+    """Just past the bracket that closes the one at `opening`."""
+    depth = 0
+    for i in range(opening, len(text)):
+        depth += (text[i] in "([{") - (text[i] in ")]}")
+        if depth == 0:
+            return i + 1
+    return len(text)

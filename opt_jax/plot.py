@@ -1,0 +1,71 @@
+"""Curves of training runs, from their `metrics.jsonl` to a picture."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Title, scale, and (name in metrics.jsonl, how to draw it) of each curve.
+PANELS: tuple[tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]], ...] = (
+    ("loss", "linear", (("loss", dict(linewidth=0.8, alpha=0.6)), ("val_loss", dict(linestyle="--", marker="o")))),
+    ("learning rate", "linear", (("lr", {}),)),
+    ("gradient norm", "log", (("grad_norm", dict(linewidth=0.8)),)),
+    ("tokens/s", "linear", (("tokens_per_s", dict(linewidth=0.8)),)),
+)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`; one that is being written or was half-written, at the end, is left out.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it has no line, or one that is not such a line (numbered).
+    """
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path.name} in {run}: is it the --output of a training run?")
+    lines = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            lines.append(json.loads(line))
+            float(lines[-1]["step"])
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{path}:{number}: not a JSON object with a step") from None
+    if not lines:
+        raise ValueError(f"{path} is empty: no step was done yet")
+    return lines
+
+
+def plot_runs(runs: Sequence[Path], output: Path) -> None:
+    """Loss, learning rate, gradient norm and tokens/s of all runs over their steps, as a PNG at `output`.
+
+    Raises:
+      FileNotFoundError, ValueError: see `read_metrics`; or matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(f"plot needs the package matplotlib ({error}): pip install 'opt-jax[plot]'") from None
+    measured = [(run, read_metrics(run)) for run in runs]
+
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, scale, curves) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+        for i, (run, lines) in enumerate(measured):
+            for name, style in curves:
+                points = [(line["step"], line[name]) for line in lines if name in line]
+                if points:
+                    # A number that was not finite is null in the file, and a gap in the curve.
+                    values = [math.nan if value is None else value for _, value in points]
+                    label = run.name + (", validation" if name == "val_loss" else "")
+                    axes.plot([step for step, _ in points], values, color=f"C{i}", label=label, **style)
+        axes.set(title=title, xlabel="step", yscale=scale)
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize="small")
+    temporary = output.with_name(output.name + ".tmp")
+    figure.savefig(temporary, format="png", dpi=120)
+    temporary.replace(output)

@@ -1,0 +1,91 @@
+"""Where a run's numbers go besides `metrics.jsonl`: TensorBoard, Weights & Biases; and traces of the profiler."""
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from etils import epath
+
+from opt_jax.training.files import is_remote
+
+
+class TensorBoard:
+    """Event files in `directory`. What an earlier start wrote behind step `start` no longer counts for TensorBoard."""
+
+    def __init__(self, directory: epath.Path, start: int):
+        from tensorboardX import SummaryWriter  # of the extra `tensorboard`
+
+        # The suffix: the names of the files hold the second, in which two starts may lie.
+        self._writer = SummaryWriter(str(directory), purge_step=start + 1, filename_suffix=f".{start}")
+
+    def write(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if name != "step" and isinstance(value, int | float):
+                self._writer.add_scalar(name, value, values["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """One run of Weights & Biases for all starts: its id is in `output`. Of steps that a resumed run does once more,
+    the service keeps what it was told first (on the same mesh the same numbers).
+
+    Raises:
+      ValueError: the service does not let us in.
+    """
+
+    def __init__(self, project: str, output: epath.Path, config: dict[str, Any]):
+        import wandb  # type: ignore[reportMissingImports]  # of the extra `wandb`
+
+        path = output / "wandb-id"
+        if not path.exists():
+            path.write_text(uuid.uuid4().hex[:12] + "\n")
+        run_id = path.read_text().strip()
+        try:
+            self._run = wandb.init(
+                project=project, id=run_id, resume="allow", name=output.name, config=config,
+                dir=None if is_remote(output) else str(output),
+            )  # fmt: skip
+        except wandb.Error as error:  # no key, no network
+            raise ValueError(f"--wandb {project}: {error}") from None
+
+    def write(self, values: dict[str, Any]) -> None:
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        self._run.log(numbers, step=numbers.pop("step"))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trace:
+    """Traces those of the `wanted` steps that lie behind `start` and not behind `last`, with jax.profiler."""
+
+    def __init__(self, wanted: range, directory: epath.Path, start: int, last: int, say: Callable[[str], Any]):
+        steps = range(max(wanted.start, start + 1), min(wanted.stop, last + 1)) if wanted else wanted
+        if wanted and not steps:
+            say(f"nothing to trace: this start does steps {start + 1} to {last}")
+        self._steps, self._directory, self._say, self._running = steps, directory, say, False
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop()
+
+    def before(self, step: int) -> None:
+        if self._steps and step == self._steps[0]:
+            jax.profiler.start_trace(str(self._directory))
+            self._running = True
+
+    def after(self, step: int, results: Any) -> None:
+        if self._steps and step == self._steps[-1]:
+            jax.block_until_ready(results)
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+            self._say(f"traced: steps {self._steps[0]} to {self._steps[-1]} are in {self._directory}")

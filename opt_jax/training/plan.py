@@ -1,0 +1,220 @@
+"""`train.py --plan`: the step of a run, compiled for TPUs that are not there, and what it needs of them.
+
+The compiler for TPUs (libtpu) runs on any Linux machine and knows every slice by name: what it gives is the program
+that a pod would run, with the memory it takes and all that it sends.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from opt_jax.config import OPTConfig
+from opt_jax.hlo import Program, collective_bytes
+from opt_jax.training.flops import flops_per_token
+
+# device_kind -> HBM that a program may use, bytes: what libtpu 0.0.42 says where a program does not fit. (A device of
+# "TPU v4" is one of the two cores of a chip.)
+HBM = {name: int(gib * 2**30) for name, gib in
+       {"TPU v4": 15.25, "TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25}.items()}  # fmt: skip
+# Generation in a topology's name -> how the environment of such a machine calls a slice of n chips.
+_ACCELERATOR_TYPE = {"v4": "v4-{2n}", "v5e": "v5litepod-{n}", "v5p": "v5p-{2n}", "v6e": "v6e-{n}"}
+
+
+def topology_devices(name: str) -> Sequence[Any]:
+    """The devices of a TPU topology such as "v5p:8x8x8", none of which need exist. Call it before JAX looks for any.
+
+    Raises ValueError for a name that libtpu does not know, or without libtpu.
+    """
+    parts = re.fullmatch(r"(v\w+):(\d+(?:x\d+)+)", name)
+    if parts is None or parts[1] not in _ACCELERATOR_TYPE:
+        raise ValueError(
+            f"--topology {name}: expected a generation ({', '.join(_ACCELERATOR_TYPE)}) and a shape in chips, "
+            "as in v5e:4x8 or v5p:8x8x8"
+        )
+    chips = math.prod(map(int, parts[2].split("x")))
+    accelerator = _ACCELERATOR_TYPE[parts[1]].replace("{n}", str(chips)).replace("{2n}", str(2 * chips))
+    # There is no TPU: do not ask the cloud for one, nor keep other processes from using the library.
+    os.environ |= dict(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE=accelerator, TPU_WORKER_HOSTNAMES="localhost")
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    jax.config.update("jax_platforms", "cpu")
+    beside = Path(sys.prefix, "libtpu")  # where `make test` puts it
+    if importlib.util.find_spec("libtpu") is None and (beside / "libtpu").is_dir():
+        sys.path.append(str(beside))
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError('--plan needs libtpu, the compiler for TPUs: pip install "opt-jax[tpu]" (Linux on x86)')
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except Exception as error:  # whatever libtpu raises: its words are the best there are
+        raise ValueError(f"--topology {name}: {str(error).splitlines()[0]}") from None
+
+
+def hardware_flops(jaxpr: Any, times: int = 1) -> int:
+    """FLOPs of the matrix products that a traced function does, recomputation included (over all devices)."""
+    total = 0
+    for equation in jaxpr.eqns:
+        parameters, inside = equation.params, times
+        if equation.primitive.name == "dot_general":
+            contracted = (equation.invars[0].aval.shape[i] for i in parameters["dimension_numbers"][0][0])
+            total += times * 2 * equation.outvars[0].aval.size * math.prod(contracted)
+        elif equation.primitive.name == "scan":
+            inside = times * parameters["length"]
+        elif equation.primitive.name == "shard_map":  # shapes inside are those of one device
+            inside = times * parameters["mesh"].size
+        elif equation.primitive.name == "pallas_call":
+            inside = times * math.prod(n for n in parameters["grid_mapping"].grid if isinstance(n, int))
+        for value in parameters.values():
+            for item in value if isinstance(value, (tuple, list)) else (value,):
+                if hasattr(item := getattr(item, "jaxpr", item), "eqns"):
+                    total += hardware_flops(item, inside)
+    return total
+
+
+def compile_step(train_step: Any, state: Any, batch: Any, capacity: int) -> dict[str, Any]:
+    """Compile, and measure: {"fits", "hbm_bytes_per_chip", "temporary_bytes", "collective_bytes", "hardware_flops",
+    "compile_seconds"}; of a step that does not fit, what the compiler says it needs, and no collectives."""
+    start = time.perf_counter()
+    traced = train_step.trace(state, batch)
+    lowered = traced.lower()
+    found: dict[str, Any] = {"hardware_flops": hardware_flops(traced.jaxpr.jaxpr)}
+    with tempfile.TemporaryDirectory() as dump:
+        # Not `as_text`: it fails for the programs of large slices.
+        options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": ".*train_step.*"}
+        try:
+            compiled = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            needed = re.search(r"\((\d+(?:\.\d+)?)([MGT])\)", str(error))
+            if "RESOURCE_EXHAUSTED" not in str(error) or needed is None:
+                raise
+            size = int(float(needed[1]) * 2 ** {"M": 20, "G": 30, "T": 40}[needed[2]])
+            found |= dict(fits=False, hbm_bytes_per_chip=size, temporary_bytes=size, collective_bytes=None)
+        else:
+            memory = compiled.memory_analysis()
+            peak = memory.peak_memory_in_bytes
+            text = next(Path(dump).glob("*.after_optimizations.txt")).read_text(encoding="utf-8")
+            found |= dict(fits=peak <= capacity, hbm_bytes_per_chip=peak)
+            found |= dict(temporary_bytes=peak - memory.argument_size_in_bytes)
+            found |= dict(collective_bytes=collective_bytes(Program(text)))
+    return found | {"compile_seconds": round(time.perf_counter() - start, 1)}
+
+
+def largest_that_fits(candidates: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+    """Of sizes in ascending order, the largest for which `fits` says so; None where not even the first does."""
+    low, high = 0, len(candidates)  # candidates[:low] fit, candidates[high:] do not
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if fits(candidates[middle]) else (low, middle)
+    return candidates[low - 1] if low else None
+
+
+def make_plan(
+    train_step: Any, abstract: Any, shardings: Any, mesh: Any, config: OPTConfig, options: Any, seq_len: int
+) -> dict[str, Any]:
+    """Compile the step of a run for its mesh of TPUs, and for other micro-batches; see `report` for what comes of it.
+
+    abstract, shardings: the TrainState's. mesh: of `topology_devices`.
+    """
+    capacity = HBM[mesh.devices.flat[0].device_kind]
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = options.batch_size // shards  # of one step, for a group of chips that share their sequences
+
+    def compile_at(micro: int) -> dict[str, Any]:
+        ids = jax.ShapeDtypeStruct((rows // micro, micro * shards, seq_len), jnp.int32)
+        return compile_step(train_step, abstract, {"input_ids": ids, "labels": ids}, capacity)
+
+    asked = rows // options.accumulate
+    found = {asked: compile_at(asked)}
+
+    def fits(micro: int) -> bool:
+        if micro not in found and found[asked]["fits"] != (micro > asked):  # more memory than one that does not fit ...
+            return found[asked]["fits"]
+        found[micro] = found.get(micro) or compile_at(micro)
+        return found[micro]["fits"]
+
+    largest = largest_that_fits([n for n in range(1, rows + 1) if rows % n == 0], fits)
+    on_chip = lambda tree, where: sum(  # noqa: E731
+        math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
+        for x, s in zip(jax.tree.leaves(tree), jax.tree.leaves(where), strict=True)
+    )
+    parameters = sum(x.size for x in jax.tree.leaves(abstract.model))
+    tokens = options.batch_size * seq_len
+    axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    if largest is None:
+        advice = "not even one fits: more chips, a larger fsdp= or tensor= in --mesh, or --remat full"
+    elif not found[asked]["fits"]:
+        advice = f"sequences at a time per {axes.split(' x ')[-1]}: use --accumulate {rows // largest}"
+    else:
+        advice = f"sequences at a time per group of tensor={mesh.shape['tensor']}: --accumulate {rows // largest}"
+    return {
+        "title": f"{options.model} on {options.topology}: {axes}; {options.batch_size} x {seq_len} tokens a step, "
+                 f"{asked} sequences at a time per group of tensor={mesh.shape['tensor']}",
+        "model": options.model, "topology": options.topology, "mesh": dict(mesh.shape),
+        **found[asked],
+        "hbm_capacity_bytes": capacity,
+        "parameter_bytes_per_chip": on_chip(abstract.model, shardings.model),
+        "optimizer_bytes_per_chip": on_chip(abstract.opt_state, shardings.opt_state),
+        "parameters": parameters, "tokens": tokens,
+        "model_flops": round(flops_per_token(config, parameters, seq_len) * tokens),
+        "floor_bytes": floor_bytes(config, parameters, mesh, options.accumulate, asked, seq_len),
+        "micro_batch": asked, "largest_micro_batch": largest, "advice": advice,
+    }  # fmt: skip
+
+
+def floor_bytes(config: OPTConfig, parameters: int, mesh: Any, micro_batches: int, rows: int, seq_len: int) -> int:
+    """What a device has to send in a step with full rematerialisation, at least: for each micro-batch three passes over
+    the weights in bfloat16 (gathered twice, their gradients scattered) along `fsdp`, and 11 gathers or scatters of the
+    activations of each layer along `tensor`. rows: sequences at a time that one group of chips shares."""
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    weights = 3 * 2 * parameters / tensor * (fsdp - 1) / fsdp
+    activations = 11 * config.num_hidden_layers * 2 * rows * seq_len * config.hidden_size * (tensor - 1) / tensor
+    return round(micro_batches * (weights + activations))
+
+
+def report(plan: dict[str, Any], output: str | None) -> None:
+    """Print the plan as a table; `output`: also write it there, as JSON."""
+    table = Table(title=plan["title"], show_header=False, title_justify="left")
+    table.add_column("what", no_wrap=True)
+    table.add_column("how much", justify="right", no_wrap=True)
+    table.add_column("remark")
+    gigabytes = lambda size: f"{size / 1e9:,.1f} GB"  # noqa: E731
+    capacity, peak = plan["hbm_capacity_bytes"], plan["hbm_bytes_per_chip"]
+    table.add_row("parameters, per chip", gigabytes(plan["parameter_bytes_per_chip"]), "float32")
+    table.add_row("optimizer, per chip", gigabytes(plan["optimizer_bytes_per_chip"]), "two moments, float32")
+    table.add_row("activations and temporaries", gigabytes(plan["temporary_bytes"]), "gradients among them")
+    table.add_row("peak", gigabytes(peak), f"of {gigabytes(capacity)} HBM")
+    table.add_row("headroom", gigabytes(capacity - peak), "fits" if plan["fits"] else "DOES NOT FIT")
+    table.add_section()
+    teraflops = lambda flops: f"{flops / 1e12:,.0f} TFLOP"  # noqa: E731
+    table.add_row("FLOPs per step, model", teraflops(plan["model_flops"]), "6N + attention, all chips")
+    share = plan["hardware_flops"] / plan["model_flops"]
+    table.add_row(
+        "FLOPs per step, hardware", teraflops(plan["hardware_flops"]), f"{share:.2f} x, recomputation included"
+    )
+    if plan["collective_bytes"] is not None:
+        table.add_section()
+        for kind, size in plan["collective_bytes"].items():
+            table.add_row(f"sent: {kind}", gigabytes(size), "per chip and step")
+        table.add_row("sent: total", gigabytes(sum(plan["collective_bytes"].values())),
+                      f"floor {gigabytes(plan['floor_bytes'])} (remat full, bfloat16 gradients)")  # fmt: skip
+    table.add_section()
+    table.add_row("compilation", f"{plan['compile_seconds']:.0f} s", "on this machine")
+    table.add_row("largest micro-batch", str(plan["largest_micro_batch"] or "none"), plan["advice"])
+    Console().print(table)
+    if output is not None:
+        temporary = Path(output + ".tmp")
+        temporary.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, output)

@@ -1,0 +1,165 @@
+"""A thread in each process of a job that ends it, with one line saying why, when another process is lost.
+
+JAX alone lets the survivors wait in a collective, and in the end aborts them in C++. Here every process keeps a TCP
+connection with process 0. Lines go both ways: `beat`, `lost N` and `failed N` (from whoever knows), `bye`.
+"""
+
+import os
+import secrets
+import selectors
+import socket
+import sys
+import threading
+import time
+from datetime import UTC, datetime
+
+_GRACE = 5.0  # seconds that a process gets to report the error that another one has just reported
+
+
+def listen(host: str | None, count: int) -> tuple[socket.socket, str, str]:
+    """(server, its address, a token that clients must show); called by process 0."""
+    if host is None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing: asks for the route only
+            try:
+                probe.connect(("192.0.2.1", 9))
+                host = probe.getsockname()[0]
+            except OSError:
+                host = socket.gethostname()
+    family = socket.getaddrinfo(host, None)[0][0]
+    server = socket.create_server(("", 0), family=family, backlog=count)
+    return server, f"{host}|{server.getsockname()[1]}", secrets.token_hex(16)
+
+
+class Watchdog(threading.Thread):
+    """`seconds`: without a word from a process it counts as lost. `hang_minutes`: so long a step may take here."""
+
+    def __init__(self, process: int, count: int, *, seconds: float, hang_minutes: float, exit_code: int):
+        super().__init__(name="watchdog", daemon=True)
+        self.seconds = seconds
+        self._process, self._count, self._hang, self._exit_code = process, count, hang_minutes * 60, exit_code
+        self._peers: dict[socket.socket, int] = {}
+        self._heard: dict[socket.socket, float] = {}
+        self._unread: dict[socket.socket, bytes] = {}
+        self._where, self._since, self._finished = "start-up", time.time(), False
+        self._failed: tuple[str, float] | None = None
+
+    def connect(self, address: str, token: str) -> str | None:
+        """Join process 0; returns what went wrong."""
+        host, _, port = address.partition("|")
+        try:
+            connection = socket.create_connection((host, int(port)), timeout=self.seconds)
+            connection.sendall(f"{token} {self._process}\n".encode())
+        except OSError as e:
+            return str(e)
+        self._add(connection, 0)
+        return None
+
+    def accept(self, server: socket.socket, token: str, count: int) -> None:
+        """Take `count` connections, which wait already; strangers are turned away."""
+        with server:
+            server.settimeout(self.seconds)
+            while len(self._peers) < count:
+                connection, _ = server.accept()
+                connection.settimeout(self.seconds)
+                said, _, process = connection.makefile("r").readline().rstrip("\n").partition(" ")
+                if secrets.compare_digest(said, token):
+                    self._add(connection, int(process))
+                else:
+                    connection.close()
+
+    def _add(self, connection: socket.socket, process: int) -> None:
+        connection.settimeout(1.0)
+        self._peers[connection], self._heard[connection], self._unread[connection] = process, time.monotonic(), b""
+
+    def reached(self, where: str) -> None:
+        self._where, self._since = where, time.time()
+
+    def finish(self) -> None:
+        """This process is done: its end is no loss, and neither is anybody else's."""
+        self._finished = True
+        self._tell("bye")
+        self.join()
+        for connection in self._peers:
+            connection.close()
+
+    def fail(self) -> None:
+        self._finished = True
+        self._tell(f"failed {self._process}")
+
+    def run(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for connection in self._peers:
+                selector.register(connection, selectors.EVENT_READ)
+            beaten = 0.0
+            while not self._finished:
+                if time.monotonic() - beaten > self.seconds / 4:
+                    self._tell("beat")
+                    beaten = time.monotonic()
+                for key, _ in selector.select(timeout=min(0.5, self.seconds / 8)):
+                    selector.unregister(key.fileobj)
+                    if self._listen_to(key.fileobj):  # type: ignore[reportArgumentType]
+                        selector.register(key.fileobj, selectors.EVENT_READ)
+                self._look_around()
+
+    def _listen_to(self, connection: socket.socket) -> bool:
+        """Read what has come; False when this one has nothing more to say."""
+        process = self._peers[connection]
+        try:
+            data = connection.recv(4096)
+        except OSError:
+            data = b""
+        if not data:
+            self._lost(process, "its connection was closed")
+        self._heard[connection] = time.monotonic()
+        *lines, self._unread[connection] = (self._unread[connection] + data).split(b"\n")
+        for line in lines:
+            word, _, who = line.decode().partition(" ")
+            if word == "lost":
+                self._lost(int(who), f"process {process} says so")
+            if word == "failed":
+                self._failed = self._failed or (who, time.monotonic())
+                self._tell(f"failed {who}")
+            if word in ("bye", "failed"):
+                del self._peers[connection]
+                connection.close()
+                return False
+        return True
+
+    def _look_around(self) -> None:
+        now = time.monotonic()
+        for connection, process in self._peers.items():
+            if now - self._heard[connection] > self.seconds:
+                self._lost(process, f"nothing heard of it for {self.seconds:g} s")
+        if self._failed and now - self._failed[1] > _GRACE:
+            self._end(f"process {self._failed[0]} failed: see its message", "", exit_code=1)
+        if time.time() - self._since > self._hang:
+            self._end(
+                f"no progress for {self._hang / 60:g} minutes",
+                ": look for a process that is behind the others, or give --hang-minutes more",
+            )
+
+    def _lost(self, process: int, why: str) -> None:
+        self._tell(f"lost {process}")
+        self._end(
+            f"lost process {process} ({why})",
+            ": look at its log and host for a crash, a kill or too little memory; started again, all go on from the "
+            "last checkpoint",
+        )
+
+    def _end(self, what: str, advice: str, exit_code: int | None = None) -> None:
+        if self._finished:
+            return
+        clock = lambda seconds: datetime.fromtimestamp(seconds, UTC).strftime("%H:%M:%S")  # noqa: E731
+        line = (
+            f"process {self._process} of {self._count}: {what} at {clock(time.time())} UTC, in {self._where} since "
+            f"{clock(self._since)}{advice}\n"
+        )
+        os.write(sys.stderr.fileno() if sys.stderr else 2, line.encode())  # no lock that a stuck thread may hold
+        os._exit(self._exit_code if exit_code is None else exit_code)
+
+    def _tell(self, line: str) -> None:
+        for connection in list(self._peers):
+            try:
+                connection.sendall(line.encode() + b"\n")
+            except OSError:
+                pass  # reading from it will tell

@@ -1,0 +1,138 @@
+"""`train.py --plan`: what is counted in traced and compiled programs, and whole plans for TPUs that are not there."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from opt_jax import OPTConfig
+from opt_jax.hlo import Program, collective_bytes
+from opt_jax.sharding import make_mesh
+from opt_jax.training.plan import hardware_flops, largest_that_fits, topology_devices
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+LIBTPU = Path(sys.prefix) / "libtpu"
+needs_libtpu = pytest.mark.skipif(
+    not (LIBTPU / "libtpu").is_dir(), reason=f"no libtpu in {LIBTPU}: `make test` installs it (Linux)"
+)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+@pytest.mark.parametrize(
+    ("collective", "kind", "sent"),
+    [  # of 8 devices and float32 [16, 4] each, 256 bytes: what a ring sends
+        (lambda x: lax.all_gather(x, "fsdp"), "all-gather", 256 * 7),
+        (lambda x: lax.psum_scatter(x, "fsdp", tiled=True), "reduce-scatter", 256 / 8 * 7),
+        (lambda x: lax.psum(x, "fsdp"), "all-reduce", 256 * 2 * 7 / 8),
+        (lambda x: lax.ppermute(x, "fsdp", [(i, (i + 1) % 8) for i in range(8)]), "collective-permute", 256),
+    ],
+)
+def test_collectives_are_counted_as_often_as_they_run(collective, kind, sent):
+    mesh = make_mesh("fsdp=8", jax.devices()[:8])
+
+    def loop(x):  # the result must matter, and differ from turn to turn
+        return lax.fori_loop(0, 5, lambda i, x: x + jnp.sum(jnp.sin(collective(x * i))), x)
+
+    mapped = jax.shard_map(loop, mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp"), check_vma=False)
+    text = jax.jit(mapped).lower(jnp.ones((128, 4))).compile().as_text()
+    assert text is not None
+    program = Program(text)
+    assert {k: v for k, v in collective_bytes(program).items() if v} == {kind: 5 * sent}
+
+
+def test_flops_count_loops_and_what_is_recomputed():
+    def layer(x, w):
+        return x + jnp.dot(jnp.tanh(jnp.dot(x, w[0])), w[1])
+
+    def loss(ws, x, remat):
+        body = jax.checkpoint(layer) if remat else layer
+        return lax.scan(lambda x, w: (body(x, w), None), x, ws)[0].sum()
+
+    def products(remat):  # in units of one product
+        traced = jax.jit(jax.grad(partial(loss, remat=remat))).trace(jnp.ones((5, 2, 16, 16)), jnp.ones((4, 16)))
+        return hardware_flops(traced.jaxpr.jaxpr) / (5 * 2 * 4 * 16 * 16)
+
+    assert products(remat=False) == 2 + 4
+    assert products(remat=True) == 2 + 1 + 4  # the second product of a layer need not be done again
+
+
+@pytest.mark.parametrize(("limit", "found"), [(0, None), (1, 1), (5, 4), (100, 16)])
+def test_the_largest_that_fits(limit, found):
+    asked = []
+    assert largest_that_fits([1, 2, 4, 8, 16], lambda n: asked.append(n) or n <= limit) == found
+    assert len(asked) <= 3
+
+
+def test_unknown_topologies_are_errors():
+    with pytest.raises(ValueError, match="--topology v5p8: expected a generation"):
+        topology_devices("v5p8")
+
+
+def plan(directory, *words, model=None):
+    """(exit code, output, the JSON) of `train.py --plan`, by default with a model of two narrow layers."""
+    config = OPTConfig(
+        vocab_size=4096, hidden_size=256, num_hidden_layers=2, ffn_dim=1024, num_attention_heads=4, dropout=0.0
+    )
+    (directory / "config.json").write_text(json.dumps(config.to_hf()))
+    command = [sys.executable, str(REPOSITORY / "train.py"), "--model", str(directory / "config.json"), "--plan"]
+    command += ["--plan-output", str(directory / "plan.json"), *words]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=directory, check=False)
+    path = directory / "plan.json"
+    return done.returncode, done.stdout + done.stderr, json.loads(path.read_text()) if path.exists() else None
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_plan_for_a_slice(tmp_path):
+    words = "--topology v5e:2x4 --mesh fsdp=4,tensor=2 --batch-size 16".split()
+    code, printed, found = plan(tmp_path, *words)
+    assert code == 0, printed
+    assert found is not None and found["fits"] and found["largest_micro_batch"] == 4
+    assert found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2} and found["micro_batch"] == 4
+    assert found["hbm_capacity_bytes"] == int(15.75 * 2**30)
+    on_chip = found["parameter_bytes_per_chip"]
+    assert found["parameters"] * 4 / 8 < on_chip < found["parameters"] * 4 / 6  # float32; positions split 4 ways
+    assert found["optimizer_bytes_per_chip"] == pytest.approx(2 * on_chip, rel=1e-3)
+    assert found["hbm_bytes_per_chip"] > 3 * on_chip + 0.9 * found["temporary_bytes"]
+    tokens = 16 * 2048
+    assert found["model_flops"] == tokens * (6 * found["parameters"] + 12 * 2 * 256 * 2048)
+    assert found["compile_seconds"] > 0
+    assert sum(found["collective_bytes"].values()) > 0.5 * found["floor_bytes"]
+    assert found["collective_bytes"]["all-gather"] > 0 and found["collective_bytes"]["reduce-scatter"] > 0
+    for words in ("HBM", "all-gather", "largest micro-batch", "v5e:2x4"):
+        assert words in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "plan.json"]  # no run was begun
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_plan_that_does_not_fit_says_what_would(tmp_path):
+    code, printed, found = plan(tmp_path, "--topology", "v5e:2x2", "--batch-size", "1024")
+    assert code == 0, printed
+    assert found is not None and not found["fits"] and found["hbm_bytes_per_chip"] > found["hbm_capacity_bytes"]
+    assert 1 <= found["largest_micro_batch"] < 256
+    assert "DOES NOT FIT" in printed and f"--accumulate {256 // found['largest_micro_batch']}" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--plan", "--plan needs --topology"),
+        ("--topology v5e:2x4", "--topology is for --plan"),
+        ("--plan-output x.json", "--plan-output is for --plan"),
+    ],
+)
+def test_contradictions_are_errors(tmp_path, words, message):
+    command = [sys.executable, str(REPOSITORY / "train.py"), *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and message in done.stderr
+    assert not list(tmp_path.iterdir())

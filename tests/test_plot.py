@@ -1,0 +1,106 @@
+"""`opt-jax plot`: curves of runs to a PNG."""
+
+import builtins
+import json
+import re
+
+import pytest
+
+from opt_jax.cli import main
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def make_run(directory, steps=30, bad=()):
+    directory.mkdir()
+    lines = []
+    for step in range(1, steps + 1):
+        line = {"step": step, "loss": 5 / step, "lr": 1e-3, "grad_norm": 1 + 1 / step, "tokens_per_s": 100.0 + step}
+        line |= {"val_loss": 6 / step} if step % 10 == 0 else {}
+        line |= {"loss": None, "grad_norm": None, "skipped": 1} if step in bad else {}
+        lines.append(json.dumps(line) + "\n")
+    (directory / "metrics.jsonl").write_text("".join(lines) + '{"step": 99, "lo')  # a line being written
+    return directory
+
+
+def curves(monkeypatch):
+    """What is drawn where: {panel: {label: (x, y)}}."""
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = {}
+    save = figure.Figure.savefig
+
+    def look(self, *args, **kwargs):
+        for axes in self.axes:
+            drawn[axes.get_title()] = {
+                line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines
+            }
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(figure.Figure, "savefig", look)
+    return drawn
+
+
+def test_one_run_is_drawn_into_its_directory(tmp_path, capsys, monkeypatch):
+    drawn = curves(monkeypatch)
+    run = make_run(tmp_path / "run")
+    assert main(["plot", str(run)]) == 0
+    assert (run / "curves.png").read_bytes().startswith(PNG)
+    assert capsys.readouterr().out == f"{run / 'curves.png'}\n"
+    assert sorted(path.name for path in run.iterdir()) == ["curves.png", "metrics.jsonl"]
+    assert drawn.keys() == {"loss", "learning rate", "gradient norm", "tokens/s"}
+    steps = list(range(1, 31))
+    assert drawn["loss"] == {
+        "run": (steps, [5 / step for step in steps]),
+        "run, validation": ([10, 20, 30], [6 / step for step in (10, 20, 30)]),
+    }
+    assert drawn["learning rate"] == {"run": (steps, [1e-3] * 30)}
+    assert drawn["gradient norm"]["run"][1][:2] == [2.0, 1.5] and drawn["tokens/s"]["run"][1][0] == 101.0
+
+
+def test_several_runs_with_gaps_to_a_named_file(tmp_path, monkeypatch):
+    drawn = curves(monkeypatch)
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", steps=5, bad=(2, 3))]
+    assert main(["plot", *map(str, runs), "--output", str(tmp_path / "c.png")]) == 0
+    assert (tmp_path / "c.png").read_bytes().startswith(PNG)
+    x, y = drawn["loss"]["b"]
+    assert x == [1, 2, 3, 4, 5] and y[0] == 5 and y[1] != y[1] and y[2] != y[2] and y[3] == 1.25
+    assert "b, validation" not in drawn["loss"] and "a, validation" in drawn["loss"]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "no metrics.jsonl in .*run: is it the --output of a training run[?]"),
+        ("", "metrics.jsonl is empty: no step was done yet"),
+        ('{"step": 1, "lo', "metrics.jsonl is empty"),
+        ('{"step": 1, "loss": 2.0}\n[3]\n', "metrics.jsonl:2: not a JSON object with a step"),
+        ('{"loss": 2.0}\n', "metrics.jsonl:1: not a JSON object with a step"),
+    ],
+)
+def test_bad_runs_are_one_clear_error(tmp_path, capsys, content, message):
+    run = tmp_path / "run"
+    run.mkdir()
+    if content is not None:
+        (run / "metrics.jsonl").write_text(content)
+    assert main(["plot", str(run)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("opt-jax: error: ") and error.count("\n") == 1
+    assert re.search(message, error), error
+    assert not (run / "curves.png").exists()
+
+
+def test_no_run_and_no_matplotlib(tmp_path, capsys, monkeypatch):
+    assert main(["plot"]) == 1
+    assert capsys.readouterr().err == "opt-jax: error: no run: name its directory, as in opt-jax plot runs/small\n"
+    run = make_run(tmp_path / "run")
+    real = builtins.__import__
+
+    def missing(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ModuleNotFoundError("No module named 'matplotlib'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    assert main(["plot", str(run)]) == 1
+    assert "plot needs the package matplotlib" in capsys.readouterr().err
+    assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]
