@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from opt_jax import OPTForCausalLM, OPTTokenizer, distributed, stack_layers
+from opt_jax.attention import choose_attention
 from opt_jax.sharding import make_mesh, use_mesh
 from opt_jax.training import data, loggers, plan
 from opt_jax.training.checkpoints import Checkpoints, Due, Termination
@@ -30,7 +31,14 @@ from opt_jax.training.options import (
     parse_options,
     profiled_steps,
 )
-from opt_jax.training.step import batch_loss, make_train_step, new_model, new_state, place_batch, state_shardings
+from opt_jax.training.step import (
+    make_eval_step,
+    make_train_step,
+    new_model,
+    new_state,
+    place_batch,
+    state_shardings,
+)
 
 
 def main(options: Options) -> None:
@@ -79,7 +87,9 @@ def main(options: Options) -> None:
     optimizer = make_optimizer(
         schedule, weight_decay=options.weight_decay, clip_norm=options.clip_norm, betas=options.betas
     )
-    begin = lambda: new_state(new_model(config, options.seed, dtype), optimizer)  # noqa: E731
+    attention = choose_attention(options.attention, platform, config.head_dim, dtype, config.attention_dropout)
+    compute = dict(attn_implementation=attention, remat=options.remat, grad_dtype=options.grad_dtype)
+    begin = lambda: new_state(new_model(config, options.seed, dtype, **compute), optimizer)  # noqa: E731
     abstract = jax.eval_shape(begin)
     shardings = state_shardings(abstract, mesh)
     train_step = make_train_step(optimizer, schedule, config, options.seed, shardings, mesh, options.skip_nonfinite)
@@ -175,7 +185,7 @@ def main(options: Options) -> None:
     if first and best_step == first:  # it may have been killed between the checkpoint and its copy
         best.save_model(first, state)
 
-    eval_step = jax.jit(lambda model, batch: batch_loss(model, jax.tree.map(lambda x: x[0], batch)))
+    eval_step = make_eval_step(shardings.model, mesh)
     place = partial(place_batch, batch_size=options.batch_size, mesh=mesh)
 
     def validate() -> float | None:
@@ -188,7 +198,7 @@ def main(options: Options) -> None:
 
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.model))
     recipe = f" (recipe {options.recipe})" if options.recipe else ""
-    say(f"model: {options.model}{recipe}, {parameters:,} parameters, computing in {dtype}")
+    say(f"model: {options.model}{recipe}, {parameters:,} parameters, computing in {dtype}, attention: {attention}")
     say(f"data: {len(files)} files, {len(tokens):,} tokens to train on, {len(held_out_tokens):,} held out")
     say(f"run: {output}, steps {first} to {options.steps}, {options.batch_size} x {seq_len} tokens each")
     if validation is None:

@@ -1,13 +1,16 @@
 """Scaled dot-product attention over [batch, heads, length, head_dim]. One function, no parameters."""
 
 import dataclasses
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from opt_jax import int8
+from opt_jax import flash, int8
+from opt_jax.flash import AttentionImplementation
 from opt_jax.int8 import Int8Array
+from opt_jax.sharding import first_part, first_row, over_heads
 
 
 @jax.tree_util.register_dataclass
@@ -25,6 +28,13 @@ class AttentionMask:
     segment_ids: Int[Array, "B S"] | None
     query_column: Int[Array, ""] | int
 
+    def segments(self) -> Int[Array, "B S"] | None:
+        """The mask, but for causality, as segment ids: pads are one more segment. Only where queries = keys."""
+        if self.key_mask is None:
+            return self.segment_ids
+        ids = jnp.zeros((), jnp.int32) if self.segment_ids is None else self.segment_ids.astype(jnp.int32)
+        return jnp.where(self.key_mask, ids, jnp.iinfo(jnp.int32).min)
+
     def dense(self, queries: int, keys: int) -> Bool[Array, "b 1 T S"]:
         """True where query t may attend to key s; leading axis 1 when it is the same for every row."""
         t = jnp.arange(queries)[:, None]
@@ -37,11 +47,74 @@ class AttentionMask:
         return mask
 
 
-def dropout(x: Float[Array, "..."], rate: float, key: jax.Array | None) -> Float[Array, "..."]:
-    """Inverted dropout, as `torch.nn.functional.dropout`; identity without a key or at rate 0."""
+class DropoutKey(NamedTuple):
+    """A key, and the numbers in the whole batch of the rows at hand: bits depend on neither mesh nor chunks."""
+
+    key: jax.Array
+    rows: Int[Array, " B"]
+
+    @classmethod
+    def of(cls, key: jax.Array | None, rows: int) -> "DropoutKey | None":
+        return None if key is None else cls(key, first_row(rows) + jnp.arange(rows))
+
+
+def dropout(x: Float[Array, "B N ..."], rate: float, key: DropoutKey | None) -> Float[Array, "B N ..."]:
+    """Inverted dropout, as `torch.nn.functional.dropout`; identity without a key or at rate 0.
+
+    N: tokens, or heads, of which a device may hold a part; each has a key of its own.
+    """
     if key is None or rate == 0.0:
         return x
-    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), jnp.zeros_like(x))
+    columns = first_part(x.shape[1]) + jnp.arange(x.shape[1])
+
+    def keep(row: jax.Array, column: jax.Array) -> jax.Array:
+        own = jax.random.fold_in(jax.random.fold_in(key.key, row), column)
+        return jax.random.bernoulli(own, 1.0 - rate, x.shape[2:])
+
+    kept = jax.vmap(jax.vmap(keep, (None, 0)), (0, None))(key.rows, columns)
+    return jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def choose_attention(requested: str, platform: str, head_dim: int, dtype: str, attention_dropout: float) -> str:
+    """The implementation that "auto" stands for on this platform, or the one asked for where it can run.
+
+    Flash attention has no dropout on its weights: with it, "auto" is "xla".
+
+    Raises:
+      ValueError: an implementation that is unknown, or cannot run here.
+    """
+    if requested not in ("auto", *get_args(AttentionImplementation)):
+        raise ValueError(f"attention {requested!r}: choose one of auto, {', '.join(get_args(AttentionImplementation))}")
+    fits_cudnn = dtype in ("bfloat16", "float16") and head_dim <= 128 and head_dim % 8 == 0
+    if requested == "auto":
+        here = {"tpu": "splash", "gpu": "cudnn" if fits_cudnn else "xla", "cuda": "cudnn" if fits_cudnn else "xla"}
+        return "xla" if attention_dropout > 0 else here.get(platform, "xla")
+    if requested != "xla" and attention_dropout > 0:
+        raise ValueError(
+            f"attention {requested} has no dropout on attention weights: set attention_dropout 0 (it is "
+            f"{attention_dropout}), or choose xla"
+        )
+    if requested == "splash" and platform != "tpu":
+        raise ValueError(f"attention splash needs a TPU, but this is a {platform}: choose auto or xla")
+    if requested == "cudnn" and (platform not in ("gpu", "cuda") or not fits_cudnn):
+        raise ValueError(
+            f"attention cudnn needs a GPU, bfloat16 or float16, and head_dim <= 128 divisible by 8, but this is a "
+            f"{platform} with {dtype} and head_dim {head_dim}: choose auto or xla"
+        )
+    return requested
+
+
+def flash_attend(
+    implementation: AttentionImplementation,
+    q: Float[Array, "B H T K"],
+    k: Float[Array, "B H T K"],
+    v: Float[Array, "B H T K"],
+    mask: AttentionMask,
+) -> Float[Array, "B H T K"]:
+    """`attend` by a kernel that never holds the weights. Only the output at pads differs: pads see pads."""
+    segments = mask.segments()
+    kernel = over_heads(flash.KERNELS[implementation], segments=segments is not None)
+    return kernel(q, k, v) if segments is None else kernel(q, k, v, segments)
 
 
 def attend(
@@ -51,7 +124,7 @@ def attend(
     mask: AttentionMask,
     *,
     dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
+    dropout_key: DropoutKey | None = None,
 ) -> tuple[Float[Array, "B H T K"], Float[Array, "B H T S"]]:
     """softmax(q k^T) v and its weights; `q` comes scaled. Weights nobody uses are dropped by the compiler.
 

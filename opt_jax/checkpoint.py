@@ -9,6 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from jax.typing import DTypeLike
 
 from opt_jax import hub, sharding
 from opt_jax.config import OPTConfig
+from opt_jax.flash import AttentionImplementation
 from opt_jax.model import OPTForCausalLM, OPTPreTrainedModel, named_parameters
 from opt_jax.storage import Checks, LazyArray, Shape, new_directory, on_first_process, open_arrays, write_arrays
 
@@ -122,6 +124,7 @@ def load_pretrained(
     *,
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike | None = None,
+    attn_implementation: AttentionImplementation = "xla",
     mesh: Mesh | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike | None = None,
@@ -135,6 +138,7 @@ def load_pretrained(
     Args:
       dtype, param_dtype: of the computation and of the parameters; "auto": as stored, and `dtype="auto"` alone means
         both. Default: float32 on CPU, else as stored, but bfloat16 for float16 on TPU (logged).
+      attn_implementation: see `OPTPreTrainedModel`.
       mesh: put the parameters on it, as `sharding.param_spec` says; every process reads its own shards only.
       revision, cache_dir, local_files_only: see `hub.resolve`.
 
@@ -164,7 +168,8 @@ def load_pretrained(
     platform = next(iter(default.device_set)).platform if mesh is None else mesh.devices.flat[0].platform
     stored = {path: array.dtype for path, array in arrays.items() if path in expected}
     compute, dtypes = _choose_dtypes(dtype, param_dtype, stored, platform, directory)
-    model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), dtype=compute, param_dtype=dtypes[_EMBEDDING]))
+    build: Any = partial(cls, config, param_dtype=dtypes[_EMBEDDING], attn_implementation=attn_implementation)
+    model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0), dtype=compute))
     targets = {
         path: jax.ShapeDtypeStruct(
             shape,

@@ -5,20 +5,30 @@ Shapes: B batch, T tokens of this call, S keys, D hidden_size, H heads, K head_d
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from opt_jax.attention import AttentionMask, attend, dropout
+from opt_jax.attention import AttentionMask, DropoutKey, attend, dropout, flash_attend
 from opt_jax.cache import KVCache, LayerCache
 from opt_jax.config import OPTConfig
+from opt_jax.flash import AttentionImplementation
 from opt_jax.outputs import BaseModelOutput
-from opt_jax.sharding import constrain
+from opt_jax.sharding import (
+    constrain,
+    first_part,
+    gather_parameters,
+    gather_tokens,
+    is_per_device,
+    own_tokens,
+    scatter_tokens,
+)
 
 _ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
@@ -28,6 +38,14 @@ _ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
     "tanh": jnp.tanh,
+}
+Remat = Literal["none", "dots", "names", "full"]
+# What the backward pass keeps of a layer beside its input; the rest is computed again. In units of a layer's input:
+# attention's output in heads and after `out_proj` are 1 each, queries, keys and values 3, what leaves `fc1` is 4.
+_KEPT: dict[str, tuple[str, ...]] = {
+    "full": (),
+    "names": ("context", "attention_out"),
+    "dots": ("context", "attention_out", "qkv", "ffn"),
 }
 # Position p reads row p + 2 of the table, so a pad (position -1) reads row 1: HF `OPTLearnedPositionalEmbedding`.
 POSITION_OFFSET = 2
@@ -41,6 +59,15 @@ def linear(config: OPTConfig, inputs: int, outputs: int, use_bias: bool, **kwarg
 
 class Embed(nnx.Embed):
     """`nnx.Embed` whose `attend` is the tied LM head."""
+
+    def lookup(self, ids: Int[Array, "B T"]) -> Float[Array, "B t P"]:
+        """Rows by id, laid out as the residual stream; a device holds a part of the vocabulary, and of the tokens."""
+        # In float32, or the gradients of a token that is frequent would be added up in half precision.
+        table = self.embedding.get_value().astype(jnp.float32)
+        own = ids - first_part(table.shape[0])
+        found = (own >= 0) & (own < table.shape[0])
+        rows = jnp.take(table, jnp.where(found, own, 0), axis=0)
+        return scatter_tokens(jnp.where(found[..., None], rows, 0).astype(self.dtype))
 
     def attend(self, x: Float[Array, "B T P"]) -> Float[Array, "B T V"]:
         """Logits. Deviation from HF: accumulated and returned in float32, not rounded to the compute dtype."""
@@ -59,34 +86,45 @@ def _layer_norm(config: OPTConfig, **kwargs) -> nnx.LayerNorm:
 class OPTAttention(nnx.Module):
     """Multi-head self-attention: HF `OPTAttention`."""
 
-    def __init__(self, config: OPTConfig, **kwargs):
+    def __init__(self, config: OPTConfig, attn_implementation: AttentionImplementation, **kwargs):
         project = partial(linear, config, config.hidden_size, config.hidden_size, config.enable_bias, **kwargs)
         self.k_proj, self.v_proj, self.q_proj, self.out_proj = project(), project(), project(), project()
-        self.config = config
+        self.config, self.implementation = config, attn_implementation
 
     def _split_heads(self, x: Float[Array, "B T D"]) -> Float[Array, "B H T K"]:
-        heads = x.reshape(*x.shape[:2], self.config.num_attention_heads, self.config.head_dim)
+        heads = x.reshape(*x.shape[:2], -1, self.config.head_dim)  # a device may hold a part of the heads
         return constrain(heads.transpose(0, 2, 1, 3), "heads")
 
     def __call__(
-        self, x: Float[Array, "B T D"], mask: AttentionMask, cache: LayerCache | None, dropout_key: jax.Array | None
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B H T S"], LayerCache | None]:
+        self, x: Float[Array, "B T D"], mask: AttentionMask, cache: LayerCache | None, dropout_key: DropoutKey | None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B H T S"] | None, LayerCache | None]:
         q = self._split_heads(self.q_proj(x)) * self.config.head_dim**-0.5  # after the bias, before the product
         k, v = self._split_heads(self.k_proj(x)), self._split_heads(self.v_proj(x))
-        if cache is not None:
-            cache, k, v = cache.update(k, v)
-        rate = self.config.attention_dropout
-        out, weights = attend(q, k, v, mask, dropout_rate=rate, dropout_key=dropout_key)
-        out = constrain(out, "heads").transpose(0, 2, 1, 3).reshape(x.shape)
-        return self.out_proj(out), weights, cache
+        q, k, v = checkpoint_name((q, k, v), "qkv")
+        weights, rate = None, self.config.attention_dropout
+        if cache is None and self.implementation != "xla":
+            if dropout_key is not None and rate > 0:
+                raise ValueError(
+                    f"attn_implementation={self.implementation!r} has no dropout on attention weights: set "
+                    f"attention_dropout 0 (it is {rate}), or use 'xla'"
+                )
+            out = flash_attend(self.implementation, q, k, v, mask)
+        else:
+            if cache is not None:
+                cache, k, v = cache.update(k, v)
+            out, weights = attend(q, k, v, mask, dropout_rate=rate, dropout_key=dropout_key)
+        out = checkpoint_name(constrain(out, "heads"), "context")
+        return self.out_proj(out.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)), weights, cache
 
 
 class OPTDecoderLayer(nnx.Module):
     """Attention and feed-forward blocks, LayerNorm before each (all sizes) or after (350M): HF `OPTDecoderLayer`."""
 
-    def __init__(self, config: OPTConfig, key: jax.Array, **kwargs):
+    def __init__(
+        self, config: OPTConfig, key: jax.Array, attn_implementation: AttentionImplementation = "xla", **kwargs
+    ):
         kwargs |= dict(rngs=nnx.Rngs(key))
-        self.self_attn = OPTAttention(config, **kwargs)
+        self.self_attn = OPTAttention(config, attn_implementation, **kwargs)
         self.self_attn_layer_norm = _layer_norm(config, **kwargs)
         self.fc1 = linear(config, config.hidden_size, config.ffn_dim, config.enable_bias, **kwargs)
         self.fc2 = linear(config, config.ffn_dim, config.hidden_size, config.enable_bias, **kwargs)
@@ -94,28 +132,31 @@ class OPTDecoderLayer(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: Float[Array, "B T D"], mask: AttentionMask, cache: LayerCache | None, dropout_key: jax.Array | None
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B H T S"], LayerCache | None]:
+        self, x: Float[Array, "B T D"], mask: AttentionMask, cache: LayerCache | None, dropout_key: DropoutKey | None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B H T S"] | None, LayerCache | None]:
         config = self.config
         pre_norm = config.do_layer_norm_before
-        keys: Any = [None] * 4 if dropout_key is None else jax.random.split(dropout_key, 4)
+        keys: Any = [None] * 4
+        if dropout_key is not None:
+            keys = [DropoutKey(key, dropout_key.rows) for key in jax.random.split(dropout_key.key, 4)]
         inputs = x
 
         h = self.self_attn_layer_norm(x) if pre_norm else x
-        h, weights, cache = self.self_attn(constrain(h, "gathered"), mask, cache, keys[0])
+        h, weights, cache = self.self_attn(gather_tokens(h), mask, cache, keys[0])
+        h = checkpoint_name(scatter_tokens(h), "attention_out")
         x = constrain(x + dropout(h, config.dropout, keys[1]), "residual")
         if not pre_norm:
             x = self.self_attn_layer_norm(x)
 
         h = self.final_layer_norm(x) if pre_norm else x
-        h = constrain(self.fc1(constrain(h, "gathered")), "ffn")
-        h = self.fc2(_ACTIVATION[config.activation_function](h))
+        h = checkpoint_name(constrain(self.fc1(gather_tokens(h)), "ffn"), "ffn")
+        h = scatter_tokens(self.fc2(_ACTIVATION[config.activation_function](h)))
         x = constrain(x + dropout(h, config.dropout, keys[2]), "residual")
         if not pre_norm:
             x = self.final_layer_norm(x)
 
         if dropout_key is not None and config.layerdrop > 0:  # LayerDrop (Fan et al. 2019): skip the whole layer
-            x = jnp.where(jax.random.bernoulli(keys[3], config.layerdrop), inputs, x)
+            x = jnp.where(jax.random.bernoulli(keys[3].key, config.layerdrop), inputs, x)
         return x, weights, cache
 
 
@@ -127,8 +168,13 @@ class OPTDecoder(nnx.Module):
     """
 
     def __init__(
-        self, config: OPTConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike, scan_layers: bool
-    ):
+        self, config: OPTConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike, scan_layers: bool,
+        attn_implementation: AttentionImplementation, remat: Remat, grad_dtype: DTypeLike,
+    ):  # fmt: skip
+        if attn_implementation not in (known := get_args(AttentionImplementation)):
+            raise ValueError(f"attn_implementation {attn_implementation!r}: choose one of {', '.join(known)}")
+        if remat not in (known := get_args(Remat)):
+            raise ValueError(f"remat {remat!r}: choose one of {', '.join(known)}")
         kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         width, embed_dim = config.hidden_size, config.embed_dim
         embed = partial(Embed, embedding_init=nnx.initializers.normal(config.init_std), rngs=rngs, **kwargs)
@@ -143,12 +189,16 @@ class OPTDecoder(nnx.Module):
             self.project_out = linear(config, width, embed_dim, False, rngs=rngs, **kwargs)
         if config.do_layer_norm_before and not config._remove_final_layer_norm:
             self.final_layer_norm = _layer_norm(config, rngs=rngs, **kwargs)
-        layer = partial(OPTDecoderLayer, config, **kwargs)
+        layer = partial(OPTDecoderLayer, config, attn_implementation=attn_implementation, **kwargs)
         keys = jax.random.split(rngs.params(), config.num_hidden_layers)
         # Built stacked in either case: the counters of nnx.Rngs make 96 traced constructor calls quadratic.
         layers = jax.vmap(layer)(keys)
         self.layers = layers if scan_layers else _unstack(layers, config.num_hidden_layers)
-        self.config = config
+        self.config, self.implementation = config, attn_implementation
+        self.remat, self.grad_dtype = remat, jnp.dtype(grad_dtype)
+
+    def _lookup(self, ids: Int[Array, "B T"]) -> Float[Array, "B T P"]:
+        return self.embed_tokens.lookup(ids) if is_per_device() else self.embed_tokens(ids)
 
     def __call__(
         self,
@@ -164,20 +214,24 @@ class OPTDecoder(nnx.Module):
     ) -> BaseModelOutput:
         if attention_mask is not None:
             attention_mask = attention_mask != 0
+        if output_attentions and self.implementation != "xla":
+            raise ValueError(
+                f"output_attentions needs attn_implementation='xla': {self.implementation!r} never holds the weights"
+            )
+        batch, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # type: ignore[reportOptionalMemberAccess]
         if inputs_embeds is None:
             assert input_ids is not None
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = self._lookup(input_ids)
             if self.config.pad_token_id is not None:  # torch's padding_idx: looking up a pad gives its row no gradient
-                is_pad = (input_ids == self.config.pad_token_id)[..., None]
+                is_pad = own_tokens(input_ids == self.config.pad_token_id)[..., None]
                 inputs_embeds = jnp.where(is_pad, lax.stop_gradient(inputs_embeds), inputs_embeds)
         x = inputs_embeds.astype(self.embed_tokens.dtype)
         if self.project_in is not None:
             x = self.project_in(x)
-        batch, length = x.shape[:2]
         if position_ids is None:
             first = None if cache is None else cache.next_position
             position_ids = _positions(batch, length, attention_mask, segment_ids, first)
-        x = constrain(x + self.embed_positions(position_ids + POSITION_OFFSET), "residual")
+        x = constrain(x + self.embed_positions(own_tokens(position_ids) + POSITION_OFFSET), "residual")
 
         mask = AttentionMask(attention_mask, segment_ids, 0)
         if cache is not None:
@@ -191,7 +245,8 @@ class OPTDecoder(nnx.Module):
         if isinstance(self.layers, nnx.List):
             layer_caches = [None] * depth if cache is None else cache.layers()
             for i, layer in enumerate(self.layers):
-                x, weights, layer_cache = layer(x, mask, layer_caches[i], None if keys is None else keys[i])
+                key = DropoutKey.of(None if keys is None else keys[i], batch)
+                x, weights, layer_cache = layer(x, mask, layer_caches[i], key)
                 states.append(x)
                 attentions.append(weights)
                 caches.append(layer_cache)
@@ -201,10 +256,11 @@ class OPTDecoder(nnx.Module):
 
             def body(x, layer_and_key):
                 layer, key = layer_and_key
-                x, weights, _ = layer(x, mask, None, key)
+                layer = gather_parameters(layer, layer.fc1.dtype, self.grad_dtype, "model.decoder.layers.")
+                x, weights, _ = layer(x, mask, None, DropoutKey.of(key, batch))
                 return x, (x if output_hidden_states else (), weights if output_attentions else ())
 
-            x, (xs, all_weights) = lax.scan(body, x, (self.layers, keys))
+            x, (xs, all_weights) = lax.scan(_remat(body, self.remat), x, (self.layers, keys))
             states, attentions = [*states, *xs], list(all_weights)
 
         if self.final_layer_norm is not None:
@@ -217,6 +273,20 @@ class OPTDecoder(nnx.Module):
             attentions=tuple(attentions) if output_attentions else None,
             cache=None if cache is None else cache.advance(new_tokens, caches),
         )
+
+
+def _remat(body: Callable, remat: Remat) -> Callable:
+    """The scan's body with the policy by which its backward pass keeps or computes again."""
+    if remat == "none":
+        # All is kept but what `gather_parameters` makes, or each device would come to hold the whole model.
+        return jax.checkpoint(body, prevent_cse=False, policy=_all_but_weights) if is_per_device() else body
+    policy = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat])
+    return jax.checkpoint(body, prevent_cse=False, policy=policy)
+
+
+def _all_but_weights(primitive: Any, *_: Any, **params: Any) -> bool:
+    # Not the gathered weights, and not their casts: the argument of a name would be kept in its place.
+    return primitive.name not in ("all_gather", "convert_element_type") and params.get("name") != "weights"
 
 
 def _positions(

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 
 from opt_jax import cache as kv
 from opt_jax.config import OPTConfig
-from opt_jax.decoder import OPTDecoder, linear
+from opt_jax.decoder import OPTDecoder, Remat, linear
+from opt_jax.flash import AttentionImplementation
 from opt_jax.inputs import check_inputs
 from opt_jax.outputs import (
     BaseModelOutput,
@@ -39,6 +40,11 @@ class OPTPreTrainedModel(nnx.Module):
       rngs: keys for initialisation, normal(0, init_std) as in HF.
       dtype: of the computation. Logits and losses are always float32.
       param_dtype: of the parameters.
+      attn_implementation: "xla", "cudnn" (flash attention on NVIDIA GPUs) or "splash" (on TPUs); see `flash`. Whatever
+        it is, decoding with a cache uses "xla".
+      remat: what the backward pass computes again, of a model with `scan_layers`: "none", "dots" (all but matrix
+        products), "names" (all but the attention's), "full" (all but the layers' inputs).
+      grad_dtype: in which training adds up gradients of the layers over devices.
       scan_layers: keep the layers as one stacked layer (see `OPTDecoder`); `stack_layers` converts later.
     """
 
@@ -58,14 +64,16 @@ class OPTPreTrainedModel(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         scan_layers: bool = False,
+        attn_implementation: AttentionImplementation = "xla",
+        remat: Remat = "none",
+        grad_dtype: DTypeLike = jnp.float32,
     ):
         self.config, self.dtype, self.param_dtype = config, jnp.dtype(dtype), jnp.dtype(param_dtype)
-        self._build(rngs, scan_layers)
+        how = dict(attn_implementation=attn_implementation, remat=remat, grad_dtype=grad_dtype)
+        self._build(rngs, dtype=self.dtype, param_dtype=self.param_dtype, scan_layers=scan_layers, **how)
 
-    def _build(self, rngs: nnx.Rngs, scan_layers: bool) -> None:
-        self.model = OPTModel(
-            self.config, rngs=rngs, dtype=self.dtype, param_dtype=self.param_dtype, scan_layers=scan_layers
-        )
+    def _build(self, rngs: nnx.Rngs, **options: Any) -> None:
+        self.model = OPTModel(self.config, rngs=rngs, **options)
 
     def _head(self, outputs: int, use_bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
         kwargs: dict[str, Any] = dict(rngs=rngs, dtype=self.dtype, param_dtype=self.param_dtype)
@@ -136,10 +144,8 @@ def _call(model: OPTPreTrainedModel, inputs: dict[str, Any], static: tuple[tuple
 class OPTModel(OPTPreTrainedModel):
     """The decoder without a head: HF `OPTModel`. Returns `BaseModelOutput`."""
 
-    def _build(self, rngs: nnx.Rngs, scan_layers: bool) -> None:
-        self.decoder = OPTDecoder(
-            self.config, rngs=rngs, dtype=self.dtype, param_dtype=self.param_dtype, scan_layers=scan_layers
-        )
+    def _build(self, rngs: nnx.Rngs, **options: Any) -> None:
+        self.decoder = OPTDecoder(self.config, rngs=rngs, **options)
 
     @property
     def base_model(self) -> "OPTModel":
@@ -158,8 +164,8 @@ class OPTModel(OPTPreTrainedModel):
 class OPTForCausalLM(OPTPreTrainedModel):
     """Next-token prediction: HF `OPTForCausalLM`. `labels`: int [B, T], the ids, -100 where not counted."""
 
-    def _build(self, rngs: nnx.Rngs, scan_layers: bool) -> None:
-        super()._build(rngs, scan_layers)
+    def _build(self, rngs: nnx.Rngs, **options: Any) -> None:
+        super()._build(rngs, **options)
         tied = self.config.tie_word_embeddings
         self.lm_head = nnx.data(None) if tied else self._head(self.config.vocab_size, False, rngs)
 
@@ -204,8 +210,8 @@ class OPTForCausalLM(OPTPreTrainedModel):
 class OPTForSequenceClassification(OPTPreTrainedModel):
     """Classification by the last token: HF `OPTForSequenceClassification`. `labels`: see `classification_loss`."""
 
-    def _build(self, rngs: nnx.Rngs, scan_layers: bool) -> None:
-        super()._build(rngs, scan_layers)
+    def _build(self, rngs: nnx.Rngs, **options: Any) -> None:
+        super()._build(rngs, **options)
         self.score = self._head(self.config.num_labels, False, rngs)
 
     def forward(
@@ -235,8 +241,8 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
 class OPTForQuestionAnswering(OPTPreTrainedModel):
     """Extractive QA: HF `OPTForQuestionAnswering`. `start_positions` and `end_positions`, int [B], give `loss`."""
 
-    def _build(self, rngs: nnx.Rngs, scan_layers: bool) -> None:
-        super()._build(rngs, scan_layers)
+    def _build(self, rngs: nnx.Rngs, **options: Any) -> None:
+        super()._build(rngs, **options)
         self.qa_outputs = self._head(2, True, rngs)
 
     def forward(

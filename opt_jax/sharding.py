@@ -1,15 +1,21 @@
 """Where things live on a mesh of devices: the one table parameter path -> mesh axes. The only file that names axes.
 
 Axes: `data` (replicas), `fsdp` (batch and parameters), `tensor` (Megatron-style splits of heads, ffn and vocabulary).
-Axis types are Auto: the compiler propagates shardings, `constrain` pins the few places that matter.
+There are two ways to compute on a mesh, and the model's code is the same for both. As a rule axes are Auto: the
+compiler propagates shardings, and `constrain` pins the few places that matter. A training step runs `per_device`:
+each device sees its own part of every array, and what is sent is written down below, collective by collective.
 """
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -47,6 +53,9 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     "qa_outputs.kernel": ("fsdp", None),
     "qa_outputs.bias": (None,),
 }
+
+# Biases of row-parallel products, which are partial sums over `tensor` until `scatter_tokens`: one device adds them.
+_ADDED_ONCE = {"model.decoder.layers.*.self_attn.out_proj.bias", "model.decoder.layers.*.fc2.bias"}
 
 # Names the model gives to its activations -> axes. The residual stream is split along the sequence: for 175B on 512
 # chips that sent 17 % less than splitting its width.
@@ -125,6 +134,13 @@ def use_mesh(mesh: Mesh):
     return jax.set_mesh(mesh)
 
 
+def _row(path: str) -> str:
+    row = re.sub(r"\.layers\.(\d+\.)?", ".layers.*.", path)
+    if row not in PARAMETER_AXES:
+        raise KeyError(f"no sharding rule for parameter {path!r}")
+    return row
+
+
 def param_spec(path: str, shape: Sequence[int], mesh: Mesh) -> P:
     """The partition of the parameter at `path` (see PARAMETER_AXES; stacked layers are recognised by their extra axis).
 
@@ -132,10 +148,7 @@ def param_spec(path: str, shape: Sequence[int], mesh: Mesh) -> P:
       KeyError: the table has no such path.
       ValueError: a dimension does not divide over its axis.
     """
-    row = re.sub(r"\.layers\.(\d+\.)?", ".layers.*.", path)
-    if row not in PARAMETER_AXES:
-        raise KeyError(f"no sharding rule for parameter {path!r}")
-    axes = PARAMETER_AXES[row]
+    axes = PARAMETER_AXES[_row(path)]
     axes = (None,) * (len(shape) - len(axes)) + axes
     for size, axis in zip(shape, axes, strict=True):
         if axis is not None and size % mesh.shape[axis]:
@@ -160,10 +173,153 @@ def constrain(x: jax.Array, name: str) -> jax.Array:
     """Pin the layout of a named activation; a no-op without a mesh. Axes that do not divide a dimension are left out
     (a decode step has one token, which no axis can split)."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or is_per_device():
         return x
     axes = []
     for size, axis in zip(x.shape, _ACTIVATION_AXES[name], strict=True):
         names = (axis,) if isinstance(axis, str) else axis or ()
         axes.append(axis if size % math.prod(mesh.shape[n] for n in names) == 0 else None)
     return jax.lax.with_sharding_constraint(x, P(*axes))
+
+
+# What one device computes, and sends --------------------------------------------------------------------------------
+
+
+def per_device(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
+    """`function` of each device's own parts of the arguments; inside, only the functions below send anything.
+
+    Differentiate within `function`. Parts of the batch are rows; of the residual stream, rows and tokens.
+    """
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def is_per_device() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.are_all_axes_manual
+
+
+def _size(axis: str | tuple[str, ...]) -> int:
+    """How many devices share it, inside `per_device`; elsewhere 1."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[name] for name in ((axis,) if isinstance(axis, str) else axis)) if is_per_device() else 1
+
+
+def gather_tokens(x: jax.Array) -> jax.Array:
+    """The residual stream [B, T, D] as column-parallel products need it: every token. Transposed: `scatter_tokens`."""
+    if _size("tensor") == 1:
+        return constrain(x, "gathered")
+    return lax.all_gather(x, "tensor", axis=1, tiled=True)
+
+
+def scatter_tokens(x: jax.Array) -> jax.Array:
+    """Partial sums [B, T, D] of row-parallel products to the residual: added up; each device keeps its tokens."""
+    if _size("tensor") == 1:
+        return constrain(x, "residual")
+    return lax.psum_scatter(x, "tensor", scatter_dimension=1, tiled=True)
+
+
+def own_tokens(x: jax.Array) -> jax.Array:
+    """This device's part of [B, T, ...] that is the same all over `tensor`."""
+    if _size("tensor") == 1:
+        return x
+    count = x.shape[1] // _size("tensor")
+    return lax.dynamic_slice_in_dim(x, lax.axis_index("tensor") * count, count, axis=1)
+
+
+def first_row(count: int) -> jax.Array | int:
+    """Number in the whole batch of the first of this device's rows, of which it has so many."""
+    return lax.axis_index(_BATCH) * count if is_per_device() else 0
+
+
+def first_part(count: int) -> jax.Array | int:
+    """Likewise of what `tensor` splits: tokens, heads or vocabulary."""
+    return lax.axis_index("tensor") * count if is_per_device() else 0
+
+
+def gather_rows(x: jax.Array) -> jax.Array:
+    """Axis 0 of every device of `tensor`, joined."""
+    return x if _size("tensor") == 1 else lax.all_gather(x, "tensor", tiled=True)
+
+
+def scatter_rows(x: jax.Array) -> jax.Array:
+    """Partial sums, added up over `tensor`, each device keeps its part of axis 0."""
+    return x if _size("tensor") == 1 else lax.psum_scatter(x, "tensor", tiled=True)
+
+
+def sum_over_tensor(x: jax.Array) -> jax.Array:
+    return x if _size("tensor") == 1 else lax.psum(x, "tensor")
+
+
+def max_over_tensor(x: jax.Array) -> jax.Array:
+    return x if _size("tensor") == 1 else lax.pmax(x, "tensor")
+
+
+def sum_over_batch(x: jax.Array) -> jax.Array:
+    return x if _size(_BATCH) == 1 else lax.psum(x, _BATCH)
+
+
+def gather_parameters(tree: Any, dtype: Any, grad_dtype: Any, prefix: str = "") -> Any:
+    """The parameters whole along `fsdp`, cast to `dtype` before they are sent; gradients are added up in `grad_dtype`.
+
+    Does nothing outside `per_device`. Layers are left alone unless `prefix` is their path, for the model gathers one
+    at a time; what is made here has the checkpoint name "weights".
+    """
+    if not is_per_device():
+        return tree
+
+    def whole(keys: Any, value: jax.Array) -> jax.Array:
+        path = prefix + jax.tree_util.keystr(keys, simple=True, separator=".").removesuffix(".value")
+        if not prefix and ".layers." in path:
+            return value
+        row = _row(path)
+        if row in _ADDED_ONCE and _size("tensor") > 1:
+            value = jnp.where(lax.axis_index("tensor") == 0, value, 0)
+        if "fsdp" not in PARAMETER_AXES[row] or _size("fsdp") == 1:
+            return value  # its module casts it
+        axis = PARAMETER_AXES[row].index("fsdp")
+        return checkpoint_name(_gather(value, axis, dtype, grad_dtype, value.dtype), "weights")
+
+    return jax.tree_util.tree_map_with_path(whole, tree)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gather(x: jax.Array, axis: int, dtype: Any, grad_dtype: Any, own_dtype: Any) -> jax.Array:
+    return lax.all_gather(x.astype(dtype), "fsdp", axis=axis, tiled=True)
+
+
+def _gather_forward(x, axis, dtype, grad_dtype, own_dtype):
+    return _gather(x, axis, dtype, grad_dtype, own_dtype), None
+
+
+def _gather_backward(axis, dtype, grad_dtype, own_dtype, _, gradient):
+    parts = lax.psum_scatter(gradient.astype(grad_dtype), "fsdp", scatter_dimension=axis, tiled=True)
+    return (parts.astype(own_dtype),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def sum_gradients(gradients: Any) -> Any:
+    """Gradients added up over every axis that does not split their parameter (over `fsdp` where it does, that is done).
+
+    What `tensor` does not split has been used on parts of the sequence, or by one device of it.
+    """
+
+    def summed(keys: Any, value: jax.Array) -> jax.Array:
+        row = _row(jax.tree_util.keystr(keys, simple=True, separator=".").removesuffix(".value"))
+        axes = tuple(axis for axis in AXES if axis not in PARAMETER_AXES[row] and _size(axis) > 1)
+        return lax.psum(value, axes) if axes else value
+
+    return jax.tree_util.tree_map_with_path(summed, gradients)
+
+
+def over_heads(function: Callable, *, segments: bool) -> Callable:
+    """`function(q, k, v[, segment_ids])` over [B, H, T, K], one call for each device's own rows and heads.
+
+    For kernels, which the compiler cannot split. Rows and heads must divide over the mesh.
+    """
+    if jax.sharding.get_abstract_mesh().empty or is_per_device():
+        return function
+    heads = P(*_ACTIVATION_AXES["heads"])
+    in_specs = (heads, heads, heads, *((P(_BATCH),) if segments else ()))
+    return jax.shard_map(function, in_specs=in_specs, out_specs=heads, check_vma=False)

@@ -14,6 +14,7 @@ import tyro
 from etils import epath
 
 from opt_jax.config import OPTConfig
+from opt_jax.decoder import Remat
 from opt_jax.training.recipes import RECIPES, recipe_options
 
 # The model of a run without --model: 1.1M parameters, minutes on two CPU cores. Deviations from the paper's recipe: no
@@ -63,6 +64,13 @@ class Options:
     """Default: the model configuration's."""
     init_std: float | None = None
     """Standard deviation of new weights. Default: the model configuration's; the paper's 0.006 for a preset."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """auto: splash on TPUs, cudnn on GPUs in bfloat16, else xla; xla also where there is dropout on its weights."""
+    remat: Remat = "none"
+    """What the backward pass computes again, from the most memory to the least: none, dots (all but products of
+    matrices), names (all but what comes out of attention), full (all but each layer's input)."""
+    grad_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which gradients are added up over fsdp. bfloat16 sends half as much; optimizer state is always float32."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation; parameters are float32. auto: float32 on CPU, bfloat16 elsewhere."""
     seed: int = 0
@@ -121,7 +129,7 @@ MAY_CHANGE = {
     "eval_every", "eval_batches", "log_every", "stop_after",
     "recipe", "skip_nonfinite", "tensorboard", "wandb", "profile",
     "distributed", "coordinator_address", "num_processes", "process_id", "heartbeat_seconds", "hang_minutes",
-    "plan", "topology", "plan_output",
+    "plan", "topology", "plan_output", "attention", "remat",
 }  # fmt: skip
 
 

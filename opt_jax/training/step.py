@@ -17,8 +17,16 @@ from jaxtyping import Array, Bool, Int
 
 from opt_jax.config import OPTConfig
 from opt_jax.model import OPTForCausalLM
-from opt_jax.outputs import cross_entropy
-from opt_jax.sharding import batch_sharding, param_sharding, replicated
+from opt_jax.sharding import (
+    batch_sharding,
+    gather_parameters,
+    param_sharding,
+    per_device,
+    replicated,
+    sum_gradients,
+    sum_over_batch,
+)
+from opt_jax.training.loss import IGNORED, next_token_loss
 
 # "input_ids", "labels" (the next id of each, -100 where none counts) and, for packed documents, "segment_ids".
 Batch = dict[str, Int[Array, "*A B T"]]
@@ -39,11 +47,13 @@ class TrainState:
     halted: Bool[Array, ""]
 
 
-def new_model(config: OPTConfig, seed: int, dtype: DTypeLike) -> OPTForCausalLM:
+def new_model(config: OPTConfig, seed: int, dtype: DTypeLike, **options: Any) -> OPTForCausalLM:
     """The paper's initialisation: normal(0, config.init_std), the attention's `out_proj` and `fc2` times 1/sqrt(2L),
     biases zero, the pad's row zero in both embeddings. (The bare constructor initialises as HF does.)
+
+    options: attn_implementation, remat, grad_dtype of `OPTForCausalLM`.
     """
-    model = OPTForCausalLM(config, rngs=nnx.Rngs(jax.random.key(seed)), dtype=dtype, scan_layers=True)
+    model = OPTForCausalLM(config, rngs=nnx.Rngs(jax.random.key(seed)), dtype=dtype, scan_layers=True, **options)
     decoder, pad = model.model.decoder, config.pad_token_id
     layers: Any = decoder.layers  # one stacked layer
     for linear in (layers.self_attn.out_proj, layers.fc2):
@@ -79,9 +89,71 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
 
 def batch_loss(model: OPTForCausalLM, batch: Batch, dropout_key: jax.Array | None = None) -> tuple[Array, Array]:
     """(sum of the next-token losses in float32, how many labels counted) of one micro-batch [B, T]."""
-    logits = model.forward(batch["input_ids"], segment_ids=batch.get("segment_ids"), dropout_key=dropout_key).logits
-    counted = (batch["labels"] != -100).sum()
-    return cross_entropy(logits, batch["labels"]) * counted, counted
+    decoder = model.model.decoder
+    grad_dtype = decoder.grad_dtype if model.dtype != jnp.float32 else jnp.float32
+    model = gather_parameters(model, model.dtype, grad_dtype)
+    segment_ids = batch.get("segment_ids")
+    out = model.model.forward(batch["input_ids"], segment_ids=segment_ids, dropout_key=dropout_key)
+    head = model.model.decoder.embed_tokens.embedding if model.lm_head is None else model.lm_head.kernel
+    table = head.get_value().astype(model.dtype)
+    loss = next_token_loss(out.last_hidden_state, table if model.lm_head is None else table.T, batch["labels"])
+    return loss, (batch["labels"] != IGNORED).sum()
+
+
+def _check(config: OPTConfig, batch: Batch, mesh: Mesh) -> None:
+    (rows, tokens), tensor = batch["labels"].shape[1:], mesh.shape["tensor"]
+    for what, size in {"attention heads": config.num_attention_heads, "tokens per sequence": tokens}.items():
+        if size % tensor:
+            raise ValueError(f"{size} {what} do not divide over mesh axis tensor={tensor}")
+    if rows % (parts := mesh.shape["data"] * mesh.shape["fsdp"]):
+        raise ValueError(f"{rows} sequences in a micro-batch do not divide over the mesh's data x fsdp = {parts}")
+
+
+def make_gradients(config: OPTConfig, shardings: Any, mesh: Mesh) -> Callable[..., tuple[Array, OPTForCausalLM]]:
+    """(model, batch, dropout keys [A] or None) -> (mean loss, its gradients in float32), for use inside `jax.jit`.
+
+    batch: arrays [A, B, T]. Gradients of the A micro-batches are accumulated, every counted label weighing the same.
+    shardings: of the model. Raises ValueError for sizes that do not divide over the mesh.
+    """
+
+    def gradients(model: OPTForCausalLM, batch: Batch, keys: jax.Array | None):
+        total = jnp.maximum(sum_over_batch((batch["labels"] != IGNORED).sum()), 1)
+
+        def micro_gradients(batch: Batch, key: jax.Array | None):
+            return jax.value_and_grad(lambda model: batch_loss(model, batch, key)[0] / total)(model)
+
+        def accumulate(carry: Any, micro: Any):
+            return jax.tree.map(jnp.add, carry, micro_gradients(*micro)), None
+
+        if batch["labels"].shape[0] == 1:
+            loss, grads = micro_gradients(*jax.tree.map(lambda x: x[0], (batch, keys)))
+        else:
+            nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, model))
+            (loss, grads), _ = jax.lax.scan(accumulate, nothing, (batch, keys))
+        return sum_over_batch(loss), sum_gradients(grads)
+
+    specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
+    rows, everywhere = batch_sharding(mesh, leading=1).spec, replicated(mesh).spec
+    mapped = per_device(gradients, mesh, (specs, rows, everywhere), (everywhere, specs))
+
+    def checked(model: OPTForCausalLM, batch: Batch, keys: jax.Array | None = None):
+        _check(config, batch, mesh)
+        return mapped(model, batch, keys)
+
+    return checked
+
+
+def make_eval_step(shardings: Any, mesh: Mesh) -> Callable[[OPTForCausalLM, Batch], tuple[Array, Array]]:
+    """(model, batch [1, B, T]) -> (sum of the losses, how many labels counted), compiled once."""
+
+    def losses(model: OPTForCausalLM, batch: Batch):
+        loss, count = batch_loss(model, jax.tree.map(lambda x: x[0], batch))
+        return sum_over_batch(loss), sum_over_batch(count)
+
+    specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
+    rows, everywhere = batch_sharding(mesh, leading=1), replicated(mesh)
+    mapped = per_device(losses, mesh, (specs, rows.spec), everywhere.spec)
+    return jax.jit(mapped, in_shardings=(shardings, rows), out_shardings=everywhere)
 
 
 def make_train_step(
@@ -98,31 +170,16 @@ def make_train_step(
     An update with a loss or gradient that is not finite is skipped. The next ones then are, too (by the time the host
     knows, they may be under way), unless `skip_nonfinite`.
 
-    batch: arrays [A, B, T]. Gradients of the A micro-batches are accumulated, every counted label weighing the same.
-    The dropout key is a function of (seed, step, micro-batch), and its bits do not depend on the mesh.
+    batch: arrays [A, B, T], see `make_gradients`. The dropout key is a function of (seed, step, micro-batch), and its
+    bits do not depend on the mesh.
     """
     uses_dropout = max(config.dropout, config.attention_dropout, config.layerdrop) > 0
-
-    def micro_loss(model: OPTForCausalLM, batch: Batch, key: jax.Array | None, total: Array) -> Array:
-        return batch_loss(model, batch, key)[0] / total
+    gradients = make_gradients(config, shardings.model, mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        count = batch["labels"].shape[0]
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        keys = jax.random.split(key, count) if uses_dropout else None
-        total = jnp.maximum((batch["labels"] != -100).sum(), 1)
-
-        def accumulate(carry: Any, micro: Any):
-            batch, key = micro
-            this = jax.value_and_grad(micro_loss)(state.model, batch, key, total)
-            return jax.tree.map(jnp.add, carry, this), None
-
-        if count == 1:
-            first, key = jax.tree.map(lambda x: x[0], (batch, keys))
-            loss, grads = jax.value_and_grad(micro_loss)(state.model, first, key, total)
-        else:
-            nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.model))
-            (loss, grads), _ = jax.lax.scan(accumulate, nothing, (batch, keys))
+        keys = jax.random.split(key, batch["labels"].shape[0]) if uses_dropout else None
+        loss, grads = gradients(state.model, batch, keys)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)  # type: ignore[reportArgumentType]
         model: Any = optax.apply_updates(state.model, updates)  # type: ignore[reportArgumentType]
         new = TrainState(step=state.step + 1, model=model, opt_state=opt_state, halted=state.halted)

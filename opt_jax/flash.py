@@ -1,0 +1,61 @@
+"""Causal attention by kernels that never hold the [T, T] weights: splash attention on TPUs, cuDNN's on GPUs.
+
+Shapes [B, H, T, K], queries scaled already, queries = keys; `segment_ids` [B, T]: a token sees its own segment only.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jaxtyping import Array, Float, Int
+
+AttentionImplementation = Literal["xla", "cudnn", "splash"]
+_LANES = 128  # of a TPU: the least block
+
+
+def splash(
+    q: Float[Array, "B H T K"],
+    k: Float[Array, "B H T K"],
+    v: Float[Array, "B H T K"],
+    segment_ids: Int[Array, "B T"] | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B H T K"]:
+    """Splash attention, for any length: the sequence is filled up to a multiple of 128, which no token before can see.
+
+    interpret: emulate the kernel where there is no TPU (slow; for tests).
+    """
+    heads, length = q.shape[1:3]
+    padding = -length % _LANES
+    padded = length + padding
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (q, k, v))
+    block = next(size for size in (512, 256, _LANES) if padded % size == 0)
+    sizes = splash_attention.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
+    mask = splash_attention.MultiHeadMask([splash_attention.CausalMask((padded, padded))] * heads)
+    kernel = splash_attention.make_splash_mha(
+        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name="context", interpret=interpret
+    )
+    if segment_ids is None:
+        out = jax.vmap(lambda q, k, v: kernel(q, k, v))(q, k, v)
+    else:
+        ids = jnp.pad(segment_ids, ((0, 0), (0, padding)))
+        out = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, splash_attention.SegmentIds(ids, ids)))(q, k, v, ids)
+    return out[:, :, :length].astype(q.dtype)
+
+
+def cudnn(
+    q: Float[Array, "B H T K"],
+    k: Float[Array, "B H T K"],
+    v: Float[Array, "B H T K"],
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B H T K"]:
+    """cuDNN's flash attention. Segments become a mask [B, 1, T, T], which it reads from memory."""
+    mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=1.0, is_causal=True, implementation="cudnn")
+    return out.transpose(0, 2, 1, 3)
+
+
+KERNELS = {"splash": splash, "cudnn": cudnn}

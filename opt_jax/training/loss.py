@@ -1,0 +1,87 @@
+"""The next-token loss of hidden states, a chunk of tokens at a time: the logits of a whole batch never exist.
+
+The gradients are computed with the loss, while a chunk's logits are at hand, so that no logits are kept or made twice.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from opt_jax.sharding import first_part, gather_rows, max_over_tensor, own_tokens, scatter_rows, sum_over_tensor
+
+IGNORED = -100
+CHUNK_BYTES = 2**28  # of a chunk's float32 logits on one device
+
+
+def next_token_loss(
+    x: Float[Array, "B T P"], table: Float[Array, "V P"], labels: Int[Array, "B T"], chunk_bytes: int = CHUNK_BYTES
+) -> Float[Array, ""]:
+    """Sum over the labels that are not -100 of the negative log-likelihood, in float32, of logits `x table^T`.
+
+    Inside `sharding.per_device`, x and table are a device's own tokens and part of the vocabulary; the loss is of all
+    of the batch's tokens on its `tensor` group, and so are the gradients.
+    """
+    labels = own_tokens(labels).reshape(-1)
+    x = x.reshape(-1, x.shape[-1])
+    together = gather_rows(jnp.zeros(1)).shape[0]  # devices that share the vocabulary work on one chunk
+    most = max(1, chunk_bytes // (4 * table.shape[0] * together))
+    chunks = -(-len(labels) // most)
+    size = -(-len(labels) // chunks)
+    padding = chunks * size - len(labels)
+    labels = jnp.pad(labels, (0, padding), constant_values=IGNORED).reshape(chunks, size)
+    x = jnp.pad(x, ((0, padding), (0, 0))).reshape(chunks, size, -1)
+    return _loss(x, table, labels)
+
+
+def _nll(x: Array, table: Array, labels: Array) -> tuple[Array, Array, Array, Array]:
+    """(sum of the losses, softmax [N, V], one-hot labels [N, V], x gathered [N, P]) of one chunk."""
+    x, labels = gather_rows(x), gather_rows(labels)
+    logits = jnp.einsum("np,vp->nv", x, table, preferred_element_type=jnp.float32)
+    own = labels - first_part(table.shape[0])
+    hot = own[:, None] == jnp.arange(table.shape[0])
+    highest = max_over_tensor(logits.max(axis=-1))
+    exponentials = jnp.exp(logits - highest[:, None])
+    both = jnp.stack([exponentials.sum(axis=-1), jnp.where(hot, logits, 0).sum(axis=-1)])
+    total, chosen = sum_over_tensor(both)
+    counted = labels != IGNORED
+    loss = jnp.where(counted, jnp.log(total) + highest - chosen, 0).sum()
+    weight = jnp.where(counted, 1 / total, 0)
+    return loss, exponentials * weight[:, None], hot & counted[:, None], x
+
+
+@jax.custom_vjp
+def _loss(x: Float[Array, "C N P"], table: Float[Array, "V P"], labels: Int[Array, "C N"]) -> Float[Array, ""]:
+    def add(total: Array, chunk: tuple[Array, Array]):
+        return total + _nll(chunk[0], table, chunk[1])[0], None
+
+    return _scan(add, jnp.zeros(()), (x, labels))[0]
+
+
+def _loss_forward(x, table, labels):
+    def add(carry: tuple[Array, Array], chunk: tuple[Array, Array]):
+        total, d_table = carry
+        loss, softmax, hot, whole = _nll(chunk[0], table, chunk[1])
+        d_logits = (softmax - hot).astype(x.dtype)
+        d_x = scatter_rows(jnp.einsum("nv,vp->np", d_logits, table))
+        d_table += jnp.einsum("nv,np->vp", d_logits, whole, preferred_element_type=jnp.float32)
+        return (total + loss, d_table), d_x
+
+    (loss, d_table), d_x = _scan(add, (jnp.zeros(()), jnp.zeros(table.shape, jnp.float32)), (x, labels))
+    return loss, (d_x, d_table.astype(table.dtype))
+
+
+def _loss_backward(saved, gradient):
+    d_x, d_table = saved
+    return (d_x * gradient).astype(d_x.dtype), (d_table * gradient).astype(d_table.dtype), None
+
+
+_loss.defvjp(_loss_forward, _loss_backward)
+
+
+def _scan(body, carry, chunks):
+    """`lax.scan`, without a loop around one chunk."""
+    if chunks[0].shape[0] > 1:
+        return lax.scan(body, carry, chunks)
+    carry, out = body(carry, jax.tree.map(lambda x: x[0], chunks))
+    return carry, jax.tree.map(lambda x: x[None], out)
