@@ -17,6 +17,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 # The peer lives in the same process: JAX takes what it needs of a GPU's memory, not three quarters of it at the start.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -61,7 +62,8 @@ def theirs(config: OPTConfig, batch: np.ndarray, dtype: str) -> tuple[Step, Memo
 
     device = "cpu" if jax.default_backend() == "cpu" else "cuda"
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as XLA has it by default; on a CPU it changes nothing
-    hf_config = transformers.OPTConfig(**(config.to_hf() | {"attn_implementation": "sdpa"}))
+    settings: dict[str, Any] = config.to_hf() | {"attn_implementation": "sdpa"}
+    hf_config = transformers.OPTConfig(**settings)
     with torch.device(device):
         model = transformers.OPTForCausalLM(hf_config).train()
     optimizer = torch.optim.AdamW(
