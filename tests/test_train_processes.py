@@ -114,7 +114,8 @@ def whole(place):
 
 @pytest.fixture(scope="module")
 def pair(place):
-    together(place, "pair")
+    together(place, "pair", checkpoint_minutes=1e-5, keep_checkpoints=20)
+    assert (place / "pair" / "checkpoints" / "1").is_dir()  # both agreed that the time was up
     return lines(place, "pair")
 
 

@@ -1,0 +1,59 @@
+"""When a process takes itself for one of several. (What several do: test_train_processes.py.)"""
+
+import os
+
+import pytest
+
+from opt_jax import distributed
+
+SLURM = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch):
+    for name in os.environ:
+        if name.startswith(("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_COMPLETION_")):
+            monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("variables", "several"),
+    [
+        ({}, False),
+        (SLURM, True),
+        (SLURM | {"SLURM_NTASKS": "1"}, False),
+        ({"SLURM_NTASKS": "2"}, False),  # an allocation, but no step: a batch script, or a shell
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+        ({"MEGASCALE_NUM_SLICES": "2"}, True),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),  # a pod, but not of an indexed job
+    ],
+)
+def test_clusters_are_known_by_their_environment(monkeypatch, variables, several):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.in_cluster() == several
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("auto", "localhost:1", 2), "--coordinator-address, --num-processes and --process-id go together"),
+        (("auto", None, None, 1), "--coordinator-address, --num-processes and --process-id go together"),
+        (("off", "localhost:1", 2, 0), "--distributed off: leave out --coordinator-address"),
+    ],
+)
+def test_half_a_job_is_an_error(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        distributed.start(*arguments)
+
+
+def test_a_process_alone_agrees_with_itself():
+    distributed.start()
+    distributed.check_same({"seed": 1})
+    distributed.reached("anything")
+    assert distributed.from_first(lambda: b"bytes") == b"bytes"
+    with pytest.raises(SystemExit, match="job: error: bad"), distributed.last_words("job"):
+        raise ValueError("bad")
+    with pytest.raises(KeyError), distributed.last_words("job"):
+        raise KeyError("a fault of the program keeps its traceback")
