@@ -17,7 +17,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 # The peer lives in the same process: JAX takes what it needs of a GPU's memory, not three quarters of it at the start.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
