@@ -63,7 +63,7 @@ def test_remat_keeps_less_and_computes_the_same():
     # What the forward loop hands to the backward one: arrays with an axis of layers and one of the batch's rows.
     kept = {}
     for remat, (compiled, *_) in found.items():
-        loops = [line for line in compiled.as_text().splitlines() if re.search(r"\) while\(", line)]
+        loops = [line for line in (compiled.as_text() or "").splitlines() if re.search(r"\) while\(", line)]
         shapes = re.findall(r"f32\[3,8,([\d,]+)\]", loops[0].split("while(")[0])
         kept[remat] = sum(int(np.prod([int(n) for n in dims.split(",")])) for dims in shapes)
     assert kept["none"] > kept["dots"] > kept["names"] > kept["full"] == 16 * 32
