@@ -89,7 +89,8 @@ class OPTAttention(nnx.Module):
     def __init__(self, config: OPTConfig, attn_implementation: AttentionImplementation, **kwargs):
         project = partial(linear, config, config.hidden_size, config.hidden_size, config.enable_bias, **kwargs)
         self.k_proj, self.v_proj, self.q_proj, self.out_proj = project(), project(), project(), project()
-        self.config, self.implementation = config, attn_implementation
+        self.config = config
+        self.implementation: AttentionImplementation = attn_implementation
 
     def _split_heads(self, x: Float[Array, "B T D"]) -> Float[Array, "B H T K"]:
         heads = x.reshape(*x.shape[:2], -1, self.config.head_dim)  # a device may hold a part of the heads
@@ -195,7 +196,8 @@ class OPTDecoder(nnx.Module):
         layers = jax.vmap(layer)(keys)
         self.layers = layers if scan_layers else _unstack(layers, config.num_hidden_layers)
         self.config, self.implementation = config, attn_implementation
-        self.remat, self.grad_dtype = remat, jnp.dtype(grad_dtype)
+        self.remat: Remat = remat
+        self.grad_dtype = jnp.dtype(grad_dtype)
 
     def _lookup(self, ids: Int[Array, "B T"]) -> Float[Array, "B T P"]:
         return self.embed_tokens.lookup(ids) if is_per_device() else self.embed_tokens(ids)

@@ -3,7 +3,7 @@
 Shapes [B, H, T, K], queries scaled already, queries = keys; `segment_ids` [B, T]: a token sees its own segment only.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def splash(
         mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name="context", interpret=interpret
     )
     if segment_ids is None:
-        out = jax.vmap(lambda q, k, v: kernel(q, k, v))(q, k, v)
+        out: Any = jax.vmap(lambda q, k, v: kernel(q, k, v))(q, k, v)
     else:
         ids = jnp.pad(segment_ids, ((0, 0), (0, padding)))
         out = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, splash_attention.SegmentIds(ids, ids)))(q, k, v, ids)

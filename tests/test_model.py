@@ -14,7 +14,7 @@ from reference import CLASSES, CONFIGS, SMALL, batch, f32, i32, our_model
 
 import opt_jax
 from opt_jax import OPTConfig, OPTForCausalLM, named_parameters, stack_layers, unstack_layers
-from opt_jax.attention import dropout
+from opt_jax.attention import DropoutKey, dropout
 from opt_jax.config import _SIZES
 from opt_jax.decoder import _stacked
 from opt_jax.model import OPTPreTrainedModel
@@ -131,12 +131,12 @@ def test_initial_values_are_hf_s():
 
 
 def test_dropout_keeps_the_mean_and_zeroes_at_its_rate():
-    x = jnp.full(100_000, 2.0)
-    dropped = np.asarray(dropout(x, 0.3, jax.random.key(0)))
+    x, key = jnp.full((10, 100, 100), 2.0), DropoutKey.of(jax.random.key(0), 10)
+    dropped = np.asarray(dropout(x, 0.3, key))
     kept = dropped != 0
     assert abs(kept.mean() - 0.7) < 4 * (0.3 * 0.7 / x.size) ** 0.5
     np.testing.assert_allclose(dropped[kept], 2 / 0.7, rtol=1e-6)
-    assert dropout(x, 0.3, None) is x and dropout(x, 0.0, jax.random.key(0)) is x
+    assert dropout(x, 0.3, None) is x and dropout(x, 0.0, key) is x
 
 
 @pytest.mark.parametrize("form", [stack_layers, unstack_layers])

@@ -1,0 +1,80 @@
+"""Flash attention against plain attention, forward and gradients; which implementation is chosen where."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from opt_jax import OPTConfig, OPTForCausalLM, flash
+from opt_jax.attention import AttentionMask, attend, choose_attention
+
+
+def arrays(head_dim, length, kind):
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, weight = (jax.random.normal(key, (2, 2, length, head_dim)) for key in keys)
+    columns = np.arange(length)
+    real = np.stack([columns < length - 17, columns < length])
+    mask = AttentionMask(
+        {"right": jnp.asarray(real), "left": jnp.asarray(real[:, ::-1])}.get(kind),
+        jnp.asarray(np.stack([columns // 37, columns // 50])) if kind == "segments" else None,
+        0,
+    )
+    seen = jnp.ones((2, length)) if mask.key_mask is None else mask.key_mask
+    return q * head_dim**-0.5, k, v, mask, weight * seen[:, None, :, None]  # what pads read does not matter
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("head_dim", "length", "kind"), [(64, 128, None), (80, 150, "segments"), (128, 128, "left"), (64, 100, "right")]
+)
+def test_splash_is_attention(head_dim, length, kind):
+    q, k, v, mask, weight = arrays(head_dim, length, kind)
+
+    def plain(q, k, v):
+        return (attend(q, k, v, mask)[0] * weight).sum()
+
+    def kernel(q, k, v):
+        return (flash.splash(q, k, v, mask.segments(), interpret=True) * weight).sum()
+
+    expected, got = (jax.jit(jax.value_and_grad(f, (0, 1, 2)))(q, k, v) for f in (plain, kernel))
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
+    for name, a, b in zip("qkv", got[1], expected[1], strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max(), err_msg=name)
+
+
+def test_auto_is_chosen_by_platform_dtype_and_dropout():
+    choose = lambda requested="auto", platform="tpu", head_dim=64, dtype="bfloat16", dropout=0.0: choose_attention(  # noqa: E731
+        requested, platform, head_dim, dtype, dropout
+    )
+    assert [choose(), choose(platform="gpu"), choose(platform="cpu")] == ["splash", "cudnn", "xla"]
+    assert choose(platform="gpu", dtype="float32") == choose(platform="gpu", head_dim=36) == "xla"
+    assert choose(dropout=0.1) == choose("xla", dropout=0.1) == "xla"
+    for wrong, words in [
+        (dict(requested="splash", dropout=0.1), "attention_dropout 0"),
+        (dict(requested="splash", platform="cpu"), "needs a TPU, but this is a cpu"),
+        (dict(requested="cudnn"), "needs a GPU"),
+        (dict(requested="flash"), "choose one of auto, xla, cudnn, splash"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            choose(**wrong)
+
+
+def test_what_a_flash_model_cannot_do_is_refused():
+    config = OPTConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, ffn_dim=16, num_attention_heads=2,
+        max_position_embeddings=16, attention_dropout=0.1,
+    )  # fmt: skip
+    build = lambda **kwargs: OPTForCausalLM(config, rngs=nnx.Rngs(0), **kwargs)  # noqa: E731
+    ids = np.ones((1, 4), np.int32)
+    with pytest.raises(ValueError, match="output_attentions needs attn_implementation='xla'"):
+        build(attn_implementation="splash")(ids, output_attentions=True)
+    with pytest.raises(ValueError, match="no dropout on attention weights"):
+        build(attn_implementation="splash")(ids, dropout_key=jax.random.key(0))
+    with pytest.raises(ValueError, match="attn_implementation 'flash': choose one of xla"):
+        build(attn_implementation="flash")
+    with pytest.raises(ValueError, match="remat 'some': choose one of none"):
+        build(remat="some")
+    model = build(attn_implementation="splash")  # decoding with a cache is plain attention, wherever it runs
+    cached = model(ids, cache=model.init_cache(1, 8)).logits
+    np.testing.assert_allclose(cached, build()(ids).logits, rtol=1e-5)
