@@ -62,16 +62,18 @@ def plan(size: str, topology: str, mesh: str, micro_batch: int | None) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sizes", nargs="*", choices=(*SLICES, []), default=list(SLICES), metavar="SIZE")
+    parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"of {', '.join(SLICES)} (default: all)")
     parser.add_argument("--generations", nargs="+", choices=GENERATIONS, default=GENERATIONS)
     parser.add_argument("--micro-batch", type=int, help="default: by an estimate")
     options = parser.parse_args()
+    if unknown := [size for size in options.sizes if size not in SLICES]:
+        parser.error(f"{unknown[0]}: the sizes are {', '.join(SLICES)}")
     columns = (
         "size", "slice", "chips", "mesh", "sequences at a time", "state, GB/chip", "peak, GB/chip", "of",
         "sent, GB/chip", "floor, GB/chip", "model PFLOP", "x hardware", "compiled in, s", "most sequences",
     )  # fmt: skip
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    for size in options.sizes:
+    for size in options.sizes or SLICES:
         for generation in options.generations:
             topology, mesh = SLICES[size][GENERATIONS.index(generation)].split()
             found = plan(size, topology, mesh, options.micro_batch)
