@@ -90,8 +90,9 @@ def make_mesh(
     if not spec:
         spec = {"data": slices, "fsdp": -1} if dcn == {"data": slices} else {"fsdp": -1}
     sizes, kinds = _axis_sizes("mesh", spec, len(devices), "devices"), (AxisType.Auto,) * len(AXES)
-    if not dcn:
-        return jax.make_mesh(tuple(sizes.values()), AXES, devices=devices, axis_types=kinds)
+    if not dcn:  # not `jax.make_mesh`, which has no place for tensor=4 in a torus of 8 x 8 x 8
+        grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=kinds)
     unit = "slices" if slices > 1 else "processes"
     count = slices if slices > 1 else len({device.process_index for device in devices})
     between = _axis_sizes("dcn-mesh", dcn, count, unit)
