@@ -122,10 +122,10 @@ def _evaluate(options: EvalOptions) -> None:
         report |= {"documents": documents, "tokens": len(ids), "results": perplexities(options, model, ids)}
         shown = text_table(report)
     else:
-        from opt_jax.harness import OPTLM, run, tables
+        from opt_jax.harness import run, tables
 
-        lm = OPTLM(model, tokenizer=tokenizer, batch_size=options.batch_size)
-        report |= run(lm, tasks, options.num_fewshot, options.limit, options.log_samples)
+        settings = dict(num_fewshot=options.num_fewshot, limit=options.limit, log_samples=options.log_samples)
+        report |= run(model, tokenizer, tasks, options.batch_size, **settings)
         shown = tables(report)
     if jax.process_index() == 0:
         text = json.dumps(_finite(report), indent=2, default=_plain, allow_nan=False, ensure_ascii=False) + "\n"
@@ -217,7 +217,7 @@ def describe(options: EvalOptions, model: Any) -> dict[str, Any]:
 def text_table(report: dict[str, Any]) -> str:
     """The results of --data for a reader."""
     heads = ("protocol", "window", "stride", "windows", "tokens", "left out", "loss", "perplexity", "seconds")
-    rows = [heads]
+    rows: list[tuple[str, ...]] = [heads]
     for r in report["results"]:
         plus = ["" if r[f"{name}_stderr"] is None else f" ± {r[f'{name}_stderr']:.{d}f}"
                 for name, d in (("loss", 4), ("perplexity", 3))]  # fmt: skip

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 try:
-    import lm_eval
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
+    from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
@@ -68,9 +68,10 @@ class OPTLM(TemplateLM):
                 raise ValueError(f"{', '.join(loading)}: only for a model that is loaded by name")
             if tokenizer is None:
                 raise ValueError("a model object does not know its tokenizer: pass tokenizer=")
-            self.model = pretrained
+            self.model: Any = pretrained
         if not isinstance(tokenizer, OPTTokenizer):  # before the weights: it fails sooner
-            tokenizer = OPTTokenizer.from_pretrained(tokenizer or pretrained)
+            source: Any = pretrained if tokenizer is None else tokenizer
+            tokenizer = OPTTokenizer.from_pretrained(source)
         self.tokenizer: Any = tokenizer
         if not isinstance(pretrained, OPTForCausalLM):
             self.model = OPTForCausalLM.from_pretrained(pretrained, **loading)
@@ -90,14 +91,12 @@ class OPTLM(TemplateLM):
     def tokenizer_name(self) -> str:
         return repr(self.tokenizer)
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
         """The ids of a text, behind one `</s>`, whether the text begins with it or not, unless told otherwise."""
         special = not string.startswith(self.tokenizer.bos_token) if add_special_tokens is None else add_special_tokens
         return self.tokenizer(string, return_tensors=None, add_special_tokens=special)["input_ids"]
 
-    def _loglikelihood_tokens(
-        self, requests: Sequence[Pair], disable_tqdm: bool = False, **_: Any
-    ) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: Sequence[Pair], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-probability of the continuation, whether greedy decoding would give it) of each request.
 
         Requests of about one length share a batch, and batches have few shapes: `batch_size` rows (the last one of its
@@ -105,8 +104,11 @@ class OPTLM(TemplateLM):
         """
         rows = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
         for (_, context, continuation), row in zip(requests, rows, strict=True):
-            if not context or not 0 < len(continuation) < max(2, len(row) + 1):
-                raise ValueError(f"a continuation of {len(continuation)} tokens does not fit into {self.max_length}")
+            if not context or not 0 < len(continuation) < len(row):
+                raise ValueError(
+                    f"a context of {len(context)} and a continuation of {len(continuation)} tokens: neither may be "
+                    f"empty, and the latter has room for {self.max_length}"
+                )
         results: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         bar = tqdm(total=len(rows), desc="scoring", disable=disable_tqdm or jax.process_index() > 0)
@@ -137,7 +139,9 @@ class OPTLM(TemplateLM):
 
         As with `hf`, the text comes behind a prefix `</s>` and with its own one, which is so predicted, too.
         """
-        texts, windows, owners = [request.args[0] for request in requests], [], []
+        texts = [request.args[0] for request in requests]
+        windows: list[Pair] = []
+        owners: list[int] = []
         for owner, text in enumerate(texts):
             pairs = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
             windows += [(None, *make_disjoint_window(pair)) for pair in pairs]
@@ -159,7 +163,7 @@ class OPTLM(TemplateLM):
         if jax.process_count() > 1:
             raise ValueError("tasks that generate text are for a single process: choose others for a job of several")
         results = [""] * len(requests)
-        groups: dict[str, list[int]] = {}
+        groups: dict[str, list[int]] = {}  # by their options
         for i, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
         for group in groups.values():
@@ -224,14 +228,16 @@ def find_tasks(names: Sequence[str], include_path: Sequence[str]) -> tuple[TaskM
 
 
 def run(
-    lm: OPTLM, tasks: tuple[TaskManager, list[str]], num_fewshot: int | None, limit: float | None, log_samples: bool
-) -> dict[str, Any]:
+    model: OPTForCausalLM, tokenizer: OPTTokenizer, tasks: tuple[TaskManager, list[str]], batch_size: int | None = None,
+    *, num_fewshot: int | None = None, limit: float | None = None, log_samples: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """What `lm_eval.simple_evaluate` returns: "results", "samples" (if asked for) and, as "harness", the rest."""
-    manager, names = tasks
-    found: Any = lm_eval.simple_evaluate(
-        model=lm, tasks=list(names), task_manager=manager, num_fewshot=num_fewshot,
+    make: Any = OPTLM
+    lm = make(model, tokenizer=tokenizer, batch_size=batch_size)
+    evaluate: Any = simple_evaluate
+    found = evaluate(
+        model=lm, tasks=tasks[1], task_manager=tasks[0], num_fewshot=num_fewshot, batch_size=lm.batch_size,
         limit=int(limit) if limit is not None and limit >= 1 else limit, log_samples=log_samples,
-        batch_size=lm.batch_size,
     )  # fmt: skip
     own = ("results", "samples")
     harness = {name: value for name, value in found.items() if name not in own}

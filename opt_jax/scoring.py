@@ -45,13 +45,14 @@ def score(
 
 def _run(model: OPTForCausalLM, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The results of `_score` on the host, with a first column of which nothing is known, [B, T]."""
-    mesh, rows = mesh_of(model), len(ids)
+    mesh, rows, given = mesh_of(model), len(ids), (ids, mask)
     if mesh is not None:
         padding = ((0, -rows % row_groups(mesh)), (0, 0))
-        ids, mask = (_spread(np.pad(x, padding, mode="edge"), mesh) for x in (ids, mask))
+        given = [_spread(np.pad(x, padding, mode="edge"), mesh) for x in given]
     with contextlib.nullcontext() if mesh is None else use_mesh(mesh):
-        results = jax.device_get(_compiled(mesh)(model, ids, mask))
-    return tuple(np.pad(x[:rows], ((0, 0), (1, 0))) for x in results)  # type: ignore[reportReturnType]
+        results = jax.device_get(_compiled(mesh)(model, *given))
+    logprobs, greedy = (np.pad(x[:rows], ((0, 0), (1, 0))) for x in results)
+    return logprobs, greedy
 
 
 def _spread(x: np.ndarray, mesh: Mesh) -> jax.Array:
