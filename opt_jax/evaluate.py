@@ -124,7 +124,9 @@ def _evaluate(options: EvalOptions) -> None:
     else:
         from opt_jax.harness import run, tables
 
-        settings = dict(num_fewshot=options.num_fewshot, limit=options.limit, log_samples=options.log_samples)
+        settings: dict[str, Any] = dict(
+            num_fewshot=options.num_fewshot, limit=options.limit, log_samples=options.log_samples
+        )
         report |= run(model, tokenizer, tasks, options.batch_size, **settings)
         shown = tables(report)
     if jax.process_index() == 0:
