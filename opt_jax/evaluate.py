@@ -62,6 +62,8 @@ class EvalOptions:
     """host:port of process 0."""
     num_processes: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     process_id: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    hang_minutes: int = 60
+    """With several processes: end when loading, or a batch, takes longer."""
 
 
 def evaluate(options: Annotated[EvalOptions, tyro.conf.arg(name="")]) -> None:
@@ -71,7 +73,8 @@ def evaluate(options: Annotated[EvalOptions, tyro.conf.arg(name="")]) -> None:
 
     with distributed.last_words(PROGRAM) if _in_job(options) else contextlib.nullcontext():
         distributed.start(
-            options.distributed, options.coordinator_address, options.num_processes, options.process_id
+            options.distributed, options.coordinator_address, options.num_processes, options.process_id,
+            hang_minutes=options.hang_minutes,
         )  # fmt: skip
         _evaluate(options)
 
@@ -87,13 +90,15 @@ def check(options: EvalOptions) -> None:
     if bool(options.data) == bool(options.tasks):
         raise ValueError("give one of --data (a text, for perplexity) and --tasks (of the lm-evaluation-harness)")
     for name in _TASKS_ONLY if options.data else _TEXT_ONLY:
-        if getattr(options, name) not in (None, (), False):
+        if getattr(options, name) != getattr(EvalOptions, name):  # its default
             flag, other = name.replace("_", "-"), "tasks" if options.data else "data"
             raise ValueError(f"--{flag} without effect: it goes with --{other}")
     if options.stride is not None and options.protocol == "non-overlapping":
         raise ValueError("--stride without effect: non-overlapping windows have none")
     if options.log_samples and options.output is None:
         raise ValueError("--log-samples without effect: say where to write them with --output")
+    if options.hang_minutes < 1:
+        raise ValueError(f"--hang-minutes {options.hang_minutes}: must be at least 1")
     if options.limit is not None and not options.limit > 0:
         raise ValueError(f"--limit {options.limit}: must be above 0")
     if options.output is not None and (options.output.is_dir() or not options.output.absolute().parent.is_dir()):
@@ -105,18 +110,21 @@ def _evaluate(options: EvalOptions) -> None:
 
     from opt_jax import distributed
     from opt_jax.text import OPTTokenizer
+    from opt_jax.training.data import fingerprint
 
     common = dataclasses.asdict(options) | {"process_id": None, "output": str(options.output)}
     distributed.check_same({f"--{name.replace('_', '-')}": value for name, value in common.items()})
     tokenizer = OPTTokenizer.from_pretrained(options.model)  # before the weights: it fails sooner
     if options.data:
         ids, documents = read_ids(options.data, tokenizer)
-        distributed.check_same({"tokens of --data": ids.tolist()})
+        distributed.check_same({"--data": f"{len(ids)} tokens, {fingerprint(ids)}"})
     else:
         from opt_jax.harness import find_tasks
 
         tasks = find_tasks(options.tasks, options.include_path)
+    distributed.reached("loading the model")
     model = load(options)
+    distributed.reached("the first batch")
     report = describe(options, model)
     if options.data:
         report |= {"documents": documents, "tokens": len(ids), "results": perplexities(options, model, ids)}
@@ -187,15 +195,22 @@ def perplexities(options: EvalOptions, model: Any, ids: Any) -> list[dict[str, A
 
 @contextlib.contextmanager
 def _bar(title: str) -> Iterator[Any]:
-    """On a terminal, on stderr, of process 0."""
+    """On a terminal, on stderr, of process 0; and, in a job, a sign of life."""
     import jax
     from rich.console import Console
     from rich.progress import Progress
 
+    from opt_jax import distributed
+
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=jax.process_index() > 0 or not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def show(done: int, total: int) -> None:
+            distributed.reached(f"{title} window {done}")
+            bar.update(task, completed=done, total=total)
+
+        yield show
 
 
 def describe(options: EvalOptions, model: Any) -> dict[str, Any]:

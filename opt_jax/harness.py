@@ -23,6 +23,7 @@ except ImportError as error:
     raise ValueError(f"tasks need the package lm-eval ({error}): pip install 'opt-jax[eval]'") from None
 from tqdm import tqdm
 
+from opt_jax import distributed
 from opt_jax.model import OPTForCausalLM
 from opt_jax.perplexity import check_batch_size
 from opt_jax.request import batch_bucket
@@ -122,6 +123,7 @@ class OPTLM(TemplateLM):
                 if name is not None:
                     self.cache_hook.add_partial("loglikelihood", name, results[i])
             bar.update(len(some))
+            distributed.reached(f"request {first + len(some)}")
         bar.close()
         return results
 
