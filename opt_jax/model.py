@@ -200,7 +200,7 @@ class OPTForCausalLM(OPTPreTrainedModel):
 
         return prefill(self, input_ids, attention_mask, **kwargs)
 
-    def score(self, input_ids, attention_mask=None, **kwargs):
+    def score(self, input_ids, attention_mask=None, **kwargs) -> Any:
         """The log-probability of each token: see `opt_jax.scoring.score`."""
         from opt_jax.scoring import score
 
