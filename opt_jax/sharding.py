@@ -303,8 +303,12 @@ def _gather_forward(x, axis, dtype, grad_dtype, own_dtype):
 
 
 def _gather_backward(axis, dtype, grad_dtype, own_dtype, _, gradient):
-    parts = lax.psum_scatter(gradient.astype(grad_dtype), "fsdp", scatter_dimension=axis, tiled=True)
-    return (parts.astype(own_dtype),)
+    # With the parts along an axis of their own, the first. Parts that are not whole tiles of a TPU's memory (of 128
+    # numbers, along the last axis) would be scattered by adding all up on every chip, which sends twice as much.
+    shape = gradient.shape
+    gradient = gradient.astype(grad_dtype).reshape(*shape[:axis], _size("fsdp"), -1, *shape[axis + 1 :])
+    own = lax.psum_scatter(jnp.moveaxis(gradient, axis, 0), "fsdp", scatter_dimension=0)
+    return (own.astype(own_dtype),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
