@@ -170,6 +170,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def mesh_of(model: Any) -> Mesh | None:
+    """The mesh that a model's parameters are on; None: they are on one device, or abstract."""
+    sharding = getattr(jax.tree.leaves(model)[0], "sharding", None)
+    return sharding.mesh if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) else None
+
+
+def row_groups(mesh: Mesh) -> int:
+    """Parts that the rows of a batch are split into: their number must be a multiple of it."""
+    return math.prod(mesh.shape[axis] for axis in _BATCH)
+
+
 def constrain(x: jax.Array, name: str) -> jax.Array:
     """Pin the layout of a named activation; a no-op without a mesh. Axes that do not divide a dimension are left out
     (a decode step has one token, which no axis can split)."""
