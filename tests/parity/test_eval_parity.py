@@ -1,11 +1,7 @@
 """Perplexity and tasks of the lm-evaluation-harness, beside PyTorch on the same weights."""
 
-import importlib
-import importlib.util
 import json
 import math
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -122,30 +118,11 @@ def folder(tmp_path_factory, pair, shared_data) -> Path:
     return path
 
 
-def hf_class():
-    """The harness's `hf`. Its file imports names of `accelerate` for several GPUs, none of which a model that is passed
-    in needs: where that package is not installed, others stand in their place while the file is imported."""
-    modules = {}
-    if importlib.util.find_spec("accelerate") is None:
-        transformers.utils.is_accelerate_available()  # remembers the answer, which is no
-        names: dict[str, Any] = dict.fromkeys(
-            ("Accelerator", "InitProcessGroupKwargs", "find_executable_batch_size", "get_max_memory")
-        )
-        modules = {name: types.ModuleType(name) for name in ("accelerate", "accelerate.utils")}
-        for module in modules.values():
-            vars(module).update(names)
-    sys.modules.update(modules)
-    try:
-        return importlib.import_module("lm_eval.models.huggingface").HFLM
-    finally:
-        for name in modules:
-            del sys.modules[name]
-
-
 @pytest.fixture(scope="module")
 def both(folder):
     """(of `hf`, of ours): what simple_evaluate returns."""
     import lm_eval
+    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     from opt_jax.harness import OPTLM
@@ -153,7 +130,7 @@ def both(folder):
     hf = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "hf")
     make: Any = OPTLM
-    models = [hf_class()(hf, tokenizer=tokenizer, batch_size=5), make(str(folder / "orbax"), batch_size=5)]
+    models = [HFLM(hf, tokenizer=tokenizer, batch_size=5), make(str(folder / "orbax"), batch_size=5)]
     manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
     run: Any = lm_eval.simple_evaluate
     return [run(model=m, tasks=list(TASKS), task_manager=manager, bootstrap_iters=0) for m in models]
