@@ -48,7 +48,7 @@ _KEPT: dict[str, tuple[str, ...]] = {
     "dots": ("context", "attention_out", "qkv", "ffn"),
 }
 # Most bytes of one array [B, T, D] within a layer, with remat "full" in a training step: more rows run in parts.
-PART_BYTES = 2**28
+PART_BYTES = 2**26
 # Position p reads row p + 2 of the table, so a pad (position -1) reads row 1: HF `OPTLearnedPositionalEmbedding`.
 POSITION_OFFSET = 2
 
@@ -257,9 +257,9 @@ class OPTDecoder(nnx.Module):
         elif cache is not None:
             raise ValueError("a cache needs separate layers: use opt_jax.unstack_layers(model) before decoding")
         else:
-            parts = 1
-            if self.remat == "full" and is_per_device() and not output_attentions:
-                most = max(1, PART_BYTES // (length * self.config.hidden_size * x.dtype.itemsize))  # rows of a part
+            parts, width = 1, self.config.hidden_size  # (fewer tokens take less memory than the sums that parts need)
+            if self.remat == "full" and is_per_device() and not output_attentions and batch * length > width:
+                most = max(1, PART_BYTES // (length * width * x.dtype.itemsize))  # rows of a part
                 parts = next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= most)
 
             def body(x, layer_and_key):
@@ -302,8 +302,8 @@ def _in_parts(
     """`layer`, without a cache, over equal parts of the rows, one after another.
 
     The backward pass does a part at a time, too, so that what it computes again, and gathers over `tensor`, exists for
-    one part and not the whole batch, while weights are gathered, and their gradients sent, once. Gradients of weights
-    come from each part in the compute dtype, as from the whole batch otherwise, and are added up over parts in float32.
+    one part only; weights are gathered, and their gradients sent, once. These come from each part in the compute dtype,
+    as they do from the whole batch otherwise, and are added up over parts in float32.
     """
     wide = jax.tree.map(lambda weight: weight.astype(jnp.float32), layer)
 
@@ -320,8 +320,9 @@ def _in_parts(
 
 
 def _all_but_weights(primitive: Any, *_: Any, **params: Any) -> bool:
-    # Not the gathered weights, and not their casts: the argument of a name would be kept in its place.
-    return primitive.name not in ("all_gather", "convert_element_type") and params.get("name") != "weights"
+    # Not the gathered weights, nor what they are made of: the argument of a name would be kept in its place.
+    made = {"all_gather", "convert_element_type", "select_n", "ne"}
+    return primitive.name not in made and params.get("name") != "weights"
 
 
 def _positions(

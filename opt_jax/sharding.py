@@ -296,7 +296,9 @@ def gather_parameters(tree: Any, dtype: Any, grad_dtype: Any, prefix: str = "") 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def _gather(x: jax.Array, axis: int, dtype: Any, grad_dtype: Any, own_dtype: Any) -> jax.Array:
-    return lax.all_gather(x.astype(dtype), "fsdp", axis=axis, tiled=True)
+    # `where` changes nothing, but is not moved: the compiler for TPUs would take the cast alone out of the loop over
+    # layers, through a barrier too, and hold all layers' weights in both dtypes (0.7 GB per chip for 175B on 512).
+    return lax.all_gather(jnp.where(jnp.isnan(x), jnp.nan, x).astype(dtype), "fsdp", axis=axis, tiled=True)
 
 
 def _gather_forward(x, axis, dtype, grad_dtype, own_dtype):

@@ -1,5 +1,7 @@
 """Flash attention against plain attention, forward and gradients; which implementation is chosen where."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 from flax import nnx
 
 from opt_jax import OPTConfig, OPTForCausalLM, flash
-from opt_jax.attention import AttentionMask, attend, choose_attention
+from opt_jax.attention import AttentionMask, attend, choose_attention, flash_attend
+from opt_jax.sharding import make_mesh, use_mesh
 
 
 def arrays(head_dim, length, kind):
@@ -41,6 +44,63 @@ def test_splash_is_attention(head_dim, length, kind):
     np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
     for name, a, b in zip("qkv", got[1], expected[1], strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max(), err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+@pytest.mark.parametrize("kind", [None, "segments"])
+def test_splash_on_a_mesh_is_attention(kind, monkeypatch):
+    monkeypatch.setitem(flash.KERNELS, "splash", partial(flash.splash, interpret=True))
+    q, k, v, mask, weight = arrays(64, 128, kind)
+
+    def loss(attention, q, k, v):
+        return (attention(q, k, v, mask) * weight).sum()
+
+    expected = jax.jit(jax.value_and_grad(partial(loss, lambda *qkv_mask: attend(*qkv_mask)[0]), (0, 1, 2)))(q, k, v)
+    split = partial(loss, partial(flash_attend, "splash"))
+    # The compiler splits the model, as in evaluation or with `from_pretrained`: each device has a row and a head.
+    with use_mesh(make_mesh("data=2,tensor=2", jax.devices()[:4])):
+        step = jax.jit(jax.value_and_grad(split, (0, 1, 2)))
+        text, got = str(jax.make_jaxpr(split)(q, k, v)), step(q, k, v)
+    assert "shard_map" in text and "f32[1,1,128,64]" in text
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
+    for name, a, b in zip("qkv", got[1], expected[1], strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max(), err_msg=name)
+
+
+def cudnn_gradients(q, k, v, segment_ids=None, weight=1.0):
+    return jax.grad(lambda q, k, v: (flash.cudnn(q, k, v, segment_ids) * weight).astype(jnp.float32).sum(), (0, 1, 2))(
+        q, k, v
+    )
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("segments", [False, True])
+def test_cudnn_takes_the_head_dims_of_all_sizes(head_dim, segments, monkeypatch):
+    """Lowered for CUDA without a GPU: JAX checks sizes and options against cuDNN's, of which only the version is made
+    up here (9.1, the oldest that JAX knows this kernel to work with)."""
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 90100)
+    x = jax.ShapeDtypeStruct((2, 4, 256, head_dim), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((2, 256), jnp.int32) if segments else None
+    lowered = jax.jit(cudnn_gradients).trace(x, x, x, ids).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmha" in lowered and "Backward" in lowered
+    assert "256x256xf32" not in lowered and "256x256xbf16" not in lowered or segments  # no weights; the mask, though
+    odd = jax.ShapeDtypeStruct((2, 4, 256, 136), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="head dim"):  # what is checked is real
+        jax.jit(cudnn_gradients).trace(odd, odd, odd).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("kind", [None, "segments"])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_cudnn_is_attention(head_dim, kind):
+    q, k, v, mask, weight = arrays(head_dim, 256, kind)
+    half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+    plain = jax.grad(lambda *qkv: (attend(*qkv, mask)[0] * weight).sum(), (0, 1, 2))(*half)
+    got = jax.jit(cudnn_gradients)(*half, mask.segments(), weight)
+    for name, a, b in zip("qkv", got, plain, strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, atol=0.03 * np.abs(b).max(), err_msg=name)
 
 
 def test_auto_is_chosen_by_platform_dtype_and_dropout():
