@@ -8,6 +8,7 @@ import dataclasses
 import json
 import sys
 from functools import partial
+from typing import Any
 
 import jax
 
@@ -160,7 +161,8 @@ def main(options: Options) -> None:
             f"the tokenizer has {len(tokenizer)} entries, but the model's vocabulary ends at {config.vocab_size}: "
             "choose another --tokenizer or --model"
         )
-    task, held_out_tokens = None, None
+    task: Any = None
+    held_out_tokens: Any = None
     if options.task:
         task = finetuning.make_task(options, tokenizer, seq_len, mesh.shape["tensor"])
         windows, validation = task.training, task.held_out
@@ -202,7 +204,7 @@ def main(options: Options) -> None:
     # Mesh and state: restored, or begun, straight into their shards
     # -----------------------------------------------------------------------------------------------------------------
 
-    state = None
+    state: Any = None
     if not first or lora:  # what LoRA does not train is in no checkpoint
         if start:
             model = finetuning.load(start, before, plain, options.seed, mesh)

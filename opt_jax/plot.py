@@ -13,6 +13,11 @@ PANELS: tuple[tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]], ...] = (
     ("gradient norm", "log", (("grad_norm", dict(linewidth=0.8)),)),
     ("tokens/s", "linear", (("tokens_per_s", dict(linewidth=0.8)),)),
 )
+# Instead of tokens/s, where there is a fine-tuning task among the runs.
+MEASURES: tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]] = (
+    "on held-out examples: accuracy, F1, exact match", "linear",
+    (("val_accuracy", dict(marker="o")), ("val_f1", dict(marker="o")), ("val_exact_match", dict(marker="x"))),
+)  # fmt: skip
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -40,7 +45,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def plot_runs(runs: Sequence[Path], output: Path) -> None:
-    """Loss, learning rate, gradient norm and tokens/s of all runs over their steps, as a PNG at `output`.
+    """Loss, learning rate, gradient norm and tokens/s of all runs over their steps, as a PNG at `output`; of tasks
+    their measures instead of tokens/s.
 
     Raises:
       FileNotFoundError, ValueError: see `read_metrics`; or matplotlib is missing.
@@ -51,10 +57,12 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
     except ImportError as error:
         raise ValueError(f"plot needs the package matplotlib ({error}): pip install 'opt-jax[plot]'") from None
     measured = [(run, read_metrics(run)) for run in runs]
+    names = {name for _, lines in measured for line in lines for name in line}
+    panels = (*PANELS[:3], MEASURES) if names & {name for name, _ in MEASURES[2]} else PANELS
 
     figure = Figure(figsize=(12, 7), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (title, scale, curves) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+    for axes, (title, scale, curves) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         for i, (run, lines) in enumerate(measured):
             for name, style in curves:
                 points = [(line["step"], line[name]) for line in lines if name in line]

@@ -1,6 +1,7 @@
 """train.py with --task and --lora-rank: stopped, resumed, finished, loaded, exported."""
 
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,14 +37,16 @@ def texts(tmp_path_factory):
 
 
 def run(output, start, **options):
-    common = dict(batch_size=8, warmup_steps=1, learning_rate=1e-2, eval_every=2, mesh="data=1", steps=4)
-    options = common | dict(output=str(output), model=str(start)) | options
-    train.main(train.Options(**options))
+    common = dict(batch_size=8, warmup_steps=1, learning_rate=1e-2, eval_every=2, mesh="data=-1", steps=4)
+    chosen: Any = common | dict(output=str(output), model=str(start)) | options
+    train.main(train.Options(**chosen))
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_classification_with_lora_from_start_to_export(start, texts, tmp_path, capsys):
-    options = dict(task="sequence-classification", data=(texts,), lora_rank=2, lora_targets=("q_proj", "fc1"))
+    options: dict[str, Any] = dict(
+        task="sequence-classification", data=(texts,), lora_rank=2, lora_targets=("q_proj", "fc1")
+    )
     whole = run(tmp_path / "whole", start, **options)
     assert "LoRA of rank 2" in capsys.readouterr().out
     assert [0 <= line["val_accuracy"] <= 1 for line in whole if "val_loss" in line] == [True, True]
@@ -89,7 +92,9 @@ def test_question_answering_learns_and_its_checkpoint_loads(start, tmp_path):
         paragraphs.append({"context": f"{context}{i}.", "qas": qas})
     path = tmp_path / "squad.json"
     path.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
-    options = dict(task="question-answering", data=(str(path),), validation_data=(str(path),), eval_every=4)
+    options: dict[str, Any] = dict(
+        task="question-answering", data=(str(path),), validation_data=(str(path),), eval_every=4
+    )
     lines = run(tmp_path / "run", start, stop_after=4, steps=6, **options)
     assert lines[3]["val_loss"] < lines[0]["loss"] and 0 <= lines[3]["val_exact_match"] <= lines[3]["val_f1"] <= 1
     assert isinstance(OPTForQuestionAnswering.from_pretrained(tmp_path / "run"), OPTForQuestionAnswering)
