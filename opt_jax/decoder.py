@@ -47,6 +47,8 @@ _KEPT: dict[str, tuple[str, ...]] = {
     "names": ("context", "attention_out"),
     "dots": ("context", "attention_out", "qkv", "ffn"),
 }
+# Most bytes of one array [B, T, D] within a layer, with remat "full" in a training step: more rows run in parts.
+PART_BYTES = 2**28
 # Position p reads row p + 2 of the table, so a pad (position -1) reads row 1: HF `OPTLearnedPositionalEmbedding`.
 POSITION_OFFSET = 2
 
@@ -255,11 +257,19 @@ class OPTDecoder(nnx.Module):
         elif cache is not None:
             raise ValueError("a cache needs separate layers: use opt_jax.unstack_layers(model) before decoding")
         else:
+            parts = 1
+            if self.remat == "full" and is_per_device() and not output_attentions:
+                most = max(1, PART_BYTES // (length * self.config.hidden_size * x.dtype.itemsize))  # rows of a part
+                parts = next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= most)
 
             def body(x, layer_and_key):
                 layer, key = layer_and_key
                 layer = gather_parameters(layer, layer.fc1.dtype, self.grad_dtype, "model.decoder.layers.")
-                x, weights, _ = layer(x, mask, None, DropoutKey.of(key, batch))
+                key = DropoutKey.of(key, batch)
+                if parts > 1:
+                    x, weights = _in_parts(layer, parts, x, mask, key), None
+                else:
+                    x, weights, _ = layer(x, mask, None, key)
                 return x, (x if output_hidden_states else (), weights if output_attentions else ())
 
             x, (xs, all_weights) = lax.scan(_remat(body, self.remat), x, (self.layers, keys))
@@ -284,6 +294,29 @@ def _remat(body: Callable, remat: Remat) -> Callable:
         return jax.checkpoint(body, prevent_cse=False, policy=_all_but_weights) if is_per_device() else body
     policy = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat])
     return jax.checkpoint(body, prevent_cse=False, policy=policy)
+
+
+def _in_parts(
+    layer: OPTDecoderLayer, parts: int, x: Float[Array, "B T D"], mask: AttentionMask, key: DropoutKey | None
+) -> Float[Array, "B T D"]:
+    """`layer`, without a cache, over equal parts of the rows, one after another.
+
+    The backward pass does a part at a time, too, so that what it computes again, and gathers over `tensor`, exists for
+    one part and not the whole batch, while weights are gathered, and their gradients sent, once. Gradients of weights
+    come from each part in the compute dtype, as from the whole batch otherwise, and are added up over parts in float32.
+    """
+    wide = jax.tree.map(lambda weight: weight.astype(jnp.float32), layer)
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def run(wide: OPTDecoderLayer, rows: tuple) -> Array:
+        own = jax.tree.map(lambda weight, like: weight.astype(like.dtype), wide, layer)
+        x, key_mask, segment_ids, numbers = rows
+        own_key = None if key is None else DropoutKey(key.key, numbers)
+        return own(x, AttentionMask(key_mask, segment_ids, 0), None, own_key)[0]
+
+    rows = (x, mask.key_mask, mask.segment_ids, None if key is None else key.rows)
+    rows = jax.tree.map(lambda value: value.reshape(parts, -1, *value.shape[1:]), rows)
+    return lax.map(partial(run, wide), rows).reshape(x.shape)
 
 
 def _all_but_weights(primitive: Any, *_: Any, **params: Any) -> bool:

@@ -98,8 +98,9 @@ def make_mesh(
     if not spec:
         spec = {"data": slices, "fsdp": -1} if dcn == {"data": slices} else {"fsdp": -1}
     sizes, kinds = _axis_sizes("mesh", spec, len(devices), "devices"), (AxisType.Auto,) * len(AXES)
-    if not dcn:
-        return jax.make_mesh(tuple(sizes.values()), AXES, devices=devices, axis_types=kinds)
+    if not dcn:  # not `jax.make_mesh`, which has no place for tensor=4 in a torus of 8 x 8 x 8
+        grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=kinds)
     unit = "slices" if slices > 1 else "processes"
     count = slices if slices > 1 else len({device.process_index for device in devices})
     between = _axis_sizes("dcn-mesh", dcn, count, unit)
@@ -175,6 +176,17 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
+
+
+def mesh_of(model: Any) -> Mesh | None:
+    """The mesh that a model's parameters are on; None: they are on one device, or abstract."""
+    sharding = getattr(jax.tree.leaves(model)[0], "sharding", None)
+    return sharding.mesh if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) else None
+
+
+def row_groups(mesh: Mesh) -> int:
+    """Parts that the rows of a batch are split into: their number must be a multiple of it."""
+    return math.prod(mesh.shape[axis] for axis in _BATCH)
 
 
 def constrain(x: jax.Array, name: str) -> jax.Array:
@@ -311,8 +323,12 @@ def _gather_forward(x, axis, dtype, grad_dtype, own_dtype):
 
 
 def _gather_backward(axis, dtype, grad_dtype, own_dtype, _, gradient):
-    parts = lax.psum_scatter(gradient.astype(grad_dtype), "fsdp", scatter_dimension=axis, tiled=True)
-    return (parts.astype(own_dtype),)
+    # With the parts along an axis of their own, the first. Parts that are not whole tiles of a TPU's memory (of 128
+    # numbers, along the last axis) would be scattered by adding all up on every chip, which sends twice as much.
+    shape = gradient.shape
+    gradient = gradient.astype(grad_dtype).reshape(*shape[:axis], _size("fsdp"), -1, *shape[axis + 1 :])
+    own = lax.psum_scatter(jnp.moveaxis(gradient, axis, 0), "fsdp", scatter_dimension=0)
+    return (own.astype(own_dtype),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)

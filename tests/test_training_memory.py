@@ -1,5 +1,6 @@
 """What a training step keeps and never makes: chunks of logits, rematerialisation, accumulation."""
 
+import dataclasses
 import re
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opt_jax import OPTConfig
+from opt_jax import OPTConfig, decoder
 from opt_jax.outputs import cross_entropy
 from opt_jax.sharding import make_mesh, use_mesh
 from opt_jax.training.loss import next_token_loss
@@ -34,14 +35,14 @@ def test_a_loss_in_chunks_is_the_loss():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
 
 
-def gradients(batch, mesh="data=1", devices=1, **options):
+def gradients(batch, mesh="data=1", devices=1, config=CONFIG, keys=None, **options):
     mesh = make_mesh(mesh, jax.devices()[:devices])
-    model = new_model(CONFIG, 0, "float32", **options)
+    model = new_model(config, 0, "float32", **options)
     shardings = state_shardings(model, mesh)
     with use_mesh(mesh):
-        compiled = jax.jit(make_gradients(CONFIG, shardings, mesh)).lower(jax.device_put(model, shardings), batch)
-        compiled = compiled.compile()
-        loss, grads = compiled(jax.device_put(model, shardings), batch)
+        model = jax.device_put(model, shardings)
+        compiled = jax.jit(make_gradients(config, shardings, mesh)).lower(model, batch, keys).compile()
+        loss, grads = compiled(model, batch, keys)
     return compiled, float(loss), {name: np.asarray(leaf) for name, leaf in named_leaves(grads).items()}
 
 
@@ -68,6 +69,24 @@ def test_remat_keeps_less_and_computes_the_same():
         kept[remat] = sum(int(np.prod([int(n) for n in dims.split(",")])) for dims in shapes)
     assert kept["none"] > kept["dots"] > kept["names"] > kept["full"] == 16 * 32
     assert kept["names"] == 3 * kept["full"] and kept["dots"] == 8 * kept["full"]
+
+
+@pytest.mark.parametrize("mesh", ["data=1", "fsdp=2,tensor=2"])
+def test_a_layer_in_parts_of_rows_computes_the_same(mesh, monkeypatch):
+    devices = 1 if mesh == "data=1" else 4
+    if jax.device_count() < devices:
+        pytest.skip("needs eight devices")
+    batch = {"input_ids": ids((1, 8, 16)), "labels": ids((1, 8, 16))}
+    batch["segment_ids"] = jnp.asarray(np.random.default_rng(1).integers(0, 3, (1, 8, 16)).cumsum(-1))
+    config = dataclasses.replace(CONFIG, dropout=0.1, attention_dropout=0.1)  # bits are a matter of the row's number
+    keys = jax.random.split(jax.random.key(1), 1)
+    expected = gradients(batch, mesh, devices, config=config, keys=keys, remat="full")
+    monkeypatch.setattr(decoder, "PART_BYTES", 2 * 4 * 16 * 32)  # two rows
+    got = gradients(batch, mesh, devices, config=config, keys=keys, remat="full")
+    assert_same(got, expected)
+    rows, heads = (8, 4) if devices == 1 else (4, 2)
+    scores = [f"f32[{n},{heads},16,16]" in (found[0].as_text() or "") for found in (expected, got) for n in (rows, 2)]
+    assert scores == [True, False, False, True]  # of all of a device's rows, or of two
 
 
 @pytest.mark.parametrize("mesh", ["data=1", "data=2,fsdp=2,tensor=2"])

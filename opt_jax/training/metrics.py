@@ -148,6 +148,8 @@ class Metrics:
             self._look_for_spike(values)
         if val_loss is not None and (measurement := val_loss()) is not None:
             found = measurement if isinstance(measurement, dict) else {"val_loss": measurement}
+            if found is not measurement:  # no NaN, no infinity
+                found["val_perplexity"] = math.exp(measurement) if measurement < 700 else math.nan
             self._val_loss, self._measures = found["val_loss"], {k: v for k, v in found.items() if k != "val_loss"}
             values |= {name: value if math.isfinite(value) else None for name, value in found.items()}
         self._write(values)
@@ -214,7 +216,10 @@ class Metrics:
             line += f"  {values['memory_bytes'] / 2**30:.1f} GiB"
         if self._val_loss is not None:
             line += f"  val {self._val_loss:.4f}"
-            line += "".join(f"  {name.removeprefix('val_')} {value:.4f}" for name, value in self._measures.items())
+            digits = {"val_perplexity": 2}
+            more = [(n, v) for n, v in self._measures.items() if math.isfinite(v)]
+            texts = [f"{name.removeprefix('val_')} {value:.{digits.get(name, 4)}f}" for name, value in more]
+            line += f" ({', '.join(texts)})" if texts else ""
         self._bar.update(self._task, completed=step, line=line)
         if self._bar.disable and (step % self._log_every == 0 or step == self._steps or "val_loss" in values):
             self._print(f"step {step}/{self._steps}  {line}")
