@@ -147,9 +147,11 @@ class Metrics:
         else:
             self._look_for_spike(values)
         if val_loss is not None and (measurement := val_loss()) is not None:
-            found = measurement if isinstance(measurement, dict) else {"val_loss": measurement}
-            if found is not measurement:  # no NaN, no infinity
-                found["val_perplexity"] = math.exp(measurement) if measurement < 700 else math.nan
+            if isinstance(measurement, dict):
+                found = measurement
+            else:  # no NaN, no infinity
+                perplexity = math.exp(measurement) if measurement < 700 else math.nan
+                found = {"val_loss": measurement, "val_perplexity": perplexity}
             self._val_loss, self._measures = found["val_loss"], {k: v for k, v in found.items() if k != "val_loss"}
             values |= {name: value if math.isfinite(value) else None for name, value in found.items()}
         self._write(values)
