@@ -8,14 +8,15 @@ import dataclasses
 import json
 import sys
 from functools import partial
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from opt_jax import OPTForCausalLM, OPTTokenizer, distributed, stack_layers
+from opt_jax import OPTForCausalLM, OPTTokenizer, distributed
 from opt_jax.attention import choose_attention
+from opt_jax.lora import LoRA, is_trained
 from opt_jax.sharding import make_mesh, use_mesh
-from opt_jax.training import data, loggers, plan
+from opt_jax.training import data, finetuning, loggers, plan, tasks
 from opt_jax.training.checkpoints import Checkpoints, Due, Termination
 from opt_jax.training.files import is_remote, run_directory, write_text
 from opt_jax.training.flops import flops_per_token, peak_flops
@@ -32,6 +33,7 @@ from opt_jax.training.options import (
     profiled_steps,
 )
 from opt_jax.training.step import (
+    batch_loss,
     make_eval_step,
     make_train_step,
     new_model,
@@ -64,6 +66,9 @@ def main(options: Options) -> None:
     mesh = make_mesh(options.mesh, absent, dcn=options.dcn_mesh)
     platform = mesh.devices.flat[0].platform
     config, start = model_config(options)
+    cls, before = OPTForCausalLM, config
+    if options.task:
+        cls, config = tasks.TASKS[options.task], finetuning.task_config(options, config, start)
     seq_len = options.seq_len or config.max_position_embeddings
     dtype = options.dtype if options.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
     if seq_len > config.max_position_embeddings:
@@ -89,10 +94,23 @@ def main(options: Options) -> None:
     )
     attention = choose_attention(options.attention, platform, config.head_dim, dtype, config.attention_dropout)
     compute = dict(attn_implementation=attention, remat=options.remat, grad_dtype=options.grad_dtype)
-    begin = lambda: new_state(new_model(config, options.seed, dtype, **compute), optimizer)  # noqa: E731
+    new = lambda: new_model(config, options.seed, dtype, cls, **compute)  # noqa: E731
+    plain = jax.eval_shape(new)  # the model as it will be saved; one in training may have adapters
+    lora = LoRA(options.lora_rank, options.lora_alpha, options.lora_targets) if options.lora_rank else None
+    adapted = lora.adapt(plain) if lora else None
+
+    def begin(model=None):
+        model = new() if model is None else model
+        if lora:
+            return new_state(lora.initial(adapted, model, options.seed), optimizer, is_trained)
+        return new_state(model, optimizer)
+
     abstract = jax.eval_shape(begin)
     shardings = state_shardings(abstract, mesh)
-    train_step = make_train_step(optimizer, schedule, config, options.seed, shardings, mesh, options.skip_nonfinite)
+    train_step = make_train_step(
+        optimizer, schedule, config, options.seed, shardings, mesh, options.skip_nonfinite,
+        tasks.task_loss if options.task else batch_loss,
+    )  # fmt: skip
     if options.plan:
         with use_mesh(mesh):
             found = plan.make_plan(train_step, abstract, shardings, mesh, config, options, seq_len)
@@ -121,8 +139,10 @@ def main(options: Options) -> None:
     # Data: documents -> tokenizer -> windows
     # -----------------------------------------------------------------------------------------------------------------
 
-    files = data.find_files(options.data) if options.data else data.stdlib_files()
-    training, held_out = data.split_documents(data.read_documents(files))
+    training, held_out, files = [], [], []
+    if options.task is None:
+        files = data.find_files(options.data) if options.data else data.stdlib_files()
+        training, held_out = data.split_documents(data.read_documents(files))
 
     def choose_tokenizer() -> OPTTokenizer:
         if resuming:
@@ -141,13 +161,24 @@ def main(options: Options) -> None:
             f"the tokenizer has {len(tokenizer)} entries, but the model's vocabulary ends at {config.vocab_size}: "
             "choose another --tokenizer or --model"
         )
-    tokens, held_out_tokens = data.tokenize(training, tokenizer), data.tokenize(held_out, tokenizer)
-    windows = data.Windows(tokens, seq_len, options.batch_size, options.seed)
-    validation = None
-    if len(held_out_tokens) > seq_len:
-        validation = data.Windows(held_out_tokens, seq_len, options.batch_size)
+    task: Any = None
+    held_out_tokens: Any = None
+    if options.task:
+        task = finetuning.make_task(options, tokenizer, seq_len, mesh.shape["tensor"])
+        windows, validation = task.training, task.held_out
+        record["data"] = {"tokens": task.tokens, "fingerprint": task.fingerprint}
+        described, tokens_per_step = task.describe(), round(options.batch_size * windows.lengths.mean())
+    else:
+        tokens, held_out_tokens = data.tokenize(training, tokenizer), data.tokenize(held_out, tokenizer)
+        windows = data.Windows(tokens, seq_len, options.batch_size, options.seed)
+        validation = None
+        if len(held_out_tokens) > seq_len:
+            validation = data.Windows(held_out_tokens, seq_len, options.batch_size)
 
-    record["data"] = {"tokens": len(tokens), "fingerprint": data.fingerprint(tokens)}
+        record["data"] = {"tokens": len(tokens), "fingerprint": data.fingerprint(tokens)}
+        described = f"{len(files)} files, {len(tokens):,} tokens to train on, {len(held_out_tokens):,} held out"
+        tokens_per_step = options.batch_size * seq_len
+
     distributed.check_same(record["data"])
     compare_with_first_start(output / "run.json", record)
 
@@ -173,34 +204,43 @@ def main(options: Options) -> None:
     # Mesh and state: restored, or begun, straight into their shards
     # -----------------------------------------------------------------------------------------------------------------
 
+    state: Any = None
+    if not first or lora:  # what LoRA does not train is in no checkpoint
+        if start:
+            model = finetuning.load(start, before, plain, options.seed, mesh)
+            state = jax.jit(begin, out_shardings=shardings)(model)
+            del model
+        else:
+            state = jax.jit(begin, out_shardings=shardings)()
     if first:
-        state = checkpoints.restore(first, abstract, shardings)
-    elif start:
-        loaded = OPTForCausalLM.from_pretrained(start, dtype=dtype, param_dtype=jnp.float32, mesh=mesh)
-        # Its arrays in a model built from `config`, which may ask for another dropout.
-        model = jax.tree.unflatten(jax.tree.structure(abstract.model), jax.tree.leaves(stack_layers(loaded)))
-        state = jax.jit(partial(new_state, optimizer=optimizer), out_shardings=shardings)(model)
-    else:
-        state = jax.jit(begin, out_shardings=shardings)()
+        frozen = state and state.frozen
+        state = dataclasses.replace(checkpoints.restore(first, abstract, shardings), frozen=frozen)
     if first and best_step == first:  # it may have been killed between the checkpoint and its copy
         best.save_model(first, state)
 
-    eval_step = make_eval_step(shardings.model, mesh)
+    eval_step = (tasks.make_predict_step if task else make_eval_step)(shardings.whole, mesh)
     place = partial(place_batch, batch_size=options.batch_size, mesh=mesh)
 
-    def validate() -> float | None:
+    def validate() -> dict[str, float] | float | None:
+        if task:
+            return task.evaluate(lambda rows: eval_step(state.whole, place(rows, accumulate=1)))
         if validation is None:
             return None
         count = max(1, min(options.eval_batches, validation.count // options.batch_size))
         batches = (place(partial(validation.batch, i), accumulate=1) for i in range(count))
-        sums, counts = zip(*(jax.device_get(eval_step(state.model, batch)) for batch in batches), strict=True)
+        sums, counts = zip(*(jax.device_get(eval_step(state.whole, batch)) for batch in batches), strict=True)
         return float(sum(sums) / sum(counts))
 
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.model))
+    trained, parameters = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (abstract.model, abstract.whole))
     recipe = f" (recipe {options.recipe})" if options.recipe else ""
-    say(f"model: {options.model}{recipe}, {parameters:,} parameters, computing in {dtype}, attention: {attention}")
-    say(f"data: {len(files)} files, {len(tokens):,} tokens to train on, {len(held_out_tokens):,} held out")
-    say(f"run: {output}, steps {first} to {options.steps}, {options.batch_size} x {seq_len} tokens each")
+    share = f" ({trained:,} of them trained: LoRA of rank {lora.rank})" if lora else ""
+    say(
+        f"model: {options.model}{recipe}, {parameters:,} parameters{share}, computing in {dtype}, "
+        f"attention: {attention}"
+    )
+    say(f"data: {described}")
+    say(f"run: {output}, steps {first} to {options.steps}, {options.batch_size} x {seq_len} tokens each"
+        + (" at most" if task else ""))  # fmt: skip
     if validation is None:
         say(f"no validation loss: the held-out documents do not fill one sequence of {seq_len} tokens")
 
@@ -209,7 +249,8 @@ def main(options: Options) -> None:
     # -----------------------------------------------------------------------------------------------------------------
 
     last = options.steps if options.stop_after is None else min(options.steps, first + options.stop_after)
-    tokens_per_step, device = options.batch_size * seq_len, mesh.devices.flat[0]
+    counted = round(trained + (parameters - trained) * 2 / 3)  # of what is not trained there are no gradients
+    device = mesh.devices.flat[0]
     if (peak := peak_flops(device)) is None:
         say(f"no MFU: the peak of {device.device_kind!r} is not in opt_jax/training/flops.py")
     also = []
@@ -220,7 +261,7 @@ def main(options: Options) -> None:
     metrics = Metrics(
         output / "metrics.jsonl" if is_main else None,
         start=first, steps=options.steps, tokens_per_step=tokens_per_step, log_every=options.log_every,
-        flops_per_step=flops_per_token(config, parameters, seq_len) * tokens_per_step,
+        flops_per_step=flops_per_token(config, counted, seq_len) * tokens_per_step,
         peak_flops=peak and peak * mesh.size, batch_rows=lambda step: windows.starts(step - 1),
         skip_nonfinite=options.skip_nonfinite, loggers=also, memory_of=mesh.local_devices,
     )  # fmt: skip
@@ -271,8 +312,13 @@ def main(options: Options) -> None:
     # -----------------------------------------------------------------------------------------------------------------
 
     state = dataclasses.replace(state, opt_state=None)  # its memory may be needed
-    state.model.save_pretrained(output / "model", tokenizer=tokenizer)
-    if jax.process_count() == 1 and not is_remote(output):
+    model = lora.merge(state.whole, plain) if lora else state.model
+    model.save_pretrained(output / "model", tokenizer=tokenizer)
+    if lora:
+        say(f"the adapters are merged in: {output / 'model'} is a model like any other")
+    if task:
+        say(f'finished. Load it: {cls.__name__}.from_pretrained("{output}")')
+    elif jax.process_count() == 1 and not is_remote(output):
         model = OPTForCausalLM.from_pretrained(output / "model")
         prompt = held_out_tokens[
             None, : min(12, seq_len // 2)

@@ -293,6 +293,11 @@ def open_parameters(directory: Path, config: OPTConfig) -> tuple[dict[str, LazyA
         arrays = open_arrays(directory / "params")
         if any(path.startswith("model.model.") for path in arrays):  # a training state: its model is one field of it
             arrays = {path.removeprefix("model."): array for path, array in arrays.items()}
+        if any(path.endswith("_lora_a") for path in arrays):
+            raise ValueError(
+                f"{directory} holds the adapters of a run with --lora-rank, without the model that they belong to: let "
+                "the run finish, whose model/ has them merged in"
+            )
         return arrays, ()
     from convert import hf  # the one place where the library knows a foreign format
 

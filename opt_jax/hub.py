@@ -119,7 +119,9 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
         return content
     if not isinstance(content.get("model"), dict):
         raise ValueError(f"{path} has no object 'model', so it is not a record of train.py")
-    return content["model"] | {"architectures": ["OPTForCausalLM"]}
+    architectures = {"architectures": ["OPTForCausalLM"]}
+    task = (content.get("options") or {}).get("task")
+    return architectures | content["model"] if task else content["model"] | architectures
 
 
 def companion_directories(directory: str | os.PathLike) -> tuple[Path, ...]:

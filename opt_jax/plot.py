@@ -13,6 +13,11 @@ PANELS: tuple[tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]], ...] = (
     ("gradient norm", "log", (("grad_norm", dict(linewidth=0.8)),)),
     ("tokens/s", "linear", (("tokens_per_s", dict(linewidth=0.8)),)),
 )
+# Instead of tokens/s, where there is a fine-tuning task among the runs.
+MEASURES: tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]] = (
+    "on held-out examples: accuracy, F1, exact match", "linear",
+    (("val_accuracy", dict(marker="o")), ("val_f1", dict(marker="o")), ("val_exact_match", dict(marker="x"))),
+)  # fmt: skip
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -40,7 +45,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def plot_runs(runs: Sequence[Path], output: Path) -> None:
-    """Loss and perplexity, learning rate, gradient norm and tokens/s of runs over their steps, as a PNG at `output`.
+    """Loss and perplexity, learning rate, gradient norm and tokens/s of runs over their steps, as a PNG at `output`; of
+    tasks their measures, instead of perplexity and tokens/s.
 
     Raises:
       FileNotFoundError, ValueError: see `read_metrics`; or matplotlib is missing.
@@ -51,10 +57,12 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
     except ImportError as error:
         raise ValueError(f"plot needs the package matplotlib ({error}): pip install 'opt-jax[plot]'") from None
     measured = [(run, read_metrics(run)) for run in runs]
+    names = {name for _, lines in measured for line in lines for name in line}
+    panels = (*PANELS[:3], MEASURES) if names & {name for name, _ in MEASURES[2]} else PANELS
 
     figure = Figure(figsize=(12, 7), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (title, scale, curves) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+    for axes, (title, scale, curves) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         for i, (run, lines) in enumerate(measured):
             for name, style in curves:
                 points = [(line["step"], line[name]) for line in lines if name in line]
@@ -66,9 +74,10 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
         axes.set(title=title, xlabel="step", yscale=scale)
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize="small")
-    right = figure.axes[0].secondary_yaxis("right")  # the same ticks, as perplexities
-    right.set_ylabel("perplexity")
-    right.yaxis.set_major_formatter(lambda loss, _: f"{math.exp(min(loss, 99)):,.{0 if loss > 5 else 2}f}")
+    if panels is PANELS:
+        right = figure.axes[0].secondary_yaxis("right")  # the same ticks, as perplexities
+        right.set_ylabel("perplexity")
+        right.yaxis.set_major_formatter(lambda loss, _: f"{math.exp(min(loss, 99)):,.{0 if loss > 5 else 2}f}")
     temporary = output.with_name(output.name + ".tmp")
     figure.savefig(temporary, format="png", dpi=120)
     temporary.replace(output)

@@ -54,6 +54,14 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     "qa_outputs.bias": (None,),
 }
 
+# Adapters of LoRA beside a layer's kernel: A [inputs, rank] is split as the kernel's rows are, B [rank, outputs] as its
+# columns. (Of a row-parallel product A leaves partial sums over `tensor`, and B, being linear, passes them on.)
+PARAMETER_AXES |= {
+    path + suffix: axes
+    for path, (rows, columns) in ((p, a) for p, a in PARAMETER_AXES.items() if re.search(r"layers.*kernel", p))
+    for suffix, axes in (("_lora_a", (rows, None)), ("_lora_b", (None, columns)))
+}
+
 # Biases of row-parallel products, which are partial sums over `tensor` until `scatter_tokens`: one device adds them.
 _ADDED_ONCE = {"model.decoder.layers.*.self_attn.out_proj.bias", "model.decoder.layers.*.fc2.bias"}
 
@@ -262,6 +270,15 @@ def sum_over_tensor(x: jax.Array) -> jax.Array:
     return x if _size("tensor") == 1 else lax.psum(x, "tensor")
 
 
+def share_of_tensor(x: jax.Array) -> jax.Array:
+    """The same number on every device of `tensor`: each one differentiates a share of it.
+
+    Gradients are added up over these devices, by `sum_gradients` and by the transposes of the functions above.
+    """
+    share = x / _size("tensor")
+    return share + lax.stop_gradient(x - share)
+
+
 def max_over_tensor(x: jax.Array) -> jax.Array:
     return x if _size("tensor") == 1 else lax.pmax(x, "tensor")
 
@@ -286,6 +303,8 @@ def gather_parameters(tree: Any, dtype: Any, grad_dtype: Any, prefix: str = "") 
         row = _row(path)
         if row in _ADDED_ONCE and _size("tensor") > 1:
             value = jnp.where(lax.axis_index("tensor") == 0, value, 0)
+        if row.endswith(("_lora_a", "_lora_b")):  # qwix does not cast them
+            value = value.astype(dtype)
         if "fsdp" not in PARAMETER_AXES[row] or _size("fsdp") == 1:
             return value  # its module casts it
         axis = PARAMETER_AXES[row].index("fsdp")

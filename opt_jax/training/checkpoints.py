@@ -1,6 +1,7 @@
 """Checkpoints of a training state: atomic, written while training goes on, restored onto whatever mesh the run has now;
 when to write one, and what to do about SIGTERM."""
 
+import dataclasses
 import os
 import signal
 import time
@@ -70,9 +71,11 @@ class Checkpoints:
 
     def restore(self, step: int, abstract: TrainState, shardings: Any) -> TrainState:
         """The state of `step`, each array read straight into its shards. `abstract`: shapes and dtypes of a state.
+        What is frozen is in no checkpoint: None in the result.
 
         Raises whatever Orbax does for a checkpoint that is damaged or of another shape.
         """
+        abstract, shardings = (dataclasses.replace(tree, frozen=None) for tree in (abstract, shardings))
         place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
         target = jax.tree.map(place, abstract, shardings)
         items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(target).items()}
@@ -99,7 +102,8 @@ def _items(state: TrainState) -> dict[str, dict[str, Any]]:
     """The state as two flat dictionaries, name -> array."""
     leaves = named_leaves(state)
     params = {name: leaf for name, leaf in leaves.items() if name.startswith("model.")}
-    return {"params": params, "optimizer": {name: leaf for name, leaf in leaves.items() if name not in params}}
+    rest = {name: leaf for name, leaf in leaves.items() if not name.startswith(("model.", "frozen."))}
+    return {"params": params, "optimizer": rest}
 
 
 class Due:

@@ -96,7 +96,7 @@ class Metrics:
         self._mfu_seconds = flops_per_step / peak_flops if flops_per_step and peak_flops else None
         self._batch_rows, self._skip, self._in_a_row = batch_rows, skip_nonfinite, 0
         self._loggers, self._memory_of = loggers, memory_of
-        self._last, self._val_loss = time.perf_counter(), None
+        self._last, self._val_loss, self._measures = time.perf_counter(), None, {}
         self._console = Console()
         self._bar = Progress(
             TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.fields[line]}"),
@@ -117,11 +117,12 @@ class Metrics:
             self._file.close()
 
     def record(
-        self, step: int, measured: dict[str, Any], val_loss: Callable[[], float | None] | None = None
+        self, step: int, measured: dict[str, Any], val_loss: Callable[[], float | dict[str, float] | None] | None = None
     ) -> float | None:
         """Write the numbers of update number `step` (from 1), fetched from the devices here, and so awaited.
 
-        val_loss: measures the held-out loss, after the time of the training step has been taken; also returned.
+        val_loss: measures the held-out loss, after the time of the training step has been taken; also returned. Or it
+          gives {"val_loss": ..., other measures}.
 
         Raises:
           NonFiniteError: the loss or the gradient norm is not finite, and updates are not to be skipped.
@@ -146,9 +147,13 @@ class Metrics:
         else:
             self._look_for_spike(values)
         if val_loss is not None and (measurement := val_loss()) is not None:
-            self._val_loss = measurement
-            values["val_loss"] = measurement if math.isfinite(measurement) else None
-            values["val_perplexity"] = math.exp(measurement) if measurement < 700 else None  # no NaN, no infinity
+            if isinstance(measurement, dict):
+                found = measurement
+            else:  # no NaN, no infinity
+                perplexity = math.exp(measurement) if measurement < 700 else math.nan
+                found = {"val_loss": measurement, "val_perplexity": perplexity}
+            self._val_loss, self._measures = found["val_loss"], {k: v for k, v in found.items() if k != "val_loss"}
+            values |= {name: value if math.isfinite(value) else None for name, value in found.items()}
         self._write(values)
         self._show(values)
         self._last = time.perf_counter()
@@ -213,7 +218,10 @@ class Metrics:
             line += f"  {values['memory_bytes'] / 2**30:.1f} GiB"
         if self._val_loss is not None:
             line += f"  val {self._val_loss:.4f}"
-            line += f" (perplexity {math.exp(self._val_loss):.2f})" if self._val_loss < 700 else ""
+            digits = {"val_perplexity": 2}
+            more = [(n, v) for n, v in self._measures.items() if math.isfinite(v)]
+            texts = [f"{name.removeprefix('val_')} {value:.{digits.get(name, 4)}f}" for name, value in more]
+            line += f" ({', '.join(texts)})" if texts else ""
         self._bar.update(self._task, completed=step, line=line)
         if self._bar.disable and (step % self._log_every == 0 or step == self._steps or "val_loss" in values):
             self._print(f"step {step}/{self._steps}  {line}")

@@ -34,6 +34,16 @@ class Options:
     `--recipe opt-125m --help` shows them."""
     data: tuple[str, ...] = ()
     """Text or .jsonl files (key "text"), or directories of them. Default: the standard library's sources."""
+    task: Literal["sequence-classification", "question-answering"] | None = None
+    """Fine-tune for this, from the checkpoint --model. --data then takes lines "text TAB label", or SQuAD's JSON."""
+    validation_data: tuple[str, ...] = ()
+    """For --task: files to measure loss and accuracy, or EM and F1, on. Default: a share of --data is held out."""
+    lora_rank: int | None = None
+    """Train adapters of this rank (and a task's head), not the model's own weights. They are merged in at the end."""
+    lora_alpha: float = 16.0
+    """For --lora-rank: adapters count alpha / rank."""
+    lora_targets: tuple[Literal["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"], ...] = ("q_proj", "v_proj")
+    """For --lora-rank: the matrices of each layer that get an adapter."""
     output: str = "runs/small"
     """The run directory. A run found there is resumed."""
     model: str = "small"
@@ -149,7 +159,7 @@ def parse_options(args: Sequence[str] | None = None) -> Options:
 def check_options(options: Options) -> None:
     for name in ("steps", "batch_size", "seq_len", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches",
                  "log_every", "stop_after", "vocab_size", "accumulate", "keep_every", "num_processes",
-                 "heartbeat_seconds", "hang_minutes"):  # fmt: skip
+                 "heartbeat_seconds", "hang_minutes", "lora_rank"):  # fmt: skip
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
@@ -165,6 +175,7 @@ def check_options(options: Options) -> None:
     if not all(0 <= beta < 1 for beta in options.betas):
         raise ValueError(f"--betas {options.betas[0]} {options.betas[1]}: must be at least 0 and below 1")
     profiled_steps(options.profile)
+    check_fine_tuning(options)
     if options.plan and options.topology is None:
         raise ValueError("--plan needs --topology, the TPU slice to compile for, as in v5p:8x8x8")
     for name in ("topology", "plan_output"):
@@ -177,6 +188,30 @@ def check_options(options: Options) -> None:
                                    ("wandb", options.wandb is not None, "wandb")):  # fmt: skip
         if given and importlib.util.find_spec(package) is None:
             raise ValueError(f"--{option} needs the package {package}: pip install 'opt-jax[{option}]'")
+
+
+def check_fine_tuning(options: Options) -> None:
+    default = Options()
+    if options.task:
+        if not options.data:
+            raise ValueError(f"--task {options.task} needs --data, the examples to train on")
+        if options.vocab_size:
+            raise ValueError(
+                "--vocab-size is for a new tokenizer, --task for a checkpoint with one: leave one of them out"
+            )
+        if options.eval_batches != default.eval_batches:
+            raise ValueError("--eval-batches: with --task all held-out examples are measured; leave it out")
+    elif options.validation_data:
+        raise ValueError("--validation-data is for --task: without, a share of --data is held out")
+    if options.lora_rank is None:
+        for name in ("lora_alpha", "lora_targets"):
+            if getattr(options, name) != getattr(default, name):
+                raise ValueError(f"--{name.replace('_', '-')} is for --lora-rank: leave it out, or add --lora-rank")
+    elif importlib.util.find_spec("qwix") is None:
+        raise ValueError("--lora-rank needs the package qwix: pip install 'opt-jax[lora]'")
+    for option, given in (("--task", options.task), ("--lora-rank", options.lora_rank)):
+        if given and options.plan:
+            raise ValueError(f"--plan is about pretraining: leave out {option} (a run with it needs less)")
 
 
 def profiled_steps(profile: str | None) -> range:

@@ -28,8 +28,11 @@ from opt_jax.sharding import (
 )
 from opt_jax.training.loss import IGNORED, next_token_loss
 
-# "input_ids", "labels" (the next id of each, -100 where none counts) and, for packed documents, "segment_ids".
-Batch = dict[str, Int[Array, "*A B T"]]
+# "input_ids", "labels" (the next id of each, -100 where none counts) and, for packed documents, "segment_ids"; those of
+# fine-tuning tasks are described in tasks.py. [A, B, T], or [B, T] of one micro-batch.
+Batch = dict[str, Int[Array, "..."]]
+# (model, micro-batch, dropout key or None) -> (sum of its losses, how many labels counted), inside `per_device`.
+Loss = Callable[[Any, Batch, jax.Array | None], tuple[Array, Array]]
 
 
 @jax.tree_util.register_dataclass
@@ -39,21 +42,44 @@ class TrainState:
 
     step: int32, updates done so far. model: float32, layers stacked. opt_state: of optax, its moments like the model.
     halted: a loss or gradient was not finite, so this is the state before that update, and no later one changes it.
+    frozen: with LoRA, the parameters that are not trained; `model` then has only the others (see `split`). It has no
+    moments, and is in no checkpoint.
     """
 
     step: Int[Array, ""]
-    model: OPTForCausalLM
+    model: Any
     opt_state: Any
     halted: Bool[Array, ""]
+    frozen: Any = None
+
+    @property
+    def whole(self) -> Any:
+        """The model with all of its parameters."""
+        return join(self.model, self.frozen)
 
 
-def new_model(config: OPTConfig, seed: int, dtype: DTypeLike, **options: Any) -> OPTForCausalLM:
+def split(model: Any, trained: Callable[[str], bool]) -> tuple[Any, Any]:
+    """(the parameters whose names are `trained`, the others): two models, each with None in place of the other's."""
+    names, (leaves, structure) = named_leaves(model), jax.tree.flatten(model)
+    one = [leaf if trained(name) else None for name, leaf in zip(names, leaves, strict=True)]
+    other = [None if trained(name) else leaf for name, leaf in zip(names, leaves, strict=True)]
+    return jax.tree.unflatten(structure, one), jax.tree.unflatten(structure, other)
+
+
+def join(one: Any, other: Any) -> Any:
+    """The inverse of `split`; `other` None: there is nothing to add."""
+    if other is None:
+        return one
+    return jax.tree.map(lambda a, b: b if a is None else a, one, other, is_leaf=lambda x: x is None)
+
+
+def new_model(config: OPTConfig, seed: int, dtype: DTypeLike, cls: type = OPTForCausalLM, **options: Any) -> Any:
     """The paper's initialisation: normal(0, config.init_std), the attention's `out_proj` and `fc2` times 1/sqrt(2L),
     biases zero, the pad's row zero in both embeddings. (The bare constructor initialises as HF does.)
 
-    options: attn_implementation, remat, grad_dtype of `OPTForCausalLM`.
+    cls, options: a class of model with a head, and its attn_implementation, remat, grad_dtype.
     """
-    model = OPTForCausalLM(config, rngs=nnx.Rngs(jax.random.key(seed)), dtype=dtype, scan_layers=True, **options)
+    model = cls(config, rngs=nnx.Rngs(jax.random.key(seed)), dtype=dtype, scan_layers=True, **options)
     decoder, pad = model.model.decoder, config.pad_token_id
     layers: Any = decoder.layers  # one stacked layer
     for linear in (layers.self_attn.out_proj, layers.fc2):
@@ -64,9 +90,13 @@ def new_model(config: OPTConfig, seed: int, dtype: DTypeLike, **options: Any) ->
     return model
 
 
-def new_state(model: OPTForCausalLM, optimizer: optax.GradientTransformation) -> TrainState:
+def new_state(
+    model: Any, optimizer: optax.GradientTransformation, trained: Callable[[str], bool] | None = None
+) -> TrainState:
+    """trained: by their names, the parameters to train. Default: all."""
+    model, frozen = (model, None) if trained is None else split(model, trained)
     nothing = dict(step=jnp.zeros((), jnp.int32), halted=jnp.zeros((), bool))
-    return TrainState(model=model, opt_state=optimizer.init(model), **nothing)  # type: ignore[reportArgumentType]
+    return TrainState(model=model, opt_state=optimizer.init(model), frozen=frozen, **nothing)
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -80,18 +110,22 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     """Pytree of NamedSharding like `state` (concrete or abstract): moments live where their parameter does."""
 
     def sharding(name: str, leaf: Any):
-        parameter = re.search(r"(model\.decoder|lm_head)\..*", name)
+        parameter = re.search(r"(model\.decoder|lm_head|score|qa_outputs)\..*", name)
         return param_sharding(parameter[0], leaf.shape, mesh) if parameter else replicated(mesh)
 
     shardings = [sharding(name, leaf) for name, leaf in named_leaves(state).items()]
     return jax.tree.unflatten(jax.tree.structure(state), shardings)
 
 
+def gathered(model: Any) -> Any:
+    """What a loss begins with: all but the layers whole along `fsdp`."""
+    grad_dtype = model.model.decoder.grad_dtype if model.dtype != jnp.float32 else jnp.float32
+    return gather_parameters(model, model.dtype, grad_dtype)
+
+
 def batch_loss(model: OPTForCausalLM, batch: Batch, dropout_key: jax.Array | None = None) -> tuple[Array, Array]:
     """(sum of the next-token losses in float32, how many labels counted) of one micro-batch [B, T]."""
-    decoder = model.model.decoder
-    grad_dtype = decoder.grad_dtype if model.dtype != jnp.float32 else jnp.float32
-    model = gather_parameters(model, model.dtype, grad_dtype)
+    model = gathered(model)
     segment_ids = batch.get("segment_ids")
     out = model.model.forward(batch["input_ids"], segment_ids=segment_ids, dropout_key=dropout_key)
     head = model.model.decoder.embed_tokens.embedding if model.lm_head is None else model.lm_head.kernel
@@ -101,7 +135,7 @@ def batch_loss(model: OPTForCausalLM, batch: Batch, dropout_key: jax.Array | Non
 
 
 def _check(config: OPTConfig, batch: Batch, mesh: Mesh) -> None:
-    (rows, tokens), tensor = batch["labels"].shape[1:], mesh.shape["tensor"]
+    (rows, tokens), tensor = batch["input_ids"].shape[1:], mesh.shape["tensor"]
     for what, size in {"attention heads": config.num_attention_heads, "tokens per sequence": tokens}.items():
         if size % tensor:
             raise ValueError(f"{size} {what} do not divide over mesh axis tensor={tensor}")
@@ -109,18 +143,22 @@ def _check(config: OPTConfig, batch: Batch, mesh: Mesh) -> None:
         raise ValueError(f"{rows} sequences in a micro-batch do not divide over the mesh's data x fsdp = {parts}")
 
 
-def make_gradients(config: OPTConfig, shardings: Any, mesh: Mesh) -> Callable[..., tuple[Array, OPTForCausalLM]]:
-    """(model, batch, dropout keys [A] or None) -> (mean loss, its gradients in float32), for use inside `jax.jit`.
+def make_gradients(
+    config: OPTConfig, shardings: Any, mesh: Mesh, loss_of: Loss = batch_loss, frozen_shardings: Any = None
+) -> Callable[..., tuple[Array, Any]]:
+    """(model, batch, dropout keys [A] or None, frozen) -> (mean loss, its gradients in float32), for use in `jax.jit`.
 
     batch: arrays [A, B, T]. Gradients of the A micro-batches are accumulated, every counted label weighing the same.
-    shardings: of the model. Raises ValueError for sizes that do not divide over the mesh.
+    shardings: of the model. frozen: see `TrainState`; there are no gradients of it.
+
+    Raises ValueError for sizes that do not divide over the mesh.
     """
 
-    def gradients(model: OPTForCausalLM, batch: Batch, keys: jax.Array | None):
+    def gradients(model: Any, batch: Batch, keys: jax.Array | None, frozen: Any):
         total = jnp.maximum(sum_over_batch((batch["labels"] != IGNORED).sum()), 1)
 
         def micro_gradients(batch: Batch, key: jax.Array | None):
-            return jax.value_and_grad(lambda model: batch_loss(model, batch, key)[0] / total)(model)
+            return jax.value_and_grad(lambda model: loss_of(join(model, frozen), batch, key)[0] / total)(model)
 
         def accumulate(carry: Any, micro: Any):
             return jax.tree.map(jnp.add, carry, micro_gradients(*micro)), None
@@ -132,13 +170,13 @@ def make_gradients(config: OPTConfig, shardings: Any, mesh: Mesh) -> Callable[..
             (loss, grads), _ = jax.lax.scan(accumulate, nothing, (batch, keys))
         return sum_over_batch(loss), sum_gradients(grads)
 
-    specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
+    specs, frozen_specs = jax.tree.map(lambda sharding: sharding.spec, (shardings, frozen_shardings))
     rows, everywhere = batch_sharding(mesh, leading=1).spec, replicated(mesh).spec
-    mapped = per_device(gradients, mesh, (specs, rows, everywhere), (everywhere, specs))
+    mapped = per_device(gradients, mesh, (specs, rows, everywhere, frozen_specs), (everywhere, specs))
 
-    def checked(model: OPTForCausalLM, batch: Batch, keys: jax.Array | None = None):
+    def checked(model: Any, batch: Batch, keys: jax.Array | None = None, frozen: Any = None):
         _check(config, batch, mesh)
-        return mapped(model, batch, keys)
+        return mapped(model, batch, keys, frozen)
 
     return checked
 
@@ -164,6 +202,7 @@ def make_train_step(
     shardings: Any,
     mesh: Mesh,
     skip_nonfinite: bool = False,
+    loss_of: Loss = batch_loss,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """(state, batch) -> (next state, {"loss", "grad_norm", "lr", "skipped"}), compiled once; the state is donated.
 
@@ -174,12 +213,13 @@ def make_train_step(
     bits do not depend on the mesh.
     """
     uses_dropout = max(config.dropout, config.attention_dropout, config.layerdrop) > 0
-    gradients = make_gradients(config, shardings.model, mesh)
+    gradients = make_gradients(config, shardings.model, mesh, loss_of, shardings.frozen)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        frozen, state = state.frozen, dataclasses.replace(state, frozen=None)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         keys = jax.random.split(key, batch["labels"].shape[0]) if uses_dropout else None
-        loss, grads = gradients(state.model, batch, keys)
+        loss, grads = gradients(state.model, batch, keys, frozen)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)  # type: ignore[reportArgumentType]
         model: Any = optax.apply_updates(state.model, updates)  # type: ignore[reportArgumentType]
         new = TrainState(step=state.step + 1, model=model, opt_state=opt_state, halted=state.halted)
@@ -187,7 +227,7 @@ def make_train_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         skipped = ~finite | state.halted
         new = jax.tree.map(partial(jnp.where, skipped), state, new)
-        new = dataclasses.replace(new, halted=state.halted | (~finite & (not skip_nonfinite)))
+        new = dataclasses.replace(new, halted=state.halted | (~finite & (not skip_nonfinite)), frozen=frozen)
         metrics: dict[str, Any] = {"loss": loss, "grad_norm": norm, "lr": schedule(state.step), "skipped": skipped}
         return new, metrics
 
