@@ -32,6 +32,7 @@ from opt_jax.training.options import (
     profiled_steps,
 )
 from opt_jax.training.step import (
+    local_rows,
     make_eval_step,
     make_train_step,
     new_model,
@@ -121,8 +122,7 @@ def main(options: Options) -> None:
     # Data: documents -> tokenizer -> windows
     # -----------------------------------------------------------------------------------------------------------------
 
-    files = data.find_files(options.data) if options.data else data.stdlib_files()
-    training, held_out = data.split_documents(data.read_documents(files))
+    corpus = data.Corpus(options.data, options.valid_data, bool(options.mixture), options.skip_bad_records)
 
     def choose_tokenizer() -> OPTTokenizer:
         if resuming:
@@ -130,8 +130,10 @@ def main(options: Options) -> None:
         if options.tokenizer or start:
             return OPTTokenizer.from_pretrained(options.tokenizer or str(start))
         size = options.vocab_size or config.vocab_size
-        say(f"training a tokenizer of {size} entries on {sum(map(len, training)) / 1e6:.1f}M characters")
-        return data.train_tokenizer(training, size)
+        if not corpus.training:
+            raise ValueError("--data is tokenised already: name the tokenizer that did it with --tokenizer")
+        say(f"training a tokenizer of {size} entries on {sum(map(len, corpus.training)) / 1e6:.1f}M characters")
+        return data.train_tokenizer(corpus.training, size)
 
     # The one of process 0, on all of them.
     tokenizer = distributed.from_first(lambda: data.tokenizer_to_bytes(choose_tokenizer()))
@@ -141,13 +143,15 @@ def main(options: Options) -> None:
             f"the tokenizer has {len(tokenizer)} entries, but the model's vocabulary ends at {config.vocab_size}: "
             "choose another --tokenizer or --model"
         )
-    tokens, held_out_tokens = data.tokenize(training, tokenizer), data.tokenize(held_out, tokenizer)
-    windows = data.Windows(tokens, seq_len, options.batch_size, options.seed)
-    validation = None
-    if len(held_out_tokens) > seq_len:
-        validation = data.Windows(held_out_tokens, seq_len, options.batch_size)
-
-    record["data"] = {"tokens": len(tokens), "fingerprint": data.fingerprint(tokens)}
+    streams, held_out = corpus.tokens(tokenizer)
+    make_windows = partial(
+        data.Windows, seq_len=seq_len, batch_size=options.batch_size, vocab_size=config.vocab_size,
+        separator=tokenizer.bos_token_id if options.pack == "segments" else None,
+    )  # fmt: skip
+    windows = make_windows(streams, seed=options.seed, weights=options.mixture or None)
+    held_out = [stream for stream in held_out if len(stream) > seq_len]
+    validation = make_windows(held_out) if held_out else None
+    record["data"] = windows.description()
     distributed.check_same(record["data"])
     compare_with_first_start(output / "run.json", record)
 
@@ -161,7 +165,7 @@ def main(options: Options) -> None:
             data.save_tokenizer(tokenizer, output / "tokenizer")
         write_text(output / "run.json", json.dumps(record, indent=2) + "\n")
     distributed.check_shared(output / "run.json")
-    checkpoints = Checkpoints(output / "checkpoints", options.keep_checkpoints, options.keep_every)
+    checkpoints = Checkpoints(output / "checkpoints", options.keep_checkpoints, options.keep_every, windows.state)
     best = Checkpoints(output / "best", keep=1)  # the parameters alone, of the step with the lowest val_loss
     first = checkpoints.latest_step() or 0
     if is_main:
@@ -174,6 +178,7 @@ def main(options: Options) -> None:
     # -----------------------------------------------------------------------------------------------------------------
 
     if first:
+        windows.check_state(checkpoints.restore_data(first), first)
         state = checkpoints.restore(first, abstract, shardings)
     elif start:
         loaded = OPTForCausalLM.from_pretrained(start, dtype=dtype, param_dtype=jnp.float32, mesh=mesh)
@@ -199,7 +204,10 @@ def main(options: Options) -> None:
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.model))
     recipe = f" (recipe {options.recipe})" if options.recipe else ""
     say(f"model: {options.model}{recipe}, {parameters:,} parameters, computing in {dtype}, attention: {attention}")
-    say(f"data: {len(files)} files, {len(tokens):,} tokens to train on, {len(held_out_tokens):,} held out")
+    valid_tokens = validation.tokens if validation else 0
+    say(f"data: {corpus.files} files, {windows.tokens:,} tokens to train on, {valid_tokens:,} for validation")
+    if corpus.bad.count:
+        say(f"data: {corpus.bad.count:,} bad records were left out (--skip-bad-records)")
     say(f"run: {output}, steps {first} to {options.steps}, {options.batch_size} x {seq_len} tokens each")
     if validation is None:
         say(f"no validation loss: the held-out documents do not fill one sequence of {seq_len} tokens")
@@ -229,11 +237,13 @@ def main(options: Options) -> None:
     due = Due(options.checkpoint_every, options.checkpoint_minutes, options.keep_every, first)
     distributed.reached(f"step {first + 1}")
     guard = jax.transfer_guard("disallow")
-    with checkpoints, best, kept, Termination() as termination, use_mesh(mesh), metrics, trace, guard:
+    rows = local_rows(options.batch_size, options.accumulate, mesh)
+    reader = data.Reader(windows, rows, first, last, options.data_workers)
+    with reader, checkpoints, best, kept, Termination() as termination, use_mesh(mesh), metrics, trace, guard:
         step, stopping = first, False
         pending = None  # the numbers of a step are fetched when the next one is already under way
-        for step in range(first + 1, last + 1):
-            batch = place(partial(windows.batch, step - 1), accumulate=options.accumulate)
+        for step, own_rows in enumerate(reader, start=first + 1):
+            batch = place(own_rows, accumulate=options.accumulate)
             trace.before(step)
             state, measured = train_step(state, batch)
             trace.after(step, measured)
@@ -274,9 +284,8 @@ def main(options: Options) -> None:
     state.model.save_pretrained(output / "model", tokenizer=tokenizer)
     if jax.process_count() == 1 and not is_remote(output):
         model = OPTForCausalLM.from_pretrained(output / "model")
-        prompt = held_out_tokens[
-            None, : min(12, seq_len // 2)
-        ]  # </s>, and how a document begins that it has never seen
+        # `</s>`, and how a document begins, one that it has never seen where there is one.
+        prompt = (held_out or streams)[0].read(0, min(12, seq_len // 2))[None]
         room = min(120, config.max_position_embeddings - prompt.shape[1])
         sample = model.generate(prompt, max_new_tokens=room, do_sample=True, temperature=0.8, top_p=0.95, seed=0)
         beginning, continuation = (tokenizer.decode(row) for row in (prompt[0, 1:], sample[0][prompt.shape[1] :]))
