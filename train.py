@@ -34,6 +34,7 @@ from opt_jax.training.options import (
 )
 from opt_jax.training.step import (
     batch_loss,
+    local_rows,
     make_eval_step,
     make_train_step,
     new_model,
@@ -139,10 +140,8 @@ def main(options: Options) -> None:
     # Data: documents -> tokenizer -> windows
     # -----------------------------------------------------------------------------------------------------------------
 
-    training, held_out, files = [], [], []
     if options.task is None:
-        files = data.find_files(options.data) if options.data else data.stdlib_files()
-        training, held_out = data.split_documents(data.read_documents(files))
+        corpus = data.Corpus(options.data, options.validation_data, bool(options.mixture), options.skip_bad_records)
 
     def choose_tokenizer() -> OPTTokenizer:
         if resuming:
@@ -150,8 +149,10 @@ def main(options: Options) -> None:
         if options.tokenizer or start:
             return OPTTokenizer.from_pretrained(options.tokenizer or str(start))
         size = options.vocab_size or config.vocab_size
-        say(f"training a tokenizer of {size} entries on {sum(map(len, training)) / 1e6:.1f}M characters")
-        return data.train_tokenizer(training, size)
+        if not corpus.training:
+            raise ValueError("--data is tokenised already: name the tokenizer that did it with --tokenizer")
+        say(f"training a tokenizer of {size} entries on {sum(map(len, corpus.training)) / 1e6:.1f}M characters")
+        return data.train_tokenizer(corpus.training, size)
 
     # The one of process 0, on all of them.
     tokenizer = distributed.from_first(lambda: data.tokenizer_to_bytes(choose_tokenizer()))
@@ -162,23 +163,22 @@ def main(options: Options) -> None:
             "choose another --tokenizer or --model"
         )
     task: Any = None
-    held_out_tokens: Any = None
     if options.task:
         task = finetuning.make_task(options, tokenizer, seq_len, mesh.shape["tensor"])
-        windows, validation = task.training, task.held_out
-        record["data"] = {"tokens": task.tokens, "fingerprint": task.fingerprint}
-        described, tokens_per_step = task.describe(), round(options.batch_size * windows.lengths.mean())
+        windows, validation, described = task.training, task.held_out, task.describe()
+        tokens_per_step = round(options.batch_size * windows.lengths.mean())
     else:
-        tokens, held_out_tokens = data.tokenize(training, tokenizer), data.tokenize(held_out, tokenizer)
-        windows = data.Windows(tokens, seq_len, options.batch_size, options.seed)
-        validation = None
-        if len(held_out_tokens) > seq_len:
-            validation = data.Windows(held_out_tokens, seq_len, options.batch_size)
-
-        record["data"] = {"tokens": len(tokens), "fingerprint": data.fingerprint(tokens)}
-        described = f"{len(files)} files, {len(tokens):,} tokens to train on, {len(held_out_tokens):,} held out"
+        streams, held_out = corpus.tokens(tokenizer)
+        make_windows = partial(
+            data.Windows, seq_len=seq_len, batch_size=options.batch_size, vocab_size=config.vocab_size,
+            separator=tokenizer.bos_token_id if options.pack == "segments" else None,
+        )  # fmt: skip
+        windows = make_windows(streams, seed=options.seed, weights=options.mixture or None)
+        held_out = [stream for stream in held_out if len(stream) > seq_len]
+        validation = make_windows(held_out) if held_out else None
+        described = corpus.describe(windows.tokens, validation.tokens if validation else 0)
         tokens_per_step = options.batch_size * seq_len
-
+    record["data"] = windows.description()
     distributed.check_same(record["data"])
     compare_with_first_start(output / "run.json", record)
 
@@ -192,7 +192,7 @@ def main(options: Options) -> None:
             data.save_tokenizer(tokenizer, output / "tokenizer")
         write_text(output / "run.json", json.dumps(record, indent=2) + "\n")
     distributed.check_shared(output / "run.json")
-    checkpoints = Checkpoints(output / "checkpoints", options.keep_checkpoints, options.keep_every)
+    checkpoints = Checkpoints(output / "checkpoints", options.keep_checkpoints, options.keep_every, windows.state)
     best = Checkpoints(output / "best", keep=1)  # the parameters alone, of the step with the lowest val_loss
     first = checkpoints.latest_step() or 0
     if is_main:
@@ -213,6 +213,7 @@ def main(options: Options) -> None:
         else:
             state = jax.jit(begin, out_shardings=shardings)()
     if first:
+        windows.check_state(checkpoints.restore_data(first), first)
         frozen = state and state.frozen
         state = dataclasses.replace(checkpoints.restore(first, abstract, shardings), frozen=frozen)
     if first and best_step == first:  # it may have been killed between the checkpoint and its copy
@@ -270,11 +271,13 @@ def main(options: Options) -> None:
     due = Due(options.checkpoint_every, options.checkpoint_minutes, options.keep_every, first)
     distributed.reached(f"step {first + 1}")
     guard = jax.transfer_guard("disallow")
-    with checkpoints, best, kept, Termination() as termination, use_mesh(mesh), metrics, trace, guard:
+    rows = local_rows(options.batch_size, options.accumulate, mesh)
+    reader = windows.reader(rows, first, last, options.data_workers)
+    with reader, checkpoints, best, kept, Termination() as termination, use_mesh(mesh), metrics, trace, guard:
         step, stopping = first, False
         pending = None  # the numbers of a step are fetched when the next one is already under way
-        for step in range(first + 1, last + 1):
-            batch = place(partial(windows.batch, step - 1), accumulate=options.accumulate)
+        for step, own_rows in enumerate(reader, start=first + 1):
+            batch = place(own_rows, accumulate=options.accumulate)
             trace.before(step)
             state, measured = train_step(state, batch)
             trace.after(step, measured)
@@ -320,9 +323,8 @@ def main(options: Options) -> None:
         say(f'finished. Load it: {cls.__name__}.from_pretrained("{output}")')
     elif jax.process_count() == 1 and not is_remote(output):
         model = OPTForCausalLM.from_pretrained(output / "model")
-        prompt = held_out_tokens[
-            None, : min(12, seq_len // 2)
-        ]  # </s>, and how a document begins that it has never seen
+        # `</s>`, and how a document begins, one that it has never seen where there is one.
+        prompt = (held_out or streams)[0].read(0, min(12, seq_len // 2))[None]
         room = min(120, config.max_position_embeddings - prompt.shape[1])
         sample = model.generate(prompt, max_new_tokens=room, do_sample=True, temperature=0.8, top_p=0.95, seed=0)
         beginning, continuation = (tokenizer.decode(row) for row in (prompt[0, 1:], sample[0][prompt.shape[1] :]))

@@ -96,7 +96,30 @@ def plot(
     _print(f"{output}\n")
 
 
-COMMANDS = {"generate": generate, "plot": plot, "eval": evaluate}
+def tokenize(
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE ...")] = (),
+    /,
+    *,
+    output: Annotated[Path | None, tyro.conf.arg(metavar="FILE.npy")] = None,
+    tokenizer: str = "tiny",
+    workers: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None,
+    skip_bad_records: bool = False,
+) -> None:
+    """Turn texts into one array of token ids, which train.py --data memory-maps.
+
+    Args:
+      sources: Text or .jsonl files (key "text"), directories or globs of them, hf:NAME[,CONFIG][:SPLIT].
+      output: The array; FILE.npy.json beside it says what is in it.
+      tokenizer: "tiny" (the one inside this package), a directory, or a Hugging Face hub id such as facebook/opt-125m.
+      workers: Processes. None: one for each core.
+      skip_bad_records: Leave out broken lines, bytes that are no UTF-8 and empty files, and count them.
+    """
+    from opt_jax.training.tokens import tokenize_sources
+
+    _print(tokenize_sources(sources, output, tokenizer, workers, skip_bad_records) + "\n")
+
+
+COMMANDS = {"generate": generate, "plot": plot, "tokenize": tokenize, "eval": evaluate}
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -365,7 +365,7 @@ TASK = dict(task="sequence-classification", data=("x.tsv",))
         (dict(task="question-answering"), "--task question-answering needs --data"),
         (TASK | dict(vocab_size=300), "--vocab-size is for a new tokenizer"),
         (TASK | dict(eval_batches=3), "--eval-batches: with --task all held-out examples are measured"),
-        (dict(validation_data=("x",)), "--validation-data is for --task"),
+        (dict(task="question-answering", data=("x",), mixture=(1.0,)), "--mixture is for pretraining data"),
         (dict(lora_rank=0), "--lora-rank 0: must be at least 1"),
         (dict(lora_alpha=8.0), "--lora-alpha is for --lora-rank"),
         (dict(lora_targets=("fc1",)), "--lora-targets is for --lora-rank"),

@@ -120,7 +120,7 @@ def test_documents_from_files_and_directories(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n["x"]\n', r'a\.jsonl:2: expected an object with a string under "text"'),
         ("a.jsonl", b'{"txt": "x"}', r"a\.jsonl:1: expected an object"),
         ("a.txt", b"fine\n\xff", r"a\.txt:2: not UTF-8 text"),
-        ("a.txt", b" \n", "every file is empty"),
+        ("a.txt", b" \n", r"a\.txt:1: an empty file"),
     ],
 )
 def test_bad_files_are_named_with_the_line(tmp_path, name, content, message):

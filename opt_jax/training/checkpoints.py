@@ -5,6 +5,7 @@ import dataclasses
 import os
 import signal
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -25,13 +26,18 @@ _copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
 
 class Checkpoints:
-    """`directory/<step>/` holds `params` (by parameter path, layers stacked) and `optimizer`. A directory half-written
-    when the process was killed has a temporary name and is never taken for a checkpoint.
+    """`directory/<step>/` holds `params` (by parameter path, layers stacked), `optimizer` and `data`. A directory
+    half-written when the process was killed has a temporary name and is never taken for a checkpoint.
 
-    keep: so many of the newest stay; keep_every: those of steps that it divides stay as well.
+    keep: so many of the newest stay; keep_every: those of steps that it divides stay as well. data_state: gives the
+    state of the data's iterator after a step, for JSON.
     """
 
-    def __init__(self, directory: str | os.PathLike, keep: int, keep_every: int | None = None):
+    def __init__(
+        self, directory: str | os.PathLike, keep: int, keep_every: int | None = None,
+        data_state: Callable[[int], dict[str, Any]] | None = None,
+    ):  # fmt: skip
+        self._data_state = data_state
         directory = epath.Path(directory)
         policies = [LatestN(keep), *([EveryNSteps(keep_every)] if keep_every else [])]
         options = ocp.CheckpointManagerOptions(
@@ -63,7 +69,9 @@ class Checkpoints:
                 # Elsewhere Orbax copies to the host before it returns. Here "the host's copy" is the array itself,
                 # which the next step, donated it, may overwrite while it is being written.
                 items = _copy(items)
-            args = {}
+            args: dict[str, Any] = {}
+            if self._data_state is not None:
+                args["data"] = ocp.args.JsonSave(self._data_state(step))
             for name, tree in items.items():
                 save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
                 args[name] = ocp.args.StandardSave(tree, save_args=save_args)
@@ -85,6 +93,12 @@ class Checkpoints:
         # Some arrays as Orbax makes them cannot be donated to the first step, which then needs their memory twice. The
         # outputs of a compiled function can; those that could be already are passed through, not copied.
         return jax.jit(lambda s: jax.tree.map(jnp.copy, s), donate_argnums=0, out_shardings=shardings)(state)
+
+    def restore_data(self, step: int) -> dict[str, Any] | None:
+        """The state of the data's iterator, None in a checkpoint without one."""
+        if not (self._manager.directory / str(step) / "data").exists():
+            return None
+        return self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
 
     def close(self) -> None:
         """Wait until everything is written."""

@@ -1,14 +1,11 @@
-"""Training data: files -> documents -> one stream of token ids -> windows in an order fixed by (seed, step). No jax.
+"""Training data: files -> documents -> streams of token ids -> windows in an order fixed by (seed, step). No jax.
 
-Everything here is a pure function of the files, the tokenizer and the seed, so a run needs no iterator state: the
-batch of step n is computed from n, on any number of hosts, before and after any resume.
+`documents.py` reads, `tokens.py` keeps ids, `windows.py` orders and batches them; here: what splits and tokenises, and
+what puts it all together for train.py.
 """
 
-import hashlib
 import json
-import os
-import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,78 +15,27 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from opt_jax.text import OPTTokenizer
+from opt_jax.training.documents import (
+    BadRecords,
+    HFSource,
+    find_files,
+    find_sources,
+    read_documents,
+    stdlib_files,
+)
+from opt_jax.training.tokens import Tokens, fingerprint, open_tokens
+from opt_jax.training.windows import Reader, Windows
 
-TEXT_SUFFIXES = (".jsonl", ".md", ".py", ".rst", ".txt")
+__all__ = ["Corpus", "Reader", "Windows", "find_files", "fingerprint", "read_documents", "stdlib_files"]
+
 # Ids 0 to 3 of every OPT vocabulary; `</s>` is BOS and EOS at once, and the separator between documents.
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
-# Not prose and not what anybody wants to imitate: tests, charmap tables, other people's packages.
-STDLIB_SKIP = {"__pycache__", "encodings", "idle_test", "site-packages", "dist-packages", "test", "tests"}
 
 
-def stdlib_files() -> list[Path]:
-    """The Python sources of the running interpreter's standard library, without its tests, sorted."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    return sorted(_walk(root, skip=STDLIB_SKIP, suffixes=(".py",)))
+HELD_OUT = 0.05
 
 
-def find_files(paths: Sequence[str | os.PathLike]) -> list[Path]:
-    """Files as given, directories searched for `TEXT_SUFFIXES`, sorted within each directory.
-
-    Raises FileNotFoundError for a path that is not there, ValueError for a directory without text files.
-    """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            found = sorted(_walk(path, skip={"__pycache__", ".git"}, suffixes=TEXT_SUFFIXES))
-            if not found:
-                raise ValueError(f"{path}: no text files below this directory (looked for {', '.join(TEXT_SUFFIXES)})")
-            files += found
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise FileNotFoundError(f"{path}: no such file or directory")
-    return files
-
-
-def _walk(root: Path, skip: set[str], suffixes: tuple[str, ...]) -> Iterator[Path]:
-    for directory, subdirectories, names in os.walk(root):
-        subdirectories[:] = [name for name in subdirectories if name not in skip]
-        yield from (Path(directory, name) for name in names if name.endswith(suffixes))
-
-
-def read_documents(files: Iterable[Path]) -> list[str]:
-    """A text file is one document; a `.jsonl` file has one per line, under the key "text". Blank ones are left out.
-
-    Raises ValueError naming file and line for bytes that are not UTF-8 and for lines that are not {"text": "..."}.
-    """
-    documents = []
-    for path in files:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            line = error.object[: error.start].count(b"\n") + 1
-            raise ValueError(f"{path}:{line}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-        documents += _jsonl(path, text) if path.suffix == ".jsonl" else [text]
-    documents = [document for document in documents if document.strip()]
-    if not documents:
-        raise ValueError("no documents in the data: every file is empty")
-    return documents
-
-
-def _jsonl(path: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            document = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})") from None
-        if not isinstance(document, dict) or not isinstance(document.get("text"), str):
-            raise ValueError(f'{path}:{number}: expected an object with a string under "text"')
-        yield document["text"]
-
-
-def split_documents(documents: list[str], fraction: float = 0.05) -> tuple[list[str], list[str]]:
+def split_documents(documents: list[str], fraction: float = HELD_OUT) -> tuple[list[str], list[str]]:
     """(training documents, held-out ones): a fixed random `fraction` of the documents, whatever the run's seed.
 
     With too few documents to spare any (fewer than 1 / fraction) the tail of each one is held out instead.
@@ -164,47 +110,56 @@ def tokenize(documents: Sequence[str], tokenizer: OPTTokenizer) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def fingerprint(tokens: np.ndarray) -> str:
-    """A short hash of a token stream: tells a resumed run that the files or the tokenizer have changed."""
-    return hashlib.sha256(np.ascontiguousarray(tokens, np.int32).tobytes()).hexdigest()[:16]
+class Corpus:
+    """What `--data`, `--validation-data` and `--mixture` name: text is read at once, .npy memory-mapped.
 
+    training: all documents to train on (and to train a tokenizer on). The last 5 % of each .npy file are held out; of
+    text, what `split_documents` chooses; with `valid`, nothing. mixed: each of `names` becomes one stream.
 
-class Windows:
-    """Contiguous windows of `seq_len + 1` ids over a stream: `seq_len` inputs, and each one's next id as target.
-
-    Neighbours share one id, so an epoch predicts every id once. `rows(step)` is the global batch of that step, whoever
-    asks: the windows of epoch e are a permutation drawn from (seed, e), and batches walk through the epochs end to end.
+    Raises:
+      ValueError, FileNotFoundError: as `find_sources` and `read_documents` do.
     """
 
-    def __init__(self, tokens: np.ndarray, seq_len: int, batch_size: int, seed: int = 0):
-        self.tokens, self.seq_len, self.batch_size, self.seed = tokens, seq_len, batch_size, seed
-        self.count = (len(tokens) - 1) // seq_len
-        if self.count < 1:
-            raise ValueError(f"{len(tokens)} tokens do not fill one window of seq_len + 1 = {seq_len + 1}")
-        self._spare = (len(tokens) - 1) % seq_len
-        self._epoch: tuple[int, int, np.ndarray] | None = None
+    def __init__(self, names: Sequence[str], valid: Sequence[str] = (), mixed: bool = False, skip_bad: bool = False):
+        self.bad = BadRecords(skip_bad)
+        groups = [(name, find_sources([name])) for name in names] or [("the standard library", stdlib_files())]
+        groups = groups if mixed else [("", [source for _, found in groups for source in found])]
+        self.files = sum(len(found) for _, found in groups)
+        self._parts = [self._read(name, found, held_out=not valid) for name, found in groups]
+        self._valid = self._read("", find_sources(valid), held_out=False) if valid else None
+        self.training = [document for _, documents, _, _ in self._parts for document in documents]
+        self._mixed = mixed
 
-    def _order(self, epoch: int) -> tuple[int, np.ndarray]:
-        if self._epoch is None or self._epoch[0] != epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            # The remainder that fills no window is left out in front or at the back, a different share in each epoch.
-            self._epoch = epoch, int(rng.integers(self._spare + 1)), rng.permutation(self.count)
-        return self._epoch[1:]
+    def _read(
+        self, name: str, sources: Sequence[Path | HFSource], held_out: bool
+    ) -> tuple[str, list[str], list[str], list[Path]]:
+        """(name, training documents, held-out ones, arrays)"""
+        arrays = [source for source in sources if isinstance(source, Path) and source.suffix == ".npy"]
+        texts = [source for source in sources if source not in arrays]
+        documents = read_documents(texts, self.bad) if texts else []
+        training, rest = split_documents(documents) if held_out and documents else (documents, [])
+        return name, training, rest, arrays
 
-    def starts(self, step: int) -> np.ndarray:
-        """[batch_size] offsets into the stream: the rows of this step's batch."""
-        starts = []
-        for position in range(step * self.batch_size, (step + 1) * self.batch_size):
-            offset, order = self._order(position // self.count)
-            starts.append(offset + int(order[position % self.count]) * self.seq_len)
-        return np.array(starts, np.int64)
+    def describe(self, training: int, held_out: int) -> str:
+        """For the log; of so many tokens."""
+        bad = f"; {self.bad.count:,} bad records were left out (--skip-bad-records)" if self.bad.count else ""
+        return f"{self.files} files, {training:,} tokens to train on, {held_out:,} for validation{bad}"
 
-    def rows(self, step: int, rows: slice = slice(None)) -> np.ndarray:
-        """[batch_size, seq_len + 1] int32, or only the given rows of it (what one host of many needs)."""
-        return self.tokens[self.starts(step)[rows, None] + np.arange(self.seq_len + 1)]
-
-    def batch(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
-        """The rows as inputs and labels, [rows, seq_len] each: the last id of a row is a label only, the first an input
-        only."""
-        ids = self.rows(step, rows)
-        return {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
+    def tokens(self, tokenizer: OPTTokenizer) -> tuple[list[Tokens], list[Tokens]]:
+        """(streams to train on, held-out ones). In a mixture, a stream for each name."""
+        training, held_out = [], []
+        for name, documents, rest, arrays in self._parts:
+            if self._mixed and len(arrays) + bool(documents) != 1:
+                raise ValueError(f"--mixture: {name} must be text, or one .npy file, to be one source with one weight")
+            streams = [open_tokens(path, tokenizer) for path in arrays]
+            if self._valid is None:
+                pairs = [stream.split(HELD_OUT, tokenizer.bos_token_id) for stream in streams]
+                streams = [pair[0] for pair in pairs]
+                held_out += [pair[1] for pair in pairs]
+            training += streams + ([Tokens(name, tokenize(documents, tokenizer))] if documents else [])
+            held_out += [Tokens(name, tokenize(rest, tokenizer))] if rest else []
+        if self._valid is not None:
+            _, documents, _, arrays = self._valid
+            held_out = [open_tokens(path, tokenizer) for path in arrays]
+            held_out += [Tokens("--validation-data", tokenize(documents, tokenizer))] if documents else []
+        return training, held_out

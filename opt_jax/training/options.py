@@ -33,11 +33,21 @@ class Options:
     """The paper's settings for one of its sizes: defaults for all options below, which win where they are given.
     `--recipe opt-125m --help` shows them."""
     data: tuple[str, ...] = ()
-    """Text or .jsonl files (key "text"), or directories of them. Default: the standard library's sources."""
+    """Text or .jsonl files (key "text"), .npy files of `opt-jax tokenize`, directories or globs of them, datasets as
+    hf:NAME[,CONFIG][:SPLIT]. Default: the standard library's sources."""
+    mixture: tuple[float, ...] = ()
+    """A weight for each of --data, as in `--data wiki.npy books/ --mixture 0.7 0.3`: so many of the sequences come from
+    it. Default: all of the data is one."""
+    validation_data: tuple[str, ...] = ()
+    """What the validation loss (with --task also accuracy, or EM and F1) is measured on, as --data. Default: a part of
+    the data, which is then held out."""
+    pack: Literal["concat", "segments"] = "concat"
+    """Documents follow each other, with </s> between them. concat: a token sees all before it in its sequence;
+    segments: only its own document, and positions restart with each."""
+    skip_bad_records: bool = False
+    """Leave out broken lines, bytes that are no UTF-8 and empty files, and count them. Default: stop at the first."""
     task: Literal["sequence-classification", "question-answering"] | None = None
     """Fine-tune for this, from the checkpoint --model. --data then takes lines "text TAB label", or SQuAD's JSON."""
-    validation_data: tuple[str, ...] = ()
-    """For --task: files to measure loss and accuracy, or EM and F1, on. Default: a share of --data is held out."""
     lora_rank: int | None = None
     """Train adapters of this rank (and a task's head), not the model's own weights. They are merged in at the end."""
     lora_alpha: float = 16.0
@@ -85,6 +95,8 @@ class Options:
     """Of the computation; parameters are float32. auto: float32 on CPU, bfloat16 elsewhere."""
     seed: int = 0
     # These may differ from one start of a run to the next.
+    data_workers: int = 0
+    """Processes that read ahead. Default: threads of this one."""
     mesh: str | None = None
     """Devices, as in data=2,fsdp=4 (-1: the rest). Default: all on fsdp."""
     dcn_mesh: str | None = None
@@ -136,7 +148,7 @@ class Options:
 
 MAY_CHANGE = {
     "output", "mesh", "dcn_mesh", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "keep_every",
-    "eval_every", "eval_batches", "log_every", "stop_after",
+    "data_workers", "eval_every", "eval_batches", "log_every", "stop_after",
     "recipe", "skip_nonfinite", "tensorboard", "wandb", "profile",
     "distributed", "coordinator_address", "num_processes", "process_id", "heartbeat_seconds", "hang_minutes",
     "plan", "topology", "plan_output", "attention", "remat",
@@ -167,13 +179,18 @@ def check_options(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
-    for name in ("weight_decay", "warmup_steps", "process_id"):
+    for name in ("weight_decay", "warmup_steps", "process_id", "data_workers"):
         if (getattr(options, name) or 0) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must not be negative")
     if not 0 <= options.final_lr <= 1:
         raise ValueError(f"--final-lr {options.final_lr}: must be a share of the peak, from 0 to 1")
     if not all(0 <= beta < 1 for beta in options.betas):
         raise ValueError(f"--betas {options.betas[0]} {options.betas[1]}: must be at least 0 and below 1")
+    if options.mixture and (len(options.mixture) != len(options.data) or not all(w > 0 for w in options.mixture)):
+        raise ValueError(
+            f"--mixture {' '.join(map(str, options.mixture))}: needs one weight above 0 for each of the "
+            f"{len(options.data)} of --data"
+        )
     profiled_steps(options.profile)
     check_fine_tuning(options)
     if options.plan and options.topology is None:
@@ -201,8 +218,9 @@ def check_fine_tuning(options: Options) -> None:
             )
         if options.eval_batches != default.eval_batches:
             raise ValueError("--eval-batches: with --task all held-out examples are measured; leave it out")
-    elif options.validation_data:
-        raise ValueError("--validation-data is for --task: without, a share of --data is held out")
+        for name in ("mixture", "pack", "skip_bad_records", "data_workers"):
+            if getattr(options, name) != getattr(default, name):
+                raise ValueError(f"--{name.replace('_', '-')} is for pretraining data: leave it out with --task")
     if options.lora_rank is None:
         for name in ("lora_alpha", "lora_targets"):
             if getattr(options, name) != getattr(default, name):

@@ -240,6 +240,13 @@ def make_train_step(
     )
 
 
+def local_rows(batch_size: int, accumulate: int, mesh: Mesh) -> np.ndarray:
+    """Which rows of a global batch this process's devices hold, and so `place_batch` asks for; sorted."""
+    rows = np.arange(batch_size).reshape(accumulate, batch_size // accumulate)
+    places = batch_sharding(mesh, leading=1).addressable_devices_indices_map(rows.shape)
+    return np.unique(np.concatenate([rows[index].reshape(-1) for index in places.values()]))
+
+
 def place_batch(
     rows: Callable[[slice], Mapping[str, np.ndarray]], batch_size: int, accumulate: int, mesh: Mesh
 ) -> Batch:
@@ -254,10 +261,11 @@ def place_batch(
         micro, (first, last, _) = range(*index[0].indices(accumulate)), index[1].indices(size)
         return np.stack([rows(slice(i * size + first, i * size + last))[name] for i in micro])
 
+    mine = int(local_rows(batch_size, accumulate, mesh)[0])
     with jax.transfer_guard_host_to_device("allow"):
         return {
             name: jax.make_array_from_callback(
                 (accumulate, size, *example.shape[1:]), batch_sharding(mesh, leading=1), partial(part, name)
             )
-            for name, example in rows(slice(0, 1)).items()
+            for name, example in rows(slice(mine, mine + 1)).items()
         }

@@ -6,8 +6,10 @@ A task's data (`classification.py`, `squad.py`) has
   fingerprint; tokens, for messages: of all training examples
 """
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,6 +31,7 @@ from opt_jax.sharding import (
 )
 from opt_jax.training.loss import IGNORED
 from opt_jax.training.step import Batch, gathered
+from opt_jax.training.windows import Order
 
 TASKS: dict[str, type] = {
     "sequence-classification": OPTForSequenceClassification,
@@ -90,7 +93,7 @@ def make_predict_step(shardings: Any, mesh: Mesh) -> Callable[[Any, Batch], tupl
     return jax.jit(mapped, in_shardings=(shardings, rows), out_shardings=everywhere)
 
 
-class Batches:
+class Batches(Order):
     """Examples of different lengths in batches, padded on the right to the next of a few lengths.
 
     The batch of a step is a function of (seed, step): epochs are permutations drawn from (seed, epoch), and batches
@@ -146,6 +149,17 @@ class Batches:
             if number >= 0:
                 labels[row] = self.labels[number]
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    def description(self) -> dict[str, Any]:
+        return {
+            "tokens": int(self.lengths.sum()), "fingerprint": fingerprint(self.examples, self.labels),
+            "seed": self._seed, "batch_size": self.batch_size,
+        }  # fmt: skip
+
+    @contextlib.contextmanager
+    def reader(self, rows: Any, first: int, last: int, workers: int = 0) -> Iterator[Any]:
+        """As `Windows.reader`; examples are in memory, so that nothing is read ahead."""
+        yield (partial(self.batch, step) for step in range(first, last))
 
     def all(self) -> Iterator[tuple[np.ndarray, Callable[[slice], Mapping[str, np.ndarray]]]]:
         """(numbers of the examples or -1, rows -> arrays) of each batch that it takes to see every example once."""

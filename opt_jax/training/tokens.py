@@ -1,0 +1,272 @@
+"""Streams of token ids: in memory, or in a NumPy file that is memory-mapped and may be larger than memory. No jax.
+
+FILE.npy is a plain array of one dimension, uint16 where the vocabulary fits, else int32, with `</s>` before,
+between and after documents; FILE.npy.json says what made it. Any .npy of integers will do; without the second file
+there is nothing to check it against.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from opt_jax.text import OPTTokenizer
+from opt_jax.training.documents import BLOCK, TEXT_SUFFIXES, BadRecords, HFSource, find_sources, pieces
+
+_TASK = 1 << 20  # characters that a worker takes at once
+_SAMPLES, _SAMPLE = 4096, 1024
+
+
+class Tokens:
+    """int32 slices of a stream in memory (`array`) or of a .npy file (`path`), of which [first:last] counts.
+
+    A file is opened where it is read: to another process goes its name, not its content.
+
+    Raises:
+      ValueError: not a .npy file of integers with one dimension.
+    """
+
+    def __init__(
+        self, name: str, array: np.ndarray | None = None, path: Path | None = None, first: int = 0,
+        last: int | None = None,
+    ):  # fmt: skip
+        self.name, self.path, self.first, self._array = name, path, first, array
+        self.last = len(self.array) if last is None else last
+
+    @property
+    def array(self) -> np.ndarray:
+        if self._array is None:
+            assert self.path is not None
+            try:
+                self._array = np.load(self.path, mmap_mode="r", allow_pickle=False)
+            except (ValueError, EOFError) as error:
+                raise ValueError(f"{self.path}: not an array of token ids ({error})") from None
+            if self._array.ndim != 1 or self._array.dtype.kind not in "iu":
+                what = f"{self._array.dtype} {list(self._array.shape)}"
+                raise ValueError(f"{self.path}: holds {what}, not integers in one dimension")
+        return self._array
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | ({"_array": None} if self.path is not None else {})
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """`length` ids from `start`, int32."""
+        return np.asarray(self.array[self.first + start : self.first + start + length], np.int32)
+
+    def split(self, fraction: float, separator: int) -> tuple["Tokens", "Tokens"]:
+        """(all but the end, the end): of about this share, from where a document begins if one does in there."""
+        cut = self.first + int(len(self) * (1 - fraction))
+        near = np.flatnonzero(self.array[cut : min(self.last, cut + (1 << 20))] == separator)
+        cut += int(near[0]) if len(near) else 0
+        part = lambda first, last: Tokens(self.name, self._array, self.path, first, last)  # noqa: E731
+        return part(self.first, cut + 1), part(cut, self.last)  # both have the `</s>` that is between them
+
+    def fingerprint(self) -> str:
+        """Of everything up to 4M ids, else of the length and of 4096 places: a corpus may be terabytes."""
+        if len(self) <= _SAMPLES * _SAMPLE:
+            return fingerprint(self.read(0, len(self)))
+        digest = hashlib.sha256(str(len(self)).encode())
+        for start in np.linspace(0, len(self) - _SAMPLE, _SAMPLES).astype(np.int64).tolist():
+            digest.update(self.read(start, _SAMPLE).tobytes())
+        return digest.hexdigest()[:16]
+
+
+def fingerprint(tokens: np.ndarray) -> str:
+    """A short hash of a token stream: tells a resumed run that the files or the tokenizer have changed."""
+    return hashlib.sha256(np.ascontiguousarray(tokens, np.int32).tobytes()).hexdigest()[:16]
+
+
+def vocabulary_fingerprint(tokenizer: OPTTokenizer) -> str:
+    vocabulary = sorted(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).items())
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+
+
+def open_tokens(path: Path, tokenizer: OPTTokenizer | None = None) -> Tokens:
+    """A .npy file.
+
+    Raises:
+      ValueError: it is not one, or FILE.npy.json says that another tokenizer made it.
+    """
+    about = Path(f"{path}.json")
+    if tokenizer is not None and about.exists():
+        made_by = json.loads(about.read_text(encoding="utf-8"))["tokenizer"]
+        if made_by["fingerprint"] != vocabulary_fingerprint(tokenizer):
+            raise ValueError(f"{path} was made with another tokenizer ({made_by['name']}): name that with --tokenizer")
+    return Tokens(str(path), path=Path(path))
+
+
+# Making them --------------------------------------------------------------------------------------------------------
+
+
+def tokenize_sources(
+    names: Sequence[str], output: Path | None, tokenizer: str, workers: int | None, skip_bad: bool
+) -> str:
+    """`opt-jax tokenize`: `write_tokens` with a progress bar; returns what to tell the user.
+
+    Raises:
+      ValueError, FileNotFoundError: as `find_sources` and `write_tokens`; and options that make no sense.
+    """
+    if not names or output is None:
+        raise ValueError("name what to read and where to write: opt-jax tokenize texts/ --output texts.npy")
+    if output.suffix != ".npy":
+        raise ValueError(f"--output {output}: must end in .npy")
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers {workers}: must be at least 1")
+    sources = find_sources(names, TEXT_SUFFIXES)
+    if arrays := [source for source in sources if isinstance(source, Path) and source.suffix == ".npy"]:
+        raise ValueError(f"{arrays[0]}: is tokenised already")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    # Characters are fewer than bytes in some languages: the bar then ends early, and the sum is right all the same.
+    sizes = [source.stat().st_size for source in sources if isinstance(source, Path)]
+    total = sum(sizes) if len(sizes) == len(sources) else None
+    if workers is None:  # a process takes seconds to start, and reads megabytes in these
+        cores = os.cpu_count() or 1
+        workers = cores if total is None else max(1, min(cores, total // (16 * _TASK)))
+    columns = (TextColumn("tokenising"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        about = write_tokens(
+            sources, output, OPTTokenizer.from_pretrained(tokenizer), tokenizer, workers=workers,
+            skip_bad=skip_bad, progress=lambda characters: bar.advance(task, characters),
+        )  # fmt: skip
+    left_out = f", {about['left_out']:,} bad records left out" if about["left_out"] else ""
+    return (
+        f"{output}: {about['tokens']:,} tokens of {about['documents']:,} documents as {about['dtype']}{left_out}, in "
+        f"{time.monotonic() - begin:.1f} s"
+    )
+
+
+def write_tokens(
+    sources: Sequence[Path | HFSource], output: Path, tokenizer: OPTTokenizer, name: str, *, workers: int = 1,
+    skip_bad: bool = False, progress: Callable[[int], None] = lambda characters: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Tokenise documents into `output` (.npy) with so many processes; returns what `output`.json gets. The array is the
+    same for any number of them. Nothing of the name is there until all is written.
+
+    name: of the tokenizer, for that file; progress: called with characters done.
+
+    Raises:
+      ValueError: a bad record without `skip_bad`, no documents, or a failed worker.
+    """
+    bad = BadRecords(skip_bad)
+    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.int32)
+    temporary = output.with_name(output.name + ".tmp")
+    total = documents = 0
+    try:
+        with open(temporary, "wb") as file:
+            begin = _write_header(file, dtype, 0)
+            file.write(np.array([tokenizer.bos_token_id], dtype).tobytes())
+            for ids, ended, characters in _encode(pieces(sources, bad, _block(tokenizer)), tokenizer, workers):
+                file.write(ids.astype(dtype).tobytes())
+                total, documents = total + len(ids), documents + ended
+                progress(characters)
+            file.seek(0)
+            if _write_header(file, dtype, total + 1) != begin:
+                raise AssertionError("NumPy leaves room for any length in the header of an array")
+        if not documents:
+            raise ValueError("no documents in the data: every file is empty")
+        about = {
+            "tokens": total + 1, "documents": documents, "left_out": bad.count, "dtype": str(dtype),
+            "tokenizer": {"name": name, "fingerprint": vocabulary_fingerprint(tokenizer)},
+            "sources": [str(source) for source in sources],
+        }  # fmt: skip
+        Path(f"{output}.json").unlink(missing_ok=True)  # of an older array of this name
+        os.replace(temporary, output)
+        Path(f"{output}.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    finally:
+        temporary.unlink(missing_ok=True)
+    return about
+
+
+def _write_header(file: Any, dtype: np.dtype, length: int) -> int:
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.tell()
+
+
+def _block(tokenizer: OPTTokenizer) -> int | None:
+    """How long pieces of a text file may be: None, not cut at all, for a tokenizer that would see the cuts."""
+    texts = ("a\n", "b1\n", "-c")
+    apart = [i for text in texts for i in tokenizer.encode(text, add_special_tokens=False)]
+    return BLOCK if tokenizer.encode("".join(texts), add_special_tokens=False) == apart else None
+
+
+def _encode(
+    texts: Iterator[tuple[str, bool]], tokenizer: OPTTokenizer, workers: int
+) -> Iterator[tuple[np.ndarray, int, int]]:
+    """(ids with `</s>` behind documents, documents, characters) for task after task, in order."""
+    from opt_jax.training.data import tokenizer_to_bytes
+
+    if workers == 1:
+        yield from (_encode_task(tokenizer, task) for task in _tasks(texts))
+        return
+    # spawn: a fork of a process with threads (the tokenizer has some, JAX too) may hang.
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_begin_worker, initargs=(tokenizer_to_bytes(tokenizer),)
+    ) as pool:
+        waiting = deque()
+        try:
+            for task in _tasks(texts):
+                waiting.append(pool.submit(_work, task))
+                if len(waiting) >= 3 * workers:  # else the reader would run ahead and fill the memory
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise ValueError("a process that tokenised has died (out of memory?): try fewer --workers") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _tasks(texts: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    task, size, blank = [], 0, True
+    for text, last in texts:
+        blank = blank and not text.strip()
+        if last and blank:  # a document of nothing, as `read_documents` leaves it out
+            continue
+        blank = last
+        task.append((text, last))
+        size += len(text)
+        if size >= _TASK:
+            yield task
+            task, size = [], 0
+    if task:
+        yield task
+
+
+def _encode_task(tokenizer: OPTTokenizer, task: list[tuple[str, bool]]) -> tuple[np.ndarray, int, int]:
+    rows = tokenizer([text for text, _ in task], return_tensors=None, add_special_tokens=False).input_ids
+    parts = []
+    for row, (_, last) in zip(rows, task, strict=True):
+        parts += [np.asarray(row, np.int32), np.full(int(last), tokenizer.bos_token_id, np.int32)]
+    return np.concatenate(parts), sum(last for _, last in task), sum(len(text) for text, _ in task)
+
+
+_worker: list[OPTTokenizer] = []
+
+
+def _begin_worker(tokenizer: bytes) -> None:
+    from opt_jax.training.data import tokenizer_from_bytes
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
+    _worker.append(tokenizer_from_bytes(tokenizer))
+
+
+def _work(task: list[tuple[str, bool]]) -> tuple[np.ndarray, int, int]:
+    return _encode_task(_worker[0], task)

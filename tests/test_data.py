@@ -1,0 +1,158 @@
+"""The data pipeline: what is read, arrays of tokens, the order of batches for any number of readers, and its state."""
+
+import json
+
+import numpy as np
+import pytest
+
+from opt_jax import OPTTokenizer
+from opt_jax.cli import main
+from opt_jax.training import data
+from opt_jax.training.documents import BadRecords, find_files, find_sources, pieces, read_documents
+from opt_jax.training.tokens import Tokens, open_tokens, write_tokens
+from opt_jax.training.windows import Reader, Windows
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return OPTTokenizer.from_pretrained("tiny")
+
+
+def make_windows(path=None, **options):
+    streams = [Tokens("a", np.arange(1001, dtype=np.int32)), Tokens("b", np.arange(2000, 2301, dtype=np.int32))]
+    if path is not None:
+        np.save(path, np.arange(1001, dtype=np.uint16))
+        streams[0] = open_tokens(path)
+    return Windows(streams, seq_len=10, batch_size=8, seed=5, **options)
+
+
+@pytest.mark.parametrize("readers", [1, 2, 4])
+@pytest.mark.parametrize("first", [0, 7])
+def test_batches_are_the_same_for_any_number_of_readers_and_after_a_resume(readers, first, tmp_path):
+    windows = make_windows(tmp_path / "a.npy", weights=(0.7, 0.3))
+    expected = [windows.rows(step) for step in range(20)]
+    share = 8 // readers
+    for host in range(readers):
+        rows = np.arange(host * share, (host + 1) * share)
+        with Reader(make_windows(tmp_path / "a.npy", weights=(0.7, 0.3)), rows, first, 20) as reader:
+            steps = [place(slice(int(rows[0]), int(rows[-1]) + 1))["input_ids"] for place in reader]
+        assert len(steps) == 20 - first
+        for step, got in enumerate(steps, start=first):
+            np.testing.assert_array_equal(got, expected[step][rows, :-1])
+
+
+def test_worker_processes_read_the_same(tmp_path):
+    windows = make_windows(tmp_path / "a.npy")
+    with Reader(windows, range(8), 3, 9, workers=2) as reader:
+        for step, place in enumerate(reader, start=3):
+            np.testing.assert_array_equal(place(slice(2, 6))["labels"], windows.rows(step)[2:6, 1:])
+    assert step == 8
+
+
+def test_a_mixture_has_its_weights_and_repeats_what_is_short():
+    windows = make_windows(weights=(1, 3))
+    rows = np.concatenate([windows.rows(step) for step in range(50)])
+    assert (rows[:, 0] >= 2000).sum() == 300 and len(rows) == 400
+    assert (windows.starts(0) == np.where(windows.rows(0)[:, 0] >= 2000, windows.rows(0)[:, 0] - 999, 0)).any()
+
+
+def test_segments_begin_at_each_separator():
+    ids = np.array([5, 6, 2, 7, 8, 9, 2, 3, 3, 3, 3], np.int32)
+    batch = Windows(ids, seq_len=10, batch_size=1, separator=2).batch(0)
+    assert batch["segment_ids"].tolist() == [[0, 0, 1, 1, 1, 1, 2, 2, 2, 2]]
+    assert batch["labels"][0, 1] == 2  # the end of a document is predicted by its last token
+
+
+def test_the_state_names_what_differs():
+    windows = make_windows()
+    state = json.loads(json.dumps(windows.state(4)))
+    windows.check_state(state, 4)
+    with pytest.raises(ValueError, match="checkpoint 4 was made with other data: seed was 6, is now 5"):
+        windows.check_state(state | {"seed": 6}, 4)
+    with pytest.raises(ValueError, match="step was 4, is now 5"):
+        windows.check_state(state, 5)
+    with pytest.raises(ValueError, match="no state of the data"):
+        windows.check_state(None, 4)
+
+
+def test_ids_beyond_the_vocabulary_are_an_error():
+    with pytest.raises(ValueError, match="a: id 100 after token .*: it was made with another tokenizer"):
+        Windows([Tokens("a", np.full(30, 100))], 10, 1, vocab_size=100).rows(0)
+
+
+def test_bad_records_are_left_out_and_counted(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": \n["x"]\n\xff\n{"text": "two"}\n')
+    (tmp_path / "b.txt").write_bytes(b"fine\n\xff\nalso\r\n")
+    (tmp_path / "c.txt").write_bytes(b"")
+    bad = BadRecords(skip=True)
+    assert read_documents(find_files([tmp_path / "*.*"]), bad) == ["one", "two", "fine\nalso\n"]
+    assert bad.count == 5
+    shown = capsys.readouterr().err
+    assert all(
+        f"left out: {tmp_path}/{w}" in shown for w in ("a.jsonl:2:", "a.jsonl:3", "a.jsonl:4", "b.txt:2", "c.txt:1")
+    )
+    with pytest.raises(ValueError, match=r"c\.txt:1: an empty file; --skip-bad-records"):
+        read_documents([tmp_path / "c.txt"])
+    with pytest.raises(FileNotFoundError, match="nothing matches"):
+        find_files([tmp_path / "*.zip"])
+
+
+def test_text_is_cut_where_the_tokenizer_does_not_see_it(tmp_path, tokenizer):
+    text = "def f(x):\n    return x\n\n\nclass A:\n\tpass\n  \n# end\nx = 1\n" * 50
+    (tmp_path / "a.txt").write_text(text)
+    cut = list(pieces([tmp_path / "a.txt"], BadRecords(), block=40))
+    assert len(cut) > 20 and "".join(piece for piece, _ in cut) == text and [last for _, last in cut].count(True) == 1
+    write_tokens([tmp_path / "a.txt"], tmp_path / "a.npy", tokenizer, "tiny")
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), data.tokenize([text], tokenizer))
+    apart = [i for piece, _ in cut for i in tokenizer.encode(piece, add_special_tokens=False)]
+    assert apart == tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_tokenize_command(tmp_path, capsys, tokenizer):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"document {i}\n" * 9}) + "\n" for i in range(40)))
+    assert main(["tokenize", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "a.npy")]) == 0
+    assert "of 40 documents as uint16" in capsys.readouterr().out
+    assert main(["tokenize", str(tmp_path), "--output", str(tmp_path / "b.npy"), "--workers", "2"]) == 0
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
+    tokens = open_tokens(tmp_path / "a.npy", tokenizer)
+    np.testing.assert_array_equal(
+        tokens.read(0, len(tokens)), data.tokenize(read_documents([tmp_path / "a.jsonl"]), tokenizer)
+    )
+    training, held_out = tokens.split(0.05, 2)
+    assert held_out.read(0, 1)[0] == 2 and training.read(len(training) - 1, 1)[0] == 2
+    assert len(training) + len(held_out) == len(tokens) + 1
+    with pytest.raises(ValueError, match="made with another tokenizer"):
+        open_tokens(tmp_path / "a.npy", data.train_tokenizer(["x"], 300))
+    (tmp_path / "a.jsonl").write_text("[]\n")
+    assert main(["tokenize", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "c.npy")]) == 1
+    assert "a.jsonl:1: expected an object" in capsys.readouterr().err and not list(tmp_path.glob("c.npy*"))
+
+
+def test_hugging_face_dataset_from_disk(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": ["one", "two"]})
+    datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(tmp_path / "set")
+    assert read_documents(find_sources([f"hf:{tmp_path}/set"])) == ["one", "two"]
+    assert read_documents(find_sources([f"hf:{tmp_path}/set:test"])) == ["two"]
+    with pytest.raises(ValueError, match="no split 'dev', but train, test"):
+        find_sources([f"hf:{tmp_path}/set:dev"])
+
+
+def test_corpus_of_arrays_and_text_with_validation_data(tmp_path, tokenizer):
+    np.save(tmp_path / "a.npy", np.arange(400) % 50 + 3)
+    (tmp_path / "valid.txt").write_text("held out")
+    corpus = data.Corpus([str(tmp_path / "a.npy")], [str(tmp_path / "valid.txt")])
+    (training,), (valid,) = corpus.tokens(tokenizer)
+    assert len(training) == 400 and tokenizer.decode(valid.read(0, len(valid))) == "</s>held out</s>"
+    np.save(tmp_path / "b.npy", np.zeros((2, 2)))
+    with pytest.raises(ValueError, match="not integers in one dimension"):
+        data.Corpus([str(tmp_path / "b.npy")]).tokens(tokenizer)
+
+
+@pytest.mark.slow
+def test_real_text_and_tokenizer(shared_data, tmp_path):
+    tokenizer = OPTTokenizer.from_pretrained(shared_data / "opt-tokenizer")
+    files = [shared_data / "wikitext-2" / "valid.txt", shared_data / "tinyshakespeare.txt"]
+    about = write_tokens(files, tmp_path / "a.npy", tokenizer, "opt")
+    assert about["documents"] == 2 and about["dtype"] == "uint16"
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), data.tokenize(read_documents(files), tokenizer))
