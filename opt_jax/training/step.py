@@ -89,9 +89,7 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
 
 def batch_loss(model: OPTForCausalLM, batch: Batch, dropout_key: jax.Array | None = None) -> tuple[Array, Array]:
     """(sum of the next-token losses in float32, how many labels counted) of one micro-batch [B, T]."""
-    decoder = model.model.decoder
-    grad_dtype = decoder.grad_dtype if model.dtype != jnp.float32 else jnp.float32
-    model = gather_parameters(model, model.dtype, grad_dtype)
+    model = gather_parameters(model, model.dtype, model.model.decoder.grad_dtype)
     segment_ids = batch.get("segment_ids")
     out = model.model.forward(batch["input_ids"], segment_ids=segment_ids, dropout_key=dropout_key)
     head = model.model.decoder.embed_tokens.embedding if model.lm_head is None else model.lm_head.kernel
