@@ -96,7 +96,7 @@ def test_cudnn_takes_the_head_dims_of_all_sizes(head_dim, segments, monkeypatch)
 def test_cudnn_is_attention(head_dim, kind):
     q, k, v, mask, weight = arrays(head_dim, 256, kind)
     half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
-    plain = jax.grad(lambda *qkv: (attend(*qkv, mask)[0] * weight).sum(), (0, 1, 2))(*half)
+    plain = jax.grad(lambda q, k, v: (attend(q, k, v, mask)[0] * weight).sum(), (0, 1, 2))(*half)
     got = jax.jit(cudnn_gradients)(*half, mask.segments(), weight)
     for name, a, b in zip("qkv", got, plain, strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
