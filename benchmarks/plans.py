@@ -11,7 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from opt_jax.training.recipes import recipe_options
+from opt_jax import OPTConfig
+from opt_jax.training.recipes import SEQ_LEN, recipe_options
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Size -> for each generation (topology, mesh).
@@ -29,10 +30,23 @@ SLICES = {
 GENERATIONS = ("v5e", "v5p", "v6e")
 
 
-def plan(size: str, topology: str, mesh: str, micro_batch: int) -> dict:
+def likely_micro_batch(size: str, topology: str, fsdp: int, tensor: int) -> int:
+    """Sequences at a time that probably fit, and not many fewer than could: each attempt is minutes of compilation."""
+    config, rows = OPTConfig.preset(size), recipe_options(f"opt-{size}")["batch_size"] // fsdp
+    width, depth = config.hidden_size, config.num_hidden_layers
+    weights = 12 * width**2  # of a layer
+    state = 16 * (weights * depth / (fsdp * tensor) + 50272 * width / tensor / fsdp)
+    once = 2**31 + 8 * weights / tensor + 10 * 50272 * width / tensor
+    room = 0.9 * 2**30 * {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25}[topology[:3]] - state - once
+    kept = 2 * SEQ_LEN * width * depth / tensor  # of a sequence: the input of every layer
+    return max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * kept <= room))
+
+
+def plan(size: str, topology: str, mesh: str, micro_batch: int | None) -> dict:
     """What `train.py --plan` writes. micro_batch: sequences at a time for each group of chips that share them."""
     sizes = {name: int(count) for name, count in (axis.split("=") for axis in mesh.split(","))}
     rows = recipe_options(f"opt-{size}")["batch_size"] // sizes["fsdp"]
+    micro_batch = micro_batch or likely_micro_batch(size, topology, sizes["fsdp"], sizes.get("tensor", 1))
     words = (
         f"--recipe opt-{size} --dropout 0 --remat full --grad-dtype bfloat16 --mesh {mesh} --plan --topology {topology}"
     )
@@ -48,16 +62,18 @@ def plan(size: str, topology: str, mesh: str, micro_batch: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sizes", nargs="*", choices=(*SLICES, []), default=list(SLICES), metavar="SIZE")
+    parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"of {', '.join(SLICES)} (default: all)")
     parser.add_argument("--generations", nargs="+", choices=GENERATIONS, default=GENERATIONS)
-    parser.add_argument("--micro-batch", type=int, default=1)
+    parser.add_argument("--micro-batch", type=int, help="default: by an estimate")
     options = parser.parse_args()
+    if unknown := [size for size in options.sizes if size not in SLICES]:
+        parser.error(f"{unknown[0]}: the sizes are {', '.join(SLICES)}")
     columns = (
         "size", "slice", "chips", "mesh", "sequences at a time", "state, GB/chip", "peak, GB/chip", "of",
         "sent, GB/chip", "floor, GB/chip", "model PFLOP", "x hardware", "compiled in, s", "most sequences",
     )  # fmt: skip
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    for size in options.sizes:
+    for size in options.sizes or SLICES:
         for generation in options.generations:
             topology, mesh = SLICES[size][GENERATIONS.index(generation)].split()
             found = plan(size, topology, mesh, options.micro_batch)

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from opt_jax.evaluate import evaluate
+
 DEFAULT_NEW_TOKENS = 200
 
 
@@ -94,7 +96,7 @@ def plot(
     _print(f"{output}\n")
 
 
-COMMANDS = {"generate": generate, "plot": plot}
+COMMANDS = {"generate": generate, "plot": plot, "eval": evaluate}
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Prompts to continuations: generation, streaming, scoring. Ids only, no text.
+"""Prompts to continuations: generation, streaming. Ids only, no text.
 
 Two compiled functions do the work (`opt_jax.decode`): `begin` reads the prompts and chooses the first token, `advance`
 makes steps until told to stop. Prompts are padded on the left to a few fixed lengths, and batches to a few sizes
@@ -13,10 +13,8 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from opt_jax import beams, continuous, decode, sampling, speculative
 from opt_jax.cache import KVCache
@@ -289,26 +287,6 @@ def _steps(model: OPTForCausalLM, request: Request) -> Iterator[tuple[np.ndarray
         yield np.asarray(token), np.asarray(ended)
 
 
-def score(model: OPTForCausalLM, input_ids: Any, attention_mask: Any = None) -> np.ndarray:
-    """The log-probability of each token given those before it, float32 [B, T], by one pass over all (teacher forcing).
-
-    NaN at pads, and at a row's first token, which nothing predicts. What `generate(..., logprobs=0)` records of a
-    token is what this says of it.
-
-    Args:
-      input_ids, attention_mask: as in `generate`, but pads may be anywhere.
-
-    Raises:
-      ValueError: as `generate`, for inputs.
-    """
-    ids, mask, padded_ids, padded_mask = check_score(model, input_ids, attention_mask)
-    logprobs = np.asarray(_score(model, padded_ids, padded_mask))
-    result = np.full(ids.shape, np.nan, np.float32)
-    result[mask] = logprobs[padded_mask]  # the same tokens in the same order
-    result[np.arange(len(ids)), mask.argmax(1)] = np.nan
-    return result
-
-
 def _start(model: OPTForCausalLM, request: Request, spare: int = 0) -> tuple[SamplingOptions, decode.Report]:
     """The options of all rows, and what `begin` returns. Rows are filled up to a bucket, with copies of the last.
 
@@ -345,22 +323,3 @@ def _read_prefix(
 ) -> KVCache | None:
     cache = model.init_cache(ids.shape[0], ids.shape[1], cache_dtype)
     return model.forward(ids, mask, cache=cache, logits_to_keep=1).cache
-
-
-@jax.jit
-def _score(model: OPTForCausalLM, ids: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
-    """Log-probability of each id given those before; the logits of a few columns at a time, for they are large."""
-    hidden = model.model.forward(ids, mask).last_hidden_state
-    batch, length = ids.shape
-    size = min(length & -length, 128)
-
-    def column(chunk):
-        x, following = chunk
-        logprobs = jax.nn.log_softmax(model.logits(x), axis=-1)
-        return jnp.take_along_axis(logprobs, following[..., None], axis=-1)[..., 0]
-
-    chunks = [
-        jnp.moveaxis(x.reshape(batch, length // size, size, *x.shape[2:]), 1, 0)
-        for x in (hidden, jnp.roll(ids, -1, axis=1))
-    ]
-    return jnp.roll(jnp.moveaxis(lax.map(column, tuple(chunks)), 0, 1).reshape(batch, length), 1, axis=1)

@@ -200,11 +200,11 @@ class OPTForCausalLM(OPTPreTrainedModel):
 
         return prefill(self, input_ids, attention_mask, **kwargs)
 
-    def score(self, input_ids, attention_mask=None):
-        """The log-probability of each token: see `opt_jax.generate.score`."""
-        from opt_jax.generate import score
+    def score(self, input_ids, attention_mask=None, **kwargs) -> Any:
+        """The log-probability of each token: see `opt_jax.scoring.score`."""
+        from opt_jax.scoring import score
 
-        return score(self, input_ids, attention_mask)
+        return score(self, input_ids, attention_mask, **kwargs)
 
 
 class OPTForSequenceClassification(OPTPreTrainedModel):

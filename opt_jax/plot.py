@@ -40,7 +40,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def plot_runs(runs: Sequence[Path], output: Path) -> None:
-    """Loss, learning rate, gradient norm and tokens/s of all runs over their steps, as a PNG at `output`.
+    """Loss and perplexity, learning rate, gradient norm and tokens/s of runs over their steps, as a PNG at `output`.
 
     Raises:
       FileNotFoundError, ValueError: see `read_metrics`; or matplotlib is missing.
@@ -66,6 +66,9 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
         axes.set(title=title, xlabel="step", yscale=scale)
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize="small")
+    right = figure.axes[0].secondary_yaxis("right")  # the same ticks, as perplexities
+    right.set_ylabel("perplexity")
+    right.yaxis.set_major_formatter(lambda loss, _: f"{math.exp(min(loss, 99)):,.{0 if loss > 5 else 2}f}")
     temporary = output.with_name(output.name + ".tmp")
     figure.savefig(temporary, format="png", dpi=120)
     temporary.replace(output)

@@ -173,12 +173,15 @@ def check_batch_size(batch_size: Any, progress_bar: Any, request: Request) -> No
         raise ValueError("progress_bar is not supported with num_beams: leave it out")
 
 
-def check_score(model: OPTForCausalLM, input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, ...]:
-    """ids and mask [B, T], and both padded to [B, bucket] with the real tokens of each row at its end."""
-    ids = _check_model_and_ids(model, input_ids)
+def check_score(model: OPTForCausalLM, input_ids: Any, attention_mask: Any, unread: int = 0) -> tuple[np.ndarray, ...]:
+    """ids and mask [B, T], and both padded to [B, bucket + unread] with the real tokens of each row at its end.
+
+    unread: so many columns at the end are only asked about, and need no position in the context.
+    """
+    ids = _check_model_and_ids(model, input_ids, unread)
     eos, pad = _special_ids(model, GenerationConfig())
     mask = _check_mask(ids, attention_mask, None if pad in eos else pad)
-    return ids, mask, *_align(ids, mask, model.config.max_position_embeddings)
+    return ids, mask, *_align(ids, mask, model.config.max_position_embeddings, unread)
 
 
 def _rectangle(input_ids: Any, attention_mask: Any) -> tuple[Any, np.ndarray | None]:
@@ -225,11 +228,13 @@ def _prompts(ids: np.ndarray, mask: np.ndarray, prefix: Prefix | None, limit: in
     return Prompts(padded, padded_mask, tokens, padded_mask.sum(1, dtype=np.int32) + before.shape[1], prefix.cache)
 
 
-def _check_model_and_ids(model: Any, input_ids: Any) -> np.ndarray:
+def _check_model_and_ids(model: Any, input_ids: Any, unread: int = 0) -> np.ndarray:
     if not isinstance(model, OPTForCausalLM):
         raise ValueError(f"generation needs an OPTForCausalLM, not an {type(model).__name__}")
     _check_heads(model)
-    return np.asarray(check_inputs(model, {"input_ids": input_ids})["input_ids"])
+    longer = getattr(input_ids, "shape", ())[1:] == (model.config.max_position_embeddings + unread,)
+    parts = np.split(np.asarray(input_ids), [unread], axis=1) if longer and unread else [input_ids]
+    return np.concatenate([check_inputs(model, {"input_ids": part})["input_ids"] for part in parts], axis=1)
 
 
 def _check_heads(model: OPTForCausalLM) -> None:
@@ -270,12 +275,12 @@ def _check_mask(ids: np.ndarray, attention_mask: Any, pad: int | None) -> np.nda
     return mask
 
 
-def _align(ids: np.ndarray, mask: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
+def _align(ids: np.ndarray, mask: np.ndarray, limit: int, unread: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Both cut or padded to a bucket, real tokens last: where pads were makes no difference from here on."""
     order = np.argsort(mask, axis=1, kind="stable")
     ids, mask = (np.take_along_axis(x, order, axis=1) for x in (ids, mask))
     width = int(mask.sum(1).max())
-    fill = ((0, 0), (min(bucket(width), limit) - width, 0))
+    fill = ((0, 0), (min(bucket(width - unread), limit) + unread - width, 0))
     return np.pad(ids[:, -width:], fill), np.pad(mask[:, -width:], fill)
 
 

@@ -90,8 +90,9 @@ def make_mesh(
     if not spec:
         spec = {"data": slices, "fsdp": -1} if dcn == {"data": slices} else {"fsdp": -1}
     sizes, kinds = _axis_sizes("mesh", spec, len(devices), "devices"), (AxisType.Auto,) * len(AXES)
-    if not dcn:
-        return jax.make_mesh(tuple(sizes.values()), AXES, devices=devices, axis_types=kinds)
+    if not dcn:  # not `jax.make_mesh`, which has no place for tensor=4 in a torus of 8 x 8 x 8
+        grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=kinds)
     unit = "slices" if slices > 1 else "processes"
     count = slices if slices > 1 else len({device.process_index for device in devices})
     between = _axis_sizes("dcn-mesh", dcn, count, unit)
@@ -167,6 +168,17 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
+
+
+def mesh_of(model: Any) -> Mesh | None:
+    """The mesh that a model's parameters are on; None: they are on one device, or abstract."""
+    sharding = getattr(jax.tree.leaves(model)[0], "sharding", None)
+    return sharding.mesh if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) else None
+
+
+def row_groups(mesh: Mesh) -> int:
+    """Parts that the rows of a batch are split into: their number must be a multiple of it."""
+    return math.prod(mesh.shape[axis] for axis in _BATCH)
 
 
 def constrain(x: jax.Array, name: str) -> jax.Array:

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+import opt_jax.generate  # noqa: F401  (imported first: what it imports from a patched module would stay patched)
 from opt_jax import OPTConfig, OPTForCausalLM, decode, named_parameters
 from opt_jax.sharding import make_mesh, param_sharding, replicated, use_mesh
 

@@ -97,7 +97,8 @@ def test_cudnn_is_attention(head_dim, kind):
     q, k, v, mask, weight = arrays(head_dim, 256, kind)
     half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
     plain = jax.grad(lambda q, k, v: (attend(q, k, v, mask)[0] * weight).sum(), (0, 1, 2))(*half)
-    got = jax.jit(cudnn_gradients)(*half, mask.segments(), weight)
+    q, k, v = half
+    got = jax.jit(cudnn_gradients)(q, k, v, mask.segments(), weight)
     for name, a, b in zip("qkv", got, plain, strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         np.testing.assert_allclose(a, b, atol=0.03 * np.abs(b).max(), err_msg=name)

@@ -9,8 +9,9 @@ from flax import nnx
 from reference import our_model
 
 from opt_jax import GenerationConfig, OPTForCausalLM, beams, stack_layers
-from opt_jax.generate import generate, score, stream
+from opt_jax.generate import generate, stream
 from opt_jax.processors import History, Sequences, completes
+from opt_jax.scoring import score
 
 PAD = 1
 

@@ -34,6 +34,8 @@ def curves(monkeypatch):
             drawn[axes.get_title()] = {
                 line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines
             }
+            for right in axes.child_axes:
+                drawn[right.get_ylabel()] = right.yaxis.get_major_formatter()(2.0, 0)
         save(self, *args, **kwargs)
 
     monkeypatch.setattr(figure.Figure, "savefig", look)
@@ -47,6 +49,7 @@ def test_one_run_is_drawn_into_its_directory(tmp_path, capsys, monkeypatch):
     assert (run / "curves.png").read_bytes().startswith(PNG)
     assert capsys.readouterr().out == f"{run / 'curves.png'}\n"
     assert sorted(path.name for path in run.iterdir()) == ["curves.png", "metrics.jsonl"]
+    assert drawn.pop("perplexity") == "7.39"  # at the height of loss 2
     assert drawn.keys() == {"loss", "learning rate", "gradient norm", "tokens/s"}
     steps = list(range(1, 31))
     assert drawn["loss"] == {

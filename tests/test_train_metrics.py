@@ -108,10 +108,12 @@ def test_lines_have_speed_utilisation_and_memory(tmp_path, capsys):
     with make_metrics(tmp_path / "m.jsonl", flops_per_step=1e6, peak_flops=1e9, memory_of=devices) as m:
         m.record(1, step_result(), val_loss=lambda: 2.0)
     (line,) = metrics_of(tmp_path / "m.jsonl")
-    assert line["tokens"] == 64 and line["val_loss"] == 2.0 and line["memory_bytes"] == 7
+    assert line["tokens"] == 64 and line["memory_bytes"] == 7
+    assert line["val_loss"] == 2.0 and line["val_perplexity"] == math.exp(2)
     np.testing.assert_allclose(line["tokens_per_s"], 64 / line["step_seconds"])
     np.testing.assert_allclose(line["mfu"], 1e-3 / line["step_seconds"])
-    assert "MFU" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "MFU" in out and "val 2.0000 (perplexity 7.39)" in out
     with make_metrics(tmp_path / "other.jsonl", flops_per_step=1e6, peak_flops=None, memory_of=devices[:1]) as m:
         m.record(1, step_result())
     assert not {"mfu", "memory_bytes"} & set(metrics_of(tmp_path / "other.jsonl")[0])

@@ -53,7 +53,7 @@ class WandB:
 
     def write(self, values: dict[str, Any]) -> None:
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
-        self._run.log(numbers, step=numbers.pop("step"))
+        self._run.log(numbers, step=int(numbers.pop("step")))
 
     def close(self) -> None:
         self._run.finish()

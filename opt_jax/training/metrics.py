@@ -148,6 +148,7 @@ class Metrics:
         if val_loss is not None and (measurement := val_loss()) is not None:
             self._val_loss = measurement
             values["val_loss"] = measurement if math.isfinite(measurement) else None
+            values["val_perplexity"] = math.exp(measurement) if measurement < 700 else None  # no NaN, no infinity
         self._write(values)
         self._show(values)
         self._last = time.perf_counter()
@@ -212,6 +213,7 @@ class Metrics:
             line += f"  {values['memory_bytes'] / 2**30:.1f} GiB"
         if self._val_loss is not None:
             line += f"  val {self._val_loss:.4f}"
+            line += f" (perplexity {math.exp(self._val_loss):.2f})" if self._val_loss < 700 else ""
         self._bar.update(self._task, completed=step, line=line)
         if self._bar.disable and (step % self._log_every == 0 or step == self._steps or "val_loss" in values):
             self._print(f"step {step}/{self._steps}  {line}")
