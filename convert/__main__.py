@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -227,6 +228,16 @@ def _terminate(*_) -> None:
     raise Terminated
 
 
+def _repeat_lost_signals(unraisable) -> None:
+    """`sys.unraisablehook`: a signal amid a garbage collection or a destructor has raised in vain; send it again."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):  # exc_value may be None, before Python 3.12
+        again = signal.SIGTERM if unraisable.exc_type is Terminated else signal.SIGINT
+        main_thread = threading.main_thread().ident
+        threading.Timer(0.01, signal.pthread_kill, (main_thread, again)).start()  # not here, which is such a place too
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 def _sources_and_destination(paths: Sequence[str]) -> Sequence[str]:
     if len(paths) < 2:
         raise UsageError("give the files of the checkpoint and, last, the directory to write: SRC... DST")
@@ -403,5 +414,6 @@ def _one_line(error: Exception) -> str:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = _repeat_lost_signals
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # files to files: leave the accelerators alone
     sys.exit(main())

@@ -44,7 +44,7 @@ class OPTPreTrainedModel(nnx.Module):
         it is, decoding with a cache uses "xla".
       remat: what the backward pass computes again, of a model with `scan_layers`: "none", "dots" (all but matrix
         products), "names" (all but the attention's), "full" (all but the layers' inputs).
-      grad_dtype: in which training adds up gradients of the layers over devices.
+      grad_dtype: in which training adds up gradients over devices.
       scan_layers: keep the layers as one stacked layer (see `OPTDecoder`); `stack_layers` converts later.
     """
 

@@ -184,6 +184,32 @@ def test_interrupted_it_cleans_up(tmp_path, sent, code):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+LOST = """
+import gc, os, runpy, signal, sys, time
+from opt_jax import storage
+sent = int(sys.argv.pop())
+def signalled(*_):
+    gc.callbacks.clear()
+    os.kill(os.getpid(), sent)
+def check_space(*_):  # amid the conversion
+    gc.callbacks.append(signalled)
+    gc.collect()
+    for _ in range(400):
+        time.sleep(0.1)
+storage.check_space = check_space
+runpy.run_module('convert', run_name='__main__', alter_sys=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_amid_a_garbage_collection_is_not_lost(tmp_path, sent, code):
+    command = [sys.executable, "-c", LOST, "tiny", str(tmp_path / "out"), str(int(sent))]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, timeout=50)
+    assert done.returncode == code and done.stderr == "interrupted; DST is as it was\n", done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 MEASURED = """

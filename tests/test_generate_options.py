@@ -232,7 +232,7 @@ def test_errors_of_others(model):
     with pytest.raises(ValueError, match="logprobs are not streamed"):
         stream(model, IDS, logprobs=1)
     for ids, words in (
-        ([[PAD, PAD]], "row 0 has no token"), ([[]], "empty"), (np.full((1, 65), 5), "65 tokens are more than"),
+        ([[PAD, PAD]], "row 0 has no token"), ([[]], "empty"), (np.full((1, 66), 5), "66 tokens are more than"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             score(model, ids)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -13,10 +15,11 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from opt_jax import OPTConfig
-from opt_jax.hlo import Program, collective_bytes
-from opt_jax.sharding import make_mesh
+from opt_jax import OPTConfig, decoder
+from opt_jax.hlo import COLLECTIVES, Program, collective_bytes
+from opt_jax.sharding import batch_sharding, make_mesh, use_mesh
 from opt_jax.training.plan import hardware_flops, largest_that_fits, topology_devices
+from opt_jax.training.step import make_gradients, new_model, state_shardings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LIBTPU = Path(sys.prefix) / "libtpu"
@@ -122,6 +125,78 @@ def test_a_plan_that_does_not_fit_says_what_would(tmp_path):
     assert found is not None and not found["fits"] and found["hbm_bytes_per_chip"] > found["hbm_capacity_bytes"]
     assert 1 <= found["largest_micro_batch"] < 256
     assert "DOES NOT FIT" in printed and f"--accumulate {256 // found['largest_micro_batch']}" in printed
+
+
+@pytest.fixture
+def eight_chips():
+    """Of a v5p that is not there. (`topology_devices` sets the environment up for libtpu.)"""
+    before = dict(os.environ)
+    yield topology_devices("v5p:2x2x2")
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_what_a_layer_sends(eight_chips, monkeypatch):
+    layers, parts, rows, length, width, vocab = 3, 2, 4, 1024, 768, 50272
+    monkeypatch.setattr(decoder, "PART_BYTES", 2 * rows // parts * length * width)
+    config = OPTConfig(
+        vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, ffn_dim=4 * width, num_attention_heads=6,
+        max_position_embeddings=length, dropout=0.0,
+    )  # fmt: skip
+    mesh = make_mesh("fsdp=4,tensor=2", eight_chips)
+    model = jax.eval_shape(
+        lambda: new_model(config, 0, "bfloat16", attn_implementation="splash", remat="full", grad_dtype="bfloat16")
+    )
+    shardings = state_shardings(model, mesh)
+    ids = jax.ShapeDtypeStruct((1, 4 * rows, length), jnp.int32)
+    with use_mesh(mesh):
+        where = (shardings, batch_sharding(mesh, leading=1))
+        step = jax.jit(make_gradients(config, shardings, mesh), in_shardings=where)
+        text = step.lower(model, {"input_ids": ids, "labels": ids}).compile().as_text()
+    assert text is not None
+    program, activations, weights, largest = Program(text), Counter(), Counter(), 0
+    for name, instruction, times in program.executed():
+        for array, size in instruction.arrays:
+            if array.startswith("f32") and str(vocab // 2) in array:
+                largest = max(largest, size)
+        kind = instruction.op.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            continue
+        kind = "reduce-scatter" if "all-reduce-scatter" in name else kind
+        passed = "backward" if re.search(r"transpose\(|rematted", instruction.attributes) else "forward"
+        if instruction.group_size == 2 and times == layers * parts:
+            activations[passed] += 1
+        if instruction.group_size == 4 and times == layers:
+            weights[kind] += len(instruction.operands)  # several may be sent together
+    assert activations == {"forward": 4, "backward": 7}  # the last sum of a layer is not computed again
+    # q, k, v, out_proj, fc1 and fc2: gathered once for each pass, their gradients scattered, never added up everywhere.
+    assert weights == {"all-gather": 12, "reduce-scatter": 6}
+    assert 0 < largest < 4 * rows * length * vocab // 2  # of a device's tokens, no float32 logits
+
+
+def test_gradients_are_sent_in_their_dtype():
+    config = OPTConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, ffn_dim=16, num_attention_heads=2,
+        max_position_embeddings=16, dropout=0.0,
+    )  # fmt: skip
+    if jax.device_count() < 4:
+        pytest.skip("needs four devices")
+    mesh = make_mesh("fsdp=4", jax.devices()[:4])
+
+    def sent(dtype, grad_dtype):
+        model = jax.eval_shape(lambda: new_model(config, 0, dtype, grad_dtype=grad_dtype))
+        ids = jax.ShapeDtypeStruct((1, 4, 16), jnp.int32)
+        with use_mesh(mesh):
+            step = make_gradients(config, state_shardings(model, mesh), mesh)
+            text = str(jax.make_jaxpr(step)(model, {"input_ids": ids, "labels": ids}))
+        return set(re.findall(r":(\w+)\[[\d,]*\] = reduce_scatter", text))
+
+    assert sent("bfloat16", "bfloat16") == {"bf16"}
+    assert sent("bfloat16", "float32") == {"f32"}
+    assert sent("float32", "bfloat16") == {"bf16"}
+    assert sent("float32", "float32") == {"f32"}
 
 
 @pytest.mark.parametrize(

@@ -119,8 +119,7 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
 
 def gathered(model: Any) -> Any:
     """What a loss begins with: all but the layers whole along `fsdp`."""
-    grad_dtype = model.model.decoder.grad_dtype if model.dtype != jnp.float32 else jnp.float32
-    return gather_parameters(model, model.dtype, grad_dtype)
+    return gather_parameters(model, model.dtype, model.model.decoder.grad_dtype)
 
 
 def batch_loss(model: OPTForCausalLM, batch: Batch, dropout_key: jax.Array | None = None) -> tuple[Array, Array]:

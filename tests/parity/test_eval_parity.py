@@ -129,8 +129,9 @@ def both(folder):
 
     hf = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "hf")
+    theirs: Any = HFLM
     make: Any = OPTLM
-    models = [HFLM(hf, tokenizer=tokenizer, batch_size=5), make(str(folder / "orbax"), batch_size=5)]
+    models = [theirs(hf, tokenizer=tokenizer, batch_size=5), make(str(folder / "orbax"), batch_size=5)]
     manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
     run: Any = lm_eval.simple_evaluate
     return [run(model=m, tasks=list(TASKS), task_manager=manager, bootstrap_iters=0) for m in models]
