@@ -272,8 +272,10 @@ def main(options: Options) -> None:
     distributed.reached(f"step {first + 1}")
     guard = jax.transfer_guard("disallow")
     rows = local_rows(options.batch_size, options.accumulate, mesh)
-    reader = windows.reader(rows, first, last, options.data_workers)
-    with reader, checkpoints, best, kept, Termination() as termination, use_mesh(mesh), metrics, trace, guard:
+    reading = windows.reader(rows, first, last, options.data_workers)
+    with (
+        reading as reader, checkpoints, best, kept, Termination() as termination, use_mesh(mesh), metrics, trace, guard,
+    ):  # fmt: skip
         step, stopping = first, False
         pending = None  # the numbers of a step are fetched when the next one is already under way
         for step, own_rows in enumerate(reader, start=first + 1):
