@@ -20,15 +20,16 @@ _SHOWN = 20
 
 
 class BadRecords:
-    """Counts what cannot be read. Without `skip` the first one is an error, as ValueError with file and line; with it,
-    each is left out, and the first 20 are printed."""
+    """Counts what cannot be read. Without `skip` the first one is an error, as ValueError with file and line (None: of
+    a program that has no --skip-bad-records); with it, each is left out, and the first 20 are printed."""
 
-    def __init__(self, skip: bool = False):
+    def __init__(self, skip: bool | None = False):
         self.skip, self.count = skip, 0
 
     def report(self, where: str, problem: str) -> None:
         if not self.skip:
-            raise ValueError(f"{where}: {problem}; --skip-bad-records leaves such records out")
+            hint = "" if self.skip is None else "; --skip-bad-records leaves such records out"
+            raise ValueError(f"{where}: {problem}{hint}")
         self.count += 1
         if self.count <= _SHOWN:
             print(f"left out: {where}: {problem}", file=sys.stderr, flush=True)
@@ -77,7 +78,7 @@ def read_documents(sources: Iterable["Path | HFSource"], bad: BadRecords | None 
     empty files.
     """
     documents, parts = [], []
-    for text, last in pieces(sources, bad or BadRecords()):
+    for text, last in pieces(sources, bad or BadRecords(None)):
         parts.append(text)
         if last:
             document, parts = "".join(parts), []
