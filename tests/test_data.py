@@ -92,7 +92,7 @@ def test_bad_records_are_left_out_and_counted(tmp_path, capsys):
         f"left out: {tmp_path}/{w}" in shown for w in ("a.jsonl:2:", "a.jsonl:3", "a.jsonl:4", "b.txt:2", "c.txt:1")
     )
     with pytest.raises(ValueError, match=r"c\.txt:1: an empty file; --skip-bad-records"):
-        read_documents([tmp_path / "c.txt"])
+        read_documents([tmp_path / "c.txt"], BadRecords())
     with pytest.raises(FileNotFoundError, match="nothing matches"):
         find_files([tmp_path / "*.zip"])
 
