@@ -17,6 +17,7 @@ from reference import CLASSES, SMALL, batch, our_model
 import opt_jax
 from opt_jax import OPTConfig, named_parameters
 from opt_jax.config import _SIZES
+from opt_jax.lora import TARGETS, LoRA
 from opt_jax.sharding import (
     PARAMETER_AXES,
     batch_sharding,
@@ -76,15 +77,21 @@ def test_every_parameter_has_exactly_one_row_and_every_row_a_parameter():
     # every size, and variants that together have every kind of parameter
     configs = [OPTConfig.preset(name) for name in _SIZES]
     configs += [OPTConfig.preset("125m", tie_word_embeddings=False, word_embed_proj_dim=512)]
-    for config in configs:
-        for cls in CLASSES:
-            for scan_layers in (True, False) if config.num_hidden_layers == 12 else (True,):
-                for path, param in named_parameters(abstract(cls, config, scan_layers)).items():
-                    rows = [row for row in PARAMETER_AXES if re.fullmatch(_pattern(row), path)]
-                    assert len(rows) == 1, (path, rows)
-                    stacked = scan_layers and ".layers." in path
-                    assert len(PARAMETER_AXES[rows[0]]) + stacked == len(param.get_value().shape)
-                    used.update(rows)
+    models = [
+        (abstract(cls, config, scan_layers), scan_layers)
+        for config in configs
+        for cls in CLASSES
+        for scan_layers in ((True, False) if config.num_hidden_layers == 12 else (True,))
+    ]
+    small = OPTConfig.preset("125m", num_hidden_layers=2)
+    models += [(LoRA(8, 8.0, TARGETS).adapt(abstract("OPTForCausalLM", small, True)), True)]
+    for model, scan_layers in models:
+        for path, param in named_parameters(model).items():
+            rows = [row for row in PARAMETER_AXES if re.fullmatch(_pattern(row), path)]
+            assert len(rows) == 1, (path, rows)
+            stacked = scan_layers and ".layers." in path
+            assert len(PARAMETER_AXES[rows[0]]) + stacked == len(param.get_value().shape)
+            used.update(rows)
     assert used == set(PARAMETER_AXES)
 
 
