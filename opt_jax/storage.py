@@ -117,6 +117,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
 
     def __init__(self, progress: Callable[[str, int], None]) -> None:
         super().__init__(deepcopy_host_arrays=False)
+        self.stop = threading.Event()  # set: the next chunk raises
         self._progress, self._lock, self._count = progress, threading.Lock(), 0
         self._local = threading.local()
 
@@ -146,6 +147,8 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         store: Any = ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context).result()
 
         def write(index: Index) -> None:
+            if self.stop.is_set():
+                raise InterruptedError
             if not hasattr(self._local, "buffer"):
                 self._local.buffer = np.empty(CHUNK_BYTES, np.uint8)
             piece = value.load(index, self._local.buffer)
@@ -174,16 +177,27 @@ def write_arrays(
 
     progress: called after each chunk with its array's path and its bytes, by several threads, one at a time.
     """
-    tree = nest(arrays)
+    tree, lazy = nest(arrays), _LazyHandler(progress)
     registry = ocp.type_handlers.create_type_handler_registry(
-        (LazyArray, _LazyHandler(progress)), (jax.Array, ocp.type_handlers.ArrayHandler())
+        (LazyArray, lazy), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
     # Weights do not compress: zstd makes writing several times slower for a few percent.
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+
+    def save() -> None:
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree, save_args=save_args))
+
+    # In a thread, because Ctrl-C is for the main one: amid TensorStore's work it would leave writes behind that go on,
+    # in a directory that is being removed. So it waits here for the chunks at hand.
     quiet, full = _silent(logging.getLogger("absl")), _disk_full(directory)
-    with quiet, full, ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree, save_args=save_args))
+    with quiet, full, ThreadPoolExecutor(1) as thread:
+        try:
+            thread.submit(save).result()
+        except BaseException:
+            lazy.stop.set()
+            raise
 
 
 @contextmanager

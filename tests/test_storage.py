@@ -3,14 +3,19 @@
 import fcntl
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 
 from opt_jax import storage
 from opt_jax.storage import LazyArray, first_difference, new_directory, open_arrays, pieces, write_arrays
@@ -133,6 +138,29 @@ def test_an_error_while_reading_comes_out_as_it_is(tmp_path):
     arrays = {"a": lazy(np.ones(3)), "x": LazyArray((4,), np.dtype(np.float32), broken), "z": lazy(np.ones(3))}
     with pytest.raises(ValueError, match="^tensor x is bad$"):
         write_arrays(tmp_path / "out", arrays)
+
+
+def test_nothing_is_written_after_an_interrupt(tmp_path, monkeypatch):
+    """TensorStore goes on with what it has begun, whoever waits for it; so the directory must not go before."""
+    arrays, opened, read = {f"a{i}": lazy(np.ones((4, 4))) for i in range(5)}, ts.open, []
+    pool, main_thread = ThreadPoolExecutor(1), threading.get_ident()
+
+    def interrupted_open(*args, **kwargs):
+        def slowly():
+            time.sleep(0.5)
+            return opened(*args, **kwargs).result()
+
+        read.append(1)
+        future = pool.submit(slowly)
+        signal.pthread_kill(main_thread, signal.SIGINT)
+        return future
+
+    monkeypatch.setattr(ts, "open", interrupted_open)
+    with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "out") as new:
+        write_arrays(new / "params", arrays)
+    assert len(read) == 1  # the others were not begun
+    pool.shutdown()
+    assert not list(tmp_path.iterdir())
 
 
 # Directories ----------------------------------------------------------------------------------------------------------
