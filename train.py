@@ -34,6 +34,7 @@ from opt_jax.training.options import (
 )
 from opt_jax.training.step import (
     batch_loss,
+    checksum,
     local_rows,
     make_eval_step,
     make_train_step,
@@ -190,8 +191,6 @@ def main(options: Options) -> None:
         output.mkdir(parents=True, exist_ok=True)
         if not resuming:
             data.save_tokenizer(tokenizer, output / "tokenizer")
-        write_text(output / "run.json", json.dumps(record, indent=2) + "\n")
-    distributed.check_shared(output / "run.json")
     checkpoints = Checkpoints(output / "checkpoints", options.keep_checkpoints, options.keep_every, windows.state)
     best = Checkpoints(output / "best", keep=1)  # the parameters alone, of the step with the lowest val_loss
     first = checkpoints.latest_step() or 0
@@ -212,6 +211,12 @@ def main(options: Options) -> None:
             del model
         else:
             state = jax.jit(begin, out_shardings=shardings)()
+    if lora:
+        record["not trained"] = {"checksum of the parameters": checksum(state.frozen)}
+        compare_with_first_start(output / "run.json", record)
+    if is_main:
+        write_text(output / "run.json", json.dumps(record, indent=2) + "\n")
+    distributed.check_shared(output / "run.json")
     if first:
         windows.check_state(checkpoints.restore_data(first), first)
         frozen = state and state.frozen

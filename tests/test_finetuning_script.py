@@ -1,6 +1,7 @@
 """train.py with --task and --lora-rank: stopped, resumed, finished, loaded, exported."""
 
 import json
+import shutil
 from typing import Any
 
 import jax
@@ -16,15 +17,19 @@ from opt_jax.training.step import new_model
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def save(directory, seed):
     """A small checkpoint with the tokenizer of "tiny"."""
     config = OPTConfig(
         vocab_size=4096, hidden_size=16, num_hidden_layers=2, ffn_dim=32, num_attention_heads=2,
         max_position_embeddings=64, dropout=0.1, init_std=0.1,
     )  # fmt: skip
+    new_model(config, seed, "float32").save_pretrained(directory, tokenizer=OPTTokenizer.from_pretrained("tiny"))
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
     directory = tmp_path_factory.mktemp("start") / "model"
-    new_model(config, 0, "float32").save_pretrained(directory, tokenizer=OPTTokenizer.from_pretrained("tiny"))
+    save(directory, seed=0)
     return directory
 
 
@@ -56,6 +61,12 @@ def test_classification_with_lora_from_start_to_export(start, texts, tmp_path, c
         OPTForSequenceClassification.from_pretrained(tmp_path / "run")
     with pytest.raises(ValueError, match="lora_rank was 2, is now 3"):
         run(tmp_path / "run", start, **options | dict(lora_rank=3))
+    moved = start.rename(start.with_name("moved"))  # what is not trained is in no checkpoint
+    save(start, seed=1)
+    with pytest.raises(ValueError, match="not trained: checksum of the parameters was [0-9]+, is now "):
+        run(tmp_path / "run", start, **options)
+    shutil.rmtree(start)
+    moved.rename(start)
     resumed = run(tmp_path / "run", start, **options)
     assert [line["loss"] for line in resumed] == [line["loss"] for line in whole]
     printed = capsys.readouterr().out
@@ -99,7 +110,12 @@ def test_question_answering_learns_and_its_checkpoint_loads(start, tmp_path):
     assert lines[3]["val_loss"] < lines[0]["loss"] and 0 <= lines[3]["val_exact_match"] <= lines[3]["val_f1"] <= 1
     assert isinstance(OPTForQuestionAnswering.from_pretrained(tmp_path / "run"), OPTForQuestionAnswering)
     assert len(run(tmp_path / "run", start, steps=6, **options)) == 6
-    OPTForQuestionAnswering.from_pretrained(tmp_path / "run" / "model")
+    model = OPTForQuestionAnswering.from_pretrained(tmp_path / "run" / "model")
+    assert convert(["to-hf", str(tmp_path / "run"), str(tmp_path / "hf")]) == 0
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"] == ["OPTForQuestionAnswering"]
+    again = OPTForQuestionAnswering.from_pretrained(tmp_path / "hf")
+    for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(model), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_task_needs_a_checkpoint(texts, tmp_path):

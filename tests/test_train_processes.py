@@ -13,11 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from convert.__main__ import main as convert
 from opt_jax import OPTConfig, OPTForCausalLM, named_parameters
+from opt_jax.model import OPTForSequenceClassification
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -149,23 +151,35 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(place, pair):
     compare(lines(place, "copy"), pair, rtol=1e-5)
 
 
-def test_two_processes_start_from_a_checkpoint_and_sigterm_to_one_stops_both(place, whole):
+@pytest.mark.parametrize("task", [False, True])
+def test_two_processes_start_from_a_checkpoint_and_sigterm_to_one_stops_both(place, whole, task):
+    output = f"tuned {task}"
     changes: dict[str, Any] = dict(model=place / "alone" / "model", dropout=0.0, checkpoint_every=1000)
-    processes = start_two(place, "tuned", **changes)
-    when_recorded(place, "tuned", 3, processes)
+    if task:
+        rows = [f"{word} {word} x" + " self" * i + f"\t{word}" for i in range(20) for word in ("def", "(")]
+        (place / "rows.tsv").write_text("\n".join(rows) + "\n")
+        changes |= dict(task="sequence-classification", data=place / "rows.tsv", lora_rank=2, learning_rate=1e-2)
+    processes = start_two(place, output, **changes)
+    when_recorded(place, output, 3, processes)
     processes[1].send_signal(signal.SIGTERM)
     done = ends(processes)
     assert [code for code, *_ in done] == [143, 143], done
     assert "SIGTERM: stopped after step" in done[0][1]
-    [saved] = (path.name for path in (place / "tuned" / "checkpoints").iterdir())
-    assert int(saved) == len(lines(place, "tuned"))
+    [saved] = (path.name for path in (place / output / "checkpoints").iterdir())
+    assert int(saved) == len(lines(place, output))
 
-    together(place, "tuned", **changes)
-    code, _, error = alone(place, "tuned alone", **changes)
+    together(place, output, **changes)
+    code, _, error = alone(place, f"{output} alone", **changes)
     assert code == 0, error
-    compare(lines(place, "tuned"), lines(place, "tuned alone"), rtol=1e-5)
-    assert lines(place, "tuned")[0]["loss"] < whole[0]["loss"] - 0.1
-    assert OPTForCausalLM.from_pretrained(place / "tuned").config.dropout == 0.0
+    compare(lines(place, output), lines(place, f"{output} alone"), rtol=1e-5)
+    if task:
+        models = [OPTForSequenceClassification.from_pretrained(place / run) for run in (output, f"{output} alone")]
+        for ours, theirs in zip(*map(jax.tree.leaves, models), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert {"val_accuracy"} < lines(place, output)[-1].keys()
+    else:
+        assert lines(place, output)[0]["loss"] < whole[0]["loss"] - 0.1
+        assert OPTForCausalLM.from_pretrained(place / output).config.dropout == 0.0
 
 
 def test_processes_that_differ_are_told_what_differs(place):

@@ -106,6 +106,17 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return dict(zip(names, (leaf for _, leaf in leaves), strict=True))
 
 
+def checksum(tree: Any) -> int:
+    """32 bits that tell float32 arrays apart; the same on any mesh, for sums of integers do not depend on the order."""
+
+    @jax.jit
+    def total(leaves: list[jax.Array]) -> jax.Array:
+        sums = [jax.lax.bitcast_convert_type(leaf, jnp.uint32).sum(dtype=jnp.uint32) for leaf in leaves]
+        return sum(((2 * i + 1) * part for i, part in enumerate(sums)), start=jnp.uint32(0))
+
+    return int(total(jax.tree.leaves(tree)))
+
+
 def state_shardings(state: Any, mesh: Mesh) -> Any:
     """Pytree of NamedSharding like `state` (concrete or abstract): moments live where their parameter does."""
 
