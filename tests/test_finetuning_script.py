@@ -94,6 +94,25 @@ def test_classification_with_lora_from_start_to_export(start, texts, tmp_path, c
         np.testing.assert_array_equal(one, other)
 
 
+def test_the_accuracy_on_sst2_is_that_of_the_saved_model(shared_data, tmp_path):
+    for name, count in (("train", 300), ("dev", 80)):
+        lines = (shared_data / "sst2" / f"{name}.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
+        (tmp_path / f"{name}.tsv").write_text("".join(lines[:count]), encoding="utf-8")
+    lines = run(
+        tmp_path / "run", "tiny", task="sequence-classification", data=(str(tmp_path / "train.tsv"),),
+        validation_data=(str(tmp_path / "dev.tsv"),), seq_len=64, eval_every=10, steps=10, batch_size=16,
+    )  # fmt: skip
+    rows = [line.split("\t") for line in (tmp_path / "dev.tsv").read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if row[1] != "label"]
+    model = OPTForSequenceClassification.from_pretrained(tmp_path / "run")
+    tokenizer = OPTTokenizer.from_pretrained(tmp_path / "run")
+    inputs = tokenizer([text for text, _ in rows], padding_side="right")
+    assert inputs["input_ids"].shape[1] > 64  # some were cut in training
+    logits = model(**{name: array[:, :64] for name, array in inputs.items()}).logits
+    right = [str(i) == label for i, (_, label) in zip(logits.argmax(-1), rows, strict=True)]
+    assert 0 < sum(right) < len(right) and lines[-1]["val_accuracy"] == pytest.approx(np.mean(right))
+
+
 def test_question_answering_learns_and_its_checkpoint_loads(start, tmp_path):
     context = "In the beginning there was a def, and the def was in the file number "
     paragraphs = []
