@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hlo import Program
 
 from opt_jax import OPTConfig, OPTTokenizer
 from opt_jax.sharding import make_mesh, use_mesh
@@ -242,6 +243,15 @@ def test_the_step_donates_its_state_and_reports():
     np.testing.assert_allclose(metrics["loss"], np.log(64), atol=0.1)
     np.testing.assert_allclose(metrics["lr"], 6e-4 / 5, rtol=1e-6)
     assert int(run.state.step) == 1
+
+
+@pytest.mark.slow
+def test_moments_are_updated_in_place():
+    run = Run()
+    with use_mesh(run.mesh):
+        program = Program.compiled(run.step.lower(run.state, run.batch(0)))
+    copied = {i.arrays[0][0] for i in program.written_out(program.entry) if i.op == "copy"}
+    assert copied.isdisjoint({"f32[2,32,64]", "f32[2,64,32]", "f32[64,32]"})  # fc1, fc2, the embedding
 
 
 @pytest.mark.slow

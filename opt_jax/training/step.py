@@ -230,14 +230,16 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         keys = jax.random.split(key, batch["labels"].shape[0]) if uses_dropout else None
         loss, grads = gradients(state.model, batch, keys, frozen)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.model)  # type: ignore[reportArgumentType]
-        model: Any = optax.apply_updates(state.model, updates)  # type: ignore[reportArgumentType]
-        new = TrainState(step=state.step + 1, model=model, opt_state=opt_state, halted=state.halted)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         skipped = ~finite | state.halted
-        new = jax.tree.map(partial(jnp.where, skipped), state, new)
-        new = dataclasses.replace(new, halted=state.halted | (~finite & (not skip_nonfinite)), frozen=frozen)
+        keep = partial(jnp.where, skipped)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.model, skipped=skipped)  # type: ignore[reportArgumentType]
+        # The optimizer has kept the moments of its own accord; the rest of its state are counts.
+        opt_state = jax.tree.map(lambda old, new: new if old.ndim else keep(old, new), state.opt_state, opt_state)
+        model: Any = jax.tree.map(keep, state.model, optax.apply_updates(state.model, updates))  # type: ignore[reportArgumentType]
+        halted = state.halted | (~finite & (not skip_nonfinite))
+        new = TrainState(keep(state.step, state.step + 1), model, opt_state, halted, frozen)
         metrics: dict[str, Any] = {"loss": loss, "grad_norm": norm, "lr": schedule(state.step), "skipped": skipped}
         return new, metrics
 
