@@ -1,6 +1,7 @@
 """Scaled dot-product attention over [batch, heads, length, head_dim]. One function, no parameters."""
 
 import dataclasses
+import itertools
 from typing import NamedTuple, get_args
 
 import jax
@@ -11,6 +12,9 @@ from opt_jax import flash, int8
 from opt_jax.flash import AttentionImplementation
 from opt_jax.int8 import Int8Array
 from opt_jax.sharding import first_part, first_row, over_heads
+
+# Causal attention is done by blocks of queries, this many at most, and none shorter than so many tokens.
+MOST_BLOCKS, BLOCK = 8, 128
 
 
 @jax.tree_util.register_dataclass
@@ -34,6 +38,10 @@ class AttentionMask:
             return self.segment_ids
         ids = jnp.zeros((), jnp.int32) if self.segment_ids is None else self.segment_ids.astype(jnp.int32)
         return jnp.where(self.key_mask, ids, jnp.iinfo(jnp.int32).min)
+
+    def is_causal(self, queries: int, keys: int) -> bool:
+        """Whether queries and keys are known to be the same tokens, so that query t sees no key after t."""
+        return queries == keys and isinstance(self.query_column, int) and self.query_column == 0
 
     def dense(self, queries: int, keys: int) -> Bool[Array, "b 1 T S"]:
         """True where query t may attend to key s; leading axis 1 when it is the same for every row."""
@@ -132,11 +140,33 @@ def attend(
     with `v`. Deviations: scores are accumulated in float32 (HF rounds them to half precision first), and hidden
     scores are *replaced* by a finite minimum, so that a row without any visible key stays finite in every dtype.
     """
+    queries, keys = q.shape[2], k.shape[2]
+    visible, key = mask.dense(queries, keys), dropout_key if dropout_rate else None
+    blocks = min(queries // BLOCK, MOST_BLOCKS) if mask.is_causal(queries, keys) and key is None else 1
+    if blocks < 2 or isinstance(k, Int8Array) or isinstance(v, Int8Array):
+        return _attend(q, k, v, visible, dropout_rate, key)
+    # Without the keys that all queries of a block are too early to see: little more than half of the work and memory.
+    outputs, weights = [], []
+    for start, end in itertools.pairwise(queries * i // blocks for i in range(blocks + 1)):
+        out, some = _attend(q[:, :, start:end], k[:, :, :end], v[:, :, :end], visible[:, :, start:end, :end], 0.0, None)
+        outputs.append(out)
+        weights.append(jnp.pad(some, ((0, 0), (0, 0), (0, 0), (0, keys - end))))
+    return jnp.concatenate(outputs, axis=2), jnp.concatenate(weights, axis=2)
+
+
+def _attend(
+    q: Float[Array, "B H T K"],
+    k: Float[Array, "B H S K"] | Int8Array,
+    v: Float[Array, "B H S K"] | Int8Array,
+    visible: Bool[Array, "b 1 T S"],
+    dropout_rate: float,
+    dropout_key: DropoutKey | None,
+) -> tuple[Float[Array, "B H T K"], Float[Array, "B H T S"]]:
     if isinstance(k, Int8Array):
         scores = int8.einsum("bhtk,bhsk->bhts", q, k.values) * k.scale.mT
     else:
         scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask.dense(q.shape[2], k.shape[2]), scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
     weights = dropout(jax.nn.softmax(scores, axis=-1).astype(q.dtype), dropout_rate, dropout_key)
     if isinstance(v, Int8Array):
         return int8.einsum("bhts,bhsk->bhtk", weights * v.scale.mT, v.values).astype(q.dtype), weights

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from opt_jax import OPTConfig, OPTForCausalLM, flash
+from opt_jax import OPTConfig, OPTForCausalLM, attention, flash
 from opt_jax.attention import AttentionMask, attend, choose_attention, flash_attend
 from opt_jax.sharding import make_mesh, use_mesh
 
@@ -25,6 +25,25 @@ def arrays(head_dim, length, kind):
     )
     seen = jnp.ones((2, length)) if mask.key_mask is None else mask.key_mask
     return q * head_dim**-0.5, k, v, mask, weight * seen[:, None, :, None]  # what pads read does not matter
+
+
+@pytest.mark.parametrize("kind", [None, "segments", "left", "right"])
+def test_causal_attention_in_blocks_is_attention(kind, monkeypatch):
+    q, k, v, mask, weight = arrays(8, 300, kind)
+
+    def f(q, k, v):
+        out, weights = attend(q, k, v, mask)
+        return (out * weight).sum(), weights * (weight != 0).any(-1, keepdims=True)
+
+    def run(blocks):
+        monkeypatch.setattr(attention, "MOST_BLOCKS", blocks)
+        compiled = jax.jit(lambda *qkv: jax.value_and_grad(f, (0, 1, 2), has_aux=True)(*qkv)).lower(q, k, v).compile()
+        alone = jax.jit(lambda *qkv: attend(*qkv, mask)[0]).lower(q, k, v).compile().as_text()
+        return compiled(q, k, v), alone
+
+    (expected, whole), (got, blocks) = run(1), run(8)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max()), got, expected)
+    assert ["[2,2,300,300]" in text for text in (whole, blocks)] == [True, False]  # scores of all queries and keys
 
 
 @pytest.mark.slow
