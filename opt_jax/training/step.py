@@ -205,7 +205,7 @@ def make_eval_step(shardings: Any, mesh: Mesh) -> Callable[[OPTForCausalLM, Batc
 
 
 def make_train_step(
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,  # of `make_optimizer`
     schedule: optax.Schedule,
     config: OPTConfig,
     seed: int,
