@@ -18,7 +18,7 @@ from opt_jax.lora import LoRA, is_trained
 from opt_jax.sharding import make_mesh, use_mesh
 from opt_jax.training import data, finetuning, loggers, plan, tasks
 from opt_jax.training.checkpoints import Checkpoints, Due, Termination
-from opt_jax.training.files import is_remote, run_directory, write_text
+from opt_jax.training.files import run_directory, write_text
 from opt_jax.training.flops import flops_per_token, peak_flops
 from opt_jax.training.metrics import Metrics, best_validation, cut_back, machine
 from opt_jax.training.nonfinite import kept_before_nonfinite
@@ -328,7 +328,7 @@ def main(options: Options) -> None:
         say(f"the adapters are merged in: {output / 'model'} is a model like any other")
     if task:
         say(f'finished. Load it: {cls.__name__}.from_pretrained("{output}")')
-    elif jax.process_count() == 1 and not is_remote(output):
+    elif jax.process_count() == 1:
         model = OPTForCausalLM.from_pretrained(output / "model")
         # `</s>`, and how a document begins, one that it has never seen where there is one.
         prompt = (held_out or streams)[0].read(0, min(12, seq_len // 2))[None]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Src = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
 Files = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SRC...")]
 Paths = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SRC... DST")]
-Dst = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+Dst = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 PROG = "python -m convert"
 
@@ -106,7 +106,7 @@ def to_orbax(
     Args:
       src: A hub id (facebook/opt-125m), a directory (Hugging Face, Orbax, a run of train.py or one of its checkpoints),
         or "tiny", the model inside this package.
-      dst: The directory to write.
+      dst: The directory to write, on a disk or in Google Cloud Storage (gs://BUCKET/NAME).
     """
     _start(job)
     _convert([src], dst, source, MetaseqOptions(), write)
@@ -127,7 +127,7 @@ def metaseq(
     """
     *files, dst = _sources_and_destination(paths)
     _start(job)
-    _convert(files, Path(dst), SourceOptions(), metaseq, write, from_metaseq=True)
+    _convert(files, dst, SourceOptions(), metaseq, write, from_metaseq=True)
 
 
 def to_hf(
@@ -151,6 +151,8 @@ def to_hf(
     from convert import to_hf
 
     *names, target = _sources_and_destination(paths)
+    if hub.is_remote(target):
+        raise UsageError(f"{target}: Hugging Face's form is written to disks only: name a directory, and copy it there")
     dst, part = Path(target).expanduser(), _shard_of(shard_of)
     if part is not None and job.distributed:
         raise UsageError("--shard-of is for separate commands: with --distributed the processes share out the files")
@@ -319,7 +321,7 @@ def _open_source(
 
 def _convert(
     names: Sequence[str],
-    dst: Path,
+    target: str,
     source: SourceOptions,
     metaseq: MetaseqOptions,
     write: WriteOptions,
@@ -327,7 +329,9 @@ def _convert(
 ) -> None:
     from convert.to_orbax import convert
 
-    dst = dst.expanduser()
+    if hub.is_remote(target):
+        hub.check_remote(target)
+    dst = hub.as_path(target).expanduser()
     opened = _open(names, dst, source, metaseq, write, hub.is_orbax, from_metaseq)
     with _Work(opened, dst, write) as report:
         convert(opened, dst, dtype=write.dtype, overwrite=write.overwrite, progress=report)
@@ -397,7 +401,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What Orbax has left half-started complains when it is collected: this line says all.
         warnings.simplefilter("ignore")
         sys.unraisablehook = lambda _: None
-        print("interrupted; DST is as it was", file=sys.stderr)
+        print("interrupted; nothing half-written is left", file=sys.stderr)
         return 143 if isinstance(e, Terminated) else 130
     return 0
 

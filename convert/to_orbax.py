@@ -9,7 +9,7 @@ from jax import numpy as jnp
 
 from convert import hf
 from convert.source import Checkpoint
-from opt_jax import checkpoint, storage
+from opt_jax import checkpoint, hub, storage
 from opt_jax.storage import LazyArray
 
 
@@ -43,8 +43,8 @@ def convert(
 
         def finish() -> None:
             check_written(new, arrays)
-            (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             checkpoint.copy_companions(source.companions, new)
+            (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
         storage.on_first_process(finish)
 
@@ -83,6 +83,8 @@ def check_written(directory: Path, arrays: dict[str, LazyArray]) -> None:
         ours, theirs = ((x[path].shape, x[path].dtype) if path in x else None for x in (arrays, found))
         if ours != theirs:
             raise OSError(f"{directory}: {path} was to be {ours}, but is {theirs} on disk: nothing was published")
+    if hub.is_remote(directory):  # objects are there as a whole or not at all
+        return
     nbytes = sum(array.nbytes for array in arrays.values())
     on_disk = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
     if on_disk < nbytes:

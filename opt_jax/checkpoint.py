@@ -78,8 +78,8 @@ def save_pretrained(
     config = set_dtype(config, str(arrays[_EMBEDDING].dtype))
 
     def write_small_files(new: Path) -> None:
-        if model.name_or_path is not None and Path(model.name_or_path).is_dir():
-            copy_companions(hub.companion_directories(Path(model.name_or_path)), new)
+        if model.name_or_path is not None and hub.as_path(model.name_or_path).is_dir():
+            copy_companions(hub.companion_directories(model.name_or_path), new)
         if tokenizer is not None:
             for name in hub.TOKENIZER_FILES:
                 (new / name).unlink(missing_ok=True)
@@ -187,7 +187,7 @@ def load_pretrained(
             params[path].set_value(array)
     model.name_or_path = str(directory)
     if (directory / "generation_config.json").is_file():
-        model.generation_config_json = (directory / "generation_config.json").read_text("utf-8", "replace")
+        model.generation_config_json = (directory / "generation_config.json").read_bytes().decode("utf-8", "replace")
     return model
 
 

@@ -75,7 +75,7 @@ def generate(
 
 
 def plot(
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")] = (),
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")] = (),
     /,
     *,
     output: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None,
@@ -89,10 +89,14 @@ def plot(
     if not runs:
         raise ValueError("no run: name its directory, as in opt-jax plot runs/small")
 
+    from opt_jax import hub
     from opt_jax.plot import plot_runs
 
-    output = runs[0] / "curves.png" if output is None else output
-    plot_runs(runs, output)
+    if output is None and hub.is_remote(runs[0]):
+        raise ValueError(f"{runs[0]} is not on this machine: say where the picture is to be, with --output FILE.png")
+    paths = [hub.as_path(run) for run in runs]
+    output = paths[0] / "curves.png" if output is None else output
+    plot_runs(paths, output)
     _print(f"{output}\n")
 
 

@@ -1,4 +1,4 @@
-"""A model's name (hub id, directory, "tiny") to a local directory."""
+"""A model's name (hub id, directory, "tiny") to a directory, which is on this machine or in an object store (`gs://...`)."""
 
 import importlib.resources
 import json
@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from opt_jax.download import WEIGHT_FILES, Repository, download
 
@@ -16,6 +18,32 @@ TOKENIZER_FILES = (
 # What travels with a model's weights, besides config.json.
 COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
 _STEPS = ("checkpoints", "best")  # in a run directory of train.py: directories of checkpoints, named by their steps
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    return "://" in os.fspath(path)
+
+
+def as_path(name: str | os.PathLike) -> Path:
+    """With the methods of `pathlib` for objects in a store, too."""
+    return epath.Path(name) if is_remote(name) else Path(name)  # type: ignore[reportReturnType]
+
+
+def absolute(path: Path) -> Path:
+    return path if is_remote(path) else path.absolute()  # (epath makes /here/gs:/... of gs://...)
+
+
+def check_remote(name: str) -> None:
+    """
+    Raises:
+      ValueError: a kind of place that epath does not know, or that needs a package which is not installed.
+    """
+    scheme = name.partition("://")[0]
+    try:
+        as_path(name).exists()
+    except (ImportError, KeyError, ValueError) as e:
+        hint = ": pip install gcsfs" if scheme == "gs" else ""
+        raise ValueError(f"{name}: {scheme}:// cannot be used here ({e}){hint}") from None
 
 
 def resolve(
@@ -30,8 +58,9 @@ def resolve(
 
     Args:
       name: "tiny", the model inside this package; a directory (in a run directory of train.py: its exported `model`, or
-        the newest checkpoint while there is none; RUN/best and RUN/checkpoints: the newest in it); else the id of a
-        repository on the Hugging Face hub, which is downloaded, or taken from the cache.
+        the newest checkpoint while there is none; RUN/best and RUN/checkpoints: the newest in it), which may be in
+        Google Cloud Storage (`gs://...`; extra `gcs`) if its weights are an Orbax pytree; else the id of a repository
+        on the Hugging Face hub, which is downloaded, or taken from the cache.
       revision: branch, tag or commit of a hub id.
       cache_dir: where downloads are kept; default: Hugging Face's cache.
       local_files_only: never download.
@@ -40,16 +69,21 @@ def resolve(
 
     Raises:
       FileNotFoundError, PermissionError, OSError: no such directory or repository, or see `download.download`.
-      ValueError: a file, or `revision` of something that is not on the hub.
+      ValueError: a file, `revision` of something that is not on the hub, or see `check_remote`.
     """
     name = os.fspath(name)
-    path = Path(name).expanduser()
+    if is_remote(name):
+        check_remote(name)
+    path = as_path(name).expanduser()
     if name == "tiny":
         path = Path(str(importlib.resources.files("opt_jax") / "tiny"))
     if name and path.is_dir():
         if revision is not None:
-            raise ValueError(f"revision={revision!r} is for models on the hub, but {name} is a local directory")
-        return _in_run(path)
+            raise ValueError(f"revision={revision!r} is for models on the hub, but {name} is a directory")
+        path = _in_run(path)
+        if weights and is_remote(path) and (path / "config.json").is_file() and not is_orbax(path):
+            raise ValueError(f"{path} is not an Orbax directory: others are read from a disk only, so copy it to one")
+        return path
     if name and path.exists():
         raise ValueError(f"{name} is a file; give the directory it is in")
     if name == "tiny" or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
@@ -63,10 +97,12 @@ def _in_run(path: Path) -> Path:
         return path / "model"
     if (path / "run.json").is_file() and not (path / "config.json").is_file():
         path = path / "checkpoints"
-    elif not (path.name in _STEPS and (path.absolute().parent / "run.json").is_file()):
+    elif not (path.name in _STEPS and (absolute(path).parent / "run.json").is_file()):
         return path
-    # Other names are Orbax's temporary ones: checkpoints that were never finished.
-    steps = [step for step in path.glob("*") if re.fullmatch("[0-9]+", step.name) and is_orbax(step)]
+    # Other names are Orbax's temporary ones: checkpoints that were never finished. In an object store, where nothing
+    # can be renamed, it writes a file at the end.
+    done = ("params/_METADATA", *(("commit_success.txt",) if is_remote(path) else ()))
+    steps = [step for step in path.glob("*") if step.name.isdecimal() and all((step / f).is_file() for f in done)]
     if not steps:
         raise FileNotFoundError(f"{path.parent} is a training run without a checkpoint yet: none in {path}")
     return max(steps, key=lambda step: int(step.name))
@@ -74,12 +110,12 @@ def _in_run(path: Path) -> Path:
 
 def is_orbax(path: str | os.PathLike) -> bool:
     """Whether the directory is a model of our own (`checkpoint.save_pretrained`, `python -m convert`)."""
-    return (Path(path) / "params" / "_METADATA").is_file()
+    return (as_path(path) / "params" / "_METADATA").is_file()
 
 
 def is_model(path: str | os.PathLike) -> bool:
     """Whether the directory is a model in one of the two forms that this project writes."""
-    path = Path(path)
+    path = as_path(path)
     has_weights = any((path / name).is_file() for name in WEIGHT_FILES)
     return is_orbax(path) or has_weights and (path / "config.json").is_file()
 
@@ -92,7 +128,7 @@ def is_model_file(name: str) -> bool:
 
 def _run_of(directory: str | os.PathLike) -> Path | None:
     """The run directory of train.py if `directory` is one of its checkpoints (`RUN/checkpoints/<step>`), else None."""
-    path = Path(os.path.abspath(directory))
+    path = as_path(directory if is_remote(directory) else os.path.abspath(directory))
     run = path.parent.parent
     inside = path.parent.name in _STEPS and (run / "run.json").is_file()
     return run if inside and not (path / "config.json").is_file() else None
@@ -106,7 +142,7 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
       ValueError: not JSON, or not an object.
     """
     run = _run_of(directory)
-    path = Path(directory) / "config.json" if run is None else run / "run.json"
+    path = as_path(directory) / "config.json" if run is None else run / "run.json"
     if not path.is_file():
         raise FileNotFoundError(f"no OPT configuration at {path}")
     try:
@@ -127,4 +163,4 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
 def companion_directories(directory: str | os.PathLike) -> tuple[Path, ...]:
     """Where COMPANION_FILES of a model may be, the first one first: a run of train.py keeps its tokenizer apart."""
     run = _run_of(directory)
-    return (Path(directory),) if run is None else (Path(directory), run / "tokenizer")
+    return (as_path(directory),) if run is None else (as_path(directory), run / "tokenizer")

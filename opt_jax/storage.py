@@ -36,6 +36,8 @@ Checks = tuple[Callable[[], object], ...]  # comparisons put off because they re
 CHUNK_BYTES = 32 << 20  # of one stored chunk at most: what a process must read at least to fill its shard
 _MAX_LAYERS = 10_000  # more are damage, not depth
 _THREADS = 4  # each holds a chunk or two; while some wait for the disk, others transpose
+# Chunks that end together share a commit, of which an object store does one in a second. (A gigabyte of buffers.)
+_REMOTE_THREADS = 32
 
 
 @dataclass(frozen=True)
@@ -115,26 +117,38 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
     """Writes `LazyArray`s chunk by chunk (Orbax alone starts all arrays at once, on copies). On disk they are what
     NumpyHandler writes: any Orbax reads them."""
 
-    def __init__(self, progress: Callable[[str, int], None]) -> None:
+    def __init__(self, threads: int, progress: Callable[[str, int], None]) -> None:
         super().__init__(deepcopy_host_arrays=False)
         self.stop = threading.Event()  # set: the next chunk raises
-        self._progress, self._lock, self._count = progress, threading.Lock(), 0
+        self._threads, self._progress, self._lock = threads, progress, threading.Lock()
         self._local = threading.local()
 
     async def serialize(self, values: Sequence[Any], infos, args=None):
-        error = None
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
+        error, pool, opening = None, ThreadPoolExecutor(self._threads), []
+        try:
+            for info in infos:
                 await info.await_path_creation()
-                try:
-                    self._write(pool, value, info, arg)
-                except Exception as e:
-                    error = e
-                    break
+            for what in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
+                opening.append(self._open(*what))
+            stores = [store.result() for store in opening]
+            chunks = [
+                (value, info.name, store, index)
+                for value, info, store in zip(values, infos, stores, strict=True)
+                for index in pieces(value.shape, store.chunk_layout.write_chunk.shape)
+            ]
+            mine = chunks[jax.process_index() :: jax.process_count()]
+            for written in [pool.submit(self._write, *chunk) for chunk in mine]:
+                written.result()
+        except Exception as e:
+            error = e
+        finally:
+            for store in opening:
+                store.exception()  # waits: TensorStore goes on with what it has begun
+            pool.shutdown(cancel_futures=True)
         agree(error)  # here, or the other processes would go on and wait for this one
         return []
 
-    def _write(self, pool: ThreadPoolExecutor, value: LazyArray, info, arg) -> None:
+    def _open(self, value: LazyArray, info, arg) -> Any:
         spec = ocp.type_handlers.get_json_tspec_write(
             info,
             use_ocdbt=info.is_ocdbt_checkpoint,
@@ -144,26 +158,18 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
             process_index=jax.process_index(),
             arg=arg,
         )
-        store: Any = ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context).result()
+        return ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
 
-        def write(index: Index) -> None:
-            if self.stop.is_set():
-                raise InterruptedError
-            if not hasattr(self._local, "buffer"):
-                self._local.buffer = np.empty(CHUNK_BYTES, np.uint8)
-            piece = value.load(index, self._local.buffer)
-            # The buffer is free again when the write has been committed, which is what `result` waits for.
-            store[index].write(piece, can_reference_source_data_indefinitely=True).result()
-            with self._lock:
-                self._progress(info.name, piece.nbytes)
-
-        mine = []
-        for index in pieces(value.shape, store.chunk_layout.write_chunk.shape):
-            if self._count % jax.process_count() == jax.process_index():
-                mine.append(index)
-            self._count += 1
-        for _ in pool.map(write, mine):
-            pass
+    def _write(self, value: LazyArray, name: str, store: ts.TensorStore, index: Index) -> None:
+        if self.stop.is_set():
+            raise InterruptedError
+        if not hasattr(self._local, "buffer"):
+            self._local.buffer = np.empty(CHUNK_BYTES, np.uint8)
+        piece = value.load(index, self._local.buffer)
+        # The buffer is free again when the write has been committed, which is what `result` waits for.
+        store[index].write(piece, can_reference_source_data_indefinitely=True).result()
+        with self._lock:
+            self._progress(name, piece.nbytes)
 
 
 def write_arrays(
@@ -177,7 +183,7 @@ def write_arrays(
 
     progress: called after each chunk with its array's path and its bytes, by several threads, one at a time.
     """
-    tree, lazy = nest(arrays), _LazyHandler(progress)
+    tree, lazy = nest(arrays), _LazyHandler(_REMOTE_THREADS if hub.is_remote(directory) else _THREADS, progress)
     registry = ocp.type_handlers.create_type_handler_registry(
         (LazyArray, lazy), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
@@ -187,7 +193,7 @@ def write_arrays(
 
     def save() -> None:
         with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree, save_args=save_args))
+            checkpointer.save(hub.absolute(directory), args=ocp.args.PyTreeSave(tree, save_args=save_args))
 
     # In a thread, because Ctrl-C is for the main one: amid TensorStore's work it would leave writes behind that go on,
     # in a directory that is being removed. So it waits here for the chunks at hand.
@@ -250,7 +256,9 @@ def on_first_process(action: Callable[[], object]) -> None:
 def new_directory(
     path: str | os.PathLike, overwrite: bool = False, replaceable: Callable[[Path], bool] = hub.is_orbax
 ) -> Iterator[Path]:
-    """A temporary directory beside `path` that becomes `path` when the block ends, and vanishes if it raises.
+    """A temporary directory beside `path` that becomes `path` when the block ends, and vanishes if it raises. In an
+    object store, which renames no directories, `path` itself: what is there is a model once it has its config.json,
+    which is to be written last, and what `overwrite` replaces goes at the start.
 
     What a killed process has left behind is cleaned up by the next one with the same `path`. All processes of a
     `jax.distributed` job enter and leave together.
@@ -259,9 +267,15 @@ def new_directory(
       FileExistsError: `path` exists and `overwrite` is false, or it is not `replaceable`; or another process is
         writing it now.
     """
-    if "://" in os.fspath(path):
-        on_first_process(lambda: _clear_remote(epath.Path(path), overwrite))
-        yield epath.Path(path)  # type: ignore[reportReturnType]
+    if hub.is_remote(path):
+        remote = epath.Path(path)
+        on_first_process(lambda: _clear_remote(remote, overwrite))
+        try:
+            yield hub.as_path(path)
+        except BaseException:
+            if jax.process_index() == 0:
+                remote.rmtree(missing_ok=True)
+            raise
         agree(None)
         return
     path = Path(os.path.realpath(path))
@@ -300,7 +314,6 @@ def new_directory(
 
 
 def _clear_remote(path: epath.Path, overwrite: bool) -> None:
-    """Object stores rename no directories: a model there is complete once it has its config.json, written last."""
     names = [entry.name for entry in path.iterdir()] if path.exists() else []
     if foreign := [name for name in names if not hub.is_model_file(name.partition(".orbax-checkpoint-tmp")[0])]:
         raise FileExistsError(f"{path} holds {foreign[0]}, which is no part of a model: choose another name")
@@ -344,7 +357,9 @@ def check_destination(path: Path, overwrite: bool, replaceable: Callable[[Path],
 
 
 def check_space(path: Path, nbytes: int) -> None:
-    """Raise OSError unless `nbytes` more fit on the disk where `path` is to be."""
+    """Raise OSError unless `nbytes` more fit on the disk where `path` is to be, if it is on one."""
+    if hub.is_remote(path):
+        return
     while not path.exists():
         path = path.absolute().parent
     if (free := shutil.disk_usage(path).free) < nbytes:
@@ -362,9 +377,10 @@ def open_arrays(directory: Path) -> dict[str, LazyArray]:
     Raises:
       ValueError: the directory is damaged, or has a form that is not ours. So does reading an array whose data are.
     """
-    directory = directory.absolute()
+    directory = hub.absolute(directory)
     # With a cache for the index of chunks, or every array would read it anew.
-    base = {"driver": "ocdbt", "base": f"file://{directory}/", "cache_pool": "cache_pool#index"}
+    url = f"{'' if hub.is_remote(directory) else 'file://'}{directory}/"
+    base = {"driver": "ocdbt", "base": url, "cache_pool": "cache_pool#index"}
     context = ts.Context({"cache_pool#index": {"total_bytes_limit": 100_000_000}})
     try:
         # Not by way of Orbax's own metadata: it reads them all at once and, when one is damaged, its threads print

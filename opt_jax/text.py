@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -122,19 +123,27 @@ class OPTTokenizer:
         """
         from opt_jax import hub
 
-        folder = hub.resolve(
+        found = hub.resolve(
             name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, weights=False
         )
+        for folder in hub.companion_directories(found):
+            fast = folder / "tokenizer.json"
+            if fast.is_file() or (folder / "vocab.json").is_file():
+                break
+        else:
+            raise FileNotFoundError(f"{found}: no tokenizer here (tokenizer.json, or vocab.json and merges.txt)")
+        if hub.is_remote(folder):
+            with TemporaryDirectory() as copy:
+                for file in filter(lambda path: path.is_file(), (folder / name for name in hub.TOKENIZER_FILES)):
+                    Path(copy, file.name).write_bytes(file.read_bytes())
+                return cls.from_pretrained(copy, **sides)
         config = _read_json(folder / "tokenizer_config.json")
-        fast = folder / "tokenizer.json"
         if "added_tokens_decoder" not in config:  # else the other two files are leftovers of old versions, as in HF
             config |= _read_json(folder / "special_tokens_map.json")
             added = {} if fast.is_file() else _read_json(folder / "added_tokens.json")
             if added:
                 config["added_tokens_decoder"] = {i: {"content": token} for token, i in added.items()}
         if not fast.is_file():
-            if not (folder / "vocab.json").is_file():
-                raise FileNotFoundError(f"{folder}: no tokenizer here (tokenizer.json, or vocab.json and merges.txt)")
             return cls.from_file(folder / "vocab.json", folder / "merges.txt", config, **sides)
         backend = _read(str(fast), lambda: Tokenizer.from_file(str(fast)))
         backend.no_padding()

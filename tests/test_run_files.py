@@ -8,8 +8,9 @@ from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
 from opt_jax import OPTTokenizer
+from opt_jax.hub import is_remote
 from opt_jax.training import data
-from opt_jax.training.files import Lines, is_remote, run_directory, write_text
+from opt_jax.training.files import Lines, run_directory, write_text
 from opt_jax.training.metrics import best_validation, cut_back
 
 
@@ -77,6 +78,6 @@ def test_the_tokenizer_comes_back(directory):
 
 
 def test_places_that_cannot_be_used_are_refused():
-    with pytest.raises(ValueError, match="--output nowhere://x/y: nowhere:// cannot be used here"):
+    with pytest.raises(ValueError, match="nowhere://x/y: nowhere:// cannot be used here"):
         run_directory("nowhere://x/y")
     assert run_directory("runs/small") == epath.Path("runs/small")

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
+from opt_jax.hub import absolute, as_path
 from opt_jax.storage import CHUNK_BYTES
 from opt_jax.training.step import TrainState, named_leaves
 
@@ -38,7 +38,7 @@ class Checkpoints:
         data_state: Callable[[int], dict[str, Any]] | None = None,
     ):  # fmt: skip
         self._data_state = data_state
-        directory = epath.Path(directory)
+        directory = as_path(directory)
         policies = [LatestN(keep), *([EveryNSteps(keep_every)] if keep_every else [])]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies),
@@ -46,7 +46,7 @@ class Checkpoints:
             # Two of these may write at once, and their processes must not wait for each other's barriers.
             multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=directory.name),
         )
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        self._manager = ocp.CheckpointManager(absolute(directory), options=options)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()

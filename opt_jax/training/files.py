@@ -4,28 +4,16 @@ import time
 
 from etils import epath
 
+from opt_jax.hub import check_remote, is_remote
+
 _UPLOAD_SECONDS = 60.0
 
 
-def is_remote(path: epath.Path) -> bool:
-    return "://" in str(path)
-
-
 def run_directory(name: str) -> epath.Path:
-    """
-    Raises:
-      ValueError: a kind of place that epath does not know, or that needs a package which is not installed.
-    """
-    scheme, remote, _ = name.partition("://")
-    if not remote:
-        return epath.Path(name)
-    try:
-        path = epath.Path(name)
-        path.exists()
-    except (ImportError, KeyError, ValueError) as e:
-        hint = ": pip install gcsfs" if scheme == "gs" else ""
-        raise ValueError(f"--output {name}: {scheme}:// cannot be used here ({e}){hint}") from None
-    return path
+    """ValueError: see `hub.check_remote`."""
+    if is_remote(name):
+        check_remote(name)
+    return epath.Path(name)
 
 
 def write_text(path: epath.Path, text: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from opt_jax.training.files import is_remote
+from opt_jax.hub import is_remote
 
 
 class TensorBoard:

@@ -269,10 +269,10 @@ def model_config(options: Options) -> tuple[OPTConfig, str | None]:
     elif name.endswith(".json"):
         config = OPTConfig.from_hf(name)
     else:
-        from opt_jax import hub
+        from opt_jax import checkpoint, hub
 
-        start = str(hub.resolve(name))
-        config = OPTConfig.from_hf(start)
+        directory = hub.resolve(name)
+        start, (config, _) = str(directory), checkpoint.read_config(directory)
         if "init_std" in changes:
             raise ValueError("--init-std is for new weights, but --model is a checkpoint: leave one of them out")
     if options.vocab_size and (options.tokenizer or start):
