@@ -38,12 +38,19 @@ _HEADS = ("lm_head.", "score.", "qa_outputs.")
 # Writing ----------------------------------------------------------------------------------------------------
 
 
+def read_companions(sources: Iterable[Path]) -> dict[str, bytes]:
+    """The tokenizer's files and generation_config.json by name, those that are in one of `sources` (the first wins)."""
+    found: dict[str, bytes] = {}
+    for source in sources:
+        for name in hub.COMPANION_FILES:
+            if name not in found and (source / name).is_file():
+                found[name] = (source / name).read_bytes()
+    return found
+
+
 def copy_companions(sources: Iterable[Path], destination: Path) -> None:
-    """Copy the tokenizer's files and generation_config.json, those that are in one of `sources` (the first wins)."""
-    for name in hub.COMPANION_FILES:
-        for source in sources:
-            if (source / name).is_file() and not (destination / name).exists():
-                (destination / name).write_bytes((source / name).read_bytes())
+    for name, content in read_companions(sources).items():
+        (destination / name).write_bytes(content)
 
 
 def save_pretrained(
@@ -77,17 +84,24 @@ def save_pretrained(
     config = model.config.to_hf() | {"architectures": [type(model).__name__]}
     config = set_dtype(config, str(arrays[_EMBEDDING].dtype))
 
-    def write_small_files(new: Path) -> None:
+    companions: dict[str, bytes] = {}
+
+    def read_small_files() -> None:
         if model.name_or_path is not None and hub.as_path(model.name_or_path).is_dir():
-            copy_companions(hub.companion_directories(model.name_or_path), new)
+            companions.update(read_companions(hub.companion_directories(model.name_or_path)))
         if tokenizer is not None:
             for name in hub.TOKENIZER_FILES:
-                (new / name).unlink(missing_ok=True)
+                companions.pop(name, None)
             with TemporaryDirectory() as files:
                 tokenizer.save_pretrained(Path(files))
-                copy_companions([Path(files)], new)
+                companions.update(read_companions([Path(files)]))
+
+    def write_small_files(new: Path) -> None:
+        for name, content in companions.items():
+            (new / name).write_bytes(content)
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
+    on_first_process(read_small_files)  # now, for in a bucket what is overwritten goes first
     with new_directory(directory, overwrite) as new:
         write_arrays(new / "params", arrays)
         on_first_process(lambda: write_small_files(new))

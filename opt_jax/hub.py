@@ -36,13 +36,14 @@ def absolute(path: Path) -> Path:
 def check_remote(name: str) -> None:
     """
     Raises:
-      ValueError: a kind of place that epath does not know, or that needs a package which is not installed.
+      ValueError: a kind of place that epath does not know, one that needs a package which is not installed, or that is
+        not open to this user.
     """
     scheme = name.partition("://")[0]
     try:
         as_path(name).exists()
-    except (ImportError, KeyError, ValueError) as e:
-        hint = ": pip install gcsfs" if scheme == "gs" else ""
+    except Exception as e:  # gcsfs and its authentication have errors of their own
+        hint = ": pip install gcsfs" if scheme == "gs" and isinstance(e, ImportError) else ""
         raise ValueError(f"{name}: {scheme}:// cannot be used here ({e}){hint}") from None
 
 

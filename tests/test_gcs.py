@@ -14,6 +14,7 @@ from pathlib import Path
 import gcs_server
 import numpy as np
 import pytest
+from etils import epath
 
 from convert.__main__ import main as convert_main
 from opt_jax import OPTConfig, OPTForCausalLM, OPTTokenizer, named_parameters
@@ -98,9 +99,9 @@ def test_a_run_is_killed_while_it_writes_a_checkpoint_and_goes_on(store, place, 
 
     model = OPTForCausalLM.from_pretrained("gs://bucket/run")
     assert model.name_or_path == "gs://bucket/run/checkpoints/4"  # not the one that was never finished
-    tokenizer = OPTTokenizer.from_pretrained("gs://bucket/run")
-    text = "def self x"
-    assert tokenizer(text).input_ids.tolist() == read_tokenizer(place / "run" / "tokenizer")(text).input_ids.tolist()
+    text, tokenizer = "def self x", read_tokenizer(epath.Path(place / "run" / "tokenizer"))
+    ids = tokenizer(text).input_ids
+    assert OPTTokenizer.from_pretrained("gs://bucket/run")(text).input_ids.tolist() == ids.tolist()
 
     out = end(train(place, "gs://bucket/run", store))
     assert "steps 4 to 12" in out and "opt-jax generate --model gs://bucket/run" in out
@@ -113,6 +114,9 @@ def test_a_run_is_killed_while_it_writes_a_checkpoint_and_goes_on(store, place, 
     for name in ("run", "run/best", "run/checkpoints"):
         for path, param in named_parameters(OPTForCausalLM.from_pretrained(f"gs://bucket/{name}")).items():
             np.testing.assert_array_equal(param.get_value(), expected[path].get_value())
+    model = OPTForCausalLM.from_pretrained("gs://bucket/run")
+    model.save_pretrained("gs://bucket/run/model", overwrite=True)  # over itself, tokenizer included
+    assert OPTTokenizer.from_pretrained("gs://bucket/run")(text).input_ids.tolist() == ids.tolist()
     assert cli(["plot", "gs://bucket/run"]) == 1  # there is no place for the picture
     assert cli(["plot", "gs://bucket/run", str(place / "run"), "--output", str(place / "curves.png")]) == 0
     assert "is finished: 12 steps" in end(train(place, "gs://bucket/run", store))
