@@ -15,14 +15,13 @@ from jaxtyping import Array, Int
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from opt_jax.decode import DecodeState, NewTokens, advance, begin, new_tokens
-from opt_jax.model import OPTForCausalLM
+from opt_jax.decode import DecodeState, Model, NewTokens, advance, begin, new_tokens
 from opt_jax.request import Request
 
 _CHECK_EVERY = 8  # steps between two looks for stop strings
 
 
-def generate(model: OPTForCausalLM, request: Request, slots: int, progress_bar: bool | None) -> NewTokens:
+def generate(model: Model, request: Request, slots: int, progress_bar: bool | None) -> NewTokens:
     """What `opt_jax.generate.generate` makes of all rows of a request, with `slots` rows at work at a time."""
     rows = np.argsort(-request.prompts.lengths.repeat(request.copies), kind="stable")  # long ones first: the last to
     working, waiting = rows[:slots], list(rows[slots:][::-1])  # end are short, and neighbours are of one length
@@ -45,7 +44,7 @@ def generate(model: OPTForCausalLM, request: Request, slots: int, progress_bar: 
     return made
 
 
-def _begin(model: OPTForCausalLM, request: Request, rows: np.ndarray, capacity: int):
+def _begin(model: Model, request: Request, rows: np.ndarray, capacity: int):
     return begin(
         model, request.prompts.take(rows // request.copies), request.options_of(rows), capacity=capacity,
         do_sample=request.do_sample, logprobs=request.logprobs, cache_dtype=request.cache_dtype,
@@ -53,7 +52,7 @@ def _begin(model: OPTForCausalLM, request: Request, rows: np.ndarray, capacity: 
 
 
 def _advance(
-    model: OPTForCausalLM, request: Request, state: DecodeState, working: np.ndarray, enough: int
+    model: Model, request: Request, state: DecodeState, working: np.ndarray, enough: int
 ) -> tuple[DecodeState, np.ndarray]:
     """Steps until `enough` slots are free; the state, and which are."""
     options = request.options_of(np.maximum(working, 0))  # of a free slot: any
@@ -82,7 +81,7 @@ def _collect(made: NewTokens, working: np.ndarray, ended: np.ndarray, new: NewTo
 
 
 def _refill(
-    model: OPTForCausalLM, request: Request, state: DecodeState, rows: np.ndarray, slots: np.ndarray, several: int
+    model: Model, request: Request, state: DecodeState, rows: np.ndarray, slots: np.ndarray, several: int
 ) -> DecodeState:
     spare = several - len(rows)  # copies of the last one, for no slot
     rows = np.pad(rows, (0, spare), mode="edge")

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
+from opt_jax.decode import FlatModel
 from opt_jax.model import OPTForCausalLM
 from opt_jax.request import Request, checkpoint_options
 
@@ -21,7 +22,7 @@ _SPARE_STEPS = 8  # of which all columns may become holes before they must be re
 class Drafts:
     """Where drafts come from."""
 
-    assistant: OPTForCausalLM | None  # None: prompt lookup
+    assistant: FlatModel | None  # None: prompt lookup
     ngram: Int[Any, ""]  # the most last tokens to look for
     count: int = dataclasses.field(metadata=dict(static=True))  # k
 
@@ -50,11 +51,11 @@ def check_drafts(model: OPTForCausalLM, request: Request, assistant: Any) -> Dra
         raise ValueError(f"{name} is not supported with num_beams: leave one of them out")
     if lookup is not None:
         return Drafts(None, np.int32(given.max_matching_ngram_size or DEFAULT_NGRAM), lookup)
-    _check_assistant(model, request, assistant)
-    return Drafts(assistant, np.int32(0), _draft_count(request, assistant))
+    assistant = _checked(model, request, assistant)
+    return Drafts(FlatModel.of(assistant), np.int32(0), _draft_count(request, assistant))
 
 
-def _check_assistant(model: OPTForCausalLM, request: Request, assistant: Any) -> None:
+def _checked(model: OPTForCausalLM, request: Request, assistant: Any) -> OPTForCausalLM:
     if not isinstance(assistant, OPTForCausalLM):
         raise ValueError(f"assistant_model must be an OPTForCausalLM, not a {type(assistant).__name__}")
     if not isinstance(assistant.model.decoder.layers, nnx.List):
@@ -72,9 +73,10 @@ def _check_assistant(model: OPTForCausalLM, request: Request, assistant: Any) ->
             f"assistant_model has max_position_embeddings={theirs.max_position_embeddings}, but prompts and new tokens "
             f"are up to {needed}: shorten the prompt, or ask for fewer"
         )
+    return assistant
 
 
-def _draft_count(request: Request, assistant: Any) -> int:
+def _draft_count(request: Request, assistant: OPTForCausalLM) -> int:
     if request.given.num_assistant_tokens is not None:
         return request.given.num_assistant_tokens
     count = checkpoint_options(assistant).get("num_assistant_tokens") or DEFAULT_DRAFTS

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Int
 
 from opt_jax import beams, continuous, decode, sampling, speculative
 from opt_jax.cache import KVCache
-from opt_jax.decode import DecodeState, NewTokens, new_tokens
+from opt_jax.decode import DecodeState, FlatModel, Model, NewTokens, new_tokens
 from opt_jax.drafts import Drafts, check_drafts
 from opt_jax.generation_config import GenerationConfig
 from opt_jax.model import OPTForCausalLM
@@ -115,23 +115,24 @@ def generate_requested(
     if drafts is not None:
         if batch_size is not None:
             raise ValueError(f"batch_size={batch_size} is not supported with drafts: leave one of them out")
-        return _generate_with_drafts(model, request, drafts)
+        return _generate_with_drafts(FlatModel.of(model), request, drafts)
     if request.beams is not None:
         return _generate_with_beams(model, request, batch_size or len(request.input_ids))
     if batch_size is not None and batch_size < request.rows:
-        return output(request, continuous.generate(model, request, batch_size, progress_bar))
-    sampling_options, (state, _, ended) = _start(model, request)
+        return output(request, continuous.generate(FlatModel.of(model), request, batch_size, progress_bar))
+    flat = FlatModel.of(model)
+    sampling_options, (state, _, ended) = _start(flat, request)
     if request.stops is None:
-        state, _, _ = _advance(model, request, sampling_options, state, request.max_new_tokens)
+        state, _, _ = _advance(flat, request, sampling_options, state, request.max_new_tokens)
     else:
         step = 1
         while not (np.asarray(ended) | _look(request, state)).all() and step < request.max_new_tokens:
             step = min(step + _CHECK_EVERY, request.max_new_tokens)
-            state, _, ended = _advance(model, request, sampling_options, state, step)
+            state, _, ended = _advance(flat, request, sampling_options, state, step)
     return output(request, new_tokens(state))
 
 
-def _generate_with_drafts(model: OPTForCausalLM, request: Request, drafts: Drafts) -> GenerateOutput:
+def _generate_with_drafts(model: FlatModel, request: Request, drafts: Drafts) -> GenerateOutput:
     options, (state, _, _) = _start(model, request, drafts.spare(request.rows))
     result = speculative.run(model, request, drafts, options, state)
     drafted, accepted = (np.asarray(x)[: request.rows] for x in (result.drafted, result.accepted))
@@ -256,10 +257,10 @@ def stream(
     if request.logprobs is not None or request.beams is not None:
         what = "logprobs" if request.beams is None else "beams, which are known at the end only,"
         raise ValueError(f"{what} are not streamed: use generate")
-    return _stream(model, request, check_drafts(model, request, assistant_model))
+    return _stream(FlatModel.of(model), request, check_drafts(model, request, assistant_model))
 
 
-def _stream(model: OPTForCausalLM, request: Request, drafts: Drafts | None) -> Generator[np.ndarray, None, None]:
+def _stream(model: FlatModel, request: Request, drafts: Drafts | None) -> Generator[np.ndarray, None, None]:
     if drafts is None:
         steps = _steps(model, request)
     else:
@@ -277,7 +278,7 @@ def _stream(model: OPTForCausalLM, request: Request, drafts: Drafts | None) -> G
             return
 
 
-def _steps(model: OPTForCausalLM, request: Request) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _steps(model: FlatModel, request: Request) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The tokens of each step, and which rows have ended."""
     options, following = _start(model, request)
     for step in range(1, request.max_new_tokens + 1):
@@ -287,13 +288,16 @@ def _steps(model: OPTForCausalLM, request: Request) -> Iterator[tuple[np.ndarray
         yield np.asarray(token), np.asarray(ended)
 
 
-def _start(model: OPTForCausalLM, request: Request, spare: int = 0) -> tuple[SamplingOptions, decode.Report]:
+def _start(model: Model, request: Request, spare: int = 0) -> tuple[SamplingOptions, decode.Report]:
     """The options of all rows, and what `begin` returns. Rows are filled up to a bucket, with copies of the last.
+
+    On a GPU to two at least: XLA makes of a product with one row a multiplication of the whole matrix, which it writes
+    to memory and adds up after that (`xla_gpu_enable_dot_strength_reduction`), and three kernels of each LayerNorm.
 
     spare: columns that the cache needs besides those of the tokens.
     """
     count = len(request.input_ids)
-    rows = batch_bucket(count)
+    rows = batch_bucket(2 if request.rows == 1 and _platform(model) == "gpu" else count)
     options = request.options_of(_padded(np.arange(request.rows), rows * request.copies))
     prompts = request.prompts.take(_padded(np.arange(count), rows))
     return options, decode.begin(
@@ -302,11 +306,13 @@ def _start(model: OPTForCausalLM, request: Request, spare: int = 0) -> tuple[Sam
     )  # fmt: skip
 
 
-def _advance(
-    model: OPTForCausalLM, request: Request, options: SamplingOptions, state: DecodeState, until: int
-) -> decode.Report:
+def _advance(model: Model, request: Request, options: SamplingOptions, state: DecodeState, until: int) -> decode.Report:
     rows = np.int32(len(state.lengths))
     return decode.advance(model, state, options, np.int32(until), rows, do_sample=request.do_sample)
+
+
+def _platform(model: Model) -> str:
+    return next(iter(jax.tree.leaves(model)[0].devices())).platform
 
 
 def _padded(x: np.ndarray, size: int) -> np.ndarray:

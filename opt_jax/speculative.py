@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from opt_jax import processors, sampling
 from opt_jax.cache import KVCache
-from opt_jax.decode import DecodeState
+from opt_jax.decode import DecodeState, Model, whole
 from opt_jax.drafts import Drafts
 from opt_jax.model import OPTForCausalLM
 from opt_jax.processors import History
@@ -51,9 +51,7 @@ class Speculation:
 # On the host --------------------------------------------------------------------------------------------------
 
 
-def run(
-    model: OPTForCausalLM, request: Request, drafts: Drafts, options: SamplingOptions, state: DecodeState
-) -> Speculation:
+def run(model: Model, request: Request, drafts: Drafts, options: SamplingOptions, state: DecodeState) -> Speculation:
     """From the first new token, which `decode.begin` has made, to the last."""
     speculation, until = _start(drafts, state, request.copies), request.max_new_tokens
     if request.stops is not None:
@@ -70,7 +68,7 @@ def run(
 
 
 def steps(
-    model: OPTForCausalLM, request: Request, drafts: Drafts, options: SamplingOptions, state: DecodeState
+    model: Model, request: Request, drafts: Drafts, options: SamplingOptions, state: DecodeState
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The tokens of each step, int32 [R], and which rows have ended with it; for `opt_jax.generate.stream`."""
     speculation, known = _start(drafts, state, request.copies), 0
@@ -89,7 +87,7 @@ def _start(drafts: Drafts, state: DecodeState, copies: int) -> Speculation:
 
 
 def _advance_to(
-    model: OPTForCausalLM,
+    model: Model,
     drafts: Drafts,
     speculation: Speculation,
     options: SamplingOptions,
@@ -117,14 +115,15 @@ def _begin(
         return None, zero, zero
     ids, lengths = tokens[::copies, : width - 1], prompt_lengths[::copies]
     mask = jnp.arange(width - 1) >= width - lengths[:, None]
-    cache = drafts.assistant.init_cache(ids.shape[0], tokens.shape[1])
-    cache = drafts.assistant.forward(ids, mask, cache=cache, logits_to_keep=1).cache
+    assistant = whole(drafts.assistant)
+    cache = assistant.init_cache(ids.shape[0], tokens.shape[1])
+    cache = assistant.forward(ids, mask, cache=cache, logits_to_keep=1).cache
     return jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0) if x.ndim and copies > 1 else x, cache), zero, zero
 
 
 @partial(jax.jit, static_argnames="do_sample", donate_argnames="speculation")
 def advance(
-    model: OPTForCausalLM,
+    model: Model,
     drafts: Drafts,
     speculation: Speculation,
     options: SamplingOptions,
@@ -144,7 +143,7 @@ def advance(
         caches = [s.state.cache] if s.cache is None else [s.state.cache, s.cache]
         return jnp.array([cache.column + drafts.count < cache.max_length for cache in caches]).all()
 
-    step = partial(_step, model, drafts, options, do_sample)
+    step = partial(_step, whole(model), drafts, options, do_sample)
     speculation = lax.while_loop(lambda s: wanted(s) & room(s), step, speculation.with_caches(KVCache.squeeze))
     speculation = speculation.with_caches(KVCache.unsqueeze)
     return speculation, speculation.state.ended(options), wanted(speculation) & ~room(speculation)
@@ -250,7 +249,7 @@ def _draft(drafts: Drafts, s: Speculation, options: SamplingOptions, wanted: Int
     The last two tokens come first: after a step that has accepted everything neither of them is in the cache.
     """
     assert drafts.assistant is not None
-    state, assistant, count = s.state, drafts.assistant, drafts.count
+    state, assistant, count = s.state, whole(drafts.assistant), drafts.count
     end = state.width + state.lengths
 
     def choose(tokens, logits, i):
