@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from opt_jax.attention import AttentionMask, DropoutKey, attend, dropout, flash_attend
 from opt_jax.cache import KVCache, LayerCache
 from opt_jax.config import OPTConfig
-from opt_jax.flash import AttentionImplementation
+from opt_jax.flash import AttentionImplementation, is_attention_kernel
 from opt_jax.outputs import BaseModelOutput
 from opt_jax.sharding import (
     constrain,
@@ -117,12 +117,12 @@ class OPTAttention(nnx.Module):
                     f"attn_implementation={self.implementation!r} has no dropout on attention weights: set "
                     f"attention_dropout 0 (it is {rate}), or use 'xla'"
                 )
-            out = flash_attend(self.implementation, q, k, v, mask)
+            out = constrain(flash_attend(self.implementation, q, k, v, mask), "heads")  # (the kernels name theirs)
         else:
             if cache is not None:
                 cache, k, v = cache.update(k, v)
             out, weights = attend(q, k, v, mask, dropout_rate=rate, dropout_key=dropout_key)
-        out = checkpoint_name(constrain(out, "heads"), "context")
+            out = checkpoint_name(constrain(out, "heads"), "context")
         return self.out_proj(out.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)), weights, cache
 
 
@@ -299,6 +299,8 @@ def _remat(body: Callable, remat: Remat) -> Callable:
         # All is kept but what `gather_parameters` makes, or each device would come to hold the whole model.
         return jax.checkpoint(body, prevent_cse=False, policy=_all_but_weights) if is_per_device() else body
     policy = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat])
+    if remat != "full":
+        policy = jax.checkpoint_policies.save_from_both_policies(policy, is_attention_kernel)
     return jax.checkpoint(body, prevent_cse=False, policy=policy)
 
 

@@ -58,4 +58,13 @@ def cudnn(
     return out.transpose(0, 2, 1, 3)
 
 
+def is_attention_kernel(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A rematerialisation policy: keep what cuDNN's forward kernel returns, the output and each query's log-sum-exp.
+
+    Without the latter, which has no name, the backward pass would run the kernel again. (Splash attention names both of
+    its own "context".)
+    """
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
 KERNELS = {"splash": splash, "cudnn": cudnn}
