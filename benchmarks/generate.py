@@ -6,6 +6,9 @@ tokens/s counts new tokens and the time of whole calls. A call that makes one to
 longer call takes beyond that, for each further token, is a step. The floor of a step is the time to read all weights
 and the used part of the cache once, at the memory bandwidth measured in the same run.
 
+On a GPU, `python -m benchmarks.generate --model 1.3b --batch-sizes 1 8 64`: in bfloat16, and `transformers` with its
+static cache, which it compiles with `torch.compile`; the bandwidth is that of a large copy, bytes read and written.
+
 `--first-token` measures something else: a fresh process, from its start to the first token of a checkpoint on disk,
 with imports, loading and compilation; once without and once with what an earlier process has compiled.
 """
@@ -28,13 +31,22 @@ from typing import Any
 # benchmarks/convert.py is called like the package that reads checkpoints: keep it from being found first.
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 
+# The peer lives in the same process: JAX takes what it needs of a GPU's memory, not three quarters of it at the start.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from flax import nnx  # noqa: E402
+from jax import lax  # noqa: E402
 
+from convert.names import to_hf  # noqa: E402
 from opt_jax import OPTConfig, OPTForCausalLM, named_parameters  # noqa: E402
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+COPIES = 20  # for the bandwidth of a GPU
 Generate = Callable[[np.ndarray, int], np.ndarray]  # (prompts [B, T], number of new tokens) -> new tokens
 
 FRESH_PROCESS = """
@@ -49,8 +61,22 @@ model.generate([[2] + list(range(100, 227))], max_new_tokens={new})
 """
 
 
+def on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
+@jax.jit
+def copies(array: jax.Array) -> jax.Array:
+    """One of the other, many in one call, so that its launch counts little."""
+    return lax.fori_loop(0, COPIES, lambda _, x: -x, array)
+
+
 def bandwidth(repeats: int = 3) -> float:
-    """Bytes per second that all cores together read from an array much larger than any cache, the best of a few."""
+    """Bytes per second, the best of a few: all cores read an array much larger than any cache, or a GPU copies one."""
+    if on_gpu():
+        array = jax.random.normal(jax.random.key(0), (1 << 29,), jnp.float32)
+        times = [timed(lambda: copies(array).block_until_ready())[0] for _ in range(repeats + 1)]
+        return 2 * array.nbytes * COPIES / min(times[1:])
     array = np.ones(1 << 27, np.float32)
     parts = np.array_split(array, CORES)
     times = []
@@ -77,24 +103,48 @@ def contestants(name: str) -> tuple[OPTForCausalLM, dict[str, Generate]]:
     config = OPTConfig.preset(name)
     torch.manual_seed(0)
     transformers.logging.disable_progress_bar()
-    hf: Any = transformers.OPTForCausalLM(transformers.OPTConfig(**config.to_hf())).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        hf.save_pretrained(folder)
-        model = OPTForCausalLM.from_pretrained(folder)
-        others = ctranslate2_models(folder, config.vocab_size)
-    hf.set_attn_implementation("eager")
+    device, settings, others = "cuda" if on_gpu() else "cpu", {}, {}
+    with torch.device(device):
+        hf: Any = transformers.AutoModelForCausalLM.from_config(
+            transformers.OPTConfig(**config.to_hf()), dtype=torch.bfloat16 if on_gpu() else torch.float32
+        ).eval()
+    if on_gpu():
+        model, settings = same_weights(hf, config), dict(cache_implementation="static")
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            hf.save_pretrained(folder)
+            model = OPTForCausalLM.from_pretrained(folder)
+            others = ctranslate2_models(folder, config.vocab_size)
+        hf.set_attn_implementation("eager")
 
     # No end token before the last step: all always do all the work.
     def ours(ids: np.ndarray, new: int) -> np.ndarray:
         return model.generate(ids, np.ones_like(ids), max_new_tokens=new, min_new_tokens=new).sequences[:, -new:]
 
     def theirs(ids: np.ndarray, new: int) -> np.ndarray:
-        settings = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False)
+        inputs = torch.from_numpy(ids).long().to(device)
         with torch.inference_mode():
-            out = hf.generate(torch.from_numpy(ids), attention_mask=torch.ones(ids.shape, dtype=torch.long), **settings)
-        return out.numpy()[:, -new:]
+            out = hf.generate(
+                inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=new, min_new_tokens=new,
+                do_sample=False, **settings,
+            )  # fmt: skip
+        return out.cpu().numpy()[:, -new:]
 
     return model, {"opt-jax": ours, "transformers": theirs, **others}
+
+
+def same_weights(hf: Any, config: OPTConfig) -> OPTForCausalLM:
+    """Our model with the weights of HF's, in bfloat16, without leaving the GPU."""
+    model = nnx.eval_shape(
+        lambda: OPTForCausalLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    )
+    weights = dict(hf.named_parameters())
+    for path, param in named_parameters(model).items():
+        name, transposed = to_hf(path)
+        weight = weights[name].detach()
+        param.set_value(jnp.from_dlpack(weight.T.contiguous() if transposed else weight))
+    torch.cuda.synchronize()
+    return model
 
 
 def ctranslate2_models(folder: str, vocab_size: int) -> dict[str, Generate]:
@@ -124,55 +174,58 @@ def ctranslate2_models(folder: str, vocab_size: int) -> dict[str, Generate]:
     return {f"CTranslate2 {kind}": load(kind) for kind in ("float32", "int8")}
 
 
-def timed(run: Generate, ids: np.ndarray, new: int) -> tuple[float, np.ndarray]:
+def timed(run: Callable[..., Any], *args: Any) -> tuple[float, Any]:
     start = time.perf_counter()
-    tokens = run(ids, new)
-    return time.perf_counter() - start, tokens
+    result = run(*args)
+    return time.perf_counter() - start, result
 
 
 def compare(options: argparse.Namespace) -> None:
     model, runs = contestants(options.model)
-    results, speeds = [], [bandwidth()]
+    speeds = [bandwidth()]
+    print("\n| batch | | s (median) | spread | tokens/s | ratio | prompt, ms | step, ms | floor of a step |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    notes = []
     for batch in options.batch_sizes:
         ids = np.random.default_rng(0).integers(4, model.config.vocab_size, (batch, options.prompt))
         first = {name: timed(run, ids, options.new) for name, run in runs.items()}  # compiles, allocates
-        for run in runs.values():
-            run(ids, 1)  # fewer columns for new tokens: another compilation
         same = [
             f"{name} {np.mean(tokens == first['opt-jax'][1]):.0%}"
             for name, (_, tokens) in first.items() if name != "opt-jax"
         ]  # fmt: skip
-        print(f"batch {batch}: our first call {first['opt-jax'][0]:.1f} s; tokens equal to ours: {', '.join(same)}")
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-        for _ in range(options.repeats):
-            for name, run in runs.items():
-                times[name].append((timed(run, ids, 1)[0], timed(run, ids, options.new)[0]))
-            speeds.append(bandwidth(1))
-        results.append((batch, times))
-
-    speed = max(speeds)
-    print(f"memory bandwidth {speed / 1e9:.1f} GB/s (best; median {statistics.median(speeds) / 1e9:.1f})\n")
-    print("| batch | | s (median) | spread | tokens/s | ratio | prompt, ms | step, ms | floor of a step |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for batch, times in results:
-        floor = step_bytes(model, batch, options.prompt + options.new / 2) / speed
-        reference = statistics.median(whole for _, whole in times["transformers"])
+        notes.append(
+            f"batch {batch}: our first call {first['opt-jax'][0]:.1f} s; tokens equal to ours: {', '.join(same)}"
+        )
+        times: dict[str, dict[int, list[float]]] = {name: {1: [], options.new: []} for name in runs}
+        for new in (
+            options.new,
+            1,
+        ):  # one after the other: for another length a static cache is made, and recorded, anew
+            for run in runs.values():
+                run(ids, new)
+            for _ in range(options.repeats):
+                for name, run in runs.items():
+                    times[name][new].append(timed(run, ids, new)[0])
+                speeds.append(bandwidth(1))
+        floor = step_bytes(model, batch, options.prompt + options.new / 2) / max(speeds)
+        reference = statistics.median(times["transformers"][options.new])
         for name, values in times.items():
-            prompt, median = (statistics.median(column) for column in zip(*values, strict=True))
+            whole = values[options.new]
+            prompt, median = statistics.median(values[1]), statistics.median(whole)
             step = (median - prompt) / (options.new - 1)
-            whole = [seconds for _, seconds in values]
             speed_up, rate = reference / median, batch * options.new / median
             # int8 has other bytes to read: no share
-            share = "" if "int8" in name else f"{floor / step:.0%} of {floor * 1e3:.1f} ms"
+            share = "" if "int8" in name else f"{floor / step:.0%} of {floor * 1e3:.3g} ms"
             print(
-                f"| {batch} | {name} | {median:.2f} | {min(whole):.2f}-{max(whole):.2f} | {rate:.1f} "
-                f"| {speed_up:.2f}x | {prompt * 1e3:.0f} | {step * 1e3:.1f} | {share} |"
+                f"| {batch} | {name} | {median:.3g} | {min(whole):.3g}-{max(whole):.3g} | {rate:,.1f} "
+                f"| {speed_up:.2f}x | {prompt * 1e3:.0f} | {step * 1e3:.3g} | {share} |",
+                flush=True,
             )
+    print("", *notes, sep="\n")
+    print(f"memory bandwidth {max(speeds) / 1e9:,.1f} GB/s (best; median {statistics.median(speeds) / 1e9:,.1f})")
 
 
 def first_token(options: argparse.Namespace) -> None:
-    from flax import nnx
-
     def run(*arguments: Any, new: int = 1) -> float:
         start = time.perf_counter()
         code = FRESH_PROCESS.replace("{new}", str(new))
@@ -206,8 +259,9 @@ def main() -> None:
         f"{name} {importlib.metadata.version(name)}"
         for name in ("jax", "torch", "transformers", "ctranslate2") if importlib.util.find_spec(name)
     )  # fmt: skip
+    dtype, where = ("bfloat16", jax.devices()[0].device_kind) if on_gpu() else ("float32", f"{CORES} cores")
     print(
-        f"OPT-{options.model}, float32, prompt {options.prompt} + {options.new} new tokens, greedy; {CORES} cores, "
+        f"OPT-{options.model}, {dtype}, prompt {options.prompt} + {options.new} new tokens, greedy; {where}, "
         f"{versions}, Python {platform.python_version()}"
     )
     first_token(options) if options.first_token else compare(options)

@@ -17,6 +17,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import get_args
 
 # The peer lives in the same process: JAX takes what it needs of a GPU's memory, not three quarters of it at the start.
@@ -27,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opt_jax import OPTConfig
+from opt_jax.attention import choose_attention
 from opt_jax.decoder import Remat
 from opt_jax.sharding import make_mesh, use_mesh
 from opt_jax.training.flops import flops_per_token, peak_flops
@@ -41,7 +43,9 @@ Memory = Callable[[], int | None]  # the most bytes of the device's memory in us
 def ours(config: OPTConfig, batch: np.ndarray, dtype: str, remat: Remat) -> tuple[Step, Memory]:
     mesh = make_mesh("data=1", jax.devices()[:1])
     optimizer = make_optimizer(lambda step: 1e-4)
-    begin = lambda: new_state(new_model(config, 0, dtype, remat=remat), optimizer)  # noqa: E731
+    attention = choose_attention("auto", jax.default_backend(), config.head_dim, dtype, config.attention_dropout)
+    model = partial(new_model, config, 0, dtype, remat=remat, attn_implementation=attention)
+    begin = lambda: new_state(model(), optimizer)  # noqa: E731
     shardings = state_shardings(jax.eval_shape(begin), mesh)
     state = jax.jit(begin, out_shardings=shardings)()
     step = make_train_step(optimizer, lambda step: jnp.float32(1e-4), config, 0, shardings, mesh)
