@@ -48,6 +48,13 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "AutoModelForCausalLM":  # for scripts written for `transformers`
         return __getattr__("OPTForCausalLM")
+    if name == "__version__":
+        from importlib import metadata
+
+        try:
+            return metadata.version("opt-jax")
+        except metadata.PackageNotFoundError:  # `python train.py` in a checkout, with the dependencies installed
+            return "not installed"
     if name in _HOME:
         return getattr(importlib.import_module(f"opt_jax.{_HOME[name]}"), name)
     raise AttributeError(f"module 'opt_jax' has no attribute {name!r}")

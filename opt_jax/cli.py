@@ -1,6 +1,5 @@
 """`opt-jax ...` on the command line. Each command imports what it needs when it runs, so that `--help` is quick."""
 
-import importlib.metadata
 import io
 import os
 import signal
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
+import opt_jax
 from opt_jax.evaluate import evaluate
 
 DEFAULT_NEW_TOKENS = 200
@@ -130,7 +130,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """The program: runs a command and returns its exit status. What the user got wrong is one line on stderr."""
     args = sys.argv[1:] if args is None else list(args)
     if args in (["--version"], ["-V"]):
-        print(f"opt-jax {importlib.metadata.version('opt-jax')}")
+        print(f"opt-jax {opt_jax.__version__}")
         return 0
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 gets "?"

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+import opt_jax
+
 PROGRAM = "opt-jax"
 _TEXT_ONLY = ("protocol", "window", "stride")
 _TASKS_ONLY = ("include_path", "num_fewshot", "limit", "log_samples")
@@ -227,7 +229,8 @@ def describe(options: EvalOptions, model: Any) -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "mesh": None if mesh is None else dict(mesh.shape),
         "data": list(options.data) or None,
-        "versions": {name: importlib.metadata.version(name) for name in ("opt-jax", "jax", "jaxlib", "flax")},
+        "versions": {"opt-jax": opt_jax.__version__}
+        | {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
     }
 
 

@@ -210,6 +210,22 @@ def test_buckets(model):
         assert check_request(model, ids).prompts.ids.shape[1] <= 64
 
 
+def test_a_gpu_decodes_one_row_as_two(model, monkeypatch):
+    ids = IDS[1:2]
+    options: dict[str, Any] = dict(max_new_tokens=10, do_sample=True, seed=[3], logprobs=2)
+    alone = generate(model, ids, **options)
+    monkeypatch.setattr(module, "_platform", lambda model: "gpu")
+    request = check_request(model, ids, options=options)
+    assert len(module._start(model, request)[1][0].lengths) == 2
+    out = generate(model, ids, **options)
+    assert out.top_logprobs is not None and alone.top_logprobs is not None
+    assert (out.sequences == alone.sequences).all() and out.finish_reasons == alone.finish_reasons
+    np.testing.assert_allclose(out.top_logprobs, alone.top_logprobs, atol=1e-5)
+    assert len(list(stream(model, ids, max_new_tokens=10))[0]) == 1
+    several = check_request(model, ids, options=options | dict(num_return_sequences=3))
+    assert len(module._start(model, several)[1][0].lengths) == 3
+
+
 PROCESSORS = dict(repetition_penalty=1.3, no_repeat_ngram_size=2, bad_words_ids=[[5, 6]], stop_token_ids=[[7, 8]])
 
 

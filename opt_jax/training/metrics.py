@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+import opt_jax
 from opt_jax.training.files import Lines, write_text
 from opt_jax.training.nonfinite import NonFiniteError
 
@@ -30,8 +31,9 @@ MOST_SKIPS_IN_A_ROW = 20
 
 def machine(mesh: Mesh) -> str:
     """Versions, processes, devices and mesh of this run, in one line."""
-    names = ("opt-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+    versions = f"opt-jax {opt_jax.__version__}, "
+    versions += ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     kinds = sorted({device.device_kind for device in mesh.devices.flat})
     count = jax.process_count()
