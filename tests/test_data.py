@@ -97,15 +97,28 @@ def test_bad_records_are_left_out_and_counted(tmp_path, capsys):
         find_files([tmp_path / "*.zip"])
 
 
-def test_text_is_cut_where_the_tokenizer_does_not_see_it(tmp_path, tokenizer):
+@pytest.mark.parametrize("block", [1, 40])
+def test_text_is_cut_where_the_tokenizer_does_not_see_it(block, tmp_path, tokenizer):
     text = "def f(x):\n    return x\n\n\nclass A:\n\tpass\n  \n# end\nx = 1\n" * 50
     (tmp_path / "a.txt").write_text(text)
-    cut = list(pieces([tmp_path / "a.txt"], BadRecords(), block=40))
+    cut = list(pieces([tmp_path / "a.txt"], BadRecords(), block))
     assert len(cut) > 20 and "".join(piece for piece, _ in cut) == text and [last for _, last in cut].count(True) == 1
     write_tokens([tmp_path / "a.txt"], tmp_path / "a.npy", tokenizer, "tiny")
     np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), data.tokenize([text], tokenizer))
-    apart = [i for piece, _ in cut for i in tokenizer.encode(piece, add_special_tokens=False)]
-    assert apart == tokenizer.encode(text, add_special_tokens=False)
+    assert encode(cut, tokenizer) == tokenizer.encode(text, add_special_tokens=False)
+
+
+def encode(cut, tokenizer):
+    return [i for piece, _ in cut for i in tokenizer.encode(piece, add_special_tokens=False)]
+
+
+def test_a_text_of_one_line_is_cut_between_words(tmp_path, tokenizer):
+    text = "it's  one\tline - of 1 def f(x): and \N{SNOWMAN} two   spaces " * 50
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    cut = list(pieces([tmp_path / "a.txt"], BadRecords(), block=1))
+    assert max(len(piece) for piece, _ in cut) < 20 and "".join(piece for piece, _ in cut) == text
+    assert [last for _, last in cut] == [False] * (len(cut) - 1) + [True]
+    assert encode(cut, tokenizer) == tokenizer.encode(text, add_special_tokens=False)
 
 
 def test_tokenize_command(tmp_path, capsys, tokenizer):

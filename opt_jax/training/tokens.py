@@ -202,7 +202,7 @@ def _write_header(file: Any, dtype: np.dtype, length: int) -> int:
 
 def _block(tokenizer: OPTTokenizer) -> int | None:
     """How long pieces of a text file may be: None, not cut at all, for a tokenizer that would see the cuts."""
-    texts = ("a\n", "b1\n", "-c")
+    texts = ("a\n", "b1\n", "-c", " d", " e")
     apart = [i for text in texts for i in tokenizer.encode(text, add_special_tokens=False)]
     return BLOCK if tokenizer.encode("".join(texts), add_special_tokens=False) == apart else None
 
