@@ -275,7 +275,7 @@ _worker: list[OPTTokenizer] = []
 def _begin_worker(tokenizer: bytes) -> None:
     from opt_jax.training.data import tokenizer_from_bytes
 
-    # Ctrl-C reaches all: with a KeyboardInterrupt an idle worker would print a traceback, a busy one wait for more work.
+    # Ctrl-C reaches all: of a KeyboardInterrupt an idle worker would print a traceback, a busy one make a result.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
