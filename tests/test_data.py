@@ -55,7 +55,9 @@ def test_worker_processes_read_the_same(tmp_path):
     windows = make_windows(tmp_path / "a.npy")
     with Reader(windows, range(8), 3, 9, workers=2) as reader:
         for step, place in enumerate(reader, start=3):
-            np.testing.assert_array_equal(place(slice(2, 6))["labels"], windows.rows(step)[2:6, 1:])
+            labels = place(slice(2, 6))["labels"]
+            np.testing.assert_array_equal(labels, windows.rows(step)[2:6, 1:])
+            assert type(labels) is np.ndarray  # and not one of Grain's in shared memory
     assert step == 8
 
 

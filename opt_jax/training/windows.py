@@ -190,6 +190,8 @@ class Reader:
     def __iter__(self) -> Iterator[Callable[[slice], dict[str, np.ndarray]]]:
         """For each step, what `place_batch` asks for rows of the global batch."""
         while self._iterator is not None and (ids := next(self._iterator, None)) is not None:
+            # A copy: what Grain's processes have put into shared memory is to be freed now, not when the program ends.
+            ids = np.array(ids)
             yield lambda rows, ids=ids: self._windows.as_batch(ids[self._positions(rows)])
 
     def _positions(self, rows: slice) -> list[int]:
