@@ -215,6 +215,18 @@ def test_a_changed_run_is_refused_with_the_difference(options, uninterrupted, tm
     with pytest.raises(ValueError, match=r"data: fingerprint was"):
         run(changed, tmp_path / "run")
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    # And other text to measure the loss on, in a file of the same name.
+    (tmp_path / "valid.txt").write_text("def return self x " * 99)
+    changed = options | dict(validation_data=(str(tmp_path / "valid.txt"),))
+    run(changed, tmp_path / "other", stop_after=1)
+    (tmp_path / "valid.txt").write_text("x self return def " * 99)
+    with pytest.raises(ValueError, match=r"started differently:\n  held-out data: fingerprint was"):
+        run(changed, tmp_path / "other")
+    path = tmp_path / "other" / "run.json"
+    record = json.loads(path.read_text())
+    del record["held-out data"]  # of an older train.py
+    path.write_text(json.dumps(record))
+    assert len(run(changed, tmp_path / "other", stop_after=1)) == 2
 
 
 def test_an_option_younger_than_the_run_counts_as_its_default(options, tmp_path):
@@ -257,6 +269,8 @@ def test_starts_from_a_checkpoint_with_its_tokenizer(options, uninterrupted, tmp
         (dict(vocab_size=300, tokenizer="x"), "--vocab-size is for a tokenizer trained on the data"),
         (dict(model="no-such-dir/config.json"), "no OPT configuration at no-such-dir/config.json"),
         (dict(data=("no-such-file",)), "no-such-file: no such file or directory"),
+        (dict(validation_data=("SHORT",)), "--validation-data: too short for one sequence of 32 tokens: take more"),
+        (dict(mixture=(0.5, 0.5)), "--mixture 0.5 0.5: needs one weight above 0 for each of the 1 of --data"),
     ],
 )
 def test_bad_options_are_one_clear_error(options, tmp_path, changes, message):
@@ -265,6 +279,9 @@ def test_bad_options_are_one_clear_error(options, tmp_path, changes, message):
     if changes.get("vocab_size") == 305:  # needs text that gives that many
         (tmp_path / "text.txt").write_text("".join(f"variable_{i} = {i}\n" for i in range(2000)))
         changes = changes | dict(data=(str(tmp_path / "text.txt"),))
+    if "validation_data" in changes:
+        (tmp_path / "short.txt").write_text("def x")
+        changes = dict(validation_data=(str(tmp_path / "short.txt"),))
     with pytest.raises((ValueError, OSError), match=message):
         run(options, tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()

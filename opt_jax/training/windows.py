@@ -20,7 +20,10 @@ class _Source:
         self._count = (len(tokens) - 1) // seq_len
         if self._count < 1:
             where = f"{tokens.name}: " if tokens.name else ""
-            raise ValueError(f"{where}{len(tokens)} tokens do not fill one window of seq_len + 1 = {seq_len + 1}")
+            raise ValueError(
+                f"{where}{len(tokens)} tokens do not fill one sequence and the token behind it, {seq_len + 1}: "
+                "take more data, or a smaller --seq-len"
+            )
 
     def __len__(self) -> int:
         return self._count
