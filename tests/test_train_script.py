@@ -18,6 +18,7 @@ import pytest
 
 import train
 from opt_jax import OPTConfig, OPTForCausalLM, OPTTokenizer
+from opt_jax.cli import main
 from opt_jax.training.checkpoints import Checkpoints
 from opt_jax.training.step import TrainState
 
@@ -195,6 +196,26 @@ def test_stops_as_asked_and_resumes_on_another_mesh(options, uninterrupted, tmp_
     for name in ("loss", "lr", "grad_norm"):
         ours, theirs = ([line[name] for line in part] for part in (lines, metrics(uninterrupted[0])))
         np.testing.assert_allclose(ours, theirs, rtol=1e-5 if name == "loss" else 1e-4, err_msg=name)
+
+
+def test_arrays_and_texts_in_a_mixture_go_on_with_other_workers(options, uninterrupted, tmp_path):
+    """All that the data can be, at once: the losses of a run in one piece, threads reading."""
+    text, tokenizer = options["data"][0], str(uninterrupted[0])
+    words = ["tokenize", text, "--output", str(tmp_path / "a.npy"), "--tokenizer", tokenizer]
+    assert main(words) == 0
+    mixed = options | dict(
+        data=(str(tmp_path / "a.npy"), text), mixture=(0.25, 0.75), pack="segments", tokenizer=tokenizer, steps=6,
+    )  # fmt: skip
+    whole = run(mixed, tmp_path / "whole")
+    run(mixed, tmp_path / "run", stop_after=3, data_workers=2)
+    state = json.loads(next((tmp_path / "run" / "checkpoints" / "3" / "data").iterdir()).read_text())
+    assert state["step"] == 3 and state["weights"] == [0.25, 0.75] and state["segments"] is True
+    same(run(mixed, tmp_path / "run"), whole)
+    for changes in (dict(pack="concat"), dict(mixture=(0.75, 0.25))):
+        other = run(mixed | changes, tmp_path / str(changes), stop_after=1)
+        assert other[0]["loss"] != whole[0]["loss"]
+    with pytest.raises(ValueError, match="mixture was"):
+        run(mixed | dict(mixture=(0.5, 0.5)), tmp_path / "run")
 
 
 def test_a_changed_run_is_refused_with_the_difference(options, uninterrupted, tmp_path):
