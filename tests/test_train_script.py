@@ -291,6 +291,7 @@ def test_starts_from_a_checkpoint_with_its_tokenizer(options, uninterrupted, tmp
         (dict(model="no-such-dir/config.json"), "no OPT configuration at no-such-dir/config.json"),
         (dict(data=("no-such-file",)), "no-such-file: no such file or directory"),
         (dict(validation_data=("SHORT",)), "--validation-data: too short for one sequence of 32 tokens: take more"),
+        (dict(lora_rank=2), "--lora-rank adapts a checkpoint, but the weights of --model .*config.json are new"),
         (dict(mixture=(0.5, 0.5)), "--mixture 0.5 0.5: needs one weight above 0 for each of the 1 of --data"),
     ],
 )

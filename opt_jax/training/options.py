@@ -277,6 +277,8 @@ def model_config(options: Options) -> tuple[OPTConfig, str | None]:
             raise ValueError("--init-std is for new weights, but --model is a checkpoint: leave one of them out")
     if options.vocab_size and (options.tokenizer or start):
         raise ValueError("--vocab-size is for a tokenizer trained on the data: leave it out, or --tokenizer / --model")
+    if options.lora_rank and start is None:
+        raise ValueError(f"--lora-rank adapts a checkpoint, but the weights of --model {name} are new: name one")
     return dataclasses.replace(config, **changes), start
 
 
