@@ -176,11 +176,16 @@ def main(options: Options) -> None:
         )  # fmt: skip
         windows = make_windows(streams, seed=options.seed, weights=options.mixture or None)
         held_out = [stream for stream in held_out if len(stream) > seq_len]
+        if options.validation_data and not held_out:
+            raise ValueError(
+                f"--validation-data: too short for one sequence of {seq_len} tokens: take more, or a smaller --seq-len"
+            )
         validation = make_windows(held_out) if held_out else None
         described = corpus.describe(windows.tokens, validation.tokens if validation else 0)
         tokens_per_step = options.batch_size * seq_len
     record["data"] = windows.description()
-    distributed.check_same(record["data"])
+    record["held-out data"] = validation.description() if validation else {}
+    distributed.check_same(record["data"] | {f"held-out {name}": v for name, v in record["held-out data"].items()})
     compare_with_first_start(output / "run.json", record)
 
     # -----------------------------------------------------------------------------------------------------------------

@@ -120,6 +120,7 @@ def tokenize(
     """
     from opt_jax.training.tokens import tokenize_sources
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # no JAX here, but processes and a file to clear away
     _print(tokenize_sources(sources, output, tokenizer, workers, skip_bad_records) + "\n")
 
 
@@ -151,6 +152,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"opt-jax: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("opt-jax: interrupted", file=sys.stderr)
+        return 130  # as shells say of a program that Ctrl-C ended
     finally:
         signal.signal(signal.SIGINT, interrupt)
     return 0

@@ -25,8 +25,8 @@ class EvalOptions:
     model: Annotated[str, tyro.conf.Positional]
     """"tiny" (the model inside this package), a directory, or a Hugging Face hub id such as facebook/opt-125m."""
     data: tuple[str, ...] = ()
-    """Texts, and jsonl files with a document per line (its "text"); of a directory, those in it. All documents make one
-    text, each with </s> in front."""
+    """Texts, jsonl files with a document per line (its "text"), hf:NAME[,CONFIG][:SPLIT]; directories and globs of such
+    files. All documents make one text, each with </s> in front."""
     protocol: Literal["both", "non-overlapping", "sliding"] | None = None
     """With --data. non-overlapping: windows end to end, as for the published numbers; sliding: windows that overlap, so
     that every token has others before it. Default: both."""
@@ -172,9 +172,14 @@ def read_ids(paths: Sequence[str], tokenizer: Any) -> tuple[Any, int]:
     """(the ids of all documents, each behind `</s>`, int32 [N]; how many documents)."""
     import numpy as np
 
-    from opt_jax.training import data
+    from opt_jax.training.documents import TEXT_SUFFIXES, find_sources, read_documents
 
-    documents = data.read_documents(data.find_files(paths))
+    sources = find_sources(paths, TEXT_SUFFIXES)
+    if arrays := [source for source in sources if source.suffix == ".npy"]:
+        raise ValueError(
+            f"--data {arrays[0]}: holds tokens; name the texts, which are tokenised as the model wants them"
+        )
+    documents = read_documents(sources)
     rows = tokenizer(documents, return_tensors=None, add_special_tokens=False)["input_ids"]
     return np.concatenate([np.array([tokenizer.bos_token_id, *row], np.int32) for row in rows]), len(documents)
 

@@ -1,13 +1,23 @@
 """The data pipeline: what is read, arrays of tokens, the order of batches for any number of readers, and its state."""
 
+import contextlib
 import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from opt_jax import OPTTokenizer
 from opt_jax.cli import main
-from opt_jax.training import data
+from opt_jax.training import data, tokens
 from opt_jax.training.documents import BadRecords, find_files, find_sources, pieces, read_documents
 from opt_jax.training.tokens import Tokens, open_tokens, write_tokens
 from opt_jax.training.windows import Reader, Windows
@@ -45,7 +55,9 @@ def test_worker_processes_read_the_same(tmp_path):
     windows = make_windows(tmp_path / "a.npy")
     with Reader(windows, range(8), 3, 9, workers=2) as reader:
         for step, place in enumerate(reader, start=3):
-            np.testing.assert_array_equal(place(slice(2, 6))["labels"], windows.rows(step)[2:6, 1:])
+            labels = place(slice(2, 6))["labels"]
+            np.testing.assert_array_equal(labels, windows.rows(step)[2:6, 1:])
+            assert type(labels) is np.ndarray  # and not one of Grain's in shared memory
     assert step == 8
 
 
@@ -97,15 +109,30 @@ def test_bad_records_are_left_out_and_counted(tmp_path, capsys):
         find_files([tmp_path / "*.zip"])
 
 
-def test_text_is_cut_where_the_tokenizer_does_not_see_it(tmp_path, tokenizer):
+@pytest.mark.parametrize("block", [1, 40])
+def test_text_is_cut_where_the_tokenizer_does_not_see_it(block, tmp_path, tokenizer):
     text = "def f(x):\n    return x\n\n\nclass A:\n\tpass\n  \n# end\nx = 1\n" * 50
     (tmp_path / "a.txt").write_text(text)
-    cut = list(pieces([tmp_path / "a.txt"], BadRecords(), block=40))
+    cut = list(pieces([tmp_path / "a.txt"], BadRecords(), block))
     assert len(cut) > 20 and "".join(piece for piece, _ in cut) == text and [last for _, last in cut].count(True) == 1
     write_tokens([tmp_path / "a.txt"], tmp_path / "a.npy", tokenizer, "tiny")
     np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), data.tokenize([text], tokenizer))
-    apart = [i for piece, _ in cut for i in tokenizer.encode(piece, add_special_tokens=False)]
-    assert apart == tokenizer.encode(text, add_special_tokens=False)
+    assert words(cut, tokenizer) == words([(text, True)], tokenizer)
+
+
+def words(cut, tokenizer):
+    """What no token goes beyond, whatever the vocabulary."""
+    split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str
+    return [word for piece, _ in cut for word, _ in split(piece)]
+
+
+def test_a_text_of_one_line_is_cut_between_words(tmp_path, tokenizer):
+    text = "it's  one\tline - of 1 def f(x): and \N{SNOWMAN} two   spaces " * 50
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    cut = list(pieces([tmp_path / "a.txt"], BadRecords(), block=1))
+    assert max(len(piece) for piece, _ in cut) < 20 and "".join(piece for piece, _ in cut) == text
+    assert [last for _, last in cut] == [False] * (len(cut) - 1) + [True]
+    assert words(cut, tokenizer) == words([(text, True)], tokenizer)
 
 
 def test_tokenize_command(tmp_path, capsys, tokenizer):
@@ -114,18 +141,95 @@ def test_tokenize_command(tmp_path, capsys, tokenizer):
     assert "of 40 documents as uint16" in capsys.readouterr().out
     assert main(["tokenize", str(tmp_path), "--output", str(tmp_path / "b.npy"), "--workers", "2"]) == 0
     assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
-    tokens = open_tokens(tmp_path / "a.npy", tokenizer)
+    stream = open_tokens(tmp_path / "a.npy", tokenizer)
     np.testing.assert_array_equal(
-        tokens.read(0, len(tokens)), data.tokenize(read_documents([tmp_path / "a.jsonl"]), tokenizer)
+        stream.read(0, len(stream)), data.tokenize(read_documents([tmp_path / "a.jsonl"]), tokenizer)
     )
-    training, held_out = tokens.split(0.05, 2)
+    training, held_out = stream.split(0.05, 2)
     assert held_out.read(0, 1)[0] == 2 and training.read(len(training) - 1, 1)[0] == 2
-    assert len(training) + len(held_out) == len(tokens) + 1
+    assert len(training) + len(held_out) == len(stream) + 1
     with pytest.raises(ValueError, match="made with another tokenizer"):
         open_tokens(tmp_path / "a.npy", data.train_tokenizer(["x"], 300))
     (tmp_path / "a.jsonl").write_text("[]\n")
     assert main(["tokenize", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "c.npy")]) == 1
     assert "a.jsonl:1: expected an object" in capsys.readouterr().err and not list(tmp_path.glob("c.npy*"))
+
+
+@pytest.mark.parametrize("content", ['{"tokenizer": ', "[]", '{"tokenizer": {}}'])
+def test_what_lies_beside_an_array_is_named_where_it_is_broken(tmp_path, tokenizer, content):
+    np.save(tmp_path / "a.npy", np.arange(9))
+    (tmp_path / "a.npy.json").write_text(content)
+    with pytest.raises(ValueError, match=r"a\.npy\.json: not what opt-jax tokenize writes beside an array"):
+        open_tokens(tmp_path / "a.npy", tokenizer)
+    (tmp_path / "b.npy").write_bytes(b"no array at all")
+    with pytest.raises(ValueError, match=r"b\.npy: not an array of token ids \(the magic string is not correct"):
+        len(open_tokens(tmp_path / "b.npy", tokenizer))
+
+
+def test_all_cores_tokenise_what_is_large(tmp_path, monkeypatch):
+    asked = []
+
+    def write(*_, workers, **__):
+        asked.append(workers)
+        return dict(tokens=1, documents=1, dtype="uint16", left_out=0)
+
+    monkeypatch.setattr(tokens, "write_tokens", write)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6), raising=False)
+    with open(tmp_path / "a.txt", "wb") as file:
+        file.truncate(200 << 20)
+    (tmp_path / "b.txt").write_text("small")
+    for name in "ab":
+        tokens.tokenize_sources([str(tmp_path / f"{name}.txt")], tmp_path / "x.npy", "tiny", None, False)
+    assert asked == [6, 1]
+
+
+@pytest.fixture
+def tokenising(tmp_path):
+    """`opt-jax tokenize` at work, with standard error on a terminal; what it writes there; its workers."""
+    (tmp_path / "a.txt").write_text("def f(x):\n    return x\n" * 2_000_000)
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "opt_jax.cli", "tokenize", str(tmp_path / "a.txt"), "--workers", "2"]
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "80", "NO_COLOR": "1"}
+    process = subprocess.Popen(
+        [*command, "--output", str(tmp_path / "a.npy")], stderr=theirs, env=environment, start_new_session=True
+    )
+    os.close(theirs)
+    shown = b""
+    while not re.search(rb"[1-9][0-9.]*/4[0-9.]+ MB", shown):
+        shown += os.read(ours, 1 << 16)
+    found = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert len(found) >= 2
+    yield process, ours, found
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    os.close(ours)
+
+
+def ended(pid):
+    path = Path(f"/proc/{pid}/stat")
+    return not path.exists() or path.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_a_bar_on_a_terminal_and_nothing_left_of_what_is_ended(tokenising, sent, tmp_path):
+    process, ours, workers = tokenising
+    os.killpg(process.pid, sent) if sent == signal.SIGINT else process.kill()
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux: when all have closed the other side, workers too
+        while select.select([ours], [], [], 60)[0]:
+            shown += os.read(ours, 1 << 16)
+    assert process.wait() == (130 if sent == signal.SIGINT else -signal.SIGKILL)
+    for _ in range(100):  # what has closed its files may take a moment to be gone
+        if all(map(ended, workers)):
+            break
+        time.sleep(0.1)
+    assert all(map(ended, workers)) and not (tmp_path / "a.npy").exists()
+    if sent == signal.SIGINT:
+        assert b"opt-jax: interrupted" in shown and b"Traceback" not in shown and b"Warning" not in shown
+        assert os.listdir(tmp_path) == ["a.txt"]
 
 
 def test_hugging_face_dataset_from_disk(tmp_path):

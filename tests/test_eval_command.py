@@ -73,6 +73,7 @@ def test_documents_stand_behind_an_end_of_text_each(tmp_path, capsys):
     rows = [{"text": "import os\n"}, {"text": "def f(x):\n    return x\n"}]
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "z.txt").write_text("class A: pass")
+    np.save(tmp_path / "tokens.npy", np.arange(9))  # as `opt-jax tokenize` may have put it there: not a text
     assert main(["eval", "tiny", "--data", str(tmp_path), "--json", "--protocol", "sliding"]) == 0
     report = json.loads(capsys.readouterr().out)
     tokenizer = OPTTokenizer.from_pretrained("tiny")
@@ -81,6 +82,12 @@ def test_documents_stand_behind_an_end_of_text_each(tmp_path, capsys):
     scores = OPTForCausalLM.from_pretrained("tiny").score([ids])[0, 1:]
     assert report["results"][0]["loss"] == pytest.approx(-float(np.mean(scores)), rel=1e-5)
     assert report["results"][0]["loss_stderr"] is None
+
+
+def test_tokens_are_no_text(tmp_path, capsys):
+    np.save(tmp_path / "a.npy", np.arange(9))
+    assert main(["eval", "tiny", "--data", str(tmp_path / "a.npy")]) == 1
+    assert "a.npy: holds tokens; name the texts" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -113,6 +120,7 @@ def test_on_a_mesh(file, expected, capsys):
     (["--data", "FILE", "--attention", "splash"], "attention splash needs a TPU"),
     (["--data", "FILE", "--output", "/no/such/place/x.json"], "--output .*: must be a file in a directory that is"),
     (["--data", "nowhere.txt"], "nowhere.txt: no such file or directory"),
+    (["--data", "hf:nowhere"], "hf:nowhere: cannot be loaded|hf:nowhere needs the package datasets"),
 ])  # fmt: skip
 def test_errors_are_one_line(file, capsys, words, message):
     assert main(["eval", "tiny", *(file if word == "FILE" else word for word in words)]) == 1

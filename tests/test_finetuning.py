@@ -172,12 +172,42 @@ def test_batches_are_padded_to_few_lengths():
         ("good\t\n", r"x.tsv:1: expected"),
         ("good\t1\nbad\xff\t0\n", r"x.tsv:2: not UTF-8"),
         ("\n", r"x.tsv: no examples"),
+        ("1\tgood\n0\tbad\n1\tfine\n", r"x.tsv: 3 different labels, more than texts: put the text first"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, text, message):
     (tmp_path / "x.tsv").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=message):
         read_tsv([str(tmp_path / "x.tsv")])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\ufeffna\u00efve\tyes\r\n\r\n\U0001f600 x\u2028y\tno\r\n",  # of Windows
+        "label\tsentence\nyes\tna\u00efve\nno\t\U0001f600 x\u2028y\n",
+        "Sentence\tLabel\nna\u00efve\tyes\n\U0001f600 x\u2028y\tno",
+    ],
+)
+def test_columns_line_ends_and_unicode(tmp_path, content):
+    (tmp_path / "x.tsv").write_bytes(content.encode())
+    assert read_tsv([str(tmp_path / "x.tsv")]) == (["na\u00efve", "\U0001f600 x\u2028y"], ["yes", "no"])
+
+
+def test_files_of_tasks_that_are_not_there(tmp_path):
+    for read in (read_tsv, squad.read_squad):
+        with pytest.raises(FileNotFoundError, match="none: no such file"):
+            read([str(tmp_path / "none")])
+        with pytest.raises(FileNotFoundError, match="a directory: name the files in it"):
+            read([str(tmp_path)])
+
+
+def test_a_label_that_only_the_held_out_examples_have(tmp_path):
+    (tmp_path / "train.tsv").write_text("a\tyes\nb\tno\n")
+    (tmp_path / "dev.tsv").write_text("a\tperhaps\n")
+    files = ([str(tmp_path / "train.tsv")], [str(tmp_path / "dev.tsv")])
+    with pytest.raises(ValueError, match=r"dev\.tsv: the label 'perhaps' is that of no example in --data"):
+        Classification(*files, None, batch_size=2, seq_len=8, seed=0)  # type: ignore[reportArgumentType]
 
 
 def test_labels_are_numbered_by_size_or_alphabet(tmp_path):
@@ -286,6 +316,12 @@ def test_bad_squad_files_are_named(tmp_path, change, message):
     (tmp_path / "y.json").write_text("{")
     with pytest.raises(ValueError, match="y.json: not JSON"):
         squad.read_squad([str(tmp_path / "y.json")])
+
+
+def test_a_squad_file_of_windows_is_read(tmp_path):
+    squad_file(tmp_path / "x.json")
+    (tmp_path / "x.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "x.json").read_bytes())
+    assert len(squad.read_squad([str(tmp_path / "x.json")])) == 2
 
 
 # LoRA -----------------------------------------------------------------------------------------------------------------

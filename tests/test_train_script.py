@@ -18,6 +18,7 @@ import pytest
 
 import train
 from opt_jax import OPTConfig, OPTForCausalLM, OPTTokenizer
+from opt_jax.cli import main
 from opt_jax.training.checkpoints import Checkpoints
 from opt_jax.training.step import TrainState
 
@@ -197,6 +198,26 @@ def test_stops_as_asked_and_resumes_on_another_mesh(options, uninterrupted, tmp_
         np.testing.assert_allclose(ours, theirs, rtol=1e-5 if name == "loss" else 1e-4, err_msg=name)
 
 
+def test_arrays_and_texts_in_a_mixture_go_on_with_other_workers(options, uninterrupted, tmp_path):
+    """All that the data can be, at once: the losses of a run in one piece, threads reading."""
+    text, tokenizer = options["data"][0], str(uninterrupted[0])
+    words = ["tokenize", text, "--output", str(tmp_path / "a.npy"), "--tokenizer", tokenizer]
+    assert main(words) == 0
+    mixed = options | dict(
+        data=(str(tmp_path / "a.npy"), text), mixture=(0.25, 0.75), pack="segments", tokenizer=tokenizer, steps=6,
+    )  # fmt: skip
+    whole = run(mixed, tmp_path / "whole")
+    run(mixed, tmp_path / "run", stop_after=3, data_workers=2)
+    state = json.loads(next((tmp_path / "run" / "checkpoints" / "3" / "data").iterdir()).read_text())
+    assert state["step"] == 3 and state["weights"] == [0.25, 0.75] and state["segments"] is True
+    same(run(mixed, tmp_path / "run"), whole)
+    for changes in (dict(pack="concat"), dict(mixture=(0.75, 0.25))):
+        other = run(mixed | changes, tmp_path / str(changes), stop_after=1)
+        assert other[0]["loss"] != whole[0]["loss"]
+    with pytest.raises(ValueError, match="mixture was"):
+        run(mixed | dict(mixture=(0.5, 0.5)), tmp_path / "run")
+
+
 def test_a_changed_run_is_refused_with_the_difference(options, uninterrupted, tmp_path):
     output = uninterrupted[0]
     with pytest.raises(ValueError, match=r"(?s)started differently:\n  options: seed was 0, is now 1\n.*--output"):
@@ -215,6 +236,18 @@ def test_a_changed_run_is_refused_with_the_difference(options, uninterrupted, tm
     with pytest.raises(ValueError, match=r"data: fingerprint was"):
         run(changed, tmp_path / "run")
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    # And other text to measure the loss on, in a file of the same name.
+    (tmp_path / "valid.txt").write_text("def return self x " * 99)
+    changed = options | dict(validation_data=(str(tmp_path / "valid.txt"),))
+    run(changed, tmp_path / "other", stop_after=1)
+    (tmp_path / "valid.txt").write_text("x self return def " * 99)
+    with pytest.raises(ValueError, match=r"started differently:\n  held-out data: fingerprint was"):
+        run(changed, tmp_path / "other")
+    path = tmp_path / "other" / "run.json"
+    record = json.loads(path.read_text())
+    del record["held-out data"]  # of an older train.py
+    path.write_text(json.dumps(record))
+    assert len(run(changed, tmp_path / "other", stop_after=1)) == 2
 
 
 def test_an_option_younger_than_the_run_counts_as_its_default(options, tmp_path):
@@ -257,6 +290,9 @@ def test_starts_from_a_checkpoint_with_its_tokenizer(options, uninterrupted, tmp
         (dict(vocab_size=300, tokenizer="x"), "--vocab-size is for a tokenizer trained on the data"),
         (dict(model="no-such-dir/config.json"), "no OPT configuration at no-such-dir/config.json"),
         (dict(data=("no-such-file",)), "no-such-file: no such file or directory"),
+        (dict(validation_data=("SHORT",)), "--validation-data: too short for one sequence of 32 tokens: take more"),
+        (dict(lora_rank=2), "--lora-rank adapts a checkpoint, but the weights of --model .*config.json are new"),
+        (dict(mixture=(0.5, 0.5)), "--mixture 0.5 0.5: needs one weight above 0 for each of the 1 of --data"),
     ],
 )
 def test_bad_options_are_one_clear_error(options, tmp_path, changes, message):
@@ -265,6 +301,9 @@ def test_bad_options_are_one_clear_error(options, tmp_path, changes, message):
     if changes.get("vocab_size") == 305:  # needs text that gives that many
         (tmp_path / "text.txt").write_text("".join(f"variable_{i} = {i}\n" for i in range(2000)))
         changes = changes | dict(data=(str(tmp_path / "text.txt"),))
+    if "validation_data" in changes:
+        (tmp_path / "short.txt").write_text("def x")
+        changes = dict(validation_data=(str(tmp_path / "short.txt"),))
     with pytest.raises((ValueError, OSError), match=message):
         run(options, tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()

@@ -99,7 +99,9 @@ def test_a_batch_depends_on_seed_and_step_alone():
 
 
 def test_too_little_text_for_one_window():
-    with pytest.raises(ValueError, match="10 tokens do not fill one window of seq_len [+] 1 = 11"):
+    with pytest.raises(
+        ValueError, match="10 tokens do not fill one sequence .*, 11: take more data, or a smaller --seq-len"
+    ):
         data.Windows(np.arange(10), seq_len=10, batch_size=1)
 
 
@@ -120,14 +122,24 @@ def test_documents_from_files_and_directories(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl:2: not JSON"),
         ("a.jsonl", b'{"text": "x"}\n["x"]\n', r'a\.jsonl:2: expected an object with a string under "text"'),
         ("a.jsonl", b'{"txt": "x"}', r"a\.jsonl:1: expected an object"),
+        ("a.jsonl", b'{"text": "x"}\n' + b"[" * 100_000, r"a\.jsonl:2: not JSON that can be read"),
+        ("a.jsonl", b'{"id": ' + b"1" * 5000 + b"}", r"a\.jsonl:1: not JSON that can be read"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "cut \\ud83d"}\n', r"a\.jsonl:2: half of a surrogate pair"),
         ("a.txt", b"fine\n\xff", r"a\.txt:2: not UTF-8 text"),
         ("a.txt", b" \n", r"a\.txt:1: an empty file"),
+        ("a.txt", b"\xef\xbb\xbf\r\n", r"a\.txt:1: an empty file"),
     ],
 )
 def test_bad_files_are_named_with_the_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         data.read_documents([tmp_path / name])
+
+
+def test_files_of_windows_are_read(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('\ufeff{"text": "na\u00efve"}\r\n{"text": "two"}\r\n'.encode())
+    (tmp_path / "b.txt").write_bytes("\ufeffone\r\ntwo \U0001f600\r\n".encode())
+    assert data.read_documents(data.find_files([tmp_path])) == ["na\u00efve", "two", "one\ntwo \U0001f600\n"]
 
 
 def test_missing_paths_are_named(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 from opt_jax.text import OPTTokenizer
 from opt_jax.training import tasks
 
-_HEADERS = {("sentence", "label"), ("text", "label")}
+_HEADERS = {("sentence", "label"), ("text", "label")}  # or the other way round, then of all the file's lines
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
@@ -25,26 +25,33 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
 
 
 def read_tsv(paths: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(texts, labels) of lines `text TAB label`; a first line that says `sentence TAB label` is passed over.
+    """(texts, labels) of lines `text TAB label`; a first line `sentence TAB label` or `label TAB sentence` says which
+    is which, and is passed over.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: a line that is not of this form (named), or no example at all.
+      ValueError: a line that is not of this form (named), no example at all, or columns that seem to be swapped.
     """
     texts, labels = [], []
-    for path in map(Path, paths):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
+    for path in tasks.named_files(paths):
+        columns = (0, 1)
         for number, line in read_lines(path):
             parts = [part.strip() for part in line.split("\t")]
-            if number == 1 and tuple(part.lower() for part in parts) in _HEADERS:
+            header = tuple(part.lower() for part in parts)
+            if number == 1 and (header in _HEADERS or header[::-1] in _HEADERS):
+                columns = (0, 1) if header in _HEADERS else (1, 0)
                 continue
             if len(parts) != 2 or not all(parts):
                 raise ValueError(f"{path}:{number}: expected a text, a tab and a label, found {line[:60]!r}")
-            texts.append(parts[0])
-            labels.append(parts[1])
+            texts.append(parts[columns[0]])
+            labels.append(parts[columns[1]])
     if not texts:
         raise ValueError(f"{', '.join(paths)}: no examples")
+    if (kinds := len(set(labels))) > len(set(texts)):
+        raise ValueError(
+            f"{', '.join(paths)}: {kinds} different labels, more than texts: put the text first, then a tab and the "
+            "label, or name the columns in a first line (label TAB sentence)"
+        )
     return texts, labels
 
 
@@ -68,7 +75,7 @@ class Classification:
             texts, names = [texts[i] for i in kept], [names[i] for i in kept]
         self.labels = list(numbers)
         if unknown := sorted(set(other_names) - set(numbers)):
-            raise ValueError(f"the held-out label {unknown[0]!r} is that of no training example")
+            raise ValueError(f"{', '.join(held_out)}: the label {unknown[0]!r} is that of no example in --data")
         self.truncated = 0
 
         def batches(texts: list[str], names: list[str], seed: int | None) -> tasks.Batches:

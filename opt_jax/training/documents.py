@@ -1,6 +1,7 @@
 """What `--data` names -> documents: text and .jsonl files, directories, globs, Hugging Face datasets; and what is wrong
 in them, by file and line. No jax, no tokens."""
 
+import codecs
 import glob
 import importlib.util
 import json
@@ -17,6 +18,7 @@ TEXT_SUFFIXES = (".jsonl", ".md", ".py", ".rst", ".txt")
 STDLIB_SKIP = {"__pycache__", "encodings", "idle_test", "site-packages", "dist-packages", "test", "tests"}
 BLOCK = 1 << 16  # characters of a text file that are tokenised at once, about
 _SHOWN = 20
+_BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")
 
 
 class BadRecords:
@@ -95,7 +97,7 @@ def pieces(
     """(text, whether it ends its document), in order, never a whole large file at once.
 
     block: cut text files about so long, and only where GPT-2's pattern cuts in any case: between a line and the next,
-    neither of them blank there. Default: not at all.
+    neither of them blank there; in a line that is longer, before a space between words. Default: not at all.
     """
     for source in sources:
         if isinstance(source, HFSource):
@@ -111,6 +113,8 @@ def _lines(path: Path, bad: BadRecords) -> Iterator[tuple[int, str]]:
     offset, empty = 0, True
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
+            if number == 1 and line.startswith(codecs.BOM_UTF8):  # as programs of Windows begin their files
+                offset, line = len(codecs.BOM_UTF8), line.removeprefix(codecs.BOM_UTF8)
             empty = empty and not line.strip()
             try:
                 text = line.decode("utf-8")
@@ -127,29 +131,58 @@ def _text(path: Path, bad: BadRecords, block: int | None) -> Iterator[tuple[str,
     lines: list[str] = []
     size = 0
     for _, line in _lines(path, bad):
-        between = lines and lines[-1].endswith("\n") and not lines[-1][-2:-1].isspace() and len(lines[-1]) > 1
-        if block is not None and size >= block and between and not line[0].isspace():
-            yield "".join(lines), False
-            lines, size = [], 0
-        lines.append(line)
-        size += len(line)
+        for number, part in enumerate(_parts(line, block)):
+            if block is not None and size >= block and (number or _may_be_apart(lines[-1], part)):
+                yield "".join(lines), False
+                lines, size = [], 0
+            lines.append(part)
+            size += len(part)
     if lines:
         yield "".join(lines), True
+
+
+def _may_be_apart(line: str, following: str) -> bool:
+    return len(line) > 1 and line.endswith("\n") and not line[-2].isspace() and not following[0].isspace()
+
+
+def _parts(line: str, block: int | None) -> Iterator[str]:
+    """A line, which may be all of a corpus, in parts of at least `block` characters."""
+    begin = 0
+    while block is not None and (space := _BETWEEN_WORDS.search(line, begin + block)):
+        yield line[begin : space.start()]
+        begin = space.start()
+    yield line[begin:]
 
 
 def _jsonl(path: Path, bad: BadRecords) -> Iterator[str]:
     for number, line in _lines(path, bad):
         if not line.strip():
             continue
+        where = f"{path}:{number}"
         try:
             document = json.loads(line)
         except json.JSONDecodeError as error:
-            bad.report(f"{path}:{number}", f"not JSON ({error.msg} at column {error.colno})")
+            bad.report(where, f"not JSON ({error.msg} at column {error.colno})")
             continue
-        if isinstance(document, dict) and isinstance(document.get("text"), str):
-            yield document["text"]
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+            bad.report(where, f"not JSON that can be read ({str(error).split(';')[0]})")
+            continue
+        text = document.get("text") if isinstance(document, dict) else None
+        if not isinstance(text, str):
+            bad.report(where, 'expected an object with a string under "text"')
+        elif not _is_unicode(text):
+            bad.report(where, r"half of a surrogate pair (\ud800 to \udfff), which is no character")
         else:
-            bad.report(f"{path}:{number}", 'expected an object with a string under "text"')
+            yield text
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON can write half of a surrogate pair, of a text that was cut within a character; no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class HFSource:

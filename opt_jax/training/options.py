@@ -277,19 +277,24 @@ def model_config(options: Options) -> tuple[OPTConfig, str | None]:
             raise ValueError("--init-std is for new weights, but --model is a checkpoint: leave one of them out")
     if options.vocab_size and (options.tokenizer or start):
         raise ValueError("--vocab-size is for a tokenizer trained on the data: leave it out, or --tokenizer / --model")
+    if options.lora_rank and start is None:
+        raise ValueError(f"--lora-rank adapts a checkpoint, but the weights of --model {name} are new: name one")
     return dataclasses.replace(config, **changes), start
 
 
 def compare_with_first_start(path: epath.Path, record: dict) -> None:
     """Refuse to resume a run with anything changed that would change its losses.
 
-    An option that did not exist when the run began counts as having had its default.
+    An option that did not exist when the run began counts as having had its default; what was not recorded then is not
+    compared.
     """
     if not path.exists():
         return
     before, differences = json.loads(path.read_text(encoding="utf-8")), []
     defaults = {"options": dataclasses.asdict(Options())}
     for section, values in record.items():
+        if section not in before:
+            continue
         old_values = defaults.get(section, {}) | before.get(section, {})
         for name in sorted({*values, *old_values}):
             old, new = old_values.get(name), json.loads(json.dumps(values.get(name)))

@@ -46,11 +46,9 @@ def read_squad(paths: Sequence[str]) -> list[Question]:
       ValueError: not JSON, not of this form, or an answer that is not where it should be (the question is named).
     """
     questions = []
-    for path in map(Path, paths):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
+    for path in tasks.named_files(paths):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
         except ValueError as error:
             raise ValueError(f"{path}: not JSON ({error})") from None
         try:

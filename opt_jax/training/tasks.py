@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -177,6 +178,15 @@ def evaluate(held_out: Batches, predict: Callable) -> tuple[float, list[np.ndarr
             if number >= 0:
                 logits[number] = row
     return total / max(count, 1), logits
+
+
+def named_files(paths: Sequence[str]) -> list[Path]:
+    """FileNotFoundError for what is no file. Not directories: what is trained on and what is not lie side by side."""
+    for path in map(Path, paths):
+        if not path.is_file():
+            what = "a directory: name the files in it" if path.is_dir() else "no such file"
+            raise FileNotFoundError(f"{path}: {what}")
+    return list(map(Path, paths))
 
 
 def fingerprint(examples: Sequence[Sequence[int]], labels: np.ndarray) -> str:

@@ -8,12 +8,14 @@ there is nothing to check it against.
 import hashlib
 import json
 import os
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +51,8 @@ class Tokens:
         if self._array is None:
             assert self.path is not None
             try:
-                self._array = np.load(self.path, mmap_mode="r", allow_pickle=False)
-            except (ValueError, EOFError) as error:
+                self._array = np.lib.format.open_memmap(self.path, mode="r")
+            except ValueError as error:
                 raise ValueError(f"{self.path}: not an array of token ids ({error})") from None
             if self._array.ndim != 1 or self._array.dtype.kind not in "iu":
                 what = f"{self._array.dtype} {list(self._array.shape)}"
@@ -99,13 +101,17 @@ def open_tokens(path: Path, tokenizer: OPTTokenizer | None = None) -> Tokens:
     """A .npy file.
 
     Raises:
-      ValueError: it is not one, or FILE.npy.json says that another tokenizer made it.
+      ValueError: it is not one, or FILE.npy.json says that another tokenizer made it, or cannot be read.
     """
     about = Path(f"{path}.json")
     if tokenizer is not None and about.exists():
-        made_by = json.loads(about.read_text(encoding="utf-8"))["tokenizer"]
-        if made_by["fingerprint"] != vocabulary_fingerprint(tokenizer):
-            raise ValueError(f"{path} was made with another tokenizer ({made_by['name']}): name that with --tokenizer")
+        try:
+            made_by = json.loads(about.read_text(encoding="utf-8"))["tokenizer"]
+            name, vocabulary = made_by["name"], made_by["fingerprint"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{about}: not what opt-jax tokenize writes beside an array: make both again") from None
+        if vocabulary != vocabulary_fingerprint(tokenizer):
+            raise ValueError(f"{path} was made with another tokenizer ({name}): name that with --tokenizer")
     return Tokens(str(path), path=Path(path))
 
 
@@ -135,7 +141,7 @@ def tokenize_sources(
     sizes = [source.stat().st_size for source in sources if isinstance(source, Path)]
     total = sum(sizes) if len(sizes) == len(sources) else None
     if workers is None:  # a process takes seconds to start, and reads megabytes in these
-        cores = os.cpu_count() or 1
+        cores = _cores()
         workers = cores if total is None else max(1, min(cores, total // (16 * _TASK)))
     columns = (TextColumn("tokenising"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
@@ -150,6 +156,11 @@ def tokenize_sources(
         f"{output}: {about['tokens']:,} tokens of {about['documents']:,} documents as {about['dtype']}{left_out}, in "
         f"{time.monotonic() - begin:.1f} s"
     )
+
+
+def _cores() -> int:
+    """Those that this process may use: under SLURM or taskset not all that the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def write_tokens(
@@ -202,7 +213,7 @@ def _write_header(file: Any, dtype: np.dtype, length: int) -> int:
 
 def _block(tokenizer: OPTTokenizer) -> int | None:
     """How long pieces of a text file may be: None, not cut at all, for a tokenizer that would see the cuts."""
-    texts = ("a\n", "b1\n", "-c")
+    texts = ("a\n", "b1\n", "-c", " d", " e")
     apart = [i for text in texts for i in tokenizer.encode(text, add_special_tokens=False)]
     return BLOCK if tokenizer.encode("".join(texts), add_special_tokens=False) == apart else None
 
@@ -264,8 +275,19 @@ _worker: list[OPTTokenizer] = []
 def _begin_worker(tokenizer: bytes) -> None:
     from opt_jax.training.data import tokenizer_from_bytes
 
+    # Ctrl-C reaches all: of a KeyboardInterrupt an idle worker would print a traceback, a busy one make a result.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
     _worker.append(tokenizer_from_bytes(tokenizer))
+
+
+def _end_with_parent() -> None:
+    """Workers have the queue of the pool open themselves, and would wait at it for ever when the command is killed."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(task: list[tuple[str, bool]]) -> tuple[np.ndarray, int, int]:

@@ -20,7 +20,10 @@ class _Source:
         self._count = (len(tokens) - 1) // seq_len
         if self._count < 1:
             where = f"{tokens.name}: " if tokens.name else ""
-            raise ValueError(f"{where}{len(tokens)} tokens do not fill one window of seq_len + 1 = {seq_len + 1}")
+            raise ValueError(
+                f"{where}{len(tokens)} tokens do not fill one sequence and the token behind it, {seq_len + 1}: "
+                "take more data, or a smaller --seq-len"
+            )
 
     def __len__(self) -> int:
         return self._count
@@ -190,6 +193,8 @@ class Reader:
     def __iter__(self) -> Iterator[Callable[[slice], dict[str, np.ndarray]]]:
         """For each step, what `place_batch` asks for rows of the global batch."""
         while self._iterator is not None and (ids := next(self._iterator, None)) is not None:
+            # A copy: what Grain's processes have put into shared memory is to be freed now, not when the program ends.
+            ids = np.array(ids)
             yield lambda rows, ids=ids: self._windows.as_batch(ids[self._positions(rows)])
 
     def _positions(self, rows: slice) -> list[int]:
