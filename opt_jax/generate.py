@@ -211,7 +211,7 @@ def _generate_with_beams(model: OPTForCausalLM, request: Request, batch_size: in
 
 def _search(model: OPTForCausalLM, request: Request, rows: np.ndarray) -> beams.BeamOutput:
     options: dict[str, Any] = dict(request.beams or {})
-    ends = len(options["eos_token_ids"])
+    ends = max(1, len(options["eos_token_ids"]))  # HF: at least two tokens are kept where no token ends
     if not isinstance(options["seed"], int):
         options["seed"] = np.asarray(options["seed"])[rows]
     return beams.beam_search(
