@@ -212,8 +212,8 @@ def _generate_with_beams(model: OPTForCausalLM, request: Request, batch_size: in
 def _search(model: OPTForCausalLM, request: Request, rows: np.ndarray) -> beams.BeamOutput:
     options: dict[str, Any] = dict(request.beams or {})
     ends = max(1, len(options["eos_token_ids"]))  # HF: at least two tokens are kept where no token ends
-    if not isinstance(options["seed"], int):
-        options["seed"] = np.asarray(options["seed"])[rows]
+    if options["seed"].ndim:
+        options["seed"] = options["seed"][rows]
     return beams.beam_search(
         model, request.prompts.ids[rows], request.prompts.mask[rows], max_new_tokens=request.max_new_tokens,
         num_return_sequences=request.copies, pad_token_id=request.pad_token_id, do_sample=request.do_sample,

@@ -152,7 +152,8 @@ def check_request(
         given=given,
         beams=None if beams == 1 else dict(
             num_beams=beams, early_stopping=given.early_stopping or False, eos_token_ids=eos,
-            length_penalty=1.0 if given.length_penalty is None else given.length_penalty, seed=given.seed or 0,
+            length_penalty=1.0 if given.length_penalty is None else given.length_penalty,
+            seed=np.asarray(0 if given.seed is None else given.seed),
         ),
         stops=None if given.stop_strings is None else tokenizer.stop_strings(
             given.stop_strings,

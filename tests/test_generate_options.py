@@ -250,8 +250,13 @@ def test_beams(model):
     size = search._cache_size()
     assert len(model.generate(IDS, **options | dict(length_penalty=2.0, max_new_tokens=6))) == 2 * len(IDS)
     assert search._cache_size() == size
-    drawn = [model.generate(IDS, **options, do_sample=True, temperature=2.0, seed=seed).sequences for seed in (1, 1, 2)]
-    np.testing.assert_array_equal(drawn[0], drawn[1])
+    many = [1, 2, 1, 2, 3]
+    drawn = [
+        model.generate(IDS, **options, do_sample=True, temperature=2.0, seed=seed).sequences
+        for seed in (1, np.int64(1), 2, many, np.array(many), jnp.array(many))
+    ]
+    for one, other in ((0, 1), (3, 4), (3, 5)):
+        np.testing.assert_array_equal(drawn[one], drawn[other])
     assert drawn[0].shape != drawn[2].shape or (drawn[0] != drawn[2]).any()
     with pytest.raises(ValueError, match="beams, which are known at the end only, are not streamed"):
         stream(model, IDS, **options)
