@@ -181,10 +181,8 @@ def combine(
     Raises:
       ValueError: an option that does not exist or is not supported, values out of range, contradictions in one layer.
     """
-    if config is not None and not isinstance(config, GenerationConfig):
-        raise ValueError(f"generation_config must be an opt_jax.GenerationConfig, not a {type(config).__name__}")
-    given = _over({} if config is None else config.to_dict(), options)
-    merged = _over(checkpoint, given)
+    given = override(options_of(config), options)
+    merged = override(checkpoint, given)
     _check_names({k: v for k, v in merged.items() if k not in given}, "the checkpoint's generation_config.json")
     if not merged.get("do_sample"):  # a checkpoint may say how to sample without saying to sample
         merged = {k: v for k, v in merged.items() if k not in _SAMPLING or k in given}
@@ -196,7 +194,19 @@ def combine(
     return result
 
 
-def _over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+def options_of(config: GenerationConfig | None) -> dict[str, Any]:
+    """What the argument `generation_config` asks for; ValueError if it is something else (as one of transformers)."""
+    if config is None:
+        return {}
+    if not isinstance(config, GenerationConfig):
+        raise ValueError(
+            f"generation_config must be an opt_jax.GenerationConfig, not a {type(config).__name__} of "
+            f"{type(config).__module__}: use opt_jax.GenerationConfig.from_dict"
+        )
+    return config.to_dict()
+
+
+def override(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     """The options of `upper`, and those of `lower` that go with them."""
     upper = {k: v for k, v in upper.items() if v is not None}
     dropped = {name for names in _LENGTHS if names & upper.keys() for name in names}
