@@ -118,8 +118,8 @@ def generate_requested(
         return _generate_with_drafts(model, request, drafts)
     if request.beams is not None:
         return _generate_with_beams(model, request, batch_size or len(request.input_ids))
-    if batch_size is not None and batch_size < request.rows:
-        return output(request, continuous.generate(model, request, batch_size, progress_bar))
+    if batch_size is not None and (batch_size < request.rows or progress_bar):
+        return output(request, continuous.generate(model, request, min(batch_size, request.rows), progress_bar))
     sampling_options, (state, _, ended) = _start(model, request)
     if request.stops is None:
         state, _, _ = _advance(model, request, sampling_options, state, request.max_new_tokens)

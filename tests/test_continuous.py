@@ -186,6 +186,8 @@ def test_errors(model):
 def test_progress_bar(model, capfd):
     model.generate(prompts(20), batch_size=4, max_new_tokens=3, progress_bar=True)
     assert "20/20" in capfd.readouterr().err
+    model.generate(prompts(3), batch_size=4, max_new_tokens=3, progress_bar=True)  # with room for all at once
+    assert "3/3" in capfd.readouterr().err
     model.generate(prompts(20), batch_size=4, max_new_tokens=3)
     assert capfd.readouterr().err == ""
 
