@@ -123,6 +123,8 @@ class GenerationConfig:
 
     def __new__(cls, **options):
         _check_names(options, "GenerationConfig")
+        if others := [name for name in options if name not in FIELDS]:
+            raise ValueError(f"GenerationConfig: {', '.join(others)} change nothing: leave them out, or use from_dict")
         return super().__new__(cls)
 
     @classmethod

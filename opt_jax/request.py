@@ -134,8 +134,9 @@ def check_request(
     used = before.size + mask.sum(1)
     widths = used if ragged is not None else np.full(len(ids), before.size + ids.shape[1])  # of an array: its own (HF)
     most, least = _check_lengths(widths, used, model.config, given, default_new_tokens)
-    if given.stop_strings is not None and tokenizer is None:
-        raise ValueError("stop_strings need the tokenizer: pass tokenizer=")
+    if given.stop_strings is not None and not hasattr(tokenizer, "stop_strings"):
+        wrong = "" if tokenizer is None else f", an opt_jax.OPTTokenizer, not a {type(tokenizer).__name__}"
+        raise ValueError(f"stop_strings need the tokenizer: pass tokenizer={wrong}")
     if beams > 1 and (len(set(most.tolist())) > 1 or len(set(least.tolist())) > 1):
         raise ValueError("num_beams and prompts of different lengths: give max_new_tokens, and no min_length")
     copies = given.num_return_sequences or 1
