@@ -268,6 +268,8 @@ def test_the_loop_updates_the_cache_in_place(model, options):
         (dict(input_ids=[5, 6]), "batch, tokens"),
         (dict(input_ids=[[5], [5, 6]], attention_mask=[[1], [1, 1]]), "different lengths"),
         (dict(input_ids=[[5], []]), "row 1 has no token"),
+        (dict(input_ids=[[5], [PAD, PAD]]), "row 1 has no token"),
+        (dict(input_ids=[[5], [5, PAD]]), "row 1 ends with padding"),
         (dict(input_ids=[[5], [5.0, 6]]), "row 1 .*token ids"),
         (dict(input_ids=[[5.0]]), "integers"),
         (dict(input_ids=[[61]]), "61"),
