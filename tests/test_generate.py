@@ -163,6 +163,14 @@ def test_stream_checks_at_once_and_can_be_left(model):
     np.testing.assert_array_equal(first, generate(model, IDS, MASK, max_new_tokens=1).sequences[:, 5])
 
 
+def test_stream_has_the_next_step_under_way_when_it_gives_a_token(model, monkeypatch):
+    """So the device works while the caller does, and the host waits only for what it is about to give."""
+    calls, advance = [], decode.advance
+    monkeypatch.setattr(decode, "advance", lambda *args, **kwargs: calls.append(1) or advance(*args, **kwargs))
+    under_way = [len(calls) for _ in stream(model, IDS, MASK, max_new_tokens=5, eos_token_id=[])]
+    assert under_way == [1, 2, 3, 4, 4]  # the prompts give the first one
+
+
 @pytest.mark.slow
 def test_compiles_once_per_bucket_batch_and_kind(model, compiled):
     jax.clear_caches()
