@@ -60,6 +60,9 @@ def test_a_thousand_rows_do_not_depend_on_their_batch(model):
     together = model.generate(ids, seed=seeds, **options)
     assert len({tuple(row) for row in together.sequences[:, 9:]}) > 950
     order = np.random.RandomState(1).permutation(1000)
+    queued = model.generate(ids, seed=seeds, batch_size=96, **options)  # each in a slot that others had before
+    np.testing.assert_array_equal(queued.sequences, together.sequences)
+    np.testing.assert_allclose(queued.logprobs, together.logprobs, atol=1e-5, rtol=0)
     for size, fill in ((250, 0), (50, 20)):
         padded = np.pad(ids, ((0, 0), (fill, 0)), constant_values=PAD)
         for rows in np.split(order, range(size, 1000, size))[: 10 if size < 100 else None]:
