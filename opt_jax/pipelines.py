@@ -97,6 +97,8 @@ class TextGenerationPipeline:
         request = check_request(
             self.model, **inputs, tokenizer=self.tokenizer, options=options, default_new_tokens=DEFAULT_NEW_TOKENS
         )
+        if request.logprobs is not None:
+            raise ValueError("logprobs are no part of a pipeline's result: use model.generate")
         if size is None and assistant is None and not request.given.prompt_lookup_num_tokens:
             size = DEFAULT_BATCH_SIZE  # with drafts, all prompts are at work at a time
         output = generate_requested(self.model, request, size, bar, assistant)
