@@ -249,7 +249,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("min_new_tokens", "min_length", "no_repeat_ngram_size", "logprobs"), _at_least(0)),
     "prompt_lookup_num_tokens": _at_least(0),
     "top_k": (_at_least(0)[0], "at least 1, or 0 for all tokens"),
-    "temperature": _real(lambda x: x > 0, "a positive number"),
+    "temperature": _real(lambda x: x >= 1e-30, "a positive number of at least 1e-30"),  # logits / it must stay finite
     "repetition_penalty": _real(lambda x: x > 0, "a positive number"),
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "length_penalty"), _real(lambda x: True, "a number")),
     "early_stopping": (lambda x: isinstance(x, bool) or isinstance(x, str) and x == "never", 'True, False or "never"'),
@@ -264,7 +264,7 @@ def _check_values(config: GenerationConfig) -> None:
     for name, (holds, words) in _RULES.items():
         value = getattr(config, name)
         if value is not None and not holds(value):
-            hint = " (for the most likely tokens use do_sample=False)" if name == "temperature" and value == 0 else ""
+            hint = " (for the most likely tokens use do_sample=False)" if name == "temperature" else ""
             raise ValueError(f"{name}={value!r} must be {words}{hint}")
     if config.max_new_tokens is not None and config.max_length is not None:  # HF warns and lets max_new_tokens win
         raise ValueError(f"give max_new_tokens={config.max_new_tokens} or max_length={config.max_length}, not both")

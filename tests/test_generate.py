@@ -249,6 +249,7 @@ def test_the_loop_updates_the_cache_in_place(model, options):
     [
         (dict(temperature=0.0, do_sample=True), "temperature=0.0 .*do_sample=False"),
         (dict(temperature=-1, do_sample=True), "temperature=-1"),
+        (dict(temperature=1e-40, do_sample=True), "temperature=1e-40 .*at least 1e-30 .*do_sample=False"),
         (dict(temperature=float("nan"), do_sample=True), "temperature"),
         (dict(top_p=0.0, do_sample=True), "top_p=0.0"),
         (dict(top_p=1.1, do_sample=True), "top_p=1.1"),
