@@ -1,10 +1,10 @@
 """Beam search and beam sampling: one prefill for each prompt, one compiled loop. Ids only, no text.
 
-The meaning is that of HF `GenerationMixin._beam_search` (transformers v5). The cache is not: there beams are rows of
-the cache, copied at every step. Here a row of the cache belongs to a prompt: its columns hold the prompt once and then,
-for every step, the token of each beam. Which columns a beam descends from is a table of booleans (`KVCache.branch`),
-and this table is the attention mask. Beams change places by reordering the table; keys and values stay where they were
-written, and each is read once for all the beams of a prompt.
+The meaning is that of HF `GenerationMixin._beam_search` (transformers v5; before 5.24 it did not sort what it drew).
+The cache is not: there beams are rows of the cache, copied at every step. Here a row of the cache belongs to a prompt:
+its columns hold the prompt once and then, for every step, the token of each beam. Which columns a beam descends from is
+a table of booleans (`KVCache.branch`), and this table is the attention mask. Beams change places by reordering the
+table; keys and values stay where they were written, and each is read once for all the beams of a prompt.
 """
 
 import dataclasses
@@ -204,7 +204,7 @@ def _advance(
     # So many that `beams` of them are left to go on if each beam proposes all the end tokens.
     most = min((1 + options.eos_token_ids.size) * beams, totals.shape[1])
     count = jnp.maximum(2, 1 + (options.eos_token_ids < vocabulary).sum()) * beams
-    index = _candidates(totals, most, keys, state.step)
+    index = _candidates(totals, most, count, keys, state.step)
     parent, token = index // vocabulary, index % vocabulary
     length = state.step + 1
     candidates = _Beams(
@@ -250,12 +250,16 @@ def _processed(
     return flat.reshape(log_probs.shape)
 
 
-def _candidates(totals: Float[Array, "B C"], most: int, keys: Key[Array, " B"] | None, step) -> Int[Array, "B most"]:
-    """The largest, in order; or drawn without replacement from softmax(totals), in the order drawn."""
-    if keys is not None:  # Gumbel top-k: https://arxiv.org/abs/1903.06059
-        draw = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, step), totals.shape[1:]))
-        totals += draw(keys)
-    return lax.top_k(totals, most)[1]
+def _candidates(
+    totals: Float[Array, "B C"], most: int, count: Int[Array, ""], keys: Key[Array, " B"] | None, step: Int[Array, ""]
+) -> Int[Array, "B most"]:
+    """The largest; or `count` drawn without replacement from softmax(totals), and others behind them. In order."""
+    if keys is None:
+        return lax.top_k(totals, most)[1]
+    noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, step), totals.shape[1:]))(keys)
+    drawn = lax.top_k(totals + noise, most)[1]  # Gumbel top-k: https://arxiv.org/abs/1903.06059
+    scores = jnp.where(jnp.arange(most) < count, _take(totals, drawn), -jnp.inf)
+    return _take(drawn, lax.top_k(scores, most)[1])
 
 
 def _finish(finished: _Beams, candidates: _Beams, ends: Bool[Array, "B C"], length_penalty) -> _Beams:

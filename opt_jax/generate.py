@@ -118,9 +118,9 @@ def generate_requested(
         return _generate_with_drafts(FlatModel.of(model), request, drafts)
     if request.beams is not None:
         return _generate_with_beams(model, request, batch_size or len(request.input_ids))
-    if batch_size is not None and batch_size < request.rows:
-        return output(request, continuous.generate(FlatModel.of(model), request, batch_size, progress_bar))
     flat = FlatModel.of(model)
+    if batch_size is not None and (batch_size < request.rows or progress_bar):
+        return output(request, continuous.generate(flat, request, min(batch_size, request.rows), progress_bar))
     sampling_options, (state, _, ended) = _start(flat, request)
     if request.stops is None:
         state, _, _ = _advance(flat, request, sampling_options, state, request.max_new_tokens)
@@ -212,9 +212,9 @@ def _generate_with_beams(model: OPTForCausalLM, request: Request, batch_size: in
 
 def _search(model: OPTForCausalLM, request: Request, rows: np.ndarray) -> beams.BeamOutput:
     options: dict[str, Any] = dict(request.beams or {})
-    ends = len(options["eos_token_ids"])
-    if not isinstance(options["seed"], int):
-        options["seed"] = np.asarray(options["seed"])[rows]
+    ends = max(1, len(options["eos_token_ids"]))  # HF: at least two tokens are kept where no token ends
+    if options["seed"].ndim:
+        options["seed"] = options["seed"][rows]
     return beams.beam_search(
         model, request.prompts.ids[rows], request.prompts.mask[rows], max_new_tokens=request.max_new_tokens,
         num_return_sequences=request.copies, pad_token_id=request.pad_token_id, do_sample=request.do_sample,

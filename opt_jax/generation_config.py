@@ -123,6 +123,8 @@ class GenerationConfig:
 
     def __new__(cls, **options):
         _check_names(options, "GenerationConfig")
+        if others := [name for name in options if name not in FIELDS]:
+            raise ValueError(f"GenerationConfig: {', '.join(others)} change nothing: leave them out, or use from_dict")
         return super().__new__(cls)
 
     @classmethod
@@ -181,10 +183,8 @@ def combine(
     Raises:
       ValueError: an option that does not exist or is not supported, values out of range, contradictions in one layer.
     """
-    if config is not None and not isinstance(config, GenerationConfig):
-        raise ValueError(f"generation_config must be an opt_jax.GenerationConfig, not a {type(config).__name__}")
-    given = _over({} if config is None else config.to_dict(), options)
-    merged = _over(checkpoint, given)
+    given = override(options_of(config), options)
+    merged = override(checkpoint, given)
     _check_names({k: v for k, v in merged.items() if k not in given}, "the checkpoint's generation_config.json")
     if not merged.get("do_sample"):  # a checkpoint may say how to sample without saying to sample
         merged = {k: v for k, v in merged.items() if k not in _SAMPLING or k in given}
@@ -196,7 +196,19 @@ def combine(
     return result
 
 
-def _over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+def options_of(config: GenerationConfig | None) -> dict[str, Any]:
+    """What the argument `generation_config` asks for; ValueError if it is something else (as one of transformers)."""
+    if config is None:
+        return {}
+    if not isinstance(config, GenerationConfig):
+        raise ValueError(
+            f"generation_config must be an opt_jax.GenerationConfig, not a {type(config).__name__} of "
+            f"{type(config).__module__}: use opt_jax.GenerationConfig.from_dict"
+        )
+    return config.to_dict()
+
+
+def override(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     """The options of `upper`, and those of `lower` that go with them."""
     upper = {k: v for k, v in upper.items() if v is not None}
     dropped = {name for names in _LENGTHS if names & upper.keys() for name in names}
@@ -237,7 +249,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("min_new_tokens", "min_length", "no_repeat_ngram_size", "logprobs"), _at_least(0)),
     "prompt_lookup_num_tokens": _at_least(0),
     "top_k": (_at_least(0)[0], "at least 1, or 0 for all tokens"),
-    "temperature": _real(lambda x: x > 0, "a positive number"),
+    "temperature": _real(lambda x: x >= 1e-30, "a positive number of at least 1e-30"),  # logits / it must stay finite
     "repetition_penalty": _real(lambda x: x > 0, "a positive number"),
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "length_penalty"), _real(lambda x: True, "a number")),
     "early_stopping": (lambda x: isinstance(x, bool) or isinstance(x, str) and x == "never", 'True, False or "never"'),
@@ -252,7 +264,7 @@ def _check_values(config: GenerationConfig) -> None:
     for name, (holds, words) in _RULES.items():
         value = getattr(config, name)
         if value is not None and not holds(value):
-            hint = " (for the most likely tokens use do_sample=False)" if name == "temperature" and value == 0 else ""
+            hint = " (for the most likely tokens use do_sample=False)" if name == "temperature" else ""
             raise ValueError(f"{name}={value!r} must be {words}{hint}")
     if config.max_new_tokens is not None and config.max_length is not None:  # HF warns and lets max_new_tokens win
         raise ValueError(f"give max_new_tokens={config.max_new_tokens} or max_length={config.max_length}, not both")

@@ -73,15 +73,14 @@ class TextGenerationPipeline:
         Raises:
           ValueError: the input is not text; what `generate` raises.
         """
-        options = self._defaults | options
+        from opt_jax.generate import generate_requested
+        from opt_jax.generation_config import override
+        from opt_jax.request import check_request, checkpoint_options
+
+        options = override(_flat(self._defaults), _flat(options))
         full, skip = options.pop("return_full_text", True), options.pop("skip_special_tokens", True)
         special, size = options.pop("add_special_tokens", True), options.pop("batch_size", None)
         bar, assistant = options.pop("progress_bar", None), options.pop("assistant_model", None)
-        from opt_jax.generate import generate_requested
-        from opt_jax.request import check_request, checkpoint_options
-
-        config = options.pop("generation_config", None)
-        options = ({} if config is None else config.to_dict()) | options
         given = {k: v for k, v in (checkpoint_options(self.model) | options).items() if v is not None}  # as HF
         sampling = {k: v for k, v in dict(temperature=0.7, top_k=50).items() if k not in given}
         if given.setdefault("do_sample", True):
@@ -98,6 +97,8 @@ class TextGenerationPipeline:
         request = check_request(
             self.model, **inputs, tokenizer=self.tokenizer, options=options, default_new_tokens=DEFAULT_NEW_TOKENS
         )
+        if request.logprobs is not None:
+            raise ValueError("logprobs are no part of a pipeline's result: use model.generate")
         if size is None and assistant is None and not request.given.prompt_lookup_num_tokens:
             size = DEFAULT_BATCH_SIZE  # with drafts, all prompts are at work at a time
         output = generate_requested(self.model, request, size, bar, assistant)
@@ -109,6 +110,14 @@ class TextGenerationPipeline:
         return results[0] if isinstance(text_inputs, str) else results
 
 
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    """The options, over those of a `generation_config` among them."""
+    from opt_jax.generation_config import options_of, override
+
+    others = {name: value for name, value in options.items() if name != "generation_config"}
+    return override(options_of(options.get("generation_config")), others)
+
+
 def stream_text(model: Any, tokenizer: OPTTokenizer, prompt: str | BatchEncoding, **options: Any) -> Iterator[str]:
     """The continuation of a prompt, in pieces of whole characters as they are made; options as in `model.generate`.
 
@@ -116,8 +125,9 @@ def stream_text(model: Any, tokenizer: OPTTokenizer, prompt: str | BatchEncoding
     """
     from opt_jax.generate import stream
 
-    if options.get("num_return_sequences") not in (None, 1):
+    if _flat(options).get("num_return_sequences", 1) != 1:
         raise ValueError("stream_text gives one text: leave num_return_sequences alone")
+    options["num_return_sequences"] = 1  # whatever the checkpoint says
     inputs = tokenizer(prompt, return_tensors="np") if isinstance(prompt, str) else prompt
     if len(inputs["input_ids"]) != 1:
         raise ValueError(f"stream_text continues one prompt, not {len(inputs['input_ids'])}")

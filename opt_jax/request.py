@@ -118,10 +118,10 @@ def check_request(
     ids = _check_model_and_ids(model, ids)
     given = combine(checkpoint_options(model), generation_config, options or {})
     eos, pad = _special_ids(model, given)
-    if ragged is None:
-        mask = _check_mask(ids, attention_mask, None if pad in eos else pad)
-    else:
-        ids, mask = np.where(ragged, ids, pad).astype(np.int32), ragged
+    if ragged is not None:
+        ids = np.where(ragged, ids, pad).astype(np.int32)
+    mask = _check_mask(ids, attention_mask, None if pad in eos else pad)
+    mask = mask if ragged is None else mask & ragged
     if not mask[:, -1].all():
         row = int(np.argmin(mask[:, -1]))
         raise ValueError(f"row {row} ends with padding: generation needs prompts padded on the left")
@@ -132,10 +132,11 @@ def check_request(
     if prefix is not None and beams > 1:
         raise ValueError(f"cache is not supported with num_beams={beams}: put the prefix into input_ids")
     used = before.size + mask.sum(1)
-    widths = used if ragged is not None else np.full(len(ids), before.size + ids.shape[1])  # of an array: its own (HF)
+    widths = before.size + (np.full(len(ids), ids.shape[1]) if ragged is None else ragged.sum(1))  # an array's own (HF)
     most, least = _check_lengths(widths, used, model.config, given, default_new_tokens)
-    if given.stop_strings is not None and tokenizer is None:
-        raise ValueError("stop_strings need the tokenizer: pass tokenizer=")
+    if given.stop_strings is not None and not hasattr(tokenizer, "stop_strings"):
+        wrong = "" if tokenizer is None else f", an opt_jax.OPTTokenizer, not a {type(tokenizer).__name__}"
+        raise ValueError(f"stop_strings need the tokenizer: pass tokenizer={wrong}")
     if beams > 1 and (len(set(most.tolist())) > 1 or len(set(least.tolist())) > 1):
         raise ValueError("num_beams and prompts of different lengths: give max_new_tokens, and no min_length")
     copies = given.num_return_sequences or 1
@@ -152,7 +153,8 @@ def check_request(
         given=given,
         beams=None if beams == 1 else dict(
             num_beams=beams, early_stopping=given.early_stopping or False, eos_token_ids=eos,
-            length_penalty=1.0 if given.length_penalty is None else given.length_penalty, seed=given.seed or 0,
+            length_penalty=1.0 if given.length_penalty is None else given.length_penalty,
+            seed=np.asarray(0 if given.seed is None else given.seed),
         ),
         stops=None if given.stop_strings is None else tokenizer.stop_strings(
             given.stop_strings,

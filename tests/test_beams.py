@@ -126,7 +126,8 @@ def test_sampling_from_a_peaked_distribution_is_search(model):
 
 def test_sampling_is_repeatable_and_depends_on_seed_and_row(model):
     same = np.tile(IDS[1], (3, 1))
-    runs = [search(model, same, same > 0, do_sample=True, seed=seed).sequences for seed in (1, 1, 2, [1, 1, 5])]
+    given: dict[str, Any] = dict(do_sample=True, eos_token_ids=[])  # the fewest draws, of which the best go on
+    runs = [search(model, same, same > 0, seed=seed, **given).sequences for seed in (1, 1, 2, [1, 1, 5])]
     np.testing.assert_array_equal(runs[0], runs[1])
     assert runs[0].shape != runs[2].shape or (runs[0] != runs[2]).any()
     assert len(set(map(bytes, runs[0]))) == 3
@@ -134,7 +135,7 @@ def test_sampling_is_repeatable_and_depends_on_seed_and_row(model):
 
 
 def test_sampling_draws_without_replacement_by_probability():
-    """One step, two beams: the two sequences are the first two draws; all 15 pairs, by chi-square."""
+    """One step, two beams: the two sequences are the best of four draws from six tokens; all pairs, by chi-square."""
     rows, vocabulary = 4000, 6
     config = dataclasses.replace(CONFIG, vocab_size=vocabulary, num_hidden_layers=1)
     small = OPTForCausalLM(config, rngs=nnx.Rngs(2))
@@ -148,11 +149,15 @@ def test_sampling_draws_without_replacement_by_probability():
     pairs = out.sequences[:, -1].reshape(rows, 2)
     assert (p[pairs[:, 0]] >= p[pairs[:, 1]]).all()
     np.testing.assert_allclose(out.sequences_scores, np.log(p[pairs.ravel()]), atol=1e-5)
-    statistic = 0.0
-    for i, j in itertools.combinations(range(vocabulary), 2):
-        expected = rows * p[i] * p[j] * (1 / (1 - p[i]) + 1 / (1 - p[j]))
-        statistic += ((np.sort(pairs, axis=1) == (i, j)).all(1).sum() - expected) ** 2 / expected
-    assert statistic < 36.1  # 0.999 quantile for 14 degrees of freedom
+    chances: dict[tuple, float] = {}
+    for draws in itertools.permutations(range(vocabulary), 4):
+        best = tuple(sorted(sorted(draws, key=lambda i: -p[i])[:2]))
+        left = 1 - np.cumsum([0, *p[list(draws[:-1])]])
+        chances[best] = chances.get(best, 0) + float(np.prod(p[list(draws)] / left))
+    counts = {pair: (np.sort(pairs, axis=1) == pair).all(1).sum() for pair in chances}
+    assert len(counts) == 6 and sum(counts.values()) == rows  # the two worst are never among the best of four
+    statistic = sum((counts[pair] - rows * chance) ** 2 / (rows * chance) for pair, chance in chances.items())
+    assert statistic < 20.5  # 0.999 quantile for 5 degrees of freedom
 
 
 def test_the_number_of_candidates_drawn_follows_the_end_tokens(model):

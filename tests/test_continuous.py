@@ -78,6 +78,15 @@ def test_one_by_one(model):
     assert many.lengths[4] <= 5 and many.lengths[:3].min() > 70
 
 
+def test_pads_of_a_list_are_pads_whatever_the_other_rows_are(model):
+    for pad in (1, 2):  # the latter is an end token: then none of them is a pad
+        options: dict[str, Any] = dict(ENDS, max_length=9, pad_token_id=pad)
+        alone, both = (model.generate(rows, **options) for rows in ([[1, 7]], [[1, 7], [8]]))
+        n = alone.lengths[0]
+        assert both.lengths[0] == n
+        np.testing.assert_array_equal(both.sequences[0, 2 : 2 + n], alone.sequences[0, 2:])
+
+
 def test_one_seed_and_several_samples(model):
     rows, options = prompts(9), dict(do_sample=True, seed=4, max_new_tokens=9, num_return_sequences=3, **ENDS)
     assert_same(model.generate(rows, batch_size=4, **options), model.generate(rows, **options))
@@ -186,6 +195,8 @@ def test_errors(model):
 def test_progress_bar(model, capfd):
     model.generate(prompts(20), batch_size=4, max_new_tokens=3, progress_bar=True)
     assert "20/20" in capfd.readouterr().err
+    model.generate(prompts(3), batch_size=4, max_new_tokens=3, progress_bar=True)  # with room for all at once
+    assert "3/3" in capfd.readouterr().err
     model.generate(prompts(20), batch_size=4, max_new_tokens=3)
     assert capfd.readouterr().err == ""
 

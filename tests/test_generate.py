@@ -163,6 +163,14 @@ def test_stream_checks_at_once_and_can_be_left(model):
     np.testing.assert_array_equal(first, generate(model, IDS, MASK, max_new_tokens=1).sequences[:, 5])
 
 
+def test_stream_has_the_next_step_under_way_when_it_gives_a_token(model, monkeypatch):
+    """So the device works while the caller does, and the host waits only for what it is about to give."""
+    calls, advance = [], decode.advance
+    monkeypatch.setattr(decode, "advance", lambda *args, **kwargs: calls.append(1) or advance(*args, **kwargs))
+    under_way = [len(calls) for _ in stream(model, IDS, MASK, max_new_tokens=5, eos_token_id=[])]
+    assert under_way == [1, 2, 3, 4, 4]  # the prompts give the first one
+
+
 @pytest.mark.slow
 def test_compiles_once_per_bucket_batch_and_kind(model, compiled):
     jax.clear_caches()
@@ -257,6 +265,7 @@ def test_the_loop_updates_the_cache_in_place(model, options):
     [
         (dict(temperature=0.0, do_sample=True), "temperature=0.0 .*do_sample=False"),
         (dict(temperature=-1, do_sample=True), "temperature=-1"),
+        (dict(temperature=1e-40, do_sample=True), "temperature=1e-40 .*at least 1e-30 .*do_sample=False"),
         (dict(temperature=float("nan"), do_sample=True), "temperature"),
         (dict(top_p=0.0, do_sample=True), "top_p=0.0"),
         (dict(top_p=1.1, do_sample=True), "top_p=1.1"),
@@ -284,6 +293,8 @@ def test_the_loop_updates_the_cache_in_place(model, options):
         (dict(input_ids=[5, 6]), "batch, tokens"),
         (dict(input_ids=[[5], [5, 6]], attention_mask=[[1], [1, 1]]), "different lengths"),
         (dict(input_ids=[[5], []]), "row 1 has no token"),
+        (dict(input_ids=[[5], [PAD, PAD]]), "row 1 has no token"),
+        (dict(input_ids=[[5], [5, PAD]]), "row 1 ends with padding"),
         (dict(input_ids=[[5], [5.0, 6]]), "row 1 .*token ids"),
         (dict(input_ids=[[5.0]]), "integers"),
         (dict(input_ids=[[61]]), "61"),

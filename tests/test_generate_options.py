@@ -60,6 +60,9 @@ def test_a_thousand_rows_do_not_depend_on_their_batch(model):
     together = model.generate(ids, seed=seeds, **options)
     assert len({tuple(row) for row in together.sequences[:, 9:]}) > 950
     order = np.random.RandomState(1).permutation(1000)
+    queued = model.generate(ids, seed=seeds, batch_size=96, **options)  # each in a slot that others had before
+    np.testing.assert_array_equal(queued.sequences, together.sequences)
+    np.testing.assert_allclose(queued.logprobs, together.logprobs, atol=1e-5, rtol=0)
     for size, fill in ((250, 0), (50, 20)):
         padded = np.pad(ids, ((0, 0), (fill, 0)), constant_values=PAD)
         for rows in np.split(order, range(size, 1000, size))[: 10 if size < 100 else None]:
@@ -207,7 +210,8 @@ def test_config_objects_and_the_checkpoint(model, tmp_path):
         (dict(seed=[1, 2, 3, 4, -5]), "seed=-5"),
         (dict(seed="x"), "seed='x'"),
         (dict(seed=1.5), "seed=1.5"),
-        (dict(stop_strings="x"), "pass tokenizer="),
+        (dict(stop_strings="x"), "pass tokenizer=$"),
+        (dict(stop_strings="x", tokenizer="tiny"), "pass tokenizer=, an opt_jax.OPTTokenizer, not a str"),
         (dict(stop_token_ids=[[]]), "stop_token_ids"),
         (dict(stop_token_ids=[[5, 99]]), r"stop_token_ids holds 99, outside \[0, 98\]"),
         (dict(stop_token_ids=5), "stop_token_ids=5"),
@@ -250,8 +254,13 @@ def test_beams(model):
     size = search._cache_size()
     assert len(model.generate(IDS, **options | dict(length_penalty=2.0, max_new_tokens=6))) == 2 * len(IDS)
     assert search._cache_size() == size
-    drawn = [model.generate(IDS, **options, do_sample=True, temperature=2.0, seed=seed).sequences for seed in (1, 1, 2)]
-    np.testing.assert_array_equal(drawn[0], drawn[1])
+    many = [1, 2, 1, 2, 3]
+    drawn = [
+        model.generate(IDS, **options, do_sample=True, temperature=2.0, seed=seed).sequences
+        for seed in (1, np.int64(1), 2, many, np.array(many), jnp.array(many))
+    ]
+    for one, other in ((0, 1), (3, 4), (3, 5)):
+        np.testing.assert_array_equal(drawn[one], drawn[other])
     assert drawn[0].shape != drawn[2].shape or (drawn[0] != drawn[2]).any()
     with pytest.raises(ValueError, match="beams, which are known at the end only, are not streamed"):
         stream(model, IDS, **options)

@@ -5,7 +5,7 @@ import re
 import pytest
 from conftest import REPOSITORY
 
-from opt_jax.generation_config import FIELDS
+from opt_jax.generation_config import _INERT, _UNSUPPORTED, FIELDS
 
 TEXT = (REPOSITORY / "docs" / "generation.md").read_text(encoding="utf-8")
 
@@ -28,4 +28,4 @@ def test_every_option_has_an_example():
 
 def test_every_option_is_in_the_table():
     table = TEXT.partition("## HF option -> here")[2]
-    assert [name for name in FIELDS if f"`{name}" not in table] == []
+    assert [name for name in (*FIELDS, *_INERT, *_UNSUPPORTED) if f"`{name}" not in table] == []

@@ -1,11 +1,12 @@
 """Texts through a model: stop strings, pieces of text, scores. (The pipeline itself is in test_text.py.)"""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 
-from opt_jax import OPTForCausalLM, OPTTokenizer, pipeline, score_texts, stream_text
+from opt_jax import GenerationConfig, OPTForCausalLM, OPTTokenizer, pipeline, score_texts, stream_text
 from opt_jax.text import StopStrings
 
 PROMPTS = ["def main():\n", "import", "class Parser:\n    def __init__(self", "x"]
@@ -94,6 +95,27 @@ def test_stop_strings_may_begin_in_the_prompt_and_not_end_there(tok):
         assert (search.lengths[0] if search.lengths[0] <= len(new) else None) == length, strings
 
 
+def test_a_stream_is_one_text_whatever_the_checkpoint_says(tok, model, monkeypatch):
+    options: dict[str, Any] = dict(max_new_tokens=8, do_sample=True)
+    expected = list(stream_text(model, tok, "def", **options))
+    monkeypatch.setattr(model, "generation_config_json", '{"num_return_sequences": 2}')
+    assert list(stream_text(model, tok, "def", **options)) == expected
+
+
+def test_options_of_a_pipeline_come_in_layers(tok, model):
+    """A call overrides what the pipeline was made with; in both, arguments override `generation_config`."""
+    greedy: dict[str, Any] = dict(do_sample=False, max_new_tokens=5)
+    expected = pipeline(model=model, tokenizer=tok)("def", **greedy)
+    config = GenerationConfig(do_sample=True, temperature=0.5, max_length=9)
+    assert pipeline(model=model, tokenizer=tok)("def", generation_config=config, **greedy) == expected
+    assert pipeline(model=model, tokenizer=tok, generation_config=config)("def", **greedy) == expected
+    assert pipeline(model=model, tokenizer=tok, temperature=0.5, max_length=9)("def", **greedy) == expected
+    pipe = pipeline(model=model, tokenizer=tok, max_length=9, do_sample=False)
+    assert pipe("def", generation_config=GenerationConfig(max_new_tokens=5)) == expected
+    with pytest.raises(ValueError, match=r"must be an opt_jax.GenerationConfig, not a dict .*from_dict"):
+        pipeline(model=model, tokenizer=tok)("def", generation_config={"top_k": 3})
+
+
 @pytest.mark.parametrize("strings", [[], "", ["a", ""], [3], [None]])
 def test_bad_stop_strings(tok, model, strings):
     with pytest.raises(ValueError, match="stop_strings="):
@@ -111,8 +133,10 @@ def test_stream_text_gives_whole_characters(tok, model):
     assert "".join(pieces) == tok.decode(ids, skip_special_tokens=True) and len(pieces) > 5
     with pytest.raises(ValueError, match="one prompt, not 2"):
         stream_text(model, tok, tok(["a", "b"]))
-    with pytest.raises(ValueError, match="num_return_sequences"):
-        stream_text(model, tok, "a", do_sample=True, num_return_sequences=2)
+    several: dict[str, Any] = dict(do_sample=True, num_return_sequences=2)
+    for options in (several, dict(generation_config=GenerationConfig(**several))):
+        with pytest.raises(ValueError, match="num_return_sequences"):
+            stream_text(model, tok, "a", **options)
     with pytest.raises(ValueError, match="top_q"):  # at once
         stream_text(model, tok, "a", top_q=2)
 

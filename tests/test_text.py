@@ -397,5 +397,7 @@ def test_pipeline_errors(tok, model):
         pipe([{"role": "user", "content": "hello"}])  # type: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="batch_size=0"):
         pipe("hello", batch_size=0)
+    with pytest.raises(ValueError, match="logprobs are no part of a pipeline's result"):
+        pipe("hello", logprobs=1)
     with pytest.raises(ValueError, match="handle_long_generation"):
         pipe("hello", handle_long_generation="hole")

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 from oracle import make_hf, to_jax, torch
 from reference import SMALL, batch
 
@@ -128,3 +129,40 @@ def test_process(one_pair):
     )
     np.testing.assert_array_equal(ours.sequences, sequences)
     np.testing.assert_allclose(ours.sequences_scores, scores, atol=1e-4, rtol=5e-7)
+
+
+@pytest.mark.parametrize(
+    ("eos", "options"),
+    [
+        ([3], dict(max_new_tokens=2)),
+        ([], dict(max_new_tokens=3, early_stopping="never", length_penalty=2.0, top_p=0.5)),
+        ([], dict(max_new_tokens=3, top_k=1)),  # with beams that keeps two tokens
+    ],
+    ids=["free", "top_p", "top_k"],
+)
+def test_sampling(eos, options):
+    """The same distribution of pairs of sequences, by chi-square."""
+    hf = make_hf("opt-125m", vocab_size=7, num_hidden_layers=1)
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            parameter *= 0.4  # or one sequence would be all
+    rows = 4000
+    ids = np.tile([[4, 5, 3]], (rows, 1))
+    options = dict(num_beams=2, do_sample=True, top_k=0) | options
+    torch.manual_seed(0)
+    theirs, _ = hf_beams(hf, ids, np.ones_like(ids), eos, **options)
+    ours = to_jax(hf, "OPTForCausalLM").generate(
+        ids, np.ones_like(ids), eos_token_id=eos, pad_token_id=1, num_return_sequences=RETURNED, seed=1, **options
+    )
+    assert ours.sequences.shape == theirs.shape
+    both = np.concatenate([x[:, 3:].reshape(rows, -1) for x in (theirs, ours.sequences)])
+    _, which = np.unique(both, axis=0, return_inverse=True)
+    counts = np.stack([np.bincount(x, minlength=which.max() + 1) for x in np.split(which.ravel(), 2)])
+    few = counts.sum(0) < 16  # together one cell
+    counts = np.column_stack([counts[:, ~few], counts[:, few].sum(1)])
+    counts = counts[:, counts.sum(0) > 0]
+    if options["top_k"] == 1:
+        assert counts.shape[1] == 1  # all of them the same
+    else:
+        result: Any = scipy.stats.chi2_contingency(counts)
+        assert counts.shape[1] > 5 and result.pvalue > 0.01

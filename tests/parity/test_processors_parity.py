@@ -64,7 +64,7 @@ def openai_penalties(prompt_length, input_ids, scores, *, presence_penalty, freq
     return scores - counts * frequency_penalty - (counts > 0).float() * presence_penalty
 
 
-process = jax.jit(sampling.process, static_argnames="do_sample")
+process = jax.jit(sampling.process, static_argnames=("do_sample", "min_keep"))
 
 
 def ours(options: dict[str, Any], logits, prompts, new) -> np.ndarray:
@@ -78,7 +78,8 @@ def ours(options: dict[str, Any], logits, prompts, new) -> np.ndarray:
     tokens[~valid] = np.tile(3 + np.arange(COLUMNS) % 5, (len(ids), 1))[~valid]  # pads and the future must not count
     counts = (np.full(len(ids), x, np.int32) for x in (used, step))
     history = History(tokens, valid, *counts)  # type: ignore[reportArgumentType]
-    return np.asarray(process(logits, history, request.options, do_sample=request.do_sample))
+    kept = {} if request.beams is None else {"min_keep": len(ENDS) + 1}
+    return np.asarray(process(logits, history, request.options, do_sample=request.do_sample, **kept))
 
 
 def compare(options, seed=0, steps=(0, 1, 4, NEW - 1)):
@@ -121,6 +122,23 @@ def test_alone(name, value):
     options = {name: value} | (SAMPLE if name in OF_SAMPLING else {})
     harmless = name == "top_k" and value == 5000 or name == "top_p" and value == 0.999
     assert compare(options) or harmless
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(top_k=1), dict(top_p=1e-4), dict(min_p=1.0), dict(typical_p=1e-4),
+        dict(temperature=0.5, top_k=4, top_p=0.3, min_p=0.9, typical_p=0.2, repetition_penalty=1.3),
+    ],
+    ids=lambda o: "-".join(o),
+)  # fmt: skip
+def test_of_beams(options):
+    """Of the tokens of a beam as many are left that one goes on if all end tokens are among them."""
+    options = SAMPLE | options
+    assert compare(options | dict(num_beams=3))
+    case = draw_case(0, 1)
+    alone, beams = (np.isfinite(ours(o, *case)).sum(1) for o in (options, options | dict(num_beams=3)))
+    assert (beams == len(ENDS) + 1).all() and (alone < beams).any()
 
 
 @pytest.mark.parametrize("least", [11, 14])
