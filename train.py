@@ -34,6 +34,7 @@ from opt_jax.training.options import (
 )
 from opt_jax.training.step import (
     batch_loss,
+    check_divides,
     checksum,
     local_rows,
     make_eval_step,
@@ -83,6 +84,7 @@ def main(options: Options) -> None:
             f"--batch-size {options.batch_size} does not divide into --accumulate {options.accumulate} parts over the "
             f"mesh's data x fsdp = {rows_over}"
         )
+    check_divides(config, seq_len if options.task is None else mesh.shape["tensor"], mesh)  # tasks pad to a multiple
 
     # -----------------------------------------------------------------------------------------------------------------
     # The step, and what it is for
@@ -336,7 +338,7 @@ def main(options: Options) -> None:
     elif jax.process_count() == 1:
         model = OPTForCausalLM.from_pretrained(output / "model")
         # `</s>`, and how a document begins, one that it has never seen where there is one.
-        prompt = (held_out or streams)[0].read(0, min(12, seq_len // 2))[None]
+        prompt = (held_out or streams)[0].read(0, min(12, -(-seq_len // 2)))[None]
         room = min(120, config.max_position_embeddings - prompt.shape[1])
         sample = model.generate(prompt, max_new_tokens=room, do_sample=True, temperature=0.8, top_p=0.95, seed=0)
         beginning, continuation = (tokenizer.decode(row) for row in (prompt[0, 1:], sample[0][prompt.shape[1] :]))

@@ -8,9 +8,12 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
+import re
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +33,8 @@ from opt_jax.watchdog import Watchdog, listen
 PREEMPTED = 143  # SIGTERM came, a checkpoint was written: as if the signal had ended it (128 + 15)
 LOST_PROCESS = 75  # another process of the job is gone or stands still: start all again (EX_TEMPFAIL)
 
+START_SECONDS = 300  # processes wait for each other so long at the start
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
 
@@ -45,7 +50,7 @@ def start(
     num_processes: int | None = None,
     process_id: int | None = None,
     heartbeat_seconds: int = 30,
-    hang_minutes: int = 60,
+    hang_minutes: float = 60,
 ) -> None:
     """`jax.distributed.initialize`, where explicit values or a cluster's environment say so; before JAX does anything.
 
@@ -61,12 +66,17 @@ def start(
         return
     if any(v is not None for v in explicit) and None in explicit:
         raise ValueError("--coordinator-address, --num-processes and --process-id go together")
+    if coordinator_address is not None and not re.fullmatch(r".+:\d+", coordinator_address):
+        raise ValueError(f"--coordinator-address {coordinator_address}: needs a host and a port, as in 10.0.0.1:8476")
+    seconds = min(START_SECONDS, 60 * hang_minutes)
     try:
-        # JAX's own heartbeat ends a process from within C++, without a word of ours: it comes second.
-        jax.distributed.initialize(
-            *explicit, heartbeat_timeout_seconds=2 * heartbeat_seconds, shutdown_timeout_seconds=2 * heartbeat_seconds
-        )
-        jax.devices()  # waits for the others
+        # JAX's own time-outs end a process from within C++, without a word of ours: they come second.
+        with _all_here_within(seconds, coordinator_address, process_id):
+            jax.distributed.initialize(
+                *explicit, initialization_timeout=math.ceil(2 * seconds),
+                heartbeat_timeout_seconds=2 * heartbeat_seconds, shutdown_timeout_seconds=2 * heartbeat_seconds,
+            )  # fmt: skip
+            jax.devices()  # waits for the others
     except (ValueError, RuntimeError) as e:
         raise ValueError(
             f"no cluster: {' '.join(str(e).split())}: give --coordinator-address host:port, --num-processes and "
@@ -74,6 +84,29 @@ def start(
         ) from None
     if jax.process_count() > 1:
         _watch(coordinator_address, heartbeat_seconds, hang_minutes)
+
+
+@contextmanager
+def _all_here_within(seconds: float, coordinator_address: str | None, process_id: int | None) -> Iterator[None]:
+    """End this process with one line if what is inside, which waits for all of them, takes longer."""
+    who = "" if process_id is None else f"process {process_id}: "
+    where = "" if coordinator_address is None else f", or that does not reach {coordinator_address}"
+    line = (
+        f"{who}waited {seconds:g} s for the other processes to start: look for one that has not started, or has ended"
+        f"{where}; then start all of them again\n"
+    )
+
+    def end() -> None:
+        os.write(2, line.encode())
+        os._exit(LOST_PROCESS)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def in_cluster() -> bool:
@@ -98,7 +131,7 @@ def _tpu_devices() -> list[str]:
     return glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
 
 
-def _watch(coordinator_address: str | None, heartbeat_seconds: int, hang_minutes: int) -> None:
+def _watch(coordinator_address: str | None, heartbeat_seconds: int, hang_minutes: float) -> None:
     """Connect every process with process 0, for the watchdog."""
     global _watchdog
     server, address, token = None, "", ""

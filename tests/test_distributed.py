@@ -36,8 +36,34 @@ def test_clusters_are_known_by_their_environment(monkeypatch, variables, several
 
 
 @pytest.mark.parametrize(
+    ("variables", "packages", "devices", "several"),
+    [
+        ({}, ["libtpu"], 4, True),  # a Cloud TPU VM: JAX asks its metadata server
+        ({}, ["libtpu"], 0, False),
+        ({}, [], 4, False),
+        ({"TPU_SKIP_MDS_QUERY": "1"}, ["libtpu"], 4, False),
+        ({"JAX_PLATFORMS": "cpu"}, ["libtpu"], 4, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_SKIP_MDS_QUERY": "1"}, ["libtpu"], 4, True),  # GKE
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, ["libtpu"], 0, False),  # of a plan, say
+        ({"TPU_PROCESS_ADDRESSES": "a:1,b:1", "TPU_WORKER_HOSTNAMES": "a"}, ["libtpu"], 4, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1"}, ["libtpu"], 4, False),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, ["kubernetes"], 0, True),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, [], 0, False),  # JAX could not ask it
+    ],
+)
+def test_tpu_hosts_and_kubernetes_jobs_are_known(monkeypatch, variables, packages, devices, several):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: object() if name in packages else None)
+    monkeypatch.setattr(distributed, "_tpu_devices", lambda: ["/dev/accel0"] * devices)
+    assert distributed.in_cluster() == several
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("auto", "localhost", 2, 0), "--coordinator-address localhost: needs a host and a port"),
         (("auto", "localhost:1", 2), "--coordinator-address, --num-processes and --process-id go together"),
         (("auto", None, None, 1), "--coordinator-address, --num-processes and --process-id go together"),
         (("off", "localhost:1", 2, 0), "--distributed off: leave out --coordinator-address"),

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ from jax.sharding import PartitionSpec as P
 from opt_jax import OPTConfig, decoder
 from opt_jax.hlo import COLLECTIVES, Program, collective_bytes
 from opt_jax.sharding import batch_sharding, make_mesh, use_mesh
-from opt_jax.training.plan import hardware_flops, largest_that_fits, topology_devices
+from opt_jax.training.options import Options
+from opt_jax.training.plan import HBM, hardware_flops, largest_that_fits, make_plan, topology_devices
 from opt_jax.training.step import make_gradients, new_model, state_shardings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -127,6 +129,29 @@ def test_a_plan_that_does_not_fit_says_what_would(tmp_path):
     assert "DOES NOT FIT" in printed and f"--accumulate {256 // found['largest_micro_batch']}" in printed
 
 
+def test_a_plan_is_of_the_runs_own_batches(monkeypatch):
+    config = OPTConfig.preset("125m", num_hidden_layers=2)
+    mesh = make_mesh("data=1", jax.devices()[:1])
+    batches = []
+
+    def compile_step(step, state, batch, capacity):
+        batches.append({name: ids.shape for name, ids in batch.items()})
+        return dict(fits=False)
+
+    monkeypatch.setattr("opt_jax.training.plan.compile_step", compile_step)
+    monkeypatch.setitem(HBM, mesh.devices.flat[0].device_kind, 1)
+    model = jax.eval_shape(lambda: new_model(config, 0, "float32"))
+    state = SimpleNamespace(model=model, opt_state=model)
+    shardings = state_shardings(model, mesh)
+    shardings = SimpleNamespace(model=shardings, opt_state=shardings)
+    concat, segments = Options(batch_size=4, accumulate=2), Options(batch_size=4, accumulate=2, pack="segments")
+    for options, names in ((concat, ["input_ids", "labels"]), (segments, ["input_ids", "labels", "segment_ids"])):
+        found = make_plan(None, state, shardings, mesh, config, options, 64)
+        assert batches == [dict.fromkeys(names, (2, 2, 64)), dict.fromkeys(names, (4, 1, 64))]
+        assert found["largest_micro_batch"] is None and found["advice"].startswith("not even one fits: more chips, ")
+        batches.clear()
+
+
 @pytest.fixture
 def eight_chips():
     """Of a v5p that is not there. (`topology_devices` sets the environment up for libtpu.)"""
@@ -205,6 +230,7 @@ def test_gradients_are_sent_in_their_dtype():
         ("--plan", "--plan needs --topology"),
         ("--topology v5e:2x4", "--topology is for --plan"),
         ("--plan-output x.json", "--plan-output is for --plan"),
+        ("--plan --topology v5e:2x4 --plan-output no/x.json", "--plan-output no/x.json: there is no such directory"),
     ],
 )
 def test_contradictions_are_errors(tmp_path, words, message):

@@ -56,11 +56,11 @@ def saving(output):
     return any("tmp" in path.name for path in (output / "checkpoints").glob("*"))
 
 assert status(fork(whole)) == 0
-expected, rng, seen = lines(whole), random.Random(0), dict(saving=0, later=0, terminated=0)
+expected, rng, seen = lines(whole), random.Random(0), dict(saving=0, later=0, terminated=0, killed=0)
 assert [line["step"] for line in expected] == list(range(1, options["steps"] + 1))
 for i in range(moments):
     child = fork(killed)
-    if i % 5:  # behind some step, but every fifth one anywhere
+    if i not in (0, 5):  # behind some step; these two anywhere
         wanted = options["steps"] * (i + rng.random()) / (moments + 1)
         while alive(child) and len(lines(killed)) < wanted:
             time.sleep(0.001)
@@ -76,6 +76,7 @@ for i in range(moments):
     else:
         os.kill(child, signal.SIGKILL)
         assert status(child) == -signal.SIGKILL
+        seen["killed"] += 1
     seen["saving"] += saving(killed)
     seen["later"] += len(lines(killed)) > 0
     assert lines(killed) == expected[: len(lines(killed))], (i, lines(killed)[-1])
@@ -89,6 +90,7 @@ print(json.dumps(seen))
 
 
 def test_killed_at_ten_moments_it_goes_on_bit_for_bit(tmp_path):
+    """Ten times SIGKILL, and once, between them, SIGTERM."""
     config = OPTConfig(
         vocab_size=304, hidden_size=16, num_hidden_layers=2, ffn_dim=32, num_attention_heads=2,
         max_position_embeddings=32, dropout=0.1, init_std=0.05,
@@ -104,11 +106,11 @@ def test_killed_at_ten_moments_it_goes_on_bit_for_bit(tmp_path):
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     environment = os.environ | cache | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-c", KILLER, json.dumps(options), str(tmp_path), "10"],
+        [sys.executable, "-c", KILLER, json.dumps(options), str(tmp_path), "11"],
         capture_output=True, text=True, cwd=ROOT, env=environment, timeout=500, check=False,
     )  # fmt: skip
     log = (tmp_path / "log").read_text() if (tmp_path / "log").exists() else ""
     assert done.returncode == 0, done.stderr + log[-3000:]
     seen = json.loads(done.stdout)
-    assert seen["saving"] >= 3 and seen["later"] >= 7 and seen["terminated"] == 1, seen
+    assert seen["saving"] >= 3 and seen["later"] >= 7 and seen["terminated"] == 1 and seen["killed"] == 10, seen
     assert re.search(r"SIGTERM: stopped after step \d+ of 100, and saved it", log)

@@ -41,14 +41,14 @@ def place(tmp_path_factory):
     return place
 
 
-def command(place: Path, output: str, **changes) -> list[str]:
+def command(place: Path, output: str, script: Path = ROOT / "train.py", **changes) -> list[str]:
     options = dict(
         data=place / "text.jsonl", model=place / "config.json", output=place / output, steps=STEPS, batch_size=8,
         warmup_steps=3, learning_rate=6e-4, checkpoint_every=4, eval_every=6, eval_batches=1,
     ) | changes  # fmt: skip
     words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
     lora = ["-W", "ignore::DeprecationWarning"] if "lora_rank" in changes else []  # qwix uses Flax's old names
-    return [sys.executable, "-W", "error", *lora, str(ROOT / "train.py"), *words]
+    return [sys.executable, "-W", "error", *lora, str(script), *words]
 
 
 def start(place: Path, words: list[str], devices: int) -> subprocess.Popen:
@@ -58,12 +58,15 @@ def start(place: Path, words: list[str], devices: int) -> subprocess.Popen:
     return subprocess.Popen(words, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def start_two(place: Path, output: str, others: dict | None = None, **changes) -> list[subprocess.Popen]:
-    """others: what is different for process 1."""
+def free_address() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    job = dict(coordinator_address=f"127.0.0.1:{port}", num_processes=2)
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def start_two(place: Path, output: str, others: dict | None = None, **changes) -> list[subprocess.Popen]:
+    """others: what is different for process 1."""
+    job = dict(coordinator_address=free_address(), num_processes=2)
     both = [changes, changes | (others or {})]
     return [start(place, command(place, output, **job, process_id=i, **both[i]), devices=4) for i in range(2)]
 
@@ -192,10 +195,27 @@ def test_processes_that_differ_are_told_what_differs(place):
     assert not (place / "different").exists()
 
 
+def test_processes_of_different_code_are_told_so(place):
+    (place / "train.py").write_text((ROOT / "train.py").read_text() + "# changed\n")
+    done = ends(start_two(place, "different", others=dict(script=place / "train.py")))
+    assert [code for code, *_ in done] == [1, 1]
+    for process, (_, _, error) in enumerate(done):
+        assert f"train.py: error: process {process}: the processes differ: source train.py is " in error
+    assert not (place / "different").exists()
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_does_not_wait_for_ever_for_the_others_to_start(place, process):
+    program = f"from opt_jax.distributed import start; start('on', '{free_address()}', 2, {process}, hang_minutes=0.05)"
+    [(code, _, error)] = ends([start(place, [sys.executable, "-c", program], devices=1)])
+    assert code == 75 and re.fullmatch(rf"process {process}: waited 3 s for the other processes to start: .*\n", error)
+
+
 JOB = """
 import sys, time
 from opt_jax import distributed
-distributed.start("on", sys.argv[1], 2, int(sys.argv[2]), heartbeat_seconds=3)
+minutes = 0.5 if sys.argv[3] == "hang" else 60
+distributed.start("on", sys.argv[1], 2, int(sys.argv[2]), heartbeat_seconds=3, hang_minutes=minutes)
 with distributed.last_words("job"):
     import jax
     from jax.experimental import multihost_utils
@@ -222,9 +242,7 @@ with distributed.last_words("job"):
 
 def job(place: Path, what: str, victim: int) -> list[subprocess.Popen]:
     """Two processes that are in the middle of something, the victim sleeping and the other waiting for it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     words = [[sys.executable, "-c", JOB, address, str(i), what, str(victim)] for i in range(2)]
     return [start(place, command, devices=2) for command in words]
 
@@ -256,3 +274,11 @@ def test_a_dead_or_silent_process_is_lost(place, victim, sent):
     ends([processes[victim]])
     why = "its connection was closed" if sent == signal.SIGKILL else "nothing heard of it for 3 s"
     assert code == 75 and f"lost process {victim} ({why})" in last_line(error, survivor)
+
+
+def test_a_job_that_stands_still_ends(place):
+    """Both are alive, but one sleeps and the other waits for it."""
+    done = ends(job(place, "hang", 0))
+    assert [code for code, *_ in done] == [75, 75]
+    said = [last_line(error, process) for process, (*_, error) in enumerate(done)]
+    assert any("no progress for 0.5 minutes" in line for line in said), said  # the first to end is lost to the other

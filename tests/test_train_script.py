@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,26 @@ def test_a_checkpoint_is_what_was_saved_though_training_goes_on(tmp_path):
             jax.tree.map(np.testing.assert_array_equal, restored, jax.tree.map(lambda x, s=scale: x * s, make()))
 
 
+def test_training_does_not_wait_for_a_checkpoint(tmp_path, monkeypatch):
+    """A step is done while the checkpoint before it cannot be finished, and so is no checkpoint yet."""
+    allowed, rename = threading.Event(), os.rename
+
+    def hold_back(source, target, **kwargs):
+        if Path(target) == tmp_path / "checkpoints" / "3":
+            allowed.wait(timeout=20)
+        rename(source, target, **kwargs)
+
+    monkeypatch.setattr(os, "rename", hold_back)
+    state = TrainState(jnp.int32(3), {"w": jnp.arange(8.0)}, {"m": jnp.ones(5)}, jnp.bool(False))
+    step = jax.jit(lambda state: jax.tree.map(lambda x: x * 0, state), donate_argnums=0)
+    with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        checkpoints.save(3, state)
+        jax.block_until_ready(step(state))
+        assert not (tmp_path / "checkpoints" / "3").exists()
+        allowed.set()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+
+
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
 def test_stops_as_asked_and_resumes_on_another_mesh(options, uninterrupted, tmp_path, capsys):
     run(options, tmp_path / "run", stop_after=7, mesh="data=2,fsdp=4")
@@ -262,6 +283,11 @@ def test_an_option_younger_than_the_run_counts_as_its_default(options, tmp_path)
         run(options, tmp_path / "run", weight_decay=0.2)
 
 
+def test_the_shortest_sequences_end_in_a_sample(options, tmp_path, capsys):
+    run(options, tmp_path / "run", seq_len=1, steps=1)
+    assert "a sample: " in capsys.readouterr().out
+
+
 def test_starts_from_a_checkpoint_with_its_tokenizer(options, uninterrupted, tmp_path):
     start = str(uninterrupted[0])
     lines = run(options, tmp_path / "run", model=start, dropout=0.0, stop_after=2)
@@ -276,9 +302,14 @@ def test_starts_from_a_checkpoint_with_its_tokenizer(options, uninterrupted, tmp
     [
         (dict(steps=0), "--steps 0: must be at least 1"),
         (dict(learning_rate=0.0), "--learning-rate 0.0: must be above 0"),
+        (dict(learning_rate=float("inf")), "--learning-rate inf: must be a finite number"),
+        (dict(weight_decay=float("nan")), "--weight-decay nan: must be a finite number"),
         (dict(warmup_steps=-1), "--warmup-steps -1: must not be negative"),
+        (dict(seed=-1), "--seed -1: must not be negative"),
         (dict(seq_len=64), "--seq-len 64: the model has 32 positions"),
         (dict(batch_size=6, mesh="data=-1"), "--batch-size 6 does not divide over the mesh's data x fsdp = 8"),
+        (dict(mesh="tensor=8"), "2 attention heads do not divide over mesh axis tensor=8"),
+        (dict(mesh="data=-1,tensor=2", seq_len=31), "31 tokens per sequence do not divide over mesh axis tensor=2"),
         (dict(final_lr=1.5), "--final-lr 1.5: must be a share of the peak, from 0 to 1"),
         (dict(betas=(0.9, 1.0)), "--betas 0.9 1.0: must be at least 0 and below 1"),
         (dict(profile="13:10"), "--profile 13:10: needs the first and the last step to trace, as in 10:13"),

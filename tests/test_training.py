@@ -12,6 +12,7 @@ import pytest
 from hlo import Program
 
 from opt_jax import OPTConfig, OPTTokenizer
+from opt_jax.config import _SIZES
 from opt_jax.sharding import make_mesh, use_mesh
 from opt_jax.training import data
 from opt_jax.training.checkpoints import Checkpoints
@@ -315,6 +316,31 @@ def test_a_mesh_computes_what_one_device_does(mesh, reference):
         error = np.linalg.norm(grads[name] - expected)
         assert error <= 1e-5 * max(np.linalg.norm(expected), 1e-3 * total), name
     np.testing.assert_allclose(run.losses(0, 20), expected_losses, rtol=1e-5)
+
+
+@pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
+@pytest.mark.parametrize("name", _SIZES)
+def test_moments_lie_where_their_parameters_do(name):
+    mesh = make_mesh("data=2,fsdp=2,tensor=2")
+    optimizer = make_optimizer(make_schedule(peak=6e-4, warmup_steps=5, steps=30))
+    state = jax.eval_shape(lambda: new_state(new_model(OPTConfig.preset(name), 0, "bfloat16"), optimizer))
+    found = {name: sharding.spec for name, sharding in named_leaves(state_shardings(state, mesh)).items()}
+    parameters = {name: spec for name, spec in found.items() if name.startswith("model.")}
+    assert len(parameters) > 10 and all(any(spec) for name, spec in parameters.items() if name.endswith("kernel"))
+    for moment in ("mu", "nu"):
+        assert {k: found[f"opt_state.1.{moment}.{k.removeprefix('model.')}"] for k in parameters} == parameters
+
+
+@pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
+@pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=4,tensor=2"])
+def test_a_device_begins_with_its_own_shards(mesh):
+    """Nothing in the program that makes the state is as large as a parameter that is split."""
+    _, abstract, shardings, begin, _ = programs(mesh, CONFIG, 0)
+    text = begin.lower().compile().as_text()
+    assert text is not None
+    sizes = [size for c in Program(text).computations.values() for i in c.values() for _, size in i.arrays]
+    leaves = zip(jax.tree.leaves(abstract), jax.tree.leaves(shardings), strict=True)
+    assert max(sizes) <= max(4 * int(np.prod(s.shard_shape(x.shape))) for x, s in leaves)
 
 
 # Checkpoints and metrics ----------------------------------------------------------------------------------------------

@@ -4,10 +4,12 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -175,11 +177,15 @@ def check_options(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    for name in ("learning_rate", "weight_decay", "init_std"):
+        value = getattr(options, name)
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be a finite number")
     for name in ("learning_rate", "clip_norm", "init_std", "checkpoint_minutes"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
-    for name in ("weight_decay", "warmup_steps", "process_id", "data_workers"):
+    for name in ("weight_decay", "warmup_steps", "process_id", "data_workers", "seed"):
         if (getattr(options, name) or 0) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must not be negative")
     if not 0 <= options.final_lr <= 1:
@@ -198,6 +204,8 @@ def check_options(options: Options) -> None:
     for name in ("topology", "plan_output"):
         if getattr(options, name) is not None and not options.plan:
             raise ValueError(f"--{name.replace('_', '-')} is for --plan: leave it out, or add --plan")
+    if options.plan_output and not Path(options.plan_output).absolute().parent.is_dir():
+        raise ValueError(f"--plan-output {options.plan_output}: there is no such directory to write it to")
     for name in ("tensorboard", "profile"):
         if getattr(options, name) and "://" in options.output:
             raise ValueError(f"--{name} writes to local disks only, not to {options.output}: leave it out")

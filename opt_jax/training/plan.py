@@ -134,7 +134,8 @@ def make_plan(
 
     def compile_at(micro: int) -> dict[str, Any]:
         ids = jax.ShapeDtypeStruct((rows // micro, micro * shards, seq_len), jnp.int32)
-        return compile_step(train_step, abstract, {"input_ids": ids, "labels": ids}, capacity)
+        names = ["input_ids", "labels", *(["segment_ids"] if options.pack == "segments" else [])]
+        return compile_step(train_step, abstract, dict.fromkeys(names, ids), capacity)
 
     asked = rows // options.accumulate
     found = {asked: compile_at(asked)}

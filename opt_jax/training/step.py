@@ -144,11 +144,17 @@ def batch_loss(model: OPTForCausalLM, batch: Batch, dropout_key: jax.Array | Non
     return loss, (batch["labels"] != IGNORED).sum()
 
 
-def _check(config: OPTConfig, batch: Batch, mesh: Mesh) -> None:
-    (rows, tokens), tensor = batch["input_ids"].shape[1:], mesh.shape["tensor"]
-    for what, size in {"attention heads": config.num_attention_heads, "tokens per sequence": tokens}.items():
+def check_divides(config: OPTConfig, seq_len: int, mesh: Mesh) -> None:
+    """ValueError for heads or tokens that do not divide over the mesh; of widths `state_shardings` says so."""
+    tensor = mesh.shape["tensor"]
+    for what, size in {"attention heads": config.num_attention_heads, "tokens per sequence": seq_len}.items():
         if size % tensor:
             raise ValueError(f"{size} {what} do not divide over mesh axis tensor={tensor}")
+
+
+def _check(config: OPTConfig, batch: Batch, mesh: Mesh) -> None:
+    rows, tokens = batch["input_ids"].shape[1:]
+    check_divides(config, tokens, mesh)
     if rows % (parts := mesh.shape["data"] * mesh.shape["fsdp"]):
         raise ValueError(f"{rows} sequences in a micro-batch do not divide over the mesh's data x fsdp = {parts}")
 
