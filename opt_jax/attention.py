@@ -62,8 +62,13 @@ class DropoutKey(NamedTuple):
     rows: Int[Array, " B"]
 
     @classmethod
-    def of(cls, key: jax.Array | None, rows: int) -> "DropoutKey | None":
-        return None if key is None else cls(key, first_row(rows) + jnp.arange(rows))
+    def of(
+        cls, key: "jax.Array | DropoutKey | None", rows: int, first: Int[Array, ""] | int = 0
+    ) -> "DropoutKey | None":
+        """first: number of the first row that devices share now, of a batch that comes in parts (micro-batches)."""
+        if key is None or isinstance(key, DropoutKey):
+            return key
+        return cls(key, first + first_row(rows) + jnp.arange(rows))
 
 
 def dropout(x: Float[Array, "B N ..."], rate: float, key: DropoutKey | None) -> Float[Array, "B N ..."]:

@@ -220,7 +220,7 @@ class OPTDecoder(nnx.Module):
         cache: KVCache | None,
         output_hidden_states: bool,
         output_attentions: bool,
-        dropout_key: jax.Array | None,
+        dropout_key: jax.Array | DropoutKey | None,
     ) -> BaseModelOutput:
         if attention_mask is not None:
             attention_mask = attention_mask != 0
@@ -250,12 +250,15 @@ class OPTDecoder(nnx.Module):
                 mask = AttentionMask(cache.advance(new_tokens).valid, None, cache.column)
 
         depth = self.config.num_hidden_layers
-        keys = None if dropout_key is None else jax.random.split(dropout_key, depth)
+        dropout_key = DropoutKey.of(dropout_key, batch)
+        keys = None if dropout_key is None else DropoutKey(
+            jax.random.split(dropout_key.key, depth), jnp.broadcast_to(dropout_key.rows, (depth, batch))
+        )  # fmt: skip
         states, attentions, caches = [x], [], []
         if isinstance(self.layers, nnx.List):
             layer_caches = [None] * depth if cache is None else cache.layers()
             for i, layer in enumerate(self.layers):
-                key = DropoutKey.of(None if keys is None else keys[i], batch)
+                key = None if keys is None else DropoutKey(keys.key[i], keys.rows[i])
                 x, weights, layer_cache = layer(x, mask, layer_caches[i], key)
                 states.append(x)
                 attentions.append(weights)
@@ -271,7 +274,6 @@ class OPTDecoder(nnx.Module):
             def body(x, layer_and_key):
                 layer, key = layer_and_key
                 layer = gather_parameters(layer, layer.fc1.dtype, self.grad_dtype, "model.decoder.layers.")
-                key = DropoutKey.of(key, batch)
                 if parts > 1:
                     x, weights = _in_parts(layer, parts, x, mask, key), None
                 else:

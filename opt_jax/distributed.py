@@ -110,7 +110,10 @@ def _all_here_within(seconds: float, coordinator_address: str | None, process_id
 
 
 def in_cluster() -> bool:
-    """Whether the environment says that this is one process of several (JAX then finds out the rest by itself)."""
+    """Whether the environment says that this is one process of several (JAX then finds out the rest by itself).
+
+    ValueError: it does, but JAX cannot find the others.
+    """
     has, count = os.environ.__contains__, lambda name: int(os.environ.get(name, "1"))
     if has("SLURM_STEP_NODELIST") and has("SLURM_PROCID"):  # under srun; in a batch script itself there is no step
         return count("SLURM_NTASKS") > 1
@@ -121,7 +124,14 @@ def in_cluster() -> bool:
     if count("MEGASCALE_NUM_SLICES") > 1:
         return True
     if has("KUBERNETES_SERVICE_HOST") and has("JOB_COMPLETION_INDEX"):  # an indexed Job
-        return importlib.util.find_spec("kubernetes") is not None
+        if importlib.util.find_spec("kubernetes") is not None:
+            return True
+        if (index := os.environ["JOB_COMPLETION_INDEX"]) != "0":  # not the first pod, so one of several
+            raise ValueError(
+                f"pod {index} of a Kubernetes job cannot find the others: pip install kubernetes, or give "
+                "--coordinator-address, --num-processes and --process-id; --distributed off for pods that work alone"
+            )
+        return False
     # A Cloud TPU VM: whether it is one of several is known to its metadata server, which JAX asks.
     on_tpu_vm = importlib.util.find_spec("libtpu") is not None and bool(_tpu_devices())
     return on_tpu_vm and not has("TPU_SKIP_MDS_QUERY") and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")

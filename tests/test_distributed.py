@@ -60,6 +60,15 @@ def test_tpu_hosts_and_kubernetes_jobs_are_known(monkeypatch, variables, package
     assert distributed.in_cluster() == several
 
 
+def test_a_pod_that_cannot_find_the_others_does_not_work_alone(monkeypatch):
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "10")
+    with pytest.raises(ValueError, match="pod 10 of a Kubernetes job cannot find the others: pip install kubernetes"):
+        distributed.start()
+    distributed.start("off")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import train
+from convert.__main__ import main as convert
 from opt_jax import OPTConfig, OPTForCausalLM, OPTTokenizer
 from opt_jax.cli import main
 from opt_jax.training.checkpoints import Checkpoints
@@ -212,7 +213,14 @@ def test_stops_as_asked_and_resumes_on_another_mesh(options, uninterrupted, tmp_
     run(options, tmp_path / "run", stop_after=7, mesh="data=2,fsdp=4")
     assert f"stopped after step 7 of {STEPS}" in capsys.readouterr().out
     assert not (tmp_path / "run" / "model").exists()
-    lines = run(options, tmp_path / "run", mesh="data=2,fsdp=2,tensor=2", checkpoint_every=1000, keep_checkpoints=1)
+    lines = run(
+        options,
+        tmp_path / "run",
+        mesh="data=2,fsdp=2,tensor=2",
+        accumulate=2,
+        checkpoint_every=1000,
+        keep_checkpoints=1,
+    )
     assert "steps 7 to" in capsys.readouterr().out
     for name in ("loss", "lr", "grad_norm"):
         ours, theirs = ([line[name] for line in part] for part in (lines, metrics(uninterrupted[0])))
@@ -295,6 +303,9 @@ def test_starts_from_a_checkpoint_with_its_tokenizer(options, uninterrupted, tmp
     for name in ("vocab.json", "merges.txt"):
         assert (tmp_path / "run" / "tokenizer" / name).read_text() == (Path(start) / "tokenizer" / name).read_text()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["model"]["dropout"] == 0.0
+
+    assert convert(["to-hf", f"{start}/model", str(tmp_path / "hf")]) == 0
+    same(run(options, tmp_path / "from hf", model=str(tmp_path / "hf"), dropout=0.0, stop_after=2), lines)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,14 +36,14 @@ def test_a_loss_in_chunks_is_the_loss():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
 
 
-def gradients(batch, mesh="data=1", devices=1, config=CONFIG, keys=None, **options):
+def gradients(batch, mesh="data=1", devices=1, config=CONFIG, key=None, **options):
     mesh = make_mesh(mesh, jax.devices()[:devices])
     model = new_model(config, 0, "float32", **options)
     shardings = state_shardings(model, mesh)
     with use_mesh(mesh):
         model = jax.device_put(model, shardings)
-        compiled = jax.jit(make_gradients(config, shardings, mesh)).lower(model, batch, keys).compile()
-        loss, grads = compiled(model, batch, keys)
+        compiled = jax.jit(make_gradients(config, shardings, mesh)).lower(model, batch, key).compile()
+        loss, grads = compiled(model, batch, key)
     return compiled, float(loss), {name: np.asarray(leaf) for name, leaf in named_leaves(grads).items()}
 
 
@@ -79,10 +80,10 @@ def test_a_layer_in_parts_of_rows_computes_the_same(mesh, monkeypatch):
     batch = {"input_ids": ids((1, 8, 16)), "labels": ids((1, 8, 16))}
     batch["segment_ids"] = jnp.asarray(np.random.default_rng(1).integers(0, 3, (1, 8, 16)).cumsum(-1))
     config = dataclasses.replace(CONFIG, dropout=0.1, attention_dropout=0.1)  # bits are a matter of the row's number
-    keys = jax.random.split(jax.random.key(1), 1)
-    expected = gradients(batch, mesh, devices, config=config, keys=keys, remat="full")
+    key = jax.random.key(1)
+    expected = gradients(batch, mesh, devices, config=config, key=key, remat="full")
     monkeypatch.setattr(decoder, "PART_BYTES", 2 * 4 * 16 * 32)  # two rows
-    got = gradients(batch, mesh, devices, config=config, keys=keys, remat="full")
+    got = gradients(batch, mesh, devices, config=config, key=key, remat="full")
     assert_same(got, expected)
     rows, heads = (8, 4) if devices == 1 else (4, 2)
     scores = [f"f32[{n},{heads},16,16]" in (found[0].as_text() or "") for found in (expected, got) for n in (rows, 2)]
@@ -96,9 +97,12 @@ def test_micro_batches_weigh_every_label_the_same(mesh):
         pytest.skip("needs eight devices")
     whole = {"input_ids": ids((1, 16, 16)), "labels": ids((1, 16, 16)).at[0, :5].set(-100).at[0, 8, 3:].set(-100)}
     parts = {name: value.reshape(4, 4, 16) for name, value in whole.items()}
-    expected = gradients(whole)
-    assert_same(gradients(parts, mesh, devices), expected)
-    assert_same(gradients(whole, mesh, devices), expected)
+    config = dataclasses.replace(CONFIG, dropout=0.1, attention_dropout=0.1)
+    cases: list[dict[str, Any]] = [{}, dict(config=config, key=jax.random.key(1))]
+    for options in cases:  # and drop the same, whatever their number
+        expected = gradients(whole, **options)
+        assert_same(gradients(parts, mesh, devices, **options), expected)
+        assert_same(gradients(whole, mesh, devices, **options), expected)
 
 
 def test_sizes_that_do_not_divide_over_tensor_are_refused():

@@ -149,8 +149,8 @@ class Options:
 
 
 MAY_CHANGE = {
-    "output", "mesh", "dcn_mesh", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "keep_every",
-    "data_workers", "eval_every", "eval_batches", "log_every", "stop_after",
+    "output", "mesh", "dcn_mesh", "accumulate", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints",
+    "keep_every", "data_workers", "eval_every", "eval_batches", "log_every", "stop_after",
     "recipe", "skip_nonfinite", "tensorboard", "wandb", "profile",
     "distributed", "coordinator_address", "num_processes", "process_id", "heartbeat_seconds", "hang_minutes",
     "plan", "topology", "plan_output", "attention", "remat",

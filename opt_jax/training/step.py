@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
+from opt_jax.attention import DropoutKey
 from opt_jax.config import OPTConfig
 from opt_jax.model import OPTForCausalLM
 from opt_jax.sharding import (
@@ -32,7 +33,7 @@ from opt_jax.training.loss import IGNORED, next_token_loss
 # fine-tuning tasks are described in tasks.py. [A, B, T], or [B, T] of one micro-batch.
 Batch = dict[str, Int[Array, "..."]]
 # (model, micro-batch, dropout key or None) -> (sum of its losses, how many labels counted), inside `per_device`.
-Loss = Callable[[Any, Batch, jax.Array | None], tuple[Array, Array]]
+Loss = Callable[[Any, Batch, DropoutKey | None], tuple[Array, Array]]
 
 
 @jax.tree_util.register_dataclass
@@ -133,7 +134,7 @@ def gathered(model: Any) -> Any:
     return gather_parameters(model, model.dtype, model.model.decoder.grad_dtype)
 
 
-def batch_loss(model: OPTForCausalLM, batch: Batch, dropout_key: jax.Array | None = None) -> tuple[Array, Array]:
+def batch_loss(model: OPTForCausalLM, batch: Batch, dropout_key: DropoutKey | None = None) -> tuple[Array, Array]:
     """(sum of the next-token losses in float32, how many labels counted) of one micro-batch [B, T]."""
     model = gathered(model)
     segment_ids = batch.get("segment_ids")
@@ -162,7 +163,7 @@ def _check(config: OPTConfig, batch: Batch, mesh: Mesh) -> None:
 def make_gradients(
     config: OPTConfig, shardings: Any, mesh: Mesh, loss_of: Loss = batch_loss, frozen_shardings: Any = None
 ) -> Callable[..., tuple[Array, Any]]:
-    """(model, batch, dropout keys [A] or None, frozen) -> (mean loss, its gradients in float32), for use in `jax.jit`.
+    """(model, batch, dropout key or None, frozen) -> (mean loss, its gradients in float32), for use in `jax.jit`.
 
     batch: arrays [A, B, T]. Gradients of the A micro-batches are accumulated, every counted label weighing the same.
     shardings: of the model. frozen: see `TrainState`; there are no gradients of it.
@@ -170,29 +171,31 @@ def make_gradients(
     Raises ValueError for sizes that do not divide over the mesh.
     """
 
-    def gradients(model: Any, batch: Batch, keys: jax.Array | None, frozen: Any):
+    def gradients(model: Any, batch: Batch, key: jax.Array | None, frozen: Any):
         total = jnp.maximum(sum_over_batch((batch["labels"] != IGNORED).sum()), 1)
+        parts, rows = batch["labels"].shape[:2]  # of this device
 
-        def micro_gradients(batch: Batch, key: jax.Array | None):
-            return jax.value_and_grad(lambda model: loss_of(join(model, frozen), batch, key)[0] / total)(model)
+        def micro_gradients(batch: Batch, i: Array):
+            own_key = DropoutKey.of(key, rows, i * rows * mesh.shape["data"] * mesh.shape["fsdp"])
+            return jax.value_and_grad(lambda model: loss_of(join(model, frozen), batch, own_key)[0] / total)(model)
 
         def accumulate(carry: Any, micro: Any):
             return jax.tree.map(jnp.add, carry, micro_gradients(*micro)), None
 
-        if batch["labels"].shape[0] == 1:
-            loss, grads = micro_gradients(*jax.tree.map(lambda x: x[0], (batch, keys)))
+        if parts == 1:
+            loss, grads = micro_gradients(jax.tree.map(lambda x: x[0], batch), jnp.int32(0))
         else:
             nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, model))
-            (loss, grads), _ = jax.lax.scan(accumulate, nothing, (batch, keys))
+            (loss, grads), _ = jax.lax.scan(accumulate, nothing, (batch, jnp.arange(parts)))
         return sum_over_batch(loss), sum_gradients(grads)
 
     specs, frozen_specs = jax.tree.map(lambda sharding: sharding.spec, (shardings, frozen_shardings))
     rows, everywhere = batch_sharding(mesh, leading=1).spec, replicated(mesh).spec
     mapped = per_device(gradients, mesh, (specs, rows, everywhere, frozen_specs), (everywhere, specs))
 
-    def checked(model: Any, batch: Batch, keys: jax.Array | None = None, frozen: Any = None):
+    def checked(model: Any, batch: Batch, key: jax.Array | None = None, frozen: Any = None):
         _check(config, batch, mesh)
-        return mapped(model, batch, keys, frozen)
+        return mapped(model, batch, key, frozen)
 
     return checked
 
@@ -225,17 +228,16 @@ def make_train_step(
     An update with a loss or gradient that is not finite is skipped. The next ones then are, too (by the time the host
     knows, they may be under way), unless `skip_nonfinite`.
 
-    batch: arrays [A, B, T], see `make_gradients`. The dropout key is a function of (seed, step, micro-batch), and its
-    bits do not depend on the mesh.
+    batch: arrays [A, B, T], see `make_gradients`. The dropout key is a function of (seed, step); its bits depend on a
+    row's number in the batch of the step, and neither on the mesh nor on the number of micro-batches.
     """
     uses_dropout = max(config.dropout, config.attention_dropout, config.layerdrop) > 0
     gradients = make_gradients(config, shardings.model, mesh, loss_of, shardings.frozen)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         frozen, state = state.frozen, dataclasses.replace(state, frozen=None)
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        keys = jax.random.split(key, batch["labels"].shape[0]) if uses_dropout else None
-        loss, grads = gradients(state.model, batch, keys, frozen)
+        key = jax.random.fold_in(jax.random.key(seed), state.step) if uses_dropout else None
+        loss, grads = gradients(state.model, batch, key, frozen)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         skipped = ~finite | state.halted

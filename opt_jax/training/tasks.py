@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from opt_jax.attention import DropoutKey
 from opt_jax.model import OPTForQuestionAnswering, OPTForSequenceClassification
 from opt_jax.sharding import (
     batch_sharding,
@@ -41,7 +42,7 @@ TASKS: dict[str, type] = {
 SHORTEST = 32  # tokens; other lengths are its doubles, so that a step is compiled for a few of them only
 
 
-def task_logits(model: Any, batch: Batch, key: jax.Array | None = None) -> Float[Array, "..."]:
+def task_logits(model: Any, batch: Batch, key: DropoutKey | None = None) -> Float[Array, "..."]:
     """[B, C] of a classifier, [B, T, 2] for the start and the end of an answer; the same on all of `tensor`.
 
     batch: input_ids, attention_mask [B, T], pads on the right. What HF's models compute but for one thing: pads cannot
@@ -69,7 +70,7 @@ def _losses(logits: Float[Array, "..."], batch: Batch) -> tuple[Array, Array]:
     return -jnp.where(counted, chosen, 0).sum(), counted.sum()
 
 
-def task_loss(model: Any, batch: Batch, dropout_key: jax.Array | None = None) -> tuple[Array, Array]:
+def task_loss(model: Any, batch: Batch, dropout_key: DropoutKey | None = None) -> tuple[Array, Array]:
     """(sum of the losses in float32, how many labels counted) of one micro-batch, as `step.Loss` says.
 
     batch: see `task_logits`, and labels [B], the classes, or [B, 2], first and last token of the answer.
