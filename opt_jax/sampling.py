@@ -68,9 +68,9 @@ def process(logits: Logits, history: History, options: SamplingOptions, do_sampl
         logits = processors.no_repeat_ngram(logits, history, o.no_repeat_ngram_size)
     if o.bad_words is not None:
         logits = processors.ban_sequences(logits, history, o.bad_words)
-    # Always, if for no row: under `lax.cond` a GPU would wait for the host in the middle of each step.
+    # No end token yet: into these few columns. Under `lax.cond` a GPU would wait for the host in the middle of a step.
     too_early = (step < o.min_new_tokens)[:, None]
-    logits = jnp.where(too_early, processors.suppress(logits, o.eos_token_ids), logits)
+    logits = logits.at[:, o.eos_token_ids].min(jnp.where(too_early, -jnp.inf, jnp.inf), mode="drop")
     if o.forced_bos_token_id is not None:
         first = history.lengths()[:, None] == 1  # as in HF: a prompt of one token is a start token
         logits = jnp.where(first, processors.force(logits, o.forced_bos_token_id), logits)
