@@ -209,6 +209,20 @@ def test_training_does_not_wait_for_a_checkpoint(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+def test_with_deterministic_a_gpu_goes_on_bitwise(options, tmp_path):
+    def start(name, **changes):
+        command = [*command_line(options, tmp_path / name, mesh="data=1", **changes), "--deterministic"]
+        environment = one_device_environment() | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # this process has its own
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return metrics(tmp_path / name)
+
+    whole = start("whole")
+    assert len(start("run", stop_after=7)) == 7
+    same(start("run"), whole)
+
+
 def test_stops_as_asked_and_resumes_on_another_mesh(options, uninterrupted, tmp_path, capsys):
     run(options, tmp_path / "run", stop_after=7, mesh="data=2,fsdp=4")
     assert f"stopped after step 7 of {STEPS}" in capsys.readouterr().out
