@@ -279,12 +279,12 @@ def test_cache(name, mask_form, chunks):
             theirs["attention_mask"] = torch.from_numpy(mask[:, :stop].astype(np.int64))
             own["attention_mask"] = mask[:, start if mask_form == "new tokens" else 0 : stop]
         with torch.no_grad():
-            expected = hf(torch.tensor(ids[:, start:stop]), past_key_values=past, use_cache=True, **theirs)
+            expected = hf(torch.tensor(ids[:, start:stop]), cache=past, use_cache=True, **theirs)
         got = call(model, input_ids=ids[:, start:stop], cache=cache, **own)
         where = mask[:, start:stop]
         if where.any():
             assert_close(got.logits, expected.logits, where)
-        past, cache, start = expected.past_key_values, got.cache, stop
+        past, cache, start = expected.cache, got.cache, stop
     np.testing.assert_array_equal(cache.next_position, mask.sum(1))
     np.testing.assert_array_equal(cache.valid[:, :10], mask)
     for layer in range(3):
