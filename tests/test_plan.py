@@ -79,6 +79,8 @@ def test_the_largest_that_fits(limit, found):
 def test_unknown_topologies_are_errors():
     with pytest.raises(ValueError, match="--topology v5p8: expected a generation"):
         topology_devices("v5p8")
+    with pytest.raises(ValueError, match="--topology v5p:512x512x512: 134217728 chips, but a pod of v5p has 8960"):
+        topology_devices("v5p:512x512x512")
 
 
 def plan(directory, *words, model=None):

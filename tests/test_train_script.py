@@ -208,7 +208,6 @@ def test_training_does_not_wait_for_a_checkpoint(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
 
 
-@pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 def test_with_deterministic_a_gpu_goes_on_bitwise(options, tmp_path):
     def start(name, **changes):
@@ -223,6 +222,7 @@ def test_with_deterministic_a_gpu_goes_on_bitwise(options, tmp_path):
     same(start("run"), whole)
 
 
+@pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
 def test_stops_as_asked_and_resumes_on_another_mesh(options, uninterrupted, tmp_path, capsys):
     run(options, tmp_path / "run", stop_after=7, mesh="data=2,fsdp=4")
     assert f"stopped after step 7 of {STEPS}" in capsys.readouterr().out
