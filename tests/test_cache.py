@@ -25,6 +25,7 @@ def chunks(random) -> list[slice]:
     return [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", SMALL)
 def test_any_chunking_equals_one_call(name, seed):

@@ -66,6 +66,7 @@ def test_save_and_load(tmp_path, cls, variant):
     assert loaded.config.to_hf() == model.config.to_hf() | {"architectures": [cls], "torch_dtype": "float32"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_stacked_model_is_stored_per_layer(tmp_path, dtype):
     model = random_model(scan_layers=True, param_dtype=jnp.dtype(dtype))

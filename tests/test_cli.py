@@ -166,6 +166,7 @@ def test_interrupted(folder):
     assert process.returncode == -signal.SIGINT and err == b""  # the shell makes 130 of it
 
 
+@pytest.mark.slow
 def test_reader_of_the_pipe_leaves(folder):
     with start(folder, "hello") as process:
         assert process.stdout and process.stderr

@@ -12,6 +12,8 @@ from flax import nnx
 from opt_jax import OPTConfig, OPTForCausalLM, continuous, pipeline
 from opt_jax.generate import stream
 
+pytestmark = pytest.mark.slow
+
 CONFIG = OPTConfig(
     vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, ffn_dim=40, max_position_embeddings=96,
     word_embed_proj_dim=16, init_std=0.3,
@@ -113,7 +115,6 @@ def test_ended_rows_make_room(model, monkeypatch):
     assert steps[-1] < 0.75 * chunks
 
 
-@pytest.mark.slow
 def test_what_is_compiled(model, compiled):
     jax.clear_caches()
 
@@ -136,7 +137,6 @@ def test_what_is_compiled(model, compiled):
     assert run(prompts(6, 16), cache=model.prefill([[9] * 8]))[1] == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sampling", "processors"])
 def test_a_prefix_is_as_good_as_its_tokens(model, kind):
     prefix, rows = [7, 8, 9, 10, 7], prompts(12, 30)

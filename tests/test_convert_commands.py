@@ -180,6 +180,7 @@ def test_every_command_has_help(capsys, command):
 # Checkpoints of train.py ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_checkpoints_of_a_training_run(tmp_path, capsys, tied):
     config = OPTConfig.from_hf(TINY | {"tie_word_embeddings": tied, "torch_dtype": "float16"})

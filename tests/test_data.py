@@ -51,6 +51,7 @@ def test_batches_are_the_same_for_any_number_of_readers_and_after_a_resume(reade
             np.testing.assert_array_equal(got, expected[step][rows, :-1])
 
 
+@pytest.mark.slow
 def test_worker_processes_read_the_same(tmp_path):
     windows = make_windows(tmp_path / "a.npy")
     with Reader(windows, range(8), 3, 9, workers=2) as reader:

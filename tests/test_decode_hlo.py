@@ -18,6 +18,8 @@ from opt_jax import beams, decode
 from opt_jax.hlo import COLLECTIVES, Instruction
 from opt_jax.sharding import make_mesh, use_mesh
 
+pytestmark = pytest.mark.slow
+
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "one row": dict(rows=1),
@@ -105,7 +107,6 @@ def test_a_step_on_a_mesh_sends_two_sums_for_each_layer(inside):
 LIBTPU = Path(sys.prefix) / "libtpu"  # put there by make: beside the packages, or every `import jax` would load it
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not (LIBTPU / "libtpu").is_dir(), reason=f"no libtpu in {LIBTPU}: `make test` installs it (Linux)")
 def test_a_step_on_a_tpu_v5e(tmp_path):
     tests = Path(__file__).parent

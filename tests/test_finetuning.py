@@ -88,6 +88,7 @@ def train(kind, rank, spec, steps=3, accumulate=1):
 # Losses ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["classify", "answer"])
 def test_the_loss_of_a_task_is_that_of_the_model(kind):
     model = new_model(CONFIG, 0, "float32", CLASSES[kind])
@@ -116,6 +117,7 @@ def test_meshes_and_micro_batches_train_alike(kind, rank):
     np.testing.assert_allclose(found, expected, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_predictions_are_those_of_all_rows():
     mesh, begin, _, shardings, *_ = programs("classify", 0, "data=1")
     held_out = Batches(EXAMPLES, np.zeros(40, int), 16, 32, pad=1)
@@ -327,6 +329,7 @@ def test_a_squad_file_of_windows_is_read(tmp_path):
 # LoRA -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lm", "classify"])
 def test_only_adapters_and_heads_are_trained_and_have_moments(kind):
     _, begin, _, _, lora, plain = programs(kind, 2, "data=1")

@@ -218,6 +218,7 @@ def test_buckets(model):
         assert check_request(model, ids).prompts.ids.shape[1] <= 64
 
 
+@pytest.mark.slow
 def test_a_gpu_decodes_one_row_as_two(model, monkeypatch):
     ids = IDS[1:2]
     options: dict[str, Any] = dict(max_new_tokens=10, do_sample=True, seed=[3], logprobs=2)

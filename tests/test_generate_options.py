@@ -36,6 +36,7 @@ FREE: dict[str, Any] = dict(eos_token_id=[], max_new_tokens=10)
 # Rows and seeds -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_several_sequences_for_each_prompt(model):
     out = model.generate(IDS, do_sample=True, num_return_sequences=3, seed=4, **FREE)
     assert out.sequences.shape == (15, 19) and out.lengths.shape == (15,)
@@ -85,6 +86,7 @@ def cut(row: np.ndarray, sequences) -> int:
     return len(row)
 
 
+@pytest.mark.slow
 def test_stop_sequences_and_reasons(model):
     free = model.generate(IDS, do_sample=True, seed=3, **FREE).sequences[:, 9:]
     sequences = [free[0, 3:5], [free[1, 6]], free[2, :3], [*free[3, 4:6], 98], free[4, 5:10]]
@@ -123,6 +125,7 @@ def test_completes_looks_at_new_tokens_only():
 # Log-probabilities --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_logprobs_are_those_of_the_model(model):
     """Mixed lengths, sampled with processors that change the distribution: what is recorded is the model's own."""
     end = int(model.generate(IDS, **FREE).sequences[0, 13])
@@ -149,6 +152,7 @@ def test_logprobs_are_those_of_the_model(model):
     assert model.generate(IDS, logprobs=0, **FREE).top_logprobs.shape == (5, 10, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["opt-125m", "opt-350m"])
 def test_score_is_what_generation_records(name):
     model = our_model(name)
@@ -161,6 +165,7 @@ def test_score_is_what_generation_records(name):
     np.testing.assert_array_equal(np.isnan(scores), ~real | (np.cumsum(real, axis=1) == 1))
 
 
+@pytest.mark.slow
 def test_score_wherever_the_pads_are(model):
     random = np.random.RandomState(0)
     rows = [random.randint(3, 99, n) for n in (20, 3, 1, 40, 17)]
@@ -184,6 +189,7 @@ def test_score_wherever_the_pads_are(model):
 # Layers of options ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_config_objects_and_the_checkpoint(model, tmp_path):
     options: dict[str, Any] = dict(do_sample=True, top_k=5, max_new_tokens=6, eos_token_id=[])
     expected = model.generate(IDS, **options).sequences
@@ -244,6 +250,7 @@ def test_errors_of_others(model):
         score(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), IDS)  # type: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
 def test_beams(model):
     """One function for the search whatever the values; what beams cannot do is refused."""
     options: dict[str, Any] = dict(num_beams=3, num_return_sequences=2, max_new_tokens=5)

@@ -13,6 +13,8 @@ from opt_jax import OPTForCausalLM, OPTTokenizer
 from opt_jax.cli import main
 from opt_jax.harness import OPTLM, find_tasks, run
 
+pytestmark = pytest.mark.slow
+
 CONTEXT = 64
 make: Any = OPTLM  # the harness's decorator hides the class's type
 TEXTS = [
@@ -191,7 +193,6 @@ def test_tasks_that_nobody_has(tasks, capsys):
     assert capsys.readouterr().err == f"opt-jax: error: --include-path {tasks / 'none'}: no such directory\n"
 
 
-@pytest.mark.slow
 def test_tasks_of_the_harness_itself(tasks):
     """Their names take 13 s to look through."""
     with pytest.raises(ValueError, match="--tasks no_such_task: no such task, neither in --include-path nor"):

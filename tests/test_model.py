@@ -99,6 +99,7 @@ def test_every_field_is_in_the_list():
     assert set(EFFECTS) | NO_EFFECT_HERE == {field.name for field in dataclasses.fields(OPTConfig)}
 
 
+@pytest.mark.slow
 def test_pads_start_at_zero_and_learn_nothing_from_lookups(usual):
     """As with torch's `padding_idx`; a tied head does teach them."""
     assert usual["pad rows"] == [1]
@@ -311,6 +312,7 @@ def test_the_abstract_class_says_so():
 # --- pads, packing, pooling ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("name", SMALL)
 def test_pads_never_produce_nan(name, dtype):
@@ -442,6 +444,7 @@ def test_abstract_models_stack_too():
         assert again == shapes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_changing_the_form_never_holds_two_copies(scan_layers, monkeypatch):
     """At most the model and one of its (stacked) leaves beside it; afterwards the old arrays are gone."""

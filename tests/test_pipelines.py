@@ -33,6 +33,7 @@ def first_end(tok, prompt: str, ids: list[int], strings) -> int:
     return len(ids)
 
 
+@pytest.mark.slow
 def test_stop_strings_end_rows(tok, model):
     inputs = tok(PROMPTS)
     width = inputs.input_ids.shape[1]
@@ -95,6 +96,7 @@ def test_stop_strings_may_begin_in_the_prompt_and_not_end_there(tok):
         assert (search.lengths[0] if search.lengths[0] <= len(new) else None) == length, strings
 
 
+@pytest.mark.slow
 def test_a_stream_is_one_text_whatever_the_checkpoint_says(tok, model, monkeypatch):
     options: dict[str, Any] = dict(max_new_tokens=8, do_sample=True)
     expected = list(stream_text(model, tok, "def", **options))
@@ -122,6 +124,7 @@ def test_bad_stop_strings(tok, model, strings):
         model.generate([[5]], stop_strings=strings, tokenizer=tok)
 
 
+@pytest.mark.slow
 def test_stream_text_gives_whole_characters(tok, model):
     byte_ids = [i for i in range(len(tok)) if len(tok.token_bytes(i)) == 1]
     assert len(byte_ids) > 200

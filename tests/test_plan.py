@@ -91,7 +91,8 @@ def plan(directory, *words, model=None):
     (directory / "config.json").write_text(json.dumps(config.to_hf()))
     command = [sys.executable, str(REPOSITORY / "train.py"), "--model", str(directory / "config.json"), "--plan"]
     command += ["--plan-output", str(directory / "plan.json"), *words]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    unwanted = "XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"
+    environment = {name: value for name, value in os.environ.items() if name not in unwanted}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=directory, check=False)
     path = directory / "plan.json"
     return done.returncode, done.stdout + done.stderr, json.loads(path.read_text()) if path.exists() else None
@@ -226,6 +227,7 @@ def test_gradients_are_sent_in_their_dtype():
     assert sent("float32", "float32") == {"f32"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -34,6 +34,8 @@ from opt_jax.quantization import Int8Embed, Int8Linear, count_int8
 from opt_jax.request import check_request
 from opt_jax.sharding import make_mesh, param_sharding, use_mesh
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("qwix", reason='pip install "opt-jax[int8]"')
 
 IDS = np.array([[1, 1, 1, 7, 9], [4, 5, 6, 7, 8], [3, 9, 17, 5, 11]], np.int32)
@@ -343,7 +345,6 @@ def spread(model, mesh):
     return copy
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 @pytest.mark.parametrize("spec", ["data=2,fsdp=2,tensor=2"])
 def test_the_same_on_a_mesh(spec):

@@ -69,6 +69,7 @@ print("checked")
 """
 
 
+@pytest.mark.slow
 def test_annotated_shapes_hold_in_every_class_and_form():
     run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
     assert run.stdout == "checked\n", run.stdout + run.stderr

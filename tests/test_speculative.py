@@ -20,6 +20,8 @@ from opt_jax.request import check_request
 from opt_jax.sharding import make_mesh, param_sharding
 from opt_jax.text import OPTTokenizer
 
+pytestmark = pytest.mark.slow
+
 _SHAPE: dict[str, Any] = dict(
     vocab_size=61, hidden_size=24, num_attention_heads=3, ffn_dim=40, max_position_embeddings=64, init_std=0.3
 )
@@ -269,7 +271,6 @@ def test_sampling_is_from_the_distribution_of_the_model(kind):
     assert p_value(new, exact(assistant, prompt)) < 1e-10
 
 
-@pytest.mark.slow
 def test_seeds():
     """What a row draws depends on its seed and its sample, not on its batch mates."""
     model, assistant = small(1, 3), small(1, 8)
@@ -288,7 +289,6 @@ def test_seeds():
 # Compiled once, in place --------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_compiles_once_per_bucket_batch_and_kind(model, good, bad, compiled):
     jax.clear_caches()
 
@@ -335,7 +335,6 @@ def test_the_loop_updates_both_caches_in_place(model, good, kind):
     assert all(x.is_deleted() for x in arrays)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 @pytest.mark.parametrize("spec", ["fsdp=8", "data=4,tensor=2"])
 def test_same_tokens_on_a_mesh(spec):

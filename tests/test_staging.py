@@ -221,6 +221,7 @@ results = [
 """
 
 
+@pytest.mark.slow
 def test_a_distributed_job(tmp_path):
     """Each process writes its part; what one finds wrong ends both; what a killed job has left is no obstacle."""
     source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))

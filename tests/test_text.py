@@ -324,6 +324,7 @@ def model():
     return small_model()
 
 
+@pytest.mark.slow
 def test_pipeline_gives_what_generate_gives(tok, model):
     prompts = ["hello world", "the line", "", "日本"]
     pipe = pipeline("text-generation", model=model, tokenizer=tok)
@@ -343,6 +344,7 @@ def test_pipeline_gives_what_generate_gives(tok, model):
     assert pipe([], do_sample=False) == []
 
 
+@pytest.mark.slow
 def test_pipeline_samples_by_default(tok, model):
     pipe = pipeline(model=model, tokenizer=tok, max_new_tokens=12)
     first = pipe("hello")
@@ -365,6 +367,7 @@ def test_pipeline_default_length(tok, context):
     assert pipe("hello") == [{"generated_text": "hello" + tok.decode(want[0][width:])}]
 
 
+@pytest.mark.slow
 def test_usage_as_in_transformers(tok, model, tmp_path):
     """The two examples of transformers' page on OPT, with the import, the model and "np" changed."""
     model.save_pretrained(tmp_path / "model")

@@ -287,6 +287,7 @@ def test_tensorboard_has_one_history_after_a_resume(tmp_path):
     assert events(tmp_path / "tensorboard") == {"loss": {step: float(step) for step in range(1, 13)}}
 
 
+@pytest.mark.slow
 def test_weights_and_biases_goes_on_with_its_run(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

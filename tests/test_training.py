@@ -345,6 +345,7 @@ def test_a_device_begins_with_its_own_shards(mesh):
 # Checkpoints and metrics ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_checkpoint_continues_bitwise_and_on_another_mesh(tmp_path, reference):
     run = Run()
     run.losses(0, 8)

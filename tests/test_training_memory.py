@@ -15,6 +15,8 @@ from opt_jax.sharding import make_mesh, use_mesh
 from opt_jax.training.loss import next_token_loss
 from opt_jax.training.step import make_gradients, named_leaves, new_model, state_shardings
 
+pytestmark = pytest.mark.slow
+
 CONFIG = OPTConfig(
     vocab_size=96, hidden_size=32, num_hidden_layers=3, ffn_dim=64, num_attention_heads=4, max_position_embeddings=16,
     dropout=0.0, init_std=0.05,
