@@ -3,8 +3,10 @@ PYTHON ?= $(shell .ci/find-python default)
 LATEST_PYTHON ?= $(shell .ci/find-python newest)
 # A test process takes 2 to 4 GB, and compiles on one core.
 PARALLEL = -n 2 --dist loadfile
-# tests/conftest.py has LLVM optimize nothing, which saves a third of the time; not so here.
+# tests/conftest.py has LLVM optimize nothing, which saves a third of the time. Not so for what compares with PyTorch, or
+# looks at compiled programs, nor in test-latest.
 AS_USERS_HAVE_IT = JAX_DISABLE_MOST_OPTIMIZATIONS=0
+EXACT = tests/parity $(patsubst %,tests/test_%.py,decode_hlo goldens plan training_memory)
 # Twice quiet: errors only.
 PIP_INSTALL = -m pip install -qq --disable-pip-version-check
 # Compiles for TPUs without having one; exists for Linux on x86 only. The test that wants it skips elsewhere.
@@ -24,8 +26,8 @@ install: .venv/.installed
 demo: .venv/.installed
 	.venv/bin/python examples/demo.py
 test: lint $(addprefix .venv/,$(LIBTPU))
-	$(AS_USERS_HAVE_IT) .venv/bin/python -m pytest $(PARALLEL) tests/parity
-	.venv/bin/python -m pytest $(PARALLEL) --ignore tests/parity
+	$(AS_USERS_HAVE_IT) .venv/bin/python -m pytest $(PARALLEL) $(EXACT)
+	.venv/bin/python -m pytest $(PARALLEL) $(addprefix --ignore ,$(EXACT))
 test-latest: .venv-latest/.installed-test $(addprefix .venv-latest/,$(LIBTPU))
 	$(AS_USERS_HAVE_IT) .venv-latest/bin/python -m pytest $(PARALLEL)
 lint: .venv/.installed-test

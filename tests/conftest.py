@@ -12,8 +12,7 @@ import pytest
 assert "jax" not in sys.modules, "tests/conftest.py must be loaded before jax, or its environment has no effect"
 # `JAX_PLATFORMS=cuda pytest ...` runs the suite on another device; tests of meshes then skip where there are too few.
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
-    # LLVM's work is a third of the suite's time. `JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest` has code as users have it,
-    # as have the parity tests in `make test`, and all of `make test-latest`.
+    # LLVM's work is a third of the suite's time. With 0, as in parts of `make test`, tests have the code of users.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -79,7 +79,7 @@ def test_the_largest_that_fits(limit, found):
 def test_unknown_topologies_are_errors():
     with pytest.raises(ValueError, match="--topology v5p8: expected a generation"):
         topology_devices("v5p8")
-    with pytest.raises(ValueError, match="--topology v5p:512x512x512: 134217728 chips, but a pod of v5p has 8960"):
+    with pytest.raises(ValueError, match="--topology v5p:512x512x512: 134217728 chips, a pod of v5p has 8960: choose"):
         topology_devices("v5p:512x512x512")
 
 

@@ -29,10 +29,9 @@ from opt_jax.training.flops import flops_per_token
 # "TPU v4" is one of the two cores of a chip.)
 HBM = {name: int(gib * 2**30) for name, gib in
        {"TPU v4": 15.25, "TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25}.items()}  # fmt: skip
-# Generation in a topology's name -> how the environment of such a machine calls a slice of n chips.
-_ACCELERATOR_TYPE = {"v4": "v4-{2n}", "v5e": "v5litepod-{n}", "v5p": "v5p-{2n}", "v6e": "v6e-{n}"}
-# Chips of a whole pod (Google Cloud's pages on each generation): libtpu takes any shape, until memory is used up.
-_MOST_CHIPS = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256}
+# Generation in a topology's name -> how the environment of such a machine calls a slice of n chips, and the chips of a
+# whole pod (Google Cloud's page on each): libtpu takes any shape, until memory is used up.
+_PODS = {"v4": ("v4-{2n}", 4096), "v5e": ("v5litepod-{n}", 256), "v5p": ("v5p-{2n}", 8960), "v6e": ("v6e-{n}", 256)}
 
 
 def topology_devices(name: str) -> Sequence[Any]:
@@ -41,15 +40,15 @@ def topology_devices(name: str) -> Sequence[Any]:
     Raises ValueError for a name that libtpu does not know, or without libtpu.
     """
     parts = re.fullmatch(r"(v\w+):(\d+(?:x\d+)+)", name)
-    if parts is None or parts[1] not in _ACCELERATOR_TYPE:
+    if parts is None or parts[1] not in _PODS:
         raise ValueError(
-            f"--topology {name}: expected a generation ({', '.join(_ACCELERATOR_TYPE)}) and a shape in chips, "
+            f"--topology {name}: expected a generation ({', '.join(_PODS)}) and a shape in chips, "
             "as in v5e:4x8 or v5p:8x8x8"
         )
-    chips, most = math.prod(map(int, parts[2].split("x"))), _MOST_CHIPS[parts[1]]
+    chips, (accelerator, most) = math.prod(map(int, parts[2].split("x"))), _PODS[parts[1]]
     if chips > most:
-        raise ValueError(f"--topology {name}: {chips} chips, but a pod of {parts[1]} has {most}")
-    accelerator = _ACCELERATOR_TYPE[parts[1]].replace("{n}", str(chips)).replace("{2n}", str(2 * chips))
+        raise ValueError(f"--topology {name}: {chips} chips, a pod of {parts[1]} has {most}: choose a smaller shape")
+    accelerator = accelerator.replace("{n}", str(chips)).replace("{2n}", str(2 * chips))
     # There is no TPU: do not ask the cloud for one, nor keep other processes from using the library.
     os.environ |= dict(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE=accelerator, TPU_WORKER_HOSTNAMES="localhost")
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"

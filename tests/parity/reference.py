@@ -119,3 +119,7 @@ def case_inputs(name: str, case: str, padding: str) -> dict[str, np.ndarray]:
     if case != "causal":
         del inputs["labels"]
     return inputs | CASES[case][2]
+
+
+def values(model) -> dict[str, np.ndarray]:
+    return {path: np.asarray(param.get_value()) for path, param in named_parameters(model).items()}
