@@ -23,11 +23,33 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for `make test &` in
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--exhaustive", action="store_true", help="run every case of the sweeps, not the seeded sample of each kind"
+    )
+
+
 def pytest_collection_modifyitems(items):
     """Parity tests are slow as a whole, so that `pytest -m "not slow"` is what to run between two edits."""
     for item in items:
         if "parity" in item.path.parts:
             item.add_marker("slow")
+
+
+@pytest.fixture(scope="session")
+def sample(pytestconfig):
+    """`sample(cases, count)`: `count` cases drawn with a fixed seed, in their order; all of them with --exhaustive.
+
+    For a sweep over more of the same kind. Where there are kinds, draw from each one.
+    """
+
+    def draw(cases, count: int, seed: int = 0) -> list:
+        cases = list(cases)
+        if pytestconfig.getoption("--exhaustive") or count >= len(cases):
+            return cases
+        return [cases[i] for i in sorted(random.Random(seed).sample(range(len(cases)), count))]
+
+    return draw
 
 
 @pytest.fixture(autouse=True)
