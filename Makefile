@@ -12,7 +12,7 @@ PIP_INSTALL = -m pip install -qq --disable-pip-version-check
 # Compiles for TPUs without having one; exists for Linux on x86 only. The test that wants it skips elsewhere.
 LIBTPU = $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),libtpu/.installed)
 
-.PHONY: help install demo test test-latest lint clean
+.PHONY: help install demo test test-exact test-others test-latest lint clean
 
 help:
 	@echo "make install      create .venv with opt-jax and what it needs (CPU)"
@@ -25,8 +25,12 @@ help:
 install: .venv/.installed
 demo: .venv/.installed
 	.venv/bin/python examples/demo.py
-test: lint $(addprefix .venv/,$(LIBTPU))
+# All three parts run, whatever the others say; the exit code tells whether one failed.
+test:
+	@$(MAKE) --no-print-directory --keep-going lint test-exact test-others
+test-exact: .venv/.installed-test $(addprefix .venv/,$(LIBTPU))
 	$(AS_USERS_HAVE_IT) .venv/bin/python -m pytest $(PARALLEL) $(EXACT)
+test-others: .venv/.installed-test $(addprefix .venv/,$(LIBTPU))
 	.venv/bin/python -m pytest $(PARALLEL) $(addprefix --ignore ,$(EXACT))
 test-latest: .venv-latest/.installed-test $(addprefix .venv-latest/,$(LIBTPU))
 	$(AS_USERS_HAVE_IT) .venv-latest/bin/python -m pytest $(PARALLEL)

@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+FLAGS = ["--xla_force_host_platform_device_count=8"]
 assert "jax" not in sys.modules, "tests/conftest.py must be loaded before jax, or its environment has no effect"
 # `JAX_PLATFORMS=cuda pytest ...` runs the suite on another device; tests of meshes then skip where there are too few.
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
-    # LLVM's work is a third of the suite's time. With 0, as in parts of `make test`, tests have the code of users.
-    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    # LLVM's optimizations and XLA's code generator for fusions were two thirds of the suite's time. Without them the
+    # programs compute the same. With 0, as in `make test-exact`, tests have the code that users have.
+    if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0":
+        FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for `make test &` in a script; processes would inherit it

@@ -1,7 +1,6 @@
 """What only processes of their own show: kills, full disks, bounded memory, several processes on one checkpoint."""
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -13,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hf_files import TINY, hf_shapes, hf_weights, write_hf
+from processes import environment
 
 from convert.__main__ import main
 from opt_jax import OPTForCausalLM, hub
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+ENVIRONMENT = environment()
 
 
 def python(code: str, *args: object, check: bool = True, **options) -> subprocess.CompletedProcess:

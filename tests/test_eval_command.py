@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from processes import environment
 
 from opt_jax import OPTForCausalLM, OPTTokenizer
 from opt_jax.cli import main
@@ -136,16 +137,14 @@ def test_two_processes_find_what_one_does(file, expected, tmp_path):
         port = free.getsockname()[1]
     words = [sys.executable, "-m", "opt_jax.cli", "eval", "tiny", *SMALL, "--output", str(tmp_path / "out.json")]
     words += ["--coordinator-address", f"127.0.0.1:{port}", "--num-processes", "2"]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    settings = dict(env=environment(2), cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for data, code in ((file, 0), (None, 1)):  # the second time each has a text of its own
         running = []
         for i in range(2):
             own = tmp_path / f"{i}.txt"
             own.write_text(TEXT + str(i))
             more = ["--data", data or str(own), "--process-id", str(i)]
-            running.append(subprocess.Popen(
-                words + more, env=environment, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-            ))  # fmt: skip
+            running.append(subprocess.Popen(words + more, **settings))
         try:
             texts = [process.communicate(timeout=200) for process in running]
         finally:

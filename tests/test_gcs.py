@@ -2,7 +2,6 @@
 it; docs/training.md says what else it was tried with.)"""
 
 import json
-import os
 import random
 import re
 import signal
@@ -15,6 +14,7 @@ import gcs_server
 import numpy as np
 import pytest
 from etils import epath
+from processes import environment
 
 from convert.__main__ import main as convert_main
 from opt_jax import OPTConfig, OPTForCausalLM, OPTTokenizer, named_parameters
@@ -61,12 +61,9 @@ def train(place: Path, output: str | Path, store: gcs_server.Store | None = None
     ) | changes  # fmt: skip
     words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     cache = {"JAX_COMPILATION_CACHE_DIR": str(place / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
-    environment = os.environ | cache | flags | (store.environment if store else {})
     command = [sys.executable, "-W", "error", "train.py", *words]
-    return subprocess.Popen(
-        command, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    settings = environment(devices, **cache, **(store.environment if store else {}))
+    return subprocess.Popen(command, env=settings, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def end(process: subprocess.Popen, code: int = 0) -> str:

@@ -26,6 +26,7 @@ import metaseq_files
 import pytest
 from hf_files import hf_weights, write_hf
 from hostile_files import CONFIG, EITHER, HARMLESS, REFUSED, Case
+from processes import environment
 
 FORMS = ("safetensors", "safetensors-sharded", "bin", "bin-sharded")
 MEMORY = 256 << 20  # growth of the child's peak: pieces of arrays and parsed headers, nothing that a file announces
@@ -45,9 +46,8 @@ FORBIDDEN = (
 
 @pytest.mark.slow
 def test_hostile_checkpoints(tmp_path):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-W", "error", __file__, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=600)
     assert done.returncode == 0 and not done.stderr, done.stderr[-3000:]  # threads print their tracebacks there
     report = json.loads(done.stdout)
     assert not report["failures"], "\n".join(report["failures"][:20])

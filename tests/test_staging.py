@@ -1,7 +1,6 @@
 """`to-hf` by several workers: `--shard-of i/n`, and the processes of a `jax.distributed` job."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -13,12 +12,13 @@ from pathlib import Path
 import pytest
 from hf_files import TINY, hf_weights, write_hf
 from hf_output import expected, files_of, hidden, read, write
+from processes import environment
 
 from convert import staging, to_hf
 from convert.source import open_directory
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+ENVIRONMENT = environment()
 
 
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2), (2, 3, 1)])

@@ -1,7 +1,6 @@
 """Whatever ends a run, the same command goes on as if nothing had happened: kills at any moment, SIGTERM."""
 
 import json
-import os
 import random
 import re
 import subprocess
@@ -9,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import environment
 
 from opt_jax import OPTConfig
 
@@ -104,10 +104,9 @@ def test_killed_at_ten_moments_it_goes_on_bit_for_bit(tmp_path):
         batch_size=4, warmup_steps=5, learning_rate=6e-4, checkpoint_every=3, eval_every=10, eval_batches=1,
     )  # fmt: skip
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    environment = os.environ | cache | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", KILLER, json.dumps(options), str(tmp_path), "11"],
-        capture_output=True, text=True, cwd=ROOT, env=environment, timeout=500, check=False,
+        capture_output=True, text=True, cwd=ROOT, env=environment(**cache), timeout=500, check=False,
     )  # fmt: skip
     log = (tmp_path / "log").read_text() if (tmp_path / "log").exists() else ""
     assert done.returncode == 0, done.stderr + log[-3000:]

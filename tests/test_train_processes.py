@@ -1,7 +1,6 @@
 """train.py as one run of two processes with four devices each, over loopback: the same losses, one process lost."""
 
 import json
-import os
 import random
 import re
 import shutil
@@ -16,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from processes import environment
 
 from convert.__main__ import main as convert
 from opt_jax import OPTConfig, OPTForCausalLM, named_parameters
@@ -53,9 +53,10 @@ def command(place: Path, output: str, script: Path = ROOT / "train.py", **change
 
 def start(place: Path, words: list[str], devices: int) -> subprocess.Popen:
     cache = {"JAX_COMPILATION_CACHE_DIR": str(place / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = os.environ | cache | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
-    return subprocess.Popen(words, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        words, env=environment(devices, TF_CPP_MIN_LOG_LEVEL="2", **cache), cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
 
 
 def free_address() -> str:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import environment
 
 import train
 from convert.__main__ import main as convert
@@ -78,7 +79,7 @@ def uninterrupted(options, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "whole"
     done = subprocess.run(
         command_line(options, output, mesh="data=1"),
-        env=one_device_environment(),
+        env=environment(),
         capture_output=True,
         text=True,
         check=False,
@@ -86,10 +87,6 @@ def uninterrupted(options, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return output, done.stdout
-
-
-def one_device_environment():
-    return os.environ | {"XLA_FLAGS": ""}
 
 
 def test_a_run_leaves_what_it_promises(uninterrupted):
@@ -125,7 +122,7 @@ def test_killed_and_started_again_it_goes_on_bitwise(options, uninterrupted, tmp
     """SIGKILL at two moments: before the first checkpoint, and somewhere behind a later one."""
     output, command = tmp_path / "killed", command_line(options, tmp_path / "killed", mesh="data=1")
     for lines in (2, 18):
-        process = subprocess.Popen(command, env=one_device_environment(), stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 300
         while process.poll() is None and time.monotonic() < deadline:
             if (output / "metrics.jsonl").exists() and (output / "metrics.jsonl").read_bytes().count(b"\n") >= lines:
@@ -136,7 +133,7 @@ def test_killed_and_started_again_it_goes_on_bitwise(options, uninterrupted, tmp
         assert not (output / "model").exists()
     with (output / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "lo')  # a line that was being written
-    done = subprocess.run(command, env=one_device_environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert f"steps 0 to {STEPS}" not in done.stdout  # it resumed
     same(metrics(output), metrics(uninterrupted[0]))
@@ -212,8 +209,8 @@ def test_training_does_not_wait_for_a_checkpoint(tmp_path, monkeypatch):
 def test_with_deterministic_a_gpu_goes_on_bitwise(options, tmp_path):
     def start(name, **changes):
         command = [*command_line(options, tmp_path / name, mesh="data=1", **changes), "--deterministic"]
-        environment = one_device_environment() | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # this process has its own
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        memory = environment(XLA_PYTHON_CLIENT_PREALLOCATE="false")  # this process has its own
+        done = subprocess.run(command, env=memory, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return metrics(tmp_path / name)
 
