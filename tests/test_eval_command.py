@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -137,7 +138,7 @@ def test_two_processes_find_what_one_does(file, expected, tmp_path):
         port = free.getsockname()[1]
     words = [sys.executable, "-m", "opt_jax.cli", "eval", "tiny", *SMALL, "--output", str(tmp_path / "out.json")]
     words += ["--coordinator-address", f"127.0.0.1:{port}", "--num-processes", "2"]
-    settings = dict(env=environment(2), cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    settings: Any = dict(env=environment(2), cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for data, code in ((file, 0), (None, 1)):  # the second time each has a text of its own
         running = []
         for i in range(2):
