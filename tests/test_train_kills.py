@@ -103,10 +103,9 @@ def test_killed_at_ten_moments_it_goes_on_bit_for_bit(tmp_path):
         data=[str(tmp_path / "text.jsonl")], model=str(tmp_path / "config.json"), mesh="data=1", steps=100,
         batch_size=4, warmup_steps=5, learning_rate=6e-4, checkpoint_every=3, eval_every=10, eval_batches=1,
     )  # fmt: skip
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     done = subprocess.run(
         [sys.executable, "-c", KILLER, json.dumps(options), str(tmp_path), "11"],
-        capture_output=True, text=True, cwd=ROOT, env=environment(**cache), timeout=500, check=False,
+        capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=500, check=False,
     )  # fmt: skip
     log = (tmp_path / "log").read_text() if (tmp_path / "log").exists() else ""
     assert done.returncode == 0, done.stderr + log[-3000:]

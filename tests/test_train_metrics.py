@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_train_script import command_line, metrics, one_device_environment, options, run, same
+from processes import environment
+from test_train_script import command_line, metrics, options, run, same
 from test_training import BATCH, CONFIG, ONE, WINDOWS, Run
 
 from opt_jax import OPTConfig, OPTForCausalLM, OPTTokenizer
@@ -249,7 +250,7 @@ def test_a_run_stops_before_the_bad_update_and_can_skip_it(poisoned, tmp_path, c
 @pytest.mark.slow
 def test_an_absurd_learning_rate_ends_as_an_error_of_the_program(options, tmp_path):
     command = command_line(options, tmp_path / "run", learning_rate=1e30, mesh="data=1")
-    done = subprocess.run(command, env=one_device_environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert "train.py: error: step 2: loss nan" in done.stderr and "checkpoint 1 is the state before" in done.stderr
     assert not (tmp_path / "run" / "model").exists()
