@@ -4,6 +4,8 @@ The mapping of names is written out here a second time on purpose: a mistake in 
 """
 
 import dataclasses
+import os
+from contextlib import contextmanager
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,8 @@ from opt_jax import OPTConfig, named_parameters, stack_layers
 
 torch = pytest.importorskip("torch", reason="parity tests compare with PyTorch")
 transformers = pytest.importorskip("transformers", reason="parity tests compare with transformers")
-torch.set_num_threads(1)  # threads that wait for each other cost small models more than they give
+# Threads that wait for each other cost small models more than they give.
+torch.set_num_threads(int(os.environ.get("PARITY_TORCH_THREADS", "1")))
 
 
 def hf_config(config: OPTConfig):
@@ -53,6 +56,86 @@ def make_pair(name: str, cls: str = "OPTForCausalLM", dtype=jnp.float32, seed: i
     return hf, stack_layers(model) if scan_layers else model
 
 
+def make_exact_pair(name: str, cls: str = "OPTForCausalLM", scan_layers=False, **config):
+    """As `make_pair`, but the PyTorch model computes in float64, for `run`: what ours, in float32, is to come near."""
+    _, model = make_pair(name, cls, scan_layers=scan_layers, **config)
+    return make_hf(name, cls, np.float64, **config), model
+
+
+class _Float64(torch.overrides.TorchFunctionMode):
+    """`transformers` computes softmax and losses in float32, whatever its model computes in. Not here."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.float:
+            return args[0].double()
+        kwargs = kwargs or {}
+        return func(*args, **(kwargs | {"dtype": torch.float64} if kwargs.get("dtype") is torch.float32 else kwargs))
+
+
+def run(hf, inputs: dict, **options):
+    """The output of a PyTorch model in float64 for numpy inputs."""
+    assert hf.dtype is torch.float64
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in torch_inputs(inputs).items()}
+    with _Float64():
+        return hf(**inputs, **options)
+
+
+@contextmanager
+def summands(hf):
+    """Yields {HF name: the sum of the norms that the gradient has of each position alone}, filled in by `backward`.
+
+    A gradient is a sum over positions. Where it is small beside its summands, or zero in theory (of a bias of the keys,
+    which moves no softmax), its rounding errors are of the size that these have.
+    """
+    names = {id(p): name for name, p in hf.named_parameters()}
+    sizes = dict.fromkeys(names.values(), 0.0)
+
+    def add(module, inputs, output):
+        parts = dict(module.named_parameters(recurse=False))
+
+        def of_positions(dy):
+            x = inputs[0].detach()
+            each = dict(bias=dy, weight=dy)
+            if isinstance(module, torch.nn.Linear):  # the norm of an outer product is the product of the norms
+                each["weight"] = dy * x.norm(dim=-1, keepdim=True)
+            if isinstance(module, torch.nn.LayerNorm):
+                each["weight"] = dy * torch.nn.functional.layer_norm(x, module.normalized_shape, eps=module.eps)
+            for kind, parameter in parts.items():
+                sizes[names[id(parameter)]] += each[kind].norm(dim=-1).sum().item()
+
+        if parts and output.requires_grad:
+            output.register_hook(of_positions)
+
+    hooks = [module.register_forward_hook(add) for module in hf.modules()]
+    try:
+        yield sizes
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def relu_inputs(hf):
+    """Yields the list of them, one of each layer, filled in by a call; none where the activation is another one."""
+    values = []
+    layers = [m for m in hf.modules() if hasattr(m, "fc1")] if hf.config.activation_function == "relu" else []
+    hooks = [layer.fc1.register_forward_hook(lambda *args: values.append(args[2])) for layer in layers]
+    try:
+        yield values
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def talkative_pair(name: str, **config):
+    """As `make_pair`, but position counts for more, constants for less, or they would say one token for ever."""
+    hf = make_hf(name, **dict(num_hidden_layers=2) | config)
+    with torch.no_grad():
+        for parameter, value in hf.named_parameters():
+            value *= 4 if "embed_positions" in parameter else 0.1 if parameter.endswith("bias") else 1
+    return hf, to_jax(hf, "OPTForCausalLM")
+
+
 def to_jax(hf_model, our_cls, dtype=jnp.float32, param_dtype=jnp.float32):
     """A model of `our_cls` (class or name) with the weights of `hf_model`."""
     cls = our_cls if isinstance(our_cls, str) else our_cls.__name__
@@ -72,7 +155,7 @@ def set_parameters(model, tensors) -> None:
 
 
 def canonical(tensors) -> dict[str, np.ndarray]:
-    """{HF name: tensor} as {canonical path: float32 array in our layout}."""
+    """{HF name: tensor} as {canonical path: array in our layout}; of float32 but for float64."""
     values = {}
     for name, tensor in tensors.items():
         path, transposed = canonical_path(name)
@@ -100,4 +183,5 @@ def torch_inputs(inputs: dict) -> dict:
 
 
 def to_numpy(tensor) -> np.ndarray:
-    return tensor.detach().float().numpy()
+    tensor = tensor.detach()
+    return (tensor if tensor.dtype is torch.float64 else tensor.float()).numpy()

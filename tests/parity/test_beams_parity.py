@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.stats
-from oracle import make_hf, to_jax, torch
+from limits import assert_close
+from oracle import make_hf, talkative_pair, to_jax, torch
 from reference import SMALL, batch
 
 from opt_jax.beams import beam_search
@@ -15,15 +16,6 @@ from opt_jax.beams import beam_search
 PROMPTS = {k: v for k, v in batch("opt-125m", "left", rows=4).items() if k != "labels"}
 NEW, RETURNED = 14, 2
 MANY = [3, 7, 11, 15, 19, 31, 50, 60]
-
-
-def talkative_pair(name):
-    """As `make_pair`, but position counts for more, constants for less, or they would say one token for ever."""
-    hf = make_hf(name, num_hidden_layers=2)
-    with torch.no_grad():
-        for parameter, value in hf.named_parameters():
-            value *= 4 if "embed_positions" in parameter else 0.1 if parameter.endswith("bias") else 1
-    return hf, to_jax(hf, "OPTForCausalLM")
 
 
 @pytest.fixture(scope="module", params=SMALL)
@@ -58,7 +50,7 @@ def compare(pair, eos, ids=PROMPTS["input_ids"], mask=PROMPTS["attention_mask"],
     ours = our_beams(pair[1], ids, mask, eos, **options)
     np.testing.assert_array_equal(ours.sequences, sequences)
     # The relative part is float32's: with a negative length penalty, scores are in the thousands.
-    np.testing.assert_allclose(ours.sequences_scores, scores, atol=1e-4, rtol=5e-7)
+    assert_close(ours.sequences_scores, scores, atol=1e-4, rtol=5e-7, what="scores")
     return ours
 
 
@@ -128,7 +120,7 @@ def test_process(one_pair):
         one_pair[1], ids, np.ones_like(ids), MANY, num_beams=3, process=_penalise_repetition, process_options=1.7
     )
     np.testing.assert_array_equal(ours.sequences, sequences)
-    np.testing.assert_allclose(ours.sequences_scores, scores, atol=1e-4, rtol=5e-7)
+    assert_close(ours.sequences_scores, scores, atol=1e-4, rtol=5e-7, what="scores")
 
 
 @pytest.mark.parametrize(
