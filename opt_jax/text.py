@@ -271,9 +271,7 @@ class OPTTokenizer:
         ids = _to_list(token_ids)
         if ids and isinstance(ids[0], list):
             return [self.decode(row, skip_special_tokens) for row in ids]
-        if ids and min(ids) < 0:
-            raise ValueError(f"token id {min(ids)} is negative: replace ignored labels by pad_token_id before decoding")
-        return self.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        return self.backend_tokenizer.decode(_checked(ids), skip_special_tokens=skip_special_tokens)
 
     def batch_decode(
         self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
@@ -324,7 +322,7 @@ class TextStream:
 
     def put(self, token_ids: Any) -> str:
         """Takes one id or several; returns the text that they complete, possibly ""."""
-        return self._utf8.decode(b"".join(map(self._bytes, _to_list(token_ids))))
+        return self._utf8.decode(b"".join(map(self._bytes, _checked(_to_list(token_ids)))))
 
     def end(self) -> str:
         """What is left over: U+FFFD where the last character is incomplete, else "". The stream starts afresh."""
@@ -387,11 +385,18 @@ def _side(name: str, value: str) -> str:
 
 
 def _to_list(ids: Any) -> list:
-    """A list of int, or of such lists, from one id or anything array-like."""
+    """A list of numbers, or of such lists, from one id or anything array-like."""
     ids = ids.tolist() if hasattr(ids, "tolist") else ids  # NumPy and JAX, scalars too
-    if isinstance(ids, int):
+    if isinstance(ids, (int, float)):
         return [ids]
-    return [i if isinstance(i, int) else i.tolist() if hasattr(i, "tolist") else list(i) for i in ids]
+    return [i if isinstance(i, (int, float)) else i.tolist() if hasattr(i, "tolist") else list(i) for i in ids]
+
+
+def _checked(ids: list) -> list[int]:
+    if wrong := [i for i in ids if type(i) is not int or not 0 <= i < 2**32]:
+        hint = "; replace ignored labels by pad_token_id before decoding" if wrong[0] == -100 else ""
+        raise ValueError(f"{wrong[0]!r} is not a token id, an integer in [0, 2**32){hint}")
+    return ids
 
 
 def _added_token(value: str | dict[str, Any]) -> AddedToken:

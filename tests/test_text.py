@@ -102,8 +102,12 @@ def test_decode_takes_arrays_batches_and_single_ids(tok):
         assert tok.decode(batch) == tok.batch_decode(batch) == ["</s>hello world"] * 2
     assert tok.decode(2) == tok.decode(np.int32(2)) == "</s>" and tok.decode([]) == ""
     assert tok.decode([*ids, 50271]) == "</s>hello world"  # the model's vocabulary is padded; those ids are no text
-    with pytest.raises(ValueError, match="-100"):
+    with pytest.raises(ValueError, match="-100 .*replace ignored labels"):
         tok.decode([2, -100])
+    for bad in ([2, 2**32 + 5], np.array([2.0]), [2, True], 2.5, np.array([True])):
+        for read in (tok.decode, TextStream(tok).put):
+            with pytest.raises(ValueError, match="is not a token id, an integer in"):
+                read(bad)
     with pytest.warns(UserWarning, match="clean_up_tokenization_spaces"):
         assert tok.decode(tok.encode("hello ."), True, clean_up_tokenization_spaces=True) == "hello ."
 
