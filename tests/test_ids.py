@@ -39,7 +39,7 @@ def test_what_is_no_id(ids, words):
 
 
 def test_masks():
-    for mask in ([[0, 1]], [[0.0, 0.5]], [[False, True]], np.array([[0, 2**32]]), np.float64([[0, 1e-300]])):
+    for mask in ([[0, 1]], [[0.0, 0.5]], [[False, True]], np.array([[0, 2**32]]), np.array([[0, 1e-300]])):
         assert as_mask("x", mask).tolist() == [[False, True]]
     for mask in ([[0, -1]], [[0, -np.inf]], [[0, np.nan]]):
         with pytest.raises(ValueError, match="x holds .*: it must be 1 at real tokens and 0 at pads"):

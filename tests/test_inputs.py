@@ -97,7 +97,7 @@ def test_refused(inputs, words):
             dict(start_positions=jnp.full(3, 2**32 - 1, jnp.uint32), end_positions=[0, 1, 2]),
             "start_positions holds 4294967295",
         ),
-        ("single", dict(labels=np.uint64([0, 1, 2**32 + 2])), "labels holds 4294967298"),
+        ("single", dict(labels=np.array([0, 1, 2**32 + 2], np.uint64)), "labels holds 4294967298"),
         ("answers", dict(start_positions=[0.5] * 3, end_positions=[0, 1, 2]), "start_positions must be integers"),
     ],
 )
