@@ -66,7 +66,7 @@ def check_inputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _array(name: str, value: Any) -> jax.Array:
-    """int32 for ids and labels that are integers, bool for a mask. Values are checked before the cast."""
+    """Ids, and labels that are integers, as int32. Values are checked before the cast."""
     array = value if isinstance(value, jax.Array) else as_array(name, value)
     if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
         raise ValueError(f"{name} must be numbers, not {array.dtype}")
@@ -79,7 +79,8 @@ def _array(name: str, value: Any) -> jax.Array:
     if name == "attention_mask" and array.dtype != bool:
         if _is_known(array):
             check_mask(name, np.asarray(array))
-        array = array != 0
+        if isinstance(array, np.ndarray):
+            array = array != 0  # before a cast could make 0 of 1e-300
     return jnp.asarray(array)
 
 
@@ -93,7 +94,7 @@ def _check_range(name: str, x: jax.Array | np.ndarray, low: int = LEAST, high: i
 
 
 def _check_mask(mask: jax.Array, batch: int, length: int, cache: KVCache | None) -> jax.Array:
-    """bool [B, T]; with a cache HF's [B, past + T] is cut to the new tokens (the cache knows the past)."""
+    """Nonzero as bool [B, T]; with a cache HF's [B, past + T] is cut to the new tokens (the cache knows the past)."""
     expected = f"[batch={batch}, tokens={length}]"
     if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < length:
         raise ValueError(f"attention_mask must be {expected}, not of shape {mask.shape}")
@@ -105,7 +106,7 @@ def _check_mask(mask: jax.Array, batch: int, length: int, cache: KVCache | None)
                 f"attention_mask covers {mask.shape[1]} tokens, but the cache holds {int(cache.column)} and "
                 f"{length} are new"
             )
-    return mask[:, -length:]
+    return mask[:, -length:] != 0
 
 
 def _check_labels(model: Any, inputs: dict[str, Any], batch: int, length: int) -> None:

@@ -82,11 +82,11 @@ class OPTTokenizer(Vocabulary):
         for name in SPECIAL_TOKENS:
             if value := config.get(name) or OPT_SPECIAL_TOKENS.get(name):
                 self._set_special_token(name, _added_token(value))
-        for token in map(_added_token, _extra_tokens(config)):
-            if backend.token_to_id(token.content) is None:
-                raise ValueError(f"special token {token.content!r} is not in the vocabulary of the tokenizer files")
-            self._make_special(token)
-            self._extra.append(token.content)
+        extra = list(map(_added_token, _extra_tokens(config)))
+        if absent := [token.content for token in extra if backend.token_to_id(token.content) is None]:
+            raise ValueError(f"special token {absent[0]!r} is not in the vocabulary of the tokenizer files")
+        self._make_special(extra)
+        self._extra = [token.content for token in extra]
         if config.get("add_bos_token", True):
             self.add_bos_token = True
 

@@ -173,15 +173,16 @@ class Vocabulary:
         if not isinstance(token, str) or backend.token_to_id(token) is None:
             hint = f": use add_special_tokens({{{name!r}: {token!r}}})" if isinstance(token, str) else ""
             raise ValueError(f"{name} {token!r} is not in the vocabulary of the tokenizer{hint}")
-        self._make_special(value)
+        self._make_special([value])
         new_bos = name == "bos_token" and token != self.bos_token and self.add_bos_token
         self._special[name] = token
         if new_bos:
             self._set_template(True)
 
-    def _make_special(self, token: Any) -> None:
-        if _content(token) not in self.all_special_tokens:
-            self.backend_tokenizer.add_special_tokens([_special(token)])
+    def _make_special(self, tokens: list) -> None:
+        known = set(self.all_special_tokens)
+        if new := [_special(token) for token in tokens if _content(token) not in known]:
+            self.backend_tokenizer.add_special_tokens(new)
 
     def _set_template(self, add_bos: bool) -> None:
         bos, first, second = self.bos_token, "", ""

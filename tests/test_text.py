@@ -318,6 +318,16 @@ def test_a_changed_tokenizer_is_saved_as_it_is(new, tmp_path):
     assert pickle.loads(pickle.dumps(new)).special_tokens_map == new.special_tokens_map
 
 
+def test_special_tokens_with_names_of_one_model(tmp_path):
+    config = {"extra_special_tokens": {"image_token": "<unk>"}, "truncation_side": "left"}
+    tok = OPTTokenizer(trained(), config)
+    assert tok.extra_special_tokens == ["<unk>"] and tok.truncation_side == "left"
+    tok.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert saved["extra_special_tokens"] == config["extra_special_tokens"]
+    assert OPTTokenizer.from_pretrained(tmp_path).extra_special_tokens == ["<unk>"]
+
+
 def test_bos_warnings(tok):
     with pytest.warns(UserWarning, match="'</s>' twice"):
         assert tok.encode("</s>hello")[:2] == [2, 2]
