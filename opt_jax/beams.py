@@ -20,6 +20,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from opt_jax.cache import KVCache
+from opt_jax.generation_config import check_ids
+from opt_jax.ids import as_ids, as_mask
 from opt_jax.model import OPTForCausalLM
 
 _NEVER = -1e9  # HF's score of what must not be chosen: finite, since sums of it are compared
@@ -121,7 +123,7 @@ def beam_search(
     Raises:
       ValueError: arguments outside of these ranges, more positions than the model has.
     """
-    ids, mask = np.asarray(ids, np.int32), np.asarray(mask, bool)
+    ids, mask = as_ids("ids", ids, 0, model.config.vocab_size - 1), as_mask("mask", mask)
     capacity = max_new_tokens if capacity is None else capacity
     _check(model, ids, mask, max_new_tokens, num_beams, num_return_sequences, length_penalty, early_stopping, capacity)
     beams = _search(
@@ -319,10 +321,9 @@ def _check(
 
 
 def _options(model, max_new_tokens, length_penalty, eos_token_ids, pad_token_id, process_options) -> BeamOptions:
-    vocabulary, eos = model.config.vocab_size, list(dict.fromkeys(int(i) for i in eos_token_ids))
-    for name, i in [*(("eos_token_ids", i) for i in eos), ("pad_token_id", pad_token_id)]:
-        if not 0 <= i < vocabulary:
-            raise ValueError(f"{name} holds {i}, outside [0, {vocabulary - 1}]")
+    vocabulary = model.config.vocab_size
+    eos = list(dict.fromkeys(check_ids("eos_token_ids", eos_token_ids, vocabulary)))
+    (pad_token_id,) = check_ids("pad_token_id", [pad_token_id], vocabulary)
     slots = math.ceil(max(len(eos), 1) / _EOS_SLOTS) * _EOS_SLOTS
     return BeamOptions(
         max_new_tokens=jax.device_put(np.int32(max_new_tokens)),

@@ -97,7 +97,7 @@ class OPTConfig:
         if kind.startswith("int"):
             ok = is_int or (value is None and "None" in kind)
             if "tuple" in kind and isinstance(value, tuple):
-                ok = all(isinstance(i, int) for i in value)
+                ok = all(isinstance(i, int) and not isinstance(i, bool) for i in value)
             self._require(ok, field.name, "an integer" + (" or null" if "None" in kind else ""))
         elif kind == "<class 'int'>":
             self._require(is_int, field.name, "an integer")

@@ -82,7 +82,7 @@ def generate(
     Args:
       input_ids: int [B, T], numpy, jax or nested lists, prompts of different lengths padded on the left; or a list of
         prompts of different lengths.
-      attention_mask: [B, T], nonzero at real tokens. Default as in HF: ids other than `pad_token_id`, if that is not an
+      attention_mask: [B, T], above 0 at real tokens. Default as in HF: ids other than `pad_token_id`, if that is not an
         end token; else all. None for a list of prompts of different lengths.
       cache: from `prefill`: what all the prompts begin with; it is not part of `input_ids`, nor of the output.
       assistant_model: a smaller model with the same tokenizer: it drafts `num_assistant_tokens` at a time, which

@@ -234,7 +234,8 @@ def is_integer(value: Any) -> bool:
 
 
 def _at_least(least: int) -> tuple[Callable[[Any], bool], str]:
-    return lambda x: is_integer(x) and x >= least, f"an integer of at least {least}"
+    """Less than 2**31, too, which int32 would make another number."""
+    return lambda x: is_integer(x) and least <= x < 2**31, f"an integer of at least {least} and below 2**31"
 
 
 def _real(holds: Callable[[Any], bool], words: str) -> tuple[Callable[[Any], bool], str]:
@@ -248,7 +249,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("max_new_tokens", "max_length", "num_return_sequences", "num_beams", *_DRAFTS), _at_least(1)),
     **dict.fromkeys(("min_new_tokens", "min_length", "no_repeat_ngram_size", "logprobs"), _at_least(0)),
     "prompt_lookup_num_tokens": _at_least(0),
-    "top_k": (_at_least(0)[0], "at least 1, or 0 for all tokens"),
+    "top_k": (_at_least(0)[0], "at least 1 and below 2**31, or 0 for all tokens"),
     "temperature": _real(lambda x: x >= 1e-30, "a positive number of at least 1e-30"),  # logits / it must stay finite
     "repetition_penalty": _real(lambda x: x > 0, "a positive number"),
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "length_penalty"), _real(lambda x: True, "a number")),

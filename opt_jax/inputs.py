@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opt_jax.cache import KVCache
+from opt_jax.ids import LEAST, MOST, as_array, check_integers, check_mask, check_range
 from opt_jax.outputs import problem_type
 
 _INTEGERS = ("input_ids", "position_ids", "segment_ids", "start_positions", "end_positions")
@@ -26,7 +27,7 @@ def check_inputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     config, cache = model.config, inputs.get("cache")
     for name in ("attention_mask", "inputs_embeds", "labels", *_INTEGERS):
         if name in inputs:
-            inputs[name] = _array(name, inputs[name], integer=name in _INTEGERS)
+            inputs[name] = _array(name, inputs[name])
 
     if "input_ids" in inputs:
         ids = inputs["input_ids"]
@@ -64,33 +65,32 @@ def check_inputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return inputs
 
 
-def _array(name: str, value: Any, integer: bool) -> jax.Array:
-    if not isinstance(value, jax.Array):
-        try:
-            value = np.asarray(value)
-        except ValueError:
-            raise ValueError(f"{name}: rows have different lengths; pad them and give an attention_mask") from None
-    if integer and value.size and not np.issubdtype(value.dtype, np.integer):
-        raise ValueError(f"{name} must be integers, not {value.dtype}")
-    if not (np.issubdtype(value.dtype, np.number) or jnp.issubdtype(value.dtype, jnp.inexact) or value.dtype == bool):
-        raise ValueError(f"{name} must be numbers, not {value.dtype}")
-    if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
-        _check_range(name, value, -(2**31), 2**31 - 1)  # before the cast wraps them around
-    if integer and isinstance(value, np.ndarray):
-        value = value.astype(np.int32)  # here, because jnp.asarray compiles a conversion for every shape
-    return jnp.asarray(value, jnp.int32) if integer else jnp.asarray(value)
+def _array(name: str, value: Any) -> jax.Array:
+    """Ids, and labels that are integers, as int32. Values are checked before the cast."""
+    array = value if isinstance(value, jax.Array) else as_array(name, value)
+    if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
+        raise ValueError(f"{name} must be numbers, not {array.dtype}")
+    if name in _INTEGERS:
+        check_integers(name, array)
+    if name in _INTEGERS or (name == "labels" and np.issubdtype(array.dtype, np.integer)):
+        _check_range(name, array)
+        # NumPy's are cast here, because jnp.asarray compiles a conversion for every shape
+        return jnp.asarray(array.astype(np.int32) if isinstance(array, np.ndarray) else array, jnp.int32)
+    if name == "attention_mask" and array.dtype != bool:
+        if _is_known(array):
+            check_mask(name, np.asarray(array))
+        if isinstance(array, np.ndarray):
+            array = array != 0  # before a cast could make 0 of 1e-300
+    return jnp.asarray(array)
 
 
 def _is_known(x: Any) -> bool:
     return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
 
 
-def _check_range(name: str, x: jax.Array | np.ndarray, low: int, high: int) -> None:
+def _check_range(name: str, x: jax.Array | np.ndarray, low: int = LEAST, high: int = MOST) -> None:
     if _is_known(x) and x.size:
-        host = np.asarray(x)  # no compilation, and no copy on CPU
-        least, most = int(host.min()), int(host.max())
-        if least < low or most > high:
-            raise ValueError(f"{name} holds {least if least < low else most}, outside [{low}, {high}]")
+        check_range(name, x, low, high)
 
 
 def _check_mask(mask: jax.Array, batch: int, length: int, cache: KVCache | None) -> jax.Array:

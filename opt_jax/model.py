@@ -91,7 +91,7 @@ class OPTPreTrainedModel(nnx.Module):
         Args (all optional but one of the first two):
           input_ids: int [B, T]; numpy, jax or nested lists, as all array inputs.
           inputs_embeds: float [B, T, P], instead of ids.
-          attention_mask: [B, T], nonzero at real tokens, pads on either side; None: all real, pads included. With a
+          attention_mask: [B, T], above 0 at real tokens, pads on either side; None: all real, pads included. With a
             cache: the mask of the new tokens (HF's [B, past + T] is accepted too).
           position_ids: int [B, T]; default: the number of real tokens before.
           segment_ids: int [B, T], packed documents: attention and positions stay within a segment.

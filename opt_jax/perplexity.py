@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from opt_jax.ids import as_ids
 from opt_jax.model import OPTForCausalLM
 from opt_jax.sharding import mesh_of, row_groups
 
@@ -77,7 +78,7 @@ def perplexity(
     Raises:
       ValueError: too few tokens, or an argument out of range; a log-probability that is not finite.
     """
-    ids = np.asarray(input_ids)
+    ids = as_ids("input_ids", input_ids, 0, model.config.vocab_size - 1)
     if ids.ndim != 1:
         raise ValueError(f"input_ids must be the ids of one text, [tokens], not of shape {ids.shape}")
     if len(ids) < 2:

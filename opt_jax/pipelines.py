@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from opt_jax.text import BatchEncoding, OPTTokenizer, TextStream
+from opt_jax.streaming import TextStream
+from opt_jax.text import BatchEncoding, OPTTokenizer
 
 DEFAULT_NEW_TOKENS = 256  # HF's pipeline's
 DEFAULT_BATCH_SIZE = 8

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 
 from opt_jax.cache import KVCache
 from opt_jax.generation_config import GenerationConfig, check_ids, check_sequences, combine, is_integer, parse
+from opt_jax.ids import as_ids, as_mask
 from opt_jax.inputs import check_inputs
 from opt_jax.model import OPTForCausalLM
 from opt_jax.processors import Sequences
@@ -196,11 +197,10 @@ def _rectangle(input_ids: Any, attention_mask: Any) -> tuple[Any, np.ndarray | N
     if not lengths.all():
         raise ValueError(f"row {int(np.argmin(lengths))} has no token: start empty prompts with the BOS token")
     mask = np.arange(lengths.max())[::-1] < lengths[:, None]
-    rows = [np.asarray(row) for row in input_ids]
-    for i, row in enumerate(rows):
-        if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
-            raise ValueError(f"row {i} of input_ids must be a sequence of token ids")
-    ids = np.zeros(mask.shape, np.int64)
+    rows = [as_ids(f"row {i} of input_ids", row) for i, row in enumerate(input_ids)]
+    if nested := [i for i, row in enumerate(rows) if row.ndim != 1]:
+        raise ValueError(f"row {nested[0]} of input_ids must be a sequence of token ids")
+    ids = np.zeros(mask.shape, np.int32)
     ids[mask] = np.concatenate(rows)
     return ids, mask
 
@@ -269,7 +269,7 @@ def _special_ids(model: OPTForCausalLM, given: GenerationConfig) -> tuple[list[i
 
 def _check_mask(ids: np.ndarray, attention_mask: Any, pad: int | None) -> np.ndarray:
     """bool [B, T], true at real tokens."""
-    mask = ids != pad if attention_mask is None else np.asarray(attention_mask) != 0
+    mask = ids != pad if attention_mask is None else as_mask("attention_mask", attention_mask)
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask must be of the shape of input_ids, {ids.shape}, not {mask.shape}")
     if not mask.any(1).all():

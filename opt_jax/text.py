@@ -1,24 +1,24 @@
-"""Text in and out: the tokenizer, decoding token by token, stop strings. No jax.
+"""Text in and out: the tokenizer. No jax.
 
 OPT's tokenizer is GPT-2's byte-level BPE with RoBERTa's ids and `</s>` in front of every text. Ids and decoded text are
 those of Hugging Face's `AutoTokenizer` for facebook/opt-*; deviations are named in the docstrings.
 """
 
-import codecs
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers import AddedToken, Encoding, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-# facebook/opt-*/tokenizer_config.json. The unknown token is </s> too, so a literal "<unk>" in a text is ordinary text.
-_OPT_SPECIAL_TOKENS = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
+from opt_jax.ids import as_array
+from opt_jax.streaming import StopStrings
+from opt_jax.vocabulary import OPT_SPECIAL_TOKENS, SPECIAL_TOKENS, Vocabulary, check_ids, to_list
 
 # GPT-2's alphabet: printable bytes stand for themselves, the others for the characters from 256 on.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -36,25 +36,27 @@ class BatchEncoding(dict):
             raise AttributeError(name) from None
 
 
-class OPTTokenizer:
-    """OPT's byte-level BPE tokenizer, called and read like `transformers.GPT2Tokenizer`.
+class OPTTokenizer(Vocabulary):
+    """OPT's byte-level BPE tokenizer, called and read like `transformers.GPT2Tokenizer`. Its tokens: `Vocabulary`.
 
     Deviations from HF: arrays come back unless `return_tensors=None` asks for lists (HF's default). `padding_side` is
     "left" (what generation needs) whatever the files say. With `vocab.json` and `merges.txt` a BOS is added unless
     `tokenizer_config.json` says `"add_bos_token": false`; with `tokenizer.json`, if
-    that file adds one or the config says `true`.
+    that file adds one or the config says `true`. Setting an attribute that does not exist is an error.
 
     Args:
       backend: a byte-level BPE of the `tokenizers` library; taken over and changed, not copied.
       config: the content of `tokenizer_config.json` (special tokens, `add_bos_token`, ...); where silent, OPT's.
-      padding_side, truncation_side: "left" or "right". Truncation never removes the BOS.
+      padding_side, truncation_side: "left" or "right"; the latter by default what `config` says, else "right".
+        Truncation never removes the BOS.
 
     Raises:
       ValueError: the backend is not a byte-level BPE, or a special token is not in its vocabulary.
     """
 
-    bos_token = eos_token = unk_token = pad_token = ""  # all eight are set in __init__
-    bos_token_id = eos_token_id = unk_token_id = pad_token_id = -1
+    padding_side = "left"
+    truncation_side = "right"
+    model_max_length: int | None = None
 
     def __init__(
         self,
@@ -62,14 +64,14 @@ class OPTTokenizer:
         config: dict[str, Any] | None = None,
         *,
         padding_side: str = "left",
-        truncation_side: str = "right",
+        truncation_side: str | None = None,
     ):
         if not isinstance(backend.model, BPE) or not isinstance(backend.decoder, decoders.ByteLevel):
             raise ValueError(f"not a byte-level BPE, as OPT needs it: {backend.model!r:.40}, {backend.decoder!r:.40}")
-        self.backend_tokenizer = backend
-        self.padding_side = _side("padding_side", padding_side)
-        self.truncation_side = _side("truncation_side", truncation_side)
+        self.backend_tokenizer, self._special, self._extra = backend, {}, []
         self._config = config = dict(config or {})
+        self.padding_side = padding_side
+        self.truncation_side = truncation_side or config.get("truncation_side") or "right"
         limit = config.get("model_max_length") or 0
         self.model_max_length = int(limit) if 0 < limit < 1e9 else None  # HF writes 1e30 for none
 
@@ -77,28 +79,25 @@ class OPTTokenizer:
             backend.add_tokens([_added_token(token)])
             if backend.token_to_id(token["content"]) != index:
                 raise ValueError(f"added token {token['content']!r} cannot get the id {index} that the files ask for")
-        named = {name: config.get(name) or default for name, default in _OPT_SPECIAL_TOKENS.items()}
-        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-        extra = [*extra, *(config[name] for name in ("sep_token", "cls_token", "mask_token") if config.get(name))]
-        known = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
-        for name, value in [*named.items(), *(("special token", token) for token in extra)]:
-            token = _added_token(value)
-            index = backend.token_to_id(token.content)
-            if index is None:
-                raise ValueError(f"{name} {token.content!r} is not in the vocabulary of the tokenizer files")
-            if token.content not in known:
-                backend.add_special_tokens([token])
-            if name in named:
-                setattr(self, name, token.content)
-                setattr(self, f"{name}_id", index)
-        self.all_special_ids = sorted(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
+        for name in SPECIAL_TOKENS:
+            if value := config.get(name) or OPT_SPECIAL_TOKENS.get(name):
+                self._set_special_token(name, _added_token(value))
+        extra = list(map(_added_token, _extra_tokens(config)))
+        if absent := [token.content for token in extra if backend.token_to_id(token.content) is None]:
+            raise ValueError(f"special token {absent[0]!r} is not in the vocabulary of the tokenizer files")
+        self._make_special(extra)
+        self._extra = [token.content for token in extra]
+        if config.get("add_bos_token", True):
+            self.add_bos_token = True
 
-        if config.get("add_bos_token", True) and not self.add_bos_token:
-            backend.post_processor = processors.TemplateProcessing(  # type: ignore[reportAttributeAccessIssue]
-                single=f"{self.bos_token} $A",
-                pair=f"{self.bos_token} $A {self.bos_token} $B",
-                special_tokens=[(self.bos_token, self.bos_token_id)],
-            )
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("padding_side", "truncation_side"):
+            _side(name, value)
+        if name == "model_max_length" and value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"model_max_length={value!r} must be a positive integer, or None for no limit")
+        if not name.startswith("_") and name != "backend_tokenizer" and not hasattr(type(self), name):
+            raise AttributeError(f"an OPTTokenizer has no {name!r}: setting it would change nothing")
+        super().__setattr__(name, value)
 
     @classmethod
     def from_file(
@@ -150,24 +149,13 @@ class OPTTokenizer:
         backend.no_truncation()
         return cls(backend, {"add_bos_token": False} | config, **sides)  # where silent, tokenizer.json knows
 
-    @property
-    def add_bos_token(self) -> bool:
-        return self.backend_tokenizer.encode("").ids[:1] == [self.bos_token_id]
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens without those added later; `len(tokenizer)` counts them all."""
-        return self.backend_tokenizer.get_vocab_size(with_added_tokens=False)
-
-    def __len__(self) -> int:
-        return self.backend_tokenizer.get_vocab_size(with_added_tokens=True)
-
     def __repr__(self) -> str:
         return f"OPTTokenizer(vocab_size={self.vocab_size}, bos={self.bos_token!r}, pad={self.pad_token!r})"
 
     def __call__(
         self,
         text: str | Sequence[str],
+        text_pair: str | Sequence[str] | None = None,
         *,
         padding: bool | str | None = None,
         truncation: bool = False,
@@ -175,15 +163,20 @@ class OPTTokenizer:
         return_tensors: str | None = "np",
         add_special_tokens: bool = True,
         padding_side: str | None = None,
+        pad_to_multiple_of: int | None = None,
+        return_offsets_mapping: bool = False,
     ) -> BatchEncoding:
         """Ids and mask (0 on pads) of one text or of a batch. May be called from several threads at once.
 
         Args:
+          text_pair: as many second texts; each follows its first one, behind a BOS of its own.
           padding: False, True (or "longest"), or "max_length". Default: True for arrays, False for lists.
-          truncation: cut to `max_length` (default: the files' `model_max_length`, where they have one).
+          truncation: cut to `max_length` (default: `model_max_length`, where there is one); of a pair the longer text.
           return_tensors: "np" for int32 arrays [B, T], ready for a model, None for lists (flat for one string).
           add_special_tokens: False leaves the BOS out: for pieces of a text, not for what a model is to continue.
           padding_side: "left" or "right", instead of `self.padding_side`.
+          pad_to_multiple_of: pads to a length that is a multiple of this.
+          return_offsets_mapping: also "offset_mapping", (start, end) of each token in its text, (0, 0) of BOS and pads.
 
         Raises:
           ValueError: an argument that is not one of these, or rows of different lengths for "np" without padding.
@@ -191,13 +184,70 @@ class OPTTokenizer:
         Warns:
           UserWarning: the BOS is there twice, because a text begins with it, or, with "np", not at all.
         """
+        padding = return_tensors == "np" if padding is None else padding
+        switches = dict(add_special_tokens=add_special_tokens, return_offsets_mapping=return_offsets_mapping)
+        for name, value in (switches | {"truncation": truncation}).items():
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r}: use True or False")
+        max_length = self._check_lengths(padding, truncation, max_length, return_tensors, padding_side)
+        texts, pairs = _texts("text", text), None if text_pair is None else _texts("text_pair", text_pair)
+        if pairs is not None and (isinstance(text, str) != isinstance(text_pair, str) or len(texts) != len(pairs)):
+            raise ValueError(f"text_pair must be a string or a list as text is: {len(pairs)} for {len(texts)} texts")
+
+        encodings = self._encode(
+            texts, pairs, add_special_tokens, max_length if truncation else None, return_offsets_mapping
+        )
+        rows, bos = [encoding.ids for encoding in encodings], self.bos_token_id
+        if pairs is None and any(row[:2] == [bos, bos] for row in rows):
+            warnings.warn(f"ids begin with {self.bos_token!r} twice: leave it out of the text", stacklevel=2)
+        # Lists are for joining pieces (training data); an array goes to the model.
+        if return_tensors and self.add_bos_token and any(row[:1] != [bos] for row in rows):
+            warnings.warn(f"no {self.bos_token!r} in front: OPT expects it; leave add_special_tokens on", stacklevel=2)
+        columns: dict[str, list] = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
+        if return_offsets_mapping:
+            columns["offset_mapping"] = [encoding.offsets for encoding in encodings]
+        columns = self._pad(columns, padding, max_length, padding_side, pad_to_multiple_of)
+        return _as_encoding(columns, return_tensors, flat=isinstance(text, str))
+
+    def pad(
+        self,
+        encoded_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        padding: bool | str = True,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: str | None = "np",
+    ) -> BatchEncoding:
+        """Pads what was tokenized before: a row, a batch, or a list of rows. Arguments as in `__call__`.
+
+        What a row holds beside `input_ids`, `attention_mask` and `offset_mapping` (labels, say) comes back as it is.
+
+        Raises:
+          ValueError: as `__call__`; no `input_ids`.
+        """
+        max_length = self._check_lengths(padding, False, max_length, return_tensors, padding_side)
+        given = [encoded_inputs] if isinstance(encoded_inputs, Mapping) else list(encoded_inputs)
+        for row in given:
+            if not isinstance(row, Mapping) or "input_ids" not in row or row.keys() != given[0].keys():
+                raise ValueError(f"pad takes rows as the tokenizer returns them, with input_ids, not {row!r:.60}")
+        columns = {name: [_plain(row[name]) for row in given] for name in (given[0] if given else ["input_ids"])}
+        flat = isinstance(encoded_inputs, Mapping)
+        if flat and columns["input_ids"][0] and isinstance(columns["input_ids"][0][0], list):
+            flat, columns = False, {name: rows[0] for name, rows in columns.items()}
+        for row in columns["input_ids"]:
+            check_ids(row)
+        columns.setdefault("attention_mask", [[1] * len(row) for row in columns["input_ids"]])
+        columns = self._pad(columns, padding, max_length, padding_side, pad_to_multiple_of)
+        return _as_encoding(columns, return_tensors, flat)
+
+    def _check_lengths(
+        self, padding: Any, truncation: bool, max_length: int | None, return_tensors: Any, padding_side: str | None
+    ) -> int | None:
+        """The length to pad or to cut to, if there is one."""
         if return_tensors not in (None, "np"):
             raise ValueError(f'return_tensors={return_tensors!r}: use "np"; JAX takes NumPy arrays as they are')
-        padding = return_tensors == "np" if padding is None else padding
         if padding not in (False, True, "longest", "max_length"):
             raise ValueError(f'padding={padding!r}: use False, True, "longest" or "max_length"')
-        if not isinstance(truncation, bool):
-            raise ValueError(f"truncation={truncation!r}: use True or False")
         if padding == "max_length" or truncation:
             max_length = self.model_max_length if max_length is None else max_length
             if max_length is None or max_length < 1:
@@ -206,57 +256,60 @@ class OPTTokenizer:
             raise ValueError('max_length has no effect without truncation=True or padding="max_length"')
         if padding_side and not padding:
             raise ValueError("padding_side has no effect without padding=True")
-        texts = [text] if isinstance(text, str) else list(text)
-        for i, one in enumerate(texts):
-            if not isinstance(one, str):
-                raise ValueError(f"text must be a string or a sequence of strings; item {i} is a {type(one).__name__}")
+        return max_length
 
-        try:
-            rows = self._encode(texts, add_special_tokens, max_length if truncation else None)
-        except TypeError as error:  # what the tokenizers library makes of a failing UTF-8 encoding
-            raise ValueError("a text has a lone surrogate (no Unicode); read it with errors='replace'") from error
-        bos = self.bos_token_id
-        if any(row[:2] == [bos, bos] for row in rows):
-            warnings.warn(f"ids begin with {self.bos_token!r} twice: leave it out of the text", stacklevel=2)
-        # Lists are for joining pieces (training data); an array goes to the model.
-        if return_tensors and self.add_bos_token and any(row[:1] != [bos] for row in rows):
-            warnings.warn(f"no {self.bos_token!r} in front: OPT expects it; leave add_special_tokens on", stacklevel=2)
+    def _pad(
+        self, columns: dict[str, list], padding: Any, max_length: int | None, side: str | None, multiple: int | None
+    ) -> dict[str, list]:
+        if multiple is not None and (type(multiple) is not int or multiple < 1 or not padding):
+            raise ValueError(f"pad_to_multiple_of={multiple!r} must be a positive integer, with padding=True")
+        if not padding:
+            return columns
+        width = max_length if padding == "max_length" and max_length else max(map(len, columns["input_ids"]), default=0)
+        width += -width % (multiple or 1)
+        left = _side("padding_side", side or self.padding_side) == "left"
+        pads = {"input_ids": self.pad_token_id, "attention_mask": 0, "offset_mapping": (0, 0)}
 
-        masks = [[1] * len(row) for row in rows]
-        if padding:
-            width = max_length if padding == "max_length" and max_length else max(map(len, rows), default=0)
-            left = _side("padding_side", padding_side or self.padding_side) == "left"
+        def padded(row: list, value: Any) -> list:
+            fill = [value] * (width - len(row))
+            return fill + row if left else row + fill
 
-            def pad(row: list[int], value: int) -> list[int]:
-                fill = [value] * (width - len(row))
-                return fill + row if left else row + fill
+        return {
+            name: [padded(row, pads[name]) for row in rows] if name in pads else rows for name, rows in columns.items()
+        }
 
-            rows = [pad(row, self.pad_token_id) for row in rows]
-            masks = [pad(mask, 0) for mask in masks]
-        if return_tensors:
-            if len({len(row) for row in rows}) > 1:
-                raise ValueError('return_tensors="np" with texts of different lengths needs padding=True')
-            shape = (len(rows), len(rows[0]) if rows else 0)
-            rows, masks = (np.array(x, np.int32).reshape(shape) for x in (rows, masks))
-        elif isinstance(text, str):
-            rows, masks = rows[0], masks[0]
-        return BatchEncoding(input_ids=rows, attention_mask=masks)
-
-    def _encode(self, texts: list[str], add_special_tokens: bool, max_length: int | None) -> list[list[int]]:
+    def _encode(
+        self, texts: list[str], pairs: list[str] | None, add_special_tokens: bool, limit: int | None, offsets: bool
+    ) -> list[Encoding]:
         # The backend's own truncation is a setting of the shared object; truncating results keeps threads independent.
         backend = self.backend_tokenizer
-        if max_length is None:
-            return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
-        special = backend.num_special_tokens_to_add(False) if add_special_tokens else 0
+        encode = backend.encode_batch if offsets else backend.encode_batch_fast
+        try:
+            if limit is None:
+                both: Any = texts if pairs is None else list(zip(texts, pairs, strict=True))
+                return encode(both, add_special_tokens=add_special_tokens)
+            room = limit - backend.num_special_tokens_to_add(pairs is not None) * add_special_tokens
+            first = encode(texts, add_special_tokens=False)
+            second = [None] * len(first) if pairs is None else encode(pairs, add_special_tokens=False)
+        except TypeError as error:  # what the tokenizers library makes of a failing UTF-8 encoding
+            raise ValueError("a text has a lone surrogate (no Unicode); read it with errors='replace'") from error
         rows = []
-        for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
-            encoding.truncate(max(0, max_length - special), direction=self.truncation_side)
-            rows.append(backend.post_process(encoding, add_special_tokens=add_special_tokens).ids)
+        for encoding, pair in zip(first, second, strict=True):
+            lengths = _share(max(0, room), len(encoding), len(pair or ()))
+            for part, length in zip((encoding, pair), lengths, strict=True):
+                if part is not None:
+                    part.truncate(length, direction=self.truncation_side)
+            rows.append(backend.post_process(encoding, pair, add_special_tokens=add_special_tokens))
         return rows
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False) -> list[str]:
+        """The tokens of a text, whose bytes are written in GPT-2's alphabet ("Ġ" is a blank)."""
+        pairs = None if pair is None else _texts("pair", pair)
+        return self._encode(_texts("text", text), pairs, add_special_tokens, None, True)[0].tokens
+
+    def encode(self, text: str, text_pair: str | None = None, add_special_tokens: bool = True) -> list[int]:
         """The ids of one text, as a list."""
-        return self(text, return_tensors=None, add_special_tokens=add_special_tokens)["input_ids"]
+        return self(text, text_pair, return_tensors=None, add_special_tokens=add_special_tokens)["input_ids"]
 
     def decode(
         self, token_ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
@@ -268,12 +321,10 @@ class OPTTokenizer:
         """
         if clean_up_tokenization_spaces:
             warnings.warn("clean_up_tokenization_spaces=True does not apply to byte-level BPE", stacklevel=2)
-        ids = _to_list(token_ids)
+        ids = to_list(token_ids)
         if ids and isinstance(ids[0], list):
             return [self.decode(row, skip_special_tokens) for row in ids]
-        if ids and min(ids) < 0:
-            raise ValueError(f"token id {min(ids)} is negative: replace ignored labels by pad_token_id before decoding")
-        return self.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        return self.backend_tokenizer.decode(check_ids(ids), skip_special_tokens=skip_special_tokens)
 
     def batch_decode(
         self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
@@ -281,7 +332,7 @@ class OPTTokenizer:
         """The texts of several rows of ids, as `decode` gives them."""
         return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in sequences]
 
-    def stop_strings(self, strings: str | Sequence[str], prompts: Sequence[Any]) -> "StopStrings":
+    def stop_strings(self, strings: str | Sequence[str], prompts: Sequence[Any]) -> StopStrings:
         """What looks for `strings` while rows of tokens grow; `prompts`: the ids before each of them."""
         return StopStrings(self, strings, prompts)
 
@@ -299,85 +350,22 @@ class OPTTokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         self.backend_tokenizer.save(str(folder / "tokenizer.json"))
         self.backend_tokenizer.model.save(str(folder))  # vocab.json, merges.txt
-        named = {n: getattr(self, n) for n in _OPT_SPECIAL_TOKENS}
+        named = self.special_tokens_map
         # Added tokens are in tokenizer.json; the other two fields are where HF once found its files.
-        gone = ("added_tokens_decoder", "name_or_path", "special_tokens_map_file")
+        gone = {"added_tokens_decoder", "name_or_path", "special_tokens_map_file"}
+        if [_added_token(token).content for token in _extra_tokens(self._config)] != self._extra:
+            gone |= {"additional_special_tokens", "extra_special_tokens"}
         config = {"tokenizer_class": "GPT2Tokenizer"} | {k: v for k, v in self._config.items() if k not in gone}
-        config |= named | {"add_bos_token": self.add_bos_token}
+        if "extra_special_tokens" in gone:
+            config["extra_special_tokens"] = self._extra
+        config |= named | {"add_bos_token": self.add_bos_token, "truncation_side": self.truncation_side}
+        if self.model_max_length is not None or "model_max_length" in config:
+            config["model_max_length"] = self.model_max_length or int(1e30)
         for file, content in (("tokenizer_config.json", config), ("special_tokens_map.json", named)):
             (folder / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 AutoTokenizer = OPTTokenizer
-
-
-class TextStream:
-    """Text from ids as they come, never half a character; in total equal to `tokenizer.decode` of all ids.
-
-    Each id costs the bytes of its own token: nothing is decoded twice.
-    """
-
-    def __init__(self, tokenizer: OPTTokenizer, skip_special_tokens: bool = True):
-        self._tokenizer = tokenizer
-        self._skip = frozenset(tokenizer.all_special_ids if skip_special_tokens else ())
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def put(self, token_ids: Any) -> str:
-        """Takes one id or several; returns the text that they complete, possibly ""."""
-        return self._utf8.decode(b"".join(map(self._bytes, _to_list(token_ids))))
-
-    def end(self) -> str:
-        """What is left over: U+FFFD where the last character is incomplete, else "". The stream starts afresh."""
-        return self._utf8.decode(b"", final=True)
-
-    def _bytes(self, token_id: int) -> bytes:
-        return b"" if token_id in self._skip else self._tokenizer.token_bytes(token_id)
-
-
-class StopStrings:
-    """Finds where rows of tokens complete one of some strings: wherever in a token it ends, however many it straddles.
-
-    Bytes are compared, and special tokens count as their text; a string may begin in the prompt, but not end there (all
-    as in HF's `StopStringCriteria`).
-
-    Raises:
-      ValueError: no string, an empty one, or something else.
-    """
-
-    def __init__(self, tokenizer: OPTTokenizer, strings: str | Sequence[str], prompts: Sequence[Any]):
-        strings = [strings] if isinstance(strings, str) else list(strings)
-        if not strings or not all(isinstance(string, str) and string for string in strings):
-            raise ValueError(f"stop_strings={strings!r:.60} must be a string or several, and none of them empty")
-        self._tokenizer = tokenizer
-        self._strings = [string.encode() for string in strings]
-        self._keep = max(map(len, self._strings)) - 1  # bytes that may be the beginning of a string
-        self._tails = [self._cut(b"".join(map(tokenizer.token_bytes, ids.tolist()[-self._keep :]))) for ids in prompts]
-        self._looked = np.zeros(len(prompts), np.int32)  # tokens of each row that were looked at
-        # Tokens of each row, the one that completes a string included; the greatest integer while there is none.
-        self.lengths = np.full(len(prompts), np.iinfo(np.int32).max, np.int32)
-
-    def look(self, tokens: np.ndarray, lengths: np.ndarray, rows: Sequence[int] | None = None) -> np.ndarray:
-        """Which rows have completed a string, bool [r].
-
-        tokens: int [r, N], all new tokens so far, of which the first `lengths` [r] count; rows: which they are, if not
-        all in order.
-        """
-        rows = range(len(tokens)) if rows is None else rows
-        for row, new, length in zip(rows, tokens, lengths.tolist(), strict=True):
-            for column in range(self._looked[row], min(length, self.lengths[row])):
-                if self._completes(row, self._tokenizer.token_bytes(int(new[column]))):
-                    self.lengths[row] = column + 1
-                    break
-            self._looked[row] = length
-        return self.lengths[list(rows)] <= lengths
-
-    def _completes(self, row: int, new: bytes) -> bool:
-        tail = self._tails[row]
-        self._tails[row] = self._cut(tail + new)
-        return any(string in tail[max(0, len(tail) - len(string) + 1) :] + new for string in self._strings)
-
-    def _cut(self, text: bytes) -> bytes:
-        return text[max(0, len(text) - self._keep) :]
 
 
 def _side(name: str, value: str) -> str:
@@ -386,18 +374,52 @@ def _side(name: str, value: str) -> str:
     return value
 
 
-def _to_list(ids: Any) -> list:
-    """A list of int, or of such lists, from one id or anything array-like."""
-    ids = ids.tolist() if hasattr(ids, "tolist") else ids  # NumPy and JAX, scalars too
-    if isinstance(ids, int):
-        return [ids]
-    return [i if isinstance(i, int) else i.tolist() if hasattr(i, "tolist") else list(i) for i in ids]
+def _texts(name: str, text: Any) -> list[str]:
+    texts = [text] if isinstance(text, str) else list(text)
+    for i, one in enumerate(texts):
+        if not isinstance(one, str):
+            raise ValueError(f"{name} must be a string or a sequence of strings; item {i} is a {type(one).__name__}")
+    return texts
+
+
+def _share(room: int, first: int, second: int) -> tuple[int, int]:
+    """The lengths of two texts that have to fit: the longer one is cut, or both if neither fits into its half (HF)."""
+    if first + second <= room:
+        return first, second
+    shorter = min(first, second, room // 2)
+    return (room - shorter, shorter) if first > second else (shorter, room - shorter)
+
+
+def _as_encoding(columns: dict[str, list], return_tensors: str | None, flat: bool) -> BatchEncoding:
+    if return_tensors is None:
+        return BatchEncoding({name: rows[0] for name, rows in columns.items()} if flat else columns)
+    if len({len(row) for row in columns["input_ids"]}) > 1:
+        raise ValueError('return_tensors="np" with texts of different lengths needs padding=True')
+    size = len(columns["input_ids"]), max(map(len, columns["input_ids"]), default=0)
+    shapes = {"input_ids": size, "attention_mask": size, "offset_mapping": (*size, 2)}
+    return BatchEncoding({
+        name: np.array(rows, np.int32).reshape(shapes[name]) if name in shapes else as_array(name, rows)
+        for name, rows in columns.items()
+    })  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    """Lists in place of arrays."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [_plain(x) for x in value] if isinstance(value, list) else value
 
 
 def _added_token(value: str | dict[str, Any]) -> AddedToken:
     """An added token as HF writes it: its text, or a dict of the fields of `tokenizers.AddedToken`."""
     fields: Any = {"content": value} if isinstance(value, str) else {k: v for k, v in value.items() if k != "__type"}
     return AddedToken(**fields)
+
+
+def _extra_tokens(config: dict[str, Any]) -> list:
+    """Special tokens without a name, as the files have them."""
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    return list(extra.values() if isinstance(extra, dict) else extra)  # a dict: names of one model's own
 
 
 def _read(where: str, load: Any) -> Any:

@@ -273,6 +273,8 @@ def test_on_a_mesh():
         (dict(mask=MASK[:2]), "padded on the left"),
         (dict(mask=MASK[:, ::-1]), "padded on the left"),
         (dict(ids=IDS[0], mask=MASK[0]), "batch, tokens"),
+        (dict(ids=np.uint64(IDS) + 2**32), "ids holds 4294967"),
+        (dict(eos_token_ids=[2.5]), "eos_token_ids=.2.5. must be a token id"),
     ],
 )  # fmt: skip
 def test_errors(model, arguments, words):

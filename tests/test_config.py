@@ -119,6 +119,7 @@ def test_the_number_of_labels_is_that_of_their_names():
         ("pad_token_id", 1.5),
         ("bos_token_id", 50272),
         ("eos_token_id", [2, 99999]),
+        ("eos_token_id", [2, True]),
         ("eos_token_id", "</s>"),
         ("enable_bias", None),
         ("layer_norm_elementwise_affine", 0),

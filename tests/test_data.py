@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
 
 from opt_jax import OPTTokenizer
 from opt_jax.cli import main
@@ -252,6 +254,32 @@ def test_corpus_of_arrays_and_text_with_validation_data(tmp_path, tokenizer):
     np.save(tmp_path / "b.npy", np.zeros((2, 2)))
     with pytest.raises(ValueError, match="not integers in one dimension"):
         data.Corpus([str(tmp_path / "b.npy")]).tokens(tokenizer)
+
+
+@pytest.mark.parametrize("dtype", [np.uint64, np.int64, np.uint32])
+def test_ids_of_an_array_that_are_no_int32(dtype, tmp_path):
+    """Cast, they would be other ids, which the vocabulary has."""
+    ids = np.arange(50).astype(dtype)
+    ids[37] = 2**32 - 5 if dtype == np.uint32 else 2**32 + 5
+    np.save(tmp_path / "a.npy", ids)
+    stream = open_tokens(tmp_path / "a.npy")
+    assert stream.read(0, 37).tolist() == list(range(37))
+    with pytest.raises(ValueError, match=f"a.npy from token 30 holds {ids[37]}, outside"):
+        stream.read(30, 10)
+    for name, array in (("", ids), ("floats", np.arange(50.0))):
+        with pytest.raises(ValueError, match="from token 0 (holds 42949|must be integers, not float64)"):
+            Tokens(name, array).read(0, 50)
+
+
+def test_a_vocabulary_with_holes_is_written_as_it_is(tmp_path):
+    """Six tokens, but their ids do not fit into uint16."""
+    names = ["<s>", "<pad>", "</s>", "<unk>"]
+    backend = Tokenizer(BPE({name: i for i, name in enumerate(names)} | {"a": 70000, "b": 70001}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    (tmp_path / "a.txt").write_text("ab")
+    about = write_tokens([tmp_path / "a.txt"], tmp_path / "a.npy", OPTTokenizer(backend), "holes")
+    assert about["dtype"] == "int32" and np.load(tmp_path / "a.npy").tolist() == [2, 70000, 70001, 2]
 
 
 @pytest.mark.slow

@@ -106,6 +106,7 @@ def test_layers(checkpoint, config, options, result):
         ({}, dict(assistant_model=object()), "assistant_model=.* is not supported"),
         ({}, dict(top_q=4), "generate: there is no option 'top_q'"),
         ({}, dict(max_new_tokens=1, max_length=9), "not both"),
+        ({}, dict(no_repeat_ngram_size=np.int64(2**32 + 2)), "no_repeat_ngram_size=.*4294967298.* below 2"),
         ({}, dict(max_new_tokens=1.5), "max_new_tokens=1.5 must be an integer of at least 1"),
         ({}, dict(max_new_tokens=True), "max_new_tokens=True must be an integer"),
         ({}, dict(max_length=0), "max_length=0"),

@@ -31,11 +31,18 @@ CACHE = MODELS["lm"].init_cache(3, 6)
         (dict(input_ids=[[5, 6], [7]]), "input_ids: rows have different lengths; pad them"),
         (dict(input_ids=[5, 6]), r"input_ids must be \[batch, tokens\], not of shape \(2,\)"),
         (dict(input_ids=[[5.0, 6.0]]), "input_ids must be integers, not float64"),
-        (dict(input_ids=[["a"]]), "input_ids must be integers, not <U1"),
+        (dict(input_ids=[["a"]]), "input_ids must be numbers, not <U1"),
         (dict(input_ids=[[True]]), "input_ids must be integers, not bool"),
         (dict(input_ids=[[5, 99]]), r"input_ids holds 99, outside \[0, 98\]"),
         (dict(input_ids=jnp.array([[-1, 5]])), r"input_ids holds -1, outside \[0, 98\]"),
         (dict(input_ids=[[2**32 + 5]]), "input_ids holds 4294967301"),
+        (dict(input_ids=np.array([[2**32 + 5]], np.uint64)), "input_ids holds 4294967301"),
+        (dict(input_ids=IDS, labels=np.uint64(IDS) + 2**32), "labels holds 42949"),
+        (dict(input_ids=IDS, labels=IDS > 0), "labels must be integers, not bool"),
+        (dict(input_ids=IDS, position_ids=jnp.full((3, 4), 2**32 - 1, jnp.uint32)), "position_ids holds 4294967295"),
+        (dict(input_ids=IDS, segment_ids=jnp.full((3, 4), 2**32 - 1, jnp.uint32)), "segment_ids holds 4294967295"),
+        (dict(input_ids=IDS, attention_mask=np.where(IDS > 50, 0, -np.inf)), "attention_mask holds -inf: it must be 1"),
+        (dict(input_ids=IDS, attention_mask=jnp.full((3, 4), -1.0)), "attention_mask holds -1.0: it must be 1"),
         (dict(input_ids=np.ones((1, 65), int)), "65 tokens are more than max_position_embeddings=64"),
         (dict(input_ids=[[]]), "inputs are empty: batch 1, 0 tokens"),
         (dict(input_ids=np.ones((0, 4), int)), "inputs are empty: batch 0, 4 tokens"),
@@ -85,6 +92,12 @@ def test_refused(inputs, words):
         ("no pad", dict(), "classification of several rows needs config.pad_token_id"),
         ("answers", dict(start_positions=[0, 1, 2]), "start_positions alone gives no loss"),
         ("answers", dict(start_positions=[0, 1], end_positions=[0, 1, 2]), r"start_positions must be \[batch=3\]"),
+        (
+            "answers",
+            dict(start_positions=jnp.full(3, 2**32 - 1, jnp.uint32), end_positions=[0, 1, 2]),
+            "start_positions holds 4294967295",
+        ),
+        ("single", dict(labels=np.array([0, 1, 2**32 + 2], np.uint64)), "labels holds 4294967298"),
         ("answers", dict(start_positions=[0.5] * 3, end_positions=[0, 1, 2]), "start_positions must be integers"),
     ],
 )
@@ -119,6 +132,20 @@ def test_accepted_at_the_limits():
         checked = check_inputs(model, inputs)
         assert all(isinstance(checked[name], (jax.Array, int)) for name in inputs)
         assert "attention_mask" not in inputs or checked["attention_mask"].dtype == bool
+
+
+def test_a_mask_is_read_before_it_is_cast():
+    """As float32 and int32 these are 0."""
+    for mask in (np.full((3, 4), 1e-300), np.full((3, 4), 2**32)):
+        assert check_inputs(MODELS["lm"], dict(input_ids=IDS, attention_mask=mask))["attention_mask"].all()
+
+
+def test_wide_integers_of_jax_are_checked_too():
+    with jax.enable_x64(True):
+        wide = dict(input_ids=jnp.array([[2**32 + 5]]), position_ids=jnp.array([[2**32]]))
+        for name in wide:
+            with pytest.raises(ValueError, match=f"{name} holds 42949"):
+                check_inputs(MODELS["lm"], {"input_ids": [[5]]} | {name: wide[name]})
 
 
 def test_shapes_are_checked_under_jit_too_and_values_are_not():

@@ -148,6 +148,8 @@ def test_on_a_mesh(model, spec):
 @pytest.mark.parametrize("ids, options, message", [
     (IDS[None], {}, "ids of one text"),
     (IDS[:1], {}, "1 tokens: perplexity needs at least 2"),
+    (np.uint64(IDS) + 2**32, {}, "input_ids holds 4294967"),
+    (np.float32(IDS), {}, "input_ids must be integers, not float32"),
     (IDS, dict(window=65), "window 65: it must be at least 2 and at most 64, the model's context"),
     (IDS, dict(window=1), "window 1: it must be at least 2"),
     (IDS, dict(stride=4), "stride 4: only for the sliding protocol"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from opt_jax import GenerationConfig, OPTForCausalLM, OPTTokenizer, pipeline, score_texts, stream_text
-from opt_jax.text import StopStrings
+from opt_jax.streaming import StopStrings
 
 PROMPTS = ["def main():\n", "import", "class Parser:\n    def __init__(self", "x"]
 NEW = 24

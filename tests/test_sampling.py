@@ -50,6 +50,35 @@ def test_top_p_off_and_after_another_filter():
     assert kept(sampling.keep_top_p(filtered, 0.85)).tolist() == [[True, True, False, True]]
 
 
+PEAKED = jnp.array([[0.0, 1, 2, 300], [5, 3, 4, -200]])  # all but one probability underflows; in row 1 one does
+
+
+@pytest.mark.parametrize(("min_keep", "count"), [(1, 1), (2, 2), (3, 3), (9, 4)])
+@pytest.mark.parametrize(
+    ("keep", "value"),
+    [(sampling.keep_top_k, 1), (sampling.keep_top_p, 0.5), (sampling.keep_min_p, 0.9), (sampling.keep_typical, 0.2)],
+)
+def test_min_keep_where_probabilities_underflow(keep, value, min_keep, count):
+    """The rest is chosen by logits: probabilities of 0 all tie."""
+    out = np.asarray(keep(PEAKED[:1], value, min_keep))
+    np.testing.assert_array_equal(out, np.where(np.arange(4) >= 4 - count, PEAKED[:1], -np.inf))
+
+
+def test_min_p_compares_logits():
+    assert kept(sampling.keep_min_p(PEAKED, 0.3)).tolist() == [[False] * 3 + [True], [True, False, True, False]]
+    np.testing.assert_array_equal(sampling.keep_min_p(PEAKED, 0.0), PEAKED)  # off
+    tied = jnp.array([[2.0, -jnp.inf, 2.0, 1.0]])
+    assert kept(sampling.keep_min_p(tied, 1.0)).tolist() == [[True, False, True, False]]
+
+
+@pytest.mark.parametrize("keep", [sampling.keep_top_p, sampling.keep_typical])
+def test_a_share_that_underflows_keeps_a_token(keep):
+    """A top_p of 1e-50 is 0 in float32."""
+    assert kept(jax.jit(keep)(X, np.float32(1e-50))).sum(1).tolist() == [1] * 4
+    zeros = jnp.array([[0.0, -0.0, -1.0]])
+    assert kept(sampling.keep_top_p(zeros, 0.1)).tolist() == [[True, True, False]]  # equal, though not bit for bit
+
+
 def test_suppress():
     out = np.asarray(processors.suppress(X, jnp.array([3, 7, 50, 99])))
     assert np.flatnonzero(~kept(out)[0]).tolist() == [3, 7]

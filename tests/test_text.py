@@ -11,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from opt_jax.pipelines import pipeline
-from opt_jax.text import OPTTokenizer, TextStream
+from opt_jax.streaming import TextStream
+from opt_jax.text import OPTTokenizer
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 HARD = [
@@ -102,8 +103,12 @@ def test_decode_takes_arrays_batches_and_single_ids(tok):
         assert tok.decode(batch) == tok.batch_decode(batch) == ["</s>hello world"] * 2
     assert tok.decode(2) == tok.decode(np.int32(2)) == "</s>" and tok.decode([]) == ""
     assert tok.decode([*ids, 50271]) == "</s>hello world"  # the model's vocabulary is padded; those ids are no text
-    with pytest.raises(ValueError, match="-100"):
+    with pytest.raises(ValueError, match="-100 .*replace ignored labels"):
         tok.decode([2, -100])
+    for bad in ([2, 2**32 + 5], np.array([2.0]), [2, True], 2.5, np.array([True])):
+        for read in (tok.decode, TextStream(tok).put):
+            with pytest.raises(ValueError, match="is not a token id, an integer in"):
+                read(bad)
     with pytest.warns(UserWarning, match="clean_up_tokenization_spaces"):
         assert tok.decode(tok.encode("hello ."), True, clean_up_tokenization_spaces=True) == "hello ."
 
@@ -165,10 +170,162 @@ def test_bad_arguments(tok):
         tok(["hello", 3])
     with pytest.raises(ValueError, match="surrogate"):
         tok("\ud800")
-    with pytest.raises(TypeError, match="return_offsets_mapping"):
-        tok("hello", return_offsets_mapping=True)
+    with pytest.raises(ValueError, match="'a pair': use True or False"):
+        tok("hello", add_special_tokens="a pair")
+    for pair in ("one", ["one"], ["one", 2]):
+        with pytest.raises(ValueError, match="text_pair must be"):
+            tok(["hello", "hello"], pair)
+    for multiple in (0, 2.0, True):
+        with pytest.raises(ValueError, match="pad_to_multiple_of"):
+            tok("hello", pad_to_multiple_of=multiple)
     with pytest.raises(ValueError, match="middle"):
         OPTTokenizer(trained(), padding_side="middle")
+
+
+@pytest.fixture
+def new(files):
+    """A tokenizer to change."""
+    return OPTTokenizer.from_file(files / "vocab.json", files / "merges.txt")
+
+
+def test_setting_a_special_token_sets_its_id_and_what_follows(new):
+    rows = new(["hello world", "h"]).input_ids
+    assert rows[1][0] == 1
+    new.pad_token = new.eos_token
+    assert (new.pad_token, new.pad_token_id) == ("</s>", 2)
+    assert new(["hello world", "h"]).input_ids[1][0] == 2
+    new.pad_token_id = 1
+    assert (new.pad_token, new.pad_token_id) == ("<pad>", 1)
+    np.testing.assert_array_equal(new(["hello world", "h"]).input_ids, rows)
+    new.bos_token = "<s>"
+    assert (new.bos_token_id, new.eos_token_id) == (0, 2) and new.encode("h", "h") == [0, rows[1][-1]] * 2
+    new.bos_token_id = 3
+    assert new.bos_token == "<unk>" and new("h").input_ids[0][0] == 3
+    new.add_bos_token = False
+    new.bos_token = "</s>"
+    assert new.encode("h") == [rows[1][-1]] and not new.add_bos_token
+    new.add_bos_token = True
+    assert new.encode("h") == [2, rows[1][-1]]
+    assert new.sep_token is None and new.sep_token_id is None
+    new.sep_token = AddedToken("<s>")
+    assert new.sep_token_id == 0 and new.special_tokens_map["sep_token"] == "<s>"
+    assert new.decode([0, *new.encode("h")], skip_special_tokens=True) == "h"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "words"),
+    [
+        ("pad_token", "[PAD]", ValueError, r"pad_token '\[PAD\]' is not in the vocabulary.*: use add_special_tokens"),
+        ("pad_token", None, ValueError, "pad_token None is not in the vocabulary"),
+        ("pad_token", 1, ValueError, "pad_token 1 is not in the vocabulary"),
+        ("pad_token_id", 320, ValueError, "pad_token_id=320 is not in the vocabulary"),
+        ("pad_token_id", True, ValueError, "True is not a token id"),
+        ("pad_token_id", None, ValueError, "None is not a token id"),
+        ("add_bos_token", 1, ValueError, "add_bos_token=1: use True or False"),
+        ("add_eos_token", True, AttributeError, "no 'add_eos_token': setting it would change nothing"),
+        ("chat_template", "x", AttributeError, "no 'chat_template'"),
+        ("all_special_ids", [1], AttributeError, "all_special_ids"),
+        ("padding_side", "middle", ValueError, "middle"),
+        ("truncation_side", "middle", ValueError, "middle"),
+        ("model_max_length", 0, ValueError, "model_max_length=0"),
+    ],
+)
+def test_what_cannot_be_set(new, name, value, error, words):
+    before = new.encode("hello"), new.special_tokens_map
+    with pytest.raises(error, match=words):
+        setattr(new, name, value)
+    assert before == (new.encode("hello"), new.special_tokens_map)
+
+
+def test_added_tokens(new):
+    assert new.add_tokens(["<a>", "<b>", "<a>"]) == 2 and new.add_tokens("hello world") == 1 and not new.add_tokens([])
+    assert new.encode("<a>hello world<b>") == [2, 320, 322, 321] and len(new) == 323 and new.vocab_size == 320
+    assert new.decode([320, 2], skip_special_tokens=True) == "<a>"
+    named = {"pad_token": "[PAD]", "extra_special_tokens": ["<x>", AddedToken("<y>", lstrip=True)]}
+    assert new.add_special_tokens(named) == 3
+    assert (new.pad_token_id, new.extra_special_tokens) == (323, ["<x>", "<y>"])
+    assert new.encode("h <y>") == [*new.encode("h"), 325] and new.decode([323, 325], skip_special_tokens=True) == ""
+    more = {"additional_special_tokens": ["<x>", "<z>"]}
+    assert new.add_special_tokens(more, replace_extra_special_tokens=False) == 1
+    assert new.additional_special_tokens == ["<x>", "<y>", "<z>"]
+    assert new.get_added_vocab()["<z>"] == new.get_vocab()["<z>"] == 326 and new.added_tokens_decoder[326].special
+    before = new.get_vocab(), new.special_tokens_map
+    for bad in ({"pad": "x"}, {"extra_special_tokens": "<x>"}, {"pad_token": 3}, {"pad_token": ""}):
+        with pytest.raises(ValueError, match="must be|name of a special token"):
+            new.add_special_tokens(bad)
+    with pytest.raises(ValueError, match="must be a string"):
+        new.add_tokens(["<c>", 3])
+    assert before == (new.get_vocab(), new.special_tokens_map)
+
+
+def test_tokens_and_ids(tok):
+    tokens = tok.tokenize("hello 日")
+    assert "".join(tokens) == "helloĠæĹ¥" and tok.convert_tokens_to_string(tokens) == "hello 日"
+    assert tok.tokenize("h", "l", add_special_tokens=True) == ["</s>", "h", "</s>", "l"]
+    ids = tok.convert_tokens_to_ids(tokens)
+    assert tok.encode("hello 日") == [2, *ids] and tok.convert_ids_to_tokens(np.array([2, *ids]), True) == tokens
+    assert tok.convert_tokens_to_ids("<pad>") == 1 and tok.convert_ids_to_tokens(np.int32(1)) == "<pad>"
+    assert tok.convert_tokens_to_ids(["<pad>", "nowhere"]) == [1, 2] and tok.convert_ids_to_tokens([5000]) == [None]
+    assert tok.num_special_tokens_to_add() == 1 and tok.num_special_tokens_to_add(pair=True) == 2
+
+
+def test_offsets_are_of_the_text(tok):
+    texts = ["hello 日本 world", "the"]
+    out = tok(texts, return_offsets_mapping=True)
+    assert out.offset_mapping.shape == (*out.input_ids.shape, 2)
+    for text, ids, mask, offsets in zip(texts, out.input_ids, out.attention_mask, out.offset_mapping, strict=True):
+        pieces = [text[a:b] for a, b in offsets[mask == 1][1:]]
+        assert pieces[0][0] == text[0] and pieces[-1][-1] == text[-1] and not offsets[mask == 0].any()
+        assert all(tok.decode([i]) in (piece, " " + piece, "\ufffd") or "\ufffd" in tok.decode([i])
+                   for i, piece in zip(ids[mask == 1][1:], pieces, strict=True))  # fmt: skip
+    cut = tok("hello world", truncation=True, max_length=2, return_offsets_mapping=True, return_tensors=None)
+    assert cut.offset_mapping[0] == (0, 0) and len(cut.offset_mapping) == 2
+
+
+def test_pad(tok):
+    texts = ["hello hello world", "h", ""]
+    rows = [tok(text, return_tensors=None) for text in texts]
+    expected = tok(texts)
+    batch = tok(texts, return_tensors=None)
+    for given in (rows, batch, [{"input_ids": r.input_ids} for r in rows]):
+        for name, array in tok.pad(given).items():
+            np.testing.assert_array_equal(array, expected[name])
+    arrays = [{name: np.array(row[name]) for name in row} for row in rows]
+    np.testing.assert_array_equal(tok.pad(arrays, padding_side="right").input_ids[1][2:], 1)
+    one = tok.pad(rows[1] | {"label": 5}, "max_length", 5, return_tensors=None)
+    assert one == {"input_ids": [1, 1, 1, *rows[1].input_ids], "attention_mask": [0, 0, 0, 1, 1], "label": 5}
+    assert tok.pad(rows, pad_to_multiple_of=8).input_ids.shape[1] % 8 == 0
+    assert tok.pad([r | {"labels": 7} for r in rows])["labels"].tolist() == [7, 7, 7]
+    assert tok.pad([]).input_ids.shape == (0, 0)
+    for bad in ([{"ids": [1]}], [{"input_ids": [1]}, {"attention_mask": [1]}], "text", [{"input_ids": [1.5]}]):
+        with pytest.raises(ValueError, match="pad takes rows|is not a token id"):
+            tok.pad(bad)
+
+
+def test_a_changed_tokenizer_is_saved_as_it_is(new, tmp_path):
+    new.add_tokens(["<a>", "ein Wort"])
+    new.add_special_tokens({"pad_token": "[P:1 $]", "cls_token": "<s>", "extra_special_tokens": ["<x>"]})
+    new.bos_token = "[P:1 $]"
+    new.model_max_length, new.truncation_side = 7, "left"
+    new.save_pretrained(tmp_path)
+    again = OPTTokenizer.from_pretrained(tmp_path)
+    for name in ("special_tokens_map", "extra_special_tokens", "all_special_ids", "add_bos_token", "bos_token_id"):
+        assert getattr(again, name) == getattr(new, name), name
+    assert (again.model_max_length, again.truncation_side, len(again)) == (7, "left", len(new))
+    assert again.get_vocab() == new.get_vocab()
+    for text in [*HARD, "<a> <x> ein Wort"]:
+        assert again.encode(text) == new.encode(text)
+    assert pickle.loads(pickle.dumps(new)).special_tokens_map == new.special_tokens_map
+
+
+def test_special_tokens_with_names_of_one_model(tmp_path):
+    config = {"extra_special_tokens": {"image_token": "<unk>"}, "truncation_side": "left"}
+    tok = OPTTokenizer(trained(), config)
+    assert tok.extra_special_tokens == ["<unk>"] and tok.truncation_side == "left"
+    tok.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert saved["extra_special_tokens"] == config["extra_special_tokens"]
+    assert OPTTokenizer.from_pretrained(tmp_path).extra_special_tokens == ["<unk>"]
 
 
 def test_bos_warnings(tok):

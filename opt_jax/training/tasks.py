@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from opt_jax.attention import DropoutKey
+from opt_jax.ids import as_ids
 from opt_jax.model import OPTForQuestionAnswering, OPTForSequenceClassification
 from opt_jax.sharding import (
     batch_sharding,
@@ -110,7 +111,7 @@ class Batches(Order):
         self, examples: Sequence[Sequence[int]], labels: np.ndarray, batch_size: int, longest: int, pad: int,
         seed: int | None = None, multiple: int = 1,
     ):  # fmt: skip
-        self.examples, self.labels, self.batch_size, self.pad = examples, labels.astype(np.int32), batch_size, pad
+        self.examples, self.labels, self.batch_size, self.pad = examples, as_ids("labels", labels), batch_size, pad
         self.lengths, self.longest, self._multiple = np.array([len(e) for e in examples]), longest, multiple
         self._seed = seed
         self._epoch: tuple[int, np.ndarray] | None = None

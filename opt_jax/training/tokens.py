@@ -23,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from opt_jax.ids import as_ids
 from opt_jax.text import OPTTokenizer
 from opt_jax.training.documents import BLOCK, TEXT_SUFFIXES, BadRecords, HFSource, find_sources, pieces
 
@@ -66,8 +67,9 @@ class Tokens:
         return self.last - self.first
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """`length` ids from `start`, int32."""
-        return np.asarray(self.array[self.first + start : self.first + start + length], np.int32)
+        """`length` ids from `start`, int32; ValueError if one of them is no int32."""
+        start += self.first
+        return as_ids(f"{self.name or 'the array'} from token {start}", self.array[start : start + length])
 
     def split(self, fraction: float, separator: int) -> tuple["Tokens", "Tokens"]:
         """(all but the end, the end): of about this share, from where a document begins if one does in there."""
@@ -89,7 +91,7 @@ class Tokens:
 
 def fingerprint(tokens: np.ndarray) -> str:
     """A short hash of a token stream: tells a resumed run that the files or the tokenizer have changed."""
-    return hashlib.sha256(np.ascontiguousarray(tokens, np.int32).tobytes()).hexdigest()[:16]
+    return hashlib.sha256(as_ids("tokens", tokens).tobytes()).hexdigest()[:16]
 
 
 def vocabulary_fingerprint(tokenizer: OPTTokenizer) -> str:
@@ -176,7 +178,8 @@ def write_tokens(
       ValueError: a bad record without `skip_bad`, no documents, or a failed worker.
     """
     bad = BadRecords(skip_bad)
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.int32)
+    most = max(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).values())  # a vocabulary may have holes
+    dtype = np.dtype(np.uint16 if most < 1 << 16 else np.int32)
     temporary = output.with_name(output.name + ".tmp")
     total = documents = 0
     try:

@@ -170,6 +170,86 @@ def test_a_tokenizer_with_added_tokens(pair, opt_directory, tmp_path):
     assert_same(ours, transformers.AutoTokenizer.from_pretrained(tmp_path / "ours"), texts)
 
 
+def changed(tokenizer):
+    """The idioms of fine-tuning scripts."""
+    tokenizer.pad_token = tokenizer.eos_token
+    counts = [tokenizer.add_tokens(["<|user|>", "ein Wort", "hello"]), tokenizer.add_tokens("<|user|>")]
+    counts.append(tokenizer.add_special_tokens({"sep_token": "<|sep|>", "extra_special_tokens": ["<|end|>"]}))
+    counts.append(tokenizer.add_special_tokens({"cls_token": "</s>"}))
+    tokenizer.bos_token_id = tokenizer.convert_tokens_to_ids("<|sep|>")
+    tokenizer.add_bos_token = True  # HF follows here; we did above
+    return counts
+
+
+def test_changed_tokenizers(opt_directory, tmp_path):
+    ours = OPTTokenizer.from_pretrained(opt_directory)
+    theirs = transformers.AutoTokenizer.from_pretrained(opt_directory)
+    assert changed(ours) == changed(theirs)
+    texts = [*HARD, "<|user|>ein Wort, hello <|sep|> Wort<|end|> ok"]
+    assert_same(ours, theirs, texts)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    read = [OPTTokenizer.from_pretrained(tmp_path / name) for name in ("ours", "theirs")]
+    read_by_hf = [transformers.AutoTokenizer.from_pretrained(tmp_path / name) for name in ("ours", "theirs")]
+    for tokenizer in (ours, *read, *read_by_hf):
+        for name in ("bos_token", "pad_token", "eos_token", "unk_token", "sep_token", "cls_token"):
+            for attribute in (name, f"{name}_id"):
+                assert getattr(tokenizer, attribute) == getattr(theirs, attribute), attribute
+        assert tokenizer.get_vocab() == theirs.get_vocab() and tokenizer.extra_special_tokens == ["<|end|>"]
+        assert tokenizer.special_tokens_map == theirs.special_tokens_map
+    for tokenizer in read:
+        assert tokenizer.add_bos_token
+        assert_same(tokenizer, theirs, texts)
+    for tokenizer in read_by_hf:
+        assert_same(ours, tokenizer, texts)
+    got, want = ours(["a", "b c d"], padding=True), theirs(["a", "b c d"], padding=True, padding_side="left")
+    assert got.input_ids.tolist() == want["input_ids"] and got.attention_mask.tolist() == want["attention_mask"]
+
+
+def test_methods_of_scripts(pair):
+    ours, theirs = pair
+    for text in HARD:
+        assert ours.tokenize(text) == theirs.tokenize(text)
+        assert ours.tokenize(text, "b", add_special_tokens=True) == theirs.tokenize(text, "b", add_special_tokens=True)
+        tokens = theirs.tokenize(text)
+        assert ours.convert_tokens_to_ids(tokens) == theirs.convert_tokens_to_ids(tokens)
+        assert ours.convert_tokens_to_string(tokens) == theirs.convert_tokens_to_string(tokens)
+    ids = [0, 2, 31414, 50264, 60000, 1]
+    for skip in (False, True):
+        got, want = (t.convert_ids_to_tokens(ids, skip_special_tokens=skip) for t in pair)
+        assert got == want
+    assert ours.convert_tokens_to_ids("nowhere") == theirs.convert_tokens_to_ids("nowhere")
+    assert ours.get_vocab() == theirs.get_vocab() and ours.get_added_vocab() == theirs.get_added_vocab()
+    assert ours.encode("a b", "c d") == theirs.encode("a b", "c d")
+
+
+def test_pairs_and_offsets(pair):
+    ours, theirs = pair
+    texts = [text for text in HARD if len(text) < 200]
+    pairs = texts[::-1]
+    for arguments in (
+        {}, {"return_offsets_mapping": True}, {"add_special_tokens": False, "return_offsets_mapping": True},
+        {"padding": True, "pad_to_multiple_of": 8, "return_offsets_mapping": True},
+        *({"truncation": True, "max_length": n, "return_offsets_mapping": True} for n in range(2, 24)),
+    ):  # fmt: skip
+        for side in ("left", "right"):
+            sides = {"padding_side": side} if "padding" in arguments else {}
+            ours.truncation_side = theirs.truncation_side = side
+            for second in (None, pairs):
+                got = ours(texts, second, return_tensors=None, **arguments, **sides)
+                assert dict(got) == dict(theirs(texts, second, **arguments, **sides)), arguments
+    ours.truncation_side = theirs.truncation_side = "right"
+
+
+def test_pad(pair):
+    ours, theirs = pair
+    rows = [dict(theirs(text)) for text in HARD[:6]]
+    for arguments in ({}, {"padding": "max_length", "max_length": 60}, {"pad_to_multiple_of": 16}):
+        for side in ("left", "right"):
+            got = ours.pad(rows, padding_side=side, return_tensors=None, **arguments)
+            assert dict(got) == dict(theirs.pad(rows, padding_side=side, **arguments))
+
+
 def test_pipeline_returns_what_transformers_returns(tmp_path):
     """A checkpoint of transformers, read by both: same text, same structure."""
     torch = pytest.importorskip("torch", reason="transformers' pipeline needs PyTorch")

@@ -1,0 +1,219 @@
+"""The tokens of a tokenizer: ids and back, special ones by name, added ones. No jax."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, processors
+
+# facebook/opt-*/tokenizer_config.json. The unknown token is </s> too, so a literal "<unk>" in a text is ordinary text.
+OPT_SPECIAL_TOKENS = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
+SPECIAL_TOKENS = (*OPT_SPECIAL_TOKENS, "sep_token", "cls_token", "mask_token")
+
+
+class _Token:
+    """A special token; `tokenizer.pad_token = tokenizer.eos_token` changes its id as well."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, tokenizer: Any, owner: type) -> Any:
+        return self if tokenizer is None else tokenizer._special.get(self.name)
+
+    def __set__(self, tokenizer: Any, value: Any) -> None:
+        tokenizer._set_special_token(self.name, value)
+
+
+class _TokenId(_Token):
+    """Its id; setting it changes the token as well."""
+
+    def __get__(self, tokenizer: Any, owner: type) -> Any:
+        if tokenizer is None:
+            return self
+        token = tokenizer._special.get(self.name.removesuffix("_id"))
+        return None if token is None else tokenizer.backend_tokenizer.token_to_id(token)
+
+    def __set__(self, tokenizer: Any, value: Any) -> None:
+        (index,) = check_ids([value.item() if hasattr(value, "item") else value])
+        if (token := tokenizer.backend_tokenizer.id_to_token(index)) is None:
+            raise ValueError(f"{self.name}={index} is not in the vocabulary of the tokenizer")
+        tokenizer._set_special_token(self.name.removesuffix("_id"), token)
+
+
+class Vocabulary:
+    """What `OPTTokenizer` knows of its tokens, with the names and the meaning of `transformers.GPT2Tokenizer`.
+
+    Deviations from HF: a special token must be in the vocabulary (HF takes the unknown token's id for one that is not),
+    and it is special from then on, as it is in HF once saved and loaded. A new `bos_token` is put in front of texts at
+    once (HF: when `add_bos_token` is set, or once saved and loaded). `all_special_ids` are those that decoding skips.
+    """
+
+    bos_token, eos_token, unk_token, pad_token = _Token(), _Token(), _Token(), _Token()
+    sep_token, cls_token, mask_token = _Token(), _Token(), _Token()
+    bos_token_id, eos_token_id, unk_token_id, pad_token_id = _TokenId(), _TokenId(), _TokenId(), _TokenId()
+    sep_token_id, cls_token_id, mask_token_id = _TokenId(), _TokenId(), _TokenId()
+
+    backend_tokenizer: Tokenizer
+    _special: dict[str, str]
+    _extra: list[str]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens without those added later; `len(tokenizer)` counts them all."""
+        return self.backend_tokenizer.get_vocab_size(with_added_tokens=False)
+
+    def __len__(self) -> int:
+        return self.backend_tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Token -> id, added ones included."""
+        return self.backend_tokenizer.get_vocab(with_added_tokens=True)
+
+    def get_added_vocab(self) -> dict[str, int]:
+        """Token -> id of the added tokens, special ones included."""
+        return {token.content: index for index, token in self.added_tokens_decoder.items()}
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, AddedToken]:
+        """Id -> added token."""
+        return dict(sorted(self.backend_tokenizer.get_added_tokens_decoder().items()))
+
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
+        """The id of a token, or a list of them; `unk_token_id` for what is no token."""
+        if not isinstance(tokens, str):
+            return [self.convert_tokens_to_ids(token) for token in tokens]
+        index = self.backend_tokenizer.token_to_id(tokens)
+        return self.unk_token_id if index is None else index
+
+    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
+        """The token of an id, or a list of them; None for ids outside the vocabulary."""
+        one, rows = not hasattr(ids, "__len__") or getattr(ids, "ndim", 1) == 0, check_ids(to_list(ids))
+        skipped = set(self.all_special_ids) if skip_special_tokens and not one else ()
+        tokens = [self.backend_tokenizer.id_to_token(i) for i in rows if i not in skipped]
+        return tokens[0] if one else tokens
+
+    def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
+        """The text of tokens."""
+        return self.backend_tokenizer.decoder.decode(list(tokens))  # type: ignore[reportOptionalMemberAccess]
+
+    # Special tokens -----------------------------------------------------------------------------------------------
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        """Name -> token: "bos_token", "eos_token", ..."""
+        return {name: self._special[name] for name in SPECIAL_TOKENS if name in self._special}
+
+    @property
+    def extra_special_tokens(self) -> list[str]:
+        """Special tokens without a name."""
+        return list(self._extra)
+
+    additional_special_tokens = extra_special_tokens  # HF's name before version 5
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        return [index for index, token in self.added_tokens_decoder.items() if token.special]
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        return [token.content for token in self.added_tokens_decoder.values() if token.special]
+
+    @property
+    def add_bos_token(self) -> bool:
+        """Whether texts get the BOS in front; can be set."""
+        return self.backend_tokenizer.encode("").ids[:1] == [self.bos_token_id]
+
+    @add_bos_token.setter
+    def add_bos_token(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise ValueError(f"add_bos_token={value!r}: use True or False")
+        if value != self.add_bos_token:
+            self._set_template(value)
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        return self.backend_tokenizer.num_special_tokens_to_add(pair)
+
+    def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
+        """Adds tokens (str or `tokenizers.AddedToken`, one or several) behind the vocabulary; returns how many are new.
+
+        A model needs a row of its embedding for each: `len(tokenizer)` may not exceed the config's `vocab_size`.
+        """
+        tokens = [new_tokens] if isinstance(new_tokens, (str, AddedToken)) else list(new_tokens)
+        for token in tokens:
+            if not isinstance(token, (str, AddedToken)) or not _content(token):
+                raise ValueError(f"a token must be a string that is not empty, or an AddedToken, not {token!r}")
+        add = self.backend_tokenizer.add_special_tokens if special_tokens else self.backend_tokenizer.add_tokens
+        return add(tokens)
+
+    def add_special_tokens(
+        self, special_tokens_dict: Mapping[str, Any], replace_extra_special_tokens: bool = True
+    ) -> int:
+        """Adds special tokens by their names ("pad_token", ..., "extra_special_tokens": a list), and sets them.
+
+        Returns how many are new. What the list replaces stays a token, and stays special when texts are decoded.
+        """
+        named = dict(special_tokens_dict)
+        extra = named.pop("additional_special_tokens", None)
+        extra = named.pop("extra_special_tokens", extra)
+        if wrong := [name for name in named if name not in SPECIAL_TOKENS]:
+            names = ", ".join((*SPECIAL_TOKENS, "extra_special_tokens"))
+            raise ValueError(f"{wrong[0]!r} is not the name of a special token: they are {names}")
+        if isinstance(extra, str) or not isinstance(extra, (Sequence, type(None))):
+            raise ValueError(f"extra_special_tokens={extra!r} must be a list of tokens")
+        if extra and not replace_extra_special_tokens:
+            extra = [token for token in extra if _content(token) not in self._extra]
+        new = self.add_tokens([_special(token) for token in (*named.values(), *(extra or ()))], special_tokens=True)
+        for name, token in named.items():
+            self._set_special_token(name, token)
+        if extra:
+            self._extra = ([] if replace_extra_special_tokens else self._extra) + [_content(token) for token in extra]
+        return new
+
+    def _set_special_token(self, name: str, value: Any) -> None:
+        token, backend = _content(value), self.backend_tokenizer
+        if not isinstance(token, str) or backend.token_to_id(token) is None:
+            hint = f": use add_special_tokens({{{name!r}: {token!r}}})" if isinstance(token, str) else ""
+            raise ValueError(f"{name} {token!r} is not in the vocabulary of the tokenizer{hint}")
+        self._make_special([value])
+        new_bos = name == "bos_token" and token != self.bos_token and self.add_bos_token
+        self._special[name] = token
+        if new_bos:
+            self._set_template(True)
+
+    def _make_special(self, tokens: list) -> None:
+        known = set(self.all_special_tokens)
+        if new := [_special(token) for token in tokens if _content(token) not in known]:
+            self.backend_tokenizer.add_special_tokens(new)
+
+    def _set_template(self, add_bos: bool) -> None:
+        bos, first, second = self.bos_token, "", ""
+        if add_bos:
+            # A template is split at blanks and colons: a token that has some gets another name there.
+            name = "BOS" if any(c in bos for c in ":$") or bos.split() != [bos] else bos
+            first, second = f"{name}:0 ", f" {name}:1"
+        special: list = [{"id": name, "ids": [self.bos_token_id], "tokens": [bos]}] if add_bos else []
+        self.backend_tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[reportAttributeAccessIssue]
+            single=f"{first}$A:0", pair=f"{first}$A:0{second} $B:1", special_tokens=special
+        )
+
+
+def _content(token: Any) -> Any:
+    return token.content if isinstance(token, AddedToken) else token
+
+
+def _special(token: Any) -> Any:
+    return AddedToken(token, special=True, normalized=False) if isinstance(token, str) else token
+
+
+def to_list(ids: Any) -> list:
+    """A list of numbers, or of such lists, from one id or anything array-like."""
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids  # NumPy and JAX, scalars too
+    if isinstance(ids, (int, float)):
+        return [ids]
+    return [i if isinstance(i, (int, float)) else i.tolist() if hasattr(i, "tolist") else list(i) for i in ids]
+
+
+def check_ids(ids: list) -> list[int]:
+    if wrong := [i for i in ids if type(i) is not int or not 0 <= i < 2**32]:
+        hint = "; replace ignored labels by pad_token_id before decoding" if wrong[0] == -100 else ""
+        raise ValueError(f"{wrong[0]!r} is not a token id, an integer in [0, 2**32){hint}")
+    return ids
