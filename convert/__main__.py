@@ -332,6 +332,7 @@ def _convert(
     if hub.is_remote(target):
         hub.check_remote(target)
     dst = hub.as_path(target).expanduser()
+    hub.check_array_path(dst)
     opened = _open(names, dst, source, metaseq, write, hub.is_orbax, from_metaseq)
     with _Work(opened, dst, write) as report:
         convert(opened, dst, dtype=write.dtype, overwrite=write.overwrite, progress=report)

@@ -32,8 +32,10 @@ def convert(
     Raises:
       FileExistsError: see `storage.new_directory`.
       OSError: the disk is full.
-      ValueError: a tensor too many, too few or misshapen, damaged data, values out of range for `dtype`; names it.
+      ValueError: a tensor too many, too few or misshapen, damaged data, values out of range for `dtype`; names it. Or
+        see `hub.check_array_path`.
     """
+    hub.check_array_path(destination)
     storage.on_first_process(source.check)
     arrays = {path: cast(source, path, dtype) for path in source.arrays}
     config = dict(source.raw_config) if dtype is None else checkpoint.set_dtype(source.raw_config, dtype)

@@ -67,8 +67,9 @@ def save_pretrained(
 
     Raises:
       FileExistsError: `directory` exists (see `overwrite`), or is something other than a model directory.
-      ValueError: an abstract model (`nnx.eval_shape`), or a quantised one.
+      ValueError: an abstract model (`nnx.eval_shape`), or a quantised one; or see `hub.check_array_path`.
     """
+    hub.check_array_path(directory)
     arrays: dict[str, LazyArray | jax.Array] = {}
     for path, param in named_parameters(model).items():
         value = param.get_value()

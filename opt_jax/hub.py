@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from etils import epath
 
@@ -31,6 +32,44 @@ def as_path(name: str | os.PathLike) -> Path:
 
 def absolute(path: Path) -> Path:
     return path if is_remote(path) else path.absolute()  # (epath makes /here/gs:/... of gs://...)
+
+
+# What the libraries below us take for something else in a path: Orbax looks for its files with a glob (* ? [),
+# TensorStore takes a backslash for /, Orbax makes gs:// of gs:/ anywhere, epath s3://x of /s3/x, and gcsfs a version of
+# the object a of a#b.
+_MISREAD = re.compile(r"[*?\[\\]|gs:/|^/(?:gs|s3|az|hf)/")
+_MISREAD_REMOTE = re.compile(r"[*?\[\\#]")
+
+
+def check_array_path(path: str | os.PathLike) -> None:
+    """Raise ValueError for a directory in which arrays would be written, but not found again."""
+    name = os.fspath(path)
+    if is_remote(name):
+        names, misread = [name], _MISREAD_REMOTE
+    else:  # the model of a run is written by its real path
+        names, misread = [os.path.abspath(name), os.path.realpath(name)], _MISREAD
+    for full in names:
+        if (match := misread.search(f"{full}/")) or not _is_unicode(full):
+            what = repr(match[0]) if match else "bytes that are no UTF-8"
+            where = "" if full == name else f" (in {full})"
+            raise ValueError(f"{path}: arrays would be lost under a path with {what}{where}: choose another name")
+
+
+def _is_unicode(name: str) -> bool:
+    return not any(0xD800 <= ord(c) < 0xE000 for c in name)
+
+
+def array_url(path: Path) -> str:
+    """The URL of a directory for TensorStore.
+
+    Raises:
+      ValueError: it would take the path for another one.
+    """
+    name = os.fspath(absolute(path))
+    if "\\" in name or not _is_unicode(name):
+        raise ValueError("TensorStore cannot open a path with a backslash or bytes that are no UTF-8")
+    scheme, _, rest = name.partition("://") if is_remote(name) else ("file", "", name)
+    return f"{scheme}://{quote(rest)}/"
 
 
 def check_remote(name: str) -> None:
@@ -103,7 +142,8 @@ def _in_run(path: Path) -> Path:
     # Other names are Orbax's temporary ones: checkpoints that were never finished. In an object store, where nothing
     # can be renamed, it writes a file at the end.
     done = ("params/_METADATA", *(("commit_success.txt",) if is_remote(path) else ()))
-    steps = [step for step in path.glob("*") if step.name.isdecimal() and all((step / f).is_file() for f in done)]
+    entries = path.iterdir() if path.is_dir() else ()
+    steps = [step for step in entries if step.name.isdecimal() and all((step / f).is_file() for f in done)]
     if not steps:
         raise FileNotFoundError(f"{path.parent} is a training run without a checkpoint yet: none in {path}")
     return max(steps, key=lambda step: int(step.name))

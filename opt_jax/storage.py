@@ -182,7 +182,11 @@ def write_arrays(
     All processes of a `jax.distributed` job must call this together; each reads and writes its part.
 
     progress: called after each chunk with its array's path and its bytes, by several threads, one at a time.
+
+    Raises:
+      ValueError: see `hub.check_array_path`.
     """
+    hub.check_array_path(directory)
     tree, lazy = nest(arrays), _LazyHandler(_REMOTE_THREADS if hub.is_remote(directory) else _THREADS, progress)
     registry = ocp.type_handlers.create_type_handler_registry(
         (LazyArray, lazy), (jax.Array, ocp.type_handlers.ArrayHandler())
@@ -379,10 +383,9 @@ def open_arrays(directory: Path) -> dict[str, LazyArray]:
     """
     directory = hub.absolute(directory)
     # With a cache for the index of chunks, or every array would read it anew.
-    url = f"{'' if hub.is_remote(directory) else 'file://'}{directory}/"
-    base = {"driver": "ocdbt", "base": url, "cache_pool": "cache_pool#index"}
     context = ts.Context({"cache_pool#index": {"total_bytes_limit": 100_000_000}})
     try:
+        base = {"driver": "ocdbt", "base": hub.array_url(directory), "cache_pool": "cache_pool#index"}
         # Not by way of Orbax's own metadata: it reads them all at once and, when one is damaged, its threads print
         # tracebacks. The names are what it makes of a tree's keys.
         if "tree_metadata" not in json.loads((directory / "_METADATA").read_bytes()):

@@ -16,9 +16,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
+from flax import nnx
 
-from opt_jax import storage
+from convert import to_orbax
+from convert.source import open_directory
+from opt_jax import OPTConfig, OPTForCausalLM, storage
+from opt_jax.hub import check_array_path, resolve
 from opt_jax.storage import LazyArray, first_difference, new_directory, open_arrays, pieces, write_arrays
+from opt_jax.training.checkpoints import Checkpoints
+from opt_jax.training.files import run_directory
 
 RNG = np.random.default_rng(0)
 
@@ -161,6 +167,57 @@ def test_nothing_is_written_after_an_interrupt(tmp_path, monkeypatch):
     assert not loaded
     pool.shutdown()
     assert not list(tmp_path.iterdir())
+
+
+READ_BACK = ["a#b", "50%", "a%20b", "a|b", "a:b;c", " ünï &+'\"$~{,}", "]!", "a\nb"]
+REFUSED = ["a?b", "a*b", "x[1]", "x[!a]", "a\\b", "logs:", "bad\udcff"]
+
+
+@pytest.mark.parametrize("name", READ_BACK)
+def test_names_of_directories_are_read_back(tmp_path, name):
+    array = np.arange(3.0)
+    write_arrays(tmp_path / "a b" / "params", {"x": lazy(-array)})  # which a%20b is not
+    write_arrays(tmp_path / name / "params", {"x": lazy(array)})
+    np.testing.assert_array_equal(open_arrays(tmp_path / name / "params")["x"].load(), array)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_names_that_orbax_or_tensorstore_misread_are_refused(tmp_path, name):
+    (tmp_path / "elsewhere").mkdir()
+    model = nnx.eval_shape(lambda: OPTForCausalLM(OPTConfig(num_hidden_layers=1), rngs=nnx.Rngs(0)))
+    for place in (tmp_path / name / "out", tmp_path / "elsewhere" / name):
+        for write in (
+            lambda: write_arrays(place, {"x": lazy(np.arange(3.0))}),  # noqa: B023
+            lambda: model.save_pretrained(place),  # noqa: B023
+            lambda: to_orbax.convert(open_directory(resolve("tiny")), place),  # noqa: B023
+            lambda: run_directory(str(place)),  # noqa: B023
+            lambda: Checkpoints(place, keep=1),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match="would be lost under a path with .*: choose another name$"):
+                write()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["elsewhere"]
+
+
+def test_a_link_to_such_a_name_is_refused(tmp_path):
+    (tmp_path / "x[1]").mkdir()
+    (tmp_path / "fine").symlink_to("x[1]")
+    with pytest.raises(ValueError, match=r"fine/run: arrays would be lost .* '\[' \(in .*/x\[1\]/run\)"):
+        run_directory(str(tmp_path / "fine" / "run"))
+
+
+@pytest.mark.parametrize("name", ["gs://bucket/a#b", "gs://bucket/x[1]", "/gs/bucket/x", "/s3/x", "gs://b/x?y"])
+def test_names_that_mean_other_objects_are_refused(name):
+    with pytest.raises(ValueError, match="arrays would be lost"):
+        check_array_path(name)
+    check_array_path("gs://bucket/50% of a|b")
+
+
+def test_a_backslash_is_not_read_as_a_slash(tmp_path):
+    write_arrays(tmp_path / "a" / "b", {"x": lazy(np.arange(3.0))})
+    (tmp_path / "a" / "b").rename(tmp_path / "a\\b")
+    write_arrays(tmp_path / "a" / "b", {"x": lazy(np.arange(3.0))})
+    with pytest.raises(ValueError, match="cannot be read: .* backslash"):
+        open_arrays(tmp_path / "a\\b")
 
 
 # Directories ----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
-from opt_jax.hub import absolute, as_path
+from opt_jax.hub import absolute, as_path, check_array_path
 from opt_jax.storage import CHUNK_BYTES
 from opt_jax.training.step import TrainState, named_leaves
 
@@ -37,6 +37,7 @@ class Checkpoints:
         self, directory: str | os.PathLike, keep: int, keep_every: int | None = None,
         data_state: Callable[[int], dict[str, Any]] | None = None,
     ):  # fmt: skip
+        check_array_path(directory)
         self._data_state = data_state
         directory = as_path(directory)
         policies = [LatestN(keep), *([EveryNSteps(keep_every)] if keep_every else [])]

@@ -4,15 +4,16 @@ import time
 
 from etils import epath
 
-from opt_jax.hub import check_remote, is_remote
+from opt_jax.hub import check_array_path, check_remote, is_remote
 
 _UPLOAD_SECONDS = 60.0
 
 
 def run_directory(name: str) -> epath.Path:
-    """ValueError: see `hub.check_remote`."""
+    """ValueError: see `hub.check_remote` and `hub.check_array_path`."""
     if is_remote(name):
         check_remote(name)
+    check_array_path(name)
     return epath.Path(name)
 
 
