@@ -195,6 +195,8 @@ def verify(
     theirs.check()
     with Report(theirs.nbytes, quiet) as report:
         difference = compare(ours, theirs, report)
+    for opened in (ours, theirs):
+        opened.files.check()
     if difference is not None:
         raise ValueError(difference)
     print(f"{dst}: the same {len(theirs.arrays)} tensors, {theirs.nbytes:,} bytes, as {theirs.where}")

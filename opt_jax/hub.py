@@ -175,15 +175,20 @@ def _run_of(directory: str | os.PathLike) -> Path | None:
     return run if inside and not (path / "config.json").is_file() else None
 
 
+def config_file(directory: str | os.PathLike) -> Path:
+    """Where the configuration of a model directory is; that of a checkpoint of train.py is in the run's `run.json`."""
+    run = _run_of(directory)
+    return as_path(directory) / "config.json" if run is None else run / "run.json"
+
+
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:
-    """The content of a model directory's config.json; that of a checkpoint of train.py is in the run's `run.json`.
+    """The content of the configuration in `config_file`.
 
     Raises:
       FileNotFoundError: there is neither.
       ValueError: not JSON, or not an object.
     """
-    run = _run_of(directory)
-    path = as_path(directory) / "config.json" if run is None else run / "run.json"
+    path = config_file(directory)
     if not path.is_file():
         raise FileNotFoundError(f"no OPT configuration at {path}")
     try:
@@ -192,7 +197,7 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON: {e}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
-    if run is None:
+    if path.name == "config.json":
         return content
     if not isinstance(content.get("model"), dict):
         raise ValueError(f"{path} has no object 'model', so it is not a record of train.py")

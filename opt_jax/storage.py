@@ -242,6 +242,16 @@ def agree(error: Exception | None) -> None:
         raise error
 
 
+def on_every_process(action: Callable[[], object]) -> None:
+    """Run `action` on all processes, which fail together if one does."""
+    error = None
+    try:
+        action()
+    except Exception as e:
+        error = e
+    agree(error)
+
+
 def on_first_process(action: Callable[[], object]) -> None:
     """Run `action` on process 0 alone; the others wait for it, and fail if it does."""
     error = None
