@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +29,7 @@ from convert.source import Checkpoint
 from convert.to_orbax import cast
 from opt_jax import checkpoint, hub, storage
 from opt_jax.storage import LazyArray
+from opt_jax.temporary import refuse_links
 
 Progress = Callable[[str, int], None]
 
@@ -81,6 +81,7 @@ def convert(
     limit = parse_size(max_shard_size)
     storage.on_first_process(source.check)
     writer = _Writer(source, dtype, limit, progress)
+    refuse_links(destination)
     destination = Path(os.path.realpath(destination))
     if job:
         _convert_in_job(writer, destination, overwrite)
@@ -320,16 +321,17 @@ def _convert_part(writer: _Writer, destination: Path, shard_of: tuple[int, int],
     directory, plan = staging.directory_of(destination), writer.plan()
     staging.join(directory, plan)
     _write_part(writer, directory, shard_of)
-    with staging.locked(directory):
+    place = staging.place_of(directory)
+    with place.locked():
         if (found := staging.read_plan(directory)) != plan:  # all were there when another looked, and it published
             if found is None:
-                shutil.rmtree(directory)
+                place.remove()
             if not hub.is_model(destination):
                 raise OSError(f"{directory} was removed while parts of {destination} were written to it: start again")
         elif not staging.unfinished(directory):
             with storage.new_directory(destination, overwrite, hub.is_model) as new:
                 _collect(writer, directory, new)
-            shutil.rmtree(directory)
+            place.remove()
 
 
 def _convert_in_job(writer: _Writer, destination: Path, overwrite: bool) -> None:

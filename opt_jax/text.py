@@ -17,6 +17,8 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 
+from opt_jax.temporary import refuse_links
+
 # facebook/opt-*/tokenizer_config.json. The unknown token is </s> too, so a literal "<unk>" in a text is ordinary text.
 _OPT_SPECIAL_TOKENS = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
 
@@ -294,9 +296,16 @@ class OPTTokenizer:
             return token.encode()
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Writes `tokenizer.json` and the files of facebook/opt-*, for `from_pretrained` and HF's `AutoTokenizer`."""
+        """Writes `tokenizer.json` and the files of facebook/opt-*, for `from_pretrained` and HF's `AutoTokenizer`.
+
+        Raises:
+          FileExistsError: one of the files is a symbolic link.
+        """
+        from opt_jax import hub
+
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
+        refuse_links(*(folder / name for name in hub.TOKENIZER_FILES))  # in the hub's cache they are
         self.backend_tokenizer.save(str(folder / "tokenizer.json"))
         self.backend_tokenizer.model.save(str(folder))  # vocab.json, merges.txt
         named = {n: getattr(self, n) for n in _OPT_SPECIAL_TOKENS}

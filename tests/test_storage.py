@@ -1,7 +1,5 @@
 """Lazy arrays, Orbax trees written piece by piece, and directories that appear all at once."""
 
-import fcntl
-import os
 import re
 import signal
 import subprocess
@@ -23,6 +21,7 @@ from convert.source import open_directory
 from opt_jax import OPTConfig, OPTForCausalLM, storage
 from opt_jax.hub import check_array_path, resolve
 from opt_jax.storage import LazyArray, first_difference, new_directory, open_arrays, pieces, write_arrays
+from opt_jax.temporary import MARKER
 from opt_jax.training.checkpoints import Checkpoints
 from opt_jax.training.files import run_directory
 
@@ -229,10 +228,19 @@ def model_at(path: Path, content: str = "old") -> Path:
     return path
 
 
+def killed(path: Path, old: str | None = None, new: str | None = None) -> Path:
+    """What a process that wrote `path` has left beside it when it was killed; `old`, `new`: contents of models."""
+    place = path.with_name(f".{path.name}.new")
+    place.mkdir()
+    (place / MARKER).touch()
+    for name, content in (("old", old), ("new", new)):
+        if content is not None:
+            model_at(place / name, content)
+    return place
+
+
 def test_leftovers_of_a_killed_process_are_cleaned_up(tmp_path):
-    (tmp_path / ".out.new" / "params").mkdir(parents=True)
-    (tmp_path / ".out.new" / "half").write_text("x")
-    model_at(tmp_path / ".out.old")
+    killed(tmp_path / "out", "old", "half")
     with new_directory(tmp_path / "out", overwrite=True) as new:
         # killed between two renamings: the old one is back, until the new one is complete
         assert (tmp_path / "out" / "params" / "_METADATA").read_text() == "old"
@@ -244,7 +252,7 @@ def test_leftovers_of_a_killed_process_are_cleaned_up(tmp_path):
 
 def test_killed_after_publishing_the_new_one_stays(tmp_path):
     model_at(tmp_path / "out", "new")
-    model_at(tmp_path / ".out.old", "old")
+    killed(tmp_path / "out", "old")
     with pytest.raises(FileExistsError, match="exists already"):
         with new_directory(tmp_path / "out"):
             pass
@@ -262,7 +270,7 @@ def test_an_error_between_the_two_renamings_brings_the_old_one_back(tmp_path, mo
     rename = Path.rename
 
     def failing(self, target):
-        if self.name == ".out.new":
+        if self.name == "new":
             raise error("now")
         return rename(self, target)
 
@@ -288,25 +296,9 @@ def test_two_processes_do_not_write_the_same_destination(tmp_path):
     with pytest.raises(FileExistsError, match="in use"):
         with new_directory(tmp_path / "out"):
             pass
-    assert (tmp_path / ".out.new" / "x").exists()  # still the other's
+    assert (tmp_path / ".out.new" / "new" / "x").exists()  # still the other's
     other.communicate()
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "x").exists()
-
-
-def test_lock_is_not_taken_on_a_directory_that_was_just_published(tmp_path, monkeypatch):
-    """Its owner renames it between our opening and locking it: we must not write into the published one."""
-    flock, new = fcntl.flock, tmp_path / ".out.new"
-    raced = []
-
-    def published_meanwhile(fd, how):
-        if not raced:
-            raced.append(new.rename(tmp_path / "out"))
-        flock(fd, how)
-
-    monkeypatch.setattr(fcntl, "flock", published_meanwhile)
-    lock = storage._lock_directory(new)
-    assert os.path.samestat(os.fstat(lock), os.stat(new)) and (tmp_path / "out").exists()
-    os.close(lock)
 
 
 def test_too_little_space_is_known_beforehand(tmp_path):
