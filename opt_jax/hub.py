@@ -18,6 +18,10 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 # What travels with a model's weights, besides config.json.
 COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
+# What Orbax puts into the directory of a tree.
+_ORBAX_FILE = re.compile(
+    r"_[A-Z_]*METADATA|_sharding|array_metadatas|checkpoint|commit_success\.txt|d|manifest\.ocdbt|ocdbt\.process_\d+"
+)
 _STEPS = ("checkpoints", "best")  # in a run directory of train.py: directories of checkpoints, named by their steps
 
 
@@ -165,6 +169,14 @@ def is_model_file(name: str) -> bool:
     """Whether a file or directory of this name in a model directory is a part of the model."""
     weights = r"(pytorch_)?model(-[0-9]+(-of-[0-9]+)?)?\.(safetensors|bin)(\.index\.json)?"
     return name in ("params", "config.json", *COMPANION_FILES) or re.fullmatch(weights, name) is not None
+
+
+def foreign_file(path: Path) -> str | None:
+    """The name of something in a model directory that is no part of the model, if there is any."""
+    foreign = [entry.name for entry in path.iterdir() if not is_model_file(entry.name)]
+    inside = [entry.name for entry in (path / "params").iterdir()] if (path / "params").is_dir() else []
+    foreign += [f"params/{name}" for name in inside if not _ORBAX_FILE.fullmatch(name)]
+    return min(foreign, default=None)
 
 
 def _run_of(directory: str | os.PathLike) -> Path | None:

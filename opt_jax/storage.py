@@ -318,28 +318,37 @@ def new_directory(
 
 
 def _begin_remote(path: epath.Path, overwrite: bool) -> None:
-    names = [entry.name for entry in path.iterdir()] if path.exists() else []
-    known = lambda name: name == MARKER or hub.is_model_file(name.partition(".orbax-checkpoint-tmp")[0])  # noqa: E731
-    if foreign := [name for name in names if not known(name)]:
-        raise FileExistsError(f"{path} holds {foreign[0]}, which is no part of a model: choose another name")
-    if "config.json" in names and not overwrite:
-        raise FileExistsError(f"{path} exists already: choose another name, or pass overwrite=True (--overwrite)")
-    if names and MARKER not in names and not ("config.json" in names and hub.is_orbax(path)):
-        raise FileExistsError(f"{path} holds {names[0]}, but is not a model directory: choose another name")
+    _check_remote(path, overwrite)
     (path / MARKER).write_bytes(b"")  # now all that is here may be cleared, also by the next one if this one is killed
     (path / "config.json").unlink(missing_ok=True)
     _clear_remote(path, but=MARKER)
 
 
+def _check_remote(path: epath.Path, overwrite: bool) -> None:
+    names = [entry.name for entry in path.iterdir()] if path.exists() else []
+    if "config.json" in names and not overwrite:
+        raise FileExistsError(f"{path} exists already: choose another name, or pass overwrite=True (--overwrite)")
+    if MARKER in names:  # of a process that was killed
+        parts = {name.partition(".orbax-checkpoint-tmp")[0] for name in names} - {MARKER}
+        foreign = next((name for name in parts if not hub.is_model_file(name)), None)
+    elif names and not ("config.json" in names and hub.is_orbax(path)):
+        raise FileExistsError(f"{path} holds {names[0]}, but is not a model directory: choose another name")
+    else:
+        foreign = hub.foreign_file(path) if names else None
+    if foreign:
+        raise FileExistsError(f"{path} holds {foreign}, which is no part of a model: choose another name")
+
+
 def _clear_remote(path: epath.Path, but: str = "") -> None:
-    entries = path.iterdir() if path.exists() else ()
+    entries = [entry for entry in path.iterdir() if entry.name != but] if path.exists() else []
     for entry in sorted(entries, key=lambda entry: entry.name == MARKER):  # the marker last
-        if entry.name != but:
-            entry.rmtree() if entry.is_dir() else entry.unlink()
+        entry.rmtree() if entry.is_dir() else entry.unlink()
 
 
 def check_destination(path: Path, overwrite: bool, replaceable: Callable[[Path], bool] = hub.is_orbax) -> None:
     """Raise FileExistsError where `new_directory` would refuse to write."""
+    if hub.is_remote(path):
+        return _check_remote(epath.Path(path), overwrite)
     refuse_links(path)
     if not path.exists():
         return
@@ -347,9 +356,9 @@ def check_destination(path: Path, overwrite: bool, replaceable: Callable[[Path],
         raise FileExistsError(f"{path} exists already: choose another name, or pass overwrite=True (--overwrite)")
     if not (replaceable(path) or path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} is not a model directory, so it will not be overwritten: remove it yourself")
-    if foreign := [entry.name for entry in path.iterdir() if not hub.is_model_file(entry.name)]:
+    if foreign := hub.foreign_file(path):
         raise FileExistsError(
-            f"{path} holds {foreign[0]}, which is no part of a model, so it will not be overwritten: move it elsewhere"
+            f"{path} holds {foreign}, which is no part of a model, so it will not be overwritten: move it elsewhere"
         )
 
 

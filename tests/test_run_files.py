@@ -123,6 +123,7 @@ def test_in_a_store_only_what_is_marked_is_cleared(directory):
     assert (out / "params" / "_METADATA").read_bytes() == b"of another library"
 
     (out / MARKER).write_bytes(b"")  # of a process that was killed
+    storage.check_destination(out, overwrite=False)
     with pytest.raises(KeyError), storage.new_directory(out) as new:
         assert names(out) == [MARKER]
         (new / "vocab.json").write_bytes(b"{}")
@@ -139,3 +140,7 @@ def test_in_a_store_only_what_is_marked_is_cleared(directory):
     with pytest.raises(FileExistsError, match="exists already"), storage.new_directory(out):
         pass
     assert names(out) == ["config.json", "params"]
+    (out / "params" / "notes").write_bytes(b"keep")
+    with pytest.raises(FileExistsError, match="holds params/notes, which is no part"), storage.new_directory(out, True):
+        pass
+    assert (out / "params" / "notes").read_bytes() == b"keep"

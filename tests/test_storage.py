@@ -282,6 +282,20 @@ def test_an_error_between_the_two_renamings_brings_the_old_one_back(tmp_path, mo
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_old_model_with_foreign_files_in_it_is_not_replaced(tmp_path):
+    write_arrays(tmp_path / "out" / "params", {"x": lazy(np.arange(3.0))})
+    for name in ("notes.txt", "params/notes.txt", "params/d2"):
+        (tmp_path / "out" / name).write_text("keep")
+        with pytest.raises(FileExistsError, match=f"out holds {name}, which is no part of a model"):
+            with new_directory(tmp_path / "out", overwrite=True):
+                pass
+        assert (tmp_path / "out" / name).read_text() == "keep"
+        (tmp_path / "out" / name).unlink()
+    with new_directory(tmp_path / "out", overwrite=True) as new:
+        (new / "params").mkdir()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["params"]
+
+
 def test_two_processes_do_not_write_the_same_destination(tmp_path):
     code = (
         "import sys; from opt_jax.storage import new_directory\n"
