@@ -171,7 +171,7 @@ def is_model_file(name: str) -> bool:
     return name in ("params", "config.json", *COMPANION_FILES) or re.fullmatch(weights, name) is not None
 
 
-def foreign_file(path: Path) -> str | None:
+def foreign_file(path: Any) -> str | None:
     """The name of something in a model directory that is no part of the model, if there is any."""
     foreign = [entry.name for entry in path.iterdir() if not is_model_file(entry.name)]
     inside = [entry.name for entry in (path / "params").iterdir()] if (path / "params").is_dir() else []
