@@ -146,8 +146,7 @@ def _in_run(path: Path) -> Path:
     # Other names are Orbax's temporary ones: checkpoints that were never finished. In an object store, where nothing
     # can be renamed, it writes a file at the end.
     done = ("params/_METADATA", *(("commit_success.txt",) if is_remote(path) else ()))
-    entries = path.iterdir() if path.is_dir() else ()
-    steps = [step for step in entries if step.name.isdecimal() and all((step / f).is_file() for f in done)]
+    steps = [step for step in path.glob("*") if step.name.isdecimal() and all((step / f).is_file() for f in done)]
     if not steps:
         raise FileNotFoundError(f"{path.parent} is a training run without a checkpoint yet: none in {path}")
     return max(steps, key=lambda step: int(step.name))
