@@ -18,7 +18,7 @@ from opt_jax.lora import LoRA, is_trained
 from opt_jax.sharding import make_mesh, use_mesh
 from opt_jax.training import data, finetuning, loggers, plan, tasks
 from opt_jax.training.checkpoints import Checkpoints, Due, Termination
-from opt_jax.training.files import run_directory, write_text
+from opt_jax.training.files import begin_run, check_run_directory, run_directory, write_record
 from opt_jax.training.flops import flops_per_token, peak_flops
 from opt_jax.training.metrics import Metrics, best_validation, cut_back, machine
 from opt_jax.training.nonfinite import kept_before_nonfinite
@@ -131,7 +131,11 @@ def main(options: Options) -> None:
         "model": config.to_hf(),
     }
     distributed.check_same(record)
-    look = lambda: [(output / name).exists() for name in ("run.json", "model/config.json")]  # noqa: E731
+
+    def look() -> list[bool]:
+        check_run_directory(output)
+        return [(output / name).exists() for name in ("run.json", "model/config.json")]
+
     resuming, finished = json.loads(distributed.from_first(lambda: json.dumps(look()).encode()))
     compare_with_first_start(output / "run.json", record)
     if resuming and finished:
@@ -195,7 +199,7 @@ def main(options: Options) -> None:
     # -----------------------------------------------------------------------------------------------------------------
 
     if is_main:
-        output.mkdir(parents=True, exist_ok=True)
+        begin_run(output)
         if not resuming:
             data.save_tokenizer(tokenizer, output / "tokenizer")
     checkpoints = Checkpoints(output / "checkpoints", options.keep_checkpoints, options.keep_every, windows.state)
@@ -222,7 +226,7 @@ def main(options: Options) -> None:
         record["not trained"] = {"checksum of the parameters": checksum(state.frozen)}
         compare_with_first_start(output / "run.json", record)
     if is_main:
-        write_text(output / "run.json", json.dumps(record, indent=2) + "\n")
+        write_record(output, record)
     distributed.check_shared(output / "run.json")
     if first:
         windows.check_state(checkpoints.restore_data(first), first)

@@ -195,6 +195,8 @@ def verify(
     theirs.check()
     with Report(theirs.nbytes, quiet) as report:
         difference = compare(ours, theirs, report)
+    for opened in (ours, theirs):
+        opened.files.check()
     if difference is not None:
         raise ValueError(difference)
     print(f"{dst}: the same {len(theirs.arrays)} tensors, {theirs.nbytes:,} bytes, as {theirs.where}")
@@ -332,6 +334,7 @@ def _convert(
     if hub.is_remote(target):
         hub.check_remote(target)
     dst = hub.as_path(target).expanduser()
+    hub.check_array_path(dst)
     opened = _open(names, dst, source, metaseq, write, hub.is_orbax, from_metaseq)
     with _Work(opened, dst, write) as report:
         convert(opened, dst, dtype=write.dtype, overwrite=write.overwrite, progress=report)

@@ -22,8 +22,10 @@ from convert import names
 from convert.metaseq_config import choose_config
 from convert.metaseq_parts import EMBEDDING, Part, Source, counted, is_flat, open_part, part_tensors, same
 from convert.source import Checkpoint, check_shapes
+from opt_jax import hub
 from opt_jax.checkpoint import set_dtype
 from opt_jax.config import OPTConfig
+from opt_jax.source_files import SourceFiles
 from opt_jax.storage import Index, LazyArray
 
 _NAME = re.compile(r"(.+?)(?:-model_part-(\d+))?(?:-shard(\d+))?(?:\.pt)?", re.DOTALL)
@@ -62,7 +64,9 @@ def open_checkpoint(files: Sequence[Path], *, config: OPTConfig | None) -> Check
       ValueError: files that are damaged, there twice, or of different checkpoints; parts that contradict each other or
         the config; no config. Names the file, and the tensor where there is one.
     """
-    grid = _arrange(files)
+    grid, as_opened = _arrange(files), SourceFiles(files)
+    for folder in dict.fromkeys(path.parent for path in files):
+        as_opened.add(folder / name for name in hub.COMPANION_FILES)
     parts = [open_part(paths) for paths in grid]
     first = grid[0][0]
     draft = choose_config(parts[0].settings, config, first)
@@ -89,6 +93,7 @@ def open_checkpoint(files: Sequence[Path], *, config: OPTConfig | None) -> Check
         arrays=arrays,
         companions=tuple(dict.fromkeys(path.parent for path in files)),
         checks=tuple(checks),
+        files=as_opened,
     )
     try:
         check_shapes(opened)

@@ -1,7 +1,7 @@
 """What the converter reads from: one form for every supported checkpoint, opened lazily."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import opt_jax.model
 from convert import hf
 from opt_jax import checkpoint, hub
 from opt_jax.config import OPTConfig
+from opt_jax.source_files import SourceFiles, files_of_model
 from opt_jax.storage import Checks, LazyArray
 
 CLASSES = ("OPTForCausalLM", "OPTModel", "OPTForSequenceClassification", "OPTForQuestionAnswering")
@@ -25,6 +26,7 @@ class Checkpoint:
       arrays: our parameter paths -> arrays in our orientation (kernels [in, out]); after `check`, those of the model.
       companions: directories whose tokenizer files and generation_config.json go with the model, the first one first.
       checks: comparisons of what is stored more than once, to be run before the arrays are used.
+      files: all that is read; `files.check` belongs between the last reading and publishing what was made of it.
     """
 
     where: Path
@@ -34,6 +36,7 @@ class Checkpoint:
     arrays: Mapping[str, LazyArray]
     companions: tuple[Path, ...] = ()
     checks: Checks = ()
+    files: SourceFiles = field(default_factory=SourceFiles)
 
     @property
     def parameters(self) -> int:
@@ -103,6 +106,7 @@ def open_directory(directory: Path) -> Checkpoint:
       FileNotFoundError: the config or weights are missing.
       ValueError: a damaged file, or a tensor that no OPT model has. (`Checkpoint.check` finds what else is wrong.)
     """
+    files = files_of_model(directory)
     config, raw = checkpoint.read_config(directory)
     orbax = hub.is_orbax(directory)
     arrays, checks = checkpoint.open_parameters(directory, config)
@@ -119,6 +123,7 @@ def open_directory(directory: Path) -> Checkpoint:
         arrays=arrays,
         companions=hub.companion_directories(directory),
         checks=checks,
+        files=files,
     )
 
 

@@ -5,21 +5,25 @@ the files: a file has its name there once it is complete. Whoever finds all of t
 be killed, run again, or replaced by another division of the work (1/1 writes all that is missing).
 """
 
-import fcntl
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from opt_jax import temporary
+from opt_jax.temporary import TemporaryPlace
 
 
 def directory_of(destination: Path) -> Path:
     """Where the workers of this destination meet."""
     destination = Path(os.path.realpath(destination))
     return destination.with_name(f".{destination.name}.shards")
+
+
+def place_of(directory: Path) -> TemporaryPlace:
+    return TemporaryPlace(directory, r"(plan\.json|model[-0-9a-z]*\.safetensors)(\.opt-jax-[0-9a-f]{32}\.part)?")
 
 
 def read_plan(directory: Path) -> dict[str, Any] | None:
@@ -55,13 +59,14 @@ def join(directory: Path, plan: Mapping[str, Any]) -> None:
     plan: JSON: "files" has the names and sizes of all files, "content" a hash, the rest is for people to read.
 
     Raises:
+      FileExistsError: it is a link, or holds what is not ours.
       ValueError: it is the place for another plan; names the first entry that differs.
     """
-    with locked(directory):
+    with place_of(directory).locked():
         begun = read_plan(directory)
         if begun is None:
-            (directory / "plan.json.part").write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
-            os.rename(directory / "plan.json.part", directory / "plan.json")
+            with temporary.new_file(directory / "plan.json") as file:
+                file.write(json.dumps(plan, indent=2).encode() + b"\n")
             return
     for key in plan:
         if begun.get(key) != plan[key]:
@@ -77,68 +82,20 @@ def new_file(directory: Path, name: str, size: int) -> Iterator[int]:
     """A descriptor whose content becomes the file `name` when the block ends, and vanishes if it raises.
 
     Raises:
-      FileExistsError: another process is writing this file now.
+      FileExistsError: see `temporary.new_file`.
       OSError: the content is not `size` bytes.
     """
-    for left in directory.glob(f"{name}.*.part"):
-        if _in_use(left):
-            raise FileExistsError(f"{left}: another process is writing this file now (the same --shard-of twice?)")
-        left.unlink(missing_ok=True)
-    # A name of its own: even where locks do not reach across machines, two writers never share a file.
-    part = directory / f"{name}.{uuid.uuid4().hex}.part"
-    fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield fd
-            os.fsync(fd)  # whoever finds the file, after a crash of the machine too, believes its size
-            if (written := os.fstat(fd).st_size) != size:
-                raise OSError(f"{part} has {written} bytes, not {size}: nothing was published")
-        finally:
-            os.close(fd)
-        os.rename(part, directory / name)
-    finally:
-        part.unlink(missing_ok=True)
+    with temporary.new_file(directory / name) as file:
+        yield file.fileno()
+        if (written := os.fstat(file.fileno()).st_size) != size:
+            raise OSError(f"{directory / name} has {written} bytes, not {size}: nothing was published")
 
 
 def discard(directory: Path) -> None:
-    """Remove the directory, unless a worker is writing into it."""
-    if directory.is_dir() and not any(_in_use(part) for part in directory.glob("*.part")):
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-def _in_use(part: Path) -> bool:
-    try:
-        fd = os.open(part, os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-
-
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Create the directory if need be, and be the only one to begin or to publish there."""
-    while True:
-        directory.mkdir(parents=True, exist_ok=True)
-        fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        if _is_same(fd, directory / "lock"):
-            break
-        os.close(fd)  # published, and removed, while we waited
-    try:
-        yield
-    finally:
-        os.close(fd)
-
-
-def _is_same(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(path))
-    except FileNotFoundError:
-        return False
+    """Remove the directory, unless it is not ours or a worker is writing into it."""
+    place = place_of(directory)
+    with suppress(OSError):
+        if directory.is_dir():
+            with place.locked(wait=False):
+                if not any(map(temporary.in_use, temporary.unfinished_files(directory))):
+                    place.remove()

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +29,7 @@ from convert.source import Checkpoint
 from convert.to_orbax import cast
 from opt_jax import checkpoint, hub, storage
 from opt_jax.storage import LazyArray
+from opt_jax.temporary import refuse_links
 
 Progress = Callable[[str, int], None]
 
@@ -69,8 +69,8 @@ def convert(
     Raises:
       FileExistsError: see `storage.new_directory`; or another worker writes the same file now.
       OSError: the disk is full. With `shard_of`, files that are complete stay for the next run.
-      ValueError: damaged data, values out of range for `dtype`, a bad `max_shard_size` or `shard_of`, or `shard_of` for
-        a destination that was begun from another source or with other options.
+      ValueError: damaged data, values out of range for `dtype`, a source that changed meanwhile, a bad `max_shard_size`
+        or `shard_of`, or `shard_of` for a destination that was begun from another source or with other options.
     """
     job = jax.process_count() > 1
     if shard_of is not None:
@@ -81,6 +81,7 @@ def convert(
     limit = parse_size(max_shard_size)
     storage.on_first_process(source.check)
     writer = _Writer(source, dtype, limit, progress)
+    refuse_links(destination)
     destination = Path(os.path.realpath(destination))
     if job:
         _convert_in_job(writer, destination, overwrite)
@@ -192,8 +193,10 @@ class _Writer:
         }
 
     def _sample(self) -> str:
-        """A hash of the description, some vectors and a row of a few matrices: reading all would take too long."""
-        digest = hashlib.sha256(json.dumps([self.cls, dict(self.source.raw_config)], sort_keys=True).encode())
+        """A hash of the description, of the files' sizes and times, of some vectors and of a row of a few matrices: to
+        read all would take too long."""
+        described = [self.cls, dict(self.source.raw_config), self.source.files.fingerprint()]
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
         arrays = self.source.arrays
         for path in sorted(arrays):
             digest.update(f"{path} {arrays[path].shape} {arrays[path].dtype}\n".encode())
@@ -257,6 +260,7 @@ class _Writer:
                 directory / "model.safetensors.index.json",
                 {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))},
             )
+        self.source.files.check()  # all has been read
 
     def check_written(self, directory: Path) -> None:
         """Compare what is on disk with what was to be written: names, shapes, dtypes and the bytes of all files.
@@ -317,16 +321,17 @@ def _convert_part(writer: _Writer, destination: Path, shard_of: tuple[int, int],
     directory, plan = staging.directory_of(destination), writer.plan()
     staging.join(directory, plan)
     _write_part(writer, directory, shard_of)
-    with staging.locked(directory):
+    place = staging.place_of(directory)
+    with place.locked():
         if (found := staging.read_plan(directory)) != plan:  # all were there when another looked, and it published
             if found is None:
-                shutil.rmtree(directory)
+                place.remove()
             if not hub.is_model(destination):
                 raise OSError(f"{directory} was removed while parts of {destination} were written to it: start again")
         elif not staging.unfinished(directory):
             with storage.new_directory(destination, overwrite, hub.is_model) as new:
                 _collect(writer, directory, new)
-            shutil.rmtree(directory)
+            place.remove()
 
 
 def _convert_in_job(writer: _Writer, destination: Path, overwrite: bool) -> None:
@@ -361,6 +366,7 @@ def _write_part(writer: _Writer, directory: Path, shard_of: tuple[int, int]) -> 
     for file in mine:
         with _disk_full_at(directory / file.name), staging.new_file(directory, file.name, file.nbytes) as fd:
             writer.write(fd, file)
+            writer.source.files.check()
 
 
 def _collect(writer: _Writer, directory: Path, new: Path) -> None:

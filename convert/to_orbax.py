@@ -32,8 +32,10 @@ def convert(
     Raises:
       FileExistsError: see `storage.new_directory`.
       OSError: the disk is full.
-      ValueError: a tensor too many, too few or misshapen, damaged data, values out of range for `dtype`; names it.
+      ValueError: a tensor too many, too few or misshapen, damaged data, values out of range for `dtype`; names it. A
+        source that changed meanwhile; or see `hub.check_array_path`.
     """
+    hub.check_array_path(destination)
     storage.on_first_process(source.check)
     arrays = {path: cast(source, path, dtype) for path in source.arrays}
     config = dict(source.raw_config) if dtype is None else checkpoint.set_dtype(source.raw_config, dtype)
@@ -44,6 +46,7 @@ def convert(
         def finish() -> None:
             check_written(new, arrays)
             checkpoint.copy_companions(source.companions, new)
+            source.files.check()
             (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
         storage.on_first_process(finish)

@@ -155,6 +155,7 @@ class TorchTensor(NamedTuple):
     offset: Any
     size: Any
     stride: Any
+    bits: Any = None  # None, or {"neg": ..., "conj": ...}: what torch does to the stored numbers when it reads them
 
 
 # What the training code keeps beside tensors: settings with their types, enums, meters, numbers of NumPy.
@@ -170,7 +171,7 @@ _STUB_NAMES = {
 
 
 def _rebuild_tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> TorchTensor:
-    return TorchTensor(storage, offset, size, stride)
+    return TorchTensor(storage, offset, size, stride, metadata)
 
 
 def _rebuild_parameter(tensor, requires_grad=False, hooks=None) -> TorchTensor:
@@ -253,7 +254,13 @@ class TorchFile:
         return content
 
     def view(self, tensor: TorchTensor) -> np.ndarray:
-        """The tensor's elements in the mapped file. Raises ValueError where they would lie outside their storage."""
+        """The tensor's elements in the mapped file. Raises ValueError where they would lie outside their storage, or
+        are not the tensor's values."""
+        if tensor.bits is not None and tensor.bits != {}:
+            raise ValueError(
+                "torch's neg or conj bit is set, so its values are not the numbers stored: "
+                "save tensor.resolve_conj().resolve_neg()"
+            )
         offset, size, stride = tensor.offset, tensor.size, tensor.stride
         try:
             kind, dtype_name, key, _, numel = tensor.storage

@@ -25,7 +25,17 @@ from opt_jax import hub, sharding
 from opt_jax.config import OPTConfig
 from opt_jax.flash import AttentionImplementation
 from opt_jax.model import OPTForCausalLM, OPTPreTrainedModel, named_parameters
-from opt_jax.storage import Checks, LazyArray, Shape, new_directory, on_first_process, open_arrays, write_arrays
+from opt_jax.source_files import files_of_model
+from opt_jax.storage import (
+    Checks,
+    LazyArray,
+    Shape,
+    new_directory,
+    on_every_process,
+    on_first_process,
+    open_arrays,
+    write_arrays,
+)
 
 M = TypeVar("M", bound=OPTPreTrainedModel)
 log = logging.getLogger(__name__)
@@ -67,8 +77,9 @@ def save_pretrained(
 
     Raises:
       FileExistsError: `directory` exists (see `overwrite`), or is something other than a model directory.
-      ValueError: an abstract model (`nnx.eval_shape`), or a quantised one.
+      ValueError: an abstract model (`nnx.eval_shape`), or a quantised one; or see `hub.check_array_path`.
     """
+    hub.check_array_path(directory)
     arrays: dict[str, LazyArray | jax.Array] = {}
     for path, param in named_parameters(model).items():
         value = param.get_value()
@@ -158,9 +169,10 @@ def load_pretrained(
 
     Raises:
       FileNotFoundError: no such model, or an incomplete one.
-      ValueError: a bad config or checkpoint, or a dtype that is not floating point.
+      ValueError: a bad config or checkpoint, one that changed meanwhile, or a dtype that is not floating point.
     """
     directory = hub.resolve(name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+    files = files_of_model(directory)
     config, _ = read_config(directory)
     arrays, checks = open_parameters(directory, config)
 
@@ -202,6 +214,7 @@ def load_pretrained(
     model.name_or_path = str(directory)
     if (directory / "generation_config.json").is_file():
         model.generation_config_json = (directory / "generation_config.json").read_bytes().decode("utf-8", "replace")
+    files.check() if mesh is None else on_every_process(files.check)
     return model
 
 

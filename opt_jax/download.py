@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from opt_jax.temporary import refuse_links
+
 WEIGHT_FILES = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
@@ -232,6 +234,7 @@ def _fetch(url: str, file: Any, blobs: Path, stop: threading.Event) -> None:
     with WeakFileLock(locks / f"{sha256}.lock"):
         if (blobs / sha256).exists() or stop.is_set():
             return
+        refuse_links(partial)
         with open(partial, "a+b") as out:
             with tqdm(desc=name, total=size, initial=out.tell(), unit="B", unit_scale=True, disable=None) as bar:
                 _continue(url, file, out, bar, stop)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import opt_jax
+from opt_jax.temporary import new_file, refuse_links
 
 PROGRAM = "opt-jax"
 _TEXT_ONLY = ("protocol", "window", "stride")
@@ -105,6 +106,8 @@ def check(options: EvalOptions) -> None:
         raise ValueError(f"--limit {options.limit}: must be above 0")
     if options.output is not None and (options.output.is_dir() or not options.output.absolute().parent.is_dir()):
         raise ValueError(f"--output {options.output}: must be a file in a directory that is there")
+    if options.output is not None:
+        refuse_links(options.output)
 
 
 def _evaluate(options: EvalOptions) -> None:
@@ -143,9 +146,8 @@ def _evaluate(options: EvalOptions) -> None:
         text = json.dumps(_finite(report), indent=2, default=_plain, allow_nan=False, ensure_ascii=False) + "\n"
         print(text if options.json else shown, end="", flush=True)
         if options.output is not None:
-            temporary = options.output.with_name(options.output.name + ".tmp")
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(options.output)
+            with new_file(options.output) as file:
+                file.write(text.encode())
 
 
 def load(options: EvalOptions) -> Any:

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from etils import epath
 
@@ -17,6 +18,10 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 # What travels with a model's weights, besides config.json.
 COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
+# What Orbax puts into the directory of a tree.
+_ORBAX_FILE = re.compile(
+    r"_[A-Z_]*METADATA|_sharding|array_metadatas|checkpoint|commit_success\.txt|d|manifest\.ocdbt|ocdbt\.process_\d+"
+)
 _STEPS = ("checkpoints", "best")  # in a run directory of train.py: directories of checkpoints, named by their steps
 
 
@@ -31,6 +36,44 @@ def as_path(name: str | os.PathLike) -> Path:
 
 def absolute(path: Path) -> Path:
     return path if is_remote(path) else path.absolute()  # (epath makes /here/gs:/... of gs://...)
+
+
+# What the libraries below us take for something else in a path: Orbax looks for its files with a glob (* ? [),
+# TensorStore takes a backslash for /, Orbax makes gs:// of gs:/ anywhere, epath s3://x of /s3/x, and gcsfs a version of
+# the object a of a#b.
+_MISREAD = re.compile(r"[*?\[\\]|gs:/|^/(?:gs|s3|az|hf)/")
+_MISREAD_REMOTE = re.compile(r"[*?\[\\#]")
+
+
+def check_array_path(path: str | os.PathLike) -> None:
+    """Raise ValueError for a directory in which arrays would be written, but not found again."""
+    name = os.fspath(path)
+    if is_remote(name):
+        names, misread = [name], _MISREAD_REMOTE
+    else:  # the model of a run is written by its real path
+        names, misread = [os.path.abspath(name), os.path.realpath(name)], _MISREAD
+    for full in names:
+        if (match := misread.search(f"{full}/")) or not _is_unicode(full):
+            what = repr(match[0]) if match else "bytes that are no UTF-8"
+            where = "" if full == name else f" (in {full})"
+            raise ValueError(f"{path}: arrays would be lost under a path with {what}{where}: choose another name")
+
+
+def _is_unicode(name: str) -> bool:
+    return not any(0xD800 <= ord(c) < 0xE000 for c in name)
+
+
+def array_url(path: Path) -> str:
+    """The URL of a directory for TensorStore.
+
+    Raises:
+      ValueError: it would take the path for another one.
+    """
+    name = os.fspath(absolute(path))
+    if "\\" in name or not _is_unicode(name):
+        raise ValueError("TensorStore cannot open a path with a backslash or bytes that are no UTF-8")
+    scheme, _, rest = name.partition("://") if is_remote(name) else ("file", "", name)
+    return f"{scheme}://{quote(rest)}/"
 
 
 def check_remote(name: str) -> None:
@@ -127,6 +170,14 @@ def is_model_file(name: str) -> bool:
     return name in ("params", "config.json", *COMPANION_FILES) or re.fullmatch(weights, name) is not None
 
 
+def foreign_file(path: Any) -> str | None:
+    """The name of something in a model directory that is no part of the model, if there is any."""
+    foreign = [entry.name for entry in path.iterdir() if not is_model_file(entry.name)]
+    inside = [entry.name for entry in (path / "params").iterdir()] if (path / "params").is_dir() else []
+    foreign += [f"params/{name}" for name in inside if not _ORBAX_FILE.fullmatch(name)]
+    return min(foreign, default=None)
+
+
 def _run_of(directory: str | os.PathLike) -> Path | None:
     """The run directory of train.py if `directory` is one of its checkpoints (`RUN/checkpoints/<step>`), else None."""
     path = as_path(directory if is_remote(directory) else os.path.abspath(directory))
@@ -135,15 +186,20 @@ def _run_of(directory: str | os.PathLike) -> Path | None:
     return run if inside and not (path / "config.json").is_file() else None
 
 
+def config_file(directory: str | os.PathLike) -> Path:
+    """Where the configuration of a model directory is; that of a checkpoint of train.py is in the run's `run.json`."""
+    run = _run_of(directory)
+    return as_path(directory) / "config.json" if run is None else run / "run.json"
+
+
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:
-    """The content of a model directory's config.json; that of a checkpoint of train.py is in the run's `run.json`.
+    """The content of the configuration in `config_file`.
 
     Raises:
       FileNotFoundError: there is neither.
       ValueError: not JSON, or not an object.
     """
-    run = _run_of(directory)
-    path = as_path(directory) / "config.json" if run is None else run / "run.json"
+    path = config_file(directory)
     if not path.is_file():
         raise FileNotFoundError(f"no OPT configuration at {path}")
     try:
@@ -152,7 +208,7 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON: {e}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
-    if run is None:
+    if path.name == "config.json":
         return content
     if not isinstance(content.get("model"), dict):
         raise ValueError(f"{path} has no object 'model', so it is not a record of train.py")

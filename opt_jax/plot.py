@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from opt_jax.temporary import new_file
+
 # Title, scale, and (name in metrics.jsonl, how to draw it) of each curve.
 PANELS: tuple[tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]], ...] = (
     ("loss", "linear", (("loss", dict(linewidth=0.8, alpha=0.6)), ("val_loss", dict(linestyle="--", marker="o")))),
@@ -78,6 +80,5 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
         right = figure.axes[0].secondary_yaxis("right")  # the same ticks, as perplexities
         right.set_ylabel("perplexity")
         right.yaxis.set_major_formatter(lambda loss, _: f"{math.exp(min(loss, 99)):,.{0 if loss > 5 else 2}f}")
-    temporary = output.with_name(output.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(output)
+    with new_file(output) as file:
+        figure.savefig(file, format="png", dpi=120)

@@ -5,7 +5,6 @@ A tensor is a `LazyArray`: shape, dtype, and how to read any part of it. What is
 """
 
 import errno
-import fcntl
 import json
 import logging
 import math
@@ -14,7 +13,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -28,6 +27,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from opt_jax import hub
+from opt_jax.temporary import MARKER, TemporaryPlace, refuse_links
 
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
@@ -182,7 +182,11 @@ def write_arrays(
     All processes of a `jax.distributed` job must call this together; each reads and writes its part.
 
     progress: called after each chunk with its array's path and its bytes, by several threads, one at a time.
+
+    Raises:
+      ValueError: see `hub.check_array_path`.
     """
+    hub.check_array_path(directory)
     tree, lazy = nest(arrays), _LazyHandler(_REMOTE_THREADS if hub.is_remote(directory) else _THREADS, progress)
     registry = ocp.type_handlers.create_type_handler_registry(
         (LazyArray, lazy), (jax.Array, ocp.type_handlers.ArrayHandler())
@@ -238,15 +242,19 @@ def agree(error: Exception | None) -> None:
         raise error
 
 
+def on_every_process(action: Callable[[], object]) -> None:
+    """Run `action` on all processes, which fail together if one does."""
+    error = None
+    try:
+        action()
+    except Exception as e:
+        error = e
+    agree(error)
+
+
 def on_first_process(action: Callable[[], object]) -> None:
     """Run `action` on process 0 alone; the others wait for it, and fail if it does."""
-    error = None
-    if jax.process_index() == 0:
-        try:
-            action()
-        except Exception as e:
-            error = e
-    agree(error)
+    on_every_process(action if jax.process_index() == 0 else lambda: None)
 
 
 # Directories ------------------------------------------------------------------------------------------------
@@ -260,37 +268,38 @@ def new_directory(
     object store, which renames no directories, `path` itself: what is there is a model once it has its config.json,
     which is to be written last, and what `overwrite` replaces goes at the start.
 
-    What a killed process has left behind is cleaned up by the next one with the same `path`. All processes of a
-    `jax.distributed` job enter and leave together.
+    What a killed process has left behind is cleaned up by the next one with the same `path`, and nothing else is (see
+    `temporary.py`). All processes of a `jax.distributed` job enter and leave together.
 
     Raises:
-      FileExistsError: `path` exists and `overwrite` is false, or it is not `replaceable`; or another process is
-        writing it now.
+      FileExistsError: `path` exists and `overwrite` is false, or it is not `replaceable`; it or the temporary directory
+        is a link; the latter holds what is not ours; or another process is writing it now.
     """
     if hub.is_remote(path):
         remote = epath.Path(path)
-        on_first_process(lambda: _clear_remote(remote, overwrite))
+        on_first_process(lambda: _begin_remote(remote, overwrite))
         try:
             yield hub.as_path(path)
         except BaseException:
             if jax.process_index() == 0:
-                remote.rmtree(missing_ok=True)
+                _clear_remote(remote)
             raise
-        agree(None)
+        on_first_process((remote / MARKER).unlink)
         return
+    refuse_links(path)
     path = Path(os.path.realpath(path))
-    new, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-    locks: list[int] = []
+    place = TemporaryPlace(path.with_name(f".{path.name}.new"), "new|old")
+    new, old = place.path / "new", place.path / "old"
 
     def begin() -> None:
+        check_destination(path, overwrite, replaceable)
+        held.enter_context(place.locked(wait=False))
+        held.callback(place.remove)
         if old.exists() and not path.exists():  # killed between the two renamings below
             old.rename(path)
-        check_destination(path, overwrite, replaceable)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        locks.append(_lock_directory(new))
-        shutil.rmtree(old, ignore_errors=True)
-        for left in new.iterdir():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            check_destination(path, overwrite, replaceable)
+        place.clear()
+        new.mkdir()
 
     def publish() -> None:
         check_destination(path, overwrite, replaceable)
@@ -302,57 +311,54 @@ def new_directory(
             if old.exists() and not path.exists():
                 old.rename(path)
 
-    try:
+    with ExitStack() as held:  # of process 0: the lock, until nothing is left to do
         on_first_process(begin)
         yield new
         on_first_process(publish)
-    finally:
-        if locks:  # held until nothing is left to do
-            shutil.rmtree(new, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
-            os.close(locks[0])
 
 
-def _clear_remote(path: epath.Path, overwrite: bool) -> None:
+def _begin_remote(path: epath.Path, overwrite: bool) -> None:
+    _check_remote(path, overwrite)
+    (path / MARKER).write_bytes(b"")  # now all that is here may be cleared, also by the next one if this one is killed
+    (path / "config.json").unlink(missing_ok=True)
+    _clear_remote(path, but=MARKER)
+
+
+def _check_remote(path: epath.Path, overwrite: bool) -> None:
     names = [entry.name for entry in path.iterdir()] if path.exists() else []
-    if foreign := [name for name in names if not hub.is_model_file(name.partition(".orbax-checkpoint-tmp")[0])]:
-        raise FileExistsError(f"{path} holds {foreign[0]}, which is no part of a model: choose another name")
-    if "config.json" in names:
-        if not overwrite:
-            raise FileExistsError(f"{path} exists already: choose another name, or pass overwrite=True (--overwrite)")
-        (path / "config.json").unlink()
-    if names:
-        path.rmtree()
+    if "config.json" in names and not overwrite:
+        raise FileExistsError(f"{path} exists already: choose another name, or pass overwrite=True (--overwrite)")
+    if MARKER in names:  # of a process that was killed
+        parts = {name.partition(".orbax-checkpoint-tmp")[0] for name in names} - {MARKER}
+        foreign = next((name for name in parts if not hub.is_model_file(name)), None)
+    elif names and not ("config.json" in names and hub.is_orbax(path)):
+        raise FileExistsError(f"{path} holds {names[0]}, but is not a model directory: choose another name")
+    else:
+        foreign = hub.foreign_file(path) if names else None
+    if foreign:
+        raise FileExistsError(f"{path} holds {foreign}, which is no part of a model: choose another name")
 
 
-def _lock_directory(path: Path) -> int:
-    """Create the directory, or take it over from a process that is dead. The lock ends with this process."""
-    while True:
-        path.mkdir(exist_ok=True)
-        lock = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(lock), os.stat(path)):
-                return lock
-        except BlockingIOError:
-            os.close(lock)
-            raise FileExistsError(f"{path} is in use: another process is writing this destination now") from None
-        except FileNotFoundError:  # its owner has just published it
-            pass
-        os.close(lock)
+def _clear_remote(path: epath.Path, but: str = "") -> None:
+    entries = [entry for entry in path.iterdir() if entry.name != but] if path.exists() else []
+    for entry in sorted(entries, key=lambda entry: entry.name == MARKER):  # the marker last
+        entry.rmtree() if entry.is_dir() else entry.unlink()
 
 
 def check_destination(path: Path, overwrite: bool, replaceable: Callable[[Path], bool] = hub.is_orbax) -> None:
     """Raise FileExistsError where `new_directory` would refuse to write."""
+    if hub.is_remote(path):
+        return _check_remote(epath.Path(path), overwrite)
+    refuse_links(path)
     if not path.exists():
         return
     if not overwrite:
         raise FileExistsError(f"{path} exists already: choose another name, or pass overwrite=True (--overwrite)")
     if not (replaceable(path) or path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} is not a model directory, so it will not be overwritten: remove it yourself")
-    if foreign := [entry.name for entry in path.iterdir() if not hub.is_model_file(entry.name)]:
+    if foreign := hub.foreign_file(path):
         raise FileExistsError(
-            f"{path} holds {foreign[0]}, which is no part of a model, so it will not be overwritten: move it elsewhere"
+            f"{path} holds {foreign}, which is no part of a model, so it will not be overwritten: move it elsewhere"
         )
 
 
@@ -379,10 +385,9 @@ def open_arrays(directory: Path) -> dict[str, LazyArray]:
     """
     directory = hub.absolute(directory)
     # With a cache for the index of chunks, or every array would read it anew.
-    url = f"{'' if hub.is_remote(directory) else 'file://'}{directory}/"
-    base = {"driver": "ocdbt", "base": url, "cache_pool": "cache_pool#index"}
     context = ts.Context({"cache_pool#index": {"total_bytes_limit": 100_000_000}})
     try:
+        base = {"driver": "ocdbt", "base": hub.array_url(directory), "cache_pool": "cache_pool#index"}
         # Not by way of Orbax's own metadata: it reads them all at once and, when one is damaged, its threads print
         # tracebacks. The names are what it makes of a tree's keys.
         if "tree_metadata" not in json.loads((directory / "_METADATA").read_bytes()):

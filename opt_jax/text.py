@@ -18,6 +18,7 @@ from tokenizers.models import BPE
 
 from opt_jax.ids import as_array
 from opt_jax.streaming import StopStrings
+from opt_jax.temporary import refuse_links
 from opt_jax.vocabulary import OPT_SPECIAL_TOKENS, SPECIAL_TOKENS, Vocabulary, check_ids, to_list
 
 # GPT-2's alphabet: printable bytes stand for themselves, the others for the characters from 256 on.
@@ -345,9 +346,16 @@ class OPTTokenizer(Vocabulary):
             return token.encode()
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Writes `tokenizer.json` and the files of facebook/opt-*, for `from_pretrained` and HF's `AutoTokenizer`."""
+        """Writes `tokenizer.json` and the files of facebook/opt-*, for `from_pretrained` and HF's `AutoTokenizer`.
+
+        Raises:
+          FileExistsError: one of the files is a symbolic link.
+        """
+        from opt_jax import hub
+
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
+        refuse_links(*(folder / name for name in hub.TOKENIZER_FILES))  # in the hub's cache they are
         self.backend_tokenizer.save(str(folder / "tokenizer.json"))
         self.backend_tokenizer.model.save(str(folder))  # vocab.json, merges.txt
         named = self.special_tokens_map

@@ -176,7 +176,7 @@ def test_interrupted_it_cleans_up(tmp_path, sent, code):
     source = write_hf(tmp_path / "hf", config, hf_weights(config))
     command = [sys.executable, "-m", "convert", str(source), str(tmp_path / "out")]
     process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob(".out.new/*")) and process.poll() is None:
+    while not list(tmp_path.glob(".out.new/new/*")) and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(sent)
     error = process.communicate(timeout=60)[1]

@@ -1,7 +1,5 @@
 """Lazy arrays, Orbax trees written piece by piece, and directories that appear all at once."""
 
-import fcntl
-import os
 import re
 import signal
 import subprocess
@@ -16,9 +14,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
+from flax import nnx
 
-from opt_jax import storage
+from convert import to_orbax
+from convert.source import open_directory
+from opt_jax import OPTConfig, OPTForCausalLM, storage
+from opt_jax.hub import check_array_path, resolve
 from opt_jax.storage import LazyArray, first_difference, new_directory, open_arrays, pieces, write_arrays
+from opt_jax.temporary import MARKER
+from opt_jax.training.checkpoints import Checkpoints
+from opt_jax.training.files import run_directory
 
 RNG = np.random.default_rng(0)
 
@@ -163,6 +168,57 @@ def test_nothing_is_written_after_an_interrupt(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+READ_BACK = ["a#b", "50%", "a%20b", "a|b", "a:b;c", " ünï &+'\"$~{,}", "]!", "a\nb"]
+REFUSED = ["a?b", "a*b", "x[1]", "x[!a]", "a\\b", "logs:", "bad\udcff"]
+
+
+@pytest.mark.parametrize("name", READ_BACK)
+def test_names_of_directories_are_read_back(tmp_path, name):
+    array = np.arange(3.0)
+    write_arrays(tmp_path / "a b" / "params", {"x": lazy(-array)})  # which a%20b is not
+    write_arrays(tmp_path / name / "params", {"x": lazy(array)})
+    np.testing.assert_array_equal(open_arrays(tmp_path / name / "params")["x"].load(), array)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_names_that_orbax_or_tensorstore_misread_are_refused(tmp_path, name):
+    (tmp_path / "elsewhere").mkdir()
+    model = nnx.eval_shape(lambda: OPTForCausalLM(OPTConfig(num_hidden_layers=1), rngs=nnx.Rngs(0)))
+    for place in (tmp_path / name / "out", tmp_path / "elsewhere" / name):
+        for write in (
+            lambda: write_arrays(place, {"x": lazy(np.arange(3.0))}),  # noqa: B023
+            lambda: model.save_pretrained(place),  # noqa: B023
+            lambda: to_orbax.convert(open_directory(resolve("tiny")), place),  # noqa: B023
+            lambda: run_directory(str(place)),  # noqa: B023
+            lambda: Checkpoints(place, keep=1),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match="would be lost under a path with .*: choose another name$"):
+                write()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["elsewhere"]
+
+
+def test_a_link_to_such_a_name_is_refused(tmp_path):
+    (tmp_path / "x[1]").mkdir()
+    (tmp_path / "fine").symlink_to("x[1]")
+    with pytest.raises(ValueError, match=r"fine/run: arrays would be lost .* '\[' \(in .*/x\[1\]/run\)"):
+        run_directory(str(tmp_path / "fine" / "run"))
+
+
+@pytest.mark.parametrize("name", ["gs://bucket/a#b", "gs://bucket/x[1]", "/gs/bucket/x", "/s3/x", "gs://b/x?y"])
+def test_names_that_mean_other_objects_are_refused(name):
+    with pytest.raises(ValueError, match="arrays would be lost"):
+        check_array_path(name)
+    check_array_path("gs://bucket/50% of a|b")
+
+
+def test_a_backslash_is_not_read_as_a_slash(tmp_path):
+    write_arrays(tmp_path / "a" / "b", {"x": lazy(np.arange(3.0))})
+    (tmp_path / "a" / "b").rename(tmp_path / "a\\b")
+    write_arrays(tmp_path / "a" / "b", {"x": lazy(np.arange(3.0))})
+    with pytest.raises(ValueError, match="cannot be read: .* backslash"):
+        open_arrays(tmp_path / "a\\b")
+
+
 # Directories ----------------------------------------------------------------------------------------------------------
 
 
@@ -172,10 +228,19 @@ def model_at(path: Path, content: str = "old") -> Path:
     return path
 
 
+def killed(path: Path, old: str | None = None, new: str | None = None) -> Path:
+    """What a process that wrote `path` has left beside it when it was killed; `old`, `new`: contents of models."""
+    place = path.with_name(f".{path.name}.new")
+    place.mkdir()
+    (place / MARKER).touch()
+    for name, content in (("old", old), ("new", new)):
+        if content is not None:
+            model_at(place / name, content)
+    return place
+
+
 def test_leftovers_of_a_killed_process_are_cleaned_up(tmp_path):
-    (tmp_path / ".out.new" / "params").mkdir(parents=True)
-    (tmp_path / ".out.new" / "half").write_text("x")
-    model_at(tmp_path / ".out.old")
+    killed(tmp_path / "out", "old", "half")
     with new_directory(tmp_path / "out", overwrite=True) as new:
         # killed between two renamings: the old one is back, until the new one is complete
         assert (tmp_path / "out" / "params" / "_METADATA").read_text() == "old"
@@ -187,7 +252,7 @@ def test_leftovers_of_a_killed_process_are_cleaned_up(tmp_path):
 
 def test_killed_after_publishing_the_new_one_stays(tmp_path):
     model_at(tmp_path / "out", "new")
-    model_at(tmp_path / ".out.old", "old")
+    killed(tmp_path / "out", "old")
     with pytest.raises(FileExistsError, match="exists already"):
         with new_directory(tmp_path / "out"):
             pass
@@ -205,7 +270,7 @@ def test_an_error_between_the_two_renamings_brings_the_old_one_back(tmp_path, mo
     rename = Path.rename
 
     def failing(self, target):
-        if self.name == ".out.new":
+        if self.name == "new":
             raise error("now")
         return rename(self, target)
 
@@ -215,6 +280,20 @@ def test_an_error_between_the_two_renamings_brings_the_old_one_back(tmp_path, mo
             model_at(new / "inner")
     assert (tmp_path / "out" / "params" / "_METADATA").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_old_model_with_foreign_files_in_it_is_not_replaced(tmp_path):
+    write_arrays(tmp_path / "out" / "params", {"x": lazy(np.arange(3.0))})
+    for name in ("notes.txt", "params/notes.txt", "params/d2"):
+        (tmp_path / "out" / name).write_text("keep")
+        with pytest.raises(FileExistsError, match=f"out holds {name}, which is no part of a model"):
+            with new_directory(tmp_path / "out", overwrite=True):
+                pass
+        assert (tmp_path / "out" / name).read_text() == "keep"
+        (tmp_path / "out" / name).unlink()
+    with new_directory(tmp_path / "out", overwrite=True) as new:
+        (new / "params").mkdir()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["params"]
 
 
 def test_two_processes_do_not_write_the_same_destination(tmp_path):
@@ -231,25 +310,9 @@ def test_two_processes_do_not_write_the_same_destination(tmp_path):
     with pytest.raises(FileExistsError, match="in use"):
         with new_directory(tmp_path / "out"):
             pass
-    assert (tmp_path / ".out.new" / "x").exists()  # still the other's
+    assert (tmp_path / ".out.new" / "new" / "x").exists()  # still the other's
     other.communicate()
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "x").exists()
-
-
-def test_lock_is_not_taken_on_a_directory_that_was_just_published(tmp_path, monkeypatch):
-    """Its owner renames it between our opening and locking it: we must not write into the published one."""
-    flock, new = fcntl.flock, tmp_path / ".out.new"
-    raced = []
-
-    def published_meanwhile(fd, how):
-        if not raced:
-            raced.append(new.rename(tmp_path / "out"))
-        flock(fd, how)
-
-    monkeypatch.setattr(fcntl, "flock", published_meanwhile)
-    lock = storage._lock_directory(new)
-    assert os.path.samestat(os.fstat(lock), os.stat(new)) and (tmp_path / "out").exists()
-    os.close(lock)
 
 
 def test_too_little_space_is_known_beforehand(tmp_path):

@@ -138,6 +138,11 @@ def test_pickle_that_asks_for_code_is_refused_by_name(tmp_path, capsys, monkeypa
         (b"I7\n", "entry x is a int"),
         (b"}", "entry x is a dict"),
         (b"", "the pickle in it is damaged"),
+        (
+            tensor_pickle("0", "float32", 16, 0, (4,))[:-2] + b"}X\x03\0\0\0neg\x88stR",
+            "tensor x: torch's neg or conj bit",
+        ),
+        (tensor_pickle("0", "float32", 16, 0, (4,))[:-2] + b"K\1tR", "tensor x: torch's neg or conj bit"),
         (global_("torch Size") + tensor_pickle("0", "float32", 16, 0, (4,)) + b"\x85R", "damaged"),
         # BUILD tries to change what a global stands for; later files must not notice.
         (global_("torch._utils _rebuild_tensor_v2") + b"N}X\x08\0\0\0__code__Ns\x86b", "damaged"),

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -16,10 +17,12 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
-from opt_jax.hub import absolute, as_path
-from opt_jax.storage import CHUNK_BYTES
+from opt_jax.hub import absolute, as_path, check_array_path, is_remote
+from opt_jax.storage import CHUNK_BYTES, on_first_process
+from opt_jax.temporary import refuse_links
 from opt_jax.training.step import TrainState, named_leaves
 
+_IN_A_STEP = ("_CHECKPOINT_METADATA", "params", "optimizer", "data")  # any of these: a damaged checkpoint is one, too
 _LOOK_SECONDS = 5.0  # between looks at the clock that several processes have to agree on
 
 _copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
@@ -37,6 +40,7 @@ class Checkpoints:
         self, directory: str | os.PathLike, keep: int, keep_every: int | None = None,
         data_state: Callable[[int], dict[str, Any]] | None = None,
     ):  # fmt: skip
+        check_array_path(directory)
         self._data_state = data_state
         directory = as_path(directory)
         policies = [LatestN(keep), *([EveryNSteps(keep_every)] if keep_every else [])]
@@ -46,6 +50,7 @@ class Checkpoints:
             # Two of these may write at once, and their processes must not wait for each other's barriers.
             multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=directory.name),
         )
+        on_first_process(lambda: _check_steps(directory))
         self._manager = ocp.CheckpointManager(absolute(directory), options=options)
 
     def latest_step(self) -> int | None:
@@ -110,6 +115,18 @@ class Checkpoints:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+def _check_steps(directory: Path) -> None:
+    """Orbax removes old steps, and what it has not finished: raise FileExistsError for what only has such a name."""
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if not (path.name.isdecimal() or ".orbax-checkpoint-tmp" in path.name):
+            continue
+        if not is_remote(path):
+            refuse_links(path)
+        in_it = [entry.name for entry in path.iterdir()] if path.is_dir() else [path.name]
+        if path.name.isdecimal() and in_it and not {*in_it} & {*_IN_A_STEP}:  # (nothing: killed while it was removed)
+            raise FileExistsError(f"{path} is not a checkpoint, but has the name of one: move it elsewhere")
 
 
 def _items(state: TrainState) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ import jax
 from etils import epath
 
 from opt_jax.hub import is_remote
+from opt_jax.training.files import write_text
 
 
 class TensorBoard:
@@ -41,7 +42,7 @@ class WandB:
 
         path = output / "wandb-id"
         if not path.exists():
-            path.write_text(uuid.uuid4().hex[:12] + "\n")
+            write_text(path, uuid.uuid4().hex[:12] + "\n")
         run_id = path.read_text().strip()
         try:
             self._run = wandb.init(

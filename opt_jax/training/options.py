@@ -17,6 +17,7 @@ from etils import epath
 
 from opt_jax.config import OPTConfig
 from opt_jax.decoder import Remat
+from opt_jax.temporary import refuse_links
 from opt_jax.training.recipes import RECIPES, recipe_options
 
 # The model of a run without --model: 1.1M parameters, minutes on two CPU cores. Deviations from the paper's recipe: no
@@ -206,6 +207,8 @@ def check_options(options: Options) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is for --plan: leave it out, or add --plan")
     if options.plan_output and not Path(options.plan_output).absolute().parent.is_dir():
         raise ValueError(f"--plan-output {options.plan_output}: there is no such directory to write it to")
+    if options.plan_output:
+        refuse_links(options.plan_output)
     for name in ("tensorboard", "profile"):
         if getattr(options, name) and "://" in options.output:
             raise ValueError(f"--{name} writes to local disks only, not to {options.output}: leave it out")

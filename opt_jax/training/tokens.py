@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from opt_jax.ids import as_ids
+from opt_jax.temporary import new_file, refuse_links
 from opt_jax.text import OPTTokenizer
 from opt_jax.training.documents import BLOCK, TEXT_SUFFIXES, BadRecords, HFSource, find_sources, pieces
 
@@ -107,14 +108,19 @@ def open_tokens(path: Path, tokenizer: OPTTokenizer | None = None) -> Tokens:
     """
     about = Path(f"{path}.json")
     if tokenizer is not None and about.exists():
-        try:
-            made_by = json.loads(about.read_text(encoding="utf-8"))["tokenizer"]
-            name, vocabulary = made_by["name"], made_by["fingerprint"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{about}: not what opt-jax tokenize writes beside an array: make both again") from None
+        name, vocabulary = _made_by(about)
         if vocabulary != vocabulary_fingerprint(tokenizer):
             raise ValueError(f"{path} was made with another tokenizer ({name}): name that with --tokenizer")
     return Tokens(str(path), path=Path(path))
+
+
+def _made_by(about: Path) -> tuple[str, str]:
+    """(name, fingerprint) of the tokenizer. ValueError: the file is not ours."""
+    try:
+        made_by = json.loads(about.read_bytes().decode())["tokenizer"]
+        return made_by["name"], made_by["fingerprint"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{about}: not what opt-jax tokenize writes beside an array: make both again") from None
 
 
 # Making them --------------------------------------------------------------------------------------------------------
@@ -175,24 +181,27 @@ def write_tokens(
     name: of the tokenizer, for that file; progress: called with characters done.
 
     Raises:
-      ValueError: a bad record without `skip_bad`, no documents, or a failed worker.
+      ValueError: a bad record without `skip_bad`, no documents, or a failed worker; or `output`.json is not ours.
+      FileExistsError: see `new_file`.
     """
+    beside = Path(f"{output}.json")
+    refuse_links(beside)
+    if beside.exists():
+        _made_by(beside)
     bad = BadRecords(skip_bad)
     most = max(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).values())  # a vocabulary may have holes
     dtype = np.dtype(np.uint16 if most < 1 << 16 else np.int32)
-    temporary = output.with_name(output.name + ".tmp")
     total = documents = 0
-    try:
-        with open(temporary, "wb") as file:
-            begin = _write_header(file, dtype, 0)
-            file.write(np.array([tokenizer.bos_token_id], dtype).tobytes())
-            for ids, ended, characters in _encode(pieces(sources, bad, _block(tokenizer)), tokenizer, workers):
-                file.write(ids.astype(dtype).tobytes())
-                total, documents = total + len(ids), documents + ended
-                progress(characters)
-            file.seek(0)
-            if _write_header(file, dtype, total + 1) != begin:
-                raise AssertionError("NumPy leaves room for any length in the header of an array")
+    with new_file(output) as file:
+        begin = _write_header(file, dtype, 0)
+        file.write(np.array([tokenizer.bos_token_id], dtype).tobytes())
+        for ids, ended, characters in _encode(pieces(sources, bad, _block(tokenizer)), tokenizer, workers):
+            file.write(ids.astype(dtype).tobytes())
+            total, documents = total + len(ids), documents + ended
+            progress(characters)
+        file.seek(0)
+        if _write_header(file, dtype, total + 1) != begin:
+            raise AssertionError("NumPy leaves room for any length in the header of an array")
         if not documents:
             raise ValueError("no documents in the data: every file is empty")
         about = {
@@ -200,11 +209,9 @@ def write_tokens(
             "tokenizer": {"name": name, "fingerprint": vocabulary_fingerprint(tokenizer)},
             "sources": [str(source) for source in sources],
         }  # fmt: skip
-        Path(f"{output}.json").unlink(missing_ok=True)  # of an older array of this name
-        os.replace(temporary, output)
-        Path(f"{output}.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    finally:
-        temporary.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)  # of an older array of this name
+    with new_file(beside) as file:
+        file.write(json.dumps(about, indent=2).encode() + b"\n")
     return about
 
 

@@ -17,6 +17,7 @@ from reference import CLASSES, SMALL, batch
 import opt_jax
 from convert.__main__ import main
 from convert.hf import open_checkpoint
+from convert.torch_files import read_torch
 from opt_jax import named_parameters
 from opt_jax.inputs import check_inputs
 
@@ -83,6 +84,16 @@ def test_half_precision_bits(tmp_path, dtype, form):
     for name, tensor in hf.named_parameters():
         assert found[name].dtype == dtype
         assert found[name].load().tobytes() == tensor.detach().view(torch.int16).numpy().tobytes(), name
+
+
+def test_what_torch_negates_when_it_reads_is_refused(tmp_path):
+    negated = torch.complex(torch.ones(3), torch.arange(3.0)).conj().imag
+    assert negated.is_neg()
+    torch.save({"fine": negated.resolve_neg()}, tmp_path / "fine.bin")
+    np.testing.assert_array_equal(read_torch(tmp_path / "fine.bin")["fine"], negated.numpy(force=True))
+    torch.save({"fine": torch.ones(3), "view": negated}, tmp_path / "x.bin")
+    with pytest.raises(ValueError, match="x.bin: tensor view: torch's neg or conj bit is set"):
+        read_torch(tmp_path / "x.bin")
 
 
 def write_fixtures() -> None:
