@@ -25,6 +25,7 @@ from convert.zip_records import find_records
 _SAFETENSORS_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
 _STORAGE_DTYPES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
@@ -61,7 +62,7 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def _dtype(name: str) -> np.dtype:
-    return np.dtype(getattr(ml_dtypes, name) if name == "bfloat16" else name).newbyteorder("<")
+    return np.dtype(getattr(ml_dtypes, name, name)).newbyteorder("<")
 
 
 def _is_size(*numbers: Any) -> bool:

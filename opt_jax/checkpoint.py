@@ -31,6 +31,7 @@ M = TypeVar("M", bound=OPTPreTrainedModel)
 log = logging.getLogger(__name__)
 
 PARAM_DTYPES = ("float32", "bfloat16", "float16")
+_STORED_DTYPES = (*PARAM_DTYPES, "float64")
 _EMBEDDING = "model.decoder.embed_tokens.embedding"
 _HEADS = ("lm_head.", "score.", "qa_outputs.")
 
@@ -231,8 +232,12 @@ def check_parameters(
       The model's parameters, path -> shape; those that are missing, and those left over, of the heads that may be.
 
     Raises:
-      ValueError: a tensor is missing, left over or has another shape; the message names it.
+      ValueError: a tensor is missing, left over, has another shape or is not floating point; the message names it.
     """
+    for path, array in arrays.items():
+        if array.dtype.name not in _STORED_DTYPES:
+            what = f"tensor {describe(path, ())[0]} is {array.dtype.name}, which no weight of a model is"
+            raise ValueError(f"{where}: {what}{hub.quantization_hint(where)}")
     if config.num_hidden_layers > len(arrays):  # before a model of a billion layers is thought through
         raise ValueError(
             f"{where}: there are only {len(arrays)} tensors, but the config calls for {config.num_hidden_layers} layers"
