@@ -21,6 +21,7 @@ from convert import unpickle
 from convert.unpickle import Refused, StubClass
 from convert.unpickle import Stub as Stub  # what `stubs=True` leaves in a file's content
 from convert.zip_records import find_records
+from opt_jax.reading import SMALL_FILE, open_regular
 
 _SAFETENSORS_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -49,10 +50,10 @@ def map_file(path: Path) -> mmap.mmap:
     """The file's bytes, read-only.
 
     Raises:
-      ValueError: the file is empty or a Git LFS pointer.
+      ValueError: the file is empty, a Git LFS pointer or none at all (`open_regular`).
       OSError: it cannot be read.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         if not os.fstat(file.fileno()).st_size:
             raise ValueError(f"{path} is empty")
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -230,6 +231,8 @@ class TorchFile:
         self._prefix = pickles[0].removesuffix("data.pkl")
         if self._prefix + "byteorder" in self._records and self._bytes("byteorder") != b"little":
             raise ValueError(f"{path} was written on a big-endian machine: save it again on a little-endian one")
+        if (size := self._records[self._prefix + "data.pkl"][1]) > SMALL_FILE:
+            raise ValueError(f"{path}: the pickle in it has {size:,} bytes, more than the {SMALL_FILE:,} that are read")
         pickled = self._bytes("data.pkl")
         try:
             self.content = unpickle.loads(pickled, _find_global_or_stub if stubs else _find_global)

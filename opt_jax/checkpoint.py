@@ -25,6 +25,7 @@ from opt_jax import hub, sharding
 from opt_jax.config import OPTConfig
 from opt_jax.flash import AttentionImplementation
 from opt_jax.model import OPTForCausalLM, OPTPreTrainedModel, named_parameters
+from opt_jax.reading import read_small
 from opt_jax.storage import Checks, LazyArray, Shape, new_directory, on_first_process, open_arrays, write_arrays
 
 M = TypeVar("M", bound=OPTPreTrainedModel)
@@ -45,7 +46,7 @@ def read_companions(sources: Iterable[Path]) -> dict[str, bytes]:
     for source in sources:
         for name in hub.COMPANION_FILES:
             if name not in found and (source / name).is_file():
-                found[name] = (source / name).read_bytes()
+                found[name] = read_small(source / name)
     return found
 
 
@@ -202,7 +203,7 @@ def load_pretrained(
             params[path].set_value(array)
     model.name_or_path = str(directory)
     if (directory / "generation_config.json").is_file():
-        model.generation_config_json = (directory / "generation_config.json").read_bytes().decode("utf-8", "replace")
+        model.generation_config_json = read_small(directory / "generation_config.json").decode("utf-8", "replace")
     return model
 
 

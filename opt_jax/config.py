@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from opt_jax.reading import read_small
+
 # Activations of `transformers.activations.ACT2FN` that OPT variants use; model.py maps each to its function.
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish", "tanh")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
@@ -152,9 +154,10 @@ class OPTConfig:
             if not path.is_file():
                 raise FileNotFoundError(f"no OPT configuration at {path}")
             where = str(path)
+            text = read_small(path)
             try:
-                raw = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as e:
+                raw = json.loads(text.decode())
+            except (ValueError, RecursionError) as e:
                 raise ValueError(f"{path} is not valid JSON: {e}") from None
             if not isinstance(raw, dict):
                 raise ValueError(f"{path} holds a {type(raw).__name__}, not a JSON object")

@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from opt_jax.reading import read_small
+
 # HF's options that never have an effect on tokens. (Empty prompts, which HF starts with BOS, are errors.)
 _INERT = {"bos_token_id", "transformers_version", "_from_model_config", "return_dict_in_generate"}
 # HF's options that are not supported, and the values that are fine because they change nothing (None always is).
@@ -150,7 +152,7 @@ class GenerationConfig:
         path = folder / "generation_config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
-        return cls.from_dict(parse(path.read_text(encoding="utf-8"), str(path)), str(path))
+        return cls.from_dict(parse(read_small(path).decode("utf-8", "replace"), str(path)), str(path))
 
     def check(self) -> None:
         """ValueError for values out of range and contradictions."""

@@ -10,6 +10,7 @@ from typing import Any
 from etils import epath
 
 from opt_jax.download import WEIGHT_FILES, Repository, download
+from opt_jax.reading import read_small
 
 TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "tokenizer.json",
@@ -140,14 +141,15 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: there is neither.
-      ValueError: not JSON, or not an object.
+      ValueError: not JSON, not an object, or see `read_small`.
     """
     run = _run_of(directory)
     path = as_path(directory) / "config.json" if run is None else run / "run.json"
     if not path.is_file():
         raise FileNotFoundError(f"no OPT configuration at {path}")
+    text = read_small(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text.decode())
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not valid JSON: {e}") from None
     if not isinstance(content, dict):
@@ -172,7 +174,7 @@ def quantization_hint(directory: str | os.PathLike) -> str:
     for name in ("config.json", "quantize_config.json", "quant_config.json"):  # the latter two: AutoGPTQ's, AutoAWQ's
         path = as_path(directory) / name
         try:
-            content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+            content = json.loads(read_small(path).decode()) if path.is_file() else None
         except (ValueError, RecursionError):
             continue
         found = content.get("quantization_config") if isinstance(content, dict) and name == "config.json" else content

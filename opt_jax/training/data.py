@@ -14,6 +14,7 @@ from etils import epath
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
+from opt_jax.reading import read_small
 from opt_jax.text import OPTTokenizer
 from opt_jax.training.documents import (
     BadRecords,
@@ -99,7 +100,7 @@ def save_tokenizer(tokenizer: OPTTokenizer, directory: epath.Path) -> None:
 def read_tokenizer(directory: epath.Path) -> OPTTokenizer:
     """What `save_tokenizer` has written."""
     return tokenizer_from_bytes(
-        json.dumps({path.name: path.read_bytes().decode() for path in directory.iterdir()}).encode()
+        json.dumps({path.name: read_small(path).decode() for path in directory.iterdir()}).encode()
     )
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from opt_jax.reading import open_regular, read_small
 from opt_jax.text import OPTTokenizer
 from opt_jax.training.documents import BLOCK, TEXT_SUFFIXES, BadRecords, HFSource, cut, find_sources, pieces
 
@@ -50,6 +51,7 @@ class Tokens:
     def array(self) -> np.ndarray:
         if self._array is None:
             assert self.path is not None
+            open_regular(self.path).close()  # NumPy would wait at a pipe
             try:
                 self._array = np.lib.format.open_memmap(self.path, mode="r")
             except ValueError as error:
@@ -105,8 +107,9 @@ def open_tokens(path: Path, tokenizer: OPTTokenizer | None = None) -> Tokens:
     """
     about = Path(f"{path}.json")
     if tokenizer is not None and about.exists():
+        text = read_small(about)
         try:
-            made_by = json.loads(about.read_text(encoding="utf-8"))["tokenizer"]
+            made_by = json.loads(text.decode())["tokenizer"]
             name, vocabulary = made_by["name"], made_by["fingerprint"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{about}: not what opt-jax tokenize writes beside an array: make both again") from None
