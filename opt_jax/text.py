@@ -17,6 +17,9 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 
+from opt_jax.reading import read_small
+from opt_jax.tokenizer_files import panics_as_errors, read_as, read_json
+
 # facebook/opt-*/tokenizer_config.json. The unknown token is </s> too, so a literal "<unk>" in a text is ordinary text.
 _OPT_SPECIAL_TOKENS = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
 
@@ -73,24 +76,28 @@ class OPTTokenizer:
         limit = config.get("model_max_length") or 0
         self.model_max_length = int(limit) if 0 < limit < 1e9 else None  # HF writes 1e30 for none
 
-        for index, token in sorted((int(i), t) for i, t in config.get("added_tokens_decoder", {}).items()):
-            backend.add_tokens([_added_token(token)])
-            if backend.token_to_id(token["content"]) != index:
-                raise ValueError(f"added token {token['content']!r} cannot get the id {index} that the files ask for")
+        ids = {int(i): _added_token(token) for i, token in config.get("added_tokens_decoder", {}).items()}
+        added = sorted(ids.items())
+        backend.add_tokens([token for _, token in added])  # at once: each call makes an automaton of all that there are
+        for index, token in added:
+            if backend.token_to_id(token.content) != index:
+                raise ValueError(f"added token {token.content!r} cannot get the id {index} that the files ask for")
         named = {name: config.get(name) or default for name, default in _OPT_SPECIAL_TOKENS.items()}
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
         extra = [*extra, *(config[name] for name in ("sep_token", "cls_token", "mask_token") if config.get(name))]
         known = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
+        unknown = []
         for name, value in [*named.items(), *(("special token", token) for token in extra)]:
             token = _added_token(value)
             index = backend.token_to_id(token.content)
             if index is None:
                 raise ValueError(f"{name} {token.content!r} is not in the vocabulary of the tokenizer files")
             if token.content not in known:
-                backend.add_special_tokens([token])
+                unknown.append(token)
             if name in named:
                 setattr(self, name, token.content)
                 setattr(self, f"{name}_id", index)
+        backend.add_special_tokens(unknown)
         self.all_special_ids = sorted(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
 
         if config.get("add_bos_token", True) and not self.add_bos_token:
@@ -105,13 +112,16 @@ class OPTTokenizer:
         cls, vocab: str | os.PathLike, merges: str | os.PathLike, config: dict | None = None, **sides
     ) -> "OPTTokenizer":
         """The tokenizer of a `vocab.json` and a `merges.txt`; FileNotFoundError or ValueError if they are not."""
+        sides = _sides(**sides)
         for path in (vocab, merges):
             if not Path(path).is_file():
                 raise FileNotFoundError(f"{path}: no such tokenizer file")
-        backend: Any = _read(f"{vocab}, {merges}", lambda: Tokenizer(BPE.from_file(str(vocab), str(merges))))
+        for path in (vocab, merges):
+            read_small(Path(path))  # once more by the library, which knows no limit
+        backend: Any = read_as(f"{vocab}, {merges}", lambda: Tokenizer(BPE.from_file(str(vocab), str(merges))))
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=(config or {}).get("add_prefix_space", False))
         backend.decoder = decoders.ByteLevel()
-        return cls(backend, config, **sides)
+        return read_as(f"{vocab}, {merges}", lambda: cls(backend, config, **sides))
 
     @classmethod
     def from_pretrained(
@@ -123,6 +133,7 @@ class OPTTokenizer:
         """
         from opt_jax import hub
 
+        sides = _sides(**sides)
         found = hub.resolve(
             name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, weights=False
         )
@@ -135,20 +146,22 @@ class OPTTokenizer:
         if hub.is_remote(folder):
             with TemporaryDirectory() as copy:
                 for file in filter(lambda path: path.is_file(), (folder / name for name in hub.TOKENIZER_FILES)):
-                    Path(copy, file.name).write_bytes(file.read_bytes())
+                    Path(copy, file.name).write_bytes(read_small(file))
                 return cls.from_pretrained(copy, **sides)
-        config = _read_json(folder / "tokenizer_config.json")
+        config = read_json(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:  # else the other two files are leftovers of old versions, as in HF
-            config |= _read_json(folder / "special_tokens_map.json")
-            added = {} if fast.is_file() else _read_json(folder / "added_tokens.json")
+            config |= read_json(folder / "special_tokens_map.json")
+            added = {} if fast.is_file() else read_json(folder / "added_tokens.json")
             if added:
                 config["added_tokens_decoder"] = {i: {"content": token} for token, i in added.items()}
         if not fast.is_file():
             return cls.from_file(folder / "vocab.json", folder / "merges.txt", config, **sides)
-        backend = _read(str(fast), lambda: Tokenizer.from_file(str(fast)))
+        text = read_small(fast)
+        backend = read_as(str(fast), lambda: Tokenizer.from_buffer(text))
         backend.no_padding()
         backend.no_truncation()
-        return cls(backend, {"add_bos_token": False} | config, **sides)  # where silent, tokenizer.json knows
+        config = {"add_bos_token": False} | config  # where silent, tokenizer.json knows
+        return read_as(str(folder), lambda: cls(backend, config, **sides))
 
     @property
     def add_bos_token(self) -> bool:
@@ -212,7 +225,8 @@ class OPTTokenizer:
                 raise ValueError(f"text must be a string or a sequence of strings; item {i} is a {type(one).__name__}")
 
         try:
-            rows = self._encode(texts, add_special_tokens, max_length if truncation else None)
+            with panics_as_errors():
+                rows = self._encode(texts, add_special_tokens, max_length if truncation else None)
         except TypeError as error:  # what the tokenizers library makes of a failing UTF-8 encoding
             raise ValueError("a text has a lone surrogate (no Unicode); read it with errors='replace'") from error
         bos = self.bos_token_id
@@ -273,7 +287,8 @@ class OPTTokenizer:
             return [self.decode(row, skip_special_tokens) for row in ids]
         if ids and min(ids) < 0:
             raise ValueError(f"token id {min(ids)} is negative: replace ignored labels by pad_token_id before decoding")
-        return self.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        with panics_as_errors():
+            return self.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def batch_decode(
         self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
@@ -380,6 +395,11 @@ class StopStrings:
         return text[max(0, len(text) - self._keep) :]
 
 
+def _sides(padding_side: str = "left", truncation_side: str = "right") -> dict[str, str]:
+    sides = dict(padding_side=padding_side, truncation_side=truncation_side)
+    return {name: _side(name, value) for name, value in sides.items()}
+
+
 def _side(name: str, value: str) -> str:
     if value not in ("left", "right"):
         raise ValueError(f'{name}={value!r}: use "left" or "right"')
@@ -398,14 +418,3 @@ def _added_token(value: str | dict[str, Any]) -> AddedToken:
     """An added token as HF writes it: its text, or a dict of the fields of `tokenizers.AddedToken`."""
     fields: Any = {"content": value} if isinstance(value, str) else {k: v for k, v in value.items() if k != "__type"}
     return AddedToken(**fields)
-
-
-def _read(where: str, load: Any) -> Any:
-    try:
-        return load()
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise ValueError(f"{where}: not a tokenizer that can be read ({error})") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return _read(str(path), lambda: json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
