@@ -350,7 +350,7 @@ def test_cut_short_by_an_error_while_writing(tmp_path, capsys):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("cls", ["OPTForCausalLM", "OPTForSequenceClassification", "OPTForQuestionAnswering"])
 def test_name_table_is_a_bijection(variant, cls):
-    shapes = checkpoint.expected_shapes(getattr(opt_jax, cls), OPTConfig.from_hf(VARIANTS[variant]))
+    shapes = dict(checkpoint.expected_shapes(getattr(opt_jax, cls), OPTConfig.from_hf(VARIANTS[variant])))
     hf_names = {path: names.to_hf(path) for path in shapes}
     assert len({name for name, _ in hf_names.values()}) == len(shapes)
     for path, (name, transposed) in hf_names.items():
