@@ -76,7 +76,7 @@ class GenerationConfig:
       num_assistant_tokens: tokens drafted at a time by `assistant_model`; default: what the assistant's
         `generation_config.json` says, else 5 (HF: 20, and fewer where the assistant is not sure).
       prompt_lookup_num_tokens: draft at most so many tokens at a time, those that followed where the row had its last
-        tokens before (prompt lookup); 0: off.
+        tokens before (prompt lookup); 0: off. At most the context, as num_assistant_tokens.
       max_matching_ngram_size: look for so many of the last tokens, and then for fewer; 2, as in HF.
       num_return_sequences: so many rows for each prompt, one after the other; needs do_sample, or as many beams.
       seed: in [0, 2**32); the same call gives the same tokens. One number: row i draws as its i-th sample. A sequence,

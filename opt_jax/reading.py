@@ -2,7 +2,6 @@
 
 import os
 import stat
-from pathlib import Path
 from typing import IO, Any
 
 SMALL_FILE = 128 << 20  # bytes: of a config, a tokenizer's file, an index. The largest known has 5 MB
@@ -26,7 +25,7 @@ def _open(path: str, flags: int) -> int:
     return descriptor
 
 
-def read_small(path: Path, limit: int = SMALL_FILE) -> bytes:
+def read_small(path: os.PathLike, limit: int = SMALL_FILE) -> bytes:
     """The content of a file of at most `limit` bytes; it may be in an object store, as one of `epath`'s paths.
 
     Raises:
@@ -34,14 +33,14 @@ def read_small(path: Path, limit: int = SMALL_FILE) -> bytes:
       OSError: it cannot be read.
     """
     if "://" in os.fspath(path):
-        about: Any = path.stat()
-        _check_size(path, about.length, limit)
-        return path.read_bytes()
+        remote: Any = path
+        _check_size(path, remote.stat().length, limit)
+        return remote.read_bytes()
     with open_regular(path) as file:
         _check_size(path, os.fstat(file.fileno()).st_size, limit)
         return file.read(limit)
 
 
-def _check_size(path: Path, size: int, limit: int) -> None:
+def _check_size(path: os.PathLike, size: int, limit: int) -> None:
     if size > limit:
         raise ValueError(f"{path} has {size:,} bytes, more than the {limit:,} that such a file may have")

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from opt_jax.cache import KVCache
 from opt_jax.generation_config import GenerationConfig, check_ids, check_sequences, combine, is_integer, parse
 from opt_jax.inputs import check_inputs
+from opt_jax.memory import check_memory, column_bytes, host_memory
 from opt_jax.model import OPTForCausalLM
 from opt_jax.processors import Sequences
 from opt_jax.sampling import SamplingOptions
@@ -60,6 +61,8 @@ class Request:
     logprobs: int | None
     cache_dtype: str | None
     stops: Any  # the tokenizer's `StopStrings` of all rows, or None
+    vocab_size: int
+    column_bytes: int  # of the keys and values of a row, for each of its columns
     given: GenerationConfig  # the options as they were asked for, all layers together
     beams: dict[str, Any] | None  # arguments of `beams.beam_search` that nothing else here says; None: no beams
 
@@ -140,6 +143,8 @@ def check_request(
     if beams > 1 and (len(set(most.tolist())) > 1 or len(set(least.tolist())) > 1):
         raise ValueError("num_beams and prompts of different lengths: give max_new_tokens, and no min_length")
     copies = given.num_return_sequences or 1
+    rows = len(ids) * copies
+    check_memory(rows * int(widths.max() + most.max()) * 16, host_memory(), rows, given)  # ids, and work with them
     return Request(
         input_ids=ids,
         prompts=_prompts(ids, mask, prefix, model.config.max_position_embeddings),
@@ -150,6 +155,8 @@ def check_request(
         copies=copies,
         logprobs=None if given.logprobs is None else min(given.logprobs, model.config.vocab_size),
         cache_dtype=given.cache_dtype,
+        vocab_size=model.config.vocab_size,
+        column_bytes=column_bytes(model.config, given.cache_dtype or model.dtype),
         given=given,
         beams=None if beams == 1 else dict(
             num_beams=beams, early_stopping=given.early_stopping or False, eos_token_ids=eos,

@@ -395,7 +395,7 @@ class StopStrings:
         return text[max(0, len(text) - self._keep) :]
 
 
-def _sides(padding_side: str = "left", truncation_side: str = "right") -> dict[str, str]:
+def _sides(padding_side: str = "left", truncation_side: str = "right") -> dict[str, Any]:
     sides = dict(padding_side=padding_side, truncation_side=truncation_side)
     return {name: _side(name, value) for name, value in sides.items()}
 
