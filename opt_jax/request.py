@@ -18,6 +18,7 @@ from opt_jax.processors import Sequences
 from opt_jax.sampling import SamplingOptions
 
 DEFAULT_NEW_TOKENS = 20  # HF's
+_LARGEST_TABLE = 1 << 24  # places for bad words or stop sequences, each as long as the longest
 _SLOTS = 8  # more end tokens, stop sequences, ... than this compile anew
 
 
@@ -346,6 +347,7 @@ def _sampling_options(
     bad_words, stops = given.bad_words_ids, given.stop_token_ids
     if bad_words is not None:
         bad_words = check_sequences("bad_words_ids", bad_words, vocab_size)
+    ends = [[i] for i in eos]
     if stops is not None:
         stops = check_sequences("stop_token_ids", stops, vocab_size, or_ids=True)
     return SamplingOptions(
@@ -364,12 +366,12 @@ def _sampling_options(
         presence_penalty=scalar(np.float32, given.presence_penalty, 0),
         frequency_penalty=scalar(np.float32, given.frequency_penalty, 0),
         no_repeat_ngram_size=scalar(np.int32, given.no_repeat_ngram_size, 0),
-        bad_words=_sequences([word for word in bad_words or [] if word not in [[i] for i in eos]], vocab_size),
+        bad_words=_sequences("bad_words_ids", [word for word in bad_words or [] if word not in ends], vocab_size),
         suppress_tokens=some("suppress_tokens"),
         begin_suppress_tokens=some("begin_suppress_tokens"),
         forced_bos_token_id=some("forced_bos_token_id"),
         forced_eos_token_id=some("forced_eos_token_id"),
-        stop_sequences=_sequences(stops or [], vocab_size),
+        stop_sequences=_sequences("stop_token_ids", stops or [], vocab_size),
     )
 
 
@@ -402,12 +404,17 @@ def _slots(ids: list[int], nobody: int) -> jax.Array:
     return jax.device_put(np.array(ids + [nobody] * (count - len(ids)), np.int32))
 
 
-def _sequences(sequences: list[list[int]], nobody: int) -> Sequences | None:
+def _sequences(name: str, sequences: list[list[int]], nobody: int) -> Sequences | None:
     """Right-aligned, filled up to a multiple of `_SLOTS` sequences, of a power of two tokens."""
     if not sequences:
         return None
     count = -(-len(sequences) // _SLOTS) * _SLOTS
     length = 1 << (max(map(len, sequences)) - 1).bit_length()
+    if count * length > _LARGEST_TABLE:
+        raise ValueError(
+            f"{name} has {len(sequences):,} sequences, the longest of {max(map(len, sequences)):,} tokens: a table of "
+            f"{count * length:,}, more than {_LARGEST_TABLE:,}; leave long ones out"
+        )
     ids, used = np.full((count, length), nobody, np.int32), np.zeros((count, length), bool)
     used[len(sequences) :, -1] = True  # nobody's id is never seen
     for row, sequence in enumerate(sequences):
