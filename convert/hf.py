@@ -6,6 +6,7 @@ from pathlib import Path
 from convert import names
 from convert.stored import locate
 from convert.torch_files import read_safetensors, read_torch, shown
+from opt_jax import hub
 from opt_jax.config import OPTConfig
 from opt_jax.download import WEIGHT_FILES, read_index
 from opt_jax.storage import Checks, LazyArray, first_difference
@@ -67,7 +68,8 @@ def open_parameters(directory: Path, config: OPTConfig) -> tuple[dict[str, LazyA
         try:
             path, transposed = names.from_hf(name)
         except KeyError:
-            raise ValueError(f"{directory}: tensor {shown(name)} is left over: no OPT model has it") from None
+            what = f"tensor {shown(name)} is left over: no OPT model has it"
+            raise ValueError(f"{directory}: {what}{hub.quantization_hint(directory)}") from None
         if path in arrays:
             raise ValueError(f"{directory}: tensor {name} is there twice, with and without 'model.' in front")
         arrays[path] = array.T if transposed else array

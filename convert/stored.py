@@ -27,7 +27,7 @@ class Stored(NamedTuple):
         return LazyArray(self.shape, self.dtype, self.read)
 
     def read(self, index: Index) -> np.ndarray:
-        """A copy of the part at the index; of a matrix in rows exactly its bytes are read.
+        """A copy of the part at the index; of a matrix in rows or columns exactly its bytes are read.
 
         Raises:
           ValueError: the file is shorter than when it was opened.
@@ -50,6 +50,8 @@ class Stored(NamedTuple):
                     for i in range(shape[0]):
                         self._fill(file, out[i], start + i * steps[0])
                 return out
+            if len(shape) == 2 and steps[0] < steps[1]:  # stored in columns: as the transposed matrix's rows
+                return self._replace(shape=self.shape[::-1], strides=self.strides[::-1]).read(index[::-1]).T
             extent = sum((n - 1) * step for n, step in zip(shape, self.strides, strict=True)) + item
             run = np.empty(extent, np.uint8)  # transposed, expanded, ...: all from its first to its last byte
             self._fill(file, run, start)

@@ -21,10 +21,12 @@ from convert import unpickle
 from convert.unpickle import Refused, StubClass
 from convert.unpickle import Stub as Stub  # what `stubs=True` leaves in a file's content
 from convert.zip_records import find_records
+from opt_jax.reading import SMALL_FILE, open_regular
 
 _SAFETENSORS_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
 _STORAGE_DTYPES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
@@ -48,10 +50,10 @@ def map_file(path: Path) -> mmap.mmap:
     """The file's bytes, read-only.
 
     Raises:
-      ValueError: the file is empty or a Git LFS pointer.
+      ValueError: the file is empty, a Git LFS pointer or none at all (`open_regular`).
       OSError: it cannot be read.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         if not os.fstat(file.fileno()).st_size:
             raise ValueError(f"{path} is empty")
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -61,7 +63,7 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def _dtype(name: str) -> np.dtype:
-    return np.dtype(getattr(ml_dtypes, name) if name == "bfloat16" else name).newbyteorder("<")
+    return np.dtype(getattr(ml_dtypes, name, name)).newbyteorder("<")
 
 
 def _is_size(*numbers: Any) -> bool:
@@ -230,6 +232,8 @@ class TorchFile:
         self._prefix = pickles[0].removesuffix("data.pkl")
         if self._prefix + "byteorder" in self._records and self._bytes("byteorder") != b"little":
             raise ValueError(f"{path} was written on a big-endian machine: save it again on a little-endian one")
+        if (size := self._records[self._prefix + "data.pkl"][1]) > SMALL_FILE:
+            raise ValueError(f"{path}: the pickle in it has {size:,} bytes, more than the {SMALL_FILE:,} that are read")
         pickled = self._bytes("data.pkl")
         try:
             self.content = unpickle.loads(pickled, _find_global_or_stub if stubs else _find_global)

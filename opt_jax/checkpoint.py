@@ -4,11 +4,13 @@ A model directory holds `config.json` (HF's form), the tokenizer's files, and `p
 parts of `opt_jax.model.named_parameters`' paths, with one array per layer and parameter, in the dtype of its source.
 """
 
+import dataclasses
 import json
 import logging
+import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +27,7 @@ from opt_jax import hub, sharding
 from opt_jax.config import OPTConfig
 from opt_jax.flash import AttentionImplementation
 from opt_jax.model import OPTForCausalLM, OPTPreTrainedModel, named_parameters
+from opt_jax.reading import read_small
 from opt_jax.source_files import files_of_model
 from opt_jax.storage import (
     Checks,
@@ -41,7 +44,10 @@ M = TypeVar("M", bound=OPTPreTrainedModel)
 log = logging.getLogger(__name__)
 
 PARAM_DTYPES = ("float32", "bfloat16", "float16")
+_STORED_DTYPES = (*PARAM_DTYPES, "float64")
 _EMBEDDING = "model.decoder.embed_tokens.embedding"
+_LAYER = ".layers.0."
+_LARGEST_NEW_HEAD = 10  # times what is stored
 _HEADS = ("lm_head.", "score.", "qa_outputs.")
 
 
@@ -54,7 +60,7 @@ def read_companions(sources: Iterable[Path]) -> dict[str, bytes]:
     for source in sources:
         for name in hub.COMPANION_FILES:
             if name not in found and (source / name).is_file():
-                found[name] = (source / name).read_bytes()
+                found[name] = read_small(source / name)
     return found
 
 
@@ -213,15 +219,18 @@ def load_pretrained(
             params[path].set_value(array)
     model.name_or_path = str(directory)
     if (directory / "generation_config.json").is_file():
-        model.generation_config_json = (directory / "generation_config.json").read_bytes().decode("utf-8", "replace")
+        model.generation_config_json = read_small(directory / "generation_config.json").decode("utf-8", "replace")
     files.check() if mesh is None else on_every_process(files.check)
     return model
 
 
-def expected_shapes(cls: type[OPTPreTrainedModel], config: OPTConfig) -> dict[str, Shape]:
-    """Path -> shape of every parameter of the (unstacked) model, without making any."""
-    model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))
-    return {path: param.get_value().shape for path, param in named_parameters(model).items()}
+def expected_shapes(cls: type[OPTPreTrainedModel], config: OPTConfig) -> Iterator[tuple[str, Shape]]:
+    """(path, shape) of every parameter of the (unstacked) model. Only one layer of it is thought through."""
+    model = nnx.eval_shape(lambda: cls(dataclasses.replace(config, num_hidden_layers=1), rngs=nnx.Rngs(0)))
+    shapes = {path: param.get_value().shape for path, param in named_parameters(model).items()}
+    for i in range(config.num_hidden_layers):
+        yield from ((path.replace(_LAYER, f".layers.{i}.", 1), shapes[path]) for path in shapes if _LAYER in path)
+    yield from ((path, shapes[path]) for path in shapes if _LAYER not in path)
 
 
 def check_parameters(
@@ -244,20 +253,32 @@ def check_parameters(
       The model's parameters, path -> shape; those that are missing, and those left over, of the heads that may be.
 
     Raises:
-      ValueError: a tensor is missing, left over or has another shape; the message names it.
+      ValueError: a tensor is missing, left over, has another shape or is not floating point; the message names it.
     """
-    if config.num_hidden_layers > len(arrays):  # before a model of a billion layers is thought through
+    for path, array in arrays.items():
+        if array.dtype.name not in _STORED_DTYPES:
+            what = f"tensor {describe(path, ())[0]} is {array.dtype.name}, which no weight of a model is"
+            raise ValueError(f"{where}: {what}{hub.quantization_hint(where)}")
+    if config.num_hidden_layers > len(arrays):
         raise ValueError(
             f"{where}: there are only {len(arrays)} tensors, but the config calls for {config.num_hidden_layers} layers"
         )
-    expected = expected_shapes(cls, config)
     found = {path: array.shape for path, array in arrays.items()}
-    lacking = [head for head in may_lack if not any(path.startswith(head) for path in found)]
-    fresh = [path for path in expected if path not in found]
+    lacking = tuple(head for head in may_lack if not any(path.startswith(head) for path in found))
+    expected, fresh = {}, []
+    for path, shape in expected_shapes(cls, config):  # no further than to the first that is missing
+        expected[path] = shape
+        if path not in found:
+            fresh.append(path)
+            if not path.startswith(lacking):
+                raise ValueError(f"{where}: tensor {describe(path, ())[0]} is missing, which the config calls for")
+    size, stored = (sum(map(math.prod, shapes)) for shapes in ((expected[path] for path in fresh), found.values()))
+    if size > _LARGEST_NEW_HEAD * stored + (1 << 24):
+        raise ValueError(
+            f"{where}: a new head of shape {expected[fresh[0]]}, with num_labels={config.num_labels}, is more than "
+            f"{_LARGEST_NEW_HEAD} times as large as all that is in the checkpoint"
+        )
     dropped = [path for path in found if path not in expected]
-    for path in fresh:
-        if not path.startswith(tuple(lacking)):
-            raise ValueError(f"{where}: tensor {describe(path, ())[0]} is missing, which the config calls for")
     for path in dropped:
         if not path.startswith(tuple(may_drop)):
             raise ValueError(f"{where}: tensor {describe(path, ())[0]} is left over: the config has no place for it")

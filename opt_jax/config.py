@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from opt_jax.reading import read_small
+
 # Activations of `transformers.activations.ACT2FN` that OPT variants use; model.py maps each to its function.
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish", "tanh")
+MAX_LABELS = 1_000_000
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # Table 1 of the OPT paper (Zhang et al. 2022): layers, heads, width. Every size has ffn = 4 * width.
@@ -69,6 +72,7 @@ class OPTConfig:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "ffn_dim", "max_position_embeddings",
                      "word_embed_proj_dim", "num_attention_heads", "num_labels"):  # fmt: skip
             self._require(0 < getattr(self, name) < 2**31, name, "a positive integer below 2**31")
+        self._require(self.num_labels <= MAX_LABELS, "num_labels", f"at most {MAX_LABELS}")  # a config.json names each
         for name in ("dropout", "attention_dropout", "layerdrop"):
             self._require(0 <= getattr(self, name) < 1, name, "a probability in [0, 1)")
         self._require(self.init_std >= 0 and math.isfinite(self.init_std), "init_std", "a finite number >= 0")
@@ -152,9 +156,10 @@ class OPTConfig:
             if not path.is_file():
                 raise FileNotFoundError(f"no OPT configuration at {path}")
             where = str(path)
+            text = read_small(path)
             try:
-                raw = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as e:
+                raw = json.loads(text.decode())
+            except (ValueError, RecursionError) as e:
                 raise ValueError(f"{path} is not valid JSON: {e}") from None
             if not isinstance(raw, dict):
                 raise ValueError(f"{path} holds a {type(raw).__name__}, not a JSON object")

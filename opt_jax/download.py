@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from opt_jax.reading import read_small
 from opt_jax.temporary import refuse_links
 
 WEIGHT_FILES = (
@@ -97,7 +98,7 @@ def read_index(path: Path) -> dict[str, str]:
       ValueError: it is none.
     """
     try:
-        weight_map = json.loads(path.read_bytes().decode())["weight_map"]
+        weight_map = json.loads(read_small(path).decode())["weight_map"]
         names = set(weight_map.values())
         if not names or not all(re.fullmatch(r"[\w-][\w.-]*", name) for name in names):
             raise ValueError("it names no files, or files outside its directory")

@@ -49,10 +49,19 @@ def check_drafts(model: OPTForCausalLM, request: Request, assistant: Any) -> Dra
     if request.beams is not None:
         name = "assistant_model" if lookup is None else "prompt_lookup_num_tokens"
         raise ValueError(f"{name} is not supported with num_beams: leave one of them out")
+    limit = model.config.max_position_embeddings
     if lookup is not None:
+        _check_count("prompt_lookup_num_tokens", lookup, limit)
         return Drafts(None, np.int32(given.max_matching_ngram_size or DEFAULT_NGRAM), lookup)
     assistant = _checked(model, request, assistant)
-    return Drafts(FlatModel.of(assistant), np.int32(0), _draft_count(request, assistant))
+    count = _draft_count(request, assistant)
+    _check_count("num_assistant_tokens", count, limit)
+    return Drafts(FlatModel.of(assistant), np.int32(0), count)
+
+
+def _check_count(name: str, count: int, limit: int) -> None:
+    if count > limit:
+        raise ValueError(f"{name}={count} must be at most max_position_embeddings={limit}")
 
 
 def _checked(model: OPTForCausalLM, request: Request, assistant: Any) -> OPTForCausalLM:

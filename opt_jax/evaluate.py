@@ -172,9 +172,8 @@ def load(options: EvalOptions) -> Any:
 
 def read_ids(paths: Sequence[str], tokenizer: Any) -> tuple[Any, int]:
     """(the ids of all documents, each behind `</s>`, int32 [N]; how many documents)."""
-    import numpy as np
-
     from opt_jax.training.documents import TEXT_SUFFIXES, find_sources, read_documents
+    from opt_jax.training.tokens import tokenize
 
     sources = find_sources(paths, TEXT_SUFFIXES)
     if arrays := [source for source in sources if source.suffix == ".npy"]:
@@ -182,8 +181,7 @@ def read_ids(paths: Sequence[str], tokenizer: Any) -> tuple[Any, int]:
             f"--data {arrays[0]}: holds tokens; name the texts, which are tokenised as the model wants them"
         )
     documents = read_documents(sources)
-    rows = tokenizer(documents, return_tensors=None, add_special_tokens=False)["input_ids"]
-    return np.concatenate([np.array([tokenizer.bos_token_id, *row], np.int32) for row in rows]), len(documents)
+    return tokenize(documents, tokenizer)[:-1], len(documents)  # none behind the last
 
 
 def perplexities(options: EvalOptions, model: Any, ids: Any) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from opt_jax.cache import KVCache
 from opt_jax.decode import DecodeState, FlatModel, Model, NewTokens, new_tokens
 from opt_jax.drafts import Drafts, check_drafts
 from opt_jax.generation_config import GenerationConfig
+from opt_jax.memory import check_memory, device_memory
 from opt_jax.model import OPTForCausalLM
 from opt_jax.processors import History
 from opt_jax.request import Prefix, Request, batch_bucket, bucket, check_batch_size, check_request, check_score
@@ -96,7 +97,8 @@ def generate(
 
     Raises:
       ValueError: options that contradict each other or have no effect, prompts without a token or padded on the right,
-        more positions than the model has, a stacked model (see `unstack_layers`), or one without LM head.
+        more positions than the model has or more keys and values than the devices have memory for, a stacked model (see
+        `unstack_layers`), or one without LM head.
     """
     request = check_request(model, input_ids, attention_mask, generation_config, tokenizer, cache, options)
     return generate_requested(model, request, batch_size, progress_bar, assistant_model)
@@ -120,6 +122,7 @@ def generate_requested(
         return _generate_with_beams(model, request, batch_size or len(request.input_ids))
     flat = FlatModel.of(model)
     if batch_size is not None and (batch_size < request.rows or progress_bar):
+        _check_fits(flat, request, min(batch_size, request.rows), request.capacity)
         return output(request, continuous.generate(flat, request, min(batch_size, request.rows), progress_bar))
     sampling_options, (state, _, ended) = _start(flat, request)
     if request.stops is None:
@@ -132,8 +135,20 @@ def generate_requested(
     return output(request, new_tokens(state))
 
 
+def _check_fits(model: Model, request: Request, rows: int, new_columns: int, branches: int = 1) -> None:
+    """ValueError unless the devices have the memory for so many rows at a time.
+
+    branches: continuations of a row that are looked at together (beams, drafts): one distribution over the vocabulary
+    each, and the columns that each of them sees.
+    """
+    columns = request.width + new_columns
+    nbytes = columns * (request.column_bytes + branches) + branches * request.vocab_size * 4
+    nbytes += request.capacity * (request.logprobs or 0) * 8  # token and value
+    check_memory(rows * nbytes, device_memory(model), rows, request.given)
+
+
 def _generate_with_drafts(model: FlatModel, request: Request, drafts: Drafts) -> GenerateOutput:
-    options, (state, _, _) = _start(model, request, drafts.spare(request.rows))
+    options, (state, _, _) = _start(model, request, drafts)
     result = speculative.run(model, request, drafts, options, state)
     drafted, accepted = (np.asarray(x)[: request.rows] for x in (result.drafted, result.accepted))
     return dataclasses.replace(output(request, new_tokens(result.state)), drafted=drafted, accepted=accepted)
@@ -212,6 +227,8 @@ def _generate_with_beams(model: OPTForCausalLM, request: Request, batch_size: in
 
 def _search(model: OPTForCausalLM, request: Request, rows: np.ndarray) -> beams.BeamOutput:
     options: dict[str, Any] = dict(request.beams or {})
+    capacity = bucket(request.max_new_tokens)
+    _check_fits(model, request, len(rows), options["num_beams"] * capacity, options["num_beams"])
     ends = max(1, len(options["eos_token_ids"]))  # HF: at least two tokens are kept where no token ends
     if options["seed"].ndim:
         options["seed"] = options["seed"][rows]
@@ -219,7 +236,7 @@ def _search(model: OPTForCausalLM, request: Request, rows: np.ndarray) -> beams.
         model, request.prompts.ids[rows], request.prompts.mask[rows], max_new_tokens=request.max_new_tokens,
         num_return_sequences=request.copies, pad_token_id=request.pad_token_id, do_sample=request.do_sample,
         process=_beam_process(request.do_sample, ends + 1 if request.do_sample else 1),
-        process_options=request.options_of(np.arange(1)), capacity=bucket(request.max_new_tokens),
+        process_options=request.options_of(np.arange(1)), capacity=capacity,
         cache_dtype=request.cache_dtype, first_row=int(rows[0]), **options,
     )  # fmt: skip
 
@@ -264,7 +281,7 @@ def _stream(model: FlatModel, request: Request, drafts: Drafts | None) -> Genera
     if drafts is None:
         steps = _steps(model, request)
     else:
-        options, (state, _, _) = _start(model, request, drafts.spare(request.rows))
+        options, (state, _, _) = _start(model, request, drafts)
         steps = speculative.steps(model, request, drafts, options, state)
     stops, new = request.stops, np.zeros((request.rows, request.max_new_tokens), np.int32)
     for step, (token, ended) in enumerate(steps, 1):
@@ -288,20 +305,20 @@ def _steps(model: FlatModel, request: Request) -> Iterator[tuple[np.ndarray, np.
         yield np.asarray(token), np.asarray(ended)
 
 
-def _start(model: Model, request: Request, spare: int = 0) -> tuple[SamplingOptions, decode.Report]:
+def _start(model: Model, request: Request, drafts: Drafts | None = None) -> tuple[SamplingOptions, decode.Report]:
     """The options of all rows, and what `begin` returns. Rows are filled up to a bucket, with copies of the last.
 
     On a GPU to two at least: XLA makes of a product with one row a multiplication of the whole matrix, which it writes
     to memory and adds up after that (`xla_gpu_enable_dot_strength_reduction`), and three kernels of each LayerNorm.
-
-    spare: columns that the cache needs besides those of the tokens.
     """
     count = len(request.input_ids)
     rows = batch_bucket(2 if request.rows == 1 and _platform(model) == "gpu" else count)
+    capacity = request.capacity_with(0 if drafts is None else drafts.spare(request.rows))
+    _check_fits(model, request, rows * request.copies, capacity, 1 if drafts is None else drafts.count + 1)
     options = request.options_of(_padded(np.arange(request.rows), rows * request.copies))
     prompts = request.prompts.take(_padded(np.arange(count), rows))
     return options, decode.begin(
-        model, prompts, options, capacity=request.capacity_with(spare), copies=request.copies,
+        model, prompts, options, capacity=capacity, copies=request.copies,
         do_sample=request.do_sample, logprobs=request.logprobs, cache_dtype=request.cache_dtype,
     )  # fmt: skip
 

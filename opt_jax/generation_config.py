@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from opt_jax.reading import read_small
+
 # HF's options that never have an effect on tokens. (Empty prompts, which HF starts with BOS, are errors.)
 _INERT = {"bos_token_id", "transformers_version", "_from_model_config", "return_dict_in_generate"}
 # HF's options that are not supported, and the values that are fine because they change nothing (None always is).
@@ -74,7 +76,7 @@ class GenerationConfig:
       num_assistant_tokens: tokens drafted at a time by `assistant_model`; default: what the assistant's
         `generation_config.json` says, else 5 (HF: 20, and fewer where the assistant is not sure).
       prompt_lookup_num_tokens: draft at most so many tokens at a time, those that followed where the row had its last
-        tokens before (prompt lookup); 0: off.
+        tokens before (prompt lookup); 0: off. At most the context, as num_assistant_tokens.
       max_matching_ngram_size: look for so many of the last tokens, and then for fewer; 2, as in HF.
       num_return_sequences: so many rows for each prompt, one after the other; needs do_sample, or as many beams.
       seed: in [0, 2**32); the same call gives the same tokens. One number: row i draws as its i-th sample. A sequence,
@@ -150,7 +152,7 @@ class GenerationConfig:
         path = folder / "generation_config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
-        return cls.from_dict(parse(path.read_text(encoding="utf-8"), str(path)), str(path))
+        return cls.from_dict(parse(read_small(path).decode("utf-8", "replace"), str(path)), str(path))
 
     def check(self) -> None:
         """ValueError for values out of range and contradictions."""

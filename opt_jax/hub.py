@@ -11,6 +11,7 @@ from urllib.parse import quote
 from etils import epath
 
 from opt_jax.download import WEIGHT_FILES, Repository, download
+from opt_jax.reading import read_small
 
 TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "tokenizer.json",
@@ -197,13 +198,14 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: there is neither.
-      ValueError: not JSON, or not an object.
+      ValueError: not JSON, not an object, or see `read_small`.
     """
     path = config_file(directory)
     if not path.is_file():
         raise FileNotFoundError(f"no OPT configuration at {path}")
+    text = read_small(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text.decode())
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not valid JSON: {e}") from None
     if not isinstance(content, dict):
@@ -215,6 +217,35 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     architectures = {"architectures": ["OPTForCausalLM"]}
     task = (content.get("options") or {}).get("task")
     return architectures | content["model"] if task else content["model"] | architectures
+
+
+_QUANTIZERS = {
+    "awq": "an AWQ", "bitsandbytes": "a bitsandbytes", "compressed-tensors": "a compressed-tensors", "fp8": "an FP8",
+    "gptq": "a GPTQ",
+}  # fmt: skip
+
+
+def quantization_hint(directory: str | os.PathLike) -> str:
+    """For an error message about a tensor of the model in `directory`: what its quantization says; "" without one."""
+    for name in ("config.json", "quantize_config.json", "quant_config.json"):  # the latter two: AutoGPTQ's, AutoAWQ's
+        path = as_path(directory) / name
+        try:
+            content = json.loads(read_small(path).decode()) if path.is_file() else None
+        except (ValueError, RecursionError):
+            continue
+        found = content.get("quantization_config") if isinstance(content, dict) and name == "config.json" else content
+        if not isinstance(found, dict):
+            continue
+        method = found.get("quant_method")
+        if not isinstance(method, str):  # files of old versions do not say
+            old = any(key in found for key in ("load_in_8bit", "load_in_4bit"))
+            method = "bitsandbytes" if old else "awq" if name == "quant_config.json" else "gptq"
+        kind = _QUANTIZERS.get(method.lower(), f"a {method[:40]!r}")
+        return (
+            f": this is {kind} checkpoint ({name}), which is not supported: take the model that was quantized, or let "
+            "transformers dequantize it (model.dequantize(), save_pretrained)"
+        )
+    return ""
 
 
 def companion_directories(directory: str | os.PathLike) -> tuple[Path, ...]:

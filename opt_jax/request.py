@@ -13,11 +13,13 @@ from opt_jax.cache import KVCache
 from opt_jax.generation_config import GenerationConfig, check_ids, check_sequences, combine, is_integer, parse
 from opt_jax.ids import as_ids, as_mask
 from opt_jax.inputs import check_inputs
+from opt_jax.memory import check_memory, column_bytes, host_memory
 from opt_jax.model import OPTForCausalLM
 from opt_jax.processors import Sequences
 from opt_jax.sampling import SamplingOptions
 
 DEFAULT_NEW_TOKENS = 20  # HF's
+_LARGEST_TABLE = 1 << 24  # places for bad words or stop sequences, each as long as the longest
 _SLOTS = 8  # more end tokens, stop sequences, ... than this compile anew
 
 
@@ -61,6 +63,8 @@ class Request:
     logprobs: int | None
     cache_dtype: str | None
     stops: Any  # the tokenizer's `StopStrings` of all rows, or None
+    vocab_size: int
+    column_bytes: int  # of the keys and values of a row, for each of its columns
     given: GenerationConfig  # the options as they were asked for, all layers together
     beams: dict[str, Any] | None  # arguments of `beams.beam_search` that nothing else here says; None: no beams
 
@@ -141,6 +145,8 @@ def check_request(
     if beams > 1 and (len(set(most.tolist())) > 1 or len(set(least.tolist())) > 1):
         raise ValueError("num_beams and prompts of different lengths: give max_new_tokens, and no min_length")
     copies = given.num_return_sequences or 1
+    rows = len(ids) * copies
+    check_memory(rows * int(widths.max() + most.max()) * 16, host_memory(), rows, given)  # ids, and work with them
     return Request(
         input_ids=ids,
         prompts=_prompts(ids, mask, prefix, model.config.max_position_embeddings),
@@ -151,6 +157,8 @@ def check_request(
         copies=copies,
         logprobs=None if given.logprobs is None else min(given.logprobs, model.config.vocab_size),
         cache_dtype=given.cache_dtype,
+        vocab_size=model.config.vocab_size,
+        column_bytes=column_bytes(model.config, given.cache_dtype or model.dtype),
         given=given,
         beams=None if beams == 1 else dict(
             num_beams=beams, early_stopping=given.early_stopping or False, eos_token_ids=eos,
@@ -339,6 +347,7 @@ def _sampling_options(
     bad_words, stops = given.bad_words_ids, given.stop_token_ids
     if bad_words is not None:
         bad_words = check_sequences("bad_words_ids", bad_words, vocab_size)
+    ends = [[i] for i in eos]
     if stops is not None:
         stops = check_sequences("stop_token_ids", stops, vocab_size, or_ids=True)
     return SamplingOptions(
@@ -357,12 +366,12 @@ def _sampling_options(
         presence_penalty=scalar(np.float32, given.presence_penalty, 0),
         frequency_penalty=scalar(np.float32, given.frequency_penalty, 0),
         no_repeat_ngram_size=scalar(np.int32, given.no_repeat_ngram_size, 0),
-        bad_words=_sequences([word for word in bad_words or [] if word not in [[i] for i in eos]], vocab_size),
+        bad_words=_sequences("bad_words_ids", [word for word in bad_words or [] if word not in ends], vocab_size),
         suppress_tokens=some("suppress_tokens"),
         begin_suppress_tokens=some("begin_suppress_tokens"),
         forced_bos_token_id=some("forced_bos_token_id"),
         forced_eos_token_id=some("forced_eos_token_id"),
-        stop_sequences=_sequences(stops or [], vocab_size),
+        stop_sequences=_sequences("stop_token_ids", stops or [], vocab_size),
     )
 
 
@@ -395,12 +404,17 @@ def _slots(ids: list[int], nobody: int) -> jax.Array:
     return jax.device_put(np.array(ids + [nobody] * (count - len(ids)), np.int32))
 
 
-def _sequences(sequences: list[list[int]], nobody: int) -> Sequences | None:
+def _sequences(name: str, sequences: list[list[int]], nobody: int) -> Sequences | None:
     """Right-aligned, filled up to a multiple of `_SLOTS` sequences, of a power of two tokens."""
     if not sequences:
         return None
     count = -(-len(sequences) // _SLOTS) * _SLOTS
     length = 1 << (max(map(len, sequences)) - 1).bit_length()
+    if count * length > _LARGEST_TABLE:
+        raise ValueError(
+            f"{name} has {len(sequences):,} sequences, the longest of {max(map(len, sequences)):,} tokens: a table of "
+            f"{count * length:,}, more than {_LARGEST_TABLE:,}; leave long ones out"
+        )
     ids, used = np.full((count, length), nobody, np.int32), np.zeros((count, length), bool)
     used[len(sequences) :, -1] = True  # nobody's id is never seen
     for row, sequence in enumerate(sequences):

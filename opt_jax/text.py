@@ -17,8 +17,10 @@ from tokenizers import AddedToken, Encoding, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from opt_jax.ids import as_array
+from opt_jax.reading import read_small
 from opt_jax.streaming import StopStrings
 from opt_jax.temporary import refuse_links
+from opt_jax.tokenizer_files import panics_as_errors, read_as, read_json
 from opt_jax.vocabulary import OPT_SPECIAL_TOKENS, SPECIAL_TOKENS, Vocabulary, check_ids, to_list
 
 # GPT-2's alphabet: printable bytes stand for themselves, the others for the characters from 256 on.
@@ -76,10 +78,12 @@ class OPTTokenizer(Vocabulary):
         limit = config.get("model_max_length") or 0
         self.model_max_length = int(limit) if 0 < limit < 1e9 else None  # HF writes 1e30 for none
 
-        for index, token in sorted((int(i), t) for i, t in config.get("added_tokens_decoder", {}).items()):
-            backend.add_tokens([_added_token(token)])
-            if backend.token_to_id(token["content"]) != index:
-                raise ValueError(f"added token {token['content']!r} cannot get the id {index} that the files ask for")
+        ids = {int(i): _added_token(token) for i, token in config.get("added_tokens_decoder", {}).items()}
+        added = sorted(ids.items())
+        backend.add_tokens([token for _, token in added])  # at once: each call makes an automaton of all that there are
+        for index, token in added:
+            if backend.token_to_id(token.content) != index:
+                raise ValueError(f"added token {token.content!r} cannot get the id {index} that the files ask for")
         for name in SPECIAL_TOKENS:
             if value := config.get(name) or OPT_SPECIAL_TOKENS.get(name):
                 self._set_special_token(name, _added_token(value))
@@ -105,13 +109,16 @@ class OPTTokenizer(Vocabulary):
         cls, vocab: str | os.PathLike, merges: str | os.PathLike, config: dict | None = None, **sides
     ) -> "OPTTokenizer":
         """The tokenizer of a `vocab.json` and a `merges.txt`; FileNotFoundError or ValueError if they are not."""
+        _check_sides(**sides)  # here: what fails below is said of the files
         for path in (vocab, merges):
             if not Path(path).is_file():
                 raise FileNotFoundError(f"{path}: no such tokenizer file")
-        backend: Any = _read(f"{vocab}, {merges}", lambda: Tokenizer(BPE.from_file(str(vocab), str(merges))))
+        for path in (vocab, merges):
+            read_small(Path(path))  # once more by the library, which knows no limit
+        backend: Any = read_as(f"{vocab}, {merges}", lambda: Tokenizer(BPE.from_file(str(vocab), str(merges))))
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=(config or {}).get("add_prefix_space", False))
         backend.decoder = decoders.ByteLevel()
-        return cls(backend, config, **sides)
+        return read_as(f"{vocab}, {merges}", lambda: cls(backend, config, **sides))
 
     @classmethod
     def from_pretrained(
@@ -123,6 +130,7 @@ class OPTTokenizer(Vocabulary):
         """
         from opt_jax import hub
 
+        _check_sides(**sides)  # here: what fails below is said of the files
         found = hub.resolve(
             name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, weights=False
         )
@@ -135,20 +143,22 @@ class OPTTokenizer(Vocabulary):
         if hub.is_remote(folder):
             with TemporaryDirectory() as copy:
                 for file in filter(lambda path: path.is_file(), (folder / name for name in hub.TOKENIZER_FILES)):
-                    Path(copy, file.name).write_bytes(file.read_bytes())
+                    Path(copy, file.name).write_bytes(read_small(file))
                 return cls.from_pretrained(copy, **sides)
-        config = _read_json(folder / "tokenizer_config.json")
+        config = read_json(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:  # else the other two files are leftovers of old versions, as in HF
-            config |= _read_json(folder / "special_tokens_map.json")
-            added = {} if fast.is_file() else _read_json(folder / "added_tokens.json")
+            config |= read_json(folder / "special_tokens_map.json")
+            added = {} if fast.is_file() else read_json(folder / "added_tokens.json")
             if added:
                 config["added_tokens_decoder"] = {i: {"content": token} for token, i in added.items()}
         if not fast.is_file():
             return cls.from_file(folder / "vocab.json", folder / "merges.txt", config, **sides)
-        backend = _read(str(fast), lambda: Tokenizer.from_file(str(fast)))
+        text = read_small(fast)
+        backend = read_as(str(fast), lambda: Tokenizer.from_buffer(text))
         backend.no_padding()
         backend.no_truncation()
-        return cls(backend, {"add_bos_token": False} | config, **sides)  # where silent, tokenizer.json knows
+        config = {"add_bos_token": False} | config  # where silent, tokenizer.json knows
+        return read_as(str(folder), lambda: cls(backend, config, **sides))
 
     def __repr__(self) -> str:
         return f"OPTTokenizer(vocab_size={self.vocab_size}, bos={self.bos_token!r}, pad={self.pad_token!r})"
@@ -279,6 +289,7 @@ class OPTTokenizer(Vocabulary):
             name: [padded(row, pads[name]) for row in rows] if name in pads else rows for name, rows in columns.items()
         }
 
+    @panics_as_errors()
     def _encode(
         self, texts: list[str], pairs: list[str] | None, add_special_tokens: bool, limit: int | None, offsets: bool
     ) -> list[Encoding]:
@@ -325,7 +336,9 @@ class OPTTokenizer(Vocabulary):
         ids = to_list(token_ids)
         if ids and isinstance(ids[0], list):
             return [self.decode(row, skip_special_tokens) for row in ids]
-        return self.backend_tokenizer.decode(check_ids(ids), skip_special_tokens=skip_special_tokens)
+        check_ids(ids)
+        with panics_as_errors():
+            return self.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def batch_decode(
         self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
@@ -374,6 +387,11 @@ class OPTTokenizer(Vocabulary):
 
 
 AutoTokenizer = OPTTokenizer
+
+
+def _check_sides(padding_side: str = "left", truncation_side: str | None = None) -> None:
+    _side("padding_side", padding_side)
+    _side("truncation_side", truncation_side or "right")
 
 
 def _side(name: str, value: str) -> str:
@@ -428,14 +446,3 @@ def _extra_tokens(config: dict[str, Any]) -> list:
     """Special tokens without a name, as the files have them."""
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     return list(extra.values() if isinstance(extra, dict) else extra)  # a dict: names of one model's own
-
-
-def _read(where: str, load: Any) -> Any:
-    try:
-        return load()
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise ValueError(f"{where}: not a tokenizer that can be read ({error})") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return _read(str(path), lambda: json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}

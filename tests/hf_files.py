@@ -24,7 +24,10 @@ VARIANTS = {
     "untied": TINY | dict(tie_word_embeddings=False),
     "no-final-norm": TINY | dict(_remove_final_layer_norm=True),
 }
-_STORAGES = {"float16": "HalfStorage", "bfloat16": "BFloat16Storage", "float32": "FloatStorage"}
+_STORAGES = {
+    "float16": "HalfStorage", "bfloat16": "BFloat16Storage", "float32": "FloatStorage", "int8": "CharStorage",
+    "int32": "IntStorage", "uint8": "ByteStorage",
+}  # fmt: skip
 
 
 def hf_shapes(config: dict, head: str = "lm_head") -> dict[str, tuple[int, ...]]:

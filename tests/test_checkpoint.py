@@ -1,5 +1,6 @@
 """Saving and loading models: both layer forms, dtypes, meshes, heads that differ, and nothing half-written."""
 
+import dataclasses
 import json
 import logging
 import re
@@ -349,3 +350,53 @@ def test_damaged_orbax_directories(tmp_path):
     (params / "_METADATA").unlink()
     with pytest.raises(FileNotFoundError, match="has no weights"):
         OPTForCausalLM.from_pretrained(tmp_path / "out")
+
+
+# Size -----------------------------------------------------------------------------------------------------------------
+
+
+def test_names_are_compared_before_a_model_of_the_config_is_built(tmp_path):
+    built = []
+
+    class Recorder(OPTForCausalLM):
+        def __init__(self, config, **options):
+            built.append(config.num_hidden_layers)
+            super().__init__(config, **options)
+
+    directory = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
+    config, _ = checkpoint.read_config(directory)
+    stored, _ = checkpoint.open_parameters(directory, config)
+    claimed = {f"model.decoder.layers.{i}.fc1.bias": stored["model.decoder.layers.0.fc1.bias"] for i in range(2, 300)}
+    config = dataclasses.replace(config, num_hidden_layers=300)
+    with pytest.raises(ValueError, match=r"tensor model\.decoder\.layers\.2\..* is missing"):
+        checkpoint.check_parameters(Recorder, config, stored | claimed, "here")
+    assert built == [1]
+
+
+@pytest.mark.parametrize("cls, variant", [
+    ("OPTForCausalLM", "untied"), ("OPTForSequenceClassification", "350m"), ("OPTForQuestionAnswering", "galactica"),
+])  # fmt: skip
+def test_expected_shapes_are_those_of_the_model(cls, variant):
+    config = OPTConfig.from_hf(VARIANTS[variant])
+    model = nnx.eval_shape(lambda: getattr(opt_jax, cls)(config, rngs=nnx.Rngs(0)))
+    shapes = {path: param.get_value().shape for path, param in named_parameters(model).items()}
+    assert dict(checkpoint.expected_shapes(getattr(opt_jax, cls), config)) == shapes
+
+
+def test_a_new_head_is_in_proportion_to_the_checkpoint(tmp_path):
+    write_hf(tmp_path / "out", TINY, hf_weights(TINY))
+    edit_config(tmp_path / "out", num_labels=10**8, id2label=None)
+    with pytest.raises(ValueError, match="config.json: .*num_labels=100000000 must be at most 1000000"):
+        OPTForSequenceClassification.from_pretrained(tmp_path / "out")
+    edit_config(tmp_path / "out", num_labels=10**6)  # 8 x 10**6 elements: small enough for any checkpoint
+    wide = {"score.kernel": (10**5, 10**6)}
+    config, _ = checkpoint.read_config(tmp_path / "out")
+    stored, _ = checkpoint.open_parameters(tmp_path / "out", config)
+    expected, fresh, _ = checkpoint.check_parameters(
+        OPTForSequenceClassification, config, stored, "here", may_lack=("score.",)
+    )
+    assert fresh == ["score.kernel"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "expected_shapes", lambda cls, config: iter((expected | wide).items()))
+        with pytest.raises(ValueError, match=r"a new head of shape \(100000, 1000000\), with num_labels=1000000"):
+            checkpoint.check_parameters(OPTForSequenceClassification, config, stored, "here", may_lack=("score.",))

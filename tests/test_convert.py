@@ -13,11 +13,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from hf_files import TINY, VARIANTS, hf_weights, write_hf
+from metaseq_files import contents, namespace, settings
+from metaseq_files import write as write_metaseq
 
 import opt_jax
 from convert import names
 from convert.__main__ import main
-from opt_jax import OPTConfig, checkpoint, named_parameters, storage
+from opt_jax import OPTConfig, OPTForCausalLM, checkpoint, named_parameters, storage
 
 DATA = Path(__file__).parent / "data"
 
@@ -212,6 +214,60 @@ def test_tensors_that_do_not_fit(tmp_path, capsys, config, changes, message):
     assert message in refused(capsys, source, tmp_path / "out")
 
 
+def with_integers(directory: Path, form: str, dtype: str) -> Path:
+    """A checkpoint whose FC1 is of this dtype, and what to open."""
+    weights = hf_weights(TINY)
+    weights[FC1] = np.ones((16, 8), getattr(ml_dtypes, dtype, dtype))
+    if form == "metaseq":
+        return write_metaseq(directory, contents(weights, cfg=namespace({"model": settings(TINY)})))[0]
+    if form != "orbax":
+        return write_hf(directory, TINY, weights, form)
+    arrays = {}
+    for name, array in weights.items():
+        path, transposed = names.from_hf(name)
+        array = array.T if transposed else array
+        arrays[path] = storage.LazyArray(array.shape, array.dtype, array.__getitem__)
+    storage.write_arrays(directory / "params", arrays)
+    (directory / "config.json").write_text(json.dumps(TINY))
+    return directory
+
+
+@pytest.mark.parametrize("form, dtype", [
+    ("safetensors", "int8"), ("safetensors", "uint32"), ("safetensors", "bool"), ("safetensors", "float8_e4m3fn"),
+    ("safetensors-sharded", "int64"), ("bin", "int8"), ("bin-sharded", "int32"), ("orbax", "int8"), ("orbax", "uint8"),
+    ("metaseq", "int8"),
+])  # fmt: skip
+def test_what_is_not_floating_point_is_no_weight(tmp_path, capsys, form, dtype):
+    source = with_integers(tmp_path / "source", form, dtype)
+    if form != "metaseq":
+        with pytest.raises(ValueError, match=f"{source}: tensor .*fc1.* is {dtype}, which no weight of a model is$"):
+            OPTForCausalLM.from_pretrained(source)
+    for options in (["--dtype", "float32"], []):
+        assert f"tensor {FC1} is {dtype}, which no weight" in refused(capsys, source, tmp_path / "out", *options)
+
+
+@pytest.mark.parametrize("file, content, recipe", [
+    ("config.json", TINY | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "this is a GPTQ checkpoint"),
+    ("config.json", TINY | {"quantization_config": {"quant_method": "awq"}}, "this is an AWQ checkpoint"),
+    ("config.json", TINY | {"quantization_config": {"load_in_8bit": True}}, "this is a bitsandbytes checkpoint"),
+    ("config.json", TINY | {"quantization_config": {"quant_method": "hqq"}}, "this is a 'hqq' checkpoint"),
+    ("quantize_config.json", {"bits": 4}, "this is a GPTQ checkpoint (quantize_config.json)"),
+    ("quant_config.json", {"w_bit": 4}, "this is an AWQ checkpoint"),
+])  # fmt: skip
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_quantized_checkpoint_is_called_one(tmp_path, capsys, file, content, recipe, renamed):
+    weights = hf_weights(TINY)
+    weights[FC1] = np.ones((16, 8), np.int8)
+    if renamed:
+        weights[FC1.replace("weight", "qweight")] = weights.pop(FC1)
+    source = write_hf(tmp_path / "hf", TINY, weights)
+    (source / file).write_text(json.dumps(content))
+    said = refused(capsys, source, tmp_path / "out")
+    assert recipe in said and "fc1" in said and "take the model that was quantized" in said
+    with pytest.raises(ValueError, match=re.escape(recipe)):
+        OPTForCausalLM.from_pretrained(source)
+
+
 def test_cast_that_would_overflow(tmp_path, capsys):
     weights = hf_weights(TINY)
     weights[FC1][3, 4] = 1e5
@@ -294,7 +350,7 @@ def test_cut_short_by_an_error_while_writing(tmp_path, capsys):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("cls", ["OPTForCausalLM", "OPTForSequenceClassification", "OPTForQuestionAnswering"])
 def test_name_table_is_a_bijection(variant, cls):
-    shapes = checkpoint.expected_shapes(getattr(opt_jax, cls), OPTConfig.from_hf(VARIANTS[variant]))
+    shapes = dict(checkpoint.expected_shapes(getattr(opt_jax, cls), OPTConfig.from_hf(VARIANTS[variant])))
     hf_names = {path: names.to_hf(path) for path in shapes}
     assert len({name for name, _ in hf_names.values()}) == len(shapes)
     for path, (name, transposed) in hf_names.items():

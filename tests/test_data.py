@@ -179,6 +179,7 @@ def test_all_cores_tokenise_what_is_large(tmp_path, monkeypatch):
     monkeypatch.setattr(tokens, "write_tokens", write)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6), raising=False)
     with open(tmp_path / "a.txt", "wb") as file:
+        file.write(b"text" * 1024)
         file.truncate(200 << 20)
     (tmp_path / "b.txt").write_text("small")
     for name in "ab":

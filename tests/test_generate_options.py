@@ -10,6 +10,7 @@ from reference import our_model
 
 from opt_jax import GenerationConfig, OPTForCausalLM, beams, stack_layers
 from opt_jax.generate import generate, stream
+from opt_jax.memory import column_bytes, device_memory, host_memory
 from opt_jax.processors import History, Sequences, completes
 from opt_jax.scoring import score
 
@@ -236,6 +237,53 @@ def test_config_objects_and_the_checkpoint(model, tmp_path):
 def test_errors(model, options, words):
     with pytest.raises(ValueError, match=words):
         generate(model, IDS, **options)
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(do_sample=True, num_return_sequences=10**9), "^num_return_sequences=1000000000.* GB of memory that there"),
+    (dict(num_beams=10**9), "^num_beams=1000000000.* GB of memory that there"),
+    (dict(prompt_lookup_num_tokens=10**9), "prompt_lookup_num_tokens=1000000000 must be at most max_position_embed"),
+])  # fmt: skip
+def test_what_no_machine_has_memory_for(model, options, words):
+    with pytest.raises(ValueError, match=words):
+        generate(model, IDS, **options)
+
+
+@pytest.mark.parametrize("name", ["bad_words_ids", "stop_token_ids"])
+def test_one_long_sequence_does_not_make_all_long(model, name, monkeypatch):
+    monkeypatch.setattr("opt_jax.request._LARGEST_TABLE", 500)
+    with pytest.raises(ValueError, match=f"{name} has 9 sequences, the longest of 40 tokens: a table of 1,024"):
+        generate(model, IDS, **{name: [[5]] * 8 + [[5] * 40]})
+
+
+def test_drafts_of_an_assistant_have_a_limit(model):
+    limit = model.config.max_position_embeddings
+    with pytest.raises(ValueError, match=f"num_assistant_tokens={limit + 1} must be at most max_pos.*={limit}"):
+        generate(model, IDS, assistant_model=model, num_assistant_tokens=limit + 1)
+
+
+@pytest.mark.parametrize("options", [
+    dict(max_new_tokens=4), dict(max_new_tokens=4, num_beams=2), dict(max_new_tokens=4, prompt_lookup_num_tokens=2),
+    dict(max_new_tokens=4, logprobs=3), dict(max_new_tokens=4, batch_size=2, progress_bar=False),
+])  # fmt: skip
+def test_memory_is_looked_at_before_anything_is_made(model, options, monkeypatch):
+    monkeypatch.setattr("opt_jax.request.host_memory", lambda: 100)
+    with pytest.raises(ValueError, match=r"max_new_tokens=4.*: 5 rows at a time need"):
+        generate(model, IDS, **options)
+    monkeypatch.setattr("opt_jax.request.host_memory", lambda: 10**9)
+    monkeypatch.setattr("opt_jax.generate.device_memory", lambda model: 1000)
+    rows = options.get("batch_size", 6)  # 6: the bucket of 5 rows
+    with pytest.raises(ValueError, match=f"max_new_tokens=4.*: {rows} rows at a time need 0.0 GB, more than the 0.0"):
+        generate(model, IDS, **options)
+    if not {"num_beams", "logprobs", "batch_size"} & options.keys():
+        with pytest.raises(ValueError, match="6 rows at a time need"):
+            next(stream(model, IDS, **options))
+
+
+def test_memory_of_the_devices(model):
+    assert 10**8 < device_memory(model) <= host_memory()
+    cache = model.init_cache(3, 10)
+    assert column_bytes(model.config, model.dtype) * 30 == sum(x.nbytes for x in (*cache.k, *cache.v))
 
 
 def test_errors_of_others(model):

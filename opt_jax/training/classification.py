@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from opt_jax.reading import read_small
 from opt_jax.text import OPTTokenizer
 from opt_jax.training import tasks
 
@@ -14,7 +15,7 @@ _HEADERS = {("sentence", "label"), ("text", "label")}  # or the other way round,
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
     """(number, text) of the lines that are not blank; ValueError with file and line for what is not UTF-8."""
-    data = path.read_bytes()
+    data = read_small(path, tasks.LARGEST_FILE)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

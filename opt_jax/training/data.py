@@ -14,6 +14,7 @@ from etils import epath
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
+from opt_jax.reading import read_small
 from opt_jax.text import OPTTokenizer
 from opt_jax.training.documents import (
     BadRecords,
@@ -23,10 +24,12 @@ from opt_jax.training.documents import (
     read_documents,
     stdlib_files,
 )
-from opt_jax.training.tokens import Tokens, fingerprint, open_tokens
+from opt_jax.training.tokens import Tokens, fingerprint, open_tokens, tokenize
 from opt_jax.training.windows import Reader, Windows
 
-__all__ = ["Corpus", "Reader", "Windows", "find_files", "fingerprint", "read_documents", "stdlib_files"]
+__all__ = [
+    "Corpus", "Reader", "Windows", "find_files", "fingerprint", "read_documents", "stdlib_files", "tokenize",
+]  # fmt: skip
 
 # Ids 0 to 3 of every OPT vocabulary; `</s>` is BOS and EOS at once, and the separator between documents.
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
@@ -97,17 +100,8 @@ def save_tokenizer(tokenizer: OPTTokenizer, directory: epath.Path) -> None:
 def read_tokenizer(directory: epath.Path) -> OPTTokenizer:
     """What `save_tokenizer` has written."""
     return tokenizer_from_bytes(
-        json.dumps({path.name: path.read_bytes().decode() for path in directory.iterdir()}).encode()
+        json.dumps({path.name: read_small(path).decode() for path in directory.iterdir()}).encode()
     )
-
-
-def tokenize(documents: Sequence[str], tokenizer: OPTTokenizer) -> np.ndarray:
-    """One int32 stream: `</s>` document `</s>` document ... `</s>`. Documents start behind `</s>`, as prompts do."""
-    separator = np.array([tokenizer.bos_token_id], np.int32)
-    parts = [separator]
-    for row in tokenizer(list(documents), return_tensors=None, add_special_tokens=False).input_ids:
-        parts += [np.asarray(row, np.int32), separator]
-    return np.concatenate(parts)
 
 
 class Corpus:

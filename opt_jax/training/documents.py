@@ -9,15 +9,23 @@ import os
 import re
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from opt_jax.reading import open_regular
+from opt_jax.training.formats import check_format
 
 TEXT_SUFFIXES = (".jsonl", ".md", ".py", ".rst", ".txt")
 # Not prose and not what anybody wants to imitate: tests, charmap tables, other people's packages.
 STDLIB_SKIP = {"__pycache__", "encodings", "idle_test", "site-packages", "dist-packages", "test", "tests"}
 BLOCK = 1 << 16  # characters of a text file that are tokenised at once, about
 _SHOWN = 20
+_FEW = 100  # bad records that a source may have whatever their share
+_PART = 16 << 20  # bytes of a line of text that are read at once
+_RECORD = 256 << 20  # of a line of a .jsonl file at most
+_LONGEST = 32 << 20  # characters of text without a place to cut them at most: they are tokenised at once
 _BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")
 
 
@@ -27,6 +35,7 @@ class BadRecords:
 
     def __init__(self, skip: bool | None = False):
         self.skip, self.count = skip, 0
+        self.read = 0  # records, or lines of text, that could be
 
     def report(self, where: str, problem: str) -> None:
         if not self.skip:
@@ -38,39 +47,65 @@ class BadRecords:
         if self.count == _SHOWN:
             print("left out: further ones are counted only", file=sys.stderr, flush=True)
 
+    def check(self, source: Any, bad: int, read: int) -> None:
+        """ValueError unless records that can be read are left of a source: else it is no damage, but another format."""
+        if bad and not read or bad > max(read, _FEW):
+            raise ValueError(
+                f"{source}: {bad:,} of its {bad + read:,} records cannot be read, too many for --skip-bad-records: it "
+                "is not UTF-8 text or not what its ending says, or it is damaged; leave it out of the data"
+            )
+
 
 def stdlib_files() -> list[Path]:
     """The Python sources of the running interpreter's standard library, without its tests, sorted."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    return sorted(path for path in _walk(root, STDLIB_SKIP, (".py",)) if path.stat().st_size)
+    return sorted(path for path in _walk(root, STDLIB_SKIP, (".py",), Counter()) if path.stat().st_size)
 
 
 def find_files(paths: Sequence[str | os.PathLike], suffixes: tuple[str, ...] = (*TEXT_SUFFIXES, ".npy")) -> list[Path]:
-    """Files as given, globs (`**` too) expanded, directories searched for `suffixes`; sorted within each of them.
+    """Files as given, globs (`**` too) expanded, directories searched for `suffixes`; sorted within each of them. What
+    is left out of a directory is printed, by its endings.
 
-    Raises FileNotFoundError for a path that is not there, ValueError for a directory without such files.
+    Raises FileNotFoundError for a path that is not there, ValueError for a directory without such files and for a file
+    of another format (`check_format`).
     """
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = sorted(_walk(path, skip={"__pycache__", ".git"}, suffixes=suffixes))
+            left_out: Counter[str] = Counter()
+            found = sorted(_walk(path, {"__pycache__", ".git"}, suffixes, left_out))
+            endings = ", ".join(f"{count:,} {ending}" for ending, count in left_out.most_common())
             if not found:
-                raise ValueError(f"{path}: no text files below this directory (looked for {', '.join(suffixes)})")
+                others = f"; there are {endings}" if endings else ""
+                looked_for = ", ".join(suffixes)
+                raise ValueError(f"{path}: no text files below this directory (looked for {looked_for}{others})")
+            if endings:
+                print(f"left out: {path}: files with other endings: {endings}", file=sys.stderr, flush=True)
             files += found
         elif path.is_file():
             files.append(path)
-        elif matches := sorted(glob.glob(str(path), recursive=True)):
-            files += [Path(match) for match in matches if os.path.isfile(match)]
+        elif matches := [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]:
+            files += (found := [match for match in matches if match.is_file()])
+            if not found:
+                raise ValueError(f"{matches[0]} is not a regular file or a directory of them: {path} names no other")
         else:
             what = "nothing matches" if glob.has_magic(str(path)) else "no such file or directory"
             raise FileNotFoundError(f"{path}: {what}")
+    for file in files:
+        if file.suffix != ".npy":
+            check_format(file)
     return files
 
 
-def _walk(root: Path, skip: set[str], suffixes: tuple[str, ...]) -> Iterator[Path]:
+def _walk(root: Path, skip: set[str], suffixes: tuple[str, ...], left_out: Counter[str]) -> Iterator[Path]:
+    """The files with these endings; counts those with others."""
     for directory, subdirectories, names in os.walk(root):
         subdirectories[:] = [name for name in subdirectories if name not in skip]
-        yield from (Path(directory, name) for name in names if name.endswith(suffixes))
+        for name in names:
+            if name.lower().endswith(suffixes):
+                yield Path(directory, name)
+            elif not name.endswith(".npy.json"):  # what `opt-jax tokenize` writes beside an array
+                left_out[Path(name).suffix.lower() or "without ending"] += 1
 
 
 def read_documents(sources: Iterable["Path | HFSource"], bad: BadRecords | None = None) -> list[str]:
@@ -96,47 +131,92 @@ def pieces(
 ) -> Iterator[tuple[str, bool]]:
     """(text, whether it ends its document), in order, never a whole large file at once.
 
-    block: cut text files about so long, and only where GPT-2's pattern cuts in any case: between a line and the next,
+    block: cut texts about so long, and only where GPT-2's pattern cuts in any case: between a line and the next,
     neither of them blank there; in a line that is longer, before a space between words. Default: not at all.
+
+    Raises ValueError, with --skip-bad-records too, for a source that has too many bad records (`BadRecords.check`).
     """
     for source in sources:
+        count, read = bad.count, bad.read
         if isinstance(source, HFSource):
-            yield from ((text, True) for text in source.texts(bad))
-        elif source.suffix == ".jsonl":
-            yield from ((text, True) for text in _jsonl(source, bad))
+            yield from cut(source.texts(bad), block, source)
+        elif source.suffix.lower() == ".jsonl":
+            yield from cut(_jsonl(source, bad), block, source)
         else:
             yield from _text(source, bad, block)
+        bad.check(source, bad.count - count, bad.read - read)
 
 
-def _lines(path: Path, bad: BadRecords) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line with its end); reports lines that are not UTF-8, and empty files."""
-    offset, empty = 0, True
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if number == 1 and line.startswith(codecs.BOM_UTF8):  # as programs of Windows begin their files
-                offset, line = len(codecs.BOM_UTF8), line.removeprefix(codecs.BOM_UTF8)
+def cut(texts: Iterable[str], block: int | None, source: Any) -> Iterator[tuple[str, bool]]:
+    """(text, whether it ends its document) of whole documents, cut as in `pieces`. source: for messages."""
+    for text in texts:
+        before = None
+        for part in _parts(text, block):
+            if before is not None:
+                yield before, False
+            before = part
+            _check_length(len(part), block, source)
+        yield before or "", True
+
+
+def _check_length(size: int, block: int | None, source: Any) -> None:
+    if block is not None and size > _LONGEST:
+        raise ValueError(f"{source}: {_LONGEST >> 20} Mi characters without a space between words, where to cut them")
+
+
+def _lines(path: Path, bad: BadRecords, most: int, in_parts: bool) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line with its end); reports lines that are not UTF-8.
+
+    in_parts: a line of more than `most` bytes comes in parts; else it is reported.
+    """
+    check_format(path)
+    number, offset, ended, skipped, empty = 0, 0, True, False, True
+    decoder = codecs.getincrementaldecoder("utf-8")()  # of a line in parts; what it keeps is half a character
+    with open_regular(path) as file:
+        while line := file.readline(most):
+            if len(line) == most and line.endswith(b"\r"):
+                line += file.readline(1)  # its \n
+            if ended:
+                number, skipped = number + 1, False
+            begins, ended = ended, line.endswith(b"\n") or len(line) < most
+            begin = offset - (0 if begins else len(decoder.getstate()[0]))
+            offset += len(line)
+            if number == 1 and begins and line.startswith(codecs.BOM_UTF8):  # as programs of Windows begin their files
+                begin, line = len(codecs.BOM_UTF8), line.removeprefix(codecs.BOM_UTF8)
             empty = empty and not line.strip()
+            if skipped:
+                continue
+            if not (ended or in_parts):
+                bad.report(f"{path}:{number}", f"a record of {most >> 20} MiB or more")
+                skipped = True
+                continue
             try:
-                text = line.decode("utf-8")
+                text = line.decode("utf-8") if begins and ended else decoder.decode(line, final=ended)
             except UnicodeDecodeError as error:
-                bad.report(f"{path}:{number}", f"not UTF-8 text ({error.reason} at byte {offset + error.start})")
+                bad.report(f"{path}:{number}", f"not UTF-8 text ({error.reason} at byte {begin + error.start})")
+                skipped = True
+                decoder.reset()
             else:
                 yield number, text.replace("\r\n", "\n")
-            offset += len(line)
+    if decoder.getstate()[0]:
+        bad.report(f"{path}:{number}", "not UTF-8 text (it ends within a character)")
     if empty:
         bad.report(f"{path}:1", "an empty file")
+        bad.read += 1  # which is another fault than that of records
 
 
 def _text(path: Path, bad: BadRecords, block: int | None) -> Iterator[tuple[str, bool]]:
     lines: list[str] = []
     size = 0
-    for _, line in _lines(path, bad):
+    for line_number, line in _lines(path, bad, _PART, in_parts=True):
+        bad.read += 1
         for number, part in enumerate(_parts(line, block)):
             if block is not None and size >= block and (number or _may_be_apart(lines[-1], part)):
                 yield "".join(lines), False
                 lines, size = [], 0
             lines.append(part)
             size += len(part)
+        _check_length(size, block, f"{path}:{line_number}")
     if lines:
         yield "".join(lines), True
 
@@ -155,7 +235,7 @@ def _parts(line: str, block: int | None) -> Iterator[str]:
 
 
 def _jsonl(path: Path, bad: BadRecords) -> Iterator[str]:
-    for number, line in _lines(path, bad):
+    for number, line in _lines(path, bad, _RECORD, in_parts=False):
         if not line.strip():
             continue
         where = f"{path}:{number}"
@@ -173,6 +253,7 @@ def _jsonl(path: Path, bad: BadRecords) -> Iterator[str]:
         elif not _is_unicode(text):
             bad.report(where, r"half of a surrogate pair (\ud800 to \udfff), which is no character")
         else:
+            bad.read += 1
             yield text
 
 
@@ -232,6 +313,7 @@ class HFSource:
     def texts(self, bad: BadRecords) -> Iterator[str]:
         for number, row in enumerate(self._rows):
             if isinstance(row["text"], str):
+                bad.read += 1
                 yield row["text"]
             else:
                 bad.report(f"{self.name}: row {number}", 'expected a string under "text"')

@@ -17,6 +17,7 @@ from etils import epath
 
 from opt_jax.config import OPTConfig
 from opt_jax.decoder import Remat
+from opt_jax.reading import read_small
 from opt_jax.temporary import refuse_links
 from opt_jax.training.recipes import RECIPES, recipe_options
 
@@ -301,7 +302,7 @@ def compare_with_first_start(path: epath.Path, record: dict) -> None:
     """
     if not path.exists():
         return
-    before, differences = json.loads(path.read_text(encoding="utf-8")), []
+    before, differences = json.loads(read_small(path).decode()), []
     defaults = {"options": dataclasses.asdict(Options())}
     for section, values in record.items():
         if section not in before:

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from opt_jax.reading import read_small
 from opt_jax.text import OPTTokenizer
+from opt_jax.tokenizer_files import panics_as_errors
 from opt_jax.training import tasks
 
 STRIDE = 128  # tokens that neighbouring windows share, and below, as HF's example `run_qa.py` has them
@@ -47,9 +49,10 @@ def read_squad(paths: Sequence[str]) -> list[Question]:
     """
     questions = []
     for path in tasks.named_files(paths):
+        text = read_small(path, tasks.LARGEST_FILE)
         try:
-            content = json.loads(path.read_text(encoding="utf-8-sig"))
-        except ValueError as error:
+            content = json.loads(text.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not JSON ({error})") from None
         try:
             for article in content["data"]:
@@ -72,6 +75,7 @@ def _question(path: Path, context: str, qa: dict[str, Any]) -> Question:
     return Question(qa["question"].lstrip(), context, answers)
 
 
+@panics_as_errors()
 def windows(questions: Sequence[Question], tokenizer: OPTTokenizer, seq_len: int) -> list[Window]:
     """`</s>` question `</s>` and so much of the context as fits into seq_len tokens, with a stride, for each question.
 

@@ -40,6 +40,7 @@ TASKS: dict[str, type] = {
     "sequence-classification": OPTForSequenceClassification,
     "question-answering": OPTForQuestionAnswering,
 }
+LARGEST_FILE = 1 << 30  # bytes of data: they are read at once
 SHORTEST = 32  # tokens; other lengths are its doubles, so that a step is compiled for a few of them only
 
 

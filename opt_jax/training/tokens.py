@@ -24,9 +24,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from opt_jax.ids import as_ids
+from opt_jax.reading import open_regular, read_small
 from opt_jax.temporary import new_file, refuse_links
 from opt_jax.text import OPTTokenizer
-from opt_jax.training.documents import BLOCK, TEXT_SUFFIXES, BadRecords, HFSource, find_sources, pieces
+from opt_jax.training.documents import BLOCK, TEXT_SUFFIXES, BadRecords, HFSource, cut, find_sources, pieces
 
 _TASK = 1 << 20  # characters that a worker takes at once
 _SAMPLES, _SAMPLE = 4096, 1024
@@ -52,6 +53,7 @@ class Tokens:
     def array(self) -> np.ndarray:
         if self._array is None:
             assert self.path is not None
+            open_regular(self.path).close()  # NumPy would wait at a pipe
             try:
                 self._array = np.lib.format.open_memmap(self.path, mode="r")
             except ValueError as error:
@@ -116,8 +118,9 @@ def open_tokens(path: Path, tokenizer: OPTTokenizer | None = None) -> Tokens:
 
 def _made_by(about: Path) -> tuple[str, str]:
     """(name, fingerprint) of the tokenizer. ValueError: the file is not ours."""
+    text = read_small(about)
     try:
-        made_by = json.loads(about.read_bytes().decode())["tokenizer"]
+        made_by = json.loads(text.decode())["tokenizer"]
         return made_by["name"], made_by["fingerprint"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{about}: not what opt-jax tokenize writes beside an array: make both again") from None
@@ -215,6 +218,13 @@ def write_tokens(
     return about
 
 
+def tokenize(documents: Sequence[str], tokenizer: OPTTokenizer) -> np.ndarray:
+    """One int32 stream: `</s>` document `</s>` document ... `</s>`. Documents start behind `</s>`, as prompts do."""
+    texts = cut(documents, _block(tokenizer), "a document")
+    parts = [_encode_task(tokenizer, task)[0] for task in _tasks(texts, blank_ones=True)]
+    return np.concatenate([np.array([tokenizer.bos_token_id], np.int32), *parts])
+
+
 def _write_header(file: Any, dtype: np.dtype, length: int) -> int:
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
     np.lib.format.write_array_header_1_0(file, header)
@@ -255,10 +265,10 @@ def _encode(
             pool.shutdown(cancel_futures=True)
 
 
-def _tasks(texts: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+def _tasks(texts: Iterator[tuple[str, bool]], blank_ones: bool = False) -> Iterator[list[tuple[str, bool]]]:
     task, size, blank = [], 0, True
     for text, last in texts:
-        blank = blank and not text.strip()
+        blank = blank and not blank_ones and not text.strip()
         if last and blank:  # a document of nothing, as `read_documents` leaves it out
             continue
         blank = last

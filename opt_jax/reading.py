@@ -1,0 +1,46 @@
+"""Opens files that others have written: regular files only, and small ones up to a size. No jax."""
+
+import os
+import stat
+from typing import IO, Any
+
+SMALL_FILE = 128 << 20  # bytes: of a config, a tokenizer's file, an index. The largest known has 5 MB
+
+
+def open_regular(path: str | os.PathLike) -> IO[bytes]:
+    """The file on this machine, opened for reading, links followed.
+
+    Raises:
+      ValueError: a pipe, a device, a directory, ...: reading could wait for ever, or never end.
+      OSError: it cannot be opened.
+    """
+    return open(path, "rb", opener=_open)
+
+
+def _open(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK)  # a pipe waits for its writer otherwise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path} is not a regular file")
+    return descriptor
+
+
+def read_small(path: os.PathLike, limit: int = SMALL_FILE) -> bytes:
+    """The content of a file of at most `limit` bytes; it may be in an object store, as one of `epath`'s paths.
+
+    Raises:
+      ValueError: it is larger, or see `open_regular`.
+      OSError: it cannot be read.
+    """
+    if "://" in os.fspath(path):
+        remote: Any = path
+        _check_size(path, remote.stat().length, limit)
+        return remote.read_bytes()
+    with open_regular(path) as file:
+        _check_size(path, os.fstat(file.fileno()).st_size, limit)
+        return file.read(limit)
+
+
+def _check_size(path: os.PathLike, size: int, limit: int) -> None:
+    if size > limit:
+        raise ValueError(f"{path} has {size:,} bytes, more than the {limit:,} that such a file may have")
