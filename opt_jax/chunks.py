@@ -22,7 +22,7 @@ from orbax.checkpoint import future
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
 
-_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 _CHECKSUM_BYTES = 4
 _BATCH_BYTES = 1 << 30  # of chunks that are encoded, and then committed, together
 
@@ -60,7 +60,7 @@ def write_spec(
         process_index=jax.process_index(), arg=arg,
     )  # fmt: skip
     # Orbax offers no choice of codecs. Its own have a checksum for the places of chunks only.
-    spec["metadata"]["codecs"] = _CODECS
+    spec["metadata"]["codecs"] = CODECS
     return spec
 
 
@@ -80,14 +80,15 @@ class ShardHandler(ocp.type_handlers.ArrayHandler):
 
     async def serialize(self, values: Sequence[Any], infos, args=None):
         """Returns when the arrays may be donated; the result waits for the disk."""
-        for value in values:
-            for shard in value.addressable_shards:
-                shard.data.copy_to_host_async()
-        writes = []
+        own = []
         for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
             spec = write_spec(info, arg, value.shape, value.sharding.shard_shape(value.shape), value.dtype)
             chunk = spec["metadata"]["chunk_grid"]["configuration"]["chunk_shape"]
-            writes.append((info, spec, list(_chunks_of_process(value, chunk))))
+            own.append((info, spec, chunks_of_process(value, chunk)))
+        for _, _, shards in own:
+            for shard, _ in shards:
+                shard.data.copy_to_host_async()
+        writes = [(info, spec, list(on_host(shards))) for info, spec, shards in own]
         return [future.CommitFutureAwaitingContractedSignals(self._write(writes), name="shards")]
 
     async def _write(self, writes: Sequence[tuple[Any, dict[str, Any], list[tuple[Index, np.ndarray]]]]) -> None:
@@ -108,19 +109,22 @@ class ShardHandler(ocp.type_handlers.ArrayHandler):
         await asyncio.gather(*batch)
 
 
-def _chunks_of_process(array: jax.Array, chunk: Sequence[int]) -> Iterator[tuple[Index, np.ndarray]]:
-    """Index and values, on the host, of the chunks that this process is to write."""
+def chunks_of_process(array: jax.Array, chunk: Sequence[int]) -> list[tuple[jax.Shard, list[Index]]]:
+    """The shards of which this process is to write chunks, each with these chunks' indices inside the shard."""
     shape = array.sharding.shard_shape(array.shape)
     replicas = len(array.sharding.device_set) * math.prod(shape) // max(1, array.size)
-    for shard in array.addressable_shards:
-        if own := list(pieces(shape, chunk))[shard.replica_id :: replicas]:
-            # On a CPU the host's copy is the array itself, which the next step, donated it, may overwrite.
-            on_cpu = shard.device.platform == "cpu"
-            values = np.array(shard.data) if on_cpu else np.asarray(shard.data)
-            corner = [s.indices(n)[0] for s, n in zip(shard.index, array.shape, strict=True)]
-            for index in own:
-                place = tuple(slice(s.start + i, s.stop + i) for s, i in zip(index, corner, strict=True))
-                yield place, values[index]
+    shares = ((s, list(pieces(shape, chunk))[s.replica_id :: replicas]) for s in array.addressable_shards)
+    return [(shard, indices) for shard, indices in shares if indices]
+
+
+def on_host(shards: Sequence[tuple[jax.Shard, list[Index]]]) -> Iterator[tuple[Index, np.ndarray]]:
+    """Index in the whole array, and values, of each chunk."""
+    for shard, indices in shards:
+        # On a CPU the host's copy is the array itself, which the next step, donated it, may overwrite.
+        values = np.array(shard.data) if shard.device.platform == "cpu" else np.asarray(shard.data)
+        corner = [s.start or 0 for s in shard.index]
+        for index in indices:
+            yield tuple(slice(s.start + i, s.stop + i) for s, i in zip(index, corner, strict=True)), values[index]
 
 
 # Reading ----------------------------------------------------------------------------------------------------
@@ -215,8 +219,8 @@ def read_unverified(store: ts.TensorStore, index: Index) -> np.ndarray:
       ValueError: a chunk is missing or has another size, or the array is not in our form.
     """
     metadata = store.spec().to_json()["metadata"]
-    codecs = [{"configuration": _CODECS[0]["configuration"], **codec} for codec in metadata["codecs"][:1]]
-    if [*codecs, *metadata["codecs"][1:]] != _CODECS:  # (the values of one byte have no order)
+    codecs = [{"configuration": CODECS[0]["configuration"], **codec} for codec in metadata["codecs"][:1]]
+    if [*codecs, *metadata["codecs"][1:]] != CODECS:  # (the values of one byte have no order)
         raise ValueError("its chunks can only be read with their checksums")
     chunk = metadata["chunk_grid"]["configuration"]["chunk_shape"]
     dtype = store.dtype.numpy_dtype

@@ -244,7 +244,7 @@ def test_replicas_share_the_chunks(tmp_path, monkeypatch, spec):
     shard = array.sharding.shard_shape(values.shape)
     for chunk in (shard, (1, shard[1])):
         count = np.zeros(values.shape, int)
-        for index, part in chunks._chunks_of_process(array, chunk):
+        for index, part in chunks.on_host(chunks.chunks_of_process(array, chunk)):
             count[index] += 1
             np.testing.assert_array_equal(part, values[index])
         assert (count == 1).all()
