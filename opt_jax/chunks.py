@@ -219,6 +219,7 @@ def read_unverified(store: ts.TensorStore, index: Index) -> np.ndarray:
       ValueError: a chunk is missing or has another size, or the array is not in our form.
     """
     metadata = store.spec().to_json()["metadata"]
+    assert store.kvstore is not None
     codecs = [{"configuration": CODECS[0]["configuration"], **codec} for codec in metadata["codecs"][:1]]
     if [*codecs, *metadata["codecs"][1:]] != CODECS:  # (the values of one byte have no order)
         raise ValueError("its chunks can only be read with their checksums")
