@@ -61,6 +61,7 @@ def main(options: Options) -> None:
     distributed.check_same_code(__file__)
     is_main = jax.process_index() == 0  # writes the run directory, alone
     say = partial(print, flush=True) if is_main else lambda *_: None
+    complain = partial(print, file=sys.stderr, flush=True)  # of what only one process may see
 
     # -----------------------------------------------------------------------------------------------------------------
     # Devices and model
@@ -205,10 +206,6 @@ def main(options: Options) -> None:
     checkpoints = Checkpoints(output / "checkpoints", options.keep_checkpoints, options.keep_every, windows.state)
     best = Checkpoints(output / "best", keep=1)  # the parameters alone, of the step with the lowest val_loss
     first = checkpoints.latest_step() or 0
-    if is_main:
-        cut_back(output / "metrics.jsonl", first)
-    seen = distributed.from_first(lambda: json.dumps(best_validation(output / "metrics.jsonl")).encode())
-    best_step, best_loss = json.loads(seen)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Mesh and state: restored, or begun, straight into their shards
@@ -217,7 +214,7 @@ def main(options: Options) -> None:
     state: Any = None
     if not first or lora:  # what LoRA does not train is in no checkpoint
         if start:
-            model = finetuning.load(start, before, plain, options.seed, mesh)
+            model = finetuning.load(start, before, plain, options.seed, mesh, options.verify)
             state = jax.jit(begin, out_shardings=shardings)(model)
             del model
         else:
@@ -229,9 +226,16 @@ def main(options: Options) -> None:
         write_record(output, record)
     distributed.check_shared(output / "run.json")
     if first:
-        windows.check_state(checkpoints.restore_data(first), first)
         frozen = state and state.frozen
-        state = dataclasses.replace(checkpoints.restore(first, abstract, shardings), frozen=frozen)
+        first, state, saved = checkpoints.restore_newest(
+            abstract, shardings, complain, fall_back=options.fall_back, verify=options.verify
+        )
+        windows.check_state(saved, first)
+        state = dataclasses.replace(state, frozen=frozen)
+    if is_main:
+        cut_back(output / "metrics.jsonl", first)
+    seen = distributed.from_first(lambda: json.dumps(best_validation(output / "metrics.jsonl")).encode())
+    best_step, best_loss = json.loads(seen)
     if first and best_step == first:  # it may have been killed between the checkpoint and its copy
         best.save_model(first, state)
 

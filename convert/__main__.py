@@ -38,6 +38,8 @@ class SourceOptions:
     """Where downloads are kept. Default: Hugging Face's cache (HF_HOME)."""
     offline: bool = False
     """Take a hub id from the cache, never from the network."""
+    no_verify: bool = False
+    """Do not compare what is read of an Orbax directory with its checksums."""
 
 
 @dataclass(frozen=True)
@@ -318,6 +320,7 @@ def _open_source(
     if metaseq.model is not None and metaseq.config is not None:
         raise UsageError("--model and --config both name the architecture: give one of them")
     options = {**dataclasses.asdict(source), **dataclasses.asdict(metaseq)}
+    options["verify"] = not options.pop("no_verify")
     return open_source(names, **options, from_metaseq=from_metaseq)
 
 
@@ -385,7 +388,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args and args[0] in COMMANDS:
         command, prog = COMMANDS[args[0]], f"{PROG} {args.pop(0)}"
     try:
-        tyro.cli(command, args=args, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+            tyro.cli(command, args=args, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
     except UsageError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

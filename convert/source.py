@@ -66,6 +66,7 @@ def open_source(
     model: str | None = None,
     config: Path | None = None,
     from_metaseq: bool = False,
+    verify: bool = True,
 ) -> Checkpoint:
     """Whatever `names` stands for: what `hub.resolve` knows, or files of a metaseq checkpoint.
 
@@ -73,6 +74,7 @@ def open_source(
       from_metaseq: they are files of a metaseq checkpoint, whatever they look like.
       revision, cache_dir, offline: of a hub id.
       model, config: the architecture of a metaseq checkpoint, a preset or a config.json.
+      verify: compare the data of an Orbax directory with their checksums.
 
     Raises:
       FileNotFoundError, FileExistsError, ValueError: no such checkpoint, or a bad one; options that do not fit it.
@@ -80,7 +82,8 @@ def open_source(
     if len(names) == 1 and not from_metaseq and not _is_metaseq(names[0]):
         if model is not None or config is not None:
             raise ValueError(f"--model and --config are for metaseq checkpoints, but {names[0]} has its own config")
-        return open_directory(hub.resolve(names[0], revision=revision, cache_dir=cache_dir, local_files_only=offline))
+        directory = hub.resolve(names[0], revision=revision, cache_dir=cache_dir, local_files_only=offline)
+        return open_directory(directory, verify)
     if revision is not None or cache_dir is not None or offline:
         raise ValueError("--revision, --cache-dir and --offline are for hub ids, not for metaseq files")
     if model is not None and config is not None:
@@ -99,7 +102,7 @@ def _is_metaseq(name: str) -> bool:
     return path.suffix == ".pt" or any(c in name for c in "*?[")
 
 
-def open_directory(directory: Path) -> Checkpoint:
+def open_directory(directory: Path, verify: bool = True) -> Checkpoint:
     """A Hugging Face directory, a model directory of ours, or a checkpoint of train.py.
 
     Raises:
@@ -109,7 +112,7 @@ def open_directory(directory: Path) -> Checkpoint:
     files = files_of_model(directory)
     config, raw = checkpoint.read_config(directory)
     orbax = hub.is_orbax(directory)
-    arrays, checks = checkpoint.open_parameters(directory, config)
+    arrays, checks = checkpoint.open_parameters(directory, config, verify)
     cls = model_class(config, arrays, directory)
     trained = orbax and not (directory / "config.json").is_file()
     if trained:  # a run that began from a float16 checkpoint has its config, but trains in float32

@@ -160,6 +160,7 @@ def load_pretrained(
     revision: str | None = None,
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
+    verify: bool = True,
 ) -> M:
     """A model of class `cls` with unstacked layers from what `hub.resolve` finds: an Orbax or an HF directory.
 
@@ -172,6 +173,7 @@ def load_pretrained(
       attn_implementation: see `OPTPreTrainedModel`.
       mesh: put the parameters on it, as `sharding.param_spec` says; every process reads its own shards only.
       revision, cache_dir, local_files_only: see `hub.resolve`.
+      verify: compare what is read of an Orbax directory with its checksums; False reads a damaged one as it is.
 
     Raises:
       FileNotFoundError: no such model, or an incomplete one.
@@ -180,7 +182,7 @@ def load_pretrained(
     directory = hub.resolve(name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
     files = files_of_model(directory)
     config, _ = read_config(directory)
-    arrays, checks = open_parameters(directory, config)
+    arrays, checks = open_parameters(directory, config, verify)
 
     # A tied causal LM must not lose a head that is there, nor an untied one get a random head.
     may_drop = [head for head in _HEADS if not (head == "lm_head." and issubclass(cls, OPTForCausalLM))]
@@ -213,7 +215,7 @@ def load_pretrained(
     params = named_parameters(model)
     for path, target in targets.items():
         if path not in fresh:
-            params[path].set_value(_read(arrays[path], target))
+            params[path].set_value(read_array(arrays[path], target))
     if fresh:
         for path, array in _initialise(cls, config, {path: targets[path] for path in fresh}).items():
             params[path].set_value(array)
@@ -334,11 +336,11 @@ def read_config(directory: Path) -> tuple[OPTConfig, dict[str, Any]]:
     return OPTConfig.from_hf(raw, where=str(directory / "config.json")), raw
 
 
-def open_parameters(directory: Path, config: OPTConfig) -> tuple[dict[str, LazyArray], Checks]:
+def open_parameters(directory: Path, config: OPTConfig, verify: bool = True) -> tuple[dict[str, LazyArray], Checks]:
     """Parameter path -> array, of a model directory of ours, a checkpoint of train.py or a Hugging Face directory; and
-    what is left to compare before using them (`convert.hf.open_parameters`)."""
+    what is left to compare before using them (`convert.hf.open_parameters`). verify: see `load_pretrained`."""
     if hub.is_orbax(directory):
-        arrays = open_arrays(directory / "params")
+        arrays = open_arrays(directory / "params", verify)
         if any(path.startswith("model.model.") for path in arrays):  # a training state: its model is one field of it
             arrays = {path.removeprefix("model."): array for path, array in arrays.items()}
         if any(path.endswith("_lora_a") for path in arrays):
@@ -361,7 +363,7 @@ def _describe(directory: Path) -> Callable[[str, Shape], tuple[str, Shape]]:
     return hf.describe
 
 
-def _read(lazy: LazyArray, target: jax.ShapeDtypeStruct) -> jax.Array:
+def read_array(lazy: LazyArray, target: jax.ShapeDtypeStruct) -> jax.Array:
     """The array in the sharding and dtype of `target`; this process reads only what its devices hold, and once."""
     parts: dict[Any, np.ndarray] = {}
 

@@ -31,6 +31,7 @@ def generate(
     no_repeat_ngram_size: int = 0,
     stop: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT ...")] = (),
     seed: int = 0,
+    verify: bool = True,
 ) -> None:
     """Continue prompts; the text is printed as it is produced.
 
@@ -46,6 +47,7 @@ def generate(
       no_repeat_ngram_size: No sequence of so many tokens appears twice; 0: they may.
       stop: Texts at which to stop.
       seed: Another seed, another text.
+      verify: Compare the weights of an Orbax directory with their checksums.
     """
     prompts = prompts or (_read_stdin(),)
 
@@ -56,7 +58,7 @@ def generate(
     from opt_jax.model import OPTForCausalLM
     from opt_jax.pipelines import stream_text
 
-    language_model = OPTForCausalLM.from_pretrained(model)
+    language_model = OPTForCausalLM.from_pretrained(model, verify=verify)
     options: dict[str, Any] = dict(
         top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, no_repeat_ngram_size=no_repeat_ngram_size,
         stop_strings=stop or None,

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -247,11 +248,13 @@ def check_same_code(*files: str | os.PathLike) -> None:
 def last_words(program: str) -> Iterator[None]:
     """Around a whole program: an error that a user can mend is one line, and no process of a job waits for a dead one.
 
-    ValueError and OSError become `PROGRAM: error: ...` and exit code 1. In a job any error ends this process at once,
-    not by way of JAX's own shutdown, which would wait for the others.
+    ValueError and OSError become `PROGRAM: error: ...` and exit code 1, warnings `PROGRAM: warning: ...`. In a job any
+    error ends this process at once, not by way of JAX's own shutdown, which would wait for the others.
     """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"{program}: warning: {message}", file=sys.stderr)
+            yield
     except (ValueError, OSError) as error:
         if not jax.distributed.is_initialized():
             sys.exit(f"{program}: error: {error}")

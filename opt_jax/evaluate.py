@@ -54,6 +54,8 @@ class EvalOptions:
     mesh: str | None = None
     """Spread the model over devices: as in data=2,fsdp=4 or fsdp=-1,tensor=8 (-1: the rest). Default: one device; with
     several processes, all of their devices on fsdp."""
+    verify: bool = True
+    """Compare the weights of an Orbax directory with their checksums."""
     json: bool = False
     """Print JSON instead of tables."""
     output: Path | None = None
@@ -166,8 +168,9 @@ def load(options: EvalOptions) -> Any:
     dtype = options.dtype or ("float32" if platform == "cpu" else "bfloat16")
     attention: Any = choose_attention(options.attention, platform, config.head_dim, dtype, 0.0)
     return OPTForCausalLM.from_pretrained(
-        options.model, dtype=options.dtype, param_dtype=options.dtype, mesh=mesh, attn_implementation=attention
-    )
+        options.model, dtype=options.dtype, param_dtype=options.dtype, mesh=mesh, attn_implementation=attention,
+        verify=options.verify,
+    )  # fmt: skip
 
 
 def read_ids(paths: Sequence[str], tokenizer: Any) -> tuple[Any, int]:

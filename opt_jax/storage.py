@@ -11,11 +11,11 @@ import math
 import os
 import shutil
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,10 @@ import tensorstore as ts
 from etils import epath
 from jax.experimental import multihost_utils
 
-from opt_jax import hub
+from opt_jax import chunks, hub
+from opt_jax.chunks import Index, Shape, pieces
 from opt_jax.temporary import MARKER, TemporaryPlace, refuse_links
 
-Shape = tuple[int, ...]
-Index = tuple[slice, ...]
 Checks = tuple[Callable[[], object], ...]  # comparisons put off because they read data; each raises ValueError
 
 CHUNK_BYTES = 32 << 20  # of one stored chunk at most: what a process must read at least to fill its shard
@@ -89,13 +88,6 @@ def copy_blocked(out: np.ndarray, view: np.ndarray) -> None:
         out[...] = view
 
 
-def pieces(shape: Shape, piece: Sequence[int]) -> Iterator[Index]:
-    """The indices of the parts of an array that are at most `piece` large; () has one."""
-    starts = (range(0, n, step) for n, step in zip(shape, piece, strict=True))
-    for corner in product(*starts):
-        yield tuple(slice(i, min(i + step, n)) for i, step, n in zip(corner, piece, shape, strict=True))
-
-
 def first_difference(a: LazyArray, b: LazyArray) -> tuple[int, ...] | None:
     """The index of the first element whose bits differ (a NaN equals itself); () if shape or dtype do; None: equal."""
     if a.shape != b.shape or a.dtype != b.dtype:
@@ -131,12 +123,12 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
             for what in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
                 opening.append(self._open(*what))
             stores = [store.result() for store in opening]
-            chunks = [
+            stored = [
                 (value, info.name, store, index)
                 for value, info, store in zip(values, infos, stores, strict=True)
                 for index in pieces(value.shape, store.chunk_layout.write_chunk.shape)
             ]
-            mine = chunks[jax.process_index() :: jax.process_count()]
+            mine = stored[jax.process_index() :: jax.process_count()]
             for written in [pool.submit(self._write, *chunk) for chunk in mine]:
                 written.result()
         except Exception as e:
@@ -149,15 +141,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         return []
 
     def _open(self, value: LazyArray, info, arg) -> Any:
-        spec = ocp.type_handlers.get_json_tspec_write(
-            info,
-            use_ocdbt=info.is_ocdbt_checkpoint,
-            global_shape=value.shape,
-            local_shape=value.shape,
-            dtype=value.dtype,
-            process_index=jax.process_index(),
-            arg=arg,
-        )
+        spec = chunks.write_spec(info, arg, value.shape, value.shape, value.dtype)
         return ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
 
     def _write(self, value: LazyArray, name: str, store: ts.TensorStore, index: Index) -> None:
@@ -188,11 +172,7 @@ def write_arrays(
     """
     hub.check_array_path(directory)
     tree, lazy = nest(arrays), _LazyHandler(_REMOTE_THREADS if hub.is_remote(directory) else _THREADS, progress)
-    registry = ocp.type_handlers.create_type_handler_registry(
-        (LazyArray, lazy), (jax.Array, ocp.type_handlers.ArrayHandler())
-    )
-    # Weights do not compress: zstd makes writing several times slower for a few percent.
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+    handler = chunks.pytree_handler((LazyArray, lazy), (jax.Array, chunks.ShardHandler()))
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
 
     def save() -> None:
@@ -375,10 +355,10 @@ def check_space(path: Path, nbytes: int) -> None:
 # Reading ----------------------------------------------------------------------------------------------------
 
 
-def open_arrays(directory: Path) -> dict[str, LazyArray]:
+def open_stored(directory: Path, verify: bool = True) -> dict[str, LazyArray]:
     """The arrays of an Orbax pytree, dotted path -> array, as `write_arrays` or a training run's checkpoint wrote them.
 
-    Layers stacked by a training run (`....layers.fc1.kernel`, [L, ...]) appear one by one (`....layers.0.fc1.kernel`).
+    verify: compare each chunk that is read with its checksum. Where there are none, a warning says so.
 
     Raises:
       ValueError: the directory is damaged, or has a form that is not ours. So does reading an array whose data are.
@@ -388,34 +368,45 @@ def open_arrays(directory: Path) -> dict[str, LazyArray]:
     context = ts.Context({"cache_pool#index": {"total_bytes_limit": 100_000_000}})
     try:
         base = {"driver": "ocdbt", "base": hub.array_url(directory), "cache_pool": "cache_pool#index"}
+        if not hub.is_remote(directory):
+            chunks.check_files(directory)
         # Not by way of Orbax's own metadata: it reads them all at once and, when one is damaged, its threads print
         # tracebacks. The names are what it makes of a tree's keys.
         if "tree_metadata" not in json.loads((directory / "_METADATA").read_bytes()):
             raise ValueError("_METADATA describes no tree")
-        keys = [key.decode() for key in ts.KvStore.open(base, context=context).result().list().result()]
-        kinds = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
-        specs = {
-            key.removesuffix(end): {"driver": driver, "kvstore": base | {"path": key.removesuffix(end) + "/"}}
-            for key in sorted(keys)
-            for end, driver in kinds.items()
-            if key.endswith(end)
-        }
+        specs, checked = chunks.array_specs(base, context)
         opening = {path: ts.open(spec, read=True, open=True, context=context) for path, spec in specs.items()}
         stores = {path: store.result() for path, store in opening.items()}
     except (OSError, ValueError, TypeError, RecursionError) as e:
         raise ValueError(f"{directory} cannot be read: {' '.join(str(e).split())}") from e
+    if verify and not checked:
+        warnings.warn(
+            f"{directory.parent} has no checksums: an older version wrote it, and damage in it goes unnoticed; write "
+            "it again to add them",
+            stacklevel=2,
+        )
     arrays: dict[str, LazyArray] = {}
     for path, store in stores.items():
-        shape, dtype, stored = store.shape, store.dtype.numpy_dtype, _Stored(directory, path, store)
+        read = _Stored(directory, path, store, verify or not checked).read
+        arrays[path] = LazyArray(store.shape, store.dtype.numpy_dtype, read, in_chunks=True)
+    return arrays
+
+
+def open_arrays(directory: Path, verify: bool = True) -> dict[str, LazyArray]:
+    """`open_stored`, where layers that a training run has stacked (`....layers.fc1.kernel`, [L, ...]) appear one by one
+    (`....layers.0.fc1.kernel`)."""
+    arrays: dict[str, LazyArray] = {}
+    for path, stored in open_stored(directory, verify).items():
+        shape = stored.shape
         before, layers, after = path.partition(".layers.")
         if layers and not after[:1].isdigit():
             if not shape or shape[0] > _MAX_LAYERS:
                 raise ValueError(f"{directory}: tensor {path} has shape {shape}, which no stack of layers has")
             for i in range(shape[0]):
                 read = lambda index, stored=stored, i=i: stored.read((slice(i, i + 1), *index))[0]  # noqa: E731
-                arrays[f"{before}.layers.{i}.{after}"] = LazyArray(shape[1:], dtype, read, in_chunks=True)
+                arrays[f"{before}.layers.{i}.{after}"] = LazyArray(shape[1:], stored.dtype, read, in_chunks=True)
         else:
-            arrays[path] = LazyArray(shape, dtype, stored.read, in_chunks=True)
+            arrays[path] = stored
     return arrays
 
 
@@ -426,10 +417,11 @@ class _Stored:
     directory: Path
     name: str
     store: ts.TensorStore
+    verify: bool
 
     def read(self, index: Index) -> np.ndarray:
         try:
-            return self.store[index].read().result()
+            return self.store[index].read().result() if self.verify else chunks.read_unverified(self.store, index)
         except ValueError as e:
             raise ValueError(f"{self.directory}: tensor {self.name} cannot be read: {' '.join(str(e).split())}") from e
 

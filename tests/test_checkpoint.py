@@ -16,6 +16,7 @@ from flax import nnx
 from hf_files import TINY, VARIANTS, hf_weights, write_hf
 
 import opt_jax
+from convert.__main__ import main as convert
 from opt_jax import (
     OPTConfig,
     OPTForCausalLM,
@@ -350,6 +351,24 @@ def test_damaged_orbax_directories(tmp_path):
     (params / "_METADATA").unlink()
     with pytest.raises(FileNotFoundError, match="has no weights"):
         OPTForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_without_verifying_a_damaged_model_is_read_as_it_is(tmp_path, capsys):
+    model = random_model()
+    model.save_pretrained(tmp_path / "out")
+    needle = arrays(model)[EMBEDDING].tobytes()[:64]
+    files = [path for path in (tmp_path / "out" / "params").rglob("*") if path.is_file()]
+    path = next(path for path in files if needle in path.read_bytes())
+    path.write_bytes(path.read_bytes().replace(needle, bytes([needle[0] ^ 1]) + needle[1:]))
+    with pytest.raises(ValueError, match=f"tensor {EMBEDDING} cannot be read: "):
+        OPTForCausalLM.from_pretrained(tmp_path / "out")
+    assert convert([str(tmp_path / "out"), str(tmp_path / "copy")]) == 1
+    assert f"tensor {EMBEDDING} cannot be read: " in capsys.readouterr().err
+    assert convert([str(tmp_path / "out"), str(tmp_path / "copy"), "--no-verify", "--quiet"]) == 0
+    ours, theirs = OPTForCausalLM.from_pretrained(tmp_path / "out", verify=False), arrays(model)
+    differ = {path for path, value in arrays(ours).items() if value.tobytes() != theirs[path].tobytes()}
+    assert differ == {EMBEDDING}
+    assert_same(arrays(OPTForCausalLM.from_pretrained(tmp_path / "copy")), arrays(ours))
 
 
 # Size -----------------------------------------------------------------------------------------------------------------

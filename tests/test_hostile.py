@@ -178,6 +178,8 @@ class Runner:
             if err or left != ["dst", "src"]:
                 return f"stderr {err[:500]!r}, files {left}"
             found = described(directory / "dst")
+            if case.form == "orbax" and values(directory / "dst") != values(self.bases / "orbax"):
+                return "converted, but to other values: its chunks have checksums"
             return None if found == self.expected else f"converted, but to {found}"
         if isinstance(code, BaseException):
             return "".join(traceback.format_exception(code))[-800:]
@@ -198,6 +200,12 @@ def described(directory: Path) -> dict:
 
     arrays = storage.open_arrays(directory / "params")
     return {path: (array.shape, array.dtype.name) for path, array in arrays.items()}
+
+
+def values(directory: Path) -> dict:
+    from opt_jax import storage
+
+    return {path: array.load().tobytes() for path, array in storage.open_arrays(directory / "params").items()}
 
 
 def child(root: Path, part: str = "") -> None:

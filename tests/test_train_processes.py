@@ -156,6 +156,28 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(place, pair):
     compare(lines(place, "copy"), pair, rtol=1e-5)
 
 
+def test_damage_that_one_process_reads_ends_both_or_both_fall_back(place, pair):
+    shutil.copytree(place / "pair", place / "damaged")
+    shutil.rmtree(place / "damaged" / "model")
+    for path in (place / "damaged" / "checkpoints" / "12" / "params" / "ocdbt.process_1" / "d").iterdir():
+        content = bytearray(path.read_bytes())
+        if len(content) > 2048:  # the shards of the embedding, which process 0 does not read
+            content[100] ^= 1
+            path.write_bytes(content)
+    done = ends(start_two(place, "damaged"))
+    said = [error.splitlines() for _, _, error in done]
+    assert [code for code, *_ in done] == [1, 1], done
+    for i, why in enumerate(("process 1 failed: see its message", "cannot be read: ")):
+        (line,) = [line for line in said[i] if line.startswith("train.py: error: ")]
+        assert "checkpoints/12 is damaged: " in line and why in line and line.endswith("the one before it, 8"), line
+
+    job = dict(coordinator_address=free_address(), num_processes=2)
+    words = [[*command(place, "damaged", **job, process_id=i), "--fall-back"] for i in range(2)]
+    done = ends([start(place, each, devices=4) for each in words])
+    assert [code for code, *_ in done] == [0, 0] and "steps 8 to 12" in done[0][1], done
+    compare(lines(place, "damaged"), pair, rtol=0)
+
+
 @pytest.mark.parametrize("task", [False, True])
 def test_two_processes_start_from_a_checkpoint_and_sigterm_to_one_stops_both(place, whole, task):
     output = f"tuned {task}"

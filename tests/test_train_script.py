@@ -205,6 +205,21 @@ def test_training_does_not_wait_for_a_checkpoint(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
 
 
+def test_a_damaged_checkpoint_is_said_and_fallen_back_from(options, tmp_path, capsys):
+    output = tmp_path / "run"
+    before = run(options, output, stop_after=10)
+    damaged = output / "checkpoints" / "10" / "params" / "manifest.ocdbt"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^checkpoint {output}/checkpoints/10 is damaged: .*--fall-back .*, 5$"):
+        run(options, output)
+    assert metrics(output) == before
+    same(run(options, output, stop_after=5, fall_back=True), before)
+    assert "checkpoints/10 is damaged: " in capsys.readouterr().err
+    same(run(options, output, stop_after=1)[:10], before)  # the new 10 is whole
+
+
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 def test_with_deterministic_a_gpu_goes_on_bitwise(options, tmp_path):
     def start(name, **changes):

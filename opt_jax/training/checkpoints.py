@@ -2,10 +2,13 @@
 when to write one, and what to do about SIGTERM."""
 
 import dataclasses
+import json
 import os
 import signal
 import time
+import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,15 +20,17 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
+from opt_jax.checkpoint import read_array
+from opt_jax.chunks import ShardHandler, pytree_handler
 from opt_jax.hub import absolute, as_path, check_array_path, is_remote
-from opt_jax.storage import CHUNK_BYTES, on_first_process
+from opt_jax.storage import CHUNK_BYTES, agree, on_first_process, open_stored
 from opt_jax.temporary import refuse_links
 from opt_jax.training.step import TrainState, named_leaves
 
 _IN_A_STEP = ("_CHECKPOINT_METADATA", "params", "optimizer", "data")  # any of these: a damaged checkpoint is one, too
 _LOOK_SECONDS = 5.0  # between looks at the clock that several processes have to agree on
-
-_copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+_DATA_FILE = "metadata"
+_READERS = 8  # arrays that are read at once
 
 
 class Checkpoints:
@@ -42,7 +47,7 @@ class Checkpoints:
     ):  # fmt: skip
         check_array_path(directory)
         self._data_state = data_state
-        directory = as_path(directory)
+        directory = absolute(as_path(directory))
         policies = [LatestN(keep), *([EveryNSteps(keep_every)] if keep_every else [])]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies),
@@ -51,7 +56,10 @@ class Checkpoints:
             multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=directory.name),
         )
         on_first_process(lambda: _check_steps(directory))
-        self._manager = ocp.CheckpointManager(absolute(directory), options=options)
+        handlers = {name: pytree_handler((jax.Array, ShardHandler())) for name in ("params", "optimizer")}
+        data = ocp.JsonCheckpointHandler(filename=_DATA_FILE)
+        self._directory = directory
+        self._manager = ocp.CheckpointManager(directory, options=options, item_handlers={**handlers, "data": data})
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -68,42 +76,84 @@ class Checkpoints:
     def _save(self, step: int, items: dict[str, dict[str, jax.Array]]) -> None:
         if step <= (self.latest_step() or 0):
             return
-        device = next(iter(next(iter(items["params"].values())).sharding.device_set))
         with jax.transfer_guard("allow"):
-            if device.platform == "cpu":
-                # Elsewhere Orbax copies to the host before it returns. Here "the host's copy" is the array itself,
-                # which the next step, donated it, may overwrite while it is being written.
-                items = _copy(items)
             args: dict[str, Any] = {}
             if self._data_state is not None:
-                args["data"] = ocp.args.JsonSave(self._data_state(step))
+                data = self._data_state(step)
+                args["data"] = ocp.args.JsonSave({**data, "crc32": _crc32(data)})
             for name, tree in items.items():
                 save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
-                args[name] = ocp.args.StandardSave(tree, save_args=save_args)
+                args[name] = ocp.args.PyTreeSave(tree, save_args=save_args)
             self._manager.save(step, args=ocp.args.Composite(**args))
 
-    def restore(self, step: int, abstract: TrainState, shardings: Any) -> TrainState:
-        """The state of `step`, each array read straight into its shards. `abstract`: shapes and dtypes of a state.
-        What is frozen is in no checkpoint: None in the result.
+    def restore_newest(
+        self, abstract: TrainState, shardings: Any, say: Callable[[str], None], *, fall_back: bool = False,
+        verify: bool = True,
+    ) -> tuple[int, TrainState, dict[str, Any] | None]:  # fmt: skip
+        """(step, state, state of the data's iterator or None) of the newest checkpoint; see `restore`.
 
-        Raises whatever Orbax does for a checkpoint that is damaged or of another shape.
+        fall_back: take the newest that is not damaged, and remove those after it, which would be in the way of new
+        ones. `say` tells which, on all processes.
+
+        Raises:
+          ValueError: it is damaged, and so are all before it if `fall_back`. All processes agree on that.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for i, step in enumerate(steps):
+            try:
+                state, data = self.restore(step, abstract, shardings, verify), self.restore_data(step)
+            except (ValueError, OSError) as e:
+                message = f"checkpoint {self._directory / str(step)} is damaged: {e}"
+                if step == steps[-1]:
+                    raise ValueError(f"{message}; there is none before it, so copy it back from elsewhere") from None
+                if not fall_back:
+                    raise ValueError(f"{message}; --fall-back goes on from the one before it, {steps[i + 1]}") from None
+                say(f"{message}; falling back to the one before it, {steps[i + 1]}")
+            else:
+                for damaged in steps[:i]:
+                    self._manager.delete(damaged)
+                return step, state, data
+        raise FileNotFoundError(f"no checkpoint in {self._directory}")
+
+    def restore(self, step: int, abstract: TrainState, shardings: Any, verify: bool = True) -> TrainState:
+        """The state of `step`, each array read straight into its shards. `abstract`: shapes and dtypes of a state.
+        What is frozen is in no checkpoint: None in the result. verify: compare what is read with its checksums.
+
+        Raises:
+          ValueError, OSError: the checkpoint is damaged, or of another shape. If it is so for one process of a job,
+            then for all of them.
         """
         abstract, shardings = (dataclasses.replace(tree, frozen=None) for tree in (abstract, shardings))
         place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
-        target = jax.tree.map(place, abstract, shardings)
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(target).items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        leaves = restored["params"] | restored["optimizer"]
+        items = _items(jax.tree.map(place, abstract, shardings))
+        error, leaves = None, {}
+        try:
+            for name, targets in items.items():
+                leaves |= _read(self._directory / str(step) / name, targets, verify)
+        except Exception as e:
+            error = e
+        agree(error)
         state = jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in named_leaves(abstract)])
-        # Some arrays as Orbax makes them cannot be donated to the first step, which then needs their memory twice. The
+        # Some arrays as they were made cannot be donated to the first step, which then needs their memory twice. The
         # outputs of a compiled function can; those that could be already are passed through, not copied.
-        return jax.jit(lambda s: jax.tree.map(jnp.copy, s), donate_argnums=0, out_shardings=shardings)(state)
+        return jax.jit(_copy, donate_argnums=0, out_shardings=shardings)(state)
 
     def restore_data(self, step: int) -> dict[str, Any] | None:
-        """The state of the data's iterator, None in a checkpoint without one."""
-        if not (self._manager.directory / str(step) / "data").exists():
-            return None
-        return self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+        """The state of the data's iterator, None in a checkpoint without one.
+
+        Raises:
+          ValueError, OSError: it is damaged. If it is so for one process of a job, then for all of them.
+        """
+        path, error, data = self._directory / str(step) / "data" / _DATA_FILE, None, None
+        try:
+            if path.parent.exists():
+                data = json.loads(path.read_bytes())
+                if data.pop("crc32", None) not in (None, _crc32(data)):  # older ones have none
+                    raise ValueError("it does not agree with its checksum")
+        except (ValueError, AttributeError, RecursionError, OSError) as e:
+            error = e if isinstance(e, OSError) else ValueError(f"{path} cannot be read: {e}")
+        agree(error)
+        return data
 
     def close(self) -> None:
         """Wait until everything is written."""
@@ -135,6 +185,27 @@ def _items(state: TrainState) -> dict[str, dict[str, Any]]:
     params = {name: leaf for name, leaf in leaves.items() if name.startswith("model.")}
     rest = {name: leaf for name, leaf in leaves.items() if not name.startswith(("model.", "frozen."))}
     return {"params": params, "optimizer": rest}
+
+
+def _copy(state: TrainState) -> TrainState:
+    return jax.tree.map(jnp.copy, state)
+
+
+def _read(directory: Path, targets: dict[str, Any], verify: bool) -> dict[str, jax.Array]:
+    """The arrays of `targets`, by name; this process reads only what its devices hold."""
+    stored = open_stored(directory, verify)
+    for name, target in targets.items():
+        if name not in stored:
+            raise ValueError(f"{directory} has no array {name}")
+        if stored[name].shape != target.shape:
+            raise ValueError(f"{directory}: array {name} has shape {stored[name].shape}, not {target.shape}")
+    with ThreadPoolExecutor(_READERS) as pool:
+        arrays = pool.map(lambda name: read_array(stored[name], targets[name]), targets)
+        return dict(zip(targets, arrays, strict=True))
+
+
+def _crc32(data: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(data, sort_keys=True).encode())
 
 
 class Due:

@@ -40,16 +40,16 @@ def make_task(options: Options, tokenizer: OPTTokenizer, seq_len: int, multiple:
     )  # fmt: skip
 
 
-def load(start: str, before: OPTConfig, plain: Any, seed: int, mesh: Mesh) -> Any:
+def load(start: str, before: OPTConfig, plain: Any, seed: int, mesh: Mesh, verify: bool = True) -> Any:
     """The model of checkpoint `start`, on the mesh, in the form of `plain`: an abstract, stacked one, of any class.
 
     before: the checkpoint's configuration. The head of a task is kept if it is of this class and for the same labels;
-    else it is new, drawn from the seed.
+    else it is new, drawn from the seed. verify: see `from_pretrained`.
     """
     cls, config = type(plain), plain.config
     labels = lambda c: [c.extra.get(name) for name in ("architectures", "id2label")]  # noqa: E731
     kept = cls not in TASKS.values() or labels(before) == labels(config)
-    options: Any = dict(dtype=plain.dtype, param_dtype=jnp.float32, mesh=mesh)
+    options: Any = dict(dtype=plain.dtype, param_dtype=jnp.float32, mesh=mesh, verify=verify)
     found = stack_layers((cls if kept else OPTModel).from_pretrained(start, **options))
     values = {("" if kept else "model.") + name: leaf for name, leaf in named_leaves(found).items()}
     names = named_leaves(plain)

@@ -114,6 +114,10 @@ class Options:
     """So many of the newest stay."""
     keep_every: int | None = None
     """Keep those of every so many steps for good."""
+    fall_back: bool = False
+    """If the newest checkpoint is damaged, go on from the newest that is not, and remove those after it."""
+    verify: bool = True
+    """Compare what is read of a checkpoint with its checksums."""
     eval_every: int = 200
     """Steps between measurements of the loss on held-out documents; there is always one at the end."""
     eval_batches: int = 20
@@ -153,7 +157,7 @@ class Options:
 MAY_CHANGE = {
     "output", "mesh", "dcn_mesh", "accumulate", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints",
     "keep_every", "data_workers", "eval_every", "eval_batches", "log_every", "stop_after",
-    "recipe", "skip_nonfinite", "tensorboard", "wandb", "profile",
+    "fall_back", "verify", "recipe", "skip_nonfinite", "tensorboard", "wandb", "profile",
     "distributed", "coordinator_address", "num_processes", "process_id", "heartbeat_seconds", "hang_minutes",
     "plan", "topology", "plan_output", "attention", "remat",
 }  # fmt: skip

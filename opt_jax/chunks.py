@@ -1,0 +1,240 @@
+"""How arrays lie in a directory: in chunks with checksums; what is checked before TensorStore opens one.
+
+Each chunk is a value of an OCDBT database and ends with its CRC-32C (zarr3's codec `crc32c`), which TensorStore
+compares whenever it reads the chunk. The metadata of the arrays lie in nodes of the database, which have checksums of
+their own.
+"""
+
+import asyncio
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from orbax.checkpoint import future
+
+Shape = tuple[int, ...]
+Index = tuple[slice, ...]
+
+CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+_CHECKSUM_BYTES = 4
+_BATCH_BYTES = 1 << 30  # of chunks that are encoded, and then committed, together
+
+# What a foreign file may say. Orbax writes less than 1 kB of metadata and no chunk above 2 GiB.
+_MAX_METADATA_BYTES = 64 << 10
+_MAX_MANIFEST_BYTES = 1 << 20
+_MAX_DEPTH = 12
+_MAX_RANK = 8
+_MAX_CHUNK_BYTES = 2 << 30
+_MAX_FOLDERS = 6  # inside each other
+_WIDTHS = {"bool": 1, "bfloat16": 2} | {
+    f"{kind}{8 * width}": width
+    for kind, widths in (("int", (1, 2, 4, 8)), ("uint", (1, 2, 4, 8)), ("float", (2, 4, 8)))
+    for width in widths
+}
+_LETTERS = {"b": "bool", "i": "int", "u": "uint", "f": "float"}  # of zarr2's dtypes, as in "<f4"
+
+
+def pieces(shape: Shape, piece: Sequence[int]) -> Iterator[Index]:
+    """The indices of the parts of an array that are at most `piece` large; () has one."""
+    starts = (range(0, n, step) for n, step in zip(shape, piece, strict=True))
+    for corner in product(*starts):
+        yield tuple(slice(i, min(i + step, n)) for i, step, n in zip(corner, piece, shape, strict=True))
+
+
+# Writing ----------------------------------------------------------------------------------------------------
+
+
+def write_spec(
+    info: ocp.type_handlers.ParamInfo, arg: ocp.SaveArgs, shape: Shape, part: Shape, dtype
+) -> dict[str, Any]:
+    """TensorStore's specification of a new array, of which processes write parts of the shape `part`."""
+    spec = ocp.type_handlers.get_json_tspec_write(
+        info, use_ocdbt=True, global_shape=shape, local_shape=part, dtype=dtype,
+        process_index=jax.process_index(), arg=arg,
+    )  # fmt: skip
+    # Orbax offers no choice of codecs. Its own have a checksum for the places of chunks only.
+    spec["metadata"]["codecs"] = CODECS
+    return spec
+
+
+def pytree_handler(*handlers: tuple[type, ocp.type_handlers.TypeHandler]) -> ocp.PyTreeCheckpointHandler:
+    """Writes trees whose leaves are of types that `handlers` write, in the form of this module."""
+    registry = ocp.type_handlers.create_type_handler_registry(*handlers)
+    # Weights do not compress: zstd makes writing several times slower for a few percent.
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_zarr3=True, use_compression=False)
+
+
+class ShardHandler(ocp.type_handlers.ArrayHandler):
+    """Writes `jax.Array`s: each process the chunks of its shards, replicas share theirs. On disk they are what
+    NumpyHandler writes, so that any Orbax reads them, on any devices."""
+
+    def typestr(self) -> str:
+        return ocp.type_handlers.NumpyHandler().typestr()
+
+    async def serialize(self, values: Sequence[Any], infos, args=None):
+        """Returns when the arrays may be donated; the result waits for the disk."""
+        own = []
+        for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
+            spec = write_spec(info, arg, value.shape, value.sharding.shard_shape(value.shape), value.dtype)
+            chunk = spec["metadata"]["chunk_grid"]["configuration"]["chunk_shape"]
+            own.append((info, spec, chunks_of_process(value, chunk)))
+        for _, _, shards in own:
+            for shard, _ in shards:
+                shard.data.copy_to_host_async()
+        writes = [(info, spec, list(on_host(shards))) for info, spec, shards in own]
+        return [future.CommitFutureAwaitingContractedSignals(self._write(writes), name="shards")]
+
+    async def _write(self, writes: Sequence[tuple[Any, dict[str, Any], list[tuple[Index, np.ndarray]]]]) -> None:
+        opening = []
+        for info, spec, _ in writes:
+            await info.await_path_creation()
+            opening.append(ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context))
+        stores = await asyncio.gather(*opening)
+        batch, size = [], 0
+        for store, (_, _, chunks) in zip(stores, writes, strict=True):
+            for index, values in chunks:
+                if size + values.nbytes > _BATCH_BYTES:
+                    await asyncio.gather(*batch)
+                    batch, size = [], 0
+                # Nobody changes `values`, which are a copy.
+                batch.append(store[index].write(values, can_reference_source_data_indefinitely=True))
+                size += values.nbytes
+        await asyncio.gather(*batch)
+
+
+def chunks_of_process(array: jax.Array, chunk: Sequence[int]) -> list[tuple[jax.Shard, list[Index]]]:
+    """The shards of which this process is to write chunks, each with these chunks' indices inside the shard."""
+    shape = array.sharding.shard_shape(array.shape)
+    replicas = len(array.sharding.device_set) * math.prod(shape) // max(1, array.size)
+    shares = ((s, list(pieces(shape, chunk))[s.replica_id :: replicas]) for s in array.addressable_shards)
+    return [(shard, indices) for shard, indices in shares if indices]
+
+
+def on_host(shards: Sequence[tuple[jax.Shard, list[Index]]]) -> Iterator[tuple[Index, np.ndarray]]:
+    """Index in the whole array, and values, of each chunk."""
+    for shard, indices in shards:
+        # On a CPU the host's copy is the array itself, which the next step, donated it, may overwrite.
+        values = np.array(shard.data) if shard.device.platform == "cpu" else np.asarray(shard.data)
+        corner = [s.start or 0 for s in shard.index]
+        for index in indices:
+            yield tuple(slice(s.start + i, s.stop + i) for s, i in zip(index, corner, strict=True)), values[index]
+
+
+# Reading ----------------------------------------------------------------------------------------------------
+
+
+def check_files(directory: Path) -> None:
+    """
+    Raises:
+      ValueError: something below the local `directory` is neither a regular file nor a directory (links are followed),
+        or its manifest is larger than Orbax writes. (Reading a pipe would wait for ever.)
+    """
+    folders = [(directory, 0)]
+    while folders:
+        folder, depth = folders.pop()
+        for path in folder.iterdir():
+            if path.is_dir():
+                if depth < _MAX_FOLDERS:  # deeper is nothing that we read, or a circle of links
+                    folders.append((path, depth + 1))
+            elif not path.is_file():
+                raise ValueError(f"{path} is not a regular file")
+            elif path.name == "manifest.ocdbt" and path.stat().st_size > _MAX_MANIFEST_BYTES:
+                raise ValueError(f"{path} is larger than a manifest may be ({_MAX_MANIFEST_BYTES:,} bytes)")
+
+
+def array_specs(database: Mapping[str, Any], context: ts.Context) -> tuple[dict[str, dict[str, Any]], bool]:
+    """The arrays of an OCDBT database, name -> specification to read it with; and whether all have checksums. A chunk
+    that is missing will be an error, not zeros.
+
+    Raises:
+      ValueError: there is no array, or metadata beyond what Orbax writes; TensorStore would crash on some.
+    """
+    store = ts.KvStore.open(dict(database), context=context).result()
+    kinds = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
+    keys = [(key, end) for key in store.list().result() for end in kinds if key.endswith(end.encode())]
+    reading = [store.read(key) for key, _ in keys]
+    specs, checked = {}, True
+    for (key, end), content in sorted(zip(keys, reading, strict=True), key=lambda found: found[0][0]):
+        checked &= _check_metadata(key.decode(), content.result().value, kinds[end])
+        name = key.decode().removesuffix(end)
+        kvstore = {**database, "path": name + "/"}
+        specs[name] = {"driver": kinds[end], "kvstore": kvstore, "fill_missing_data_reads": False}
+    if not specs:
+        raise ValueError("it holds no arrays: manifest.ocdbt is missing, or names none")
+    return specs, checked
+
+
+def _check_metadata(key: str, content: bytes, driver: str) -> bool:
+    """Whether the array's chunks have checksums. ValueError: no metadata of an array, or none that Orbax writes."""
+    if len(content) > _MAX_METADATA_BYTES:
+        raise ValueError(f"{key}: {len(content):,} bytes of metadata are more than an array has")
+    try:
+        metadata = json.loads(content)
+        _check_depth(metadata, _MAX_DEPTH)
+        zarr3 = driver == "zarr3"
+        grid = metadata["chunk_grid"]["configuration"] if zarr3 else metadata
+        shape, chunk = metadata["shape"], grid["chunk_shape" if zarr3 else "chunks"]
+        dtype = metadata["data_type"] if zarr3 else _zarr2_dtype(metadata["dtype"])
+        sizes = [n for n in (*shape, *chunk) if type(n) is int and 0 <= n < 2**48]
+        if len(sizes) != len(shape) + len(chunk) or len(shape) != len(chunk) or len(shape) > _MAX_RANK:
+            raise ValueError(f"shape {str(shape)[:80]} in chunks of {str(chunk)[:80]}")
+        if dtype not in _WIDTHS:
+            raise ValueError(f"dtype {str(dtype)[:40]}")
+        if any(not 1 <= c <= max(1, n) for c, n in zip(chunk, shape, strict=True)):
+            raise ValueError(f"chunks of {chunk} do not fit into shape {shape}")
+        if (nbytes := math.prod(chunk) * _WIDTHS[dtype]) > _MAX_CHUNK_BYTES:
+            raise ValueError(f"chunks of {nbytes:,} bytes, more than {_MAX_CHUNK_BYTES:,}")
+        codecs = metadata["codecs"] if zarr3 else []
+        while codecs and codecs[0]["name"] == "sharding_indexed":
+            codecs = codecs[0]["configuration"]["codecs"]
+        return "crc32c" in [codec["name"] for codec in codecs]
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError) as e:
+        raise ValueError(f"{key} is damaged: {type(e).__name__ if not isinstance(e, ValueError) else e}") from None
+
+
+def _zarr2_dtype(name: str) -> str:
+    return name if name in _WIDTHS else f"{_LETTERS[name[1]]}{8 * int(name[2:])}".replace("bool8", "bool")
+
+
+def _check_depth(value: Any, depth: int) -> None:
+    if isinstance(value, dict | list):
+        if depth == 0:
+            raise ValueError("it is nested too deeply")
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_depth(inner, depth - 1)
+
+
+def read_unverified(store: ts.TensorStore, index: Index) -> np.ndarray:
+    """The part of an array at `index`, whatever its chunks' checksums say. (TensorStore always compares them, so this
+    reads the chunks' bytes.)
+
+    Raises:
+      ValueError: a chunk is missing or has another size, or the array is not in our form.
+    """
+    metadata = store.spec().to_json()["metadata"]
+    assert store.kvstore is not None
+    codecs = [{"configuration": CODECS[0]["configuration"], **codec} for codec in metadata["codecs"][:1]]
+    if [*codecs, *metadata["codecs"][1:]] != CODECS:  # (the values of one byte have no order)
+        raise ValueError("its chunks can only be read with their checksums")
+    chunk = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    dtype = store.dtype.numpy_dtype
+    out = np.empty([s.stop - s.start for s in index], dtype)
+    numbers = [range(s.start // c, -(-s.stop // c)) for s, c in zip(index, chunk, strict=True)]
+    for place in product(*numbers):
+        key = "/".join(["c", *map(str, place)])
+        content = store.kvstore.read(key).result()
+        if content.state != "value" or len(content.value) != math.prod(chunk) * dtype.itemsize + _CHECKSUM_BYTES:
+            raise ValueError(f"chunk {key} is missing, or not of its size")
+        values = np.frombuffer(content.value, dtype, math.prod(chunk)).reshape(chunk)
+        first = [i * c for i, c in zip(place, chunk, strict=True)]
+        inside = [(max(s.start, f), min(s.stop, f + c)) for s, f, c in zip(index, first, chunk, strict=True)]
+        to = tuple(slice(a - s.start, b - s.start) for (a, b), s in zip(inside, index, strict=True))
+        out[to] = values[tuple(slice(a - f, b - f) for (a, b), f in zip(inside, first, strict=True))]
+    return out
