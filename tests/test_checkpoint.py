@@ -34,7 +34,8 @@ EMBEDDING = "model.decoder.embed_tokens.embedding"
 
 def random_model(cls="OPTForCausalLM", variant="125m", scan_layers=False, param_dtype=jnp.float32, **changes):
     config = OPTConfig.from_hf(VARIANTS[variant] | changes)
-    model = getattr(opt_jax, cls)(config, rngs=nnx.Rngs(0), param_dtype=param_dtype, scan_layers=scan_layers)
+    create = getattr(opt_jax, cls)  # only its shapes: random values of JAX's would be compiled for each shape
+    model = nnx.eval_shape(lambda: create(config, rngs=nnx.Rngs(0), param_dtype=param_dtype, scan_layers=scan_layers))
     rng = np.random.default_rng(0)
     for param in named_parameters(model).values():  # LayerNorms and biases too
         param.set_value(jnp.asarray(rng.standard_normal(param.get_value().shape), param_dtype))
