@@ -4,12 +4,12 @@ import dataclasses
 import re
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
+from small_models import first_layers
 
-from opt_jax import OPTConfig, OPTForCausalLM, continuous, pipeline
+from opt_jax import OPTConfig, OPTForCausalLM, OPTTokenizer, continuous, pipeline
 from opt_jax.generate import stream
 
 pytestmark = pytest.mark.slow
@@ -57,7 +57,7 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_long_list_gives_what_one_batch_gives(model, kind):
-    rows = prompts(50)
+    rows = prompts(50, 24 if kind == "greedy" else 16)  # prompts of two buckets, or of one
     options = KINDS[kind] | ENDS | dict(max_new_tokens=21)
     whole = model.generate(rows, **options)
     assert {"stop", "length"} == set(whole.finish_reasons) or kind == "processors"
@@ -116,22 +116,19 @@ def test_ended_rows_make_room(model, monkeypatch):
 
 
 def test_what_is_compiled(model, compiled):
-    jax.clear_caches()
+    """(With eight slots, which no other test here has.)"""
 
     def run(rows, **options):
         del compiled[:]
         model.generate(rows, max_new_tokens=10, **options)
         return sorted(name for name in compiled if re.search("begin|advance|_place", name)), compiled
 
-    # widths 16, 24, 32, 48, 64, each for one prompt, and one for the first eight
-    names, _ = run(prompts(64, 60), batch_size=8)
+    # widths 16, 24, 32, each for one prompt, and one for the first eight
+    names, _ = run(prompts(64, 30), batch_size=8)
     assert names.count("jit(advance)") == 1
-    assert names.count("jit(begin)") <= 6 and names.count("jit(_place)") <= 5
-    assert run(prompts(99, 60, seed=7), batch_size=8)[1] == []
+    assert 3 <= names.count("jit(begin)") <= 4 and 2 <= names.count("jit(_place)") <= 3
+    assert run(prompts(99, 30, seed=7), batch_size=8)[1] == []
     # batches of 5 and 6 are one bucket
-    assert run(prompts(5, 16))[0] == ["jit(advance)", "jit(begin)"]
-    assert run(prompts(6, 16))[1] == []
-    assert run(prompts(8, 16))[0] == ["jit(advance)", "jit(begin)"]
     prefix = model.prefill([[5, 6, 7]])
     assert run(prompts(5, 16), cache=prefix)[0] == ["jit(advance)", "jit(begin)"]
     assert run(prompts(6, 16), cache=model.prefill([[9] * 8]))[1] == []
@@ -202,7 +199,7 @@ def test_progress_bar(model, capfd):
 
 
 def test_a_pipeline_takes_drafts():
-    generator = pipeline("text-generation", "tiny")
+    generator = pipeline("text-generation", model=first_layers(), tokenizer=OPTTokenizer.from_pretrained("tiny"))
     texts = ["def a(", "x = [1, 2, 1, 2,"] * 5
     options: dict[str, Any] = dict(do_sample=False, max_new_tokens=6)
     plain = generator(texts, batch_size=10, **options)
@@ -213,7 +210,7 @@ def test_a_pipeline_takes_drafts():
 
 
 def test_texts_of_a_long_list_end_at_their_stop_strings():
-    generator = pipeline("text-generation", "tiny")
+    generator = pipeline("text-generation", model=first_layers(), tokenizer=OPTTokenizer.from_pretrained("tiny"))
     texts = ["def a(", "import os\n", "class Foo:\n    def", "x = [", "return", "# " * 30, "if x", "for i in", "while"]
     options: dict[str, Any] = dict(
         stop_strings=["\n", "(s", " in"], max_new_tokens=24, seed=list(range(9)), return_full_text=False
