@@ -57,7 +57,7 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_long_list_gives_what_one_batch_gives(model, kind):
-    rows = prompts(50, 24 if kind == "greedy" else 16)  # prompts of two buckets, or of one
+    rows = prompts(50, 16)
     options = KINDS[kind] | ENDS | dict(max_new_tokens=21)
     whole = model.generate(rows, **options)
     assert {"stop", "length"} == set(whole.finish_reasons) or kind == "processors"
