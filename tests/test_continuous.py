@@ -124,7 +124,7 @@ def test_what_is_compiled(model, compiled):
         return sorted(name for name in compiled if re.search("begin|advance|_place", name)), compiled
 
     # widths 16, 24, 32, each for one prompt, and one for the first eight
-    names, _ = run(prompts(64, 30), batch_size=8)
+    names, _ = run(prompts(80, 30), batch_size=8)
     assert names.count("jit(advance)") == 1
     assert 3 <= names.count("jit(begin)") <= 4 and 2 <= names.count("jit(_place)") <= 3
     assert run(prompts(99, 30, seed=7), batch_size=8)[1] == []

@@ -1,6 +1,7 @@
 """The examples of docs/generation.md run, and its table speaks of every option."""
 
 import re
+import shutil
 
 import pytest
 from conftest import REPOSITORY
@@ -16,6 +17,7 @@ TEXT = (REPOSITORY / "docs" / "generation.md").read_text(encoding="utf-8")
 def test_examples_run(capsys, tmp_path):
     """Of "tiny" the first layer: the examples are many programs."""
     first_layers().save_pretrained(tmp_path / "tiny", tokenizer=OPTTokenizer.from_pretrained("tiny"))
+    shutil.copy(REPOSITORY / "opt_jax" / "tiny" / "generation_config.json", tmp_path / "tiny")
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     assert len(blocks) > 6
     names = {}
