@@ -62,11 +62,16 @@ def _files_below(directory: Path) -> Iterator[Path]:
 
 
 def _state(path: Path) -> tuple[int, ...] | None:
-    """Size and time first; in a store, where times are in seconds, size and checksum. None: the file is not there."""
+    """Size and time first; in a store, where times are in seconds, size and checksum. None: no file is there.
+
+    A directory is no file: nothing is read of it, and its time changes with what others put into it.
+    """
     try:
         if hub.is_remote(path):
             content = path.read_bytes()
             return len(content), zlib.crc32(content)
+        if not path.is_file():
+            return None
         stat = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -5,7 +5,7 @@ tensors of a bfloat16 model split four ways. Needs `libtpu`, and PYTHONPATH poin
 """
 
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,7 +43,10 @@ def make_model(mesh: Mesh | None = None, **kwargs) -> OPTForCausalLM:
 def arguments(
     compiled: str, model: OPTForCausalLM, rows: int = len(IDS), **options: Any
 ) -> tuple[tuple, dict[str, Any]]:
-    """What `generate` calls a compiled function with, "decode.advance" or "beams._search"; it is not called."""
+    """What `generate` calls a compiled function with, "decode.advance" or "beams._search"; it is not called.
+
+    Without a mesh shapes are enough, and the prompts are not read for them.
+    """
 
     class CalledError(Exception):
         pass
@@ -51,8 +54,13 @@ def arguments(
     def called(*args, **kwargs):
         raise CalledError(args, kwargs)
 
+    def begin(*args, **kwargs):
+        return jax.eval_shape(partial(decode_begin, **kwargs), *args)
+
+    decode_begin, sharding = decode.begin, jax.tree.leaves(model)[0].sharding
+    read = decode_begin if isinstance(sharding, NamedSharding) else begin
     try:
-        with mock.patch(f"opt_jax.{compiled}", called):
+        with mock.patch(f"opt_jax.{compiled}", called), mock.patch("opt_jax.decode.begin", read):
             model.generate(IDS[:rows], max_new_tokens=40, **options)
     except CalledError as call:
         return call.args[0], call.args[1]

@@ -4,12 +4,12 @@ import dataclasses
 import re
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
+from small_models import first_layers
 
-from opt_jax import OPTConfig, OPTForCausalLM, continuous, pipeline
+from opt_jax import OPTConfig, OPTForCausalLM, OPTTokenizer, continuous, pipeline
 from opt_jax.generate import stream
 
 pytestmark = pytest.mark.slow
@@ -57,7 +57,7 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_long_list_gives_what_one_batch_gives(model, kind):
-    rows = prompts(50)
+    rows = prompts(50, 16)
     options = KINDS[kind] | ENDS | dict(max_new_tokens=21)
     whole = model.generate(rows, **options)
     assert {"stop", "length"} == set(whole.finish_reasons) or kind == "processors"
@@ -90,7 +90,7 @@ def test_pads_of_a_list_are_pads_whatever_the_other_rows_are(model):
 
 
 def test_one_seed_and_several_samples(model):
-    rows, options = prompts(9), dict(do_sample=True, seed=4, max_new_tokens=9, num_return_sequences=3, **ENDS)
+    rows, options = prompts(9, 16), dict(do_sample=True, seed=4, max_new_tokens=9, num_return_sequences=3, **ENDS)
     assert_same(model.generate(rows, batch_size=4, **options), model.generate(rows, **options))
     options = dict(do_sample=True, seed=4, max_new_tokens=9, num_beams=3, num_return_sequences=2, **ENDS)
     some, whole = model.generate(rows, batch_size=4, **options), model.generate(rows, **options)
@@ -108,7 +108,7 @@ def test_ended_rows_make_room(model, monkeypatch):
 
     advance = continuous.advance
     monkeypatch.setattr(continuous, "advance", recorded)
-    rows, slots = prompts(80), 16
+    rows, slots = prompts(80, 16), 17
     out = model.generate(rows, batch_size=slots, max_new_tokens=30, **ENDS)
     chunks = sum(out.lengths[i : i + slots].max() for i in range(0, 80, slots))
     assert steps[-1] <= out.lengths.sum() / slots + 30 + len(steps)  # no slot waits, but at the end of the list
@@ -116,22 +116,19 @@ def test_ended_rows_make_room(model, monkeypatch):
 
 
 def test_what_is_compiled(model, compiled):
-    jax.clear_caches()
+    """(With eight slots, which no other test here has.)"""
 
     def run(rows, **options):
         del compiled[:]
         model.generate(rows, max_new_tokens=10, **options)
         return sorted(name for name in compiled if re.search("begin|advance|_place", name)), compiled
 
-    # widths 16, 24, 32, 48, 64, each for one prompt, and one for the first eight
-    names, _ = run(prompts(64, 60), batch_size=8)
+    # widths 16, 24, 32, each for one prompt, and one for the first eight
+    names, _ = run(prompts(80, 30), batch_size=8)
     assert names.count("jit(advance)") == 1
-    assert names.count("jit(begin)") <= 6 and names.count("jit(_place)") <= 5
-    assert run(prompts(99, 60, seed=7), batch_size=8)[1] == []
+    assert 3 <= names.count("jit(begin)") <= 4 and 2 <= names.count("jit(_place)") <= 3
+    assert run(prompts(99, 30, seed=7), batch_size=8)[1] == []
     # batches of 5 and 6 are one bucket
-    assert run(prompts(5, 16))[0] == ["jit(advance)", "jit(begin)"]
-    assert run(prompts(6, 16))[1] == []
-    assert run(prompts(8, 16))[0] == ["jit(advance)", "jit(begin)"]
     prefix = model.prefill([[5, 6, 7]])
     assert run(prompts(5, 16), cache=prefix)[0] == ["jit(advance)", "jit(begin)"]
     assert run(prompts(6, 16), cache=model.prefill([[9] * 8]))[1] == []
@@ -139,24 +136,23 @@ def test_what_is_compiled(model, compiled):
 
 @pytest.mark.parametrize("kind", ["sampling", "processors"])
 def test_a_prefix_is_as_good_as_its_tokens(model, kind):
-    prefix, rows = [7, 8, 9, 10, 7], prompts(12, 30)
+    prefix, rows = [7, 8, 9, 10, 7], prompts(12, 16)
     options: dict[str, Any] = dict(KINDS[kind], max_new_tokens=12, **ENDS)
     if kind == "sampling":
         options["seed"] = options["seed"][:12]
     whole = model.generate([prefix + row for row in rows], **options)
     cache = model.prefill([prefix])
+    longest = max(map(len, rows))
     for more in (dict(), dict(batch_size=3)):
         out = model.generate(rows, cache=cache, **options, **more)
-        longest = max(map(len, rows))
         assert out.sequences.shape[1] == longest + whole.lengths.max()
         np.testing.assert_array_equal(out.sequences[:, longest:], whole.sequences[:, longest + 5 :])
         assert out.finish_reasons == whole.finish_reasons
         if kind == "processors":
             np.testing.assert_allclose(out.logprobs, whole.logprobs, atol=1e-5)
-    one = np.stack(list(stream(model, rows[:1], cache=cache, max_new_tokens=6)), axis=1)
-    np.testing.assert_array_equal(
-        one, model.generate([prefix + rows[0]], max_new_tokens=6).sequences[:, -one.shape[1] :]
-    )
+    if kind == "sampling":
+        steps = np.stack(list(stream(model, rows, cache=cache, **options)), axis=1)
+        np.testing.assert_array_equal(steps, whole.sequences[:, longest + 5 :])
 
 
 def test_a_prefix_is_read_once_and_counts(model):
@@ -202,7 +198,7 @@ def test_progress_bar(model, capfd):
 
 
 def test_a_pipeline_takes_drafts():
-    generator = pipeline("text-generation", "tiny")
+    generator = pipeline("text-generation", model=first_layers(), tokenizer=OPTTokenizer.from_pretrained("tiny"))
     texts = ["def a(", "x = [1, 2, 1, 2,"] * 5
     options: dict[str, Any] = dict(do_sample=False, max_new_tokens=6)
     plain = generator(texts, batch_size=10, **options)
@@ -213,7 +209,7 @@ def test_a_pipeline_takes_drafts():
 
 
 def test_texts_of_a_long_list_end_at_their_stop_strings():
-    generator = pipeline("text-generation", "tiny")
+    generator = pipeline("text-generation", model=first_layers(), tokenizer=OPTTokenizer.from_pretrained("tiny"))
     texts = ["def a(", "import os\n", "class Foo:\n    def", "x = [", "return", "# " * 30, "if x", "for i in", "while"]
     options: dict[str, Any] = dict(
         stop_strings=["\n", "(s", " in"], max_new_tokens=24, seed=list(range(9)), return_full_text=False

@@ -16,13 +16,27 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(jax.device_count() < 8, reaso
 
 # Eight heads, and sizes that divide by eight, the vocabulary among them.
 SHAPE: dict[str, Any] = dict(
-    vocab_size=96, hidden_size=32, num_attention_heads=8, word_embed_proj_dim=32, num_hidden_layers=2
+    vocab_size=96, hidden_size=32, num_attention_heads=8, word_embed_proj_dim=32, num_hidden_layers=1
 )
 IDS = np.array([[1, 1, 1, 7, 9], [4, 5, 6, 7, 8], [3, 9, 17, 5, 11], [1, 1, 1, 1, 33]] * 2, np.int32)
-KINDS = [
-    dict(max_new_tokens=20, eos_token_id=[5, 40]),
-    dict(max_new_tokens=12, do_sample=True, seed=3, num_return_sequences=2, top_p=0.9, repetition_penalty=1.2),
-]
+KINDS = {
+    "greedy": dict(max_new_tokens=20, eos_token_id=[5, 40]),
+    "sampling": dict(
+        max_new_tokens=20, eos_token_id=[5], do_sample=True, seed=3, num_return_sequences=2, top_p=0.9,
+        repetition_penalty=1.2,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return our_model("opt-125m", **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """On one device."""
+    return {kind: model.generate(IDS, logprobs=0, **options) for kind, options in KINDS.items()}
 
 
 def spread(model, mesh):
@@ -34,25 +48,31 @@ def spread(model, mesh):
     return copy
 
 
-@pytest.mark.parametrize("spec", ["fsdp=8", "data=4,tensor=2", "data=2,tensor=4", "tensor=8", "fsdp=2,data=2,tensor=2"])
-def test_same_tokens_as_on_one_device(spec):
-    model = our_model("opt-125m", **SHAPE)
+@pytest.mark.parametrize(
+    ("spec", "kind"),
+    [("fsdp=8", "greedy"), ("data=4,tensor=2", "sampling"), ("fsdp=2,data=2,tensor=2", "sampling")],
+)
+def test_same_tokens_as_on_one_device(model, expected, spec, kind):
     mesh = make_mesh(spec, jax.devices()[:8])
     meshed = spread(model, mesh)
-    options = KINDS[int("data" in spec)]
-    expected = model.generate(IDS, logprobs=0, **options)
     with contextlib.nullcontext() if spec == "fsdp=8" else use_mesh(mesh):  # either way
-        out = meshed.generate(IDS, logprobs=0, **options)
-    np.testing.assert_array_equal(out.sequences, expected.sequences)
-    np.testing.assert_allclose(out.logprobs, expected.logprobs, atol=1e-4)
-    assert out.finish_reasons == expected.finish_reasons
-    if spec == "tensor=8":
-        np.testing.assert_array_equal(meshed.generate(IDS, **options).sequences, expected.sequences)
+        out = meshed.generate(IDS, logprobs=0, **KINDS[kind])
+    np.testing.assert_array_equal(out.sequences, expected[kind].sequences)
+    np.testing.assert_allclose(out.logprobs, expected[kind].logprobs, atol=1e-4)
+    assert out.finish_reasons == expected[kind].finish_reasons
+
+
+def test_tensors_alone_are_split(model, expected):
+    """And without log-probabilities, for which each device needs the logits of all tokens."""
+    mesh = make_mesh("tensor=8", jax.devices()[:8])
+    meshed = spread(model, mesh)
+    with use_mesh(mesh):
+        out = meshed.generate(IDS, **KINDS["greedy"])
+        np.testing.assert_array_equal(out.sequences, expected["greedy"].sequences)
         np.testing.assert_allclose(meshed.score(IDS), model.score(IDS), atol=1e-4)
 
 
-def test_refilled_rows_and_prefixes_on_a_mesh():
-    model = our_model("opt-125m", **SHAPE)
+def test_refilled_rows_and_prefixes_on_a_mesh(model):
     mesh = make_mesh("fsdp=2,tensor=4", jax.devices()[:8])
     meshed, rows = spread(model, mesh), [[7, 9], [5] * 14, [4, 40, 6], [3, 9, 17, 5, 11], [33], [8, 30], [21, 2]]
     options: dict[str, Any] = dict(max_new_tokens=12, eos_token_id=list(range(40, 60)), batch_size=4, do_sample=True)

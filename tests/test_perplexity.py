@@ -25,8 +25,12 @@ def model():
 
 
 def log_probabilities(model, ids):
-    """[T, V], of what follows each token: the definition, from logits alone."""
-    logits = np.asarray(model(np.asarray(ids)[None]).logits[0], np.float64)
+    """[T, V], of what follows each token: the definition, from logits alone.
+
+    (Filled up behind, where nobody looks, so that there is one length to compile.)
+    """
+    filled = np.pad(np.asarray(ids), (0, CONTEXT - len(ids)))
+    logits = np.asarray(model(filled[None]).logits[0, : len(ids)], np.float64)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_models import first_layers
 
-from opt_jax import GenerationConfig, OPTForCausalLM, OPTTokenizer, pipeline, score_texts, stream_text
+from opt_jax import GenerationConfig, OPTTokenizer, pipeline, score_texts, stream_text
 from opt_jax.streaming import StopStrings
 
 PROMPTS = ["def main():\n", "import", "class Parser:\n    def __init__(self", "x"]
@@ -20,7 +21,7 @@ def tok():
 
 @pytest.fixture(scope="module")
 def model():
-    return OPTForCausalLM.from_pretrained("tiny")
+    return first_layers()
 
 
 def first_end(tok, prompt: str, ids: list[int], strings) -> int:

@@ -14,6 +14,7 @@ from conftest import REPOSITORY
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from reference import batch, our_model
+from small_models import first_layers
 
 from opt_jax import (
     AutoModelForCausalLM,
@@ -234,7 +235,7 @@ def test_int8_weights_generate_what_they_score(models):
 
 
 def test_a_pipeline_of_the_embedded_model():
-    model, tokenizer = quantize(AutoModelForCausalLM.from_pretrained("tiny")), AutoTokenizer.from_pretrained("tiny")
+    model, tokenizer = quantize(first_layers(2)), AutoTokenizer.from_pretrained("tiny")
     options: dict[str, Any] = dict(max_new_tokens=8, cache_dtype="int8", do_sample=False)
     text = pipeline("text-generation", model=model, tokenizer=tokenizer)("def main():", **options)[0]["generated_text"]
     assert text == tokenizer.decode(model.generate(**tokenizer("def main():"), **options)[0], skip_special_tokens=True)
