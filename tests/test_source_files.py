@@ -115,9 +115,9 @@ def test_workers_do_not_share_a_destination_across_a_change(tmp_path):
 
 @pytest.mark.parametrize("form, name", [("safetensors", "model.safetensors"), ("bin", "pytorch_model.bin")])
 def test_no_mixture_is_loaded(tmp_path, monkeypatch, form, name):
-    file, read = at(tmp_path / "hf", form) / name, checkpoint._read
+    file, read = at(tmp_path / "hf", form) / name, checkpoint.read_array
     change = changing(file, rename_over)
-    monkeypatch.setattr(checkpoint, "_read", lambda *args: [read(*args), change("", 0)][0])
+    monkeypatch.setattr(checkpoint, "read_array", lambda *args: [read(*args), change("", 0)][0])
     with pytest.raises(ValueError, match=MIXTURE.format(file)):
         OPTForCausalLM.from_pretrained(tmp_path / "hf")
     OPTForCausalLM.from_pretrained(tmp_path / "hf")
