@@ -11,14 +11,17 @@ import sys
 from pathlib import Path
 
 import gcs_server
+import jax
 import numpy as np
 import pytest
 from etils import epath
 from processes import environment
 
+import train
 from convert.__main__ import main as convert_main
 from opt_jax import OPTConfig, OPTForCausalLM, OPTTokenizer, named_parameters
 from opt_jax.cli import main as cli
+from opt_jax.sharding import make_mesh
 from opt_jax.training.data import read_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -40,7 +43,7 @@ def here(store, monkeypatch):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A directory with a model's configuration, text, a cache of what was compiled, and a run on the disk."""
+    """A directory with a model's configuration, text, and a run on the disk."""
     place = tmp_path_factory.mktemp("gcs")
     config = OPTConfig(
         vocab_size=304, hidden_size=16, num_hidden_layers=2, ffn_dim=32, num_attention_heads=2,
@@ -50,19 +53,28 @@ def place(tmp_path_factory):
     rng = random.Random(0)
     lines = [json.dumps({"text": " ".join(rng.choices(["def", "self", "x", "(", ")"], k=60))}) for _ in range(40)]
     (place / "text.jsonl").write_text("\n".join(lines) + "\n")
-    end(train(place, place / "run"))
+    run(place, place / "run")
     return place
 
 
-def train(place: Path, output: str | Path, store: gcs_server.Store | None = None, devices: int = 1, **changes):
+def words(place: Path, output: str | Path, **changes) -> list[str]:
     options = dict(
         data=place / "text.jsonl", model=place / "config.json", output=output, steps=STEPS, batch_size=4,
         warmup_steps=3, learning_rate=6e-4, checkpoint_every=4, eval_every=6, eval_batches=1,
     ) | changes  # fmt: skip
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(place / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    command = [sys.executable, "-W", "error", "train.py", *words]
-    settings = environment(devices, **cache, **(store.environment if store else {}))
+    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+
+
+def run(place: Path, output: str | Path) -> None:
+    """In this process, on one of its devices."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_mesh", lambda spec, *_, dcn: make_mesh(spec, jax.devices()[:1], dcn))
+        train.main(train.parse_options(words(place, output)))
+
+
+def start(place: Path, output: str, store: gcs_server.Store, devices: int = 1, **changes) -> subprocess.Popen:
+    command = [sys.executable, "-W", "error", "train.py", *words(place, output, **changes)]
+    settings = environment(devices, **store.environment)
     return subprocess.Popen(command, env=settings, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -84,9 +96,9 @@ def steps_in(store: gcs_server.Store, directory: str) -> set[str]:
     return {name.partition("/")[0] for name in store.names(directory + "/")}
 
 
-def test_a_run_is_killed_while_it_writes_a_checkpoint_and_goes_on(store, place, here):
+def test_a_run_is_killed_while_it_writes_a_checkpoint_and_goes_on(store, place, here, capsys):
     """The same losses and parameters as on a disk, bit for bit; the same checkpoints are kept."""
-    begun = train(place, "gs://bucket/run", store)
+    begun = start(place, "gs://bucket/run", store)
     store.wrote = lambda name: begun.kill() if name.startswith("bucket/run/checkpoints/8/optimizer/d/") else None
     end(begun, -signal.SIGKILL)
     store.wrote = lambda name: None
@@ -100,7 +112,9 @@ def test_a_run_is_killed_while_it_writes_a_checkpoint_and_goes_on(store, place, 
     ids = tokenizer(text).input_ids
     assert OPTTokenizer.from_pretrained("gs://bucket/run")(text).input_ids.tolist() == ids.tolist()
 
-    out = end(train(place, "gs://bucket/run", store))
+    capsys.readouterr()
+    run(place, "gs://bucket/run")
+    out = capsys.readouterr().out
     assert "steps 4 to 12" in out and "opt-jax generate --model gs://bucket/run" in out
     whole = losses((place / "run" / "metrics.jsonl").read_text())
     assert len(whole) == STEPS and losses(store.read("bucket/run/metrics.jsonl").decode()) == whole
@@ -116,7 +130,9 @@ def test_a_run_is_killed_while_it_writes_a_checkpoint_and_goes_on(store, place, 
     assert OPTTokenizer.from_pretrained("gs://bucket/run")(text).input_ids.tolist() == ids.tolist()
     assert cli(["plot", "gs://bucket/run"]) == 1  # there is no place for the picture
     assert cli(["plot", "gs://bucket/run", str(place / "run"), "--output", str(place / "curves.png")]) == 0
-    assert "is finished: 12 steps" in end(train(place, "gs://bucket/run", store))
+    capsys.readouterr()
+    run(place, "gs://bucket/run")
+    assert "is finished: 12 steps" in capsys.readouterr().out
 
 
 def test_two_processes_share_a_bucket(store, place, here):
@@ -125,18 +141,18 @@ def test_two_processes_share_a_bucket(store, place, here):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
 
-    def start():
+    def both() -> list[subprocess.Popen]:
         job = dict(coordinator_address=f"127.0.0.1:{port}", num_processes=2, mesh="fsdp=4", batch_size=4)
-        return [train(place, "gs://bucket/two", store, devices=2, process_id=i, **job) for i in range(2)]
+        return [start(place, "gs://bucket/two", store, devices=2, process_id=i, **job) for i in range(2)]
 
-    both = start()
+    begun = both()
     last = "bucket/two/checkpoints/4/commit_success.txt"
-    store.wrote = lambda name: [process.kill() for process in both] if name == last else None
-    for process in both:
+    store.wrote = lambda name: [process.kill() for process in begun] if name == last else None
+    for process in begun:
         end(process, -signal.SIGKILL)
     store.wrote = lambda name: None
     assert any("ocdbt.process_1/" in name for name in store.names("bucket/two/checkpoints/4/"))
-    assert "steps 4 to 12" in [end(process) for process in start()][0]
+    assert "steps 4 to 12" in [end(process) for process in both()][0]
     found = losses(store.read("bucket/two/metrics.jsonl").decode())
     for step, (loss, *_) in losses((place / "run" / "metrics.jsonl").read_text()).items():
         assert found[step][0] == pytest.approx(loss, rel=1e-5)

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from functools import partial
@@ -16,6 +15,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+import train
 from opt_jax import OPTConfig, decoder
 from opt_jax.hlo import COLLECTIVES, Program, collective_bytes
 from opt_jax.sharding import batch_sharding, make_mesh, use_mesh
@@ -23,7 +23,6 @@ from opt_jax.training.options import Options
 from opt_jax.training.plan import HBM, hardware_flops, largest_that_fits, make_plan, topology_devices
 from opt_jax.training.step import make_gradients, new_model, state_shardings
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 LIBTPU = Path(sys.prefix) / "libtpu"
 needs_libtpu = pytest.mark.skipif(
     not (LIBTPU / "libtpu").is_dir(), reason=f"no libtpu in {LIBTPU}: `make test` installs it (Linux)"
@@ -83,29 +82,34 @@ def test_unknown_topologies_are_errors():
         topology_devices("v5p:512x512x512")
 
 
-def plan(directory, *words, model=None):
-    """(exit code, output, the JSON) of `train.py --plan`, by default with a model of two narrow layers."""
+@pytest.fixture
+def libtpu():
+    """What `topology_devices` sets in the environment is taken back."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def plan(directory, *words):
+    """The JSON of `train.py --plan`, with a model of two narrow layers."""
     config = OPTConfig(
         vocab_size=4096, hidden_size=256, num_hidden_layers=2, ffn_dim=1024, num_attention_heads=4, dropout=0.0
     )
     (directory / "config.json").write_text(json.dumps(config.to_hf()))
-    command = [sys.executable, str(REPOSITORY / "train.py"), "--model", str(directory / "config.json"), "--plan"]
-    command += ["--plan-output", str(directory / "plan.json"), *words]
-    unwanted = "XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"
-    environment = {name: value for name, value in os.environ.items() if name not in unwanted}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=directory, check=False)
-    path = directory / "plan.json"
-    return done.returncode, done.stdout + done.stderr, json.loads(path.read_text()) if path.exists() else None
+    named = ["--model", str(directory / "config.json"), "--plan", "--plan-output", str(directory / "plan.json")]
+    train.main(train.parse_options([*named, "--output", str(directory / "run"), *words]))
+    return json.loads((directory / "plan.json").read_text())
 
 
 @pytest.mark.slow
 @needs_libtpu
-def test_a_plan_for_a_slice(tmp_path):
+def test_a_plan_for_a_slice(tmp_path, libtpu, capsys):
     # A mesh that splits an axis of the torus.
     words = "--topology v5e:4x4 --mesh fsdp=8,tensor=2 --batch-size 32".split()
-    code, printed, found = plan(tmp_path, *words)
-    assert code == 0, printed
-    assert found is not None and found["fits"] and found["largest_micro_batch"] == 4
+    found = plan(tmp_path, *words)
+    printed = capsys.readouterr().out
+    assert found["fits"] and found["largest_micro_batch"] == 4
     assert found["mesh"] == {"data": 1, "fsdp": 8, "tensor": 2} and found["micro_batch"] == 4
     assert found["hbm_capacity_bytes"] == int(15.75 * 2**30)
     on_chip = found["parameter_bytes_per_chip"]
@@ -124,12 +128,13 @@ def test_a_plan_for_a_slice(tmp_path):
 
 @pytest.mark.slow
 @needs_libtpu
-def test_a_plan_that_does_not_fit_says_what_would(tmp_path):
-    code, printed, found = plan(tmp_path, "--topology", "v5e:2x2", "--batch-size", "1024")
-    assert code == 0, printed
-    assert found is not None and not found["fits"] and found["hbm_bytes_per_chip"] > found["hbm_capacity_bytes"]
-    assert 1 <= found["largest_micro_batch"] < 256
-    assert "DOES NOT FIT" in printed and f"--accumulate {256 // found['largest_micro_batch']}" in printed
+def test_a_plan_that_does_not_fit_says_what_would(tmp_path, libtpu, capsys):
+    # 257 sequences for each chip, a prime number: 1 is what else there is to try.
+    found = plan(tmp_path, "--topology", "v5e:2x2", "--batch-size", str(4 * 257))
+    printed = capsys.readouterr().out
+    assert not found["fits"] and found["hbm_bytes_per_chip"] > found["hbm_capacity_bytes"]
+    assert found["largest_micro_batch"] == 1
+    assert "DOES NOT FIT" in printed and "--accumulate 257" in printed
 
 
 def test_a_plan_is_of_the_runs_own_batches(monkeypatch):
@@ -155,25 +160,16 @@ def test_a_plan_is_of_the_runs_own_batches(monkeypatch):
         batches.clear()
 
 
-@pytest.fixture
-def eight_chips():
-    """Of a v5p that is not there. (`topology_devices` sets the environment up for libtpu.)"""
-    before = dict(os.environ)
-    yield topology_devices("v5p:2x2x2")
-    os.environ.clear()
-    os.environ.update(before)
-
-
 @pytest.mark.slow
 @needs_libtpu
-def test_what_a_layer_sends(eight_chips, monkeypatch):
+def test_what_a_layer_sends(libtpu, monkeypatch):
     layers, parts, rows, length, width, vocab = 3, 2, 4, 1024, 768, 50272
     monkeypatch.setattr(decoder, "PART_BYTES", 2 * rows // parts * length * width)
     config = OPTConfig(
         vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, ffn_dim=4 * width, num_attention_heads=6,
         max_position_embeddings=length, dropout=0.0,
     )  # fmt: skip
-    mesh = make_mesh("fsdp=4,tensor=2", eight_chips)
+    mesh = make_mesh("fsdp=4,tensor=2", topology_devices("v5p:2x2x2"))
     model = jax.eval_shape(
         lambda: new_model(config, 0, "bfloat16", attn_implementation="splash", remat="full", grad_dtype="bfloat16")
     )
@@ -227,7 +223,6 @@ def test_gradients_are_sent_in_their_dtype():
     assert sent("float32", "float32") == {"f32"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -237,8 +232,8 @@ def test_gradients_are_sent_in_their_dtype():
         ("--plan --topology v5e:2x4 --plan-output no/x.json", "--plan-output no/x.json: there is no such directory"),
     ],
 )
-def test_contradictions_are_errors(tmp_path, words, message):
-    command = [sys.executable, str(REPOSITORY / "train.py"), *words.split()]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and message in done.stderr
+def test_contradictions_are_errors(tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        train.main(train.parse_options(words.split()))
     assert not list(tmp_path.iterdir())

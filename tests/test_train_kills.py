@@ -5,6 +5,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,14 @@ from opt_jax import OPTConfig
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
+STEPS = 40
 
-# Imports once, then forks a run per moment: most of the time would go into starting Python otherwise.
+# Imports once, then forks a run per moment, rather than start Python each time.
 KILLER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 import train
-options, place, moments = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+options, place, moments = json.loads(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 options["data"] = tuple(options["data"])
 whole, killed = place / "whole", place / "killed"
 
@@ -50,36 +52,54 @@ def lines(output):
     path = output / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\\n")]
-    return [{k: line[k] for k in ("step", "loss", "grad_norm", "lr", "val_loss") if k in line} for line in found]
+    of_time = {"tokens_per_s", "step_seconds", "mfu", "memory_bytes"}
+    return [{k: v for k, v in line.items() if k not in of_time} for line in found]
+
+def saved(output):
+    return [int(path.name) for path in (output / "checkpoints").glob("*") if path.name.isdecimal()]
 
 def saving(output):
     return any("tmp" in path.name for path in (output / "checkpoints").glob("*"))
 
 assert status(fork(whole)) == 0
-expected, rng, seen = lines(whole), random.Random(0), dict(saving=0, later=0, terminated=0, killed=0)
+expected, rng, seen = lines(whole), random.Random(0), dict(early=0, saving=0, later=0, terminated=0, killed=0)
 assert [line["step"] for line in expected] == list(range(1, options["steps"] + 1))
-for i in range(moments):
+for kind, wanted in moments:
     child = fork(killed)
-    if i not in (0, 5):  # behind some step; these two anywhere
-        wanted = options["steps"] * (i + rng.random()) / (moments + 1)
+    if kind == "early":  # in the first step
+        while alive(child) and not (killed / "run.json").exists():
+            time.sleep(0.001)
+    elif kind == "anywhere":
+        time.sleep(3 * rng.random())
+    else:
         while alive(child) and len(lines(killed)) < wanted:
             time.sleep(0.001)
-    else:
-        time.sleep(3 * rng.random())
-    while i % 2 and alive(child) and not saving(killed):
-        pass
-    assert alive(child), (i, lines(killed)[-1:])
-    if i == 7:
+    while kind in ("saving", "terminate") and alive(child):
+        while alive(child) and not saving(killed):
+            pass
+        if kind == "terminate":
+            break
+        os.kill(child, signal.SIGSTOP)
+        os.waitpid(child, os.WUNTRACED)
+        if saving(killed):  # still
+            break
+        os.kill(child, signal.SIGCONT)
+    assert alive(child), (kind, lines(killed)[-1:])
+    if kind == "terminate":
         os.kill(child, signal.SIGTERM)
         assert status(child) == 143
-        seen["terminated"] += max(int(p.name) for p in (killed / "checkpoints").iterdir()) == len(lines(killed))
+        seen["terminated"] += max(saved(killed)) == len(lines(killed))
     else:
         os.kill(child, signal.SIGKILL)
         assert status(child) == -signal.SIGKILL
         seen["killed"] += 1
+    seen["early"] += not saved(killed)
     seen["saving"] += saving(killed)
     seen["later"] += len(lines(killed)) > 0
-    assert lines(killed) == expected[: len(lines(killed))], (i, lines(killed)[-1])
+    assert lines(killed) == expected[: len(lines(killed))], (kind, lines(killed)[-1])
+    if kind == "later":
+        with (killed / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 99, "lo')  # a line that was being written
 assert status(fork(killed)) == 0
 assert lines(killed) == expected
 for name in ("checkpoints", "best"):
@@ -89,8 +109,19 @@ print(json.dumps(seen))
 """
 
 
-def test_killed_at_ten_moments_it_goes_on_bit_for_bit(tmp_path):
-    """Ten times SIGKILL, and once, between them, SIGTERM."""
+def choose(sample) -> list[tuple[str, float]]:
+    """(kind, after which part of the steps): a kill in the first step, while a checkpoint is written, later; SIGTERM.
+
+    With --exhaustive SIGKILL ten times and, between them, SIGTERM once.
+    """
+    draw = random.Random(0)
+    parts = [(i + draw.random()) / 13 for i in range(11)]
+    kinds = dict(early=[0], anywhere=sample([5], 0), saving=sample([1, 3, 9], 1), later=sample([2, 4, 6, 8, 10], 1))
+    numbers = [(i, kind) for kind, chosen in (kinds | dict(terminate=[7])).items() for i in chosen]
+    return [(kind, parts[i]) for i, kind in sorted(numbers)]
+
+
+def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, sample):
     config = OPTConfig(
         vocab_size=304, hidden_size=16, num_hidden_layers=2, ffn_dim=32, num_attention_heads=2,
         max_position_embeddings=32, dropout=0.1, init_std=0.05,
@@ -100,15 +131,19 @@ def test_killed_at_ten_moments_it_goes_on_bit_for_bit(tmp_path):
     texts = [" ".join(rng.choices(["def", "return", "self", "x", "(", ")"], k=60)) for _ in range(40)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     options = dict(
-        data=[str(tmp_path / "text.jsonl")], model=str(tmp_path / "config.json"), mesh="data=1", steps=100,
-        batch_size=4, warmup_steps=5, learning_rate=6e-4, checkpoint_every=3, eval_every=10, eval_batches=1,
+        data=[str(tmp_path / "text.jsonl")], model=str(tmp_path / "config.json"), mesh="data=1", steps=STEPS,
+        batch_size=4, warmup_steps=5, learning_rate=6e-4, checkpoint_every=4, eval_every=20, eval_batches=1,
     )  # fmt: skip
+    moments = [(kind, part * STEPS) for kind, part in choose(sample)]
     done = subprocess.run(
-        [sys.executable, "-c", KILLER, json.dumps(options), str(tmp_path), "11"],
+        [sys.executable, "-c", KILLER, json.dumps(options), str(tmp_path), json.dumps(moments)],
         capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=500, check=False,
     )  # fmt: skip
     log = (tmp_path / "log").read_text() if (tmp_path / "log").exists() else ""
     assert done.returncode == 0, done.stderr + log[-3000:]
     seen = json.loads(done.stdout)
-    assert seen["saving"] >= 3 and seen["later"] >= 7 and seen["terminated"] == 1 and seen["killed"] == 10, seen
-    assert re.search(r"SIGTERM: stopped after step \d+ of 100, and saved it", log)
+    count = Counter(kind for kind, _ in moments)
+    assert seen["terminated"] == 1 and seen["killed"] == len(moments) - 1 and seen["early"] >= 1, seen
+    assert seen["saving"] >= count["saving"] and seen["later"] >= count["saving"] + count["later"], seen
+    assert re.search(rf"steps [1-9]\d* to {STEPS}", log)  # it went on
+    assert re.search(rf"SIGTERM: stopped after step \d+ of {STEPS}, and saved it", log)

@@ -1,4 +1,4 @@
-"""train.py as one run of two processes with four devices each, over loopback: the same losses, one process lost."""
+"""train.py as one run of two processes with two devices each, over loopback: the same losses, one process lost."""
 
 import json
 import random
@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ import numpy as np
 import pytest
 from processes import environment
 
+import train
 from convert.__main__ import main as convert
 from opt_jax import OPTConfig, OPTForCausalLM, named_parameters
 from opt_jax.model import OPTForSequenceClassification
+from opt_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -28,7 +31,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A directory with a model's configuration, text, and a cache of what was compiled."""
+    """A directory with a model's configuration, and text."""
     place = tmp_path_factory.mktemp("job")
     config = OPTConfig(
         vocab_size=304, hidden_size=16, num_hidden_layers=2, ffn_dim=32, num_attention_heads=2,
@@ -51,10 +54,9 @@ def command(place: Path, output: str, script: Path = ROOT / "train.py", **change
     return [sys.executable, "-W", "error", *lora, str(script), *words]
 
 
-def start(place: Path, words: list[str], devices: int) -> subprocess.Popen:
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(place / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+def start(words: list[str], devices: int) -> subprocess.Popen:
     return subprocess.Popen(
-        words, env=environment(devices, TF_CPP_MIN_LOG_LEVEL="2", **cache), cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        words, env=environment(devices, TF_CPP_MIN_LOG_LEVEL="2"), cwd=ROOT, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -69,7 +71,7 @@ def start_two(place: Path, output: str, others: dict | None = None, **changes) -
     """others: what is different for process 1."""
     job = dict(coordinator_address=free_address(), num_processes=2)
     both = [changes, changes | (others or {})]
-    return [start(place, command(place, output, **job, process_id=i, **both[i]), devices=4) for i in range(2)]
+    return [start(command(place, output, **job, process_id=i, **both[i]), devices=2) for i in range(2)]
 
 
 def ends(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
@@ -88,16 +90,25 @@ def together(*args, **kwargs) -> list[tuple[int, str, str]]:
     return done
 
 
-def alone(place: Path, output: str, devices: int = 8, **changes) -> tuple[int, str, str]:
-    return ends([start(place, command(place, output, **changes), devices)])[0]
+def alone(place: Path, output: str, devices: int = 1, **changes) -> list[dict]:
+    """The lines of a run of this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_mesh", lambda spec, _, dcn: make_mesh(spec, jax.devices()[:devices], dcn=dcn))
+        words = command(place, output, **changes)
+        train.main(train.parse_options([word for word in words if word.startswith("--")]))
+    return lines(place, output)
 
 
-def when_recorded(place: Path, output: str, lines: int, processes: list[subprocess.Popen]) -> None:
-    """Wait until so many steps are in metrics.jsonl."""
-    path = place / output / "metrics.jsonl"
-    while not path.exists() or path.read_bytes().count(b"\n") < lines:
+def when(condition: Callable[[], bool], processes: list[subprocess.Popen]) -> None:
+    while not condition():
         assert all(process.poll() is None for process in processes), ends(processes)
         time.sleep(0.002)
+
+
+def recorded(place: Path, output: str) -> int:
+    """So many steps are in metrics.jsonl."""
+    path = place / output / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def lines(place: Path, output: str) -> list[dict]:
@@ -105,7 +116,7 @@ def lines(place: Path, output: str) -> list[dict]:
 
 
 def compare(ours: list[dict], theirs: list[dict], rtol: float) -> None:
-    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for name in ("loss", "val_loss", "lr"):
         pairs = ([line[name] for line in part if name in line] for part in (ours, theirs))
         np.testing.assert_allclose(*pairs, rtol=rtol, err_msg=name)
@@ -113,23 +124,25 @@ def compare(ours: list[dict], theirs: list[dict], rtol: float) -> None:
 
 @pytest.fixture(scope="module")
 def whole(place):
-    """The run of one process with eight devices."""
-    code, _, error = alone(place, "alone")
-    assert code == 0, error
-    return lines(place, "alone")
+    return alone(place, "alone")
 
 
 @pytest.fixture(scope="module")
-def pair(place):
-    together(place, "pair", checkpoint_minutes=1e-5, keep_checkpoints=20)
+def of_pair(place, whole) -> dict[str, Any]:
+    """Options of the run "pair" of two processes, which starts from a checkpoint (with new weights: test_gcs.py)."""
+    options = dict(model=place / "alone" / "model", dropout=0.0)
+    together(place, "pair", **options, checkpoint_minutes=1e-5, keep_checkpoints=20)
+    return options
+
+
+def test_two_processes_train_as_one_does(place, whole, of_pair):
     assert (place / "pair" / "checkpoints" / "1").is_dir()  # both agreed that the time was up
-    return lines(place, "pair")
-
-
-def test_two_processes_train_as_one_does(place, whole, pair):
-    compare(pair, whole, rtol=1e-5)
+    pair = lines(place, "pair")
+    assert len(pair) == STEPS and pair[0]["loss"] < whole[0]["loss"] - 0.1
+    compare(pair, alone(place, "single", **of_pair), rtol=1e-5)
     for name in ("", "best", "checkpoints", "model"):  # written by both, read by one
-        ours, theirs = (OPTForCausalLM.from_pretrained(place / run / name) for run in ("pair", "alone"))
+        ours, theirs = (OPTForCausalLM.from_pretrained(place / run / name) for run in ("pair", "single"))
+        assert ours.config.dropout == 0.0
         for path, param in named_parameters(ours).items():
             other = named_parameters(theirs)[path].get_value()
             # The gradient of k_proj.bias is rounding noise, which Adam amplifies.
@@ -139,24 +152,7 @@ def test_two_processes_train_as_one_does(place, whole, pair):
     assert convert(["verify", str(place / "hf"), "--against", str(place / "pair" / "model")]) == 0
 
 
-def test_a_killed_process_ends_the_other_and_the_run_goes_on(place, pair):
-    processes = start_two(place, "killed")
-    when_recorded(place, "killed", 6, processes)
-    processes[1].kill()
-    (code, _, error), (killed, *_) = ends(processes)
-    said = [line for line in error.splitlines() if line.startswith("process 0 of 2: ")]
-    assert killed == -signal.SIGKILL and code == 75 and len(said) == 1, error
-    assert "lost process 1 (its connection was closed)" in said[0] and re.search(r"in step \d+ since \d\d:", said[0])
-
-    shutil.copytree(place / "killed", place / "copy")
-    assert "steps 4 to 12" in together(place, "killed")[0][1]  # on two processes again, bit for bit
-    compare(lines(place, "killed"), pair, rtol=0)
-    code, said, error = alone(place, "copy", devices=2, mesh="tensor=2")  # on one, with other devices
-    assert code == 0 and "steps 4 to 12" in said, error
-    compare(lines(place, "copy"), pair, rtol=1e-5)
-
-
-def test_damage_that_one_process_reads_ends_both_or_both_fall_back(place, pair):
+def test_damage_that_one_process_reads_ends_both_or_both_fall_back(place, of_pair):
     shutil.copytree(place / "pair", place / "damaged")
     shutil.rmtree(place / "damaged" / "model")
     for path in (place / "damaged" / "checkpoints" / "12" / "params" / "ocdbt.process_1" / "d").iterdir():
@@ -164,50 +160,64 @@ def test_damage_that_one_process_reads_ends_both_or_both_fall_back(place, pair):
         if len(content) > 2048:  # the shards of the embedding, which process 0 does not read
             content[100] ^= 1
             path.write_bytes(content)
-    done = ends(start_two(place, "damaged"))
+    done = ends(start_two(place, "damaged", **of_pair))
     said = [error.splitlines() for _, _, error in done]
     assert [code for code, *_ in done] == [1, 1], done
     for i, why in enumerate(("process 1 failed: see its message", "cannot be read: ")):
         (line,) = [line for line in said[i] if line.startswith("train.py: error: ")]
-        assert "checkpoints/12 is damaged: " in line and why in line and line.endswith("the one before it, 8"), line
+        assert "checkpoints/12 is damaged: " in line and why in line, line
+        before = re.search(r"the one before it, (\d+)$", line)
+        assert before, line
 
-    job = dict(coordinator_address=free_address(), num_processes=2)
-    words = [[*command(place, "damaged", **job, process_id=i), "--fall-back"] for i in range(2)]
-    done = ends([start(place, each, devices=4) for each in words])
-    assert [code for code, *_ in done] == [0, 0] and "steps 8 to 12" in done[0][1], done
-    compare(lines(place, "damaged"), pair, rtol=0)
+    job: dict[str, Any] = dict(coordinator_address=free_address(), num_processes=2)
+    words = [[*command(place, "damaged", **of_pair, **job, process_id=i), "--fall-back"] for i in range(2)]
+    done = ends([start(each, devices=2) for each in words])
+    assert [code for code, *_ in done] == [0, 0] and f"steps {before[1]} to 12" in done[0][1], done
+    compare(lines(place, "damaged"), lines(place, "pair"), rtol=0)
 
 
-@pytest.mark.parametrize("task", [False, True])
-def test_two_processes_start_from_a_checkpoint_and_sigterm_to_one_stops_both(place, whole, task):
-    output = f"tuned {task}"
-    changes: dict[str, Any] = dict(model=place / "alone" / "model", dropout=0.0, checkpoint_every=1000)
-    if task:
-        rows = [f"{word} {word} x" + " self" * i + f"\t{word}" for i in range(20) for word in ("def", "(")]
-        (place / "rows.tsv").write_text("\n".join(rows) + "\n")
-        changes |= dict(task="sequence-classification", data=place / "rows.tsv", lora_rank=2, learning_rate=1e-2)
-        changes |= dict(eval_batches=None)
-    processes = start_two(place, output, **changes)
-    when_recorded(place, output, 3, processes)
+def test_a_killed_process_ends_the_other_sigterm_to_one_stops_both_and_the_run_goes_on(place, whole, capsys):
+    """A task, with LoRA, three starts of two processes."""
+    rows = [f"{word} {word} x" + " self" * i + f"\t{word}" for i in range(20) for word in ("def", "(")]
+    (place / "rows.tsv").write_text("\n".join(rows) + "\n")
+    changes: dict[str, Any] = dict(
+        task="sequence-classification", model=place / "alone" / "model", dropout=0.1, data=place / "rows.tsv",
+        lora_rank=2, learning_rate=1e-2, eval_batches=None, steps=40, eval_every=20,
+    )  # fmt: skip
+    processes = start_two(place, "tuned", **changes, checkpoint_every=5)
+    checkpoints = place / "tuned" / "checkpoints"
+    when(lambda: (checkpoints / "5").exists() and recorded(place, "tuned") >= 8, processes)
+    processes[1].kill()
+    (code, _, error), (killed, *_) = ends(processes)
+    said = [line for line in error.splitlines() if line.startswith("process 0 of 2: ")]
+    assert killed == -signal.SIGKILL and code == 75 and len(said) == 1, error
+    assert "lost process 1 (its connection was closed)" in said[0] and re.search(r"in step \d+ since \d\d:", said[0])
+    shutil.copytree(place / "tuned", place / "copy")
+    before = [json.loads(line) for line in (place / "copy" / "metrics.jsonl").read_text().splitlines()[:8]]
+
+    processes = start_two(place, "tuned", **changes, checkpoint_every=1000)  # on two processes again, bit for bit
+    assert processes[0].stdout is not None
+    first = next(int(found[1]) for line in processes[0].stdout if (found := re.search(r"steps (\d+) to 40", line)))
+    when(lambda: recorded(place, "tuned") > max(first, 8), processes)
     processes[1].send_signal(signal.SIGTERM)
     done = ends(processes)
     assert [code for code, *_ in done] == [143, 143], done
     assert "SIGTERM: stopped after step" in done[0][1]
-    [saved] = (path.name for path in (place / output / "checkpoints").iterdir())
-    assert int(saved) == len(lines(place, output))
+    assert max(int(path.name) for path in checkpoints.iterdir()) == len(lines(place, "tuned"))
+    compare(lines(place, "tuned")[:8], before, rtol=0)
 
-    together(place, output, **changes)
-    code, _, error = alone(place, f"{output} alone", **changes)
-    assert code == 0, error
-    compare(lines(place, output), lines(place, f"{output} alone"), rtol=1e-5)
-    if task:
-        models = [OPTForSequenceClassification.from_pretrained(place / run) for run in (output, f"{output} alone")]
-        for ours, theirs in zip(*map(jax.tree.leaves, models), strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-        assert {"val_accuracy"} < lines(place, output)[-1].keys()
-    else:
-        assert lines(place, output)[0]["loss"] < whole[0]["loss"] - 0.1
-        assert OPTForCausalLM.from_pretrained(place / output).config.dropout == 0.0
+    together(place, "tuned", **changes, checkpoint_every=1000)
+    expected = alone(place, "tuned alone", **changes)
+    assert len(expected) == 40 and "val_accuracy" in lines(place, "tuned")[-1]
+    compare(lines(place, "tuned"), expected, rtol=1e-5)
+    models = [OPTForSequenceClassification.from_pretrained(place / run) for run in ("tuned", "tuned alone")]
+    for ours, theirs in zip(*map(jax.tree.leaves, models), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+    capsys.readouterr()
+    moved = alone(place, "copy", devices=2, **changes, mesh="tensor=2")  # on one process, with other devices
+    assert re.search("steps [1-9][0-9]* to 40", capsys.readouterr().out)
+    compare(moved, expected, rtol=1e-5)
 
 
 def test_processes_that_differ_are_told_what_differs(place):
@@ -230,15 +240,15 @@ def test_processes_of_different_code_are_told_so(place):
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_process_does_not_wait_for_ever_for_the_others_to_start(place, process):
     program = f"from opt_jax.distributed import start; start('on', '{free_address()}', 2, {process}, hang_minutes=0.05)"
-    [(code, _, error)] = ends([start(place, [sys.executable, "-c", program], devices=1)])
+    [(code, _, error)] = ends([start([sys.executable, "-c", program], devices=1)])
     assert code == 75 and re.fullmatch(rf"process {process}: waited 3 s for the other processes to start: .*\n", error)
 
 
 JOB = """
 import sys, time
 from opt_jax import distributed
-minutes = 0.5 if sys.argv[3] == "hang" else 60
-distributed.start("on", sys.argv[1], 2, int(sys.argv[2]), heartbeat_seconds=3, hang_minutes=minutes)
+seconds = 30 if sys.argv[3] == "error" else 3  # JAX aborts after twice that, which must not come before an error's end
+distributed.start("on", sys.argv[1], 2, int(sys.argv[2]), heartbeat_seconds=seconds)
 with distributed.last_words("job"):
     import jax
     from jax.experimental import multihost_utils
@@ -267,7 +277,7 @@ def job(place: Path, what: str, victim: int) -> list[subprocess.Popen]:
     """Two processes that are in the middle of something, the victim sleeping and the other waiting for it."""
     address = free_address()
     words = [[sys.executable, "-c", JOB, address, str(i), what, str(victim)] for i in range(2)]
-    return [start(place, command, devices=2) for command in words]
+    return [start(command, devices=2) for command in words]
 
 
 def last_line(error: str, process: int) -> str:
@@ -284,24 +294,66 @@ def test_an_error_in_one_process_ends_both(place):
     assert "process 1 failed: see its message" in last_line(first[2], 0)
 
 
-@pytest.mark.parametrize("victim, sent", [(0, signal.SIGKILL), (0, signal.SIGSTOP), (1, signal.SIGSTOP)])
-def test_a_dead_or_silent_process_is_lost(place, victim, sent):
-    processes = job(place, "", victim)
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_dead_or_silent_process_is_lost(place, sent):
+    """Process 0. (Process 1: killed in a run above, silent below.)"""
+    processes = job(place, "", 0)
     for process in processes:
         assert process.stdout is not None
         assert any("process 0 failed" in line or "No such file" in line for line in process.stdout)  # both are there
-    processes[victim].send_signal(sent)
-    survivor = 1 - victim
-    [(code, _, error)] = ends([processes[survivor]])
-    processes[victim].kill()
-    ends([processes[victim]])
+    processes[0].send_signal(sent)
+    [(code, _, error)] = ends([processes[1]])
+    processes[0].kill()
+    ends([processes[0]])
     why = "its connection was closed" if sent == signal.SIGKILL else "nothing heard of it for 3 s"
-    assert code == 75 and f"lost process {victim} ({why})" in last_line(error, survivor)
+    assert code == 75 and f"lost process 0 ({why})" in last_line(error, 1)
 
 
-def test_a_job_that_stands_still_ends(place):
-    """Both are alive, but one sleeps and the other waits for it."""
-    done = ends(job(place, "hang", 0))
+# Without JAX, which takes seconds to start: both sleep.
+WATCHED = """
+import importlib.util, sys, time
+spec = importlib.util.spec_from_file_location("watchdog", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+process, hang = int(sys.argv[2]), float(sys.argv[3])
+watchdog = module.Watchdog(process, 2, seconds=2, hang_minutes=hang, exit_code=75)
+if process == 0:
+    server, address, token = module.listen("127.0.0.1", 2)
+    print(address, token, flush=True)
+    watchdog.accept(server, token, 1)
+else:
+    assert watchdog.connect(*sys.argv[4:]) is None
+watchdog.reached("the middle")
+watchdog.start()
+print("watched", flush=True)
+time.sleep(1000)
+"""
+
+
+def watched(hang_minutes: float) -> list[subprocess.Popen]:
+    def begin(process: int, *words: str) -> subprocess.Popen:
+        program = [sys.executable, "-c", WATCHED, str(ROOT / "opt_jax" / "watchdog.py"), str(process)]
+        return start([*program, str(hang_minutes), *words], devices=1)
+
+    processes = [begin(0)]
+    assert processes[0].stdout is not None
+    processes.append(begin(1, *processes[0].stdout.readline().split()))
+    return processes
+
+
+def test_a_silent_process_1_is_lost():
+    processes = watched(hang_minutes=60)
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == "watched\n"
+    processes[1].send_signal(signal.SIGSTOP)
+    [(code, _, error)] = ends(processes[:1])
+    processes[1].kill()
+    ends(processes[1:])
+    assert code == 75 and "lost process 1 (nothing heard of it for 2 s)" in last_line(error, 0)
+
+
+def test_a_job_that_stands_still_ends():
+    done = ends(watched(hang_minutes=0.05))
     assert [code for code, *_ in done] == [75, 75]
     said = [last_line(error, process) for process, (*_, error) in enumerate(done)]
-    assert any("no progress for 0.5 minutes" in line for line in said), said  # the first to end is lost to the other
+    assert any("no progress for 0.05 minutes" in line for line in said), said  # the first to end is lost to the other

@@ -30,11 +30,11 @@ def test_a_loss_in_chunks_is_the_loss():
     def plain(x, table):
         return cross_entropy(jnp.einsum("btp,vp->btv", x, table), labels) * (labels != -100).sum()
 
-    expected = jax.value_and_grad(plain, (0, 1))(x, table)
+    expected = jax.jit(jax.value_and_grad(plain, (0, 1)))(x, table)
     for rows in (14, 4, 1):
         chunked = lambda x, table, rows=rows: next_token_loss(x, table, labels, chunk_bytes=4 * 20 * rows)  # noqa: E731
-        np.testing.assert_allclose(chunked(x, table), expected[0], rtol=1e-6)
-        got = jax.value_and_grad(chunked, (0, 1))(x, table)
+        got = jax.jit(jax.value_and_grad(chunked, (0, 1)))(x, table)
+        np.testing.assert_allclose(jax.jit(chunked)(x, table), expected[0], rtol=1e-6)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
 
 
@@ -68,7 +68,8 @@ def test_remat_keeps_less_and_computes_the_same():
     kept = {}
     for remat, (compiled, *_) in found.items():
         loops = [line for line in (compiled.as_text() or "").splitlines() if re.search(r"\) while\(", line)]
-        shapes = re.findall(r"f32\[3,8,([\d,]+)\]", loops[0].split("while(")[0])
+        handed = [re.findall(r"f32\[3,8,([\d,]+)\]", loop.split("while(")[0]) for loop in loops]
+        shapes = next(filter(None, handed))  # loops of other things may come first
         kept[remat] = sum(int(np.prod([int(n) for n in dims.split(",")])) for dims in shapes)
     assert kept["none"] > kept["dots"] > kept["names"] > kept["full"] == 16 * 32
     assert kept["names"] == 3 * kept["full"] and kept["dots"] == 8 * kept["full"]
@@ -99,11 +100,14 @@ def test_micro_batches_weigh_every_label_the_same(mesh):
         pytest.skip("needs eight devices")
     whole = {"input_ids": ids((1, 16, 16)), "labels": ids((1, 16, 16)).at[0, :5].set(-100).at[0, 8, 3:].set(-100)}
     parts = {name: value.reshape(4, 4, 16) for name, value in whole.items()}
-    config = dataclasses.replace(CONFIG, dropout=0.1, attention_dropout=0.1)
-    cases: list[dict[str, Any]] = [{}, dict(config=config, key=jax.random.key(1))]
-    for options in cases:  # and drop the same, whatever their number
-        expected = gradients(whole, **options)
-        assert_same(gradients(parts, mesh, devices, **options), expected)
+    options: dict[str, Any] = dict(
+        config=dataclasses.replace(CONFIG, dropout=0.1, attention_dropout=0.1), key=jax.random.key(1)
+    )
+    expected = gradients(whole, **options)
+    assert_same(gradients(parts, mesh, devices, **options), expected)  # and drop the same, whatever their number
+    if devices == 1:
+        assert_same(gradients(parts), gradients(whole))
+    else:
         assert_same(gradients(whole, mesh, devices, **options), expected)
 
 
