@@ -3,22 +3,26 @@ PYTHON ?= $(shell .ci/find-python default)
 LATEST_PYTHON ?= $(shell .ci/find-python newest)
 # A test process takes 2 to 4 GB, and compiles on one core.
 PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder
-# tests/conftest.py has LLVM optimize nothing, which saves a third of the time. Not so for what compares with PyTorch, or
-# looks at compiled programs, nor in test-latest.
+# tests/conftest.py has XLA and LLVM optimize as little as they can, which saves two thirds of the time. Not so for what
+# compares numbers with PyTorch, or looks at compiled programs.
 AS_USERS_HAVE_IT = JAX_DISABLE_MOST_OPTIMIZATIONS=0
-EXACT = tests/parity $(patsubst %,tests/test_%.py,decode_hlo goldens)
+EXACT = tests/parity/test_model_parity.py tests/parity/test_train_parity.py tests/test_decode_hlo.py tests/test_goldens.py
+# What depends on the versions of Python, JAX and the rest, beside EXACT and the fast part: each script once, end to end.
+SCRIPTS = $(patsubst %,tests/test_%.py,demo notebook generation_docs) $(addprefix tests/test_train_script.py::test_, \
+  a_run_leaves_what_it_promises stops_as_asked_and_resumes_on_another_mesh)
 # Twice quiet: errors only. Python compiles what it imports; compiling all of PyTorch and JAX takes over a minute.
 PIP_INSTALL = -m pip install -qq --no-compile --disable-pip-version-check
 # Compiles for TPUs without having one; exists for Linux on x86 only. The test that wants it skips elsewhere.
 LIBTPU = $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),libtpu/.installed)
 
-.PHONY: help install demo test test-exact test-others test-latest lint clean
+.PHONY: help install demo test test-exact test-others test-latest test-latest-exact test-latest-fast test-exhaustive environments lint clean
 
 help:
 	@echo "make install      create .venv with opt-jax and what it needs (CPU)"
 	@echo "make demo         install, then convert, generate and train with the embedded model in a minute"
-	@echo "make test         lint and the whole test suite, parity with PyTorch included"
-	@echo "make test-latest  the tests that need no PyTorch, on the newest Python and JAX found"
+	@echo "make test         lint and the test suite, parity with PyTorch included"
+	@echo "make test-latest  what depends on versions, on the newest Python and JAX found"
+	@echo "make test-exhaustive  every case of the sweeps, and compiled as users have it: hours"
 	@echo "make lint         ruff and pyright"
 	@echo "make clean        remove what the above have made"
 
@@ -32,12 +36,22 @@ test-exact: .venv/.installed-test $(addprefix .venv/,$(LIBTPU))
 	$(AS_USERS_HAVE_IT) .venv/bin/python -m pytest $(PARALLEL) $(EXACT)
 test-others: .venv/.installed-test $(addprefix .venv/,$(LIBTPU))
 	.venv/bin/python -m pytest $(PARALLEL) $(addprefix --ignore ,$(EXACT))
-test-latest: .venv-latest/.installed-test $(addprefix .venv-latest/,$(LIBTPU))
-	$(AS_USERS_HAVE_IT) .venv-latest/bin/python -m pytest $(PARALLEL)
+test-latest:
+	@$(MAKE) --no-print-directory --keep-going test-latest-exact test-latest-fast
+test-latest-exact: .venv-latest/.installed-test $(addprefix .venv-latest/,$(LIBTPU))
+	$(AS_USERS_HAVE_IT) .venv-latest/bin/python -m pytest $(PARALLEL) $(filter-out tests/parity/%,$(EXACT)) $(SCRIPTS)
+test-latest-fast: .venv-latest/.installed-test $(addprefix .venv-latest/,$(LIBTPU))
+	.venv-latest/bin/python -m pytest $(PARALLEL) -m "not slow" $(addprefix --ignore ,$(EXACT))
+# With every case of the sweeps, and the code that users have.
+test-exhaustive: .venv/.installed-test $(addprefix .venv/,$(LIBTPU))
+	$(AS_USERS_HAVE_IT) .venv/bin/python -m pytest $(PARALLEL) --exhaustive
 lint: .venv/.installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
+
+# For .ci/run, which makes both at once: pip uses one core.
+environments: $(foreach venv,.venv .venv-latest,$(venv)/.installed-test $(addprefix $(venv)/,$(LIBTPU)))
 
 clean:
 	rm -rf .venv .venv-latest .pytest_cache .ruff_cache build dist runs/demo
