@@ -14,7 +14,7 @@ import limits
 import numpy as np
 import oracle
 import pytest
-from limits import within
+from limits import TOLERANCE, gradient_limit, within
 from oracle import canonical, canonical_path, make_exact_pair, make_hf, summands, to_numpy, torch, transformers
 from reference import CONFIGS, PADDINGS, SMALL, batch, f32, i32
 
@@ -23,9 +23,6 @@ from opt_jax.config import ACTIVATIONS
 from opt_jax.inputs import check_inputs
 from opt_jax.outputs import cross_entropy
 
-TOLERANCE = 1e-4
-ROUNDING = 32 * 2**-24  # of a sum, beside its summands: 2**-24 in one operation, and dozens lead to them
-RELU_ROUNDING = 4e-6  # of a ReLU's input: five times the usual in the real size
 EVERYTHING = dict(output_hidden_states=True, output_attentions=True)
 
 
@@ -94,7 +91,7 @@ def assert_gradients_close(gradients, hf, sizes):
     assert got.keys() == expected.keys()
     assert all(np.isfinite(g).all() for g in expected.values())
     for path, g in expected.items():
-        within(np.linalg.norm(got[path] - g), TOLERANCE * np.linalg.norm(g) + ROUNDING * sizes[path], path)
+        within(np.linalg.norm(got[path] - g), gradient_limit(g, sizes[path]), path)
 
 
 def check(hf, model, inputs, mask, our_loss=own_loss, their_loss=own_loss, run=eager):
@@ -106,9 +103,7 @@ def check(hf, model, inputs, mask, our_loss=own_loss, their_loss=own_loss, run=e
     (_, got), gradients = run(model, {k: jnp.asarray(v) for k, v in inputs.items()}, our_loss)
     assert_close(got.loss, expected.loss, what="loss")
     assert_states_close(got, expected, mask)
-    # Where a ReLU's input is so near 0 that rounding decides its sign, float32 gradients agree with nobody's.
-    for x in values:
-        within(RELU_ROUNDING, np.abs(to_numpy(x).reshape(*mask.shape, -1)[mask]).min(), "zero of a ReLU")
+    oracle.assert_no_relu_near_zero(values, mask)
     assert_gradients_close(gradients, hf, sizes)
     return got, expected
 
