@@ -73,11 +73,29 @@ class _Float64(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs | {"dtype": torch.float64} if kwargs.get("dtype") is torch.float32 else kwargs))
 
 
-def run(hf, inputs: dict, **options):
-    """The output of a PyTorch model in float64 for numpy inputs."""
+class _Rounded(_Float64):
+    """Every result is rounded to the nearest number of `dtype`, once, whatever the machine's kernels would do."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype, self.limits = dtype, torch.finfo(dtype)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs)
+        if isinstance(result, torch.Tensor) and result.dtype is torch.float64:
+            # Else the mask's lowest float64 would become -inf, and a row without a visible key NaN.
+            return result.clamp(self.limits.min, self.limits.max).to(self.dtype).double()
+        return result
+
+
+def run(hf, inputs: dict, rounded_to=None, **options):
+    """The output of a PyTorch model in float64 for numpy inputs.
+
+    rounded_to: compute as an ideal machine would do in this dtype: each operation exactly, its result rounded once.
+    """
     assert hf.dtype is torch.float64
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in torch_inputs(inputs).items()}
-    with _Float64():
+    with _Float64() if rounded_to is None else _Rounded(getattr(torch, jnp.dtype(rounded_to).name)):
         return hf(**inputs, **options)
 
 

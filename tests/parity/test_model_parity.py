@@ -330,15 +330,22 @@ def test_config_fields(field):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("name", SMALL)
 def test_half_precision(name, dtype):
-    """No further from the float32 result than PyTorch in the same precision (times two, for chance)."""
-    inputs, mask = inputs_of(name, "left")
-    del inputs["labels"]
-    with torch.no_grad():
-        exact = to_numpy(oracle.run(pair(name)[0], inputs).logits)[mask]
-        hf, model = oracle.make_pair(name, dtype=dtype, num_hidden_layers=2)
-        theirs = to_numpy(hf(**oracle.torch_inputs(inputs)).logits)[mask]
-    got = np.asarray(call(model, **inputs).logits)[mask]
-    within(np.linalg.norm(got - exact), 2 * np.linalg.norm(theirs - exact), "half precision")
+    """Few more roundings than the reference has when it rounds every result once.
+
+    Squares of independent errors add up. So what ours have in excess of the reference's stands for roundings in excess,
+    and the limit for twice as many as there are; LayerNorm in half precision, say, has more than that.
+    """
+    hf, model = oracle.make_pair(name, dtype=dtype, num_hidden_layers=2)
+    hf = hf.double()
+    ours = theirs = 0.0
+    for seed in range(2):
+        inputs, mask = inputs_of(name, "left", rows=9, seed=seed)
+        del inputs["labels"]
+        with torch.no_grad():
+            exact, rounded = (to_numpy(oracle.run(hf, inputs, to).logits)[mask] for to in (None, dtype))
+        ours += np.square(np.asarray(call(model, **inputs).logits)[mask] - exact).sum()
+        theirs += np.square(rounded - exact).sum()
+    within(max(ours - theirs, 0), theirs, "half precision")
 
 
 def test_oracle_is_what_it_says():
