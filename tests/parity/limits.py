@@ -11,6 +11,9 @@ import os
 import numpy as np
 
 RATIOS = os.environ.get("PARITY_RATIOS")
+TOLERANCE = 1e-4
+ROUNDING = 32 * 2**-24  # of a sum, beside its summands: 2**-24 in one operation, and dozens lead to them
+RELU_ROUNDING = 4e-6  # of a ReLU's input: five times the usual in the real size
 
 
 def within(error, limit, what="") -> None:
@@ -22,6 +25,11 @@ def within(error, limit, what="") -> None:
             file.write(f"{ratios.max():.3g}\t{os.environ.get('PYTEST_CURRENT_TEST', '')}\t{what}\n")
     worst = np.unravel_index(np.argmax(ratios), ratios.shape) if ratios.size else ()
     assert (error <= limit).all(), f"{what}: {error[worst]:.3g} away, {limit[worst]:.3g} allowed, at {worst}"
+
+
+def gradient_limit(gradient, summands: float) -> float:
+    """How far from `gradient`, of the oracle in float64, one of float32 may be. `summands` are `oracle.summands`."""
+    return TOLERANCE * np.linalg.norm(gradient) + ROUNDING * summands
 
 
 def assert_close(got, expected, atol=0.0, rtol=0.0, what="") -> None:

@@ -90,7 +90,8 @@ def compare(options, seed=0, steps=(0, 1, 4, NEW - 1)):
         expected, got = theirs(options, *case), ours(options, *case)
         np.testing.assert_array_equal(np.isneginf(got), np.isneginf(expected), str((options, step)))
         kept = np.isfinite(expected)
-        assert_close(got[kept], expected[kept], atol=1e-5, what="logits")
+        # The relative part is float32's: divided by a temperature, logits are in the hundreds.
+        assert_close(got[kept], expected[kept], atol=1e-5, rtol=5e-7, what=f"logits, {options}, step {step}")
         changed |= not np.array_equal(got, case[0])
     return changed
 
@@ -158,10 +159,13 @@ def random_options(random) -> dict[str, Any]:
     return options | (SAMPLE if any(name in OF_SAMPLING for name in names) else {})
 
 
-@pytest.mark.parametrize("seed", range(50))
-def test_combinations(seed):
-    options = random_options(np.random.RandomState(seed))
-    compare(options, 100 * seed, steps=(0, 1, 7) if seed % 2 else (3, NEW - 1))
+def test_combinations(sample):
+    seeds = sample(range(50), 15)
+    cases = {seed: random_options(np.random.RandomState(seed)) for seed in seeds}
+    assert set().union(*cases.values()) == CHOICES.keys() | SAMPLE.keys()  # each processor is among them
+    assert {seed % 2 for seed in seeds} == {0, 1}  # and all steps
+    for seed, options in cases.items():
+        compare(options, 100 * seed, steps=(0, 1, 7) if seed % 2 else (3, NEW - 1))
 
 
 def test_values_are_traced_and_unused_processors_cost_nothing():
