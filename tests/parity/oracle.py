@@ -6,6 +6,7 @@ The mapping of names is written out here a second time on purpose: a mistake in 
 import dataclasses
 import os
 from contextlib import contextmanager
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -157,7 +158,7 @@ def assert_no_relu_near_zero(values, mask):
 
 def talkative_pair(name: str, **config):
     """As `make_pair`, but position counts for more, constants for less, or they would say one token for ever."""
-    hf = make_hf(name, **dict(num_hidden_layers=2) | config)
+    hf = make_hf(name, **dict[str, Any](num_hidden_layers=2) | config)
     with torch.no_grad():
         for parameter, value in hf.named_parameters():
             value *= 4 if "embed_positions" in parameter else 0.1 if parameter.endswith("bias") else 1

@@ -7,6 +7,7 @@ within 1e-4 of their norm, and what rounding does to the summands of each (`orac
 
 from functools import cache
 from itertools import cycle
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +28,9 @@ EVERYTHING = dict(output_hidden_states=True, output_attentions=True)
 
 
 @cache
-def pair(name, cls="OPTForCausalLM", **config):
+def pair(name, cls="OPTForCausalLM", **config: Any):
     """Of two layers, for another number than that of heads; where the head is under test, of one."""
-    return make_exact_pair(name, cls, **dict(num_hidden_layers=2) | config)
+    return make_exact_pair(name, cls, **dict[str, Any](num_hidden_layers=2) | config)
 
 
 def own_loss(output, inputs):

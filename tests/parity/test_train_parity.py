@@ -85,8 +85,9 @@ def test_fed_pytorchs_gradients_an_update_is_pytorchs(clip_norm):
         norm = torch_update(hf, theirs, step, clip_norm)
         assert (norm > clip_norm) == (clip_norm < 1)
         after = parameters(hf)
+        limit = 1e-5 * float(SCHEDULE(step))
         for path, value in after.items():
-            assert_close(updates[path], value - before[path], 1e-5 * SCHEDULE(step), what=f"{path}, update {step}")
+            assert_close(updates[path], value - before[path], limit, what=f"{path}, update {step}")
         before = after
 
 
