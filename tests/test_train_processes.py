@@ -145,8 +145,8 @@ def test_two_processes_train_as_one_does(place, whole, of_pair):
         assert ours.config.dropout == 0.0
         for path, param in named_parameters(ours).items():
             other = named_parameters(theirs)[path].get_value()
-            # The gradient of k_proj.bias is rounding noise, which Adam makes as large as any other.
-            atol = 2 * sum(line["lr"] for line in whole) if path.endswith("k_proj.bias") else 1e-6
+            # The gradient of k_proj.bias is rounding noise, which Adam amplifies.
+            atol = 1e-4 if path.endswith("k_proj.bias") else 1e-6
             np.testing.assert_allclose(param.get_value(), other, rtol=1e-4, atol=atol, err_msg=f"{name}: {path}")
     assert convert(["to-hf", str(place / "pair"), str(place / "hf")]) == 0
     assert convert(["verify", str(place / "hf"), "--against", str(place / "pair" / "model")]) == 0
