@@ -16,6 +16,7 @@ from opt_jax import OPTForCausalLM, OPTTokenizer, distributed
 from opt_jax.attention import choose_attention
 from opt_jax.lora import LoRA, is_trained
 from opt_jax.sharding import make_mesh, use_mesh
+from opt_jax.storage import on_first_process
 from opt_jax.training import data, finetuning, loggers, plan, tasks
 from opt_jax.training.checkpoints import Checkpoints, Due, Termination
 from opt_jax.training.files import begin_run, check_run_directory, run_directory, write_record
@@ -232,8 +233,7 @@ def main(options: Options) -> None:
         )
         windows.check_state(saved, first)
         state = dataclasses.replace(state, frozen=frozen)
-    if is_main:
-        cut_back(output / "metrics.jsonl", first)
+    on_first_process(lambda: cut_back(output / "metrics.jsonl", first, complain))
     seen = distributed.from_first(lambda: json.dumps(best_validation(output / "metrics.jsonl")).encode())
     best_step, best_loss = json.loads(seen)
     if first and best_step == first:  # it may have been killed between the checkpoint and its copy

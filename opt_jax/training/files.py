@@ -1,12 +1,16 @@
 """Files of a run directory, which may be on this machine or in an object store (`gs://...`)."""
 
+import io
 import json
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from etils import epath
 
 from opt_jax.hub import check_array_path, check_remote, is_remote
+from opt_jax.reading import open_regular
 from opt_jax.temporary import MARKER, new_file, refuse_links
 
 _UPLOAD_SECONDS = 60.0
@@ -59,6 +63,54 @@ def write_text(path: epath.Path, text: str) -> None:
     else:
         with new_file(path) as file:
             file.write(text.encode())
+
+
+def read_metrics(path: epath.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each line of a run's `metrics.jsonl` and its values, in order; there is none without the file. A line without its
+    end is being written, or its writer was killed: it is left out.
+
+    Raises:
+      ValueError: a line is not one of a run's metrics (numbered), once it is reached; or it is not a regular file.
+    """
+    if not path.exists():
+        return
+    with io.BytesIO(path.read_bytes()) if is_remote(path) else open_regular(path) as file:
+        before = 0
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            values = _metrics_of(line)
+            if values is None:
+                raise ValueError(
+                    f"{path}:{number}: not a line that train.py writes, a JSON object with a step and numbers: "
+                    "mend this line or remove it"
+                )
+            if values["step"] <= before:
+                raise ValueError(
+                    f"{path}:{number}: step {values['step']} comes after step {before}: mend the order of the lines, "
+                    "or remove those that do not belong there"
+                )
+            before = values["step"]
+            yield line, values
+
+
+def _metrics_of(line: bytes) -> dict[str, Any] | None:
+    with suppress(ValueError, RecursionError):
+        values = json.loads(line, parse_constant=int)  # a ValueError: train.py writes null for NaN
+        if isinstance(values, dict) and type(values.get("step")) is int and values["step"] > 0:
+            rows = values.get("batch", [])
+            others = [value for name, value in values.items() if name != "batch"]
+            if isinstance(rows, list) and all(type(value) in (int, float, type(None)) for value in others):
+                return values
+    return None
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """[2, 3, 4, 7] is "2 to 4, 7"; of many ranges, the first eight."""
+    ends = [n for i, n in enumerate(numbers) if i + 1 == len(numbers) or numbers[i + 1] != n + 1]
+    starts = [n for i, n in enumerate(numbers) if i == 0 or numbers[i - 1] != n - 1]
+    texts = [str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True)]
+    return ", ".join(texts[:8] + ["..."] * (len(texts) > 8))
 
 
 class Lines:
