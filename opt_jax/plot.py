@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from opt_jax.temporary import new_file
 from opt_jax.training import files
 
@@ -32,7 +34,7 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {run}: is it the --output of a training run?")
-    lines = [values for _, values in files.read_metrics(path)]
+    lines = [values for _, values in files.read_metrics(epath.Path(path))]
     if not lines:
         raise ValueError(f"{path} is empty: no step was done yet")
     return lines

@@ -67,20 +67,12 @@ class TemporaryPlace:
             self.path.mkdir(parents=True, exist_ok=True)
             try:
                 self._check_content()
-                lock = os.open(marker, _FLAGS, 0o666)
+                if (lock := lock_file(marker, wait)) is not None:
+                    return lock
             except FileNotFoundError:  # removed by its last owner in this moment
                 continue
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                if is_same(lock, marker):
-                    return lock
             except BlockingIOError:
-                os.close(lock)
                 raise FileExistsError(f"{self.path} is in use: another process is writing this now") from None
-            except BaseException:
-                os.close(lock)
-                raise
-            os.close(lock)
 
     def _check_content(self) -> None:
         names = os.listdir(self.path)
@@ -110,12 +102,48 @@ class TemporaryPlace:
             self.path.rmdir()
 
 
-def is_same(fd: int, path: Path) -> bool:
+# Locks ------------------------------------------------------------------------------------------------------
+
+
+def lock_file(path: str | os.PathLike, wait: bool = False) -> int | None:
+    """A descriptor of the file, created if need be. It has the lock until it is closed, or this process ends.
+
+    None: the file was removed by who had the lock, so it is of no use.
+
+    Raises:
+      BlockingIOError: another process has the lock, and `wait` is false.
+    """
+    lock = os.open(path, _FLAGS, 0o666)
+    try:
+        if not _lock(lock, wait):
+            raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK), str(path))
+        if is_same(lock, path):
+            return lock
+    except BaseException:
+        os.close(lock)
+        raise
+    os.close(lock)
+    return None
+
+
+def is_same(fd: int, path: str | os.PathLike) -> bool:
     """Whether the open file is still the one of this name."""
     try:
         return os.path.samestat(os.fstat(fd), os.lstat(path))
     except FileNotFoundError:
         return False
+
+
+def _lock(fd: int, wait: bool = False) -> bool:
+    """Whether the lock could be had."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as e:
+        if e.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):  # some Lustre and NFS mounts have no locks
+            raise
+    return True
 
 
 # Files ------------------------------------------------------------------------------------------------------
@@ -141,7 +169,7 @@ def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     part = path.with_name(f"{path.name}.opt-jax-{uuid.uuid4().hex}.part")
     with open(os.open(part, _FLAGS | os.O_EXCL, 0o666), "w+b") as file:
         try:
-            _try_lock(file.fileno())
+            _lock(file.fileno())
             yield file
             file.flush()
             os.fsync(file.fileno())  # who sees the name, after a crash of the machine too, sees all of the content
@@ -165,17 +193,6 @@ def in_use(part: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        return not _try_lock(fd)
+        return not _lock(fd)
     finally:
         os.close(fd)
-
-
-def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as e:
-        if e.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):  # some Lustre and NFS mounts have no locks
-            raise
-    return True

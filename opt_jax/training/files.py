@@ -3,7 +3,7 @@
 import io
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -13,6 +13,7 @@ from opt_jax.hub import check_array_path, check_remote, is_remote
 from opt_jax.reading import open_regular
 from opt_jax.temporary import MARKER, new_file, refuse_links
 
+LOCK = f"{MARKER}.lock"  # see run_lock.py
 _UPLOAD_SECONDS = 60.0
 _WRITTEN = (
     "run.json", "metrics.jsonl", "tokenizer", "checkpoints", "best", "model", "tensorboard", "profile", "wandb-id",
@@ -34,7 +35,7 @@ def check_run_directory(output: epath.Path) -> None:
         run.json, nor is it of a start that was killed before it wrote one.
     """
     if not is_remote(output):
-        refuse_links(*(output / name for name in (*_WRITTEN, ".model.new", MARKER)))
+        refuse_links(*(output / name for name in (*_WRITTEN, ".model.new", MARKER, LOCK)))
     ours = any((output / name).exists() for name in ("run.json", MARKER))
     foreign = [name for name in _WRITTEN if not ours and (output / name).exists()]
     if not is_remote(output) and (output / "model").exists() and not (output / "model" / "config.json").exists():
@@ -115,16 +116,21 @@ def ranges(numbers: Sequence[int]) -> str:
 
 class Lines:
     """Appends lines to a text file. A local one has each line at once, whatever happens to this process afterwards. An
-    object cannot be appended to: it is written anew by `flush`, and otherwise at most once a minute."""
+    object cannot be appended to: it is written anew by `flush`, and otherwise at most once a minute.
 
-    def __init__(self, path: epath.Path):
+    before_write: called before each write; what it raises ends the writing.
+    """
+
+    def __init__(self, path: epath.Path, before_write: Callable[[], None] = lambda: None):
         self._path, self._remote, self._changed = path, is_remote(path), False
+        self._before_write = before_write
         self._text = [path.read_bytes().decode()] if self._remote and path.exists() else []
         self._file = None if self._remote else open(path, "a", encoding="utf-8")
         self._written = time.monotonic()
 
     def write(self, line: str) -> None:
         if self._file is not None:
+            self._before_write()
             self._file.write(line)
             self._file.flush()
             return
@@ -135,6 +141,7 @@ class Lines:
 
     def flush(self) -> None:
         if self._changed:
+            self._before_write()
             self._text = ["".join(self._text)]
             self._path.write_bytes(self._text[0].encode())
             self._changed, self._written = False, time.monotonic()

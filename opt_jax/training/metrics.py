@@ -74,6 +74,7 @@ class Metrics:
     log_every: steps between lines where the output is not a terminal. flops_per_step, peak_flops: of all devices; with
     both, MFU is among the numbers. batch_rows: where in the data the rows of a step's batch begin, for errors.
     loggers: anything with `write(values)` and `close()`, of process 0. memory_of: devices whose memory is reported.
+    before_write: see `Lines`.
     """
 
     def __init__(
@@ -90,11 +91,12 @@ class Metrics:
         skip_nonfinite: bool = False,
         loggers: Sequence[Any] = (),
         memory_of: Sequence[Any] = (),
+        before_write: Callable[[], None] = lambda: None,
     ):
         past = deque((line for _, line in read_metrics(path)) if path is not None else (), 2 * SPIKE_WINDOW)
         self._skipped = past[-1].get("skipped") or 0 if past else 0
         self._losses = deque((line["loss"] for line in past if line.get("loss") is not None), SPIKE_WINDOW)
-        self._file = None if path is None else Lines(path)
+        self._file = None if path is None else Lines(path, before_write)
         self._tokens, self._log_every, self._steps = tokens_per_step, log_every, steps
         self._mfu_seconds = flops_per_step / peak_flops if flops_per_step and peak_flops else None
         self._batch_rows, self._skip, self._in_a_row = batch_rows, skip_nonfinite, 0
