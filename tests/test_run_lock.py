@@ -18,6 +18,7 @@ from etils import epath
 from test_run_files import Store
 
 import train
+from opt_jax.hub import is_remote
 from opt_jax.training.checkpoints import Checkpoints
 from opt_jax.training.files import LOCK, Lines, check_run_directory, write_record
 from opt_jax.training.run_lock import RunLock
@@ -146,3 +147,6 @@ def test_without_locks_the_newest_start_ends_the_older_before_its_next_write(unl
         (unlocked / LOCK).unlink()
         with pytest.raises(FileExistsError, match=rf"no longer this process's: {re.escape(LOCK)} is gone from it"):
             newer.check()
+    with RunLock(unlocked) as last:
+        last.take()
+    assert (unlocked / LOCK).exists() == is_remote(unlocked)  # in a store an older start may yet look at it

@@ -35,9 +35,8 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         if self._name is None:
             return
-        with suppress(FileNotFoundError):
-            if self._path.read_bytes() == self._name:
-                self._path.unlink()
+        if not is_remote(self._output) and self._read() == self._name:  # in a store an older start may yet look at it
+            self._path.unlink(missing_ok=True)
         if self._descriptor is not None:
             os.close(self._descriptor)
         self._name = self._descriptor = None
