@@ -9,6 +9,7 @@ import fcntl
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -141,7 +142,8 @@ def _lock(fd: int, wait: bool = False) -> bool:
     except BlockingIOError:
         return False
     except OSError as e:
-        if e.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):  # some Lustre and NFS mounts have no locks
+        # Some Lustre and NFS mounts have no locks; NFS has none of directories (EBADF).
+        if e.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF):
             raise
     return True
 
@@ -161,15 +163,17 @@ def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     refuse_links(path)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    for left in unfinished_files(path.parent, re.escape(path.name)):
-        if in_use(left):
-            raise FileExistsError(f"{left}: another process is writing this file now")
-        left.unlink(missing_ok=True)
     # A name of its own: even where locks do not reach across machines, two writers never share a file.
     part = path.with_name(f"{path.name}.opt-jax-{uuid.uuid4().hex}.part")
-    with open(os.open(part, _FLAGS | os.O_EXCL, 0o666), "w+b") as file:
+    with _alone_in(path.parent):  # of two that begin in the same moment one sees the other, which has its lock
+        for left in unfinished_files(path.parent, re.escape(path.name)):
+            if in_use(left):
+                raise FileExistsError(f"{left}: another process is writing this file now")
+            left.unlink(missing_ok=True)
+        file = open(os.open(part, _FLAGS | os.O_EXCL, 0o666), "w+b")
+        _lock(file.fileno())
+    with file:
         try:
-            _lock(file.fileno())
             yield file
             file.flush()
             os.fsync(file.fileno())  # who sees the name, after a crash of the machine too, sees all of the content
@@ -177,6 +181,21 @@ def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
             os.rename(part, path)
         finally:
             part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """For a moment: no other process is in such a block for this directory. Who keeps the lock for long is not one of
+    ours, and is not waited for."""
+    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for _ in range(200):
+            if _lock(lock):
+                break
+            time.sleep(0.01)
+        yield
+    finally:
+        os.close(lock)
 
 
 def unfinished_files(directory: Path, name: str = ".*") -> list[Path]:
