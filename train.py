@@ -7,6 +7,7 @@ started again with the same command, a run goes on from its last checkpoint, bit
 import dataclasses
 import json
 import sys
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from opt_jax import OPTForCausalLM, OPTTokenizer, distributed
 from opt_jax.attention import choose_attention
 from opt_jax.lora import LoRA, is_trained
 from opt_jax.sharding import make_mesh, use_mesh
+from opt_jax.storage import on_first_process
 from opt_jax.training import data, finetuning, loggers, plan, tasks
 from opt_jax.training.checkpoints import Checkpoints, Due, Termination
 from opt_jax.training.files import begin_run, check_run_directory, run_directory, write_record
@@ -32,6 +34,7 @@ from opt_jax.training.options import (
     parse_options,
     profiled_steps,
 )
+from opt_jax.training.run_lock import RunLock
 from opt_jax.training.step import (
     batch_loss,
     check_divides,
@@ -47,6 +50,12 @@ from opt_jax.training.step import (
 
 
 def main(options: Options) -> None:
+    with ExitStack() as held:
+        train(options, held)
+
+
+def train(options: Options, held: ExitStack) -> None:
+    """held: what is let go of at the end, whichever it is."""
     check_options(options)
     # Three things that must be said before JAX looks for devices.
     if options.deterministic:
@@ -133,8 +142,12 @@ def main(options: Options) -> None:
     }
     distributed.check_same(record)
 
+    lock = held.enter_context(RunLock(output))  # for process 0 to take
+
     def look() -> list[bool]:
         check_run_directory(output)
+        if not (output / "model/config.json").exists():
+            lock.take(create=False)
         return [(output / name).exists() for name in ("run.json", "model/config.json")]
 
     resuming, finished = json.loads(distributed.from_first(lambda: json.dumps(look()).encode()))
@@ -199,12 +212,20 @@ def main(options: Options) -> None:
     # Nothing is written before this line, where all that was asked for is known to make sense
     # -----------------------------------------------------------------------------------------------------------------
 
-    if is_main:
+    def open_run() -> None:
+        lock.take()
+        if look() != [resuming, finished]:
+            raise FileExistsError(f"{output} was written by another start in the meantime: start this one again")
         begin_run(output)
         if not resuming:
             data.save_tokenizer(tokenizer, output / "tokenizer")
-    checkpoints = Checkpoints(output / "checkpoints", options.keep_checkpoints, options.keep_every, windows.state)
-    best = Checkpoints(output / "best", keep=1)  # the parameters alone, of the step with the lowest val_loss
+
+    on_first_process(open_run)
+    checkpoints = Checkpoints(
+        output / "checkpoints", options.keep_checkpoints, options.keep_every, windows.state, lock.check
+    )
+    # The parameters alone, of the step with the lowest val_loss.
+    best = Checkpoints(output / "best", keep=1, before_write=lock.check)
     first = checkpoints.latest_step() or 0
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -232,8 +253,8 @@ def main(options: Options) -> None:
         )
         windows.check_state(saved, first)
         state = dataclasses.replace(state, frozen=frozen)
-    if is_main:
-        cut_back(output / "metrics.jsonl", first)
+    on_first_process(lock.check)
+    on_first_process(lambda: cut_back(output / "metrics.jsonl", first, complain))
     seen = distributed.from_first(lambda: json.dumps(best_validation(output / "metrics.jsonl")).encode())
     best_step, best_loss = json.loads(seen)
     if first and best_step == first:  # it may have been killed between the checkpoint and its copy
@@ -285,6 +306,7 @@ def main(options: Options) -> None:
         flops_per_step=flops_per_token(config, counted, seq_len) * tokens_per_step,
         peak_flops=peak and peak * mesh.size, batch_rows=lambda step: windows.starts(step - 1),
         skip_nonfinite=options.skip_nonfinite, loggers=also, memory_of=mesh.local_devices,
+        before_write=lock.check,
     )  # fmt: skip
     trace = loggers.Trace(profiled_steps(options.profile), output / "profile", first, last, say)
     kept = kept_before_nonfinite(checkpoints, lambda: state, shardings)
@@ -338,6 +360,7 @@ def main(options: Options) -> None:
 
     state = dataclasses.replace(state, opt_state=None)  # its memory may be needed
     model = lora.merge(state.whole, plain) if lora else state.model
+    on_first_process(lock.check)
     model.save_pretrained(output / "model", tokenizer=tokenizer)
     if lora:
         say(f"the adapters are merged in: {output / 'model'} is a model like any other")

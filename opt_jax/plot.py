@@ -1,12 +1,14 @@
 """Curves of training runs, from their `metrics.jsonl` to a picture."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from opt_jax.temporary import new_file
+from opt_jax.training import files
 
 # Title, scale, and (name in metrics.jsonl, how to draw it) of each curve.
 PANELS: tuple[tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]], ...] = (
@@ -22,25 +24,17 @@ MEASURES: tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]] = (
 )  # fmt: skip
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`; one that is being written or was half-written, at the end, is left out.
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`.
 
     Raises:
       FileNotFoundError: there is none.
-      ValueError: it has no line, or one that is not such a line (numbered).
+      ValueError: it has no line; or see `files.read_metrics`.
     """
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {run}: is it the --output of a training run?")
-    lines = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
-        try:
-            lines.append(json.loads(line))
-            float(lines[-1]["step"])
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{path}:{number}: not a JSON object with a step") from None
+    lines = [values for _, values in files.read_metrics(epath.Path(path))]
     if not lines:
         raise ValueError(f"{path} is empty: no step was done yet")
     return lines
@@ -51,14 +45,14 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
     tasks their measures, instead of perplexity and tokens/s.
 
     Raises:
-      FileNotFoundError, ValueError: see `read_metrics`; or matplotlib is missing.
+      FileNotFoundError, ValueError: see `metrics_of`; or matplotlib is missing.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError(f"plot needs the package matplotlib ({error}): pip install 'opt-jax[plot]'") from None
-    measured = [(run, read_metrics(run)) for run in runs]
+    measured = [(run, metrics_of(run)) for run in runs]
     names = {name for _, lines in measured for line in lines for name in line}
     panels = (*PANELS[:3], MEASURES) if names & {name for name, _ in MEASURES[2]} else PANELS
 

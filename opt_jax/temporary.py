@@ -9,6 +9,7 @@ import fcntl
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -67,20 +68,12 @@ class TemporaryPlace:
             self.path.mkdir(parents=True, exist_ok=True)
             try:
                 self._check_content()
-                lock = os.open(marker, _FLAGS, 0o666)
+                if (lock := lock_file(marker, wait)) is not None:
+                    return lock
             except FileNotFoundError:  # removed by its last owner in this moment
                 continue
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                if is_same(lock, marker):
-                    return lock
             except BlockingIOError:
-                os.close(lock)
                 raise FileExistsError(f"{self.path} is in use: another process is writing this now") from None
-            except BaseException:
-                os.close(lock)
-                raise
-            os.close(lock)
 
     def _check_content(self) -> None:
         names = os.listdir(self.path)
@@ -110,12 +103,49 @@ class TemporaryPlace:
             self.path.rmdir()
 
 
-def is_same(fd: int, path: Path) -> bool:
+# Locks ------------------------------------------------------------------------------------------------------
+
+
+def lock_file(path: str | os.PathLike, wait: bool = False) -> int | None:
+    """A descriptor of the file, created if need be. It has the lock until it is closed, or this process ends.
+
+    None: the file was removed by who had the lock, so it is of no use.
+
+    Raises:
+      BlockingIOError: another process has the lock, and `wait` is false.
+    """
+    lock = os.open(path, _FLAGS, 0o666)
+    try:
+        if not _lock(lock, wait):
+            raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK), str(path))
+        if is_same(lock, path):
+            return lock
+    except BaseException:
+        os.close(lock)
+        raise
+    os.close(lock)
+    return None
+
+
+def is_same(fd: int, path: str | os.PathLike) -> bool:
     """Whether the open file is still the one of this name."""
     try:
         return os.path.samestat(os.fstat(fd), os.lstat(path))
     except FileNotFoundError:
         return False
+
+
+def _lock(fd: int, wait: bool = False) -> bool:
+    """Whether the lock could be had."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as e:
+        # Some Lustre and NFS mounts have no locks; NFS has none of directories (EBADF).
+        if e.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF):
+            raise
+    return True
 
 
 # Files ------------------------------------------------------------------------------------------------------
@@ -133,15 +163,17 @@ def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     refuse_links(path)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    for left in unfinished_files(path.parent, re.escape(path.name)):
-        if in_use(left):
-            raise FileExistsError(f"{left}: another process is writing this file now")
-        left.unlink(missing_ok=True)
     # A name of its own: even where locks do not reach across machines, two writers never share a file.
     part = path.with_name(f"{path.name}.opt-jax-{uuid.uuid4().hex}.part")
-    with open(os.open(part, _FLAGS | os.O_EXCL, 0o666), "w+b") as file:
+    with _alone_in(path.parent):  # of two that begin in the same moment one sees the other, which has its lock
+        for left in unfinished_files(path.parent, re.escape(path.name)):
+            if in_use(left):
+                raise FileExistsError(f"{left}: another process is writing this file now")
+            left.unlink(missing_ok=True)
+        file = open(os.open(part, _FLAGS | os.O_EXCL, 0o666), "w+b")
+        _lock(file.fileno())
+    with file:
         try:
-            _try_lock(file.fileno())
             yield file
             file.flush()
             os.fsync(file.fileno())  # who sees the name, after a crash of the machine too, sees all of the content
@@ -149,6 +181,21 @@ def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
             os.rename(part, path)
         finally:
             part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """For a moment: no other process is in such a block for this directory. Who keeps the lock for long is not one of
+    ours, and is not waited for."""
+    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for _ in range(200):
+            if _lock(lock):
+                break
+            time.sleep(0.01)
+        yield
+    finally:
+        os.close(lock)
 
 
 def unfinished_files(directory: Path, name: str = ".*") -> list[Path]:
@@ -165,17 +212,6 @@ def in_use(part: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        return not _try_lock(fd)
+        return not _lock(fd)
     finally:
         os.close(fd)
-
-
-def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as e:
-        if e.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):  # some Lustre and NFS mounts have no locks
-            raise
-    return True

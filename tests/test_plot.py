@@ -76,8 +76,8 @@ def test_several_runs_with_gaps_to_a_named_file(tmp_path, monkeypatch):
         (None, "no metrics.jsonl in .*run: is it the --output of a training run[?]"),
         ("", "metrics.jsonl is empty: no step was done yet"),
         ('{"step": 1, "lo', "metrics.jsonl is empty"),
-        ('{"step": 1, "loss": 2.0}\n[3]\n', "metrics.jsonl:2: not a JSON object with a step"),
-        ('{"loss": 2.0}\n', "metrics.jsonl:1: not a JSON object with a step"),
+        ('{"step": 1, "loss": 2.0}\n[3]\n', "metrics.jsonl:2: not a line that train.py writes"),
+        ('{"loss": 2.0}\n', "metrics.jsonl:1: not a line that train.py writes"),
     ],
 )
 def test_bad_runs_are_one_clear_error(tmp_path, capsys, content, message):

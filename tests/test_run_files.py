@@ -62,10 +62,64 @@ def test_lines_are_appended_and_cut_back(directory):
         assert len(path.read_text().splitlines()) == steps[-1]
         lines.close()
     assert best_validation(path) == (4, 0)
-    cut_back(path, 3)
+    cut_back(path, 3, pytest.fail)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
     assert best_validation(path) == (3, 1)
     assert best_validation(directory / "nothing") == (None, None)
+
+
+def lines_of(steps, last: bytes = b"") -> bytes:
+    return b"".join(b'{"step": %d, "loss": 2.5, "val_loss": null, "batch": [1, 2]}\n' % step for step in steps) + last
+
+
+@pytest.mark.parametrize(
+    "steps, last, missing",
+    [
+        ([*range(1, 5), *range(6, 9), *range(11, 25)], b"", "no line for 3 of 24 steps (5, 9 to 10): their"),
+        (range(1, 23), b"", "no line for 2 of 24 steps (23 to 24): their"),
+        (range(1, 24), b'{"step": 24, "lo', "no line for 1 of 24 steps (24): their"),
+        (range(1, 24), b"\0" * 99, "no line for 1 of 24 steps (24): their"),
+        (range(3, 30), b"", "no line for 2 of 24 steps (1 to 2): their"),
+        (range(2, 25, 2), b"", "no line for 12 of 24 steps (1, 3, 5, 7, 9, 11, 13, 15, ...): their"),
+        ([], b"", "no line for 24 of 24 steps (1 to 24): their"),
+    ],
+)
+def test_steps_without_a_line_are_named(directory, steps, last, missing):
+    path, said = directory / "metrics.jsonl", []
+    path.write_bytes(lines_of(steps, last))
+    cut_back(path, 24, said.append)
+    assert len(said) == 1 and f"{path} has {missing}" in said[0] and "\n" not in said[0]
+    assert path.read_bytes() == lines_of(step for step in steps if step <= 24)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"step": 3, "lo{"step": 4, "loss": 2.5}', b"\0" * 40, b'{"step": 3, "loss": 2\0}', b"", b"a note", b"[3]",
+        b"3", b'{"loss": 2.5}', b'{"step": "3"}', b'{"step": 3.0}', b'{"step": true}', b'{"step": 0}', b'{"step": -3}',
+        b'{"step": 3, "loss": "2.5"}', b'{"step": 3, "loss": NaN}', b'{"step": 3, "loss": {}}',
+        b'{"step": 3, "batch": 1}', b'{"step": 3, "los\xff": 2.5}', b"[" * 100_000, b'{"step": 3}\x85',
+        b'{"step": ' + b"9" * 5000 + b"}",
+    ],
+)  # fmt: skip
+def test_a_damaged_or_foreign_line_is_named(directory, line):
+    path = directory / "metrics.jsonl"
+    content = lines_of([1, 2]) + line + b"\n" + lines_of(range(4, 9))
+    path.write_bytes(content)
+    for read in (lambda: cut_back(path, 4, pytest.fail), lambda: best_validation(path)):
+        with pytest.raises(ValueError, match=r"metrics\.jsonl:3: not a line that train\.py writes") as error:
+            read()
+        assert "\n" not in str(error.value)
+    assert path.read_bytes() == content
+    cut_back(path, 2, pytest.fail)  # what goes anyway may be damaged
+    assert path.read_bytes() == lines_of([1, 2])
+
+
+def test_lines_of_two_runs_are_named(directory):
+    path = directory / "metrics.jsonl"
+    path.write_bytes(lines_of([1, 2, 3, 2, 3, 4]))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:4: step 2 comes after step 3: mend"):
+        cut_back(path, 4, pytest.fail)
 
 
 def test_a_remote_file_is_not_written_for_every_line(directory):

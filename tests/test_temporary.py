@@ -1,5 +1,6 @@
 """Nothing is cleared or written through that is not ours: links, and foreign files with the names of temporary ones."""
 
+import fcntl
 import os
 import re
 import threading
@@ -14,7 +15,7 @@ from hf_files import TINY, hf_weights, write_hf
 from hf_output import expected, files_of, read, write
 
 from convert.__main__ import main
-from opt_jax import OPTTokenizer, plot
+from opt_jax import OPTTokenizer, plot, temporary
 from opt_jax.download import _fetch
 from opt_jax.storage import new_directory
 from opt_jax.temporary import MARKER, TemporaryPlace, new_file
@@ -205,6 +206,30 @@ def test_a_file_that_another_process_writes_is_refused(tmp_path):
     with pytest.raises(IsADirectoryError):
         write_new(tmp_path)
     assert (tmp_path / "out").read_bytes() == b"ours" and len(files_of(tmp_path)) == 2
+
+
+def test_two_files_that_begin_in_the_same_moment_see_each_other(tmp_path, monkeypatch):
+    """Between looking for others and having its lock, a writer is alone."""
+
+    def is_locked(path: Path) -> bool:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
+
+    looked = []
+    look = temporary.unfinished_files
+    monkeypatch.setattr(temporary, "unfinished_files", lambda *a: looked.append(is_locked(tmp_path)) or look(*a))
+    with new_file(tmp_path / "out"):
+        (part,) = look(tmp_path)
+        assert looked == [True] and is_locked(part) and not is_locked(tmp_path)
+        with pytest.raises(FileExistsError, match="another process is writing this file now"):
+            write_new(tmp_path / "out")
+        assert part.exists() and not is_locked(tmp_path)
 
 
 def test_tokenize_keeps_a_foreign_file_beside_its_array(tmp_path):

@@ -38,15 +38,16 @@ class Checkpoints:
     half-written when the process was killed has a temporary name and is never taken for a checkpoint.
 
     keep: so many of the newest stay; keep_every: those of steps that it divides stay as well. data_state: gives the
-    state of the data's iterator after a step, for JSON.
+    state of the data's iterator after a step, for JSON. before_write: called on process 0 before each checkpoint; if it
+    raises, none is written.
     """
 
     def __init__(
         self, directory: str | os.PathLike, keep: int, keep_every: int | None = None,
-        data_state: Callable[[int], dict[str, Any]] | None = None,
+        data_state: Callable[[int], dict[str, Any]] | None = None, before_write: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         check_array_path(directory)
-        self._data_state = data_state
+        self._data_state, self._before_write = data_state, before_write
         directory = absolute(as_path(directory))
         policies = [LatestN(keep), *([EveryNSteps(keep_every)] if keep_every else [])]
         options = ocp.CheckpointManagerOptions(
@@ -77,6 +78,7 @@ class Checkpoints:
         if step <= (self.latest_step() or 0):
             return
         with jax.transfer_guard("allow"):
+            on_first_process(self._before_write)
             args: dict[str, Any] = {}
             if self._data_state is not None:
                 data = self._data_state(step)

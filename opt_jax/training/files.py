@@ -1,14 +1,19 @@
 """Files of a run directory, which may be on this machine or in an object store (`gs://...`)."""
 
+import io
 import json
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from etils import epath
 
 from opt_jax.hub import check_array_path, check_remote, is_remote
+from opt_jax.reading import open_regular
 from opt_jax.temporary import MARKER, new_file, refuse_links
 
+LOCK = f"{MARKER}.lock"  # see run_lock.py
 _UPLOAD_SECONDS = 60.0
 _WRITTEN = (
     "run.json", "metrics.jsonl", "tokenizer", "checkpoints", "best", "model", "tensorboard", "profile", "wandb-id",
@@ -30,7 +35,7 @@ def check_run_directory(output: epath.Path) -> None:
         run.json, nor is it of a start that was killed before it wrote one.
     """
     if not is_remote(output):
-        refuse_links(*(output / name for name in (*_WRITTEN, ".model.new", MARKER)))
+        refuse_links(*(output / name for name in (*_WRITTEN, ".model.new", MARKER, LOCK)))
     ours = any((output / name).exists() for name in ("run.json", MARKER))
     foreign = [name for name in _WRITTEN if not ours and (output / name).exists()]
     if not is_remote(output) and (output / "model").exists() and not (output / "model" / "config.json").exists():
@@ -61,18 +66,71 @@ def write_text(path: epath.Path, text: str) -> None:
             file.write(text.encode())
 
 
+def read_metrics(path: epath.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each line of a run's `metrics.jsonl` and its values, in order; there is none without the file. A line without its
+    end is being written, or its writer was killed: it is left out.
+
+    Raises:
+      ValueError: a line is not one of a run's metrics (numbered), once it is reached; or it is not a regular file.
+    """
+    if not path.exists():
+        return
+    with io.BytesIO(path.read_bytes()) if is_remote(path) else open_regular(path) as file:
+        before = 0
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            values = _metrics_of(line)
+            if values is None:
+                raise ValueError(
+                    f"{path}:{number}: not a line that train.py writes, a JSON object with a step and numbers: "
+                    "mend this line or remove it"
+                )
+            if values["step"] <= before:
+                raise ValueError(
+                    f"{path}:{number}: step {values['step']} comes after step {before}: mend the order of the lines, "
+                    "or remove those that do not belong there"
+                )
+            before = values["step"]
+            yield line, values
+
+
+def _metrics_of(line: bytes) -> dict[str, Any] | None:
+    with suppress(ValueError, RecursionError):
+        values = json.loads(line, parse_constant=int)  # a ValueError: train.py writes null for NaN
+        if isinstance(values, dict) and type(values.get("step")) is int and values["step"] > 0:
+            rows = values.get("batch", [])
+            others = [value for name, value in values.items() if name != "batch"]
+            if isinstance(rows, list) and all(type(value) in (int, float, type(None)) for value in others):
+                return values
+    return None
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """[2, 3, 4, 7] is "2 to 4, 7"; of many ranges, the first eight."""
+    ends = [n for i, n in enumerate(numbers) if i + 1 == len(numbers) or numbers[i + 1] != n + 1]
+    starts = [n for i, n in enumerate(numbers) if i == 0 or numbers[i - 1] != n - 1]
+    texts = [str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True)]
+    return ", ".join(texts[:8] + ["..."] * (len(texts) > 8))
+
+
 class Lines:
     """Appends lines to a text file. A local one has each line at once, whatever happens to this process afterwards. An
-    object cannot be appended to: it is written anew by `flush`, and otherwise at most once a minute."""
+    object cannot be appended to: it is written anew by `flush`, and otherwise at most once a minute.
 
-    def __init__(self, path: epath.Path):
+    before_write: called before each write; what it raises ends the writing.
+    """
+
+    def __init__(self, path: epath.Path, before_write: Callable[[], None] = lambda: None):
         self._path, self._remote, self._changed = path, is_remote(path), False
+        self._before_write = before_write
         self._text = [path.read_bytes().decode()] if self._remote and path.exists() else []
         self._file = None if self._remote else open(path, "a", encoding="utf-8")
         self._written = time.monotonic()
 
     def write(self, line: str) -> None:
         if self._file is not None:
+            self._before_write()
             self._file.write(line)
             self._file.flush()
             return
@@ -83,6 +141,7 @@ class Lines:
 
     def flush(self) -> None:
         if self._changed:
+            self._before_write()
             self._text = ["".join(self._text)]
             self._path.write_bytes(self._text[0].encode())
             self._changed, self._written = False, time.monotonic()

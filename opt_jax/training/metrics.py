@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import opt_jax
-from opt_jax.training.files import Lines, write_text
+from opt_jax.training.files import Lines, ranges, read_metrics, write_text
 from opt_jax.training.nonfinite import NonFiniteError
 
 # A loss is a spike if it lies so many deviations above the median of the recent ones: at least SPIKE_AFTER and at most
@@ -43,25 +43,27 @@ def machine(mesh: Mesh) -> str:
     )
 
 
-def cut_back(path: epath.Path, step: int) -> None:
-    """Keep the lines of `metrics.jsonl` up to `step`; a line that a kill left half-written goes, too."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
-                break
-        except ValueError:
-            break
-        kept.append(line)
-    write_text(path, "".join(kept))
+def cut_back(path: epath.Path, step: int, say: Callable[[str], Any]) -> None:
+    """Keep the lines of `metrics.jsonl` up to `step`; a line that a kill left half-written goes, too. `say` tells of
+    which steps there are none.
+
+    Raises:
+      ValueError: one of these lines is damaged, or foreign. (What follows the line of `step` goes unread.)
+    """
+    lines, last = {}, 0
+    past = read_metrics(path)
+    while last < step and (read := next(past, None)) is not None:
+        last = read[1]["step"]
+        lines[last] = read[0]
+    if missing := [i for i in range(1, step + 1) if i not in lines]:
+        say(f"{path} has no line for {len(missing)} of {step} steps ({ranges(missing)}): their numbers are lost")
+    if path.exists():
+        write_text(path, b"".join(line for i, line in lines.items() if i <= step).decode())
 
 
 def best_validation(path: epath.Path) -> tuple[int, float] | tuple[None, None]:
     """(step, val_loss) where it was lowest, the first if several are."""
-    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
-    losses = [(line["val_loss"], line["step"]) for line in lines if line.get("val_loss") is not None]
+    losses = [(line["val_loss"], line["step"]) for _, line in read_metrics(path) if line.get("val_loss") is not None]
     return min(losses)[::-1] if losses else (None, None)
 
 
@@ -72,6 +74,7 @@ class Metrics:
     log_every: steps between lines where the output is not a terminal. flops_per_step, peak_flops: of all devices; with
     both, MFU is among the numbers. batch_rows: where in the data the rows of a step's batch begin, for errors.
     loggers: anything with `write(values)` and `close()`, of process 0. memory_of: devices whose memory is reported.
+    before_write: see `Lines`.
     """
 
     def __init__(
@@ -88,12 +91,12 @@ class Metrics:
         skip_nonfinite: bool = False,
         loggers: Sequence[Any] = (),
         memory_of: Sequence[Any] = (),
+        before_write: Callable[[], None] = lambda: None,
     ):
-        past = path.read_text(encoding="utf-8").splitlines() if path is not None and path.exists() else []
-        self._skipped = json.loads(past[-1]).get("skipped", 0) if past else 0
-        self._losses = deque((json.loads(line)["loss"] for line in past[-2 * SPIKE_WINDOW :]), SPIKE_WINDOW)
-        self._losses = deque((loss for loss in self._losses if loss is not None), SPIKE_WINDOW)
-        self._file = None if path is None else Lines(path)
+        past = deque((line for _, line in read_metrics(path)) if path is not None else (), 2 * SPIKE_WINDOW)
+        self._skipped = past[-1].get("skipped") or 0 if past else 0
+        self._losses = deque((line["loss"] for line in past if line.get("loss") is not None), SPIKE_WINDOW)
+        self._file = None if path is None else Lines(path, before_write)
         self._tokens, self._log_every, self._steps = tokens_per_step, log_every, steps
         self._mfu_seconds = flops_per_step / peak_flops if flops_per_step and peak_flops else None
         self._batch_rows, self._skip, self._in_a_row = batch_rows, skip_nonfinite, 0

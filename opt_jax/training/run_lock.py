@@ -1,0 +1,93 @@
+"""One start of a run at a time: who writes a run directory is named in it, and keeps others out."""
+
+import os
+import socket
+import uuid
+from contextlib import suppress
+from datetime import UTC, datetime
+
+from etils import epath
+
+from opt_jax.hub import is_remote
+from opt_jax.temporary import lock_file, refuse_links
+from opt_jax.training.files import LOCK
+
+_MOST_BYTES = 1000  # that are read of a lock
+
+
+class RunLock:
+    """What a process holds while it writes a run directory; of several processes of a job, process 0. No file is
+    touched before `take`, and `take` ends with the `with` block.
+
+    The file `LOCK` names the holder, and is locked while that process lives: another one is refused. An object store
+    has no locks, and a lease would keep a run waiting after a preemption. There the newest start takes the run over,
+    and an older one learns of it from `check`, before its next write.
+    """
+
+    def __init__(self, output: epath.Path):
+        self._output, self._path = output, output / LOCK
+        self._name: bytes | None = None
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._name is None:
+            return
+        if not is_remote(self._output) and self._read() == self._name:  # in a store an older start may yet look at it
+            self._path.unlink(missing_ok=True)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        self._name = self._descriptor = None
+
+    def take(self, create: bool = True) -> None:
+        """Hold the run from now on. Without `create` only if an earlier start has left its lock, or has it now: in a
+        new directory nothing is written.
+
+        Raises:
+          FileExistsError: another process holds it; or the lock is a link.
+        """
+        if self._name is not None or not create and (is_remote(self._output) or not self._path.exists()):
+            return
+        since = datetime.now(UTC).isoformat(" ", "seconds")
+        name = f"process {os.getpid()} on {socket.gethostname()}, since {since} (start {uuid.uuid4().hex})\n".encode()
+        self._output.mkdir(parents=True, exist_ok=True)
+        if is_remote(self._output):
+            self._path.write_bytes(name)
+        else:
+            self._descriptor = self._lock()
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, name, 0)
+        self._name = name
+
+    def _lock(self) -> int:
+        refuse_links(self._path)
+        while True:
+            try:
+                if (descriptor := lock_file(self._path)) is not None:
+                    return descriptor
+            except BlockingIOError:
+                raise FileExistsError(
+                    f"{self._output} is in use by {self._holder()}: wait for it, end it, or choose another --output"
+                ) from None
+
+    def check(self) -> None:
+        """To be called by the process that holds the run, before it writes.
+
+        Raises:
+          FileExistsError: another start has taken the run over.
+        """
+        if self._name is not None and (holder := self._read()) != self._name:
+            who = f"{self._holder()} has taken it over" if holder else f"{LOCK} is gone from it"
+            raise FileExistsError(f"{self._output} is no longer this process's: {who}, so nothing more is written")
+
+    def _read(self) -> bytes:
+        with suppress(FileNotFoundError), self._path.open("rb") as file:
+            return file.read(_MOST_BYTES)
+        return b""
+
+    def _holder(self) -> str:
+        """In one line, whatever the file holds."""
+        text = " ".join(self._read().decode(errors="replace").partition(" (start ")[0].split())
+        return text if text.isprintable() and text else "another process"
