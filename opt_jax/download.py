@@ -360,7 +360,8 @@ def _public(text: object) -> str:
     line = " ".join(str(text).split())
     if token := get_token():
         line = line.replace(token, "***")
-    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", re.sub(r"//[^/@\s]+@", "//", line))
+    line = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", re.sub(r"//[^/@\s]+@", "//", line))
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", line[:2000])  # a server's words may be long, or steer a terminal
 
 
 def _explain(repository: Repository, e: Exception) -> Exception:

@@ -117,3 +117,11 @@ def test_a_server_cannot_let_us_wait_for_long(server, impatient, tmp_path):
     folder = Path(impatient("org/busy", cache_dir=str(tmp_path))["path"])
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == DATA
     assert repository.statuses == []
+
+
+def test_what_a_server_says_of_an_error_is_a_line_of_a_bounded_length(server, impatient, tmp_path):
+    busy = {"X-Error-Message": "\x1b[2J" + "x" * 20_000}
+    server.repositories["org/talks"] = Repository(DATA, statuses=[400] * 9, busy=busy)
+    error = impatient("org/talks", cache_dir=str(tmp_path)).get("error", "")
+    assert "the server answers 400" in error and "xxx" in error
+    assert len(error) < 3000 and "\x1b" not in error and "\n" not in error
