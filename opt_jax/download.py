@@ -2,13 +2,15 @@
 
 `huggingface_hub` does the talking, keeps the cache, and honours HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and
 HF_HUB_OFFLINE. Here is what it lacks: the choice of files; large files that continue where an interrupted run stopped
-(since 1.19 it begins each anew: huggingface_hub#4196), compared with the hub's SHA-256; and errors of one line.
+(since 1.19 it begins each anew: huggingface_hub#4196), compared with the hub's SHA-256; limits on what a server may
+answer (answers.py); and errors of one line.
 """
 
 import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -20,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from opt_jax.reading import read_small
+from opt_jax.answers import NO_HUB, guarded
+from opt_jax.reading import SMALL_FILE, name_from_outside, read_small
 from opt_jax.temporary import refuse_links
 
 WEIGHT_FILES = (
@@ -53,7 +56,7 @@ def download(repository: Repository, small_files: Iterable[str], weights: bool) 
     Raises:
       FileNotFoundError: no such repository, revision or file; or the hub cannot be reached and the cache lacks it.
       PermissionError: a gated repository, or a token that the hub refuses.
-      OSError: a file arrived with a wrong size or content, or does not fit on the disk.
+      OSError: a file arrived with a wrong size or content, or does not fit on the disk; or see `guarded`.
       ValueError: an index of weight files that is none.
     """
     from huggingface_hub import constants  # in functions, because it is slow to import
@@ -99,9 +102,8 @@ def read_index(path: Path) -> dict[str, str]:
     """
     try:
         weight_map = json.loads(read_small(path).decode())["weight_map"]
-        names = set(weight_map.values())
-        if not names or not all(re.fullmatch(r"[\w-][\w.-]*", name) for name in names):
-            raise ValueError("it names no files, or files outside its directory")
+        if not {name_from_outside(name) for name in weight_map.values()}:
+            raise ValueError("it names no files")
         return weight_map
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{path} is not an index of weight files: {e}") from None
@@ -134,13 +136,25 @@ def _complete(repository: Repository, folder: Path) -> None:
     if absent := [name for name in names if name not in files]:  # said before anything large is downloaded
         raise FileNotFoundError(f"{_where(repository)} has no {absent[0]}, but {chosen} names it")
     all_there = _fetch_all(at_commit, folder, [files[name] for name in names if not (folder / name).is_file()])
-    _snapshot(at_commit, names, silent=all_there)
+    largest = max(files[name].size or 0 for name in names)
+    _snapshot(at_commit, names, silent=all_there, largest=largest, seconds=math.inf)
     if missing := missing_file(folder):
         raise FileNotFoundError(f"{_where(repository)} did not provide {missing}: try again")
 
 
-def _snapshot(repository: Repository, names: list[str], silent: bool = True) -> Path:
-    """The snapshot's directory, with those of the named files that there are; `silent`: without progress bars."""
+def _snapshot(
+    repository: Repository,
+    names: list[str],
+    silent: bool = True,
+    largest: int = SMALL_FILE,
+    seconds: float | None = None,
+) -> Path:
+    """The snapshot's directory, with those of the named files that there are.
+
+    Args:
+      silent: without progress bars.
+      largest, seconds: see `guarded`.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import tqdm
 
@@ -150,15 +164,27 @@ def _snapshot(repository: Repository, names: list[str], silent: bool = True) -> 
 
     options: dict[str, Any] = {"revision": repository.revision, "cache_dir": repository.cache_dir}
     options |= {"local_files_only": repository.offline, "tqdm_class": Silent if silent else None}
-    return Path(_patiently(lambda: snapshot_download(repository.name, allow_patterns=names, **options)))
+    call = lambda headers: snapshot_download(repository.name, allow_patterns=names, headers=headers, **options)  # noqa: E731
+    return Path(call(None) if repository.offline else _ask(call, largest, seconds))
 
 
 def _list(repository: Repository, commit: str) -> Mapping[str, Any]:
     """The repository's files: name -> huggingface_hub's description (size, lfs.sha256)."""
     from huggingface_hub import HfApi
 
-    info = _patiently(lambda: HfApi().model_info(repository.name, revision=commit, files_metadata=True))
-    return {file.rfilename: file for file in info.siblings or ()}
+    call = lambda headers: HfApi(headers=headers).model_info(repository.name, revision=commit, files_metadata=True)  # noqa: E731
+    return {file.rfilename: file for file in _ask(call).siblings or ()}
+
+
+def _ask(call: Callable[[dict[str, str]], T], largest: int = SMALL_FILE, seconds: float | None = None) -> T:
+    """The result of a call of huggingface_hub, which passes on the headers."""
+    with guarded(largest, seconds) as headers:
+        try:
+            return _patiently(lambda: call(headers))
+        except Exception as e:  # huggingface_hub does not look at the shape of what it takes apart
+            if type(e) in (AssertionError, AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError):
+                raise OSError(f"{NO_HUB} ({type(e).__name__}: {e})") from e
+            raise
 
 
 def _patiently(call: Callable[[], T]) -> T:
@@ -191,7 +217,7 @@ def _fetch_all(repository: Repository, folder: Path, files: list[Any]) -> bool:
     urls = {file.rfilename: hf_hub_url(repository.name, file.rfilename, revision=folder.name) for file in files}
     large = []
     for file in files:  # all of them, before anything large is downloaded
-        about = _patiently(lambda file=file: get_hf_file_metadata(urls[file.rfilename]))
+        about = _ask(lambda headers, file=file: get_hf_file_metadata(urls[file.rfilename], headers=headers))
         if file.size is not None and about.size is not None and file.size != about.size:
             raise _wrong_size(file, about.size)
         # Xet cannot continue either, and how much memory it takes is not ours to bound: for those who ask for it.
@@ -272,18 +298,21 @@ def _stream(url: str, file: Any, out: BinaryIO, bar: Any, stop: threading.Event)
     from huggingface_hub.utils import build_hf_headers, http_stream_backoff
 
     start = out.tell()
-    headers = build_hf_headers() | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    headers = build_hf_headers() | ({"Range": f"bytes={start}-"} if start else {})
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     # Every time from the hub's own address: where it redirects to expires.
-    with http_stream_backoff("GET", url, headers=headers, timeout=timeout, retry_on_exceptions=()) as response:
+    with (
+        guarded(math.inf, math.inf) as guard,  # type: ignore[reportArgumentType]  (stops by itself)
+        http_stream_backoff("GET", url, headers=headers | guard, timeout=timeout, retry_on_exceptions=()) as response,
+    ):
         hf_raise_for_status(response)
         if start and response.status_code != 206:  # a server without ranges sends it all
             bar.update(-start)
             _empty(out)
         total = response.headers.get("Content-Range", response.headers.get("Content-Length", "")).rpartition("/")[2]
-        if total.isdecimal() and int(total) != file.size:
+        if total.isdecimal() and (announced := int(total[:20])) != file.size:
             _empty(out)
-            raise _wrong_size(file, int(total))
+            raise _wrong_size(file, announced)
         for chunk in response.iter_bytes():
             out.write(chunk)
             bar.update(len(chunk))
@@ -301,7 +330,7 @@ def _empty(file: BinaryIO) -> None:
     file.truncate()
 
 
-def _of_connection(e: BaseException) -> bool:
+def _of_connection(e: BaseException | None) -> bool:
     """Whether it is an error of the HTTP library: httpx, or another name with which huggingface_hub replaces it."""
     return type(e).__module__.startswith("httpx")
 
@@ -331,7 +360,8 @@ def _public(text: object) -> str:
     line = " ".join(str(text).split())
     if token := get_token():
         line = line.replace(token, "***")
-    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", re.sub(r"//[^/@\s]+@", "//", line))
+    line = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", re.sub(r"//[^/@\s]+@", "//", line))
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", line[:2000])  # a server's words may be long, or steer a terminal
 
 
 def _explain(repository: Repository, e: Exception) -> Exception:
@@ -368,9 +398,10 @@ def _explain(repository: Repository, e: Exception) -> Exception:
     if isinstance(cause, errors.HFValidationError):
         return FileNotFoundError(f"no directory {name}, and not a possible name on the hub: {_public(cause)}")
     if isinstance(cause, json.JSONDecodeError):
-        return OSError(f"{where}: the answer is not that of a hub; is HF_ENDPOINT right? ({_public(cause)})")
+        return OSError(f"{where}: {NO_HUB} ({_public(cause)})")
     if _of_connection(cause):
-        what = f"{endpoint} cannot be reached ({type(cause).__name__}: {_public(cause)})"
+        kind = type(cause.__cause__ if _of_connection(cause.__cause__) else cause).__name__  # see answers.py
+        what = f"{endpoint} cannot be reached ({kind}: {_public(cause)})"
         return FileNotFoundError(f"no directory {name}, not in the cache {cache}, and {what}")
     if type(cause) is OSError and not cause.filename:
         advice = ". This is usually"  # of huggingface_hub, for its own users

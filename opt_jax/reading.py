@@ -1,6 +1,7 @@
 """Opens files that others have written: regular files only, and small ones up to a size. No jax."""
 
 import os
+import re
 import stat
 from typing import IO, Any
 
@@ -44,3 +45,20 @@ def read_small(path: os.PathLike, limit: int = SMALL_FILE) -> bytes:
 def _check_size(path: os.PathLike, size: int, limit: int) -> None:
     if size > limit:
         raise ValueError(f"{path} has {size:,} bytes, more than the {limit:,} that such a file may have")
+
+
+def name_from_outside(name: object, directories: bool = False) -> str:
+    """The name, if a file of this name lies inside the directory that it is put into or looked for in.
+
+    Args:
+      directories: whether it may lie in a directory there.
+
+    Raises:
+      ValueError: it is no name, an absolute one, or leads outside.
+    """
+    parts = name.split("/") if isinstance(name, str) and directories else [name]
+    pattern = r"[^\\\x00-\x1f\x7f]+" if directories else r"[\w-][\w.-]*"
+    for part in parts:
+        if not isinstance(part, str) or part in (".", "..") or not re.fullmatch(pattern, part):
+            raise ValueError(f"{str(name)[:80]!r} is not the name of a file in this directory")
+    return "/".join(parts)  # type: ignore[reportArgumentType]

@@ -5,15 +5,20 @@ connection with process 0. Lines go both ways: `beat`, `lost N` and `failed N` (
 """
 
 import os
+import re
 import secrets
 import selectors
 import socket
 import sys
 import threading
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
 _GRACE = 5.0  # seconds that a process gets to report the error that another one has just reported
+_LONGEST = 100  # bytes of a line; ours are shorter
+_STRANGERS = 200  # connections that have not said yet who they are; the oldest makes room
+_WORD = re.compile(rb"(beat|bye)|(lost|failed) ([0-9]{1,9})")
 
 
 def listen(host: str | None, count: int) -> tuple[socket.socket, str, str]:
@@ -26,7 +31,7 @@ def listen(host: str | None, count: int) -> tuple[socket.socket, str, str]:
             except OSError:
                 host = socket.gethostname()
     family = socket.getaddrinfo(host, None)[0][0]
-    server = socket.create_server(("", 0), family=family, backlog=count)
+    server = socket.create_server(("", 0), family=family, backlog=count + _STRANGERS)
     return server, f"{host}|{server.getsockname()[1]}", secrets.token_hex(16)
 
 
@@ -40,8 +45,8 @@ class Watchdog(threading.Thread):
         self._peers: dict[socket.socket, int] = {}
         self._heard: dict[socket.socket, float] = {}
         self._unread: dict[socket.socket, bytes] = {}
-        self._where, self._since, self._finished = "start-up", time.time(), False
-        self._failed: tuple[str, float] | None = None
+        self._where, self._since, self._finished = "start-up", time.monotonic(), False
+        self._failed: tuple[int, float] | None = None
 
     def connect(self, address: str, token: str) -> str | None:
         """Join process 0; returns what went wrong."""
@@ -55,24 +60,72 @@ class Watchdog(threading.Thread):
         return None
 
     def accept(self, server: socket.socket, token: str, count: int) -> None:
-        """Take `count` connections, which wait already; strangers are turned away."""
-        with server:
-            server.settimeout(self.seconds)
-            while len(self._peers) < count:
-                connection, _ = server.accept()
-                connection.settimeout(self.seconds)
-                said, _, process = connection.makefile("r").readline().rstrip("\n").partition(" ")
-                if secrets.compare_digest(said, token):
-                    self._add(connection, int(process))
-                else:
+        """Take `count` connections, which wait already; strangers are turned away, and hold up nobody.
+
+        Raises:
+          TimeoutError: not all of them have said in time who they are.
+        """
+        said: dict[socket.socket, bytes] = {}
+        end = time.monotonic() + self.seconds
+        with server, selectors.DefaultSelector() as selector:
+            server.setblocking(False)
+            selector.register(server, selectors.EVENT_READ)
+            try:
+                while len(self._peers) < count:
+                    if time.monotonic() > end:
+                        here = f"{len(self._peers)} of {count} processes have reached the watchdog's port"
+                        raise TimeoutError(f"only {here} in {self.seconds:g} s")
+                    for key, _ in selector.select(timeout=min(0.5, self.seconds)):
+                        connection = key.fileobj
+                        if connection is server:
+                            self._open(server, selector, said)
+                        elif connection in said:
+                            self._greet(connection, selector, said, token.encode())
+            finally:
+                for connection in said:
                     connection.close()
 
-    def _add(self, connection: socket.socket, process: int) -> None:
+    def _open(self, server: socket.socket, selector: selectors.BaseSelector, said: dict[socket.socket, bytes]) -> None:
+        if len(said) >= _STRANGERS:
+            oldest = next(iter(said))
+            del said[oldest]
+            selector.unregister(oldest)
+            oldest.close()
+        try:
+            connection, _ = server.accept()
+        except OSError:  # gone again
+            return
+        connection.setblocking(False)
+        said[connection] = b""
+        selector.register(connection, selectors.EVENT_READ)
+
+    def _greet(
+        self, connection: Any, selector: selectors.BaseSelector, said: dict[socket.socket, bytes], token: bytes
+    ) -> None:
+        """Read on in the first line of a connection, and decide at its end."""
+        try:
+            data = connection.recv(_LONGEST)
+        except OSError:
+            data = b""
+        said[connection] += data
+        line, ended, rest = said[connection].partition(b"\n")
+        if data and not ended and len(line) < _LONGEST:
+            return
+        del said[connection]
+        selector.unregister(connection)
+        known, _, process = line.partition(b" ")
+        others = {b"%d" % i: i for i in range(self._count) if i != self._process and i not in self._peers.values()}
+        if ended and secrets.compare_digest(known, token) and process in others:
+            self._add(connection, others[process], rest)
+        else:
+            connection.close()
+
+    def _add(self, connection: socket.socket, process: int, unread: bytes = b"") -> None:
         connection.settimeout(1.0)
-        self._peers[connection], self._heard[connection], self._unread[connection] = process, time.monotonic(), b""
+        self._peers[connection], self._heard[connection], self._unread[connection] = process, time.monotonic(), unread
 
     def reached(self, where: str) -> None:
-        self._where, self._since = where, time.time()
+        self._where, self._since = where, time.monotonic()
 
     def finish(self) -> None:
         """This process is done: its end is no loss, and neither is anybody else's."""
@@ -108,18 +161,21 @@ class Watchdog(threading.Thread):
             data = connection.recv(4096)
         except OSError:
             data = b""
-        if not data:
+        if not data and b"\n" not in self._unread[connection]:  # (what came with the greeting is read here)
             self._lost(process, "its connection was closed")
-        self._heard[connection] = time.monotonic()
-        *lines, self._unread[connection] = (self._unread[connection] + data).split(b"\n")
+        *lines, rest = (self._unread[connection] + data).split(b"\n")
+        self._unread[connection] = rest[:_LONGEST]  # what is longer is no word of ours
         for line in lines:
-            word, _, who = line.decode().partition(" ")
-            if word == "lost":
-                self._lost(int(who), f"process {process} says so")
-            if word == "failed":
+            if (match := _WORD.fullmatch(line)) is None:
+                continue  # and no sign of life
+            self._heard[connection] = time.monotonic()
+            word, who = match[1] or match[2], int(match[3] or 0)
+            if word == b"lost":
+                self._lost(who, f"process {process} says so")
+            if word == b"failed":
                 self._failed = self._failed or (who, time.monotonic())
                 self._tell(f"failed {who}")
-            if word in ("bye", "failed"):
+            if word in (b"bye", b"failed"):
                 del self._peers[connection]
                 connection.close()
                 return False
@@ -132,7 +188,7 @@ class Watchdog(threading.Thread):
                 self._lost(process, f"nothing heard of it for {self.seconds:g} s")
         if self._failed and now - self._failed[1] > _GRACE:
             self._end(f"process {self._failed[0]} failed: see its message", "", exit_code=1)
-        if time.time() - self._since > self._hang:
+        if now - self._since > self._hang:
             self._end(
                 f"no progress for {self._hang / 60:g} minutes",
                 ": look for a process that is behind the others, or give --hang-minutes more",
@@ -149,10 +205,11 @@ class Watchdog(threading.Thread):
     def _end(self, what: str, advice: str, exit_code: int | None = None) -> None:
         if self._finished:
             return
-        clock = lambda seconds: datetime.fromtimestamp(seconds, UTC).strftime("%H:%M:%S")  # noqa: E731
+        now = datetime.now(UTC)
+        since = now - timedelta(seconds=time.monotonic() - self._since)
         line = (
-            f"process {self._process} of {self._count}: {what} at {clock(time.time())} UTC, in {self._where} since "
-            f"{clock(self._since)}{advice}\n"
+            f"process {self._process} of {self._count}: {what} at {now:%H:%M:%S} UTC, in {self._where} since "
+            f"{since:%H:%M:%S}{advice}\n"
         )
         os.write(sys.stderr.fileno() if sys.stderr else 2, line.encode())  # no lock that a stuck thread may hold
         os._exit(self._exit_code if exit_code is None else exit_code)

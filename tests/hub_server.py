@@ -12,9 +12,11 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -48,6 +50,11 @@ class Repository:
       lengths: whether answers with a file's content say how long it is.
       html: the answer to everything, as that of a proxy that wants a password.
       ranges: whether the CDN honours Range.
+      busy: headers of those answers.
+      lie: changes what is about to be sent as JSON: called with "tree" or "info" and the content.
+      headers: of answers about files, in place of the true ones.
+      endless: "tree", "info", "redirect" or a file -> seconds between the pieces of a body that never ends;
+        "headers": of an answer about a file, whose headers never end.
     """
 
     files: dict[str, bytes]
@@ -63,6 +70,10 @@ class Repository:
     lengths: bool = True
     html: bytes | None = None
     ranges: bool = True
+    busy: dict[str, str] = field(default_factory=dict)
+    lie: Callable[[str, Any], Any] | None = None
+    headers: dict[str, Any] = field(default_factory=dict)
+    endless: dict[str, float] = field(default_factory=dict)
     asked: list[Asked] = field(default_factory=list)
     heads: list[str] = field(default_factory=list)  # files whose headers alone were asked for
     release: threading.Event = field(default_factory=threading.Event)  # ends what is stalled
@@ -100,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, repository in hub.repositories.items():
             if path.startswith((f"/api/models/{name}/", f"/{name}/")) or path == f"/api/models/{name}":
                 if repository.statuses and (status := repository.statuses.pop(0)):
-                    return self.refuse(status)
+                    return self.refuse(status, **repository.busy)
                 if repository.html is not None:
                     return self.send(repository.html, Content_Type="text/html")
                 return self.answer(hub, name, repository, path.removeprefix("/api/models").removeprefix(f"/{name}"))
@@ -127,6 +138,23 @@ class _Handler(BaseHTTPRequestHandler):
             with contextlib.suppress(ConnectionError):  # the client has seen enough
                 self.wfile.write(content)
 
+    def send_endless(self, repository: Repository, what: str, status: int = 200, **headers: Any) -> bool:
+        """Until the client has enough or the test is over; False if this one has an end."""
+        pause = repository.endless.get(what)
+        if pause is None:
+            return False
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        if what != "headers":
+            self.end_headers()
+        self.flush_headers()
+        with contextlib.suppress(ConnectionError):
+            while not repository.release.wait(pause):
+                self.wfile.write(b"[" if pause else bytes(1 << 16))
+        self.close_connection = True
+        return True
+
     @property
     def token(self) -> str | None:
         return (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
@@ -135,6 +163,8 @@ class _Handler(BaseHTTPRequestHandler):
         """The content, or the range of it that is asked for, or as much as is sent before the connection is cut."""
         if self.command == "HEAD":
             return self.send(b"", announced=len(repository.files[name]), **headers)
+        if self.send_endless(repository, name, **headers):
+            return None
         content, start = repository.sent.get(name, repository.files[name]), 0
         if repository.ranges and (asked := self.headers.get("Range")):
             start = int(asked.removeprefix("bytes=").removesuffix("-"))
@@ -173,12 +203,16 @@ class _Hub(_Handler):
         if kind == "resolve":
             return self.resolve(hub, name, repository, commit, file)
         entries = [self.entry(repository, file) for file in repository.files]
+        if self.send_endless(repository, "tree" if kind == "tree" else "info"):
+            return None
+        lie = repository.lie or (lambda what, content: content)
         if kind == "tree":
-            return self.send(json.dumps(entries).encode())
+            more: dict[str, Any] = {"Link": repository.headers["Link"]} if "Link" in repository.headers else {}
+            return self.send(json.dumps(lie("tree", entries)).encode(), **more)
         blobs = "blobs" in parse_qs(urlsplit(self.path).query)
         keys = ("rfilename", "size", "blobId", "lfs") if blobs else ("rfilename",)
         siblings = [{key: entry[key] for key in keys if key in entry} for entry in entries]
-        self.send(json.dumps({"id": name, "sha": commit, "siblings": siblings}).encode())
+        self.send(json.dumps(lie("info", {"id": name, "sha": commit, "siblings": siblings})).encode())
 
     def entry(self, repository: Repository, file: str) -> dict:
         content = repository.files[file]
@@ -199,13 +233,17 @@ class _Hub(_Handler):
         content = repository.files[file]
         if self.command == "HEAD":
             repository.heads.append(file)
+        if self.send_endless(repository, "headers") or self.send_endless(repository, "redirect", 302, Location="/x"):
+            return None
         if not file.endswith(_LARGE):
-            return self.send_file(repository, file, ETag=f'"{hashlib.sha1(content).hexdigest()}"', **about)
+            about |= {"ETag": f'"{hashlib.sha1(content).hexdigest()}"'} | repository.headers
+            return self.send_file(repository, file, **about)
         about["X_Xet_Hash"] = hashlib.sha256(content).hexdigest()  # as the hub has, whatever the client wants
         about["X_Xet_Refresh_Route"] = f"/api/models/{name}/xet-read-token/{commit}"
         about["X_Linked_Size"] = str(len(content))
         about["X_Linked_ETag"] = f'"{hashlib.sha256(content).hexdigest()}"'
-        self.send(b"", 302, Location=f"{hub.cdn}/{name}/{file}?signature=secret", **about)
+        about |= {"Location": f"{hub.cdn}/{name}/{file}?signature=secret"} | repository.headers
+        self.send(b"", 302, **about)
 
 
 class _Cdn(_Handler):
@@ -228,8 +266,9 @@ class Resolver:
 
     CODE = """
 import json, logging, sys
-from opt_jax import download, hub
+from opt_jax import answers, download, hub
 download._WAITS = (0.1,) * 4
+vars(answers).update(json.loads(sys.argv[1]))
 log = []
 handler = logging.Handler()
 handler.emit = lambda record: log.append(record.getMessage())
@@ -244,10 +283,11 @@ for line in sys.stdin:
     log.clear()
 """
 
-    def __init__(self, endpoint: str, home: Path, **more: str):
+    def __init__(self, endpoint: str, home: Path, limits: Mapping[str, Any] = MappingProxyType({}), **more: str):
+        """`limits`: of opt_jax/answers.py."""
         self.home = home
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", self.CODE],
+            [sys.executable, "-W", "error", "-c", self.CODE, json.dumps(dict(limits))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=environment(endpoint, home, **more), cwd=Path(__file__).parents[1],
         )  # fmt: skip

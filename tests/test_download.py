@@ -290,8 +290,8 @@ def test_environment(server, tmp_path):
     files = {"config.json": b"{}", "vocab.json": b"v", "pytorch_model.bin": weights(7, 1000)}
     server.repositories["org/private"] = repository = Repository(files, token="hf_right")
     server.repositories["org/gated"] = Repository(files, gated=True)
-    home, more = tmp_path / "home", {"HF_TOKEN": "hf_right"}
-    with Resolver(server.endpoint + "/", home, **more) as resolve:
+    home: Path = tmp_path / "home"
+    with Resolver(server.endpoint + "/", home, HF_TOKEN="hf_right") as resolve:
         folder = check(resolve("org/private"), repository, *files)
         assert folder.parents[2] == home / "hub"
         tokens = {"config.json": "hf_right", "vocab.json": "hf_right", "pytorch_model.bin": None}  # none for the CDN
@@ -304,8 +304,7 @@ def test_environment(server, tmp_path):
     assert "no repository org/private (revision v1.0) at" in refused and "the token in use may not read it" in refused
     assert "hf_right" not in gated + refused + resolve.stderr
 
-    more = {"HF_HUB_CACHE": str(tmp_path / "hub cache")}
-    with Resolver(server.endpoint, home, **more) as resolve:
+    with Resolver(server.endpoint, home, HF_HUB_CACHE=str(tmp_path / "hub cache")) as resolve:
         assert "if it is private, set HF_TOKEN" in resolve("org/private")["error"]
         assert "and set HF_TOKEN" in resolve("org/gated")["error"]
         repository.token = None
