@@ -255,8 +255,9 @@ def test_what_no_machine_has_memory_for(model, options, words):
 @pytest.mark.parametrize("name", ["bad_words_ids", "stop_token_ids"])
 def test_one_long_sequence_does_not_make_all_long(model, name, monkeypatch):
     monkeypatch.setattr("opt_jax.request._LARGEST_TABLE", 500)
+    options: dict[str, Any] = {name: [[5]] * 8 + [[5] * 40]}
     with pytest.raises(ValueError, match=f"{name} has 9 sequences, the longest of 40 tokens: a table of 1,024"):
-        generate(model, IDS, **{name: [[5]] * 8 + [[5] * 40]})
+        generate(model, IDS, **options)
 
 
 def test_drafts_of_an_assistant_have_a_limit(model):

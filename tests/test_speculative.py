@@ -330,7 +330,7 @@ def test_the_loop_updates_both_caches_in_place(model, good, kind):
     request = check_request(model, IDS, options=FREE | how)
     source = drafts.check_drafts(model, request, good if kind == "assistant" else None)
     assert source is not None
-    options, (state, _, _) = module._start(model, request, source.spare(len(IDS)))
+    options, (state, _, _) = module._start(model, request, source)
     speculation = speculative._start(source, state, 1)
     arguments = model, source, speculation, options, np.int32(30)
     with warnings.catch_warnings():
