@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from opt_jax import OPTConfig, OPTForCausalLM, attention, flash
-from opt_jax.attention import AttentionMask, attend, choose_attention, flash_attend
+from opt_jax.attention import AttentionMask, DropoutKey, attend, choose_attention, flash_attend
 from opt_jax.sharding import make_mesh, use_mesh
 
 
@@ -45,6 +45,14 @@ def test_causal_attention_in_blocks_is_attention(kind, monkeypatch):
     (expected, whole), (got, blocks) = run(1), run(8)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max()), got, expected)
     assert ["[2,2,300,300]" in text for text in (whole, blocks)] == [True, False]  # scores of all queries and keys
+
+
+def test_dropout_acts_on_weights_of_many_queries_too():
+    """Of so many that without dropout they would be attended to in blocks."""
+    q, k, v, mask, _ = arrays(8, 300, None)
+    _, weights = attend(q, k, v, mask, dropout_rate=0.5, dropout_key=DropoutKey.of(jax.random.key(1), 2))
+    seen = np.asarray(weights)[:, :, np.tri(300, dtype=bool)]
+    assert abs((seen == 0).mean() - 0.5) < 4 * 0.5 / seen.size**0.5
 
 
 @pytest.mark.slow

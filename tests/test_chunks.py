@@ -132,6 +132,16 @@ def test_a_missing_chunk_is_an_error(model):
             read(model, verify=verify)
 
 
+def test_without_verifying_arrays_of_many_chunks_are_read_whole(tmp_path, monkeypatch):
+    """And parts of them, which end within a chunk."""
+    monkeypatch.setattr(storage, "CHUNK_BYTES", 256)
+    array = np.arange(24 * 18, dtype=np.float32).reshape(24, 18)
+    write_arrays(tmp_path / "out", {"a": jnp.asarray(array)})
+    stored = open_arrays(tmp_path / "out", verify=False)["a"]
+    for part in ((slice(0, 24), slice(0, 18)), (slice(5, 23), slice(3, 17))):
+        np.testing.assert_array_equal(stored.load(part), array[part])
+
+
 def test_without_verifying_damage_is_read_as_it_is(model):
     assert same(read(model, verify=False), ARRAYS)
     part = (slice(3, 8), slice(1, 19))

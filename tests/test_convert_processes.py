@@ -105,7 +105,7 @@ print(seen)
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["", "to-hf --max-shard-size 3MB"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_killed_at_any_moment(tmp_path, command, overwrite):
+def test_killed_at_any_moment(tmp_path, sample, command, overwrite):
     """Nothing, the old or the new checkpoint is at DST, never a part of one; the next run cleans up and succeeds."""
     config = TINY | dict(hidden_size=256, word_embed_proj_dim=256, ffn_dim=2048, num_hidden_layers=8)
     source = write_hf(tmp_path / "hf", config, hf_weights(config))
@@ -116,10 +116,12 @@ def test_killed_at_any_moment(tmp_path, command, overwrite):
         made = write_hf(tmp_path / "small", small, hf_weights(small))
         assert main([*command.split(), str(made), str(old)]) == 0
     (tmp_path / "place").mkdir()
-    done = python(KILLER, f"{command} {source}", tmp_path / "place" / "dst", old, 20)
+    moments = len(sample(range(20), 10))
+    done = python(KILLER, f"{command} {source}", tmp_path / "place" / "dst", old, moments)
     seen = eval(done.stdout)
-    assert seen["left"] >= 5, seen  # most of the kills came while it was writing
-    assert seen["old" if overwrite else "none"] >= 5 and seen["none"] + seen["old"] + seen["new"] == 20, seen
+    assert seen["left"] >= moments // 4, seen  # most of the kills came while it was writing
+    assert seen["old" if overwrite else "none"] >= moments // 4, seen
+    assert seen["none"] + seen["old"] + seen["new"] == moments, seen
     assert OPTForCausalLM.from_pretrained(tmp_path / "place" / "dst").config.num_hidden_layers == 8
 
 
@@ -148,25 +150,28 @@ sys.exit(code)
 """
 
 
+LATE = (6000, 7200, 7600)  # kilobytes: the disk is full amid the arrays, at their end, or behind them
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("when, kilobytes", [("early", 6000), ("late", 6000), ("late", 7200), ("late", 7600)])
 @pytest.mark.parametrize("command", ["", "to-hf"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_full_disk_is_one_clear_line(tmp_path, when, kilobytes, command, overwrite):
-    small, old = tmp_path / "disk", ""
-    small.mkdir()
-    if shutil.which("unshare") is None or in_small_file_system(small, 1000, "pass").returncode:
+def test_a_full_disk_is_one_clear_line(tmp_path, sample, command, overwrite):
+    if shutil.which("unshare") is None or in_small_file_system(tmp_path, 1000, "pass").returncode:
         pytest.skip("needs `unshare -rm` and tmpfs, to make a small file system without being root")
-    if overwrite:
-        old = write_hf(tmp_path / "old", TINY, hf_weights(TINY))
-    done = in_small_file_system(small, kilobytes, FILL, when, command, old, small / "dst")  # tiny has 7.1 MB
-    if done.returncode == 0 and kilobytes > 7000:  # it fits, just
-        return
-    assert done.returncode == 1, done
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert ("MB are needed" if when == "early" else "No space left on device") in done.stderr
-    left = done.stdout.splitlines()[-1:] if overwrite else done.stdout.splitlines()
-    assert left == (["dst"] if overwrite else [])  # the old one, whole; or nothing
+    old = write_hf(tmp_path / "old", TINY, hf_weights(TINY)) if overwrite else ""
+    late = sample(LATE, 1, seed=5 * overwrite + bool(command))
+    for when, kilobytes in (("early", 6000), *(("late", size) for size in late)):
+        small = tmp_path / f"{when}-{kilobytes}"
+        small.mkdir()
+        done = in_small_file_system(small, kilobytes, FILL, when, command, old, small / "dst")  # tiny has 7.1 MB
+        if done.returncode == 0 and kilobytes > 7000:  # it fits, just
+            continue
+        assert done.returncode == 1, done
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        assert ("MB are needed" if when == "early" else "No space left on device") in done.stderr
+        left = done.stdout.splitlines()[-1:] if overwrite else done.stdout.splitlines()
+        assert left == (["dst"] if overwrite else [])  # the old one, whole; or nothing
 
 
 @pytest.mark.slow
@@ -350,7 +355,8 @@ def test_several_processes_convert_and_load_their_parts(tmp_path, monkeypatch):
     assert main([str(tmp_path / "back"), str(tmp_path / "chunks")]) == 0
     for done in together(LOAD, source, tmp_path / "chunks"):
         assert done.returncode == 0, done.stderr
-        from_hf, from_orbax, mine = map(int, done.stdout.split())
+        numbers = [int(line) for line in done.stdout.splitlines() if line.isdigit()]  # Gloo has lines of its own
+        from_hf, from_orbax, mine = numbers
         total = sum(4 * int(np.prod(shape)) for shape in hf_shapes(config).values())
         assert mine < 0.52 * total and from_hf == mine
         assert from_orbax < 1.1 * mine

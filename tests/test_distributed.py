@@ -5,6 +5,7 @@ import os
 import pytest
 
 from opt_jax import distributed
+from opt_jax.watchdog import Watchdog
 
 SLURM = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
 
@@ -92,3 +93,16 @@ def test_a_process_alone_agrees_with_itself():
         raise ValueError("bad")
     with pytest.raises(KeyError), distributed.last_words("job"):
         raise KeyError("a fault of the program keeps its traceback")
+
+
+def test_progress_puts_off_the_end_of_a_job_that_stands_still(monkeypatch):
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    watchdog = Watchdog(0, 2, seconds=60, hang_minutes=1, exit_code=75)
+    watchdog._since -= 120
+    with pytest.raises(SystemExit, match="75"):
+        watchdog._look_around()
+    watchdog.reached("step 2")
+    watchdog._look_around()

@@ -156,6 +156,17 @@ def test_dropout_follows_its_key_and_differs_by_layer_and_row(form):
     assert (kept[0] != kept[1]).any()
 
 
+def test_the_dropouts_of_a_layer_are_independent():
+    """Of a layer that adds a one twice: two where one of them is kept, four where both are."""
+    model = our_model("opt-125m", dropout=0.5)
+    for path, param in named_parameters(model).items():
+        if ".out_proj." in path or ".fc2." in path:
+            param.set_value(jnp.full_like(param.get_value(), path.endswith("bias")))
+    states = model.forward(IDS, output_hidden_states=True, dropout_key=jax.random.key(0)).hidden_states
+    added = np.round(np.asarray(states[1] - states[0]))
+    assert (abs((added == np.array([0, 2, 4])[:, None, None, None]).mean((1, 2, 3)) - [0.25, 0.5, 0.25]) < 0.1).all()
+
+
 def test_attention_dropout_acts_on_the_weights():
     model = our_model("opt-125m", **{**QUIET, "attention_dropout": 0.5})
     out = model.forward(IDS, output_attentions=True, dropout_key=jax.random.key(0))

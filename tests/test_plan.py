@@ -140,11 +140,11 @@ def test_a_plan_that_does_not_fit_says_what_would(tmp_path, libtpu, capsys):
 def test_a_plan_is_of_the_runs_own_batches(monkeypatch):
     config = OPTConfig.preset("125m", num_hidden_layers=2)
     mesh = make_mesh("data=1", jax.devices()[:1])
-    batches = []
+    batches, fitting = [], set()
 
     def compile_step(step, state, batch, capacity):
         batches.append({name: ids.shape for name, ids in batch.items()})
-        return dict(fits=False)
+        return dict(fits=len(batches) in fitting)
 
     monkeypatch.setattr("opt_jax.training.plan.compile_step", compile_step)
     monkeypatch.setitem(HBM, mesh.devices.flat[0].device_kind, 1)
@@ -157,6 +157,14 @@ def test_a_plan_is_of_the_runs_own_batches(monkeypatch):
         found = make_plan(None, state, shardings, mesh, config, options, 64)
         assert batches == [dict.fromkeys(names, (2, 2, 64)), dict.fromkeys(names, (4, 1, 64))]
         assert found["largest_micro_batch"] is None and found["advice"].startswith("not even one fits: more chips, ")
+        batches.clear()
+    # Where the asked one fits, it is larger ones that are tried.
+    for fits, largest in (({1}, 2), ({1, 2}, 4)):
+        fitting.update(fits)
+        found = make_plan(None, state, shardings, mesh, config, concat, 64)
+        assert [batch["labels"] for batch in batches] == [(2, 2, 64), (1, 4, 64)]
+        assert found["largest_micro_batch"] == largest
+        assert found["advice"].endswith(f"--accumulate {4 // largest}")
         batches.clear()
 
 

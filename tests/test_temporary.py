@@ -54,6 +54,12 @@ def foreign(path: Path) -> None:
     precious(path)
 
 
+def foreign_by_our_names(path: Path) -> None:
+    """Names that anybody may choose: without the marker they are not ours."""
+    for name in ("new", "old"):
+        precious(path / name)
+
+
 def foreign_and_ours(path: Path) -> None:
     (precious(path) / MARKER).touch()
 
@@ -71,7 +77,7 @@ def with_a_link_in_it(path: Path) -> None:
         (path / name).symlink_to(path.parent)
 
 
-OBSTACLES = [linked, dangling, foreign, foreign_and_ours, with_a_linked_marker, with_a_link_in_it]
+OBSTACLES = [linked, dangling, foreign, foreign_by_our_names, foreign_and_ours, with_a_linked_marker, with_a_link_in_it]
 COMMANDS = {
     ".out.new": [["tiny", "out"], ["tiny", "out", "--overwrite"], ["to-hf", "tiny", "out"]],
     ".out.shards": [["to-hf", "tiny", "out", "--shard-of", "1/2"], ["to-hf", "tiny", "out", "--shard-of", "1/1"]],

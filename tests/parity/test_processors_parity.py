@@ -143,6 +143,11 @@ def test_of_beams(options):
     assert (beams == len(ENDS) + 1).all() and (alone < beams).any()
 
 
+def test_begin_suppress_waits_for_a_forced_first_token():
+    """Of a prompt of one token: there the second new token is the first that is free."""
+    assert compare(dict(forced_bos_token_id=7, begin_suppress_tokens=ENDS))
+
+
 @pytest.mark.parametrize("least", [11, 14])
 def test_min_length(least, monkeypatch):
     """It counts columns, pads too: so rows of one length."""
