@@ -223,6 +223,11 @@ def test_falling_back(run):
         assert checkpoints.latest_step() == 3
         checkpoints.save(6, state(6))
     assert same(restore(run, [])[1], state(6))
+    file_with(run / "6", np.asarray(state(6).model["layers.kernel"])).write_bytes(b"")
+    restore(run, [], fall_back=True)
+    aside = [f"{run.name}-damaged-6", f"{run.name}-damaged-6.2"]  # nothing is removed
+    assert sorted(p.name for p in run.parent.iterdir() if "damaged" in p.name) == aside
+    assert path.name in {p.name for p in (run.parent / aside[0]).rglob("*")}
 
 
 def test_without_a_checkpoint_before_it(run):

@@ -7,8 +7,9 @@ import os
 import signal
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -94,8 +95,9 @@ class Checkpoints:
     ) -> tuple[int, TrainState, dict[str, Any] | None]:  # fmt: skip
         """(step, state, state of the data's iterator or None) of the newest checkpoint; see `restore`.
 
-        fall_back: take the newest that is not damaged, and remove those after it, which would be in the way of new
-        ones. `say` tells which, on all processes.
+        fall_back: take the newest that is not damaged, and rename those after it, which would be in the way of new
+        ones, to DIRECTORY-damaged-STEP beside the directory. `say` tells which, on all processes. (Nothing is removed:
+        what cannot be read today, as on a failing network, may be whole.)
 
         Raises:
           ValueError: it is damaged, and so are all before it if `fall_back`. All processes agree on that.
@@ -112,10 +114,19 @@ class Checkpoints:
                     raise ValueError(f"{message}; --fall-back goes on from the one before it, {steps[i + 1]}") from None
                 say(f"{message}; falling back to the one before it, {steps[i + 1]}")
             else:
-                for damaged in steps[:i]:
-                    self._manager.delete(damaged)
+                if i:
+                    on_first_process(partial(self._set_aside, steps[:i]))
+                    self._manager.reload()
                 return step, state, data
         raise FileNotFoundError(f"no checkpoint in {self._directory}")
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        self._before_write()
+        for step in steps:
+            name = f"{self._directory.name}-damaged-{step}"
+            names = (name, *(f"{name}.{number}" for number in range(2, 1000)))  # the same step may be damaged again
+            free = (path for path in map(self._directory.with_name, names) if not path.exists())
+            (self._directory / str(step)).rename(next(free))
 
     def restore(self, step: int, abstract: TrainState, shardings: Any, verify: bool = True) -> TrainState:
         """The state of `step`, each array read straight into its shards. `abstract`: shapes and dtypes of a state.

@@ -115,7 +115,7 @@ class Options:
     keep_every: int | None = None
     """Keep those of every so many steps for good."""
     fall_back: bool = False
-    """If the newest checkpoint is damaged, go on from the newest that is not, and remove those after it."""
+    """If the newest checkpoint is damaged, go on from the newest that is not, and rename those after it."""
     verify: bool = True
     """Compare what is read of a checkpoint with its checksums."""
     eval_every: int = 200
