@@ -10,8 +10,8 @@ EXACT = tests/parity/test_model_parity.py tests/parity/test_train_parity.py test
 # What depends on the versions of Python, JAX and the rest, beside EXACT and the fast part: each script once, end to end.
 SCRIPTS = $(patsubst %,tests/test_%.py,demo notebook generation_docs) $(addprefix tests/test_train_script.py::test_, \
   a_run_leaves_what_it_promises stops_as_asked_and_resumes_on_another_mesh)
-# Twice quiet: errors only. Python compiles what it imports; compiling all of PyTorch and JAX takes over a minute.
-PIP_INSTALL = -m pip install -qq --no-compile --disable-pip-version-check
+# Twice quiet: errors only.
+PIP_INSTALL = -m pip install -qq --disable-pip-version-check
 # Compiles for TPUs without having one; exists for Linux on x86 only. The test that wants it skips elsewhere.
 LIBTPU = $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),libtpu/.installed)
 
