@@ -20,7 +20,7 @@ from opt_jax.ids import as_array
 from opt_jax.reading import read_small
 from opt_jax.streaming import StopStrings
 from opt_jax.temporary import refuse_links
-from opt_jax.tokenizer_files import panics_as_errors, read_as, read_json
+from opt_jax.tokenizer_files import panics_as_errors, read_as, read_json, set_prefix_space
 from opt_jax.vocabulary import OPT_SPECIAL_TOKENS, SPECIAL_TOKENS, Vocabulary, check_ids, to_list
 
 # GPT-2's alphabet: printable bytes stand for themselves, the others for the characters from 256 on.
@@ -49,7 +49,8 @@ class OPTTokenizer(Vocabulary):
 
     Args:
       backend: a byte-level BPE of the `tokenizers` library; taken over and changed, not copied.
-      config: the content of `tokenizer_config.json` (special tokens, `add_bos_token`, ...); where silent, OPT's.
+      config: the content of `tokenizer_config.json` (special tokens, `add_bos_token`, `add_prefix_space`, ...); where
+        silent, OPT's.
       padding_side, truncation_side: "left" or "right"; the latter by default what `config` says, else "right".
         Truncation never removes the BOS.
 
@@ -73,6 +74,7 @@ class OPTTokenizer(Vocabulary):
             raise ValueError(f"not a byte-level BPE, as OPT needs it: {backend.model!r:.40}, {backend.decoder!r:.40}")
         self.backend_tokenizer, self._special, self._extra = backend, {}, []
         self._config = config = dict(config or {})
+        set_prefix_space(backend, config.get("add_prefix_space"))
         self.padding_side = padding_side
         self.truncation_side = truncation_side or config.get("truncation_side") or "right"
         limit = config.get("model_max_length") or 0

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from opt_jax.reading import read_small
 
 
@@ -40,3 +42,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
     return content
+
+
+def set_prefix_space(backend: Tokenizer, value: Any) -> None:
+    """Whether texts get a blank in front, as tokenizer_config.json says; where it is silent, tokenizer.json knows."""
+    splitter = backend.pre_tokenizer
+    if value is None or value == getattr(splitter, "add_prefix_space", False):
+        return
+    if not isinstance(value, bool) or not hasattr(splitter, "add_prefix_space"):
+        raise ValueError(f"add_prefix_space={value!r} must be true or false, for a tokenizer that splits at bytes")
+    splitter.add_prefix_space = value  # type: ignore[reportOptionalMemberAccess]
+    backend.pre_tokenizer = splitter

@@ -318,6 +318,18 @@ def test_a_changed_tokenizer_is_saved_as_it_is(new, tmp_path):
     assert pickle.loads(pickle.dumps(new)).special_tokens_map == new.special_tokens_map
 
 
+def test_a_blank_in_front_is_put_where_the_config_says_so(tmp_path):
+    """Also where tokenizer.json says otherwise, as in HF."""
+    OPTTokenizer(trained()).save_pretrained(tmp_path)
+    plain, path = OPTTokenizer.from_pretrained(tmp_path), tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"add_prefix_space": True}))
+    spaced = OPTTokenizer.from_pretrained(tmp_path)
+    assert spaced.encode("hello") == plain.encode(" hello") != plain.encode("hello")
+    assert OPTTokenizer(trained(), {"add_prefix_space": True}).encode("hello") == spaced.encode("hello")
+    with pytest.raises(ValueError, match="must be true or false"):
+        OPTTokenizer(trained(), {"add_prefix_space": "yes"})
+
+
 def test_special_tokens_with_names_of_one_model(tmp_path):
     config = {"extra_special_tokens": {"image_token": "<unk>"}, "truncation_side": "left"}
     tok = OPTTokenizer(trained(), config)
