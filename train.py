@@ -94,6 +94,8 @@ def train(options: Options, held: ExitStack) -> None:
             f"--batch-size {options.batch_size} does not divide into --accumulate {options.accumulate} parts over the "
             f"mesh's data x fsdp = {rows_over}"
         )
+    if options.grad_dtype != Options.grad_dtype and mesh.shape["fsdp"] == 1:
+        raise ValueError(f"--grad-dtype {options.grad_dtype} without effect: the mesh has fsdp=1, and adds up nothing")
     check_divides(config, seq_len if options.task is None else mesh.shape["tensor"], mesh)  # tasks pad to a multiple
 
     # -----------------------------------------------------------------------------------------------------------------

@@ -203,7 +203,13 @@ def check_options(options: Options) -> None:
             f"--mixture {' '.join(map(str, options.mixture))}: needs one weight above 0 for each of the "
             f"{len(options.data)} of --data"
         )
-    profiled_steps(options.profile)
+    if (profiled := profiled_steps(options.profile)) and profiled.start > options.steps:
+        raise ValueError(f"--profile {options.profile} without effect: the run ends with step {options.steps}")
+    if options.final_lr != Options.final_lr and options.steps <= options.warmup_steps:
+        raise ValueError(
+            f"--final-lr {options.final_lr} without effect: all {options.steps} steps belong to the warm-up of "
+            f"{options.warmup_steps}; take fewer --warmup-steps"
+        )
     check_fine_tuning(options)
     if options.plan and options.topology is None:
         raise ValueError("--plan needs --topology, the TPU slice to compile for, as in v5p:8x8x8")
