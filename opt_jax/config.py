@@ -104,6 +104,8 @@ class OPTConfig:
         self._require(
             self.problem_type in (None, *PROBLEM_TYPES), "problem_type", "None or one of " + ", ".join(PROBLEM_TYPES)
         )
+        if self.problem_type == "single_label_classification" and self.num_labels == 1:
+            raise ValueError("OPTConfig: problem_type='single_label_classification' with num_labels=1 learns nothing")
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, name)
             ids = value if isinstance(value, tuple) else () if value is None else (value,)

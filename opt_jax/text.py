@@ -17,10 +17,10 @@ from tokenizers import AddedToken, Encoding, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from opt_jax.ids import as_array
-from opt_jax.reading import read_small
+from opt_jax.reading import note_without_effect, read_small
 from opt_jax.streaming import StopStrings
 from opt_jax.temporary import refuse_links
-from opt_jax.tokenizer_files import panics_as_errors, read_as, read_json, set_prefix_space
+from opt_jax.tokenizer_files import WITHOUT_EFFECT, panics_as_errors, read_as, read_json, set_prefix_space
 from opt_jax.vocabulary import OPT_SPECIAL_TOKENS, SPECIAL_TOKENS, Vocabulary, check_ids, to_list
 
 # GPT-2's alphabet: printable bytes stand for themselves, the others for the characters from 256 on.
@@ -153,6 +153,7 @@ class OPTTokenizer(Vocabulary):
             added = {} if fast.is_file() else read_json(folder / "added_tokens.json")
             if added:
                 config["added_tokens_decoder"] = {i: {"content": token} for token, i in added.items()}
+        note_without_effect(folder / "tokenizer_config.json", config, WITHOUT_EFFECT)
         if not fast.is_file():
             return cls.from_file(folder / "vocab.json", folder / "merges.txt", config, **sides)
         text = read_small(fast)

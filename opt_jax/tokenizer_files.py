@@ -8,7 +8,13 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from opt_jax.reading import read_small
+from opt_jax.reading import FieldsWithoutEffect, read_small
+
+# Fields of a tokenizer_config.json; `padding_side`, which HF writes into every one, is not among them.
+WITHOUT_EFFECT: FieldsWithoutEffect = {
+    "add_eos_token": ((False,), "append tokenizer.eos_token to the text"),
+    "split_special_tokens": ((False,), "special tokens in a text are special"),
+}
 
 
 @contextmanager

@@ -143,11 +143,12 @@ def test_the_number_of_labels_is_that_of_their_names():
         ("tie_word_embeddings", "yes"),
         ("num_labels", 0),
         ("problem_type", "ranking"),
+        ("problem_type", "single_label_classification"),
     ],
 )
 def test_bad_fields_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=field):
-        OPTConfig.from_hf(OPT_350M | {field: value})
+        OPTConfig.from_hf(OPT_350M | {"num_labels": 1, field: value})
 
 
 def test_bad_files_are_refused_by_name(tmp_path):

@@ -330,6 +330,13 @@ def test_a_blank_in_front_is_put_where_the_config_says_so(tmp_path):
         OPTTokenizer(trained(), {"add_prefix_space": "yes"})
 
 
+def test_what_has_no_effect_in_the_files_is_noted(tmp_path):
+    config = {"add_eos_token": True, "split_special_tokens": False, "padding_side": "right"}
+    OPTTokenizer(trained(), config).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"tokenizer_config.json: without effect: add_eos_token=True \(append"):
+        assert OPTTokenizer.from_pretrained(tmp_path).padding_side == "left"
+
+
 def test_special_tokens_with_names_of_one_model(tmp_path):
     config = {"extra_special_tokens": {"image_token": "<unk>"}, "truncation_side": "left"}
     tok = OPTTokenizer(trained(), config)
