@@ -59,7 +59,7 @@ def linear(config: OPTConfig, inputs: int, outputs: int, use_bias: bool, **kwarg
     return nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, dot_general=_matmul, **kwargs)
 
 
-def _matmul(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **kwargs) -> jax.Array:
+def _matmul(x: jax.Array, kernel: jax.Array, _dimension_numbers: Any, **kwargs) -> jax.Array:
     """x @ kernel as a product of two matrices: XLA on CPU is slow where a gradient contracts two dimensions at once."""
     y = lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **kwargs)
     return y.reshape(*x.shape[:-1], -1)

@@ -81,7 +81,7 @@ class OPTPreTrainedModel(nnx.Module):
             self.config, self.config.embed_dim, outputs, use_bias, preferred_element_type=jnp.float32, **kwargs
         )
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args, **kwargs):  # noqa: ARG002
         """The model as a plain function of its inputs (see `__call__`), for use inside your own `jax.jit`."""
         raise TypeError("OPTPreTrainedModel is abstract: use OPTModel or one of the OPTFor... classes")
 
