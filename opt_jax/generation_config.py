@@ -205,8 +205,8 @@ def combine(
     ):
         unused |= {} if is_used else {name: (harmless, hint) for name, harmless in names.items()}
     note_without_effect(where, {k: v for k, v in merged.items() if k not in given}, unused)
-    unused["num_assistant_tokens"] = (), "is for models that this one drafts for"
-    merged = {k: v for k, v in merged.items() if k in given or k not in unused}
+    dropped = {*unused, "num_assistant_tokens"}  # the latter is for models that this one drafts for
+    merged = {k: v for k, v in merged.items() if k in given or k not in dropped}
     result = GenerationConfig.from_dict(merged, "generate")
     result.check()
     return result

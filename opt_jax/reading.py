@@ -54,7 +54,7 @@ FieldsWithoutEffect = Mapping[str, tuple[tuple, str]]
 
 
 def asks_for_nothing(value: object, harmless: tuple) -> bool:
-    """Whether the value is None or one of the harmless ones. (A sequence is none, and NumPy compares by elements.)"""
+    """Whether the value is None or one of the harmless ones. A sequence never is: NumPy would compare its elements."""
     return value is None or not hasattr(value, "__len__") and value in harmless
 
 

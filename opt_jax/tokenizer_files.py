@@ -56,6 +56,6 @@ def set_prefix_space(backend: Tokenizer, value: Any) -> None:
     if value is None or value == getattr(splitter, "add_prefix_space", False):
         return
     if not isinstance(value, bool) or not hasattr(splitter, "add_prefix_space"):
-        raise ValueError(f"add_prefix_space={value!r} must be true or false, for a tokenizer that splits at bytes")
+        raise ValueError(f"add_prefix_space={value!r} must be true or false, and needs a ByteLevel pre-tokenizer")
     splitter.add_prefix_space = value  # type: ignore[reportOptionalMemberAccess]
     backend.pre_tokenizer = splitter

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 from etils import epath
+from jax.sharding import Mesh
 
 from opt_jax.config import OPTConfig
 from opt_jax.decoder import Remat
@@ -227,6 +228,11 @@ def check_options(options: Options) -> None:
                                    ("wandb", options.wandb is not None, "wandb")):  # fmt: skip
         if given and importlib.util.find_spec(package) is None:
             raise ValueError(f"--{option} needs the package {package}: pip install 'opt-jax[{option}]'")
+
+
+def check_grad_dtype(options: Options, mesh: Mesh) -> None:
+    if options.grad_dtype != Options.grad_dtype and mesh.shape["fsdp"] == 1:
+        raise ValueError(f"--grad-dtype {options.grad_dtype} without effect: the mesh has fsdp=1, and adds up nothing")
 
 
 def check_fine_tuning(options: Options) -> None:
