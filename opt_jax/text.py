@@ -74,7 +74,7 @@ class OPTTokenizer(Vocabulary):
             raise ValueError(f"not a byte-level BPE, as OPT needs it: {backend.model!r:.40}, {backend.decoder!r:.40}")
         self.backend_tokenizer, self._special, self._extra = backend, {}, []
         self._config = config = dict(config or {})
-        set_prefix_space(backend, config.get("add_prefix_space"))
+        set_prefix_space(backend, config)
         self.padding_side = padding_side
         self.truncation_side = truncation_side or config.get("truncation_side") or "right"
         limit = config.get("model_max_length") or 0
@@ -383,6 +383,7 @@ class OPTTokenizer(Vocabulary):
         if "extra_special_tokens" in gone:
             config["extra_special_tokens"] = self._extra
         config |= named | {"add_bos_token": self.add_bos_token, "truncation_side": self.truncation_side}
+        config["add_prefix_space"] = getattr(self.backend_tokenizer.pre_tokenizer, "add_prefix_space", False)
         if self.model_max_length is not None or "model_max_length" in config:
             config["model_max_length"] = self.model_max_length or int(1e30)
         for file, content in (("tokenizer_config.json", config), ("special_tokens_map.json", named)):

@@ -50,10 +50,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def set_prefix_space(backend: Tokenizer, value: Any) -> None:
-    """Whether texts get a blank in front, as tokenizer_config.json says; where it is silent, tokenizer.json knows."""
-    splitter = backend.pre_tokenizer
-    if value is None or value == getattr(splitter, "add_prefix_space", False):
+def set_prefix_space(backend: Tokenizer, config: dict[str, Any]) -> None:
+    """Whether texts get a blank in front: as in HF what tokenizer_config.json says of a GPT2Tokenizer (no, where it is
+    silent), and what tokenizer.json says of any other class."""
+    kind, splitter = config.get("tokenizer_class"), backend.pre_tokenizer
+    if kind is not None and not str(kind).startswith("GPT2Tokenizer"):
+        return
+    value, now = config.get("add_prefix_space"), getattr(splitter, "add_prefix_space", False)
+    value = (now if kind is None else False) if value is None else value
+    if value == now:
         return
     if not isinstance(value, bool) or not hasattr(splitter, "add_prefix_space"):
         raise ValueError(f"add_prefix_space={value!r} must be true or false, and needs a ByteLevel pre-tokenizer")

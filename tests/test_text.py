@@ -320,12 +320,19 @@ def test_a_changed_tokenizer_is_saved_as_it_is(new, tmp_path):
 
 def test_a_blank_in_front_is_put_where_the_config_says_so(tmp_path):
     """Also where tokenizer.json says otherwise, as in HF."""
-    OPTTokenizer(trained()).save_pretrained(tmp_path)
-    plain, path = OPTTokenizer.from_pretrained(tmp_path), tmp_path / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"add_prefix_space": True}))
-    spaced = OPTTokenizer.from_pretrained(tmp_path)
+    OPTTokenizer(trained()).save_pretrained(tmp_path / "plain")
+    plain, path = OPTTokenizer.from_pretrained(tmp_path / "plain"), tmp_path / "plain" / "tokenizer_config.json"
+    path.write_text(path.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true'))
+    spaced = OPTTokenizer.from_pretrained(tmp_path / "plain")
     assert spaced.encode("hello") == plain.encode(" hello") != plain.encode("hello")
-    assert OPTTokenizer(trained(), {"add_prefix_space": True}).encode("hello") == spaced.encode("hello")
+    backend = trained()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    OPTTokenizer(backend).save_pretrained(tmp_path / "saved")
+    for other in (
+        OPTTokenizer(trained(), {"add_prefix_space": True}),
+        OPTTokenizer.from_pretrained(tmp_path / "saved"),
+    ):
+        assert other.encode("hello") == spaced.encode("hello")
     with pytest.raises(ValueError, match="must be true or false"):
         OPTTokenizer(trained(), {"add_prefix_space": "yes"})
 
