@@ -27,6 +27,7 @@ from opt_jax.training.nonfinite import kept_before_nonfinite
 from opt_jax.training.optimizer import make_optimizer, make_schedule
 from opt_jax.training.options import (
     Options,
+    check_grad_dtype,
     check_options,
     compare_with_first_start,
     make_deterministic,
@@ -126,6 +127,7 @@ def train(options: Options, held: ExitStack) -> None:
         tasks.task_loss if options.task else batch_loss,
     )  # fmt: skip
     if options.plan:
+        check_grad_dtype(options, mesh)
         with use_mesh(mesh):
             found = plan.make_plan(train_step, abstract, shardings, mesh, config, options, seq_len)
         plan.report(found, options.plan_output)
@@ -152,6 +154,8 @@ def train(options: Options, held: ExitStack) -> None:
 
     resuming, finished = json.loads(distributed.from_first(lambda: json.dumps(look()).encode()))
     compare_with_first_start(output / "run.json", record)
+    if not resuming:  # a run may go on with fewer devices
+        check_grad_dtype(options, mesh)
     if resuming and finished:
         say(f"{output} is finished: {options.steps} steps. Try it: opt-jax generate --model {output}")
         return

@@ -191,7 +191,10 @@ def verify(
     from convert.inspect import compare
     from convert.progress import Report
 
-    ours = _open_source([dst], SourceOptions(), MetaseqOptions())
+    # What says how to find a model is for hub ids only, which DST may be, too; the revision is SRC's.
+    local = SourceOptions(no_verify=source.no_verify)
+    how = local if Path(dst).expanduser().exists() else dataclasses.replace(source, revision=None)
+    ours = _open_source([dst], how, MetaseqOptions())
     theirs = _open_source(against, source, metaseq)
     ours.check()
     theirs.check()

@@ -172,11 +172,11 @@ _STUB_NAMES = {
 }  # fmt: skip
 
 
-def _rebuild_tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> TorchTensor:
+def _rebuild_tensor(storage, offset, size, stride, _requires_grad=False, _hooks=None, metadata=None) -> TorchTensor:
     return TorchTensor(storage, offset, size, stride, metadata)
 
 
-def _rebuild_parameter(tensor, requires_grad=False, hooks=None) -> TorchTensor:
+def _rebuild_parameter(tensor, _requires_grad=False, _hooks=None) -> TorchTensor:
     if not isinstance(tensor, TorchTensor):
         raise ValueError(f"a parameter is made of a {type(tensor).__name__}")
     return tensor

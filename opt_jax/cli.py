@@ -24,7 +24,7 @@ def generate(
     model: str = "tiny",
     max_new_tokens: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None,
     temperature: float = 0.7,
-    top_k: int = 50,
+    top_k: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None,
     top_p: float = 1.0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
@@ -40,7 +40,7 @@ def generate(
       model: "tiny" (the model inside this package), a directory, or a Hugging Face hub id such as facebook/opt-125m.
       max_new_tokens: The most tokens to add to a prompt; None: 200, or what the context has room for.
       temperature: How random: 0 always takes the most likely token.
-      top_k: Draw from this many of the most likely tokens; 0: from all.
+      top_k: Draw from this many of the most likely tokens; 0: from all; None: 50.
       top_p: Draw from the fewest most likely tokens with this much of the probability.
       min_p: Draw from tokens at least so likely, as a share of the most likely one's probability.
       repetition_penalty: Above 1: tokens that were there are less likely.
@@ -60,11 +60,11 @@ def generate(
 
     language_model = OPTForCausalLM.from_pretrained(model, verify=verify)
     options: dict[str, Any] = dict(
-        top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, no_repeat_ngram_size=no_repeat_ngram_size,
-        stop_strings=stop or None,
+        do_sample=bool(temperature), top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size, stop_strings=stop or None,
     )  # fmt: skip
     if temperature:
-        options |= dict(do_sample=True, temperature=temperature, top_k=top_k)
+        options |= dict(temperature=temperature, top_k=50 if top_k is None else top_k)
     for i, prompt in enumerate(prompts):
         inputs = tokenizer(prompt, return_tensors="np")
         room = language_model.config.max_position_embeddings - inputs["input_ids"].shape[1]

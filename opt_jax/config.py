@@ -8,12 +8,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from opt_jax.reading import read_small
+from opt_jax.reading import FieldsWithoutEffect, note_without_effect, read_small
 
 # Activations of `transformers.activations.ACT2FN` that OPT variants use; model.py maps each to its function.
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish", "tanh")
 MAX_LABELS = 1_000_000
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+# What transformers does for these fields of a config.json (for some of them, older versions) is not done here.
+_CALL, _GENERATION = "pass it to the model's call", "put it into generation_config.json, or pass it to generate"
+_WITHOUT_EFFECT: FieldsWithoutEffect = {
+    "output_hidden_states": ((False,), _CALL),
+    "output_attentions": ((False,), _CALL),
+    "return_dict": ((True,), "a call returns a dataclass"),
+    "gradient_checkpointing": ((False,), "build the model with remat"),
+    **dict.fromkeys(("do_sample", "early_stopping"), ((False,), _GENERATION)),
+    **dict.fromkeys(("min_length", "no_repeat_ngram_size"), ((0,), _GENERATION)),
+    **dict.fromkeys(
+        ("temperature", "top_p", "typical_p", "repetition_penalty", "length_penalty", "num_beams",
+         "num_return_sequences"), ((1,), _GENERATION)),
+    **dict.fromkeys(
+        ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id"),
+        ((), _GENERATION)),
+    "top_k": ((0, 50), _GENERATION), "max_length": ((20,), _GENERATION),
+}  # fmt: skip
 
 # Table 1 of the OPT paper (Zhang et al. 2022): layers, heads, width. Every size has ffn = 4 * width.
 _SIZES = {
@@ -86,6 +104,8 @@ class OPTConfig:
         self._require(
             self.problem_type in (None, *PROBLEM_TYPES), "problem_type", "None or one of " + ", ".join(PROBLEM_TYPES)
         )
+        if self.problem_type == "single_label_classification" and self.num_labels == 1:
+            raise ValueError("OPTConfig: problem_type='single_label_classification' with num_labels=1 learns nothing")
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, name)
             ids = value if isinstance(value, tuple) else () if value is None else (value,)
@@ -141,8 +161,9 @@ class OPTConfig:
     def from_hf(cls, source: str | os.PathLike | Mapping[str, Any], *, where: str = "config") -> "OPTConfig":
         """From a `config.json` of `transformers`: its path, the directory it is in, or its content as a dict.
 
-        Fields that are not OPT's architecture are kept in `extra` and come back out of `to_hf`. `where`: what error
-        messages call a dict.
+        Fields that are not OPT's architecture are kept in `extra` and come back out of `to_hf`. A warning names those
+        that change something in transformers and nothing here (`output_hidden_states`, options of generation, ...).
+        `where`: what messages call a dict.
 
         Raises:
           FileNotFoundError: there is no such file.
@@ -168,6 +189,7 @@ class OPTConfig:
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         fields = {k: v for k, v in raw.items() if k in known}
         extra = {k: v for k, v in raw.items() if k not in known and k != "model_type"}
+        note_without_effect(where, extra, _WITHOUT_EFFECT)
         labels = extra.get("id2label")
         if isinstance(labels, Mapping):  # HF writes the label names, not their number
             if fields.setdefault("num_labels", len(labels)) != len(labels):

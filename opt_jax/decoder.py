@@ -59,7 +59,7 @@ def linear(config: OPTConfig, inputs: int, outputs: int, use_bias: bool, **kwarg
     return nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, dot_general=_matmul, **kwargs)
 
 
-def _matmul(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **kwargs) -> jax.Array:
+def _matmul(x: jax.Array, kernel: jax.Array, _dimension_numbers: Any, **kwargs) -> jax.Array:
     """x @ kernel as a product of two matrices: XLA on CPU is slow where a gradient contracts two dimensions at once."""
     y = lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **kwargs)
     return y.reshape(*x.shape[:-1], -1)
@@ -184,6 +184,8 @@ class OPTDecoder(nnx.Module):
             raise ValueError(f"attn_implementation {attn_implementation!r}: choose one of {', '.join(known)}")
         if remat not in (known := get_args(Remat)):
             raise ValueError(f"remat {remat!r}: choose one of {', '.join(known)}")
+        if jnp.dtype(grad_dtype) != jnp.float32 and not scan_layers:
+            raise ValueError(f"grad_dtype={jnp.dtype(grad_dtype)} without effect: pass scan_layers=True as well")
         kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         width, embed_dim = config.hidden_size, config.embed_dim
         embed = partial(Embed, embedding_init=nnx.initializers.normal(config.init_std), rngs=rngs, **kwargs)
@@ -259,7 +261,10 @@ class OPTDecoder(nnx.Module):
             layer_caches = [None] * depth if cache is None else cache.layers()
             for i, layer in enumerate(self.layers):
                 key = None if keys is None else DropoutKey(keys.key[i], keys.rows[i])
-                x, weights, layer_cache = layer(x, mask, layer_caches[i], key)
+                run = partial(OPTDecoderLayer.__call__, mask=mask, cache=layer_caches[i])
+                # Outside a scan the compiler would merge what is computed again with what was computed before.
+                run = run if self.remat == "none" else _remat(run, self.remat, prevent_cse=True)
+                x, weights, layer_cache = run(layer, x, dropout_key=key)
                 states.append(x)
                 attentions.append(weights)
                 caches.append(layer_cache)
@@ -295,15 +300,15 @@ class OPTDecoder(nnx.Module):
         )
 
 
-def _remat(body: Callable, remat: Remat) -> Callable:
-    """The scan's body with the policy by which its backward pass keeps or computes again."""
+def _remat(body: Callable, remat: Remat, prevent_cse: bool = False) -> Callable:
+    """A layer's function, or the scan's body, with the policy by which its backward pass keeps or computes again."""
     if remat == "none":
         # All is kept but what `gather_parameters` makes, or each device would come to hold the whole model.
         return jax.checkpoint(body, prevent_cse=False, policy=_all_but_weights) if is_per_device() else body
     policy = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat])
     if remat != "full":
         policy = jax.checkpoint_policies.save_from_both_policies(policy, is_attention_kernel)
-    return jax.checkpoint(body, prevent_cse=False, policy=policy)
+    return jax.checkpoint(body, prevent_cse=prevent_cse, policy=policy)
 
 
 def _in_parts(

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from opt_jax.reading import read_small
+from opt_jax.reading import asks_for_nothing, note_without_effect, read_small
 
 # HF's options that never have an effect on tokens. (Empty prompts, which HF starts with BOS, are errors.)
 _INERT = {"bos_token_id", "transformers_version", "_from_model_config", "return_dict_in_generate"}
@@ -36,8 +36,9 @@ _SAMPLING: dict[str, tuple] = {"temperature": (1,), "top_k": (0,), "top_p": (1,)
 _BEAMS: dict[str, tuple] = {"length_penalty": (1,), "early_stopping": (False,)}
 _NOT_WITH_BEAMS = ("stop_token_ids", "stop_strings", "logprobs")
 _CACHE_DTYPES = ("int8", "float16", "bfloat16", "float32")
-# Only of use with drafts (`opt_jax.speculative`); a checkpoint may say how to draft without saying to draft.
+# Only of use with drafts (`opt_jax.speculative`).
 _DRAFTS = ("num_assistant_tokens", "max_matching_ngram_size")
+_LOOKUP: dict[str, tuple] = {"max_matching_ngram_size": (2,)}
 _LENGTHS = ({"max_length", "max_new_tokens"}, {"min_length", "min_new_tokens"})
 
 
@@ -178,21 +179,34 @@ def parse(text: str, where: str) -> dict[str, Any]:
 
 
 def combine(
-    checkpoint: Mapping[str, Any], config: GenerationConfig | None, options: Mapping[str, Any]
+    checkpoint: Mapping[str, Any],
+    config: GenerationConfig | None,
+    options: Mapping[str, Any],
+    where: str = "the checkpoint's generation_config.json",
 ) -> GenerationConfig:
     """Keyword arguments before the given config before the checkpoint's; what a higher layer contradicts is dropped.
 
+    where: what messages call the checkpoint's.
+
     Raises:
       ValueError: an option that does not exist or is not supported, values out of range, contradictions in one layer.
+
+    Warns:
+      UserWarning: what the checkpoint says has no effect, such as a temperature where nobody says to sample.
     """
     given = override(options_of(config), options)
     merged = override(checkpoint, given)
-    _check_names({k: v for k, v in merged.items() if k not in given}, "the checkpoint's generation_config.json")
-    if not merged.get("do_sample"):  # a checkpoint may say how to sample without saying to sample
-        merged = {k: v for k, v in merged.items() if k not in _SAMPLING or k in given}
-    if (merged.get("num_beams") or 1) == 1:
-        merged = {k: v for k, v in merged.items() if k not in _BEAMS or k in given}
-    merged = {k: v for k, v in merged.items() if k not in _DRAFTS or k in given}
+    _check_names({k: v for k, v in merged.items() if k not in given}, where)
+    unused: dict[str, tuple[tuple, str]] = {}
+    for names, is_used, hint in (
+        (_SAMPLING, merged.get("do_sample"), "needs do_sample=True"),
+        (_BEAMS, (merged.get("num_beams") or 1) > 1, "needs num_beams"),
+        (_LOOKUP, merged.get("prompt_lookup_num_tokens"), "needs prompt_lookup_num_tokens"),
+    ):
+        unused |= {} if is_used else {name: (harmless, hint) for name, harmless in names.items()}
+    note_without_effect(where, {k: v for k, v in merged.items() if k not in given}, unused)
+    dropped = {*unused, "num_assistant_tokens"}  # the latter is for models that this one drafts for
+    merged = {k: v for k, v in merged.items() if k in given or k not in dropped}
     result = GenerationConfig.from_dict(merged, "generate")
     result.check()
     return result
@@ -216,6 +230,10 @@ def override(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, An
     dropped = {name for names in _LENGTHS if names & upper.keys() for name in names}
     if upper.get("do_sample") is False:
         dropped |= {*_SAMPLING, "num_return_sequences"}
+    if upper.get("num_beams") == 1:
+        dropped |= {*_BEAMS}
+    if upper.get("prompt_lookup_num_tokens") == 0:
+        dropped |= {*_LOOKUP}
     return {k: v for k, v in lower.items() if v is not None and k not in dropped} | upper
 
 
@@ -277,14 +295,18 @@ def _check_values(config: GenerationConfig) -> None:
             raise ValueError(f"num_return_sequences={copies} is more than num_beams={beams}")
         if unable := [name for name in _NOT_WITH_BEAMS if getattr(config, name) is not None]:
             raise ValueError(f"{', '.join(unable)} are not supported with num_beams={beams}: leave one of them out")
-    elif unused := [name for name, off in _BEAMS.items() if getattr(config, name) not in (None, *off)]:  # HF warns
+    elif unused := _asked_for(config, _BEAMS):  # HF warns
         raise ValueError(f"{', '.join(unused)} without effect: pass num_beams above 1 as well")
     if not config.do_sample:  # HF warns
-        unused = [name for name, off in _SAMPLING.items() if getattr(config, name) not in (None, *off)]
-        if unused:
+        if unused := _asked_for(config, _SAMPLING):
             raise ValueError(f"{', '.join(unused)} without effect: pass do_sample=True as well")
         if copies > 1 and beams == 1:
             raise ValueError(f"num_return_sequences={copies} would return equal rows: pass do_sample=True or num_beams")
+
+
+def _asked_for(config: GenerationConfig, options: Mapping[str, tuple]) -> list[str]:
+    """Those that are given and are not at one of their harmless values."""
+    return [name for name, harmless in options.items() if not asks_for_nothing(getattr(config, name), harmless)]
 
 
 def check_ids(name: str, ids: Any, vocab_size: int, hint: str = "") -> list[int]:

@@ -71,8 +71,9 @@ class OPTLM(TemplateLM):
                 raise ValueError("a model object does not know its tokenizer: pass tokenizer=")
             self.model: Any = pretrained
         if not isinstance(tokenizer, OPTTokenizer):  # before the weights: it fails sooner
+            named = {k: v for k, v in loading.items() if k in ("revision", "cache_dir", "local_files_only")}
             source: Any = pretrained if tokenizer is None else tokenizer
-            tokenizer = OPTTokenizer.from_pretrained(source)
+            tokenizer = OPTTokenizer.from_pretrained(source, **(named if tokenizer is None else {}))
         self.tokenizer: Any = tokenizer
         if not isinstance(pretrained, OPTForCausalLM):
             self.model = OPTForCausalLM.from_pretrained(pretrained, **loading)

@@ -53,7 +53,7 @@ def einsum(spec: str, x: Float[Array, "*batch T K"], values: Int8[Array, "..."])
 
 
 @einsum.defjvp
-def _(spec, primals, tangents):
+def _(_spec, _primals, _tangents):
     raise ValueError("int8 weights and caches have no gradients: train the model that was quantized")
 
 

@@ -54,8 +54,11 @@ class LoRA:
             # `forward`, because behind the jit of `__call__` qwix sees nothing, and says nothing.
             return qwix.apply_lora_to_model(base, provider, ids, methods=("forward",), rngs=nnx.Rngs(0))
 
-        model = unstack_layers(jax.tree.map(lambda x: x, model))  # qwix cannot put parameters in from within a scan
+        # qwix cannot put parameters in from within a scan, nor from within `jax.checkpoint`.
+        model = unstack_layers(jax.tree.map(lambda x: x, model))
+        remat, model.model.decoder.remat = model.model.decoder.remat, "none"
         model.model = jax.eval_shape(apply, model.model)
+        model.model.decoder.remat = remat
         model = stack_layers(model)
         found = {name for name in _named(model) if is_adapter(name)}
         expected = {

@@ -42,9 +42,9 @@ class OPTPreTrainedModel(nnx.Module):
       param_dtype: of the parameters.
       attn_implementation: "xla", "cudnn" (flash attention on NVIDIA GPUs) or "splash" (on TPUs); see `flash`. Whatever
         it is, decoding with a cache uses "xla".
-      remat: what the backward pass computes again, of a model with `scan_layers`: "none", "dots" (all but matrix
-        products), "names" (all but the attention's), "full" (all but the layers' inputs).
-      grad_dtype: in which training adds up gradients over devices.
+      remat: what the backward pass computes again: "none", "dots" (all but matrix products), "names" (all but the
+        attention's), "full" (all but the layers' inputs).
+      grad_dtype: in which the steps of `training.step` add up gradients over `fsdp`; needs `scan_layers`.
       scan_layers: keep the layers as one stacked layer (see `OPTDecoder`); `stack_layers` converts later.
     """
 
@@ -81,7 +81,7 @@ class OPTPreTrainedModel(nnx.Module):
             self.config, self.config.embed_dim, outputs, use_bias, preferred_element_type=jnp.float32, **kwargs
         )
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args, **kwargs):  # noqa: ARG002
         """The model as a plain function of its inputs (see `__call__`), for use inside your own `jax.jit`."""
         raise TypeError("OPTPreTrainedModel is abstract: use OPTModel or one of the OPTFor... classes")
 

@@ -3,6 +3,8 @@
 import os
 import re
 import stat
+import warnings
+from collections.abc import Mapping
 from typing import IO, Any
 
 SMALL_FILE = 128 << 20  # bytes: of a config, a tokenizer's file, an index. The largest known has 5 MB
@@ -45,6 +47,23 @@ def read_small(path: os.PathLike, limit: int = SMALL_FILE) -> bytes:
 def _check_size(path: os.PathLike, size: int, limit: int) -> None:
     if size > limit:
         raise ValueError(f"{path} has {size:,} bytes, more than the {limit:,} that such a file may have")
+
+
+# Field of a file -> the values that ask for nothing, and what to do instead of any other.
+FieldsWithoutEffect = Mapping[str, tuple[tuple, str]]
+
+
+def asks_for_nothing(value: object, harmless: tuple) -> bool:
+    """Whether the value is None or one of the harmless ones. A sequence never is: NumPy would compare its elements."""
+    return value is None or not hasattr(value, "__len__") and value in harmless
+
+
+def note_without_effect(where: object, content: Mapping[str, Any], fields: FieldsWithoutEffect) -> None:
+    """Warn of the fields of a file that have no effect. (Python shows a warning once, and so once for each file.)"""
+    noted = [name for name in content if name in fields and not asks_for_nothing(content[name], fields[name][0])]
+    if noted:
+        what = ", ".join(f"{name}={content[name]!r:.60} ({fields[name][1]})" for name in noted)
+        warnings.warn(f"{where}: without effect: {what}", stacklevel=2)
 
 
 def name_from_outside(name: object, directories: bool = False) -> str:

@@ -121,7 +121,10 @@ def check_request(
     """The arguments of `generate`, checked and with all defaults filled in; ValueError as there."""
     ids, ragged = _rectangle(input_ids, attention_mask)
     ids = _check_model_and_ids(model, ids)
-    given = combine(checkpoint_options(model), generation_config, options or {})
+    options = dict(options or {})
+    given = combine(checkpoint_options(model), generation_config, options, _generation_config_of(model))
+    if options.get("bos_token_id") not in (None, model.config.bos_token_id):  # (HF's scripts pass the model's own)
+        raise ValueError(f"bos_token_id={options['bos_token_id']!r:.60} without effect: put it into input_ids")
     eos, pad = _special_ids(model, given)
     if ragged is not None:
         ids = np.where(ragged, ids, pad).astype(np.int32)
@@ -262,7 +265,12 @@ def _check_heads(model: OPTForCausalLM) -> None:
 def checkpoint_options(model: OPTForCausalLM) -> dict[str, Any]:
     """What the generation_config.json says that the model was loaded with."""
     text = model.generation_config_json
-    return {} if text is None else parse(text, "the checkpoint's generation_config.json")
+    return {} if text is None else parse(text, _generation_config_of(model))
+
+
+def _generation_config_of(model: OPTForCausalLM) -> str:
+    """What messages call it."""
+    return f"{'the checkpoint' if model.name_or_path is None else model.name_or_path}: generation_config.json"
 
 
 def _special_ids(model: OPTForCausalLM, given: GenerationConfig) -> tuple[list[int], int]:

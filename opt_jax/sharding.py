@@ -314,7 +314,7 @@ def gather_parameters(tree: Any, dtype: Any, grad_dtype: Any, prefix: str = "") 
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _gather(x: jax.Array, axis: int, dtype: Any, grad_dtype: Any, own_dtype: Any) -> jax.Array:
+def _gather(x: jax.Array, axis: int, dtype: Any, _grad_dtype: Any, _own_dtype: Any) -> jax.Array:
     # `where` changes nothing, but is not moved: the compiler for TPUs would take the cast alone out of the loop over
     # layers, through a barrier too, and hold all layers' weights in both dtypes (0.7 GB per chip for 175B on 512).
     return lax.all_gather(jnp.where(jnp.isnan(x), jnp.nan, x).astype(dtype), "fsdp", axis=axis, tiled=True)
@@ -324,7 +324,7 @@ def _gather_forward(x, axis, dtype, grad_dtype, own_dtype):
     return _gather(x, axis, dtype, grad_dtype, own_dtype), None
 
 
-def _gather_backward(axis, dtype, grad_dtype, own_dtype, _, gradient):
+def _gather_backward(axis, _dtype, grad_dtype, own_dtype, _, gradient):
     # With the parts along an axis of their own, the first. Parts that are not whole tiles of a TPU's memory (of 128
     # numbers, along the last axis) would be scattered by adding all up on every chip, which sends twice as much.
     shape = gradient.shape

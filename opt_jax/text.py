@@ -17,10 +17,10 @@ from tokenizers import AddedToken, Encoding, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from opt_jax.ids import as_array
-from opt_jax.reading import read_small
+from opt_jax.reading import note_without_effect, read_small
 from opt_jax.streaming import StopStrings
 from opt_jax.temporary import refuse_links
-from opt_jax.tokenizer_files import panics_as_errors, read_as, read_json
+from opt_jax.tokenizer_files import WITHOUT_EFFECT, panics_as_errors, read_as, read_json, set_prefix_space
 from opt_jax.vocabulary import OPT_SPECIAL_TOKENS, SPECIAL_TOKENS, Vocabulary, check_ids, to_list
 
 # GPT-2's alphabet: printable bytes stand for themselves, the others for the characters from 256 on.
@@ -49,7 +49,8 @@ class OPTTokenizer(Vocabulary):
 
     Args:
       backend: a byte-level BPE of the `tokenizers` library; taken over and changed, not copied.
-      config: the content of `tokenizer_config.json` (special tokens, `add_bos_token`, ...); where silent, OPT's.
+      config: the content of `tokenizer_config.json` (special tokens, `add_bos_token`, `add_prefix_space`, ...); where
+        silent, OPT's.
       padding_side, truncation_side: "left" or "right"; the latter by default what `config` says, else "right".
         Truncation never removes the BOS.
 
@@ -73,6 +74,7 @@ class OPTTokenizer(Vocabulary):
             raise ValueError(f"not a byte-level BPE, as OPT needs it: {backend.model!r:.40}, {backend.decoder!r:.40}")
         self.backend_tokenizer, self._special, self._extra = backend, {}, []
         self._config = config = dict(config or {})
+        set_prefix_space(backend, config)
         self.padding_side = padding_side
         self.truncation_side = truncation_side or config.get("truncation_side") or "right"
         limit = config.get("model_max_length") or 0
@@ -151,6 +153,7 @@ class OPTTokenizer(Vocabulary):
             added = {} if fast.is_file() else read_json(folder / "added_tokens.json")
             if added:
                 config["added_tokens_decoder"] = {i: {"content": token} for token, i in added.items()}
+        note_without_effect(folder / "tokenizer_config.json", config, WITHOUT_EFFECT)
         if not fast.is_file():
             return cls.from_file(folder / "vocab.json", folder / "merges.txt", config, **sides)
         text = read_small(fast)
@@ -380,6 +383,7 @@ class OPTTokenizer(Vocabulary):
         if "extra_special_tokens" in gone:
             config["extra_special_tokens"] = self._extra
         config |= named | {"add_bos_token": self.add_bos_token, "truncation_side": self.truncation_side}
+        config["add_prefix_space"] = getattr(self.backend_tokenizer.pre_tokenizer, "add_prefix_space", False)
         if self.model_max_length is not None or "model_max_length" in config:
             config["model_max_length"] = self.model_max_length or int(1e30)
         for file, content in (("tokenizer_config.json", config), ("special_tokens_map.json", named)):

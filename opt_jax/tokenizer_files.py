@@ -6,7 +6,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from opt_jax.reading import read_small
+from tokenizers import Tokenizer
+
+from opt_jax.reading import FieldsWithoutEffect, read_small
+
+# Fields of a tokenizer_config.json; `padding_side`, which HF writes into every one, is not among them.
+WITHOUT_EFFECT: FieldsWithoutEffect = {
+    "add_eos_token": ((False,), "append tokenizer.eos_token to the text"),
+    "split_special_tokens": ((False,), "special tokens in a text are special"),
+}
 
 
 @contextmanager
@@ -40,3 +48,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
     return content
+
+
+def set_prefix_space(backend: Tokenizer, config: dict[str, Any]) -> None:
+    """Whether texts get a blank in front: as in HF what tokenizer_config.json says of a GPT2Tokenizer (no, where it is
+    silent), and what tokenizer.json says of any other class."""
+    kind, splitter = config.get("tokenizer_class"), backend.pre_tokenizer
+    if kind is not None and not str(kind).startswith("GPT2Tokenizer"):
+        return
+    value, now = config.get("add_prefix_space"), getattr(splitter, "add_prefix_space", False)
+    value = (now if kind is None else False) if value is None else value
+    if value == now:
+        return
+    if not isinstance(value, bool) or not hasattr(splitter, "add_prefix_space"):
+        raise ValueError(f"add_prefix_space={value!r} must be true or false, and needs a ByteLevel pre-tokenizer")
+    splitter.add_prefix_space = value  # type: ignore[reportOptionalMemberAccess]
+    backend.pre_tokenizer = splitter

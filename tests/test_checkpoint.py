@@ -366,6 +366,8 @@ def test_without_verifying_a_damaged_model_is_read_as_it_is(tmp_path, capsys):
     assert convert([str(tmp_path / "out"), str(tmp_path / "copy")]) == 1
     assert f"tensor {EMBEDDING} cannot be read: " in capsys.readouterr().err
     assert convert([str(tmp_path / "out"), str(tmp_path / "copy"), "--no-verify", "--quiet"]) == 0
+    compare = ["verify", str(tmp_path / "out"), "--against", str(tmp_path / "copy"), "--quiet"]
+    assert [convert(compare), convert([*compare, "--no-verify"])] == [1, 0]
     ours, theirs = OPTForCausalLM.from_pretrained(tmp_path / "out", verify=False), arrays(model)
     differ = {path for path, value in arrays(ours).items() if value.tobytes() != theirs[path].tobytes()}
     assert differ == {EMBEDDING}

@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,9 +88,12 @@ def test_penalties_and_stops(folder, capsys):
     assert text.startswith(printed) and len(printed) < len(text) - 1 and printed[-1] in "et"
 
 
-def test_greedy_from_standard_input(folder, monkeypatch, capsys):
+def test_greedy_from_standard_input(folder, tmp_path, monkeypatch, capsys):
+    """Whatever the checkpoint says."""
+    model = shutil.copytree(folder, tmp_path / "model")
+    (model / "generation_config.json").write_text('{"do_sample": true, "temperature": 9.0}')
     stdin(monkeypatch, b"two\nlines\n")
-    assert main(["generate", "--model", folder, "--temperature", "0", "--max-new-tokens", "9"]) == 0
+    assert main(["generate", "--model", str(model), "--temperature", "0", "--max-new-tokens", "9"]) == 0
     assert capsys.readouterr() == (expected(folder, "two\nlines", max_new_tokens=9), "")
 
 
@@ -104,6 +108,7 @@ def test_version(capsys):
         (["--model", "no/such/model", "a"], "no/such/model"),
         (["--model", "{folder}", "--temperature", "-1", "a"], "temperature=-1.0"),
         (["--model", "{folder}", "--temperature", "0", "--min-p", "0.1", "a"], "min_p without effect"),
+        (["--model", "{folder}", "--temperature", "0", "--top-k", "5", "a"], "top_k without effect"),
         (["--model", "{folder}", "--top-p", "2", "a"], "top_p=2"),
         (["--model", "{folder}", "--max-new-tokens", "100", "a"], "max_position_embeddings=64"),
         (["--model", "{folder}", "a " * 100], "more than max_position_embeddings=64"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 
 import pytest
 
@@ -78,6 +79,22 @@ def test_hf_config_in_and_out(tmp_path):
     assert OPTConfig.from_hf(out).to_hf() == out
 
 
+def test_what_has_no_effect_is_noted_once_for_a_file(tmp_path):
+    """What transformers does where the file says so; nothing is said of values that are its defaults."""
+    content = OPT_350M | {"output_attentions": False, "return_dict": True, "temperature": 1.0, "top_k": 50}
+    assert OPTConfig.from_hf(content).extra["top_k"] == 50
+    content |= {"output_hidden_states": True, "gradient_checkpointing": True, "top_k": 5, "bad_words_ids": [[3]]}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            assert OPTConfig.from_hf(tmp_path).to_hf()["output_hidden_states"]
+    (warning,) = noted
+    for words in ("output_hidden_states=True (pass it to the", "gradient_checkpointing", "top_k=5", "bad_words_ids"):
+        assert words in str(warning.message)
+    assert str(tmp_path / "config.json") in str(warning.message) and "return_dict" not in str(warning.message)
+
+
 def test_a_config_can_be_a_static_argument():
     config = OPTConfig.from_hf(OPT_350M)
     assert hash(config) == hash(OPTConfig.from_hf(OPT_350M))
@@ -126,11 +143,12 @@ def test_the_number_of_labels_is_that_of_their_names():
         ("tie_word_embeddings", "yes"),
         ("num_labels", 0),
         ("problem_type", "ranking"),
+        ("problem_type", "single_label_classification"),
     ],
 )
 def test_bad_fields_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=field):
-        OPTConfig.from_hf(OPT_350M | {field: value})
+        OPTConfig.from_hf(OPT_350M | {"num_labels": 1, field: value})
 
 
 def test_bad_files_are_refused_by_name(tmp_path):

@@ -302,6 +302,7 @@ def test_the_loop_updates_the_cache_in_place(model, options):
         (dict(eos_token_id=[2, -1]), r"eos_token_id holds -1.*\[\]"),
         (dict(pad_token_id=-100), "pad_token_id holds -100"),
         (dict(seed=-1), "seed=-1"),
+        (dict(bos_token_id=5), "bos_token_id=5 without effect: put it into input_ids"),
         (dict(seed=2**32), "seed"),
         (dict(attention_mask=MASK[:2]), r"\(3, 5\), not \(2, 5\)"),
         (dict(attention_mask=MASK[:, ::-1]), "row 0 ends with padding.*left"),

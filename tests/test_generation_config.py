@@ -64,20 +64,36 @@ def test_no_file(tmp_path):
         (dict(min_length=20), dict(min_new_tokens=0), {}, dict(min_new_tokens=0, min_length=None)),
         (dict(do_sample=True, top_k=5), None, dict(do_sample=False), dict(do_sample=False, top_k=None)),
         ({}, dict(do_sample=True, num_return_sequences=2), dict(do_sample=False), dict(num_return_sequences=None)),
-        # a checkpoint may say how to sample without saying to sample
-        (dict(top_k=5, temperature=0.5), None, {}, dict(top_k=None, temperature=None)),
+        # a checkpoint may say how to sample without saying to sample, and how to draft
         (dict(top_k=5, temperature=0.5), None, dict(do_sample=True), dict(top_k=5, temperature=0.5)),
+        (dict(top_k=5), None, dict(do_sample=False), dict(top_k=None)),
+        (dict(max_matching_ngram_size=5), None, dict(prompt_lookup_num_tokens=3), dict(max_matching_ngram_size=5)),
+        (dict(num_assistant_tokens=5), None, {}, dict(num_assistant_tokens=None)),
         # one option may be overruled that is not supported
         (dict(penalty_alpha=0.6), None, dict(penalty_alpha=0), {}),
         # options of beams go with the beams
         (dict(num_beams=4, length_penalty=2), None, {}, dict(num_beams=4, length_penalty=2)),
         (dict(num_beams=4, length_penalty=2), None, dict(num_beams=1), dict(num_beams=1, length_penalty=None)),
-        (dict(early_stopping=True), None, {}, dict(early_stopping=None)),
     ],
 )
 def test_layers(checkpoint, config, options, result):
     combined = combine(checkpoint, None if config is None else GenerationConfig(**config), options)
     assert {name: getattr(combined, name) for name in result} == result
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "options", "words"),
+    [
+        (dict(top_k=5, temperature=0.5, top_p=1.0), {}, r"top_k=5 .*do_sample=True\), temperature=0.5 \(needs"),
+        (dict(do_sample=False, min_p=0.5), {}, r"min_p=0.5 \(needs do_sample=True\)$"),
+        (dict(early_stopping=True), dict(top_k=None), r"early_stopping=True \(needs num_beams\)$"),
+        (dict(max_matching_ngram_size=3), {}, r"max_matching_ngram_size=3 \(needs prompt_lookup_num_tokens\)$"),
+    ],
+)
+def test_what_has_no_effect_in_a_file_is_noted_and_left_out(checkpoint, options, words):
+    with pytest.warns(UserWarning, match=f"a/generation_config.json: without effect: .*{words}") as noted:
+        result = combine(checkpoint, None, options, "a/generation_config.json")
+    assert len(noted) == 1 and not result.to_dict().keys() & checkpoint.keys() - {"top_p", "do_sample"}
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,11 @@ def test_options_of_generation(lm):
         lm.generate_until(requests(("x", dict(until=[], max_gen_toks=64))), disable_tqdm=True)
 
 
+def test_the_tokenizer_comes_from_where_the_model_does(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"not in the cache {tmp_path}"):
+        make("no-such/model", cache_dir=tmp_path)
+
+
 @pytest.mark.parametrize("arguments, message", [
     (dict(device="cuda"), "device is not an option of opt-jax"),
     (dict(batch_size="auto"), "batch_size 'auto' must be a number"),

@@ -47,7 +47,11 @@ EFFECTS = {
     "num_labels": (5, BASE),
     "problem_type": ("multi_label_classification", {"classification loss"}),
 }
-NO_EFFECT_HERE = {"bos_token_id", "eos_token_id", "extra"}  # the first two are for `generate`
+NO_EFFECT_HERE = {
+    "eos_token_id",  # for `generate`: test_options_have_effect.py
+    "bos_token_id",  # for those who read the file: the tokenizer knows its own
+    "extra",  # written back as it came; what transformers would do for it is noted: test_config.py
+}
 
 
 def observe(**config):

@@ -55,6 +55,34 @@ def test_abstract_models_stack_too():
         assert again == shapes
 
 
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_remat_keeps_less_in_both_forms(scan_layers):
+    ids = batch("opt-125m")["input_ids"]
+
+    def kept(remat):
+        """Bytes that the forward pass hands to the backward one."""
+        build = lambda: OPTForCausalLM(  # noqa: E731
+            CONFIGS["opt-125m"], rngs=nnx.Rngs(0), scan_layers=scan_layers, remat=remat
+        )
+        loss = lambda model: model.forward(ids, labels=ids, dropout_key=jax.random.key(0)).loss  # noqa: E731
+        _, backward = jax.eval_shape(lambda model: jax.vjp(loss, model), nnx.eval_shape(build))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
+
+    none, dots, names, full = (kept(remat) for remat in ("none", "dots", "names", "full"))
+    assert none > dots > names > full
+
+
+def test_remat_computes_the_same_in_separate_layers():
+    model, ids = our_model("opt-125m", num_hidden_layers=1), batch("opt-125m")["input_ids"]
+    gradients = jax.jit(jax.value_and_grad(lambda model: model.forward(ids, labels=ids).loss))
+    expected = jax.tree.leaves(gradients(model))
+    model.model.decoder.remat = "full"
+    # The barrier keeps the compiler from merging the second computation with the first.
+    assert "optimization_barrier" in gradients.lower(model).as_text()
+    for got, want in zip(jax.tree.leaves(gradients(model)), expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_changing_the_form_never_holds_two_copies(scan_layers, monkeypatch):

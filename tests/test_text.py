@@ -318,6 +318,32 @@ def test_a_changed_tokenizer_is_saved_as_it_is(new, tmp_path):
     assert pickle.loads(pickle.dumps(new)).special_tokens_map == new.special_tokens_map
 
 
+def test_a_blank_in_front_is_put_where_the_config_says_so(tmp_path):
+    """Also where tokenizer.json says otherwise, as in HF."""
+    OPTTokenizer(trained()).save_pretrained(tmp_path / "plain")
+    plain, path = OPTTokenizer.from_pretrained(tmp_path / "plain"), tmp_path / "plain" / "tokenizer_config.json"
+    path.write_text(path.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true'))
+    spaced = OPTTokenizer.from_pretrained(tmp_path / "plain")
+    assert spaced.encode("hello") == plain.encode(" hello") != plain.encode("hello")
+    backend = trained()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    OPTTokenizer(backend).save_pretrained(tmp_path / "saved")
+    for other in (
+        OPTTokenizer(trained(), {"add_prefix_space": True}),
+        OPTTokenizer.from_pretrained(tmp_path / "saved"),
+    ):
+        assert other.encode("hello") == spaced.encode("hello")
+    with pytest.raises(ValueError, match="must be true or false"):
+        OPTTokenizer(trained(), {"add_prefix_space": "yes"})
+
+
+def test_what_has_no_effect_in_the_files_is_noted(tmp_path):
+    config = {"add_eos_token": True, "split_special_tokens": False, "padding_side": "right"}
+    OPTTokenizer(trained(), config).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"tokenizer_config.json: without effect: add_eos_token=True \(append"):
+        assert OPTTokenizer.from_pretrained(tmp_path).padding_side == "left"
+
+
 def test_special_tokens_with_names_of_one_model(tmp_path):
     config = {"extra_special_tokens": {"image_token": "<unk>"}, "truncation_side": "left"}
     tok = OPTTokenizer(trained(), config)

@@ -1,5 +1,6 @@
 """What train.py needs to start a fine-tuning task: the model's configuration, its data, the checkpoint with a head."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -22,13 +23,14 @@ def task_config(options: Options, config: OPTConfig, start: str | None) -> OPTCo
     assert options.task is not None
     if start is None and options.tokenizer is None:
         raise ValueError(f"--task {options.task} fine-tunes a checkpoint: name one with --model (or a --tokenizer)")
-    names = ("num_labels", "id2label", "label2id", "problem_type")
-    fields = {name: value for name, value in config.to_hf().items() if name not in names}
+    extra = {name: value for name, value in config.extra.items() if name not in ("id2label", "label2id")}
+    extra["architectures"], num_labels = [TASKS[options.task].__name__], OPTConfig.num_labels
     if options.task == "sequence-classification":
         if config.pad_token_id is None:
             raise ValueError(f"--model {options.model}: classification needs a pad_token_id in its configuration")
-        fields |= label_config(options.data)
-    return OPTConfig.from_hf(fields | {"architectures": [TASKS[options.task].__name__]})
+        extra |= label_config(options.data)
+        num_labels = len(extra["id2label"])
+    return dataclasses.replace(config, num_labels=num_labels, problem_type=None, extra=extra)
 
 
 def make_task(options: Options, tokenizer: OPTTokenizer, seq_len: int, multiple: int) -> Any:

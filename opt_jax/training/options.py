@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 from etils import epath
+from jax.sharding import Mesh
 
 from opt_jax.config import OPTConfig
 from opt_jax.decoder import Remat
@@ -203,7 +204,13 @@ def check_options(options: Options) -> None:
             f"--mixture {' '.join(map(str, options.mixture))}: needs one weight above 0 for each of the "
             f"{len(options.data)} of --data"
         )
-    profiled_steps(options.profile)
+    if (profiled := profiled_steps(options.profile)) and profiled.start > options.steps:
+        raise ValueError(f"--profile {options.profile} without effect: the run ends with step {options.steps}")
+    if options.final_lr != Options.final_lr and options.steps <= options.warmup_steps:
+        raise ValueError(
+            f"--final-lr {options.final_lr} without effect: all {options.steps} steps belong to the warm-up of "
+            f"{options.warmup_steps}; take fewer --warmup-steps"
+        )
     check_fine_tuning(options)
     if options.plan and options.topology is None:
         raise ValueError("--plan needs --topology, the TPU slice to compile for, as in v5p:8x8x8")
@@ -221,6 +228,11 @@ def check_options(options: Options) -> None:
                                    ("wandb", options.wandb is not None, "wandb")):  # fmt: skip
         if given and importlib.util.find_spec(package) is None:
             raise ValueError(f"--{option} needs the package {package}: pip install 'opt-jax[{option}]'")
+
+
+def check_grad_dtype(options: Options, mesh: Mesh) -> None:
+    if options.grad_dtype != Options.grad_dtype and mesh.shape["fsdp"] == 1:
+        raise ValueError(f"--grad-dtype {options.grad_dtype} without effect: the mesh has fsdp=1, and adds up nothing")
 
 
 def check_fine_tuning(options: Options) -> None:

@@ -161,7 +161,7 @@ class Batches(Order):
         }  # fmt: skip
 
     @contextlib.contextmanager
-    def reader(self, rows: Any, first: int, last: int, workers: int = 0) -> Iterator[Any]:
+    def reader(self, _rows: Any, first: int, last: int, _workers: int = 0) -> Iterator[Any]:
         """As `Windows.reader`; examples are in memory, so that nothing is read ahead."""
         yield (partial(self.batch, step) for step in range(first, last))
 

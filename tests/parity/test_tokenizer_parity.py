@@ -170,6 +170,24 @@ def test_a_tokenizer_with_added_tokens(pair, opt_directory, tmp_path):
     assert_same(ours, transformers.AutoTokenizer.from_pretrained(tmp_path / "ours"), texts)
 
 
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_blank_in_front(pair, tmp_path, in_file):
+    """As the config says of OPT's class, whatever tokenizer.json says; as the latter says of other classes."""
+    pair[0].save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    text = path.read_text()
+    assert text.count(off := '"add_prefix_space": false') == 1
+    path.write_text(text.replace(off, off.replace("false", str(in_file).lower())))
+    cases = [("GPT2Tokenizer", False, False), ("GPT2TokenizerFast", True, True), ("GPT2Tokenizer", None, False)]
+    for kind, says, wanted in [*cases, *(("PreTrainedTokenizerFast", says, in_file) for says in (None, False, True))]:
+        config = {k: v for k, v in FACEBOOK.items() if k != "add_prefix_space"} | {"tokenizer_class": kind}
+        config |= {} if says is None else {"add_prefix_space": says}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        ours, theirs = OPTTokenizer.from_pretrained(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert_same(ours, theirs, ["Hello world", " Hello", "\nx", ""])
+        assert (ours.encode("Hello") == ours.encode(" Hello")) is wanted
+
+
 def changed(tokenizer):
     """The idioms of fine-tuning scripts."""
     tokenizer.pad_token = tokenizer.eos_token
