@@ -15,7 +15,7 @@ from opt_jax.generate import stream
 pytestmark = pytest.mark.slow
 
 CONFIG = OPTConfig(
-    vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, ffn_dim=40, max_position_embeddings=96,
+    vocab_size=61, hidden_size=24, num_hidden_layers=1, num_attention_heads=3, ffn_dim=40, max_position_embeddings=96,
     word_embed_proj_dim=16, init_std=0.3,
 )  # fmt: skip
 ENDS: dict[str, Any] = dict(eos_token_id=[2, 5, 9, 11], pad_token_id=1)  # rows end at very different times
@@ -169,7 +169,7 @@ def test_a_prefix_is_read_once_and_counts(model):
 
 
 def test_errors(model):
-    other = OPTForCausalLM(dataclasses.replace(CONFIG, num_hidden_layers=1), rngs=nnx.Rngs(0))
+    other = OPTForCausalLM(dataclasses.replace(CONFIG, num_hidden_layers=2), rngs=nnx.Rngs(0))
     for options, words in (
         (dict(batch_size=0), "batch_size=0 must be an integer of at least 1"),
         (dict(batch_size=2.0), "batch_size=2.0"),

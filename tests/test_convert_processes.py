@@ -116,7 +116,7 @@ def test_killed_at_any_moment(tmp_path, sample, command, overwrite):
         made = write_hf(tmp_path / "small", small, hf_weights(small))
         assert main([*command.split(), str(made), str(old)]) == 0
     (tmp_path / "place").mkdir()
-    moments = len(sample(range(20), 10))
+    moments = len(sample(range(20), 6))
     done = python(KILLER, f"{command} {source}", tmp_path / "place" / "dst", old, moments)
     seen = eval(done.stdout)
     assert seen["left"] >= moments // 4, seen  # most of the kills came while it was writing
