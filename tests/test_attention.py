@@ -119,6 +119,7 @@ def test_cudnn_takes_the_head_dims_of_all_sizes(head_dim, segments, monkeypatch)
             jax.jit(cudnn_gradients).trace(odd, odd, odd).lower(lowering_platforms=("cuda",))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("remat", "runs"), [("none", 1), ("dots", 1), ("names", 1), ("full", 2)])
 def test_cudnn_runs_again_in_the_backward_pass_only_if_nothing_is_kept(remat, runs, monkeypatch):
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 90100)

@@ -62,6 +62,7 @@ def test_compiled_steps_equal_one_call():
             np.testing.assert_allclose(out.logits[:, 0], expected[:, i], atol=tolerance)
 
 
+@pytest.mark.slow
 def test_a_fresh_cache_attends_to_the_new_tokens_alone():
     """Prefill costs T * T scores, not T * max_length; the flag is known while tracing."""
     model, ids = our_model("opt-125m"), batch("opt-125m")["input_ids"]
@@ -89,6 +90,7 @@ def test_a_cache_needs_separate_layers():
         model(batch("opt-125m")["input_ids"], cache=model.init_cache(3, 16))
 
 
+@pytest.mark.slow
 def test_explicit_positions_and_dtype():
     model, ids = our_model("opt-125m"), batch("opt-125m")["input_ids"]
     positions = np.random.RandomState(0).permutation(LENGTH)[None].repeat(3, 0)

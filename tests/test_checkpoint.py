@@ -59,6 +59,7 @@ def hidden(directory) -> list[str]:
 # Round trips ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("variant", ["350m", "untied"])
 def test_save_and_load(tmp_path, cls, variant):
@@ -84,6 +85,7 @@ def test_stacked_model_is_stored_per_layer(tmp_path, dtype):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hf", "orbax"])
 def test_loading_onto_a_mesh(tmp_path, kind):
     if len(jax.devices()) < 8:
@@ -105,6 +107,7 @@ def test_loading_onto_a_mesh(tmp_path, kind):
     assert_same(arrays(OPTForCausalLM.from_pretrained(tmp_path / "from-mesh")), arrays(whole))
 
 
+@pytest.mark.slow
 def test_a_loaded_model_is_independent_of_its_files_and_trains(tmp_path):
     weights = hf_weights(TINY)
     source = write_hf(tmp_path / "hf", TINY, weights, "bin")  # aligned to 64 bytes, so that JAX could use it in place
@@ -138,6 +141,7 @@ def test_large_arrays_are_stored_in_chunks(tmp_path, monkeypatch):
 # Dtypes ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hf", "orbax"])
 @pytest.mark.parametrize(
     "options, compute, param",
@@ -236,6 +240,7 @@ def edit_config(directory, **changes):
     (directory / "config.json").write_text(json.dumps(raw | changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant, changes, message",
     [

@@ -195,6 +195,7 @@ def restore(directory: Path, says: list[str], **options: Any) -> tuple[int, Any,
         return checkpoints.restore_newest(jax.eval_shape(state, 0), shardings, says.append, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [lambda directory: flipped_bits(directory, 3), missing_files])
 def test_damage_of_a_training_checkpoint_is_noticed_or_harmless(run, damage):
     whole, says = (6, state(6), {"step": 6}), []

@@ -50,6 +50,7 @@ def stdin(monkeypatch, content: bytes):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
 
 
+@pytest.mark.slow
 def test_text_is_that_of_generate_and_comes_in_pieces(folder, monkeypatch):
     pieces = []
 
@@ -65,6 +66,7 @@ def test_text_is_that_of_generate_and_comes_in_pieces(folder, monkeypatch):
     assert pieces[0] == "a model" and len(set(pieces)) > 10
 
 
+@pytest.mark.slow
 def test_several_prompts_and_defaults(folder, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

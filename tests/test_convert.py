@@ -53,6 +53,7 @@ def convert(source: Path, destination: Path, *options: str) -> Path:
 # What works -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["safetensors", "safetensors-sharded", "bin", "bin-sharded"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_every_form_and_dtype_arrives_bit_for_bit(tmp_path, form, dtype):
@@ -63,6 +64,7 @@ def test_every_form_and_dtype_arrives_bit_for_bit(tmp_path, form, dtype):
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == TINY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("head", ["lm_head", "score", "qa_outputs", ""])
 def test_every_architecture_and_class_arrives_and_loads(tmp_path, variant, head, caplog):
@@ -99,6 +101,7 @@ def test_official_layouts_of_names(tmp_path):
     assert_same(load_hf_names(tmp_path / "out2"), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 @pytest.mark.parametrize("asked", ["float32", "bfloat16", "float16"])
 def test_dtype_casts_and_says_so_in_the_config(tmp_path, stored, asked):
@@ -121,6 +124,7 @@ def test_companion_files_travel(tmp_path):
     assert all((out / name).read_text() == f"content of {name}" for name in files)
 
 
+@pytest.mark.slow
 def test_command_needs_neither_torch_nor_noise(tmp_path):
     source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY, dtype="float16"), "bin")
     (tmp_path / "shadow").mkdir()

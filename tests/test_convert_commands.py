@@ -98,6 +98,7 @@ def test_a_directory_named_like_a_command(tmp_path, capsys, monkeypatch):
 # verify ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_verify_finds_the_first_difference(tmp_path, capsys):
     weights = hf_weights(TINY)
     found = sources(tmp_path)

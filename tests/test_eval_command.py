@@ -46,6 +46,7 @@ def check_results(report, expected, rel=1e-5):
         assert result["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_table(file, expected, capsys):
     assert main(["eval", "tiny", "--data", file, *SMALL]) == 0
     out, err = capsys.readouterr()
@@ -60,6 +61,7 @@ def test_table(file, expected, capsys):
         assert cells[7] == f"{value.perplexity:.3f} ± {value.perplexity_stderr:.3f}"
 
 
+@pytest.mark.slow
 def test_json_and_output(file, expected, capsys, tmp_path):
     output = tmp_path / "found.json"
     words = ["--protocol", "sliding", "--json", "--output", str(output), "--batch-size", "3", "--dtype", "bfloat16"]

@@ -257,6 +257,7 @@ def test_a_gpu_decodes_one_row_as_two(model, monkeypatch):
 PROCESSORS = dict(repetition_penalty=1.3, no_repeat_ngram_size=2, bad_words_ids=[[5, 6]], stop_token_ids=[[7, 8]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, dict(do_sample=True), PROCESSORS | dict(logprobs=2)], ids=lambda o: "-".join(o)
 )

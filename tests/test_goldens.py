@@ -12,6 +12,8 @@ from reference import CASES, PADDINGS, SMALL, case_inputs, our_model
 
 from opt_jax import named_parameters
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", params=SMALL)
 def golden(request):

@@ -58,6 +58,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_weights_back(tmp_path, form, dtype):
@@ -280,6 +281,7 @@ BAD_CONTENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metadata", [True, False])
 @pytest.mark.parametrize("case", BAD_CONTENTS)
 def test_bad_contents(tmp_path, case, metadata):

@@ -79,6 +79,7 @@ def usual():
     return observe()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", EFFECTS)
 def test_field(field, usual):
     value, effects = EFFECTS[field]
@@ -137,6 +138,7 @@ def test_dropout_keeps_the_mean_and_zeroes_at_its_rate():
     assert dropout(x, 0.3, None) is x and dropout(x, 0.0, key) is x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [stack_layers, unstack_layers])
 def test_dropout_follows_its_key_and_differs_by_layer_and_row(form):
     model = form(our_model("opt-125m", dropout=0.5))
@@ -286,6 +288,7 @@ def test_repeated_plain_calls_are_compiled_once():
     assert len(traced) == 4  # prefill, and one for all the steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", ["opt-350m", "untied"])
@@ -353,6 +356,7 @@ def test_pads_never_produce_nan(name, dtype):
     assert jax.tree.leaves(run(model, inputs))[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("name", SMALL)
 def test_a_row_does_not_see_the_batch_or_its_padding(name, padding):
@@ -368,6 +372,7 @@ def test_a_row_does_not_see_the_batch_or_its_padding(name, padding):
         np.testing.assert_allclose(together[row, mask[row]], alone, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("padded", [False, True])
 def test_segments_are_separate_rows(name, padded):
@@ -407,6 +412,7 @@ def test_inputs_embeds_are_what_the_ids_look_up():
         np.testing.assert_array_equal(model.forward(inputs_embeds=embeds).logits, model.forward(IDS).logits)
 
 
+@pytest.mark.slow
 def test_classification_pools_the_last_id_that_is_no_pad():
     model = our_model("opt-125m", "OPTForSequenceClassification", num_hidden_layers=1)
     base = our_model("opt-125m", "OPTModel", num_hidden_layers=1)

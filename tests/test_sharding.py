@@ -72,6 +72,7 @@ def abstract(cls: str, config: OPTConfig, scan_layers: bool = False):
     return nnx.eval_shape(lambda: getattr(opt_jax, cls)(config, rngs=nnx.Rngs(0), scan_layers=scan_layers))
 
 
+@pytest.mark.slow
 def test_every_parameter_has_exactly_one_row_and_every_row_a_parameter(pytestconfig):
     used = set()
     # variants that together have every kind of parameter; the other sizes are only larger

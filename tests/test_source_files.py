@@ -74,6 +74,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("converter, form, name, change", CASES)
 def test_nothing_is_published(tmp_path, converter, form, name, change):
     source = at(tmp_path / "hf", form)

@@ -19,6 +19,7 @@ def build(name: str, cls: str, scan_layers: bool = False):
     return getattr(opt_jax, cls)(CONFIGS[name], rngs=nnx.Rngs(3), scan_layers=scan_layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("name", SMALL)
 def test_stacking_and_back(name, cls):
@@ -55,6 +56,7 @@ def test_abstract_models_stack_too():
         assert again == shapes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_remat_keeps_less_in_both_forms(scan_layers):
     ids = batch("opt-125m")["input_ids"]

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 ENVIRONMENT = environment()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2), (2, 3, 1)])
 @pytest.mark.parametrize("size", ["1KB", "5GB"])
 def test_workers_in_any_order(tmp_path, order, size):
@@ -93,6 +94,7 @@ to_hf.convert(open_directory(source), out, max_shard_size="1KB", shard_of=(1, 2)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_worker(tmp_path):
     source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
     out, place = tmp_path / "out", tmp_path / ".out.shards"

@@ -84,6 +84,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("obstacle", OBSTACLES)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_converter_clears_only_its_own(tmp_path, monkeypatch, capsys, name, obstacle):
@@ -174,6 +175,7 @@ def draw(path: Path) -> None:
 WRITERS = [write_new, lambda path: write_text(epath.Path(path), "new"), write_array, draw]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writer", WRITERS)
 def test_files_are_not_written_through_links(tmp_path, writer: Callable[[Path], None]):
     (tmp_path / "precious").write_text("keep")

@@ -537,6 +537,7 @@ def test_pipeline_samples_by_default(tok, model):
     assert len({str(result) for result in pipe(["hello"] * 4, batch_size=1)}) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", [40, 512])
 def test_pipeline_default_length(tok, context):
     """256 new tokens, or what the context leaves."""

@@ -26,6 +26,7 @@ HEADS = {
 # What works -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("head", HEADS)
 def test_there_and_back_is_bit_exact(tmp_path, dtype, head):

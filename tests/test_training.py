@@ -330,6 +330,7 @@ def test_moments_lie_where_their_parameters_do(name):
         assert {k: found[f"opt_state.1.{moment}.{k.removeprefix('model.')}"] for k in parameters} == parameters
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
 @pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=4,tensor=2"])
 def test_a_device_begins_with_its_own_shards(mesh):
