@@ -171,10 +171,16 @@ def _attend(
     if isinstance(k, Int8Array):
         scores = int8.einsum("bhtk,bhsk->bhts", q, k.values) * k.scale.mT
     else:
-        scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
+        scores = _product("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
     weights = dropout(jax.nn.softmax(scores, axis=-1).astype(q.dtype), dropout_rate, dropout_key)
     if isinstance(v, Int8Array):
         scaled = weights.astype(jnp.float32) * v.scale.mT
         return int8.einsum("bhts,bhsk->bhtk", scaled, v.values).astype(q.dtype), weights
-    return jnp.einsum("bhts,bhsk->bhtk", weights, v), weights
+    return _product("bhts,bhsk->bhtk", weights, v), weights
+
+
+def _product(spec: str, x: Array, cached: Array, **kwargs) -> Array:
+    """`jnp.einsum` under the standard promotion of dtypes: a cache may be of another dtype than the computation."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.einsum(spec, x, cached, **kwargs)

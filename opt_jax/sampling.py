@@ -162,7 +162,7 @@ def _keep_largest(
 
     Finds the threshold bit by bit: 32 passes over the row, on a CPU 10 times faster than sorting 50,000 logits.
     """
-    bits = lax.bitcast_convert_type(merit, jnp.uint32)
+    bits = lax.bitcast_convert_type(merit.astype(jnp.float32), jnp.uint32)
     ordered = jnp.where(bits >> 31 == 1, -bits, bits | jnp.uint32(1 << 31))  # in the floats' order; -0 equals 0
 
     def try_bit(i, threshold):

@@ -1,6 +1,6 @@
 """JAX's global settings that notebooks switch on: everything runs under each, with the results that it has without.
 
-The whole fast part runs under each with `make test-exhaustive`.
+The whole fast part runs under each with `make test-settings`.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from opt_jax.request import check_request
 from opt_jax.scoring import _score
 from opt_jax.sharding import make_mesh, use_mesh
 from opt_jax.training.optimizer import make_optimizer, make_schedule
+from opt_jax.training.options import Options, check_options
 from opt_jax.training.step import (
     batch_loss,
     make_eval_step,
@@ -34,6 +35,7 @@ from opt_jax.training.step import (
 )
 from opt_jax.training.tasks import make_predict_step, task_loss
 
+pytestmark = pytest.mark.default_settings("switches settings on by itself")
 STRICT = {"jax_enable_x64": True, "jax_numpy_rank_promotion": "raise", "jax_numpy_dtype_promotion": "strict"}
 SAME_NUMBERS = STRICT | {"jax_debug_nans": True, "jax_default_matmul_precision": "highest"}
 OTHER_DRAWS = {"jax_threefry_partitionable": False}  # True is the default
@@ -131,7 +133,7 @@ DRAWN = (continuous, lookup, train)
 
 def pytest_generate_tests(metafunc):
     """By default the settings that leave all numbers as they are are switched on together; --exhaustive: one by one."""
-    if "values" not in metafunc.fixturenames:
+    if "part" not in metafunc.fixturenames:
         return
     groups = [SAME_NUMBERS]
     if metafunc.config.getoption("--exhaustive"):
@@ -245,6 +247,8 @@ TRACED = {
     "answers": lambda: heads(OPTForQuestionAnswering),
     "processors": lambda: decoded(half(), logprobs=2, stop_token_ids=[[3, 4]], **PROCESSORS),
     "int8": lambda: decoded(quantize(half()), cache_dtype="int8"),
+    "narrower cache": lambda: decoded(model(), cache_dtype="float16"),
+    "wider cache": lambda: decoded(half(), cache_dtype="float32"),
     "drawn beams": drawn_beams,
     "train": lambda: trained(OPTForCausalLM, remat="full"),
     "train classifier": lambda: trained(OPTForSequenceClassification),
@@ -258,3 +262,9 @@ def test_a_program_has_no_implicit_promotion_and_gives_nothing_of_64_bits(progra
     with settings(STRICT):
         dtypes = {leaf.dtype for leaf in jax.tree.leaves(TRACED[program]())}
     assert dtypes and not dtypes & {np.dtype(name) for name in ("int64", "uint64", "float64")}
+
+
+def test_a_run_without_jit_is_refused():
+    check_options(Options())
+    with settings(NO_JIT), pytest.raises(ValueError, match="jax_disable_jit is on, .*: unset JAX_DISABLE_JIT"):
+        check_options(Options())
