@@ -24,8 +24,9 @@ def arrays(head_dim, length, kind):
         jnp.asarray(np.stack([columns // 37, columns // 50])) if kind == "segments" else None,
         0,
     )
-    seen = jnp.ones((2, length)) if mask.key_mask is None else mask.key_mask
-    return q * head_dim**-0.5, k, v, mask, weight * seen[:, None, :, None].astype(weight.dtype)  # what pads read does not matter
+    if mask.key_mask is not None:  # what pads read does not matter
+        weight = jnp.where(mask.key_mask[:, None, :, None], weight, 0)
+    return q * head_dim**-0.5, k, v, mask, weight
 
 
 @pytest.mark.parametrize("kind", [None, "segments", "left", "right"])

@@ -5,6 +5,7 @@ The whole fast part runs under each with `make test-settings`.
 
 import contextlib
 from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ SAME_NUMBERS = STRICT | {"jax_debug_nans": True, "jax_default_matmul_precision":
 OTHER_DRAWS = {"jax_threefry_partitionable": False}  # True is the default
 NO_JIT = {"jax_disable_jit": True}
 IDS = np.array([[1, 1, 7, 8, 9, 7, 8], [2, 10, 11, 12, 13, 10, 11]], np.int32)
-NEW = dict(max_new_tokens=3, eos_token_id=[], pad_token_id=1)
+NEW: dict[str, Any] = dict(max_new_tokens=3, eos_token_id=[], pad_token_id=1)
 
 
 @contextlib.contextmanager
@@ -115,7 +116,8 @@ def beginning():
 
 
 def train(_):
-    devices = jax.devices()[: 1 if jax.config.jax_disable_jit else 2]  # every operation by itself is slow on two
+    # One without jit, where every operation by itself is slow on two.
+    devices = jax.devices()[: 1 if jax.config.jax_disable_jit else 2]  # type: ignore[reportAttributeAccessIssue]
     mesh, state = make_mesh("fsdp=-1", devices=devices), beginning()
     shardings = state_shardings(state, mesh)
     step = make_train_step(make_optimizer(SCHEDULE), SCHEDULE, model().config, 0, shardings, mesh)
@@ -171,7 +173,7 @@ PROCESSORS = dict(
     frequency_penalty=0.1, no_repeat_ngram_size=2, bad_words_ids=[[3, 4], [5]], suppress_tokens=[7],
     begin_suppress_tokens=[8], forced_bos_token_id=9, forced_eos_token_id=2, min_new_tokens=2,
 )  # fmt: skip
-LABELS: dict = {
+LABELS: dict[type, Any] = {
     OPTForCausalLM: dict(labels=IDS),
     OPTForSequenceClassification: dict(labels=np.array([0, 2], np.int32)),
     OPTForQuestionAnswering: dict(start_positions=np.array([1, 2]), end_positions=np.array([2, 30])),
@@ -198,7 +200,7 @@ def decoded(model, **options):
         how = dict(logprobs=request.logprobs, cache_dtype=request.cache_dtype, **kind)
         state = decode.begin(model, request.prompts, request.options, capacity=request.capacity, **how)[0]
         prefix = generation._read_prefix(model, IDS[:1], IDS[:1] != 1, request.cache_dtype).extend(3, 20)
-        scores = _score(model, IDS, IDS != 1)
+        scores = _score(model, jnp.asarray(IDS), jnp.asarray(IDS != 1))
         return decode.advance(model, state, request.options, np.int32(3), np.int32(2), **kind), prefix, scores
 
     return jax.eval_shape(run, model)
