@@ -134,13 +134,16 @@ DRAWN = (continuous, lookup, train)
 
 
 def pytest_generate_tests(metafunc):
-    """By default the settings that leave all numbers as they are are switched on together; --exhaustive: one by one."""
+    """By default the settings that leave all numbers as they are are switched on together, and slow parts left out
+    without jit; --exhaustive: one by one as well, and all."""
     if "part" not in metafunc.fixturenames:
         return
-    groups = [SAME_NUMBERS]
+    cases = [(SAME_NUMBERS, part) for part in PARTS]
     if metafunc.config.getoption("--exhaustive"):
-        groups += [{name: value} for name, value in SAME_NUMBERS.items()]
-    cases = [(values, part) for values in (*groups, NO_JIT) for part in PARTS] + [(OTHER_DRAWS, part) for part in DRAWN]
+        cases += [({name: value}, part) for name, value in SAME_NUMBERS.items() for part in PARTS]
+        cases += [(NO_JIT, part) for part in PARTS] + [(OTHER_DRAWS, part) for part in DRAWN]
+    else:
+        cases += [(NO_JIT, part) for part in (forward, greedy, lookup, saved)] + [(OTHER_DRAWS, continuous)]
     names = [f"{part.__name__}-{'-'.join(name.removeprefix('jax_') for name in values)}" for values, part in cases]
     metafunc.parametrize("values, part", cases, ids=names)
 
