@@ -10,6 +10,9 @@ EXACT = tests/parity/test_train_parity.py tests/test_decode_hlo.py tests/test_go
 # What depends on the versions of Python, JAX and the rest, beside EXACT and the fast part: each script once, end to end.
 SCRIPTS = $(patsubst %,tests/test_%.py,notebook generation_docs) $(addprefix tests/test_train_script.py::test_, \
   a_run_leaves_what_it_promises stops_as_asked_and_resumes_on_another_mesh)
+# JAX's settings under which the fast part runs. Without jit it would take days: tests/test_jax_settings.py has a sample.
+SETTINGS = JAX_ENABLE_X64=1 JAX_NUMPY_RANK_PROMOTION=raise JAX_NUMPY_DTYPE_PROMOTION=strict JAX_DEBUG_NANS=1 \
+  JAX_DEFAULT_MATMUL_PRECISION=highest JAX_THREEFRY_PARTITIONABLE=0
 # Twice quiet: errors only.
 PIP_INSTALL = -m pip install -qq --disable-pip-version-check
 # What only tests use is compiled by those that import it: a small part of PyTorch and transformers, in two processes.
@@ -17,14 +20,15 @@ NO_COMPILE = --no-compile
 # Compiles for TPUs without having one; exists for Linux on x86 only. The test that wants it skips elsewhere.
 LIBTPU = $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),libtpu/.installed)
 
-.PHONY: help install demo test test-exact test-others test-latest test-latest-exact test-latest-fast test-exhaustive environments lint clean
+.PHONY: help install demo test test-exact test-others test-latest test-latest-exact test-latest-fast test-exhaustive \
+  test-every-case test-settings environments lint clean
 
 help:
 	@echo "make install      create .venv with opt-jax and what it needs (CPU)"
 	@echo "make demo         install, then convert, generate and train with the embedded model in a minute"
 	@echo "make test         lint and the test suite, parity with PyTorch included"
 	@echo "make test-latest  what depends on versions, on the newest Python and JAX found"
-	@echo "make test-exhaustive  every case of the sweeps, and compiled as users have it: hours"
+	@echo "make test-exhaustive  every case of the sweeps, compiled as users have it; JAX's settings: hours"
 	@echo "make lint         ruff and pyright"
 	@echo "make clean        remove what the above have made"
 
@@ -44,9 +48,16 @@ test-latest-exact: .venv-latest/.installed-test $(addprefix .venv-latest/,$(LIBT
 	$(AS_USERS_HAVE_IT) .venv-latest/bin/python -m pytest $(PARALLEL) $(filter-out tests/parity/%,$(EXACT)) $(SCRIPTS)
 test-latest-fast: .venv-latest/.installed-test $(addprefix .venv-latest/,$(LIBTPU))
 	.venv-latest/bin/python -m pytest $(PARALLEL) -m "not slow" $(addprefix --ignore ,$(EXACT))
-# With every case of the sweeps, and the code that users have.
-test-exhaustive: .venv/.installed-test $(addprefix .venv/,$(LIBTPU))
+# With every case of the sweeps, and the code that users have; then the fast part under each of JAX's settings.
+test-exhaustive:
+	@$(MAKE) --no-print-directory --keep-going test-every-case test-settings
+test-every-case: .venv/.installed-test $(addprefix .venv/,$(LIBTPU))
 	$(AS_USERS_HAVE_IT) .venv/bin/python -m pytest $(PARALLEL) --exhaustive
+test-settings: .venv/.installed-test $(addprefix .venv/,$(LIBTPU))
+	@failed=; for setting in $(SETTINGS); do \
+	  echo "$$setting:"; \
+	  env $$setting .venv/bin/python -m pytest $(PARALLEL) -m "not slow and not default_settings" || failed="$$failed $$setting"; \
+	done; test -z "$$failed" || { echo "failed under:$$failed" >&2; exit 1; }
 lint: .venv/.installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .

@@ -321,6 +321,7 @@ def train(options: Options, held: ExitStack) -> None:
     reading = windows.reader(rows, first, last, options.data_workers)
     with (
         reading as reader, checkpoints, best, kept, Termination() as termination, use_mesh(mesh), metrics, trace, guard,
+        jax.debug_nans(False),  # a run looks for NaN by itself; JAX's search for the operation cannot run within a step
     ):  # fmt: skip
         step, stopping = first, False
         pending = None  # the numbers of a step are fetched when the next one is already under way

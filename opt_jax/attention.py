@@ -45,8 +45,9 @@ class AttentionMask:
 
     def dense(self, queries: int, keys: int) -> Bool[Array, "b 1 T S"]:
         """True where query t may attend to key s; leading axis 1 when it is the same for every row."""
-        t = jnp.arange(queries)[:, None]
-        since = (jnp.arange(keys)[None] - self.query_column) % keys  # 0.. for this call's tokens, in order
+        t = jnp.arange(queries, dtype=jnp.int32)[:, None]
+        s = jnp.arange(keys, dtype=jnp.int32)[None]
+        since = (s - self.query_column) % keys  # 0.. for this call's tokens, in order
         mask = ((since <= t) | (since >= queries))[None, None]
         if self.key_mask is not None:
             mask &= self.key_mask[:, None] if self.key_mask.ndim == 3 else self.key_mask[:, None, None, :]
@@ -68,7 +69,7 @@ class DropoutKey(NamedTuple):
         """first: number of the first row that devices share now, of a batch that comes in parts (micro-batches)."""
         if key is None or isinstance(key, DropoutKey):
             return key
-        return cls(key, first + first_row(rows) + jnp.arange(rows))
+        return cls(key, first + first_row(rows) + jnp.arange(rows, dtype=jnp.int32))
 
 
 def dropout(x: Float[Array, "B N ..."], rate: float, key: DropoutKey | None) -> Float[Array, "B N ..."]:
@@ -78,11 +79,11 @@ def dropout(x: Float[Array, "B N ..."], rate: float, key: DropoutKey | None) -> 
     """
     if key is None or rate == 0.0:
         return x
-    columns = first_part(x.shape[1]) + jnp.arange(x.shape[1])
+    columns = first_part(x.shape[1]) + jnp.arange(x.shape[1], dtype=jnp.int32)
 
     def keep(row: jax.Array, column: jax.Array) -> jax.Array:
         own = jax.random.fold_in(jax.random.fold_in(key.key, row), column)
-        return jax.random.bernoulli(own, 1.0 - rate, x.shape[2:])
+        return jax.random.bernoulli(own, jnp.float32(1.0 - rate), x.shape[2:])
 
     kept = jax.vmap(jax.vmap(keep, (None, 0)), (0, None))(key.rows, columns)
     return jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))
@@ -170,9 +171,16 @@ def _attend(
     if isinstance(k, Int8Array):
         scores = int8.einsum("bhtk,bhsk->bhts", q, k.values) * k.scale.mT
     else:
-        scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
+        scores = _product("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
     weights = dropout(jax.nn.softmax(scores, axis=-1).astype(q.dtype), dropout_rate, dropout_key)
     if isinstance(v, Int8Array):
-        return int8.einsum("bhts,bhsk->bhtk", weights * v.scale.mT, v.values).astype(q.dtype), weights
-    return jnp.einsum("bhts,bhsk->bhtk", weights, v), weights
+        scaled = weights.astype(jnp.float32) * v.scale.mT
+        return int8.einsum("bhts,bhsk->bhtk", scaled, v.values).astype(q.dtype), weights
+    return _product("bhts,bhsk->bhtk", weights, v), weights
+
+
+def _product(spec: str, x: Array, cached: Array, **kwargs) -> Array:
+    """`jnp.einsum` under the standard promotion of dtypes: a cache may be of another dtype than the computation."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.einsum(spec, x, cached, **kwargs)

@@ -205,19 +205,20 @@ def _advance(
 
     # So many that `beams` of them are left to go on if each beam proposes all the end tokens.
     most = min((1 + options.eos_token_ids.size) * beams, totals.shape[1])
-    count = jnp.maximum(2, 1 + (options.eos_token_ids < vocabulary).sum()) * beams
+    count = jnp.maximum(2, 1 + (options.eos_token_ids < vocabulary).sum(dtype=jnp.int32)) * beams
     index = _candidates(totals, most, count, keys, state.step)
     parent, token = index // vocabulary, index % vocabulary
     length = state.step + 1
+    tokens = _take(state.running.tokens, parent)
     candidates = _Beams(
-        tokens=lax.dynamic_update_slice(_take(state.running.tokens, parent), token[:, :, None], (0, 0, state.step)),
+        tokens=lax.dynamic_update_slice_in_dim(tokens, token[:, :, None], state.step, axis=2),
         scores=_take(totals, index),
         lengths=jnp.full_like(index, length),
     )
-    ends = (token[:, :, None] == options.eos_token_ids).any(-1) | (length >= options.max_new_tokens)
+    ends = (token[:, :, None] == options.eos_token_ids[None, None]).any(-1) | (length >= options.max_new_tokens)
 
     # Ended ones stay behind, unless there are no others; the best `beams` candidates only may finish (HF's rules).
-    counted = jnp.arange(most) < count
+    counted = jnp.arange(most, dtype=jnp.int32)[None] < count
     going_on = jnp.where(counted, candidates.scores + jnp.where(ends, _NEVER, 0.0), -jnp.inf)
     scores, chosen = lax.top_k(going_on, beams)
     running = dataclasses.replace(candidates.select(chosen), scores=scores)
@@ -240,7 +241,7 @@ def _processed(
 ) -> Float[Array, "B N V"]:  # fmt: skip
     tokens, step = state.running.tokens, state.step
     width, (beams, capacity) = ids.shape[1], tokens.shape[1:]
-    is_new = jnp.broadcast_to(jnp.arange(capacity) < step, tokens.shape)
+    is_new = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32) < step, tokens.shape)
 
     def joined(prompt, new):
         prompt = jnp.repeat(prompt[:, None], beams, axis=1)
@@ -258,9 +259,9 @@ def _candidates(
     """The largest; or `count` drawn without replacement from softmax(totals), and others behind them. In order."""
     if keys is None:
         return lax.top_k(totals, most)[1]
-    noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, step), totals.shape[1:]))(keys)
+    noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, step), totals.shape[1:], jnp.float32))(keys)
     drawn = lax.top_k(totals + noise, most)[1]  # Gumbel top-k: https://arxiv.org/abs/1903.06059
-    scores = jnp.where(jnp.arange(most) < count, _take(totals, drawn), -jnp.inf)
+    scores = jnp.where(jnp.arange(most, dtype=jnp.int32)[None] < count, _take(totals, drawn), -jnp.inf)
     return _take(drawn, lax.top_k(scores, most)[1])
 
 
@@ -346,4 +347,4 @@ def _row_keys(seed: int | Sequence[int] | np.ndarray, batch: int, first_row: int
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
     if np.ndim(seed) > 0:
         return keys
-    return jax.vmap(lambda row: jax.random.fold_in(keys[0], row))(first_row + jnp.arange(batch))
+    return jax.vmap(lambda row: jax.random.fold_in(keys[0], row))(first_row + jnp.arange(batch, dtype=jnp.int32))

@@ -74,11 +74,11 @@ class KVCache:
         """
         layers = self.layers() if layers is None else list(layers)
         branched = self.valid.ndim == 3
-        seen = mask[:, :, None] & jnp.eye(mask.shape[1], dtype=bool) if branched else mask
+        seen = mask[:, :, None] & jnp.eye(mask.shape[1], dtype=bool)[None] if branched else mask
         return KVCache(
             k=tuple(layer.k for layer in layers),
             v=tuple(layer.v for layer in layers),
-            valid=lax.dynamic_update_slice(self.valid, seen, (*[0] * (seen.ndim - 1), self.column)),
+            valid=lax.dynamic_update_slice_in_dim(self.valid, seen, self.column, axis=seen.ndim - 1),
             next_position=self.next_position + (1 if branched else mask.sum(-1, dtype=jnp.int32)),
             column=self.column + mask.shape[1],
             fresh=False,
@@ -109,10 +109,10 @@ class KVCache:
         """
         start = self.column - width
         window = lax.dynamic_slice_in_dim(self.valid, start, width, axis=1)
-        keep = jnp.arange(width) < kept[:, None]
+        keep = jnp.arange(width, dtype=jnp.int32)[None] < kept[:, None]
         return dataclasses.replace(
             self,
-            valid=lax.dynamic_update_slice(self.valid, keep, (0, start)),
+            valid=lax.dynamic_update_slice_in_dim(self.valid, keep, start, axis=1),
             next_position=self.next_position - window.sum(-1, dtype=jnp.int32) + kept,
             column=start + kept.max(),
         )
@@ -128,7 +128,7 @@ class KVCache:
             self,
             k=jax.tree.map(moved, self.k),
             v=jax.tree.map(moved, self.v),
-            valid=jnp.arange(self.max_length) < count[:, None],
+            valid=jnp.arange(self.max_length, dtype=jnp.int32)[None] < count[:, None],
             column=count.max(),
         )
 
@@ -193,7 +193,8 @@ def init_cache(layers: int, batch: int, heads: int, max_length: int, head_dim: i
 
     def zeros():
         values = jnp.zeros((batch, heads, max_length, head_dim), dtype)
-        return Int8Array(values, jnp.zeros((*values.shape[:-1], 1))) if values.dtype == jnp.int8 else values
+        scale = (*values.shape[:-1], 1)
+        return Int8Array(values, jnp.zeros(scale, jnp.float32)) if values.dtype == jnp.int8 else values
 
     def empty():
         return tuple(zeros() for _ in range(layers))

@@ -92,7 +92,7 @@ class DecodeState:
     width: int = dataclasses.field(metadata=dict(static=True))
 
     def history(self) -> History:
-        columns, end = jnp.arange(self.tokens.shape[1]), self.width + self.lengths
+        columns, end = jnp.arange(self.tokens.shape[1], dtype=jnp.int32)[None], self.width + self.lengths
         valid = (columns >= self.width - self.prompt_lengths[:, None]) & (columns < end[:, None])
         return History(self.tokens, valid, end, self.lengths)
 
@@ -149,8 +149,8 @@ def begin(
     rows, width = tokens.shape
     records = None
     if logprobs is not None:
-        top = (rows, capacity, logprobs)
-        records = TokenLogprobs(jnp.zeros((rows, capacity)), jnp.zeros(top, jnp.int32), jnp.zeros(top))
+        one, top = (rows, capacity), (rows, capacity, logprobs)
+        records = TokenLogprobs(jnp.zeros(one, jnp.float32), jnp.zeros(top, jnp.int32), jnp.zeros(top, jnp.float32))
     zero = jnp.zeros(rows, jnp.int32)
     state = DecodeState(
         cache=cache, tokens=jnp.pad(tokens, ((0, 0), (0, capacity))), token=zero, prompt_lengths=lengths, lengths=zero,
@@ -177,7 +177,7 @@ def advance(
         return _append(dataclasses.replace(state, cache=out.cache), out.logits[:, -1], options, do_sample)
 
     def go_on(state: DecodeState) -> Bool[Array, ""]:
-        return (state.step < until) & (state.ended(options).sum() < enough)
+        return (state.step < until) & (state.ended(options).sum(dtype=jnp.int32) < enough)
 
     state = lax.while_loop(go_on, step, dataclasses.replace(state, cache=state.cache.squeeze()))
     return _report(dataclasses.replace(state, cache=state.cache.unsqueeze()), options)
@@ -193,11 +193,11 @@ def _append(state: DecodeState, logits: Float[Array, "R V"], options: SamplingOp
         state,
         tokens=_write(state.tokens, token, jnp.where(ended, nowhere, state.width + state.lengths)),
         token=token,
-        lengths=state.lengths + ~ended,
+        lengths=state.lengths + (~ended).astype(jnp.int32),
         step=state.step + 1,
         logprobs=None if records is None else records.record(logits, token, column),
     )
-    stops = (token[:, None] == options.eos_token_ids).any(-1)
+    stops = (token[:, None] == options.eos_token_ids[None]).any(-1)
     if options.stop_sequences is not None:
         stops |= processors.completes(state.history(), options.stop_sequences)
     return dataclasses.replace(state, stopped=state.stopped | stops & ~ended)
@@ -209,4 +209,4 @@ def _report(state: DecodeState, options: SamplingOptions) -> Report:
 
 def _write(buffer: Array, new: Array, column: Int[Array, " R"]) -> Array:
     """`buffer` [R, L, ...] with `new` [R, ...] in a column of each row; nothing where there is no such column."""
-    return buffer.at[jnp.arange(buffer.shape[0]), column].set(new.astype(buffer.dtype), mode="drop")
+    return buffer.at[jnp.arange(buffer.shape[0], dtype=jnp.int32), column].set(new.astype(buffer.dtype), mode="drop")

@@ -53,10 +53,18 @@ PART_BYTES = 2**26
 POSITION_OFFSET = 2
 
 
-def linear(config: OPTConfig, inputs: int, outputs: int, use_bias: bool, **kwargs) -> nnx.Linear:
+class Linear(nnx.Linear):
+    """`nnx.Linear`, whose bias may be of another dtype, under `jax_numpy_dtype_promotion="strict"` too."""
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:  # type: ignore[reportIncompatibleMethodOverride]
+        with jax.numpy_dtype_promotion("standard"):
+            return super().__call__(x)
+
+
+def linear(config: OPTConfig, inputs: int, outputs: int, use_bias: bool, **kwargs) -> Linear:
     """kernel [inputs, outputs] from normal(0, init_std), bias zero: HF `OPTPreTrainedModel._init_weights`."""
     init = nnx.initializers.normal(config.init_std)
-    return nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, dot_general=_matmul, **kwargs)
+    return Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, dot_general=_matmul, **kwargs)
 
 
 def _matmul(x: jax.Array, kernel: jax.Array, _dimension_numbers: Any, **kwargs) -> jax.Array:
@@ -83,10 +91,18 @@ class Embed(nnx.Embed):
         return jnp.einsum("btp,vp->btv", x, table, preferred_element_type=jnp.float32)
 
 
-def _layer_norm(config: OPTConfig, **kwargs) -> nnx.LayerNorm:
+class LayerNorm(nnx.LayerNorm):
+    """`nnx.LayerNorm`, which mixes dtypes, under `jax_numpy_dtype_promotion="strict"` too."""
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:  # type: ignore[reportIncompatibleMethodOverride]
+        with jax.numpy_dtype_promotion("standard"):
+            return super().__call__(x)
+
+
+def _layer_norm(config: OPTConfig, **kwargs) -> LayerNorm:
     """LayerNorm with PyTorch's epsilon and two-pass variance (Flax defaults: 1e-6 and E[x^2] - E[x]^2)."""
     affine = config.layer_norm_elementwise_affine
-    return nnx.LayerNorm(
+    return LayerNorm(
         config.hidden_size, epsilon=1e-5, use_bias=affine, use_scale=affine, use_fast_variance=False, **kwargs
     )
 
@@ -165,7 +181,7 @@ class OPTDecoderLayer(nnx.Module):
             x = self.final_layer_norm(x)
 
         if dropout_key is not None and config.layerdrop > 0:  # LayerDrop (Fan et al. 2019): skip the whole layer
-            x = jnp.where(jax.random.bernoulli(keys[3].key, config.layerdrop), inputs, x)
+            x = jnp.where(jax.random.bernoulli(keys[3].key, jnp.float32(config.layerdrop)), inputs, x)
         return x, weights, cache
 
 
@@ -225,7 +241,7 @@ class OPTDecoder(nnx.Module):
         dropout_key: jax.Array | DropoutKey | None,
     ) -> BaseModelOutput:
         if attention_mask is not None:
-            attention_mask = attention_mask != 0
+            attention_mask = attention_mask.astype(bool)
         if output_attentions and self.implementation != "xla":
             raise ValueError(
                 f"output_attentions needs attn_implementation='xla': {self.implementation!r} never holds the weights"
@@ -349,9 +365,9 @@ def _positions(
 ) -> Int[Array, "b T"]:
     """Position of a token: the number of real tokens before it in its row, or segment; -1 for a pad (HF's rule)."""
     if mask is None and segment_ids is None and first is None:
-        return jnp.arange(length)[None]
+        return jnp.arange(length, dtype=jnp.int32)[None]
     mask = jnp.ones((batch, length), bool) if mask is None else mask
-    before = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - mask
+    before = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - mask.astype(jnp.int32)
     if first is not None:
         before += first[:, None]
     if segment_ids is not None:  # restart where a new segment begins

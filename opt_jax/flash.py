@@ -54,7 +54,8 @@ def cudnn(
     """cuDNN's flash attention. Segments become a mask [B, 1, T, T], which it reads from memory."""
     mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=1.0, is_causal=True, implementation="cudnn")
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own function mixes dtypes
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=1.0, is_causal=True, implementation="cudnn")
     return out.transpose(0, 2, 1, 3)
 
 

@@ -106,7 +106,7 @@ def _check_mask(mask: jax.Array, batch: int, length: int, cache: KVCache | None)
                 f"attention_mask covers {mask.shape[1]} tokens, but the cache holds {int(cache.column)} and "
                 f"{length} are new"
             )
-    return mask[:, -length:] != 0
+    return mask[:, -length:].astype(bool)
 
 
 def _check_labels(model: Any, inputs: dict[str, Any], batch: int, length: int) -> None:

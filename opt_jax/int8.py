@@ -23,7 +23,7 @@ class Int8Array:
         return self.values.shape
 
     def dequantize(self) -> Float32[Array, "*shape K"]:
-        return self.values * self.scale
+        return self.values.astype(jnp.float32) * self.scale
 
 
 def qwix() -> ModuleType:

@@ -228,7 +228,8 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
         if pad is None or input_ids is None:
             x = x[:, -1]
         else:  # the right-most id that is not the pad; the mask is not asked (as in HF)
-            last = jnp.argmax(jnp.arange(x.shape[1]) * (input_ids != pad), axis=-1)
+            columns = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+            last = jnp.argmax(jnp.where(input_ids != pad, columns, 0), axis=-1)
             x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
         logits = self.score(x)
         return SequenceClassifierOutput(

@@ -64,7 +64,7 @@ def cross_entropy(
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, jnp.where(counted, labels, 0)[..., None], axis=-1)[..., 0]
     nll = jax.nn.logsumexp(logits, axis=-1) - chosen
-    return jnp.where(counted, nll, 0.0).sum() / jnp.maximum(counted.sum(), 1)
+    return jnp.where(counted, nll, 0.0).sum() / jnp.maximum(counted.sum(), 1).astype(jnp.float32)
 
 
 def causal_lm_loss(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, ""]:

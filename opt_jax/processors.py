@@ -29,7 +29,7 @@ class History:
         return self.valid.sum(-1, dtype=jnp.int32)
 
     def is_new(self) -> Bool[Array, "B L"]:
-        columns = jnp.arange(self.tokens.shape[1])
+        columns = jnp.arange(self.tokens.shape[1], dtype=jnp.int32)[None]
         return (columns >= (self.column - self.step)[:, None]) & (columns < self.column[:, None])
 
 
@@ -54,14 +54,14 @@ def additive_penalties(
     """OpenAI's and vLLM's penalties, over new tokens only: minus `presence`, and minus `frequency` for each time."""
     counts = _counts(logits, history, history.valid & history.is_new())
     if presence is not None:
-        logits = logits - presence * (counts > 0)
-    return logits if frequency is None else logits - frequency * counts
+        logits = logits - presence * (counts > 0).astype(logits.dtype)
+    return logits if frequency is None else logits - frequency * counts.astype(logits.dtype)
 
 
 def no_repeat_ngram(logits: Logits, history: History, size: Int[Array, ""]) -> Logits:
     """-inf where an n-gram of prompt and continuation would appear again (HF `NoRepeatNGramLogitsProcessor`)."""
     tokens, valid, column = history.tokens, history.valid, history.column[:, None]
-    columns = jnp.arange(tokens.shape[1])
+    columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
 
     def agree(i, match):  # the token i before each column is the i-th last token (real: there is a whole n-gram)
         before, known = (jnp.roll(x, i, axis=1) for x in (tokens, valid))
@@ -94,19 +94,19 @@ def force(logits: Logits, token_ids: Int[Array, " E"]) -> Logits:
     return jnp.where(_listed(logits, token_ids), jnp.zeros_like(logits), -jnp.inf)
 
 
-def _listed(logits: Logits, token_ids: Int[Array, " E"]) -> Bool[Array, " V"]:
-    return jnp.zeros(logits.shape[-1], bool).at[token_ids].set(True, mode="drop")
+def _listed(logits: Logits, token_ids: Int[Array, " E"]) -> Bool[Array, "1 V"]:
+    return jnp.zeros((1, logits.shape[-1]), bool).at[:, token_ids].set(True, mode="drop")
 
 
 def _marked(logits: Logits, tokens: Int[Array, "B N"], where: Bool[Array, "B N"]) -> Bool[Array, "B V"]:
     """Those of the `tokens` that are marked."""
-    rows = jnp.arange(logits.shape[0])[:, None]
+    rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
     return jnp.zeros(logits.shape, bool).at[rows, tokens].max(where, mode="drop")
 
 
 def _counts(logits: Logits, history: History, where: Bool[Array, "B L"]) -> Int[Array, "B V"]:
     """How often each token is in the marked columns."""
-    rows = jnp.arange(logits.shape[0])[:, None]
+    rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
     return jnp.zeros(logits.shape, jnp.int32).at[rows, history.tokens].add(where.astype(jnp.int32), mode="drop")
 
 
@@ -115,8 +115,8 @@ def _ends_with(
 ) -> Bool[Array, "B W"]:
     """Whether the last valid tokens of a row are the used ones of each sequence; nothing is at every end."""
     size = ids.shape[1]
-    columns = history.column[:, None] + jnp.arange(size)
+    columns = history.column[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
     last, known = (
         jnp.take_along_axis(jnp.pad(x, ((0, 0), (size, 0))), columns, axis=1)[:, None] for x in (history.tokens, valid)
     )
-    return (~used | (known & (last == ids))).all(-1)
+    return (~used[None] | (known & (last == ids[None]))).all(-1)

@@ -24,9 +24,9 @@ class Int8Linear(nnx.Module):
         self.dtype = linear.preferred_element_type or linear.dtype
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
-        out = int8.einsum("btd,fd->btf", x, self.weight.get_value()) * self.scale.get_value().mT
+        out = int8.einsum("btd,fd->btf", x, self.weight.get_value()) * self.scale.get_value().mT[None]
         if self.bias is not None:
-            out += self.bias.get_value()
+            out += self.bias.get_value().astype(jnp.float32)[None, None]
         return out.astype(self.dtype)
 
 
@@ -43,7 +43,7 @@ class Int8Embed(nnx.Module):
         return rows.dequantize().astype(self.dtype)
 
     def attend(self, x: Float[Array, "B T P"]) -> Float[Array, "B T V"]:
-        return int8.einsum("btp,vp->btv", x, self.weight.get_value()) * self.scale.get_value().mT
+        return int8.einsum("btp,vp->btv", x, self.weight.get_value()) * self.scale.get_value().mT[None]
 
 
 def quantize(model: OPTForCausalLM) -> OPTForCausalLM:

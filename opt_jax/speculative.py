@@ -114,7 +114,7 @@ def _begin(
     if drafts.assistant is None:
         return None, zero, zero
     ids, lengths = tokens[::copies, : width - 1], prompt_lengths[::copies]
-    mask = jnp.arange(width - 1) >= width - lengths[:, None]
+    mask = jnp.arange(width - 1, dtype=jnp.int32)[None] >= width - lengths[:, None]
     assistant = whole(drafts.assistant)
     cache = assistant.init_cache(ids.shape[0], tokens.shape[1])
     cache = assistant.forward(ids, mask, cache=cache, logits_to_keep=1).cache
@@ -158,7 +158,7 @@ def _step(
     model: OPTForCausalLM, drafts: Drafts, options: SamplingOptions, do_sample: bool, s: Speculation
 ) -> Speculation:
     state, size = s.state, drafts.count + 1
-    ended, columns = state.ended(options), jnp.arange(size)
+    ended, columns = state.ended(options), jnp.arange(size, dtype=jnp.int32)[None]
     # A row that may have one more token needs no draft: there is always one token that is the model's own.
     wanted = jnp.where(ended, 0, jnp.clip(options.max_new_tokens - state.lengths - 1, 0, drafts.count))
     tokens, probabilities, wanted, cache = _propose(drafts, s, options, wanted, do_sample)
@@ -167,8 +167,8 @@ def _step(
     out = model.forward(jnp.concatenate([state.token[:, None], tokens], axis=1), mask, cache=state.cache)
     emitted, accepted = _verify(out.logits, state, tokens, probabilities, wanted, options, do_sample)
     stops = _stops(state, emitted, options) & (columns <= accepted[:, None])
-    new = jnp.where(stops.any(-1), jnp.argmax(stops, axis=-1), accepted) + 1
-    new = jnp.where(ended, 0, new).astype(jnp.int32)
+    new = jnp.where(stops.any(-1), jnp.argmax(stops, axis=-1).astype(jnp.int32), accepted) + 1
+    new = jnp.where(ended, 0, new)
 
     assert out.cache is not None
     last = jnp.take_along_axis(emitted, jnp.maximum(new - 1, 0)[:, None], axis=1)[:, 0]
@@ -192,23 +192,23 @@ def _written(
     state: DecodeState, logits: Float[Array, "R n V"], emitted: Int[Array, "R n"], new: Int[Array, " R"]
 ) -> DecodeState:
     """The state with the first `new` tokens of each row, and their log-probabilities."""
-    columns, nowhere = jnp.arange(emitted.shape[1]), state.tokens.shape[1]
+    columns, nowhere = jnp.arange(emitted.shape[1], dtype=jnp.int32)[None], state.tokens.shape[1]
     column = jnp.where(columns < new[:, None], state.lengths[:, None] + columns, nowhere)
     records = state.logprobs
     if records is not None:
         records = lax.fori_loop(
-            0, len(columns), lambda i, r: r.record(logits[:, i], emitted[:, i], column[:, i]), records
+            0, columns.size, lambda i, r: r.record(logits[:, i], emitted[:, i], column[:, i]), records
         )
     return dataclasses.replace(state, tokens=_put(state.tokens, emitted, state.width + column), logprobs=records)
 
 
 def _stops(state: DecodeState, emitted: Int[Array, "R n"], options: SamplingOptions) -> Bool[Array, "R n"]:
     """Which of the tokens would end their row."""
-    stops = (emitted[..., None] == options.eos_token_ids).any(-1)
+    stops = (emitted[..., None] == options.eos_token_ids[None, None]).any(-1)
     if options.stop_sequences is None:
         return stops
     tokens = _put(state.tokens, emitted, _behind(state, emitted.shape[1]))
-    history = _histories(state, tokens, 1 + jnp.arange(emitted.shape[1]))
+    history = _histories(state, tokens, 1 + jnp.arange(emitted.shape[1], dtype=jnp.int32))
     return stops | processors.completes(history, options.stop_sequences).reshape(stops.shape)
 
 
@@ -227,20 +227,20 @@ def _propose(drafts: Drafts, s: Speculation, options: SamplingOptions, wanted: I
 def _look_up(history: History, ngram: Int[Array, ""], count: int) -> tuple[Int[Array, "R k"], Int[Array, " R"]]:
     """What followed where the last tokens were before: as many of them as possible, at most `ngram`; of several places
     the first (as HF). And how many tokens that is."""
-    tokens, columns = history.tokens, jnp.arange(history.tokens.shape[1])
+    tokens, columns = history.tokens, jnp.arange(history.tokens.shape[1], dtype=jnp.int32)[None]
 
     def compare(i, state):  # the token i before each column is the i-th last token
         agree, length = state
         before, known = (jnp.roll(x, i, axis=1) for x in (tokens, history.valid))
         last = jnp.take_along_axis(tokens, history.column[:, None] - i, axis=1)
         agree &= known & (columns >= i) & (before == last)
-        return agree, length + agree
+        return agree, length + agree.astype(jnp.int32)
 
     _, length = lax.fori_loop(1, ngram + 1, compare, (history.valid, jnp.zeros_like(tokens)))
     first = jnp.argmax(length, axis=1).astype(jnp.int32)
     found = jnp.where(length.any(-1), jnp.minimum(history.column - first, count), 0)
     padded = jnp.pad(tokens, ((0, 0), (0, count)))
-    return jnp.take_along_axis(padded, first[:, None] + jnp.arange(count), axis=1), found
+    return jnp.take_along_axis(padded, first[:, None] + jnp.arange(count, dtype=jnp.int32)[None], axis=1), found
 
 
 def _draft(drafts: Drafts, s: Speculation, options: SamplingOptions, wanted: Int[Array, " R"], do_sample: bool):
@@ -265,11 +265,11 @@ def _draft(drafts: Drafts, s: Speculation, options: SamplingOptions, wanted: Int
         out = assistant.forward(token[:, None], (i + 1 < wanted)[:, None], cache=cache)
         return (_put(tokens, token[:, None], (end + i)[:, None]), out.logits[:, -1], out.cache), (token, probabilities)
 
-    last = jnp.take_along_axis(state.tokens, end[:, None] - jnp.array([2, 1]), axis=1)
+    last = jnp.take_along_axis(state.tokens, end[:, None] - jnp.array([[2, 1]], jnp.int32), axis=1)
     mask = jnp.broadcast_to(~state.ended(options)[:, None], last.shape)
     out = assistant.forward(last, mask, cache=s.cache, logits_to_keep=1)
     carry = state.tokens, out.logits[:, -1], out.cache
-    (tokens, logits, cache), chosen = lax.scan(step, carry, jnp.arange(count - 1))
+    (tokens, logits, cache), chosen = lax.scan(step, carry, jnp.arange(count - 1, dtype=jnp.int32))
     chosen = jax.tree.map(
         lambda x, y: jnp.moveaxis(jnp.concatenate([x, y[None]]), 0, 1),
         chosen, choose(tokens, logits, jnp.int32(count - 1)),
@@ -291,11 +291,11 @@ def _verify(
     `count`: of the drafts, those that are some. Each logits are processed as if all tokens before had been accepted.
     """
     rows, size, vocab = logits.shape
-    history = _histories(state, _put(state.tokens, drafts, _behind(state, size - 1)), jnp.arange(size))
+    history = _histories(state, _put(state.tokens, drafts, _behind(state, size - 1)), jnp.arange(size, dtype=jnp.int32))
     processed = sampling.process(logits.reshape(-1, vocab), history, _repeated(options, rows, size), do_sample).reshape(
         logits.shape
     )
-    some = jnp.arange(size - 1) < count[:, None]
+    some = jnp.arange(size - 1, dtype=jnp.int32)[None] < count[:, None]
     if do_sample:
         return _accept_or_correct(processed, state, drafts, probabilities, some, options)
     chosen = jnp.argmax(processed, axis=-1).astype(jnp.int32)
@@ -315,11 +315,12 @@ def _accept_or_correct(
     """
     p = jax.nn.softmax(logits, axis=-1)
     if probabilities is None:
-        probabilities = jax.nn.one_hot(drafts, logits.shape[-1])
+        probabilities = jax.nn.one_hot(drafts, logits.shape[-1], dtype=logits.dtype)
     p_draft, q_draft = (jnp.take_along_axis(x, drafts[..., None], axis=-1)[..., 0] for x in (p[:, :-1], probabilities))
     options_of_drafts = _repeated(options, *drafts.shape)
-    steps = state.lengths[:, None] + jnp.arange(drafts.shape[1])
-    chance = jax.vmap(jax.random.uniform)(_keys(options_of_drafts, steps.reshape(-1), _ACCEPT)).reshape(drafts.shape)
+    steps = state.lengths[:, None] + jnp.arange(drafts.shape[1], dtype=jnp.int32)[None]
+    uniform = jax.vmap(partial(jax.random.uniform, dtype=p.dtype))
+    chance = uniform(_keys(options_of_drafts, steps.reshape(-1), _ACCEPT)).reshape(drafts.shape)
     accepted = _leading(some & (chance * q_draft < p_draft))
 
     q = jnp.where(some[..., None], probabilities, 0)  # behind the drafts: a draw from p itself
@@ -329,7 +330,8 @@ def _accept_or_correct(
     rest = jnp.where(rest.sum(-1, keepdims=True) > 0, rest, p)  # p = q but for rounding
     own = sampling.draw(jnp.log(rest), _keys(options, state.lengths + accepted, _CORRECT))
     drafts = jnp.pad(drafts, ((0, 0), (0, 1)))
-    return jnp.where(jnp.arange(drafts.shape[1]) < accepted[:, None], drafts, own[:, None]), accepted
+    columns = jnp.arange(drafts.shape[1], dtype=jnp.int32)[None]
+    return jnp.where(columns < accepted[:, None], drafts, own[:, None]), accepted
 
 
 # Small things -------------------------------------------------------------------------------------------------
@@ -342,7 +344,7 @@ def _histories(state: DecodeState, tokens: Int[Array, "R L"], ahead: Int[Array, 
         state,
         tokens=jnp.repeat(tokens, n, axis=0),
         prompt_lengths=jnp.repeat(state.prompt_lengths, n),
-        lengths=(state.lengths[:, None] + ahead).reshape(-1),
+        lengths=(state.lengths[:, None] + ahead[None]).reshape(-1),
     ).history()
 
 
@@ -363,14 +365,14 @@ def _keys(options: SamplingOptions, step: Int[Array, " R"], purpose: int) -> Key
 
 def _behind(state: DecodeState, n: int) -> Int[Array, "R n"]:
     """The first n columns behind the last token."""
-    return (state.width + state.lengths)[:, None] + jnp.arange(n)
+    return (state.width + state.lengths)[:, None] + jnp.arange(n, dtype=jnp.int32)[None]
 
 
 def _put(buffer: Int[Array, "R L"], new: Int[Array, "R n"], columns: Int[Array, "R n"]) -> Int[Array, "R L"]:
     """`buffer` with other tokens in some columns; nothing where there is no such column."""
-    return buffer.at[jnp.arange(buffer.shape[0])[:, None], columns].set(new, mode="drop")
+    return buffer.at[jnp.arange(buffer.shape[0], dtype=jnp.int32)[:, None], columns].set(new, mode="drop")
 
 
 def _leading(x: Bool[Array, "R k"]) -> Int[Array, " R"]:
     """How many are true before the first that is not."""
-    return jnp.cumprod(x, axis=1, dtype=jnp.int32).sum(-1)
+    return jnp.cumprod(x, axis=1, dtype=jnp.int32).sum(-1, dtype=jnp.int32)

@@ -50,6 +50,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "parity" in item.path.parts:
             item.add_marker("slow")
+        if "compiled" in item.fixturenames:
+            item.add_marker(pytest.mark.default_settings("counts compilations"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

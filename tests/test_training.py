@@ -241,7 +241,7 @@ def test_loss_is_of_every_next_token():
     expected = -np.take_along_axis(log_p, ids[:, 1:, None], -1).mean()
     loss, count = batch_loss(model, batch)
     assert count == BATCH * SEQ_LEN
-    np.testing.assert_allclose(loss / count, expected, rtol=1e-6)
+    np.testing.assert_allclose(loss / int(count), expected, rtol=1e-6)
 
 
 @pytest.mark.slow

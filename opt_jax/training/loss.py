@@ -24,7 +24,7 @@ def next_token_loss(
     """
     labels = own_tokens(labels).reshape(-1)
     x = x.reshape(-1, x.shape[-1])
-    together = gather_rows(jnp.zeros(1)).shape[0]  # devices that share the vocabulary work on one chunk
+    together = gather_rows(jnp.zeros(1, jnp.float32)).shape[0]  # devices that share the vocabulary work on one chunk
     most = max(1, chunk_bytes // (4 * table.shape[0] * together))
     chunks = -(-len(labels) // most)
     size = -(-len(labels) // chunks)
@@ -39,7 +39,7 @@ def _nll(x: Array, table: Array, labels: Array) -> tuple[Array, Array, Array, Ar
     x, labels = gather_rows(x), gather_rows(labels)
     logits = jnp.einsum("np,vp->nv", x, table, preferred_element_type=jnp.float32)
     own = labels - first_part(table.shape[0])
-    hot = own[:, None] == jnp.arange(table.shape[0])
+    hot = own[:, None] == jnp.arange(table.shape[0], dtype=jnp.int32)[None]
     highest = max_over_tensor(logits.max(axis=-1))
     exponentials = jnp.exp(logits - highest[:, None])
     both = jnp.stack([exponentials.sum(axis=-1), jnp.where(hot, logits, 0).sum(axis=-1)])
@@ -55,25 +55,25 @@ def _loss(x: Float[Array, "C N P"], table: Float[Array, "V P"], labels: Int[Arra
     def add(total: Array, chunk: tuple[Array, Array]):
         return total + _nll(chunk[0], table, chunk[1])[0], None
 
-    return _scan(add, jnp.zeros(()), (x, labels))[0]
+    return _scan(add, jnp.zeros((), jnp.float32), (x, labels))[0]
 
 
 def _loss_forward(x, table, labels):
     def add(carry: tuple[Array, Array], chunk: tuple[Array, Array]):
         total, d_table = carry
         loss, softmax, hot, whole = _nll(chunk[0], table, chunk[1])
-        d_logits = (softmax - hot).astype(x.dtype)
+        d_logits = (softmax - hot.astype(jnp.float32)).astype(x.dtype)
         d_x = scatter_rows(jnp.einsum("nv,vp->np", d_logits, table))
         d_table += jnp.einsum("nv,np->vp", d_logits, whole, preferred_element_type=jnp.float32)
         return (total + loss, d_table), d_x
 
-    (loss, d_table), d_x = _scan(add, (jnp.zeros(()), jnp.zeros(table.shape, jnp.float32)), (x, labels))
+    (loss, d_table), d_x = _scan(add, (jnp.zeros((), jnp.float32), jnp.zeros(table.shape, jnp.float32)), (x, labels))
     return loss, (d_x, d_table.astype(table.dtype))
 
 
 def _loss_backward(saved, gradient):
     d_x, d_table = saved
-    return (d_x * gradient).astype(d_x.dtype), (d_table * gradient).astype(d_table.dtype), None
+    return *((x.astype(jnp.float32) * gradient).astype(x.dtype) for x in (d_x, d_table)), None
 
 
 _loss.defvjp(_loss_forward, _loss_backward)

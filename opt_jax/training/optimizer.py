@@ -44,11 +44,12 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
     plain = optax.scale_by_adam(b1, b2, eps)
 
     def update(updates, state, params=None, *, skipped: ArrayLike = False, **_):
-        new = plain.update(updates, state, params)[1]
-        new = jax.tree.map(partial(jnp.where, skipped), state, new)
-        mu, nu = (
-            optax.tree.bias_correction(moment, decay, new.count) for moment, decay in ((new.mu, b1), (new.nu, b2))
-        )
+        with jax.numpy_dtype_promotion("standard"):  # optax takes a float to the power of an int32
+            new = plain.update(updates, state, params)[1]
+            new = jax.tree.map(partial(jnp.where, skipped), state, new)
+            mu, nu = (
+                optax.tree.bias_correction(moment, decay, new.count) for moment, decay in ((new.mu, b1), (new.nu, b2))
+            )
         return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu), new
 
     return optax.GradientTransformationExtraArgs(plain.init, update)

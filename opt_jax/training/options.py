@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
+import jax
 import tyro
 from etils import epath
 from jax.sharding import Mesh
@@ -212,6 +213,8 @@ def check_options(options: Options) -> None:
             f"{options.warmup_steps}; take fewer --warmup-steps"
         )
     check_fine_tuning(options)
+    if jax.config.jax_disable_jit:  # type: ignore[reportAttributeAccessIssue]
+        raise ValueError("jax_disable_jit is on, but jit is what places a run's arrays: unset JAX_DISABLE_JIT")
     if options.plan and options.topology is None:
         raise ValueError("--plan needs --topology, the TPU slice to compile for, as in v5p:8x8x8")
     for name in ("topology", "plan_output"):

@@ -142,7 +142,7 @@ def batch_loss(model: OPTForCausalLM, batch: Batch, dropout_key: DropoutKey | No
     head = model.model.decoder.embed_tokens.embedding if model.lm_head is None else model.lm_head.kernel
     table = head.get_value().astype(model.dtype)
     loss = next_token_loss(out.last_hidden_state, table if model.lm_head is None else table.T, batch["labels"])
-    return loss, (batch["labels"] != IGNORED).sum()
+    return loss, (batch["labels"] != IGNORED).sum(dtype=jnp.int32)
 
 
 def check_divides(config: OPTConfig, seq_len: int, mesh: Mesh) -> None:
@@ -172,7 +172,8 @@ def make_gradients(
     """
 
     def gradients(model: Any, batch: Batch, key: jax.Array | None, frozen: Any):
-        total = jnp.maximum(sum_over_batch((batch["labels"] != IGNORED).sum()), 1)
+        counted = sum_over_batch((batch["labels"] != IGNORED).sum(dtype=jnp.int32))
+        total = jnp.maximum(counted, 1).astype(jnp.float32)
         parts, rows = batch["labels"].shape[:2]  # of this device
 
         def micro_gradients(batch: Batch, i: Array):
@@ -185,8 +186,8 @@ def make_gradients(
         if parts == 1:
             loss, grads = micro_gradients(jax.tree.map(lambda x: x[0], batch), jnp.int32(0))
         else:
-            nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, model))
-            (loss, grads), _ = jax.lax.scan(accumulate, nothing, (batch, jnp.arange(parts)))
+            nothing = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, model))
+            (loss, grads), _ = jax.lax.scan(accumulate, nothing, (batch, jnp.arange(parts, dtype=jnp.int32)))
         return sum_over_batch(loss), sum_gradients(grads)
 
     specs, frozen_specs = jax.tree.map(lambda sharding: sharding.spec, (shardings, frozen_shardings))

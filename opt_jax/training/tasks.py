@@ -57,7 +57,7 @@ def task_logits(model: Any, batch: Batch, key: DropoutKey | None = None) -> Floa
         logits = gather_tokens(model.qa_outputs(x))
         return jnp.where(mask[..., None] != 0, logits, jnp.finfo(jnp.float32).min)
     # A row's last token is on one device of `tensor`.
-    last = mask.sum(axis=1)[:, None] - 1 - first_part(x.shape[1])
+    last = mask.sum(axis=1, dtype=jnp.int32)[:, None] - 1 - first_part(x.shape[1])
     own = (last >= 0) & (last < x.shape[1])
     pooled = jnp.take_along_axis(x, jnp.where(own, last, 0)[..., None], axis=1)[:, 0]
     return model.score(sum_over_tensor(jnp.where(own, pooled, 0)))
@@ -69,7 +69,7 @@ def _losses(logits: Float[Array, "..."], batch: Batch) -> tuple[Array, Array]:
     counted = labels != IGNORED
     chosen = jnp.where(counted, labels, 0).reshape(len(labels), 1, -1)
     chosen = jnp.take_along_axis(log_probabilities, chosen, axis=1).reshape(labels.shape)
-    return -jnp.where(counted, chosen, 0).sum(), counted.sum()
+    return -jnp.where(counted, chosen, 0).sum(), counted.sum(dtype=jnp.int32)
 
 
 def task_loss(model: Any, batch: Batch, dropout_key: DropoutKey | None = None) -> tuple[Array, Array]:
