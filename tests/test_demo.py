@@ -1,19 +1,17 @@
 """`make demo`, without the installation: it reaches its end and prints nothing that looks like trouble."""
 
-import os
 import subprocess
 import sys
 
 import pytest
 from conftest import REPOSITORY
+from processes import environment
 
 
 @pytest.mark.slow
 def test_demo(tmp_path):
-    environment = dict(os.environ)
-    del environment["XLA_FLAGS"]  # one device, as a user has
     command = [sys.executable, REPOSITORY / "examples" / "demo.py", tmp_path / "demo"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    run = subprocess.run(command, env=environment(devices=1), capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stderr == ""
     for expected in (
