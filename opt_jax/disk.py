@@ -54,10 +54,10 @@ def _explained(error: BaseException, path: str, nbytes: int | None) -> OSError |
     if number not in _ADVICE:
         return None
     if isinstance(error, OSError) and isinstance(error.filename, str):
-        if not error.filename.startswith(path):  # neither a file in it, nor the temporary name of one of our own
-            path = error.filename
         if error.strerror != os.strerror(number):  # explained already
-            return OSError(number, error.strerror, path)
+            return None
+        if not error.filename.startswith(path):  # neither a file in it, nor a temporary name of it
+            path = error.filename
     return OSError(number, f"{os.strerror(number)}{_room(number, path, nbytes)}: {_ADVICE[number]}", path)
 
 

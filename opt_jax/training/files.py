@@ -65,8 +65,8 @@ def read_record(path: epath.Path) -> dict[str, dict[str, Any]]:
     """
     with suppress(ValueError, RecursionError):  # also of bytes that are no UTF-8
         record = json.loads(read_small(path))
-        sections = record.values() if isinstance(record, dict) else ()
-        if {"options", "model"} <= set(record) and all(isinstance(section, dict) for section in sections):
+        record = record if isinstance(record, dict) else {}
+        if {"options", "model"} <= set(record) and all(isinstance(section, dict) for section in record.values()):
             return record
     raise ValueError(
         f"{path} is damaged: not the JSON that train.py wrote. Copy it back from elsewhere; or, if options and data "
