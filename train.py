@@ -381,5 +381,5 @@ def train(options: Options, held: ExitStack) -> None:
 
 
 if __name__ == "__main__":
-    with distributed.last_words("train.py"):
+    with distributed.last_words("train.py", at_once=True):
         main(parse_options())

@@ -19,7 +19,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -248,11 +248,13 @@ def check_same_code(*files: str | os.PathLike) -> None:
 
 
 @contextmanager
-def last_words(program: str) -> Iterator[None]:
+def last_words(program: str, at_once: bool = False) -> Iterator[None]:
     """Around a whole program: an error that a user can mend is one line, and no process of a job waits for a dead one.
 
     ValueError and OSError become `PROGRAM: error: ...` and exit code 1, warnings `PROGRAM: warning: ...`. In a job any
     error ends this process at once, not by way of JAX's own shutdown, which would wait for the others. So does Ctrl-C.
+
+    at_once: do not wait for threads then either: Orbax's may wait for minutes for a write that has failed.
     """
     try:
         with Signals(end_at_once, signal.SIGINT), warnings.catch_warnings(), without_tracebacks():
@@ -260,7 +262,13 @@ def last_words(program: str) -> Iterator[None]:
             yield
     except (ValueError, OSError) as error:
         if not jax.distributed.is_initialized():
-            sys.exit(f"{program}: error: {one_line(error)}")
+            message = f"{program}: error: {one_line(error)}"
+            if not at_once:
+                sys.exit(message)
+            print(message, file=sys.stderr, flush=True)
+            with suppress(OSError):
+                sys.stdout.flush()
+            os._exit(1)
         _leave(f"{program}: error: process {jax.process_index()}: {one_line(error)}")
     except Exception as error:
         if not jax.distributed.is_initialized():

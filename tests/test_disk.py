@@ -128,7 +128,7 @@ def test_a_checkpoint_that_does_not_fit_is_said_and_leaves_the_one_before(tmp_pa
     with without_tracebacks(), pytest.raises(OSError) as failed:
         checkpoints.save(5, state_of(5))
         checkpoints.close()
-    assert one_line(failed.value).startswith(f"{directory / '5'}: Not a directory: it, or a directory above it, was")
+    assert one_line(failed.value).startswith(f"{directory}: Not a directory: it, or a directory above it, was")
 
 
 def test_a_file_that_is_missing_in_a_checkpoint_is_said_or_not_needed(tmp_path):

@@ -83,7 +83,7 @@ class Checkpoints:
             return
         self._wait()
         with jax.transfer_guard("allow"):
-            on_first_process(self._before_write)
+            on_first_process(self._begin_writing)
             args: dict[str, Any] = {}
             if self._data_state is not None:
                 data = self._data_state(step)
@@ -94,6 +94,13 @@ class Checkpoints:
             self._writing = self._directory / str(step), sum(x.nbytes for x in jax.tree.leaves(items))
             with disk_errors(*self._writing):
                 self._manager.save(step, args=ocp.args.Composite(**args))
+
+    def _begin_writing(self) -> None:
+        self._before_write()
+        if not is_remote(self._directory):
+            # Raises if it is gone or read-only. Orbax's threads would learn it later, and wait minutes for each other.
+            with disk_errors(self._directory):
+                os.utime(f"{self._directory}/.")
 
     def _wait(self) -> None:
         """Until the newest checkpoint is finished; raises what went wrong with it."""
