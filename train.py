@@ -320,7 +320,7 @@ def train(options: Options, held: ExitStack) -> None:
     rows = local_rows(options.batch_size, options.accumulate, mesh)
     reading = windows.reader(rows, first, last, options.data_workers)
     with (
-        reading as reader, checkpoints, best, kept, Termination() as termination, use_mesh(mesh), metrics, trace, guard,
+        Termination() as termination, reading as reader, checkpoints, best, kept, use_mesh(mesh), metrics, trace, guard,
         jax.debug_nans(False),  # a run looks for NaN by itself; JAX's search for the operation cannot run within a step
     ):  # fmt: skip
         step, stopping = first, False
@@ -352,9 +352,10 @@ def train(options: Options, held: ExitStack) -> None:
                 metrics.pause()
             if stopping:
                 break
-    if stopping and step < options.steps:
-        say(f"SIGTERM: stopped after step {step} of {options.steps}, and saved it: the same command goes on from there")
-        sys.exit(distributed.PREEMPTED)
+    if stopping or termination.came and jax.process_count() == 1:  # it may come while the last checkpoint is written
+        what, code = termination.describe()
+        say(f"{what}: stopped after step {step} of {options.steps}, and saved it: the same command goes on from there")
+        sys.exit(code)
     if last < options.steps:
         say(f"stopped after step {last} of {options.steps}, as asked: the same command goes on from there")
         return
@@ -385,5 +386,5 @@ def train(options: Options, held: ExitStack) -> None:
 
 
 if __name__ == "__main__":
-    with distributed.last_words("train.py"):
+    with distributed.last_words("train.py", at_once=True):
         main(parse_options())

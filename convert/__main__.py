@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from opt_jax import hub
+from opt_jax.disk import one_line
 
 if TYPE_CHECKING:
     from convert.source import Checkpoint
@@ -409,6 +410,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {_one_line(e)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as e:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends at once
         # What Orbax has left half-started complains when it is collected: this line says all.
         warnings.simplefilter("ignore")
         sys.unraisablehook = lambda _: None
@@ -419,9 +421,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _one_line(error: Exception) -> str:
     """The message, without control characters (it may quote the checkpoint), and not endless."""
-    text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        text = f"{error.filename}: {error.strerror}"
+    text = " ".join(one_line(error).split())
     if not text.isprintable():
         text = text.encode("unicode_escape").decode()
     return text if len(text) <= 1000 else f"{text[:600]} ... {text[-300:]}"

@@ -85,7 +85,7 @@ def new_file(directory: Path, name: str, size: int) -> Iterator[int]:
       FileExistsError: see `temporary.new_file`.
       OSError: the content is not `size` bytes.
     """
-    with temporary.new_file(directory / name) as file:
+    with temporary.new_file(directory / name, size) as file:
         yield file.fileno()
         if (written := os.fstat(file.fileno()).st_size) != size:
             raise OSError(f"{directory / name} has {written} bytes, not {size}: nothing was published")

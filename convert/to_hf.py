@@ -6,15 +6,13 @@ tensors, slab by slab. Names, order, shards and padding are those of `transforme
 """
 
 import dataclasses
-import errno
 import hashlib
 import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -28,6 +26,7 @@ from convert import hf, names, staging
 from convert.source import Checkpoint
 from convert.to_orbax import cast
 from opt_jax import checkpoint, hub, storage
+from opt_jax.disk import disk_errors
 from opt_jax.storage import LazyArray
 from opt_jax.temporary import refuse_links
 
@@ -91,10 +90,10 @@ def convert(
         with storage.new_directory(destination, overwrite, hub.is_model) as new:
             storage.check_space(new, sum(file.nbytes for file in writer.files))
             for file in writer.files:
-                with _disk_full_at(new / file.name), open(new / file.name, "xb", buffering=0) as out:
+                with disk_errors(new / file.name, file.nbytes), open(new / file.name, "xb", buffering=0) as out:
                     writer.write(out.fileno(), file)
                     os.fsync(out.fileno())
-            with _disk_full_at(new):
+            with disk_errors(new):
                 writer.write_descriptions(new)
             writer.check_written(new)
         staging.discard(staging.directory_of(destination))  # what killed workers have left
@@ -294,17 +293,6 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-@contextmanager
-def _disk_full_at(path: Path) -> Iterator[None]:
-    """The error of a descriptor does not say which file it is."""
-    try:
-        yield
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(e.errno, os.strerror(e.errno), str(path)) from None
-        raise
-
-
 # Several processes ---------------------------------------------------------------------------------------------
 
 
@@ -364,14 +352,14 @@ def _write_part(writer: _Writer, directory: Path, shard_of: tuple[int, int]) -> 
     mine = [file for file in mine if not staging.complete(directory / file.name, file.nbytes)]
     storage.check_space(directory, sum(file.nbytes for file in mine))
     for file in mine:
-        with _disk_full_at(directory / file.name), staging.new_file(directory, file.name, file.nbytes) as fd:
+        with staging.new_file(directory, file.name, file.nbytes) as fd:
             writer.write(fd, file)
             writer.source.files.check()
 
 
 def _collect(writer: _Writer, directory: Path, new: Path) -> None:
     """Move the files into the directory to be published, after all else that might fail."""
-    with _disk_full_at(new):
+    with disk_errors(new):
         writer.write_descriptions(new)
     for file in writer.files:
         os.rename(directory / file.name, new / file.name)

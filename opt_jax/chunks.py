@@ -96,17 +96,26 @@ class ShardHandler(ocp.type_handlers.ArrayHandler):
         for info, spec, _ in writes:
             await info.await_path_creation()
             opening.append(ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context))
-        stores = await asyncio.gather(*opening)
+        stores = await _all(opening)
         batch, size = [], 0
         for store, (_, _, chunks) in zip(stores, writes, strict=True):
             for index, values in chunks:
                 if size + values.nbytes > _BATCH_BYTES:
-                    await asyncio.gather(*batch)
+                    await _all(batch)
                     batch, size = [], 0
                 # Nobody changes `values`, which are a copy.
                 batch.append(store[index].write(values, can_reference_source_data_indefinitely=True))
                 size += values.nbytes
-        await asyncio.gather(*batch)
+        await _all(batch)
+
+
+async def _all(futures: Sequence[Any]) -> list[Any]:
+    """Their results, when all have ended: what goes on behind an error would call a loop that is closed."""
+    results = await asyncio.gather(*futures, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
 
 
 def chunks_of_process(array: jax.Array, chunk: Sequence[int]) -> list[tuple[jax.Shard, list[Index]]]:

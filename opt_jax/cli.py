@@ -2,7 +2,6 @@
 
 import io
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,7 +11,9 @@ from typing import Annotated, Any
 import tyro
 
 import opt_jax
+from opt_jax.disk import one_line
 from opt_jax.evaluate import evaluate
+from opt_jax.interrupts import INTERRUPTED, ends_at_once, raises
 
 DEFAULT_NEW_TOKENS = 200
 
@@ -122,7 +123,6 @@ def tokenize(
     """
     from opt_jax.training.tokens import tokenize_sources
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # no JAX here, but processes and a file to clear away
     _print(tokenize_sources(sources, output, tokenizer, workers, skip_bad_records) + "\n")
 
 
@@ -137,10 +137,10 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 gets "?"
-    # Ctrl-C ends the program at once, by the signal: a KeyboardInterrupt amid JAX's tracing may be lost or wrapped.
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Amid JAX a KeyboardInterrupt may be lost. Without JAX it clears away files and processes.
+    interruption = raises() if args[:1] in (["plot"], ["tokenize"]) else ends_at_once("opt-jax: interrupted")
     try:
-        with warnings.catch_warnings():
+        with interruption, warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"opt-jax: warning: {message}", file=sys.stderr)
             tyro.extras.subcommand_cli_from_dict(
                 COMMANDS,
@@ -152,13 +152,11 @@ def main(args: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as a program that the signal ended
     except (ValueError, OSError) as error:
-        print(f"opt-jax: error: {error}", file=sys.stderr)
+        print(f"opt-jax: error: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("opt-jax: interrupted", file=sys.stderr)
-        return 130  # as shells say of a program that Ctrl-C ended
-    finally:
-        signal.signal(signal.SIGINT, interrupt)
+        return INTERRUPTED
     return 0
 
 

@@ -12,13 +12,14 @@ import math
 import os
 import platform
 import re
+import signal
 import sys
 import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from opt_jax.disk import one_line, without_tracebacks
+from opt_jax.interrupts import Signals, say
 from opt_jax.storage import agree
 from opt_jax.watchdog import Watchdog, listen
 
@@ -245,25 +248,28 @@ def check_same_code(*files: str | os.PathLike) -> None:
 
 
 @contextmanager
-def last_words(program: str) -> Iterator[None]:
+def last_words(program: str, at_once: bool = False) -> Iterator[None]:
     """Around a whole program: an error that a user can mend is one line, and no process of a job waits for a dead one.
 
     ValueError and OSError become `PROGRAM: error: ...` and exit code 1, warnings `PROGRAM: warning: ...`. In a job any
-    error ends this process at once, not by way of JAX's own shutdown, which would wait for the others.
+    error ends this process at once, not by way of JAX's own shutdown, which would wait for the others. So does Ctrl-C.
+
+    at_once: do not wait for threads then either: Orbax's may wait for minutes for a write that has failed.
     """
     try:
-        with warnings.catch_warnings():
+        with Signals(end_at_once, signal.SIGINT), warnings.catch_warnings(), without_tracebacks():
             warnings.showwarning = lambda message, *_: print(f"{program}: warning: {message}", file=sys.stderr)
             yield
     except (ValueError, OSError) as error:
         if not jax.distributed.is_initialized():
-            sys.exit(f"{program}: error: {error}")
-        _leave(f"{program}: error: process {jax.process_index()}: {error}")
-    except KeyboardInterrupt:
-        message = "\ninterrupted: the same command goes on from the last checkpoint"
-        if not jax.distributed.is_initialized():
-            sys.exit(message)
-        _leave(message)
+            message = f"{program}: error: {one_line(error)}"
+            if not at_once:
+                sys.exit(message)
+            print(message, file=sys.stderr, flush=True)
+            with suppress(OSError):
+                sys.stdout.flush()
+            os._exit(1)
+        _leave(f"{program}: error: process {jax.process_index()}: {one_line(error)}")
     except Exception as error:
         if not jax.distributed.is_initialized():
             raise
@@ -276,6 +282,14 @@ def last_words(program: str) -> Iterator[None]:
             if _watchdog is not None:
                 _watchdog.finish()
             jax.distributed.shutdown()
+
+
+def end_at_once(number: int) -> None:
+    """End this process, which signal `number` told to end, and let the others know. For any thread."""
+    say("interrupted: start again with the same command")
+    if _watchdog is not None:
+        _watchdog.fail()
+    os._exit(128 + number)
 
 
 def _leave(message: str) -> None:

@@ -6,10 +6,8 @@ A tensor is a `LazyArray`: shape, dtype, and how to read any part of it. What is
 
 import errno
 import json
-import logging
 import math
 import os
-import shutil
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +26,7 @@ from jax.experimental import multihost_utils
 
 from opt_jax import chunks, hub
 from opt_jax.chunks import Index, Shape, pieces
+from opt_jax.disk import disk_errors, free_bytes, without_tracebacks
 from opt_jax.temporary import MARKER, TemporaryPlace, refuse_links
 
 Checks = tuple[Callable[[], object], ...]  # comparisons put off because they read data; each raises ValueError
@@ -181,35 +180,13 @@ def write_arrays(
 
     # In a thread, because Ctrl-C is for the main one: amid TensorStore's work it would leave writes behind that go on,
     # in a directory that is being removed. So it waits here for the chunks at hand.
-    quiet, full = _silent(logging.getLogger("absl")), _disk_full(directory)
-    with quiet, full, ThreadPoolExecutor(1) as thread:
+    nbytes = sum(array.nbytes for array in arrays.values())
+    with without_tracebacks(), disk_errors(directory, nbytes), ThreadPoolExecutor(1) as thread:
         try:
             thread.submit(save).result()
         except BaseException:
             lazy.stop.set()
             raise
-
-
-@contextmanager
-def _disk_full(directory: Path) -> Iterator[None]:
-    """A full disk as one short OSError, whatever TensorStore and Orbax make of it."""
-    try:
-        yield
-    except Exception as e:
-        if "No space left" in str(e) or "quota exceeded" in str(e):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory)) from None
-        raise
-
-
-@contextmanager
-def _silent(logger: logging.Logger) -> Iterator[None]:
-    """Without its messages. (Orbax logs, with a traceback, what it raises anyway.)"""
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def agree(error: Exception | None) -> None:
@@ -346,10 +323,9 @@ def check_space(path: Path, nbytes: int) -> None:
     """Raise OSError unless `nbytes` more fit on the disk where `path` is to be, if it is on one."""
     if hub.is_remote(path):
         return
-    while not path.exists():
-        path = path.absolute().parent
-    if (free := shutil.disk_usage(path).free) < nbytes:
-        raise OSError(errno.ENOSPC, f"{nbytes / 1e6:,.1f} MB are needed, but {free / 1e6:,.1f} MB are free", str(path))
+    if (free := free_bytes(path)) < nbytes:
+        what = f"{nbytes / 1e6:,.1f} MB are needed, but {free / 1e6:,.1f} MB are free"
+        raise OSError(errno.ENOSPC, f"{what}: make room there, or choose another disk", str(path))
 
 
 # Reading ----------------------------------------------------------------------------------------------------

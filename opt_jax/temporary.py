@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from opt_jax.disk import disk_errors
+
 MARKER = ".opt-jax"
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -152,8 +154,10 @@ def _lock(fd: int, wait: bool = False) -> bool:
 
 
 @contextmanager
-def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def new_file(path: str | os.PathLike, nbytes: int | None = None) -> Iterator[BinaryIO]:
     """A file whose content becomes `path` when the block ends, in place of what is there, and vanishes if it raises.
+
+    nbytes: how many it will have, for the error of a full disk.
 
     Raises:
       FileExistsError: `path` is a link; or another process is writing it now.
@@ -172,7 +176,7 @@ def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
             left.unlink(missing_ok=True)
         file = open(os.open(part, _FLAGS | os.O_EXCL, 0o666), "w+b")
         _lock(file.fileno())
-    with file:
+    with disk_errors(path, nbytes), file:
         try:
             yield file
             file.flush()

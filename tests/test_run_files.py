@@ -15,6 +15,7 @@ from opt_jax.training.files import (
     Lines,
     begin_run,
     check_run_directory,
+    read_record,
     run_directory,
     write_record,
     write_text,
@@ -70,6 +71,24 @@ def test_lines_are_appended_and_cut_back(directory):
 
 def lines_of(steps, last: bytes = b"") -> bytes:
     return b"".join(b'{"step": %d, "loss": 2.5, "val_loss": null, "batch": [1, 2]}\n' % step for step in steps) + last
+
+
+def test_a_damaged_record_is_named_with_what_to_do(directory):
+    path, record = directory / "run.json", {"options": {"seed": 0}, "model": {}}
+    write_record(directory, record)
+    assert read_record(path) == record
+    whole = path.read_bytes()
+    damaged = (b"", whole[: len(whole) // 2], b"\0" * len(whole), b"\xff" + whole, whole + b"}", b"[" * 100_000)
+    foreign = (b"3", b"null", b"[]", b"{}", b'{"options": {}}', b'{"options": {}, "model": null}')
+    for content in (*damaged, *foreign):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"run\.json is damaged: not the JSON that train\.py wrote\. ") as error:
+            read_record(path)
+        assert f"mv {path} {directory / MARKER}" in str(error.value) and "\n" not in str(error.value)
+    if not is_remote(directory):
+        path.rename(directory / MARKER)
+        (directory / "metrics.jsonl").write_bytes(b"")
+        check_run_directory(directory)  # a run as before
 
 
 @pytest.mark.parametrize(

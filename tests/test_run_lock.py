@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -98,6 +99,15 @@ def test_without_create_a_new_directory_stays_as_it_is(tmp_path):
         lock.take(create=False)
         lock.check()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_that_vanishes_is_said(tmp_path):
+    with RunLock(epath.Path(tmp_path / "run")) as lock:
+        lock.take()
+        shutil.move(tmp_path / "run", tmp_path / "moved")
+        with pytest.raises(FileNotFoundError, match=f"^{tmp_path / 'run'} was removed or moved during the run, so "):
+            lock.check()
+        assert not (tmp_path / "run").exists()
 
 
 def test_the_lock_is_no_link(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import resource
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -243,7 +244,7 @@ def test_full_disk(tmp_path, shard_of):
 def test_too_little_space(tmp_path, monkeypatch):
     source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
     usage = type("Usage", (), {"free": 8000})
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     for shard_of in (None, (1, 2)):
         with pytest.raises(OSError, match="MB are needed"):
             write(source, tmp_path / "out", shard_of=shard_of)

@@ -1,4 +1,4 @@
-"""Whatever ends a run, the same command goes on as if nothing had happened: kills at any moment, SIGTERM."""
+"""Whatever ends a run, the same command goes on bit for bit: kills at any moment, SIGTERM, Ctrl-C, a full disk."""
 
 import json
 import random
@@ -19,22 +19,29 @@ STEPS = 40
 
 # Imports once, then forks a run per moment, rather than start Python each time.
 KILLER = """
-import json, os, random, signal, sys, time
+import json, os, random, resource, signal, sys, time
 from pathlib import Path
 import train
+from opt_jax import distributed
 options, place, moments = json.loads(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 options["data"] = tuple(options["data"])
 whole, killed = place / "whole", place / "killed"
 
-def fork(output):
+def fork(output, most_bytes=None):
     if (child := os.fork()) == 0:  # JAX starts its threads in the children only
         log = os.open(place / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1), os.dup2(log, 2)
         code = 1
+        if most_bytes:  # in a file
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         try:
-            code = train.main(train.Options(**options, output=str(output))) or 0
+            with distributed.last_words("train.py"):
+                code = train.main(train.Options(**options, output=str(output))) or 0
         except SystemExit as e:
             code = e.code
+            if isinstance(code, str):
+                print(code, file=sys.stderr, flush=True)
+                code = 1
         except BaseException:
             import traceback
             traceback.print_exc()
@@ -62,9 +69,14 @@ def saving(output):
     return any("tmp" in path.name for path in (output / "checkpoints").glob("*"))
 
 assert status(fork(whole)) == 0
-expected, rng, seen = lines(whole), random.Random(0), dict(early=0, saving=0, later=0, terminated=0, killed=0)
+expected, rng, seen = lines(whole), random.Random(0), dict(early=0, saving=0, later=0, killed=0)
 assert [line["step"] for line in expected] == list(range(1, options["steps"] + 1))
 for kind, wanted in moments:
+    if kind == "full":
+        before = saved(killed)
+        assert status(fork(killed, most_bytes=20_000)) == 1
+        assert saved(killed) == before
+        continue
     child = fork(killed)
     if kind == "early":  # in the first step
         while alive(child) and not (killed / "run.json").exists():
@@ -74,10 +86,10 @@ for kind, wanted in moments:
     else:
         while alive(child) and len(lines(killed)) < wanted:
             time.sleep(0.001)
-    while kind in ("saving", "terminate") and alive(child):
+    while kind in ("saving", "terminate", "interrupt") and alive(child):
         while alive(child) and not saving(killed):
             pass
-        if kind == "terminate":
+        if kind != "saving":
             break
         os.kill(child, signal.SIGSTOP)
         os.waitpid(child, os.WUNTRACED)
@@ -85,11 +97,11 @@ for kind, wanted in moments:
             break
         os.kill(child, signal.SIGCONT)
     assert alive(child), (kind, lines(killed)[-1:])
-    if kind == "terminate":
-        os.kill(child, signal.SIGTERM)
-        assert status(child) == 143
-        seen["terminated"] = max(saved(killed))
-        assert len(lines(killed)) == seen["terminated"]
+    if kind in ("terminate", "interrupt"):
+        os.kill(child, signal.SIGTERM if kind == "terminate" else signal.SIGINT)
+        assert status(child) == (143 if kind == "terminate" else 130)
+        seen[kind] = max(saved(killed))
+        assert len(lines(killed)) == seen[kind]
     else:
         os.kill(child, signal.SIGKILL)
         assert status(child) == -signal.SIGKILL
@@ -113,12 +125,13 @@ print(json.dumps(seen))
 def choose(sample) -> list[tuple[str, float]]:
     """(kind, after which part of the steps): a kill in the first step, while a checkpoint is written, later; SIGTERM.
 
-    With --exhaustive SIGKILL ten times and, between them, SIGTERM once.
+    With --exhaustive SIGKILL ten times and, between them, SIGTERM, Ctrl-C and a full disk once.
     """
     draw = random.Random(0)
-    parts = [(i + draw.random()) / 13 for i in range(11)]
+    parts = [(i + draw.random()) / 13 for i in range(13)]
     kinds = dict(early=[0], anywhere=sample([5], 0), saving=sample([1, 3, 9], 1), later=sample([2, 4, 6, 8, 10], 1))
-    numbers = [(i, kind) for kind, chosen in (kinds | dict(terminate=[7])).items() for i in chosen]
+    kinds |= dict(terminate=[7], full=[11], interrupt=[12])
+    numbers = [(i, kind) for kind, chosen in kinds.items() for i in chosen]
     return [(kind, parts[i]) for i, kind in sorted(numbers)]
 
 
@@ -144,8 +157,11 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, sample):
     assert done.returncode == 0, done.stderr + log[-3000:]
     seen = json.loads(done.stdout)
     count = Counter(kind for kind, _ in moments)
-    assert seen["killed"] == len(moments) - 1 and seen["early"] >= 1, seen
+    assert seen["killed"] == len(moments) - 3 and seen["early"] >= 1, seen
     assert seen["saving"] >= count["saving"] and seen["later"] >= count["saving"] + count["later"], seen
     assert re.search(rf"steps [1-9]\d* to {STEPS}", log)  # it went on
-    stopped = re.search(rf"SIGTERM: stopped after step (\d+) of {STEPS}, and saved it", log)
-    assert stopped and int(stopped[1]) == seen["terminated"], seen
+    for kind, what in (("terminate", "SIGTERM"), ("interrupt", "Ctrl-C")):
+        stopped = re.search(rf"{what}: stopped after step (\d+) of {STEPS}, and saved it", log)
+        assert stopped and int(stopped[1]) == seen[kind], seen
+    said = r"^train.py: error: .*/(?:checkpoints|best)/\d+: File too large \([\d,]+ bytes are needed\): .*$"
+    assert len(re.findall(said, log, re.M)) == 1 and "Traceback" not in log and "loop is closed" not in log, log

@@ -1,5 +1,5 @@
 """Checkpoints of a training state: atomic, written while training goes on, restored onto whatever mesh the run has now;
-when to write one, and what to do about SIGTERM."""
+when to write one, and what to do about SIGTERM and Ctrl-C."""
 
 import dataclasses
 import json
@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -21,9 +20,12 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
+from opt_jax import distributed
 from opt_jax.checkpoint import read_array
 from opt_jax.chunks import ShardHandler, pytree_handler
+from opt_jax.disk import disk_errors
 from opt_jax.hub import absolute, as_path, check_array_path, is_remote
+from opt_jax.interrupts import INTERRUPTED, Signals, say
 from opt_jax.storage import CHUNK_BYTES, agree, on_first_process, open_stored
 from opt_jax.temporary import refuse_links
 from opt_jax.training.step import TrainState, named_leaves
@@ -61,6 +63,7 @@ class Checkpoints:
         handlers = {name: pytree_handler((jax.Array, ShardHandler())) for name in ("params", "optimizer")}
         data = ocp.JsonCheckpointHandler(filename=_DATA_FILE)
         self._directory = directory
+        self._writing: tuple[Path, int] = directory, 0  # the newest checkpoint and its bytes
         self._manager = ocp.CheckpointManager(directory, options=options, item_handlers={**handlers, "data": data})
 
     def latest_step(self) -> int | None:
@@ -78,8 +81,9 @@ class Checkpoints:
     def _save(self, step: int, items: dict[str, dict[str, jax.Array]]) -> None:
         if step <= (self.latest_step() or 0):
             return
+        self._wait()
         with jax.transfer_guard("allow"):
-            on_first_process(self._before_write)
+            on_first_process(self._begin_writing)
             args: dict[str, Any] = {}
             if self._data_state is not None:
                 data = self._data_state(step)
@@ -87,7 +91,21 @@ class Checkpoints:
             for name, tree in items.items():
                 save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
                 args[name] = ocp.args.PyTreeSave(tree, save_args=save_args)
-            self._manager.save(step, args=ocp.args.Composite(**args))
+            self._writing = self._directory / str(step), sum(x.nbytes for x in jax.tree.leaves(items))
+            with disk_errors(*self._writing):
+                self._manager.save(step, args=ocp.args.Composite(**args))
+
+    def _begin_writing(self) -> None:
+        self._before_write()
+        if not is_remote(self._directory):
+            # Raises if it is gone or read-only. Orbax's threads would learn it later, and wait minutes for each other.
+            with disk_errors(self._directory):
+                os.utime(f"{self._directory}/.")
+
+    def _wait(self) -> None:
+        """Until the newest checkpoint is finished; raises what went wrong with it."""
+        with disk_errors(*self._writing):
+            self._manager.wait_until_finished()
 
     def restore_newest(
         self, abstract: TrainState, shardings: Any, say: Callable[[str], None], *, fall_back: bool = False,
@@ -170,8 +188,10 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait until everything is written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            self._wait()
+        finally:
+            self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -252,24 +272,41 @@ class Due:
 
 
 class Termination:
-    """Context in which SIGTERM asks for a checkpoint and a clean end; a second one ends the process at once."""
+    """Context in which SIGTERM or Ctrl-C asks for a checkpoint and a clean end; a second one ends the process at once,
+    and so does a Ctrl-C before the first step, when there is nothing to save.
+
+    Attributes:
+      came: the first of these signals; None: none did.
+    """
 
     def __enter__(self) -> "Termination":
-        self._asked = False
-        if not jax.distributed.is_initialized():  # else JAX listens, and lets all processes agree on a step
-            self._before = signal.signal(signal.SIGTERM, self._note)
+        self.came: int | None = None
+        self._stepped = False
+        # Of several processes, JAX listens to SIGTERM, and lets all agree on a step.
+        job = jax.distributed.is_initialized()
+        self._signals = Signals(self._note, signal.SIGINT, *(() if job else (signal.SIGTERM,)))
+        self._signals.__enter__()
         return self
 
-    def _note(self, *_: Any) -> None:
-        self._asked = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    def _note(self, number: int) -> None:
+        if self.came is not None or number == signal.SIGINT and not self._stepped:
+            distributed.end_at_once(number)
+        self.came = number
+        if number == signal.SIGINT:
+            say("Ctrl-C: saving a checkpoint; a second Ctrl-C ends at once, without it")
+            if jax.distributed.is_initialized():
+                os.kill(os.getpid(), signal.SIGTERM)
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if not jax.distributed.is_initialized():
-            signal.signal(signal.SIGTERM, self._before)
+    def __exit__(self, *_: object) -> None:
+        self._signals.__exit__()
 
     def asked(self, step: int) -> bool:
         """Whether to stop after `step`: the same on all processes, which must ask at every step."""
+        self._stepped = True
         if jax.distributed.is_initialized():
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._asked
+        return self.came is not None
+
+    def describe(self) -> tuple[str, int]:
+        """(what asked, the exit code)"""
+        return ("Ctrl-C", INTERRUPTED) if self.came == signal.SIGINT else ("SIGTERM", distributed.PREEMPTED)

@@ -9,8 +9,9 @@ from typing import Any
 
 from etils import epath
 
+from opt_jax.disk import disk_errors
 from opt_jax.hub import check_array_path, check_remote, is_remote
-from opt_jax.reading import open_regular
+from opt_jax.reading import open_regular, read_small
 from opt_jax.temporary import MARKER, new_file, refuse_links
 
 LOCK = f"{MARKER}.lock"  # see run_lock.py
@@ -57,13 +58,30 @@ def write_record(output: epath.Path, record: dict[str, Any]) -> None:
     (output / MARKER).unlink(missing_ok=True)
 
 
+def read_record(path: epath.Path) -> dict[str, dict[str, Any]]:
+    """
+    Raises:
+      ValueError: `path` does not hold what `write_record` wrote.
+    """
+    with suppress(ValueError, RecursionError):  # also of bytes that are no UTF-8
+        record = json.loads(read_small(path))
+        record = record if isinstance(record, dict) else {}
+        if {"options", "model"} <= set(record) and all(isinstance(section, dict) for section in record.values()):
+            return record
+    raise ValueError(
+        f"{path} is damaged: not the JSON that train.py wrote. Copy it back from elsewhere; or, if options and data "
+        f"are those of the first start, which it is there to compare: mv {path} {path.parent / MARKER}"
+    )
+
+
 def write_text(path: epath.Path, text: str) -> None:
     """The whole file or, killed in between, the old one."""
+    data = text.encode()
     if is_remote(path):  # an object appears when it is complete
-        path.write_bytes(text.encode())
+        path.write_bytes(data)
     else:
-        with new_file(path) as file:
-            file.write(text.encode())
+        with new_file(path, len(data)) as file:
+            file.write(data)
 
 
 def read_metrics(path: epath.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
@@ -131,8 +149,9 @@ class Lines:
     def write(self, line: str) -> None:
         if self._file is not None:
             self._before_write()
-            self._file.write(line)
-            self._file.flush()
+            with disk_errors(self._path, len(line)):
+                self._file.write(line)
+                self._file.flush()
             return
         self._text.append(line)
         self._changed = True
@@ -149,4 +168,5 @@ class Lines:
     def close(self) -> None:
         self.flush()
         if self._file is not None:
-            self._file.close()
+            with disk_errors(self._path):
+                self._file.close()

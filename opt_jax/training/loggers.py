@@ -1,5 +1,6 @@
 """Where a run's numbers go besides `metrics.jsonl`: TensorBoard, Weights & Biases; and traces of the profiler."""
 
+import threading
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from opt_jax.disk import disk_errors
 from opt_jax.hub import is_remote
 from opt_jax.training.files import write_text
 
@@ -18,15 +20,34 @@ class TensorBoard:
         from tensorboardX import SummaryWriter  # of the extra `tensorboard`
 
         # The suffix: the names of the files hold the second, in which two starts may lie.
-        self._writer = SummaryWriter(str(directory), purge_step=start + 1, filename_suffix=f".{start}")
+        self._directory, self._error = directory, None
+        self._hook, threading.excepthook = threading.excepthook, self._note
+        with disk_errors(directory):
+            self._writer = SummaryWriter(str(directory), purge_step=start + 1, filename_suffix=f".{start}")
+
+    def _note(self, failed: threading.ExceptHookArgs) -> None:
+        """The thread that writes the files ends at an error, and what is handed to it then waits for ever."""
+        if isinstance(failed.exc_value, OSError):
+            self._error = failed.exc_value
+        else:
+            self._hook(failed)
 
     def write(self, values: dict[str, Any]) -> None:
         for name, value in values.items():
             if name != "step" and isinstance(value, int | float):
+                self._raise()
                 self._writer.add_scalar(name, value, values["step"])
 
+    def _raise(self) -> None:
+        if self._error is not None:
+            with disk_errors(self._directory):
+                raise self._error
+
     def close(self) -> None:
-        self._writer.close()
+        threading.excepthook = self._hook
+        if self._error is None:
+            with disk_errors(self._directory):
+                self._writer.close()
 
 
 class WandB:

@@ -19,8 +19,8 @@ from jax.sharding import Mesh
 
 from opt_jax.config import OPTConfig
 from opt_jax.decoder import Remat
-from opt_jax.reading import read_small
 from opt_jax.temporary import refuse_links
+from opt_jax.training.files import read_record
 from opt_jax.training.recipes import RECIPES, recipe_options
 
 # The model of a run without --model: 1.1M parameters, minutes on two CPU cores. Deviations from the paper's recipe: no
@@ -321,12 +321,12 @@ def compare_with_first_start(path: epath.Path, record: dict) -> None:
     """
     if not path.exists():
         return
-    before, differences = json.loads(read_small(path).decode()), []
+    before, differences = read_record(path), []
     defaults = {"options": dataclasses.asdict(Options())}
     for section, values in record.items():
         if section not in before:
             continue
-        old_values = defaults.get(section, {}) | before.get(section, {})
+        old_values = defaults.get(section, {}) | before[section]
         for name in sorted({*values, *old_values}):
             old, new = old_values.get(name), json.loads(json.dumps(values.get(name)))
             old = json.loads(json.dumps(old))

@@ -77,8 +77,14 @@ class RunLock:
 
         Raises:
           FileExistsError: another start has taken the run over.
+          FileNotFoundError: the run directory is gone.
         """
         if self._name is not None and (holder := self._read()) != self._name:
+            if not self._output.exists():
+                raise FileNotFoundError(
+                    f"{self._output} was removed or moved during the run, so nothing more is written: put it back and "
+                    "start again with the same command, which goes on from its last checkpoint"
+                )
             who = f"{self._holder()} has taken it over" if holder else f"{LOCK} is gone from it"
             raise FileExistsError(f"{self._output} is no longer this process's: {who}, so nothing more is written")
 

@@ -1,0 +1,68 @@
+"""Ctrl-C and SIGTERM that act at once and are not lost, whatever the main thread does. No jax.
+
+Python calls a handler in the main thread, when that is back in Python: after XLA's computation, or never. A
+KeyboardInterrupt is swallowed or wrapped in a callback, in a destructor, amid JAX's tracing. Here a thread is told.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+INTERRUPTED = 128 + signal.SIGINT  # the exit code, as shells say of a program that Ctrl-C ended
+
+
+class Signals:
+    """Context of the main thread in which another thread calls `act` with the number of each of these signals."""
+
+    def __init__(self, act: Callable[[int], None], *numbers: int):
+        self._act, self._numbers = act, numbers
+
+    def __enter__(self) -> "Signals":
+        self._readable, self._writable = os.pipe()
+        os.set_blocking(self._writable, False)
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+        self._fd_before = signal.set_wakeup_fd(self._writable, warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, lambda *_: None) for number in self._numbers}
+        return self
+
+    def _listen(self) -> None:
+        while number := os.read(self._readable, 1):
+            if number[0] in self._numbers:
+                self._act(number[0])
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._fd_before)
+        os.close(self._writable)
+        self._thread.join()
+        os.close(self._readable)
+
+
+def say(line: str) -> None:
+    """To stderr, without the locks of Python's, which the main thread may hold."""
+    with suppress(OSError):
+        os.write(2, f"{line}\n".encode())
+
+
+def ends_at_once(line: str) -> Signals:
+    """Context in which Ctrl-C prints the line and ends the process."""
+
+    def act(_: int) -> None:
+        say(line)
+        os._exit(INTERRUPTED)
+
+    return Signals(act, signal.SIGINT)
+
+
+@contextmanager
+def raises() -> Iterator[None]:
+    """Context in which Ctrl-C raises KeyboardInterrupt, even where a shell has started us with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,54 @@
+"""Ctrl-C is not lost, wherever the main thread is; what it does to a run before and after the first step."""
+
+import gc
+import os
+import signal
+import threading
+
+from opt_jax import distributed
+from opt_jax.interrupts import Signals, raises
+from opt_jax.training.checkpoints import Termination
+
+
+def send(number: int = signal.SIGINT) -> None:
+    os.kill(os.getpid(), number)
+
+
+def test_a_signal_amid_a_garbage_collection_reaches_the_thread_and_all_is_restored():
+    before, came = signal.getsignal(signal.SIGINT), threading.Event()
+
+    def collected(*_: object) -> None:  # a KeyboardInterrupt is lost here
+        gc.callbacks.remove(collected)
+        send()
+        assert came.wait(timeout=20)  # the main thread is not needed
+
+    with raises():
+        handler = signal.getsignal(signal.SIGINT)
+        with Signals(lambda number: came.set(), signal.SIGINT):
+            gc.callbacks.append(collected)
+            gc.collect()
+        assert came.is_set() and signal.getsignal(signal.SIGINT) is handler
+        assert signal.set_wakeup_fd(-1) == -1
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_ends_at_once_before_the_first_step_then_saves_and_the_second_ends(monkeypatch, capfd):
+    ended, calls = [], threading.Semaphore(0)
+    monkeypatch.setattr(distributed, "end_at_once", lambda number: (ended.append(number), calls.release()))
+    with Termination() as termination:
+        send()
+        assert calls.acquire(timeout=20) and ended == [signal.SIGINT]
+        termination.came = None
+        assert not termination.asked(1)
+        send()
+        while not termination.asked(2):
+            pass
+        assert termination.describe() == ("Ctrl-C", 130)
+        send()
+        assert calls.acquire(timeout=20) and ended == [signal.SIGINT] * 2
+    assert capfd.readouterr().err.startswith("Ctrl-C: saving a checkpoint; a second Ctrl-C ends at once")
+    with Termination() as termination:
+        send(signal.SIGTERM)  # before the first step: a preemption loses nothing
+        while not termination.asked(1):
+            pass
+        assert termination.describe() == ("SIGTERM", 143)
