@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from opt_jax import hub
+from opt_jax.reading import one_line
 
 if TYPE_CHECKING:
     from convert.source import Checkpoint
@@ -415,13 +416,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    """The message, without control characters (it may quote the checkpoint), and not endless."""
-    text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror and error.filename:
-        text = f"{error.filename}: {error.strerror}"
-    if not text.isprintable():
-        text = text.encode("unicode_escape").decode()
-    return text if len(text) <= 1000 else f"{text[:600]} ... {text[-300:]}"
+        return one_line(f"{error.filename}: {error.strerror}")
+    return one_line(error)
 
 
 if __name__ == "__main__":

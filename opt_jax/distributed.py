@@ -27,6 +27,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from opt_jax.reading import one_line
 from opt_jax.storage import agree
 from opt_jax.watchdog import Watchdog, listen
 
@@ -80,7 +81,7 @@ def start(
             jax.devices()  # waits for the others
     except (ValueError, RuntimeError) as e:
         raise ValueError(
-            f"no cluster: {' '.join(str(e).split())}: give --coordinator-address host:port, --num-processes and "
+            f"no cluster: {one_line(e)}: give --coordinator-address host:port, --num-processes and "
             "--process-id, or --distributed off for a process alone"
         ) from None
     if jax.process_count() > 1:
@@ -253,12 +254,14 @@ def last_words(program: str) -> Iterator[None]:
     """
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: print(f"{program}: warning: {message}", file=sys.stderr)
+            warnings.showwarning = lambda message, *_: print(
+                f"{program}: warning: {one_line(message)}", file=sys.stderr
+            )
             yield
     except (ValueError, OSError) as error:
         if not jax.distributed.is_initialized():
-            sys.exit(f"{program}: error: {error}")
-        _leave(f"{program}: error: process {jax.process_index()}: {error}")
+            sys.exit(f"{program}: error: {one_line(error)}")
+        _leave(f"{program}: error: process {jax.process_index()}: {one_line(error)}")
     except KeyboardInterrupt:
         message = "\ninterrupted: the same command goes on from the last checkpoint"
         if not jax.distributed.is_initialized():

@@ -28,6 +28,7 @@ from jax.experimental import multihost_utils
 
 from opt_jax import chunks, hub
 from opt_jax.chunks import Index, Shape, pieces
+from opt_jax.reading import one_line
 from opt_jax.temporary import MARKER, TemporaryPlace, refuse_links
 
 Checks = tuple[Callable[[], object], ...]  # comparisons put off because they read data; each raises ValueError
@@ -181,7 +182,7 @@ def write_arrays(
 
     # In a thread, because Ctrl-C is for the main one: amid TensorStore's work it would leave writes behind that go on,
     # in a directory that is being removed. So it waits here for the chunks at hand.
-    quiet, full = _silent(logging.getLogger("absl")), _disk_full(directory)
+    quiet, full = silent(logging.getLogger("absl")), _disk_full(directory)
     with quiet, full, ThreadPoolExecutor(1) as thread:
         try:
             thread.submit(save).result()
@@ -202,7 +203,7 @@ def _disk_full(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _silent(logger: logging.Logger) -> Iterator[None]:
+def silent(logger: logging.Logger) -> Iterator[None]:
     """Without its messages. (Orbax logs, with a traceback, what it raises anyway.)"""
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -378,7 +379,7 @@ def open_stored(directory: Path, verify: bool = True) -> dict[str, LazyArray]:
         opening = {path: ts.open(spec, read=True, open=True, context=context) for path, spec in specs.items()}
         stores = {path: store.result() for path, store in opening.items()}
     except (OSError, ValueError, TypeError, RecursionError) as e:
-        raise ValueError(f"{directory} cannot be read: {' '.join(str(e).split())}") from e
+        raise ValueError(f"{directory} cannot be read: {one_line(e)}") from e
     if verify and not checked:
         warnings.warn(
             f"{directory.parent} has no checksums: an older version wrote it, and damage in it goes unnoticed; write "
@@ -423,7 +424,7 @@ class _Stored:
         try:
             return self.store[index].read().result() if self.verify else chunks.read_unverified(self.store, index)
         except ValueError as e:
-            raise ValueError(f"{self.directory}: tensor {self.name} cannot be read: {' '.join(str(e).split())}") from e
+            raise ValueError(f"{self.directory}: tensor {self.name} cannot be read: {one_line(e)}") from e
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:

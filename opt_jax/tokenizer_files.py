@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from opt_jax.reading import read_small
+from opt_jax.reading import one_line, read_small
 
 
 @contextmanager
@@ -17,7 +17,9 @@ def panics_as_errors() -> Iterator[None]:
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # it is nowhere to be imported from
             raise
-        raise ValueError(f"the tokenizers library fails: are the tokenizer's files damaged? ({error})") from None
+        raise ValueError(
+            f"the tokenizers library fails: are the tokenizer's files damaged? ({one_line(error)})"
+        ) from None
 
 
 def read_as(where: str, load: Callable[[], Any]) -> Any:
@@ -28,7 +30,7 @@ def read_as(where: str, load: Callable[[], Any]) -> Any:
     except OSError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise ValueError(f"{where}: not a tokenizer that can be read ({error})") from error
+        raise ValueError(f"{where}: not a tokenizer that can be read ({one_line(error)})") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
