@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ class OPTConfig:
         self._require(self.num_labels <= MAX_LABELS, "num_labels", f"at most {MAX_LABELS}")  # a config.json names each
         for name in ("dropout", "attention_dropout", "layerdrop"):
             self._require(0 <= getattr(self, name) < 1, name, "a probability in [0, 1)")
-        self._require(self.init_std >= 0 and math.isfinite(self.init_std), "init_std", "a finite number >= 0")
+        self._require(0 <= self.init_std <= sys.float_info.max, "init_std", "a finite number >= 0")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"OPTConfig: hidden_size={self.hidden_size} is not divisible by "

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -186,6 +185,7 @@ def combine(
       ValueError: an option that does not exist or is not supported, values out of range, contradictions in one layer.
     """
     given = override(options_of(config), options)
+    _check_each(given)
     merged = override(checkpoint, given)
     _check_names({k: v for k, v in merged.items() if k not in given}, "the checkpoint's generation_config.json")
     if not merged.get("do_sample"):  # a checkpoint may say how to sample without saying to sample
@@ -222,7 +222,8 @@ def override(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, An
 def _check_names(options: Mapping[str, Any], where: str) -> None:
     for name, value in options.items():
         if name in _UNSUPPORTED:
-            if value is not None and not any(value == harmless for harmless in _UNSUPPORTED[name]):
+            plain = isinstance(value, str) or not isinstance(value, Iterable)  # an array has no one answer to ==
+            if value is not None and not (plain and value in _UNSUPPORTED[name]):
                 raise ValueError(f"{where}: {name}={shown(value)} is not supported by opt-jax")
         elif name not in FIELDS and name not in _INERT:
             raise ValueError(f"{where}: there is no option {shown(name)} (they are in opt_jax.GenerationConfig)")
@@ -240,9 +241,12 @@ def _at_least(least: int) -> tuple[Callable[[Any], bool], str]:
     return lambda x: is_integer(x) and least <= x < 2**31, f"an integer of at least {least} and below 2**31"
 
 
+_LARGEST = 3.4e38  # in float32
+
+
 def _real(holds: Callable[[Any], bool], words: str) -> tuple[Callable[[Any], bool], str]:
     def check(x: Any) -> bool:
-        return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x) and holds(x)
+        return isinstance(x, numbers.Real) and not isinstance(x, bool) and abs(x) < _LARGEST and holds(x)
 
     return check, words
 
@@ -263,12 +267,16 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def _check_values(config: GenerationConfig) -> None:
+def _check_each(options: Mapping[str, Any]) -> None:
     for name, (holds, words) in _RULES.items():
-        value = getattr(config, name)
+        value = options.get(name)
         if value is not None and not holds(value):
             hint = " (for the most likely tokens use do_sample=False)" if name == "temperature" else ""
             raise ValueError(f"{name}={shown(value)} must be {words}{hint}")
+
+
+def _check_values(config: GenerationConfig) -> None:
+    _check_each(config.to_dict())
     if config.max_new_tokens is not None and config.max_length is not None:  # HF warns and lets max_new_tokens win
         raise ValueError(f"give max_new_tokens={config.max_new_tokens} or max_length={config.max_length}, not both")
     beams, copies = config.num_beams or 1, config.num_return_sequences or 1

@@ -351,7 +351,7 @@ def _sampling_options(
 
     copies = given.num_return_sequences or 1
     seeds, samples = _check_seed(given.seed, len(most), copies)
-    _check_forced(given)
+    _check_forced(given, vocab_size)
     bad_words, stops = given.bad_words_ids, given.stop_token_ids
     if bad_words is not None:
         bad_words = check_sequences("bad_words_ids", bad_words, vocab_size)
@@ -396,14 +396,14 @@ def _check_seed(seed: Any, batch: int, copies: int) -> tuple[np.ndarray, np.ndar
     return np.repeat(np.array(seeds, np.uint32), copies), samples.astype(np.int32)
 
 
-def _check_forced(given: GenerationConfig) -> None:
+def _check_forced(given: GenerationConfig, vocab_size: int) -> None:
     if given.forced_bos_token_id is not None and not is_integer(given.forced_bos_token_id):
         raise ValueError(f"forced_bos_token_id={shown(given.forced_bos_token_id)} must be one token id")
-    suppressed = set() if given.suppress_tokens is None else set(np.ravel(given.suppress_tokens).tolist())
-    for name in ("forced_bos_token_id", "forced_eos_token_id"):
-        forced = getattr(given, name)
-        if forced is not None and set(np.ravel(forced).tolist()) <= suppressed:  # as HF
-            raise ValueError(f"{name}={shown(forced)} is also in suppress_tokens, which leaves no token")
+    names = ("suppress_tokens", "forced_bos_token_id", "forced_eos_token_id")
+    suppressed, *forced = ([] if (v := getattr(given, n)) is None else check_ids(n, v, vocab_size) for n in names)
+    for name, ids in zip(names[1:], forced, strict=True):
+        if ids and set(ids) <= set(suppressed):  # as HF
+            raise ValueError(f"{name}={shown(getattr(given, name))} is also in suppress_tokens, which leaves no token")
 
 
 def _slots(ids: list[int], nobody: int) -> jax.Array:

@@ -11,11 +11,12 @@ from opt_jax.reading import one_line, read_small
 
 @contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """A panic of the tokenizers library (Rust) as ValueError: in Python it is a BaseException, which nobody expects."""
+    """An error of the tokenizers library (Rust) as ValueError: it raises bare Exception, and in Python a panic is a
+    BaseException, which nobody expects."""
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # it is nowhere to be imported from
+        if type(error) is not Exception and type(error).__name__ != "PanicException":  # which cannot be imported
             raise
         raise ValueError(
             f"the tokenizers library fails: are the tokenizer's files damaged? ({one_line(error)})"
