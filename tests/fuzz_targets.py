@@ -44,6 +44,7 @@ class Config(Target):
             "id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 0, "yes": 1}, "dtype": "float16",
             "eos_token_id": [2, 3],
             "quantization_config": {"quant_method": "gptq", "bits": 4}, "num_labels": 2, "problem_type": None,
+            "init_std": 0.02, "dropout": 0.1, "bos_token_id": 2, "word_embed_proj_dim": 8, "enable_bias": True,
         }  # fmt: skip
         options = {
             "do_sample": True,
@@ -338,7 +339,7 @@ class Generation(Target):
     def files(self) -> dict[str, bytes]:
         from opt_jax.generation_config import FIELDS
 
-        return dict.fromkeys(FIELDS, b"")
+        return dict.fromkeys((*FIELDS, "penalty_alpha", "use_cache", "num_beam_groups", "no_such_option"), b"")
 
     def put(self, case: Any) -> None:
         self.directory.mkdir()

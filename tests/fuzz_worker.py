@@ -6,6 +6,7 @@ outcome: None, or a line.
 
 import os
 import pickle
+import re
 import resource
 import select
 import shutil
@@ -49,7 +50,7 @@ class Worker:
         self._log.truncate(0)
         self._process = subprocess.Popen(
             [sys.executable, "-W", "error", __file__, str(self._root)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=self._env,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env={**self._env, "RUST_BACKTRACE": "0"},
         )  # fmt: skip
         self._running = True
         self.bases: dict[str, dict[str, bytes]] = self._answer(10 * SECONDS)
@@ -81,7 +82,9 @@ class Worker:
         self._log.seek(0)
         said = self._log.read()[-3000:].decode(errors="replace")
         self._log.truncate(0)
-        return said
+        return re.sub(
+            r"\nthread '.*' .*panicked at .*\n.*\nnote: .*\n", "", said
+        )  # Rust's word on what is an error for us
 
     def _end(self) -> int:
         """Returns the exit code: of a crash, or of what ends a process that hangs."""

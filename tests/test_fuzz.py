@@ -37,6 +37,7 @@ FOUND: dict[str, list[Any]] = {
         ("config.json", [("set", ("model_type",), Many("x", 3000))]),
         ("config.json", [("set", ("hidden_size",), Many("x", 3000))]),
         ("config.json", [("set", ("id2label",), None)]),
+        ("config.json", [("set", ("init_std",), 10**400)]),
         ("generation_config.json", [("set", ("top_k",), Many("x", 3000))]),
     ],
     "Tokenizers": [
@@ -44,6 +45,7 @@ FOUND: dict[str, list[Any]] = {
         ("fast/tokenizer_config.json", [("rename", ("added_tokens_decoder", "1", "content"), Many("x", 3000))]),
         ("slow/added_tokens.json", [("set", ("<new>",), [])]),
         ("fast/tokenizer.json", [("set", ("truncation",), ["\x1b[2J\n\r"])]),
+        ("fast/tokenizer.json", [("set", ("model", "unk_token"), "ByteLevel")]),
     ],
     "Training": [
         ("3/_CHECKPOINT_METADATA", [("set", ("commit_timestamp_nsecs",), "x")]),
@@ -65,6 +67,11 @@ FOUND: dict[str, list[Any]] = {
         {"input_ids": [[5, 6]], "options": {"top_k": "x" * 3000}},
         {"input_ids": [[1] * 100_000, *[[1]] * 1000], "options": {}},
         {"input_ids": [[5, 6]], "options": {"bad_words_ids": [1.5]}},
+        {"input_ids": [[5, 6]], "options": {"num_beams": np.array([(1, 2)], "i4,i4")}},
+        {"input_ids": [[5, 6]], "options": {"penalty_alpha": np.array([(1, 2)], "i4,i4")}},
+        {"input_ids": [[5, 6]], "options": {"length_penalty": 10**400, "num_beams": 2}},
+        {"input_ids": [[5, 6]], "options": {"forced_eos_token_id": {1: 2}}},
+        {"input_ids": [[5, 6]], "options": {"suppress_tokens": [{}], "forced_eos_token_id": 3}},
         {"input_ids": [[5, 6]], "options": {"stop_strings": 3}},
         {"input_ids": [[5, 6]], "options": {"stop_strings": np.array(None)}},
         {"input_ids": [[5, 6]], "options": {"stop_strings": ["\ud800"]}},
