@@ -31,6 +31,7 @@ from opt_jax.training.documents import BLOCK, TEXT_SUFFIXES, BadRecords, HFSourc
 
 _TASK = 1 << 20  # characters that a worker takes at once
 _SAMPLES, _SAMPLE = 4096, 1024
+_HEADER_BYTES = 1024  # NumPy writes 118; what it takes to parse a damaged one grows with their square
 
 
 class Tokens:
@@ -55,7 +56,7 @@ class Tokens:
             assert self.path is not None
             open_regular(self.path).close()  # NumPy would wait at a pipe
             try:
-                self._array = np.lib.format.open_memmap(self.path, mode="r")
+                self._array = np.lib.format.open_memmap(self.path, mode="r", max_header_size=_HEADER_BYTES)
             except OSError:
                 raise
             except Exception as error:  # NumPy takes the header for Python, and has errors of several kinds
