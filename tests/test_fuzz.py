@@ -61,6 +61,7 @@ FOUND: dict[str, list[Any]] = {
         ),
         npy_file("{[]: 1}\n"),
         npy_file("{".ljust(10_101)),
+        npy_file("{'descr': '<u2', 'fortran_order': False, 'shape': (50,)}".ljust(9900) + "\0"),  # took 39 s
     ],
     "Generation": [
         {"input_ids": [[5, 6]], "options": {"prompt_lookup_num_tokens": np.ones((2, 3), object)}},
@@ -75,6 +76,10 @@ FOUND: dict[str, list[Any]] = {
         {"input_ids": [[5, 6]], "options": {"stop_strings": 3}},
         {"input_ids": [[5, 6]], "options": {"stop_strings": np.array(None)}},
         {"input_ids": [[5, 6]], "options": {"stop_strings": ["\ud800"]}},
+    ],
+    "Hub": [
+        ("info", [("flip", 0, 7)]),
+        ("headers", {"Location": "x" * 60_000}),
     ],
 }
 
