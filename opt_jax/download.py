@@ -34,7 +34,8 @@ _HTTP_LIMIT = 50_000_000_000  # larger files the hub serves over its Xet protoco
 _OVERLOADED = (408, 429, 500, 502, 503, 504)
 _WAITS = (1, 2, 4, 8)  # seconds before trying again
 _OF_WRONG_SHAPE = (
-    AssertionError, AttributeError, IndexError, KeyError, RecursionError, TypeError, UnicodeDecodeError, ValueError
+    AssertionError, AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError, UnicodeDecodeError,
+    UnicodeEncodeError,
 )  # fmt: skip
 T = TypeVar("T")
 log = logging.getLogger(__name__)

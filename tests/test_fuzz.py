@@ -79,7 +79,8 @@ FOUND: dict[str, list[Any]] = {
     ],
     "Hub": [
         ("info", [("flip", 0, 7)]),
-        ("headers", {"Location": "x" * 60_000}),
+        ("headers", {"RateLimit": "x" * 60_000, "Location": "x" * 60_000}),
+        ("headers", {"Set_Cookie": "http://\xff/"}),
     ],
 }
 
