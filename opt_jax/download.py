@@ -407,7 +407,7 @@ def _explain(repository: Repository, e: Exception) -> Exception:
         kind = type(cause.__cause__ if _of_connection(cause.__cause__) else cause).__name__  # see answers.py
         what = f"{endpoint} cannot be reached ({kind}: {_public(cause)})"
         return FileNotFoundError(f"no directory {name}, not in the cache {cache}, and {what}")
-    if type(cause) is OSError and not cause.filename:
+    if isinstance(cause, errors.FileMetadataError) or type(cause) is OSError and not cause.filename:
         advice = ". This is usually"  # of huggingface_hub, for its own users
         return OSError(f"{where}: {_public(cause).partition(advice)[0]}")
     return cause

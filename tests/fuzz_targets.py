@@ -370,7 +370,7 @@ class Hub(Target):
         super().__init__(root)
         logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it says each time that it tries again
         self.server = hub_server.HubServer()
-        os.environ.update(hub_server.environment(self.server.endpoint, root / "home", PYTHONWARNINGS="error"))
+        os.environ.update(hub_server.environment(self.server.endpoint, root / "home", HF_HUB_DISABLE_PROGRESS_BARS="1"))
         for name in [name for name in os.environ if "OFFLINE" in name]:
             del os.environ[name]
         self.server.__enter__()

@@ -79,7 +79,7 @@ FOUND: dict[str, list[Any]] = {
     ],
     "Hub": [
         ("info", [("flip", 0, 7)]),
-        ("headers", {"RateLimit": "x" * 60_000, "Location": "x" * 60_000}),
+        ("statuses", ((0, 307), {})),
         ("headers", {"Set_Cookie": "http://\xff/"}),
     ],
 }
