@@ -246,7 +246,9 @@ _LARGEST = 3.4e38  # in float32
 
 def _real(holds: Callable[[Any], bool], words: str) -> tuple[Callable[[Any], bool], str]:
     def check(x: Any) -> bool:
-        return isinstance(x, numbers.Real) and not isinstance(x, bool) and abs(x) < _LARGEST and holds(x)
+        if not isinstance(x, numbers.Real) or isinstance(x, bool):
+            return False
+        return abs(x) < _LARGEST and holds(x)  # type: ignore[reportOperatorIssue]
 
     return check, words
 
