@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from opt_jax import hub
-from opt_jax.disk import one_line
+from opt_jax.disk import describe
 
 if TYPE_CHECKING:
     from convert.source import Checkpoint
@@ -420,11 +420,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    """The message, without control characters (it may quote the checkpoint), and not endless."""
-    text = " ".join(one_line(error).split())
-    if not text.isprintable():
-        text = text.encode("unicode_escape").decode()
-    return text if len(text) <= 1000 else f"{text[:600]} ... {text[-300:]}"
+    return describe(error)
 
 
 if __name__ == "__main__":

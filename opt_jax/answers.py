@@ -77,6 +77,8 @@ def _install(client: Any) -> None:
     def limit(response: Any) -> None:  # of redirects, too
         if (answer := response.request.extensions.get(_EXTENSION)) is not None:
             _check_headers(response)
+            if "set-cookie" in response.headers:  # one that is long or no ASCII would spoil all later requests
+                client.cookies.clear()
             response.stream = Limited(response.stream, answer)
 
     def guarded_send(request: Any, *, stream: bool = False, **options: Any) -> Any:

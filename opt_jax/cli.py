@@ -11,9 +11,10 @@ from typing import Annotated, Any
 import tyro
 
 import opt_jax
-from opt_jax.disk import one_line
+from opt_jax.disk import describe
 from opt_jax.evaluate import evaluate
 from opt_jax.interrupts import INTERRUPTED, ends_at_once, raises
+from opt_jax.reading import one_line
 
 DEFAULT_NEW_TOKENS = 200
 
@@ -141,7 +142,7 @@ def main(args: Sequence[str] | None = None) -> int:
     interruption = raises() if args[:1] in (["plot"], ["tokenize"]) else ends_at_once("opt-jax: interrupted")
     try:
         with interruption, warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: print(f"opt-jax: warning: {message}", file=sys.stderr)
+            warnings.showwarning = lambda message, *_: print(f"opt-jax: warning: {one_line(message)}", file=sys.stderr)
             tyro.extras.subcommand_cli_from_dict(
                 COMMANDS,
                 prog="opt-jax",
@@ -152,7 +153,7 @@ def main(args: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as a program that the signal ended
     except (ValueError, OSError) as error:
-        print(f"opt-jax: error: {one_line(error)}", file=sys.stderr)
+        print(f"opt-jax: error: {describe(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("opt-jax: interrupted", file=sys.stderr)

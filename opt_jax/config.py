@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from opt_jax.reading import FieldsWithoutEffect, note_without_effect, read_small
+from opt_jax.reading import FieldsWithoutEffect, note_without_effect, read_small, shown
 
 # Activations of `transformers.activations.ACT2FN` that OPT variants use; model.py maps each to its function.
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish", "tanh")
@@ -93,7 +93,7 @@ class OPTConfig:
         self._require(self.num_labels <= MAX_LABELS, "num_labels", f"at most {MAX_LABELS}")  # a config.json names each
         for name in ("dropout", "attention_dropout", "layerdrop"):
             self._require(0 <= getattr(self, name) < 1, name, "a probability in [0, 1)")
-        self._require(self.init_std >= 0 and math.isfinite(self.init_std), "init_std", "a finite number >= 0")
+        self._require(0 <= self.init_std <= sys.float_info.max, "init_std", "a finite number >= 0")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"OPTConfig: hidden_size={self.hidden_size} is not divisible by "
@@ -113,7 +113,7 @@ class OPTConfig:
 
     def _require(self, ok: bool, name: str, what: str) -> None:
         if not ok:
-            raise ValueError(f"OPTConfig: {name}={getattr(self, name)!r} must be {what}")
+            raise ValueError(f"OPTConfig: {name}={shown(getattr(self, name))} must be {what}")
 
     def _check_type(self, field: dataclasses.Field) -> None:
         value, kind = getattr(self, field.name), str(field.type)
@@ -185,7 +185,7 @@ class OPTConfig:
             if not isinstance(raw, dict):
                 raise ValueError(f"{path} holds a {type(raw).__name__}, not a JSON object")
         if raw.get("model_type", "opt") != "opt":
-            raise ValueError(f"{where}: model_type is {raw['model_type']!r}, not 'opt'")
+            raise ValueError(f"{where}: model_type is {shown(raw['model_type'])}, not 'opt'")
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         fields = {k: v for k, v in raw.items() if k in known}
         extra = {k: v for k, v in raw.items() if k not in known and k != "model_type"}
@@ -193,7 +193,9 @@ class OPTConfig:
         labels = extra.get("id2label")
         if isinstance(labels, Mapping):  # HF writes the label names, not their number
             if fields.setdefault("num_labels", len(labels)) != len(labels):
-                raise ValueError(f"{where}: num_labels={fields['num_labels']} but id2label names {len(labels)} labels")
+                raise ValueError(
+                    f"{where}: num_labels={shown(fields['num_labels'])} but id2label names {len(labels)} labels"
+                )
         try:
             return cls(**fields, extra=extra)
         except ValueError as e:
@@ -205,7 +207,8 @@ class OPTConfig:
         if isinstance(self.eos_token_id, tuple):
             fields["eos_token_id"] = list(self.eos_token_id)
         num_labels, extra = fields.pop("num_labels"), dict(self.extra)
-        if len(extra.get("id2label", ())) != num_labels:  # replaced since the file was read, or never named
+        labels = extra.get("id2label")
+        if not isinstance(labels, Mapping) or len(labels) != num_labels:  # replaced since it was read, or never named
             extra["id2label"] = {str(i): f"LABEL_{i}" for i in range(num_labels)}
             extra["label2id"] = {f"LABEL_{i}": i for i in range(num_labels)}
         return {"model_type": "opt"} | fields | extra

@@ -1,7 +1,7 @@
 """What the operating system refuses, in one line: what failed, the path, what to do about it. No jax.
 
 Python, TensorStore and Orbax each report a full disk in a form of their own. `disk_errors` makes one OSError of them,
-and `one_line` is what the commands print.
+and `describe` is what the commands print.
 """
 
 import errno
@@ -10,9 +10,11 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from opt_jax.reading import one_line
 
 _REMOVED = "it, or a directory above it, was removed or moved: put it back, or choose another place"
 _ROOM = "make room there, then start the same command again"
@@ -91,13 +93,13 @@ def free_bytes(path: str | os.PathLike) -> int:
     return shutil.disk_usage(place).free
 
 
-def one_line(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """`error` as the commands print it: of what the operating system refuses path, reason, and what to do.
 
     They end then. If it was stdout that could not be written, the rest of it is given up.
     """
     if not isinstance(error, OSError) or not error.strerror:
-        return str(error)
+        return one_line(error)
     number, where, what = error.errno or 0, error.filename, error.strerror
     if where is None:
         try:
@@ -108,14 +110,16 @@ def one_line(error: BaseException) -> str:
     # A name that does not exist was most often mistyped.
     if what == os.strerror(number) and number in _ADVICE and _ADVICE[number] != _REMOVED:
         what = f"{what}{_room(number, str(where), None) if error.filename else ''}: {_ADVICE[number]}"
-    return f"{where}: {what}" if where else what
+    return one_line(f"{where}: {what}" if where else what)
 
 
 @contextmanager
-def without_tracebacks() -> Iterator[None]:
+def without_tracebacks(
+    wanted: Callable[[logging.LogRecord], bool] = lambda record: not record.exc_info,
+) -> Iterator[None]:
     """Orbax logs, with a traceback, what its threads raise, which is raised again where it is waited for: only there
-    is it to be said."""
-    logger, wanted = logging.getLogger("absl"), lambda record: not record.exc_info
+    is it to be said. `wanted`: which records to log instead."""
+    logger = logging.getLogger("absl")
     logger.addFilter(wanted)
     try:
         yield

@@ -28,8 +28,9 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from opt_jax.disk import one_line, without_tracebacks
+from opt_jax.disk import describe, without_tracebacks
 from opt_jax.interrupts import Signals, say
+from opt_jax.reading import one_line
 from opt_jax.storage import agree
 from opt_jax.watchdog import Watchdog, listen
 
@@ -83,7 +84,7 @@ def start(
             jax.devices()  # waits for the others
     except (ValueError, RuntimeError) as e:
         raise ValueError(
-            f"no cluster: {' '.join(str(e).split())}: give --coordinator-address host:port, --num-processes and "
+            f"no cluster: {one_line(e)}: give --coordinator-address host:port, --num-processes and "
             "--process-id, or --distributed off for a process alone"
         ) from None
     if jax.process_count() > 1:
@@ -258,18 +259,20 @@ def last_words(program: str, at_once: bool = False) -> Iterator[None]:
     """
     try:
         with Signals(end_at_once, signal.SIGINT), warnings.catch_warnings(), without_tracebacks():
-            warnings.showwarning = lambda message, *_: print(f"{program}: warning: {message}", file=sys.stderr)
+            warnings.showwarning = lambda message, *_: print(
+                f"{program}: warning: {one_line(message)}", file=sys.stderr
+            )
             yield
     except (ValueError, OSError) as error:
         if not jax.distributed.is_initialized():
-            message = f"{program}: error: {one_line(error)}"
+            message = f"{program}: error: {describe(error)}"
             if not at_once:
                 sys.exit(message)
             print(message, file=sys.stderr, flush=True)
             with suppress(OSError):
                 sys.stdout.flush()
             os._exit(1)
-        _leave(f"{program}: error: process {jax.process_index()}: {one_line(error)}")
+        _leave(f"{program}: error: process {jax.process_index()}: {describe(error)}")
     except Exception as error:
         if not jax.distributed.is_initialized():
             raise

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from opt_jax.answers import NO_HUB, guarded
-from opt_jax.reading import SMALL_FILE, name_from_outside, read_small
+from opt_jax.reading import SMALL_FILE, name_from_outside, one_line, read_small
 from opt_jax.temporary import refuse_links
 
 WEIGHT_FILES = (
@@ -33,6 +33,10 @@ _PARALLEL = 4  # files at once: one connection seldom fills the line
 _HTTP_LIMIT = 50_000_000_000  # larger files the hub serves over its Xet protocol only
 _OVERLOADED = (408, 429, 500, 502, 503, 504)
 _WAITS = (1, 2, 4, 8)  # seconds before trying again
+_OF_WRONG_SHAPE = (
+    AssertionError, AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError, UnicodeDecodeError,
+    UnicodeEncodeError,
+)  # fmt: skip
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -182,7 +186,7 @@ def _ask(call: Callable[[dict[str, str]], T], largest: int = SMALL_FILE, seconds
         try:
             return _patiently(lambda: call(headers))
         except Exception as e:  # huggingface_hub does not look at the shape of what it takes apart
-            if type(e) in (AssertionError, AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError):
+            if type(e) in _OF_WRONG_SHAPE:
                 raise OSError(f"{NO_HUB} ({type(e).__name__}: {e})") from e
             raise
 
@@ -361,7 +365,7 @@ def _public(text: object) -> str:
     if token := get_token():
         line = line.replace(token, "***")
     line = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", re.sub(r"//[^/@\s]+@", "//", line))
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", line[:2000])  # a server's words may be long, or steer a terminal
+    return one_line(line)  # a server's words may be long, or steer a terminal
 
 
 def _explain(repository: Repository, e: Exception) -> Exception:
@@ -403,7 +407,7 @@ def _explain(repository: Repository, e: Exception) -> Exception:
         kind = type(cause.__cause__ if _of_connection(cause.__cause__) else cause).__name__  # see answers.py
         what = f"{endpoint} cannot be reached ({kind}: {_public(cause)})"
         return FileNotFoundError(f"no directory {name}, not in the cache {cache}, and {what}")
-    if type(cause) is OSError and not cause.filename:
+    if isinstance(cause, errors.FileMetadataError) or type(cause) is OSError and not cause.filename:
         advice = ". This is usually"  # of huggingface_hub, for its own users
         return OSError(f"{where}: {_public(cause).partition(advice)[0]}")
     return cause

@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-import math
 import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from opt_jax.reading import asks_for_nothing, note_without_effect, read_small
+from opt_jax.reading import asks_for_nothing, note_without_effect, read_small, shown
 
 # HF's options that never have an effect on tokens. (Empty prompts, which HF starts with BOS, are errors.)
 _INERT = {"bos_token_id", "transformers_version", "_from_model_config", "return_dict_in_generate"}
@@ -195,6 +194,7 @@ def combine(
       UserWarning: what the checkpoint says has no effect, such as a temperature where nobody says to sample.
     """
     given = override(options_of(config), options)
+    _check_each(given)
     merged = override(checkpoint, given)
     _check_names({k: v for k, v in merged.items() if k not in given}, where)
     unused: dict[str, tuple[tuple, str]] = {}
@@ -240,10 +240,11 @@ def override(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, An
 def _check_names(options: Mapping[str, Any], where: str) -> None:
     for name, value in options.items():
         if name in _UNSUPPORTED:
-            if value is not None and not any(value == harmless for harmless in _UNSUPPORTED[name]):
-                raise ValueError(f"{where}: {name}={value!r:.60} is not supported by opt-jax")
+            plain = isinstance(value, str) or not isinstance(value, Iterable)  # an array has no one answer to ==
+            if value is not None and not (plain and value in _UNSUPPORTED[name]):
+                raise ValueError(f"{where}: {name}={shown(value)} is not supported by opt-jax")
         elif name not in FIELDS and name not in _INERT:
-            raise ValueError(f"{where}: there is no option {name!r} (they are in opt_jax.GenerationConfig)")
+            raise ValueError(f"{where}: there is no option {shown(name)} (they are in opt_jax.GenerationConfig)")
 
 
 # Values -------------------------------------------------------------------------------------------------------
@@ -258,9 +259,14 @@ def _at_least(least: int) -> tuple[Callable[[Any], bool], str]:
     return lambda x: is_integer(x) and least <= x < 2**31, f"an integer of at least {least} and below 2**31"
 
 
+_LARGEST = 3.4e38  # in float32
+
+
 def _real(holds: Callable[[Any], bool], words: str) -> tuple[Callable[[Any], bool], str]:
     def check(x: Any) -> bool:
-        return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x) and holds(x)
+        if not isinstance(x, numbers.Real) or isinstance(x, bool):
+            return False
+        return abs(x) < _LARGEST and holds(x)  # type: ignore[reportOperatorIssue]
 
     return check, words
 
@@ -281,12 +287,16 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def _check_values(config: GenerationConfig) -> None:
+def _check_each(options: Mapping[str, Any]) -> None:
     for name, (holds, words) in _RULES.items():
-        value = getattr(config, name)
+        value = options.get(name)
         if value is not None and not holds(value):
             hint = " (for the most likely tokens use do_sample=False)" if name == "temperature" else ""
-            raise ValueError(f"{name}={value!r} must be {words}{hint}")
+            raise ValueError(f"{name}={shown(value)} must be {words}{hint}")
+
+
+def _check_values(config: GenerationConfig) -> None:
+    _check_each(config.to_dict())
     if config.max_new_tokens is not None and config.max_length is not None:  # HF warns and lets max_new_tokens win
         raise ValueError(f"give max_new_tokens={config.max_new_tokens} or max_length={config.max_length}, not both")
     beams, copies = config.num_beams or 1, config.num_return_sequences or 1
@@ -314,7 +324,7 @@ def check_ids(name: str, ids: Any, vocab_size: int, hint: str = "") -> list[int]
     ids = ids.tolist() if hasattr(ids, "tolist") else ids  # NumPy and JAX
     values = [ids] if is_integer(ids) else list(ids) if isinstance(ids, Iterable) and not isinstance(ids, str) else None
     if values is None or not all(map(is_integer, values)):
-        raise ValueError(f"{name}={ids!r:.60} must be a token id or a sequence of them")
+        raise ValueError(f"{name}={shown(ids)} must be a token id or a sequence of them")
     for i in values:
         if not 0 <= i < vocab_size:
             raise ValueError(f"{name} holds {i}, outside [0, {vocab_size - 1}]{hint}")
@@ -325,8 +335,9 @@ def check_sequences(name: str, sequences: Any, vocab_size: int, or_ids: bool = F
     """Sequences of ids, none of them empty, as lists (`or_ids`: or single ids); ValueError otherwise."""
     sequences = sequences.tolist() if hasattr(sequences, "tolist") else sequences
     if not isinstance(sequences, Iterable) or isinstance(sequences, str):
-        raise ValueError(f"{name}={sequences!r:.60} must be a list of sequences of token ids")
+        raise ValueError(f"{name}={shown(sequences)} must be a list of sequences of token ids")
     sequences = list(sequences)
-    if not sequences or any(is_integer(s) and not or_ids or not is_integer(s) and not len(s) for s in sequences):
-        raise ValueError(f"{name}={sequences!r:.60} must hold at least one sequence, and no empty one")
+    holds = lambda s: or_ids if is_integer(s) else hasattr(s, "__len__") and len(s) > 0  # noqa: E731
+    if not sequences or not all(map(holds, sequences)):
+        raise ValueError(f"{name}={shown(sequences)} must hold at least one sequence, and no empty one")
     return [check_ids(name, sequence, vocab_size) for sequence in sequences]

@@ -215,7 +215,8 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(content.get("model"), dict):
         raise ValueError(f"{path} has no object 'model', so it is not a record of train.py")
     architectures = {"architectures": ["OPTForCausalLM"]}
-    task = (content.get("options") or {}).get("task")
+    options = content.get("options")
+    task = options.get("task") if isinstance(options, dict) else None
     return architectures | content["model"] if task else content["model"] | architectures
 
 

@@ -1,4 +1,4 @@
-"""Opens files that others have written: regular files only, and small ones up to a size. No jax."""
+"""Opens files that others have written: regular files only, and small ones up to a size; quotes them. No jax."""
 
 import os
 import re
@@ -42,6 +42,22 @@ def read_small(path: os.PathLike, limit: int = SMALL_FILE) -> bytes:
     with open_regular(path) as file:
         _check_size(path, os.fstat(file.fileno()).st_size, limit)
         return file.read(limit)
+
+
+def one_line(text: object, limit: int = 1000) -> str:
+    """`text` as one printable line of at most `limit` characters: for messages, which may quote foreign files."""
+    line = " ".join(str(text).split())
+    if not line.isprintable():
+        line = line.encode("unicode_escape").decode()
+    return line if len(line) <= limit else f"{line[: limit * 2 // 3]} ... {line[-(limit // 4) :]}"
+
+
+def shown(value: object, limit: int = 100) -> str:
+    """`repr(value)` for messages, see `one_line`."""
+    try:
+        return one_line(repr(value), limit)
+    except ValueError:  # an integer of thousands of digits
+        return f"a very large {type(value).__name__}"
 
 
 def _check_size(path: os.PathLike, size: int, limit: int) -> None:

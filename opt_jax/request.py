@@ -16,6 +16,7 @@ from opt_jax.inputs import check_inputs
 from opt_jax.memory import check_memory, column_bytes, host_memory
 from opt_jax.model import OPTForCausalLM
 from opt_jax.processors import Sequences
+from opt_jax.reading import shown
 from opt_jax.sampling import SamplingOptions
 
 DEFAULT_NEW_TOKENS = 20  # HF's
@@ -119,12 +120,13 @@ def check_request(
     default_new_tokens: int = DEFAULT_NEW_TOKENS,
 ) -> Request:
     """The arguments of `generate`, checked and with all defaults filled in; ValueError as there."""
-    ids, ragged = _rectangle(input_ids, attention_mask)
-    ids = _check_model_and_ids(model, ids)
+    _check_model(model)
+    ids, ragged = _rectangle(input_ids, attention_mask, model.config.max_position_embeddings)
+    ids = _check_ids(model, ids)
     options = dict(options or {})
     given = combine(checkpoint_options(model), generation_config, options, _generation_config_of(model))
     if options.get("bos_token_id") not in (None, model.config.bos_token_id):  # (HF's scripts pass the model's own)
-        raise ValueError(f"bos_token_id={options['bos_token_id']!r:.60} without effect: put it into input_ids")
+        raise ValueError(f"bos_token_id={shown(options['bos_token_id'])} without effect: put it into input_ids")
     eos, pad = _special_ids(model, given)
     if ragged is not None:
         ids = np.where(ragged, ids, pad).astype(np.int32)
@@ -182,7 +184,7 @@ def check_batch_size(batch_size: Any, progress_bar: Any, request: Request) -> No
             raise ValueError("progress_bar without effect: pass batch_size as well")
         return
     if not is_integer(batch_size) or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1")
+        raise ValueError(f"batch_size={shown(batch_size)} must be an integer of at least 1")
     if request.beams is not None and progress_bar:
         raise ValueError("progress_bar is not supported with num_beams: leave it out")
 
@@ -192,13 +194,14 @@ def check_score(model: OPTForCausalLM, input_ids: Any, attention_mask: Any, unre
 
     unread: so many columns at the end are only asked about, and need no position in the context.
     """
-    ids = _check_model_and_ids(model, input_ids, unread)
+    _check_model(model)
+    ids = _check_ids(model, input_ids, unread)
     eos, pad = _special_ids(model, GenerationConfig())
     mask = _check_mask(ids, attention_mask, None if pad in eos else pad)
     return ids, mask, *_align(ids, mask, model.config.max_position_embeddings, unread)
 
 
-def _rectangle(input_ids: Any, attention_mask: Any) -> tuple[Any, np.ndarray | None]:
+def _rectangle(input_ids: Any, attention_mask: Any, limit: int) -> tuple[Any, np.ndarray | None]:
     """Prompts of different lengths padded on the left, and where their tokens are; anything else as it is, and None."""
     if not isinstance(input_ids, Sequence) or not all(hasattr(row, "__len__") for row in input_ids):
         return input_ids, None
@@ -207,6 +210,8 @@ def _rectangle(input_ids: Any, attention_mask: Any) -> tuple[Any, np.ndarray | N
         return input_ids, None
     if not lengths.all():
         raise ValueError(f"row {int(np.argmin(lengths))} has no token: start empty prompts with the BOS token")
+    if lengths.max() > limit:  # before all rows are made as long
+        raise ValueError(f"{lengths.max()} tokens are more than max_position_embeddings={limit}")
     mask = np.arange(lengths.max())[::-1] < lengths[:, None]
     rows = [as_ids(f"row {i} of input_ids", row) for i, row in enumerate(input_ids)]
     if nested := [i for i, row in enumerate(rows) if row.ndim != 1]:
@@ -241,10 +246,13 @@ def _prompts(ids: np.ndarray, mask: np.ndarray, prefix: Prefix | None, limit: in
     return Prompts(padded, padded_mask, tokens, padded_mask.sum(1, dtype=np.int32) + before.shape[1], prefix.cache)
 
 
-def _check_model_and_ids(model: Any, input_ids: Any, unread: int = 0) -> np.ndarray:
+def _check_model(model: Any) -> None:
     if not isinstance(model, OPTForCausalLM):
         raise ValueError(f"generation needs an OPTForCausalLM, not an {type(model).__name__}")
     _check_heads(model)
+
+
+def _check_ids(model: OPTForCausalLM, input_ids: Any, unread: int = 0) -> np.ndarray:
     longer = getattr(input_ids, "shape", ())[1:] == (model.config.max_position_embeddings + unread,)
     parts = np.split(np.asarray(input_ids), [unread], axis=1) if longer and unread else [input_ids]
     return np.concatenate([check_inputs(model, {"input_ids": part})["input_ids"] for part in parts], axis=1)
@@ -351,7 +359,7 @@ def _sampling_options(
 
     copies = given.num_return_sequences or 1
     seeds, samples = _check_seed(given.seed, len(most), copies)
-    _check_forced(given)
+    _check_forced(given, vocab_size)
     bad_words, stops = given.bad_words_ids, given.stop_token_ids
     if bad_words is not None:
         bad_words = check_sequences("bad_words_ids", bad_words, vocab_size)
@@ -389,21 +397,21 @@ def _check_seed(seed: Any, batch: int, copies: int) -> tuple[np.ndarray, np.ndar
     one = is_integer(seed)
     seeds: Sequence[Any] = [seed] * batch if one else seed
     if not isinstance(seeds, Sequence) or isinstance(seeds, str) or len(seeds) != batch:
-        raise ValueError(f"seed={seed!r:.60} must be a number, or one number for each of the {batch} prompts")
+        raise ValueError(f"seed={shown(seed)} must be a number, or one number for each of the {batch} prompts")
     if bad := [s for s in seeds if not is_integer(s) or not 0 <= s < 2**32]:
-        raise ValueError(f"seed={bad[0]!r} must be in [0, 2**32)")
+        raise ValueError(f"seed={shown(bad[0])} must be in [0, 2**32)")
     samples = np.arange(batch * copies) if one else np.tile(np.arange(copies), batch)
     return np.repeat(np.array(seeds, np.uint32), copies), samples.astype(np.int32)
 
 
-def _check_forced(given: GenerationConfig) -> None:
+def _check_forced(given: GenerationConfig, vocab_size: int) -> None:
     if given.forced_bos_token_id is not None and not is_integer(given.forced_bos_token_id):
-        raise ValueError(f"forced_bos_token_id={given.forced_bos_token_id!r:.60} must be one token id")
-    suppressed = set() if given.suppress_tokens is None else set(np.ravel(given.suppress_tokens).tolist())
-    for name in ("forced_bos_token_id", "forced_eos_token_id"):
-        forced = getattr(given, name)
-        if forced is not None and set(np.ravel(forced).tolist()) <= suppressed:  # as HF
-            raise ValueError(f"{name}={forced} is also in suppress_tokens, which leaves no token")
+        raise ValueError(f"forced_bos_token_id={shown(given.forced_bos_token_id)} must be one token id")
+    names = ("suppress_tokens", "forced_bos_token_id", "forced_eos_token_id")
+    suppressed, *forced = ([] if (v := getattr(given, n)) is None else check_ids(n, v, vocab_size) for n in names)
+    for name, ids in zip(names[1:], forced, strict=True):
+        if ids and set(ids) <= set(suppressed):  # as HF
+            raise ValueError(f"{name}={shown(getattr(given, name))} is also in suppress_tokens, which leaves no token")
 
 
 def _slots(ids: list[int], nobody: int) -> jax.Array:

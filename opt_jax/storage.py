@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 from opt_jax import chunks, hub
 from opt_jax.chunks import Index, Shape, pieces
 from opt_jax.disk import disk_errors, free_bytes, without_tracebacks
+from opt_jax.reading import one_line
 from opt_jax.temporary import MARKER, TemporaryPlace, refuse_links
 
 Checks = tuple[Callable[[], object], ...]  # comparisons put off because they read data; each raises ValueError
@@ -354,7 +355,7 @@ def open_stored(directory: Path, verify: bool = True) -> dict[str, LazyArray]:
         opening = {path: ts.open(spec, read=True, open=True, context=context) for path, spec in specs.items()}
         stores = {path: store.result() for path, store in opening.items()}
     except (OSError, ValueError, TypeError, RecursionError) as e:
-        raise ValueError(f"{directory} cannot be read: {' '.join(str(e).split())}") from e
+        raise ValueError(f"{directory} cannot be read: {one_line(e)}") from e
     if verify and not checked:
         warnings.warn(
             f"{directory.parent} has no checksums: an older version wrote it, and damage in it goes unnoticed; write "
@@ -399,7 +400,7 @@ class _Stored:
         try:
             return self.store[index].read().result() if self.verify else chunks.read_unverified(self.store, index)
         except ValueError as e:
-            raise ValueError(f"{self.directory}: tensor {self.name} cannot be read: {' '.join(str(e).split())}") from e
+            raise ValueError(f"{self.directory}: tensor {self.name} cannot be read: {one_line(e)}") from e
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,11 +4,12 @@
 """
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from opt_jax.reading import shown
 from opt_jax.vocabulary import check_ids, to_list
 
 
@@ -46,11 +47,15 @@ class StopStrings:
     """
 
     def __init__(self, tokenizer: Any, strings: str | Sequence[str], prompts: Sequence[Any]):
-        strings = [strings] if isinstance(strings, str) else list(strings)
+        given: Any = strings.tolist() if hasattr(strings, "tolist") else strings  # type: ignore[reportAttributeAccessIssue]
+        strings = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else []
         if not strings or not all(isinstance(string, str) and string for string in strings):
-            raise ValueError(f"stop_strings={strings!r:.60} must be a string or several, and none of them empty")
+            raise ValueError(f"stop_strings={shown(given)} must be a string or several, and none of them empty")
         self._tokenizer = tokenizer
-        self._strings = [string.encode() for string in strings]
+        try:
+            self._strings = [string.encode() for string in strings]
+        except UnicodeEncodeError:
+            raise ValueError(f"stop_strings={shown(given)} has a lone surrogate, which is no Unicode") from None
         self._keep = max(map(len, self._strings)) - 1  # bytes that may be the beginning of a string
         self._tails = [self._cut(b"".join(map(tokenizer.token_bytes, ids.tolist()[-self._keep :]))) for ids in prompts]
         self._looked = np.zeros(len(prompts), np.int32)  # tokens of each row that were looked at

@@ -152,7 +152,7 @@ class OPTTokenizer(Vocabulary):
             config |= read_json(folder / "special_tokens_map.json")
             added = {} if fast.is_file() else read_json(folder / "added_tokens.json")
             if added:
-                config["added_tokens_decoder"] = {i: {"content": token} for token, i in added.items()}
+                config["added_tokens_decoder"] = {str(i): {"content": token} for token, i in added.items()}
         note_without_effect(folder / "tokenizer_config.json", config, WITHOUT_EFFECT)
         if not fast.is_file():
             return cls.from_file(folder / "vocab.json", folder / "merges.txt", config, **sides)
@@ -391,6 +391,7 @@ class OPTTokenizer(Vocabulary):
 
 
 AutoTokenizer = OPTTokenizer
+_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")  # of an AddedToken; it prints others
 
 
 def _check_sides(padding_side: str = "left", truncation_side: str | None = None) -> None:
@@ -442,7 +443,7 @@ def _plain(value: Any) -> Any:
 
 def _added_token(value: str | dict[str, Any]) -> AddedToken:
     """An added token as HF writes it: its text, or a dict of the fields of `tokenizers.AddedToken`."""
-    fields: Any = {"content": value} if isinstance(value, str) else {k: v for k, v in value.items() if k != "__type"}
+    fields: Any = {"content": value} if isinstance(value, str) else {k: v for k, v in value.items() if k in _FIELDS}
     return AddedToken(**fields)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from opt_jax.reading import FieldsWithoutEffect, read_small
+from opt_jax.reading import FieldsWithoutEffect, one_line, read_small
 
 # Fields of a tokenizer_config.json; `padding_side`, which HF writes into every one, is not among them.
 WITHOUT_EFFECT: FieldsWithoutEffect = {
@@ -19,13 +19,16 @@ WITHOUT_EFFECT: FieldsWithoutEffect = {
 
 @contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """A panic of the tokenizers library (Rust) as ValueError: in Python it is a BaseException, which nobody expects."""
+    """An error of the tokenizers library (Rust) as ValueError: it raises bare Exception, and in Python a panic is a
+    BaseException, which nobody expects."""
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # it is nowhere to be imported from
+        if type(error) is not Exception and type(error).__name__ != "PanicException":  # which cannot be imported
             raise
-        raise ValueError(f"the tokenizers library fails: are the tokenizer's files damaged? ({error})") from None
+        raise ValueError(
+            f"the tokenizers library fails: are the tokenizer's files damaged? ({one_line(error)})"
+        ) from None
 
 
 def read_as(where: str, load: Callable[[], Any]) -> Any:
@@ -36,7 +39,7 @@ def read_as(where: str, load: Callable[[], Any]) -> Any:
     except OSError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise ValueError(f"{where}: not a tokenizer that can be read ({error})") from error
+        raise ValueError(f"{where}: not a tokenizer that can be read ({one_line(error)})") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

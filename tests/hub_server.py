@@ -51,7 +51,8 @@ class Repository:
       html: the answer to everything, as that of a proxy that wants a password.
       ranges: whether the CDN honours Range.
       busy: headers of those answers.
-      lie: changes what is about to be sent as JSON: called with "tree" or "info" and the content.
+      lie: changes what is about to be sent as JSON: called with "tree" or "info" and the content. Bytes
+        are sent as they are.
       headers: of answers about files, in place of the true ones.
       endless: "tree", "info", "redirect" or a file -> seconds between the pieces of a body that never ends;
         "headers": of an answer about a file, whose headers never end.
@@ -129,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send(self, content: bytes, status: int = 200, announced: int | None = None, **headers: Any) -> None:
         self.send_response(status)
-        if announced != -1:
+        if announced != -1 and "Content_Length" not in headers:
             self.send_header("Content-Length", str(len(content) if announced is None else announced))
         for key, value in headers.items():
             self.send_header(key.replace("_", "-"), value)
@@ -208,11 +209,11 @@ class _Hub(_Handler):
         lie = repository.lie or (lambda what, content: content)
         if kind == "tree":
             more: dict[str, Any] = {"Link": repository.headers["Link"]} if "Link" in repository.headers else {}
-            return self.send(json.dumps(lie("tree", entries)).encode(), **more)
+            return self.send(_json(lie("tree", entries)), **more)
         blobs = "blobs" in parse_qs(urlsplit(self.path).query)
         keys = ("rfilename", "size", "blobId", "lfs") if blobs else ("rfilename",)
         siblings = [{key: entry[key] for key in keys if key in entry} for entry in entries]
-        self.send(json.dumps(lie("info", {"id": name, "sha": commit, "siblings": siblings})).encode())
+        self.send(_json(lie("info", {"id": name, "sha": commit, "siblings": siblings})))
 
     def entry(self, repository: Repository, file: str) -> dict:
         content = repository.files[file]
@@ -244,6 +245,10 @@ class _Hub(_Handler):
         about["X_Linked_ETag"] = f'"{hashlib.sha256(content).hexdigest()}"'
         about |= {"Location": f"{hub.cdn}/{name}/{file}?signature=secret"} | repository.headers
         self.send(b"", 302, **about)
+
+
+def _json(content: Any) -> bytes:
+    return content if isinstance(content, bytes) else json.dumps(content).encode()
 
 
 class _Cdn(_Handler):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opt_jax.disk import disk_errors, one_line, without_tracebacks
+from opt_jax.disk import describe, disk_errors, without_tracebacks
 from opt_jax.training.checkpoints import Checkpoints
 from opt_jax.training.files import Lines
 from opt_jax.training.step import TrainState
@@ -22,8 +22,8 @@ FULL = "No space left on device"
 def as_said(path, error: BaseException, nbytes: int | None = None) -> str:
     with pytest.raises(OSError) as failed, disk_errors(path, nbytes):
         raise error
-    assert one_line(failed.value).count("\n") == 0
-    return one_line(failed.value)
+    assert describe(failed.value).count("\n") == 0
+    return describe(failed.value)
 
 
 def system(number: int, filename: object = None) -> OSError:
@@ -59,13 +59,13 @@ def test_other_errors_pass_and_the_innermost_explanation_stays(tmp_path):
             raise error
     with pytest.raises(OSError) as failed, disk_errors(tmp_path), disk_errors(tmp_path / "file", 7):
         raise system(errno.ENOSPC)
-    assert one_line(failed.value).startswith(f"{tmp_path / 'file'}: {FULL} (7 bytes are needed, ")
+    assert describe(failed.value).startswith(f"{tmp_path / 'file'}: {FULL} (7 bytes are needed, ")
 
 
 def test_without_a_path_it_is_said_as_well(tmp_path, monkeypatch):
-    assert one_line(system(errno.EMFILE)).startswith("Too many open files: raise the limit with `ulimit -n`")
-    assert one_line(system(errno.EROFS, tmp_path)).startswith(f"{tmp_path}: Read-only file system: make it writable")
-    assert one_line(system(errno.ENOENT, "mistyped")) == "mistyped: No such file or directory"
+    assert describe(system(errno.EMFILE)).startswith("Too many open files: raise the limit with `ulimit -n`")
+    assert describe(system(errno.EROFS, tmp_path)).startswith(f"{tmp_path}: Read-only file system: make it writable")
+    assert describe(system(errno.ENOENT, "mistyped")) == "mistyped: No such file or directory"
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
     with open("/dev/full", "w") as full:  # closing it would fail, were the rest not given up
@@ -73,10 +73,10 @@ def test_without_a_path_it_is_said_as_well(tmp_path, monkeypatch):
         full.write("text")
         with pytest.raises(OSError) as failed:
             full.flush()
-        assert one_line(failed.value).startswith(f"standard output: {FULL}: make room")
+        assert describe(failed.value).startswith(f"standard output: {FULL}: make room")
     with pytest.raises(OSError) as failed, contextlib.closing(Lines("/dev/full")) as lines:  # type: ignore[arg-type]
         lines.write('{"step": 1}\n')
-    assert one_line(failed.value).startswith(f"/dev/full: {FULL} (")
+    assert describe(failed.value).startswith(f"/dev/full: {FULL} (")
 
 
 @contextlib.contextmanager
@@ -111,7 +111,7 @@ def test_a_checkpoint_that_does_not_fit_is_said_and_leaves_the_one_before(tmp_pa
     with without_tracebacks(), largest_file(30_000), pytest.raises(OSError) as failed:
         checkpoints.save(4, state_of(4))
         checkpoints.close()
-    said = one_line(failed.value)
+    said = describe(failed.value)
     assert said.startswith(f"{directory / '4'}: File too large (80,025 bytes are needed): the file system or"), said
     assert "Traceback" not in caplog.text and "Event loop" not in capfd.readouterr().err
     with open_checkpoints(directory) as checkpoints:
@@ -128,7 +128,7 @@ def test_a_checkpoint_that_does_not_fit_is_said_and_leaves_the_one_before(tmp_pa
     with without_tracebacks(), pytest.raises(OSError) as failed:
         checkpoints.save(5, state_of(5))
         checkpoints.close()
-    assert one_line(failed.value).startswith(f"{directory}: Not a directory: it, or a directory above it, was")
+    assert describe(failed.value).startswith(f"{directory}: Not a directory: it, or a directory above it, was")
 
 
 def test_a_file_that_is_missing_in_a_checkpoint_is_said_or_not_needed(tmp_path):

@@ -23,14 +23,16 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSt
 from opt_jax import distributed
 from opt_jax.checkpoint import read_array
 from opt_jax.chunks import ShardHandler, pytree_handler
-from opt_jax.disk import disk_errors
+from opt_jax.disk import disk_errors, without_tracebacks
 from opt_jax.hub import absolute, as_path, check_array_path, is_remote
 from opt_jax.interrupts import INTERRUPTED, Signals, say
+from opt_jax.reading import one_line
 from opt_jax.storage import CHUNK_BYTES, agree, on_first_process, open_stored
 from opt_jax.temporary import refuse_links
 from opt_jax.training.step import TrainState, named_leaves
 
-_IN_A_STEP = ("_CHECKPOINT_METADATA", "params", "optimizer", "data")  # any of these: a damaged checkpoint is one, too
+_DATES = "_CHECKPOINT_METADATA"  # of Orbax, in each step
+_IN_A_STEP = (_DATES, "params", "optimizer", "data")  # any of these: a damaged checkpoint is one, too
 _LOOK_SECONDS = 5.0  # between looks at the clock that several processes have to agree on
 _DATA_FILE = "metadata"
 _READERS = 8  # arrays that are read at once
@@ -64,7 +66,19 @@ class Checkpoints:
         data = ocp.JsonCheckpointHandler(filename=_DATA_FILE)
         self._directory = directory
         self._writing: tuple[Path, int] = directory, 0  # the newest checkpoint and its bytes
-        self._manager = ocp.CheckpointManager(directory, options=options, item_handlers={**handlers, "data": data})
+        try:
+            # Orbax logs the content of what it cannot parse, and does without it.
+            with without_tracebacks(lambda _: False):
+                self._manager = ocp.CheckpointManager(
+                    directory, options=options, item_handlers={**handlers, "data": data}
+                )
+        except OSError:
+            raise
+        except Exception as e:
+            raise ValueError(
+                f"{directory}: {_DATES} of a checkpoint is damaged ({one_line(e)}): remove it, as it holds little more "
+                "than the time"
+            ) from None
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -182,7 +196,7 @@ class Checkpoints:
                 if data.pop("crc32", None) not in (None, _crc32(data)):  # older ones have none
                     raise ValueError("it does not agree with its checksum")
         except (ValueError, AttributeError, RecursionError, OSError) as e:
-            error = e if isinstance(e, OSError) else ValueError(f"{path} cannot be read: {e}")
+            error = e if isinstance(e, OSError) else ValueError(f"{path} cannot be read: {one_line(e)}")
         agree(error)
         return data
 

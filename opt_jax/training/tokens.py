@@ -24,13 +24,14 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from opt_jax.ids import as_ids
-from opt_jax.reading import open_regular, read_small
+from opt_jax.reading import one_line, open_regular, read_small
 from opt_jax.temporary import new_file, refuse_links
 from opt_jax.text import OPTTokenizer
 from opt_jax.training.documents import BLOCK, TEXT_SUFFIXES, BadRecords, HFSource, cut, find_sources, pieces
 
 _TASK = 1 << 20  # characters that a worker takes at once
 _SAMPLES, _SAMPLE = 4096, 1024
+_HEADER_BYTES = 1024  # NumPy writes 118; what it takes to parse a damaged one grows with their square
 
 
 class Tokens:
@@ -55,12 +56,14 @@ class Tokens:
             assert self.path is not None
             open_regular(self.path).close()  # NumPy would wait at a pipe
             try:
-                self._array = np.lib.format.open_memmap(self.path, mode="r")
-            except ValueError as error:
-                raise ValueError(f"{self.path}: not an array of token ids ({error})") from None
+                self._array = np.lib.format.open_memmap(self.path, mode="r", max_header_size=_HEADER_BYTES)
+            except OSError:
+                raise
+            except Exception as error:  # NumPy takes the header for Python, and has errors of several kinds
+                raise ValueError(f"{self.path}: not an array of token ids ({one_line(error)})") from None
             if self._array.ndim != 1 or self._array.dtype.kind not in "iu":
                 what = f"{self._array.dtype} {list(self._array.shape)}"
-                raise ValueError(f"{self.path}: holds {what}, not integers in one dimension")
+                raise ValueError(f"{self.path}: holds {one_line(what)}, not integers in one dimension")
         return self._array
 
     def __getstate__(self) -> dict[str, Any]:
@@ -112,7 +115,9 @@ def open_tokens(path: Path, tokenizer: OPTTokenizer | None = None) -> Tokens:
     if tokenizer is not None and about.exists():
         name, vocabulary = _made_by(about)
         if vocabulary != vocabulary_fingerprint(tokenizer):
-            raise ValueError(f"{path} was made with another tokenizer ({name}): name that with --tokenizer")
+            raise ValueError(
+                f"{path} was made with another tokenizer ({one_line(name, 200)}): name that with --tokenizer"
+            )
     return Tokens(str(path), path=Path(path))
 
 
@@ -122,7 +127,7 @@ def _made_by(about: Path) -> tuple[str, str]:
     try:
         made_by = json.loads(text.decode())["tokenizer"]
         return made_by["name"], made_by["fingerprint"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{about}: not what opt-jax tokenize writes beside an array: make both again") from None
 
 
