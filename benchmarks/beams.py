@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks.contestants import Contestant, alternate, machine, spread
+from benchmarks.contestants import Contestant, alternate, close, machine, spread
 from benchmarks.generate import write_model
 from opt_jax import OPTConfig, OPTForCausalLM, beams
 from opt_jax.cache import KVCache
@@ -131,6 +131,7 @@ def main() -> None:
                     f"| {same:.0%} |",
                     flush=True,
                 )
+        close(runs)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.contestants import Contestant, machine
+from benchmarks.contestants import Contestant, close, machine
 from opt_jax import chunks, storage
 from opt_jax.storage import LazyArray
 
@@ -57,6 +57,7 @@ def main() -> None:
                     result = run(action, Path(place) / name)
                     if turn and (action, name) != ("write", "`--no-verify`"):  # which only reading knows
                         measured[action, name].append(result)
+    close(runs)
     nbytes = 4 * int(np.prod(SHAPE)) * options.arrays
     print(f"{nbytes / 1e9:.2f} GB of float32; {machine('jax', 'tensorstore')}\n")
     print("| | | seconds (median) | spread | GB/s | CPU seconds |\n|---|---|---|---|---|---|")

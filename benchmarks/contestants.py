@@ -41,7 +41,7 @@ class Contestant:
         self._pipe.send(arguments)
         try:
             return self._pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             sys.exit("a contestant ended; its error is above")
 
     def close(self) -> None:
@@ -50,13 +50,20 @@ class Contestant:
         self._process.join()
 
 
+def close(contestants: Mapping[str, Contestant]) -> None:
+    """End all of them."""
+    for contestant in contestants.values():
+        contestant.close()
+
+
 def _serve(pipe: Connection, make: Callable[..., Callable[..., Any]], arguments: tuple) -> None:
-    run = make(*arguments)
+    run = None
     while True:
         try:
             call = pipe.recv()
         except EOFError:
             return
+        run = run or make(*arguments)  # now, while the others wait
         start = time.perf_counter()
         result = run(*call)
         pipe.send((time.perf_counter() - start, result))

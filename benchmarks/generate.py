@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.contestants import CORES, Contestant, alternate, machine, spread
+from benchmarks.contestants import CORES, Contestant, alternate, close, machine, spread
 from opt_jax import OPTConfig
 
 COPIES = 20  # for the bandwidth of a GPU
@@ -201,6 +201,7 @@ def compare(options: argparse.Namespace) -> None:
         memory = Contestant(bandwidth)
         runs = contestants(config, f"{folder}/hf", gpu is not None)
         measure(options, config, 4 if gpu is None else 2, memory, runs)
+        close({"memory": memory, **runs})
 
 
 def measure(

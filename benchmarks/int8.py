@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from benchmarks.contestants import Contestant, alternate, machine, spread
+from benchmarks.contestants import Contestant, alternate, close, machine, spread
 from opt_jax import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, quantize
 
 
@@ -99,6 +99,7 @@ def speed(preset: str, batch_sizes: list[int], prompt: int, new: int, repeats: i
                 f"| {reference / median:.2f}x | {first[name]:.1f} |",
                 flush=True,
             )
+    close(runs)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from benchmarks.contestants import Contestant, alternate, machine, spread
+from benchmarks.contestants import Contestant, alternate, close, machine, spread
 from opt_jax import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 CODE = """class Stack:
@@ -96,8 +96,7 @@ def main() -> None:
                     f"| {np.mean(sequences == outputs['none'][0]):.0%} |",
                     flush=True,
                 )
-        for run in runs.values():
-            run.close()
+        close(runs)
 
 
 if __name__ == "__main__":
