@@ -1,27 +1,30 @@
 """Beam search with a 125M-shaped OPT of random weights: ours, the same with a reordered cache, and `transformers`.
 
-Run: `.venv/bin/python -m benchmarks.beams` (needs the `oracle` extra). The same weights in float32, the same prompts
-and, checked, the same sequences. "reordered cache" is our search with beams as rows of the cache, gathered at every
-step, as is usual. Seconds are those of whole calls, prefill included, the best of a few in alternation.
+Run: `.venv/bin/python -m benchmarks.beams` (needs the `oracle` extra). The same weights in float32, the same prompts,
+sequences beside each other; each row of the table is a process of its own. "reordered cache" is our search with beams
+as rows of the cache, gathered at every step, as is usual. Seconds are those of whole calls, prefill included, in
+alternation.
 """
 
 import argparse
 import dataclasses
-import os
+import statistics
 import tempfile
-import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import transformers
 from jax import lax
 
+from benchmarks.contestants import Contestant, alternate, close, machine, spread
+from benchmarks.generate import write_model
 from opt_jax import OPTConfig, OPTForCausalLM, beams
 from opt_jax.cache import KVCache
+
+Search = Callable[[np.ndarray], np.ndarray]  # prompts [B, T] -> new tokens of the best sequence [B, N]
 
 
 @jax.tree_util.register_dataclass
@@ -63,6 +66,31 @@ def search_rows(model: OPTForCausalLM, ids, mask, options: beams.BeamOptions, *,
     return lax.while_loop(lambda s: ~s.done.all(), step, advance(state, logits)).finished
 
 
+def ours(folder: str, num_beams: int, new: int) -> Search:
+    model = OPTForCausalLM.from_pretrained(folder)
+    given: Any = dict(max_new_tokens=new, num_beams=num_beams, eos_token_ids=[], pad_token_id=1)
+    return lambda ids: np.asarray(beams.beam_search(model, ids, ids > 0, **given).sequences[:, -new:])
+
+
+def reordered(folder: str, num_beams: int, new: int) -> Search:
+    model = OPTForCausalLM.from_pretrained(folder)
+    options = beams._options(model, new, 1.0, [], 1, None)
+    return lambda ids: np.asarray(
+        search_rows(model, ids, ids > 0, options, num_beams=num_beams, capacity=new).tokens[:, 0]
+    )
+
+
+def theirs(folder: str, num_beams: int, new: int, attention: str | None) -> Search:
+    import torch
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    hf: Any = transformers.OPTForCausalLM.from_pretrained(folder, attn_implementation=attention).eval()
+    given: Any = dict(num_beams=num_beams, max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=1)
+    return lambda ids: hf.generate(torch.from_numpy(ids).long(), **given).numpy()[:, -new:]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="125m", help="a preset (default %(default)s)")
@@ -74,54 +102,36 @@ def main() -> None:
     settings = parser.parse_args()
     num_beams, new = settings.num_beams, settings.new
 
-    torch.manual_seed(0)
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
-    config = transformers.OPTConfig(**OPTConfig.preset(settings.model).to_hf())
-    hf: Any = transformers.OPTForCausalLM(config).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        hf.save_pretrained(folder)
-        model = OPTForCausalLM.from_pretrained(folder)
-
+    config = OPTConfig.preset(settings.model)
     print(
         f"OPT-{settings.model}, float32, prompt {settings.prompt} + {new} new tokens, {num_beams} beams; "
-        f"{os.cpu_count()} cores, jax {jax.__version__}, torch {torch.__version__}"
+        f"{machine('jax', 'torch', 'transformers')}\n"
     )
-    print("batch  ours, s  reordered cache, s  HF, s  new tokens/s of ours")
-    for batch in settings.batch_sizes:
-        ids = np.random.RandomState(batch).randint(3, 50265, (batch, settings.prompt)).astype(np.int32)
-        options = beams._options(model, new, 1.0, [], 1, None)
-
-        def ours(ids=ids):
-            out = beams.beam_search(
-                model, ids, ids > 0, max_new_tokens=new, num_beams=num_beams, eos_token_ids=[], pad_token_id=1
-            )
-            return out.sequences[:, settings.prompt :]
-
-        def rows(ids=ids, options=options):
-            out = search_rows(model, ids, ids > 0, options, num_beams=num_beams, capacity=new)
-            return np.asarray(out.tokens[:, 0])
-
-        def theirs(ids=ids):
-            given = dict(num_beams=num_beams, max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=1)
-            return hf.generate(torch.from_numpy(ids).long(), **given).numpy()[:, settings.prompt :]
-
-        runs = dict(ours=ours, rows=rows, theirs=theirs)
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        tokens = {name: run() for name, run in runs.items()}  # compiles
-        for _ in range(settings.repeats):
-            for name, run in runs.items():
-                start = time.perf_counter()
-                run()
-                times[name].append(time.perf_counter() - start)
-        for name in ("rows", "theirs"):
-            if not np.array_equal(tokens["ours"], tokens[name]):
-                print(f"# {name} differ in {(tokens['ours'] != tokens[name]).any(1).sum()} of {batch} sequences")
-        best = {name: min(seconds) for name, seconds in times.items()}
-        print(
-            f"{batch:5}  {best['ours']:7.2f}  {best['rows']:18.2f}  {best['theirs']:5.2f}  "
-            f"{batch * new / best['ours']:20.1f}"
-        )
+    print("| batch | | s (median) | spread | new tokens/s | ratio | same sequences |\n|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        writer = Contestant(write_model, settings.model, folder)
+        writer()
+        writer.close()
+        runs = {
+            "opt-jax": Contestant(ours, f"{folder}/hf", num_beams, new),
+            "opt-jax, reordered cache": Contestant(reordered, f"{folder}/hf", num_beams, new),
+            "transformers": Contestant(theirs, f"{folder}/hf", num_beams, new, None),
+            "transformers, eager attention": Contestant(theirs, f"{folder}/hf", num_beams, new, "eager"),
+        }
+        for batch in settings.batch_sizes:
+            ids = np.random.default_rng(batch).integers(4, config.vocab_size, (batch, settings.prompt), np.int32)
+            outputs = {name: run(ids)[1] for name, run in runs.items()}  # compiles
+            times = alternate(runs, settings.repeats, ids)
+            reference = statistics.median(times["transformers"])
+            for name, values in times.items():
+                median = statistics.median(values)
+                same = np.mean((outputs[name] == outputs["opt-jax"]).all(1))
+                print(
+                    f"| {batch} | {name} | {spread(values)} | {batch * new / median:.1f} | {reference / median:.2f}x "
+                    f"| {same:.0%} |",
+                    flush=True,
+                )
+        close(runs)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""What checksums cost: writes and reads arrays with and without them, in alternation."""
+"""What checksums cost: writes and reads arrays with and without them, each in a process of its own, in alternation.
+
+Run: `.venv/bin/python -m benchmarks.checksums`.
+"""
 
 import argparse
 import os
 import statistics
 import tempfile
-import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -12,50 +14,58 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.contestants import Contestant, close, machine
 from opt_jax import chunks, storage
 from opt_jax.storage import LazyArray
 
 SHAPE = (4096, 8192)  # float32: four chunks
 
 
-def measure(action: Callable[[], object]) -> tuple[float, float]:
-    """Seconds, and seconds of processor time outside the kernel (whose share is mostly that of fresh pages)."""
-    start, used = time.perf_counter(), os.times().user
-    action()
-    return time.perf_counter() - start, os.times().user - used
+def contestant(arrays: int, checksums: bool, verify: bool) -> Callable[[str, Path], float]:
+    """run("write" or "read", directory) -> seconds of processor time outside the kernel (whose share is mostly that of
+    fresh pages)."""
+    warnings.simplefilter("ignore")  # of what has no checksums
+    if not checksums:
+        chunks.CODECS = chunks.CODECS[:1]
+    values = np.random.default_rng(0).standard_normal(SHAPE, dtype=np.float32)
+    lazy = {f"a{i}": LazyArray(SHAPE, values.dtype, values.__getitem__) for i in range(arrays)}
 
+    def run(action: str, directory: Path) -> float:
+        used = os.times().user
+        if action == "write":
+            storage.write_arrays(directory, lazy)
+        else:
+            for array in storage.open_arrays(directory, verify).values():
+                array.load()
+        return os.times().user - used
 
-def read(directory: Path, verify: bool = True) -> None:
-    for array in storage.open_arrays(directory, verify).values():
-        array.load()
+    return run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arrays", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    warnings.simplefilter("ignore")  # of what has no checksums
-    values = np.random.default_rng(0).standard_normal(SHAPE, dtype=np.float32)
-    arrays = {f"a{i}": LazyArray(SHAPE, values.dtype, values.__getitem__) for i in range(options.arrays)}
-    nbytes, codecs = values.nbytes * options.arrays, chunks.CODECS
+    rows = {"without": (False, True), "with checksums": (True, True), "`--no-verify`": (True, False)}
+    runs = {name: Contestant(contestant, options.arrays, *row) for name, row in rows.items()}
     measured = defaultdict(list)
-    for _ in range(options.repeats):
+    for turn in range(options.repeats + 1):
         with tempfile.TemporaryDirectory() as place:
-            for name, chain in (("with checksums", codecs), ("without", codecs[:1])):
-                directory, chunks.CODECS = Path(place) / name, chain
-                measured["write", name].append(measure(lambda at=directory: storage.write_arrays(at, arrays)))
-                measured["read", name].append(measure(lambda at=directory: read(at)))
-            chunks.CODECS = codecs
-            directory = Path(place) / "with checksums"
-            measured["read", "`--no-verify`"].append(measure(lambda at=directory: read(at, verify=False)))
-    print(f"{nbytes / 1e9:.2f} GB of float32\n")
+            for action in ("write", "read"):
+                for name, run in runs.items():
+                    result = run(action, Path(place) / name)
+                    if turn and (action, name) != ("write", "`--no-verify`"):  # which only reading knows
+                        measured[action, name].append(result)
+    close(runs)
+    nbytes = 4 * int(np.prod(SHAPE)) * options.arrays
+    print(f"{nbytes / 1e9:.2f} GB of float32; {machine('jax', 'tensorstore')}\n")
     print("| | | seconds (median) | spread | GB/s | CPU seconds |\n|---|---|---|---|---|---|")
-    for (what, name), runs in sorted(measured.items(), reverse=True):
-        seconds, used = zip(*runs, strict=True)
+    for (action, name), results in sorted(measured.items(), reverse=True):
+        seconds, used = zip(*results, strict=True)
         median, spread = statistics.median(seconds), f"{min(seconds):.2f}-{max(seconds):.2f}"
         rate = f"{nbytes / 1e9 / median:.2f}"
-        print(f"| {what} | {name} | {median:.2f} | {spread} | {rate} | {statistics.median(used):.2f} |")
+        print(f"| {action} | {name} | {median:.2f} | {spread} | {rate} | {statistics.median(used):.2f} |")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,22 @@
 """Greedy generation by a 125M-shaped OPT with random weights: ours beside PyTorch `transformers` and CTranslate2.
 
-Run: `.venv/bin/python benchmarks/generate.py` (needs the `oracle` extra; `bench` for CTranslate2, which is left out
-otherwise). The same weights in float32 (int8: quantized by CTranslate2 as it does), the same prompts, in alternation.
+Run: `.venv/bin/python -m benchmarks.generate` (needs the `oracle` extra; `bench` for CTranslate2, which is left out
+otherwise). The same weights in float32 (int8: quantized by CTranslate2 as it does), the same prompts; each contestant
+in a process of its own, in alternation, with its default settings and with those that are best for it: `transformers`
+also with eager attention and with a static cache and `torch.compile`, CTranslate2 also with a thread for each core.
 tokens/s counts new tokens and the time of whole calls. A call that makes one token gives the time of the prompt; what a
 longer call takes beyond that, for each further token, is a step. The floor of a step is the time to read all weights
 and the used part of the cache once, at the memory bandwidth measured in the same run.
 
-On a GPU, `python -m benchmarks.generate --model 1.3b --batch-sizes 1 8 64`: in bfloat16, and `transformers` with its
-static cache, which it compiles with `torch.compile`; the bandwidth is that of a large copy, bytes read and written.
+On a GPU, `--model 1.3b --batch-sizes 1 8 64`: in bfloat16; the bandwidth is that of a large copy, bytes read and
+written.
 
 `--first-token` measures something else: a fresh process, from its start to the first token of a checkpoint on disk,
 with imports, loading and compilation; once without and once with what an earlier process has compiled.
 """
 
 import argparse
-import importlib.metadata
 import importlib.util
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,27 +24,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-# benchmarks/convert.py is called like the package that reads checkpoints: keep it from being found first.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+import numpy as np
 
-# The peer lives in the same process: JAX takes what it needs of a GPU's memory, not three quarters of it at the start.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+from benchmarks.contestants import CORES, Contestant, alternate, close, machine, spread
+from opt_jax import OPTConfig
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from flax import nnx  # noqa: E402
-from jax import lax  # noqa: E402
-
-from convert.names import to_hf  # noqa: E402
-from opt_jax import OPTConfig, OPTForCausalLM, named_parameters  # noqa: E402
-
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 COPIES = 20  # for the bandwidth of a GPU
 Generate = Callable[[np.ndarray, int], np.ndarray]  # (prompts [B, T], number of new tokens) -> new tokens
 
@@ -61,67 +46,95 @@ model.generate([[2] + list(range(100, 227))], max_new_tokens={new})
 """
 
 
-def on_gpu() -> bool:
-    return jax.default_backend() == "gpu"
+def gpu_name() -> str | None:
+    import jax
+
+    return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else None
 
 
-@jax.jit
-def copies(array: jax.Array) -> jax.Array:
-    """One of the other, many in one call, so that its launch counts little."""
-    return lax.fori_loop(0, COPIES, lambda _, x: -x, array)
+def bandwidth() -> Callable[[], float]:
+    """Bytes per second, the best of four: all cores read an array much larger than any cache, or a GPU copies one."""
+    if gpu_name() is None:
+        values = np.ones(1 << 27, np.float32)
+        parts = np.array_split(values, CORES)
+        pool = ThreadPoolExecutor(CORES)
+        move, nbytes = lambda: list(pool.map(lambda part: np.dot(part, part), parts)), values.nbytes
+    else:
+        import jax
+        import jax.numpy as jnp
 
+        # One of the other, many in one call, so that its launch counts little.
+        copies = jax.jit(lambda array: jax.lax.fori_loop(0, COPIES, lambda _, x: -x, array))
+        array = jnp.ones(1 << 29, jnp.float32)
+        move, nbytes = lambda: copies(array).block_until_ready(), 2 * array.nbytes * COPIES
 
-def bandwidth(repeats: int = 3) -> float:
-    """Bytes per second, the best of a few: all cores read an array much larger than any cache, or a GPU copies one."""
-    if on_gpu():
-        array = jax.random.normal(jax.random.key(0), (1 << 29,), jnp.float32)
-        times = [timed(lambda: copies(array).block_until_ready())[0] for _ in range(repeats + 1)]
-        return 2 * array.nbytes * COPIES / min(times[1:])
-    array = np.ones(1 << 27, np.float32)
-    parts = np.array_split(array, CORES)
-    times = []
-    with ThreadPoolExecutor(CORES) as pool:
-        for _ in range(repeats + 1):  # the first touches the pages
+    def run() -> float:
+        times = []
+        for _ in range(4):
             start = time.perf_counter()
-            list(pool.map(lambda part: np.dot(part, part), parts))
+            move()
             times.append(time.perf_counter() - start)
-    return array.nbytes / min(times[1:])
+        return nbytes / min(times)
+
+    return run
 
 
-def step_bytes(model: OPTForCausalLM, batch: int, length: float) -> float:
+def step_bytes(config: OPTConfig, itemsize: int, batch: int, length: float) -> float:
     """Bytes that one decode step must read: all weights but the tables of which it takes single rows, and the cache."""
-    config = model.config
+    from opt_jax import OPTForCausalLM
+    from opt_jax.checkpoint import expected_shapes
+
     skipped = {"model.decoder.embed_positions.embedding"}
     if not config.tie_word_embeddings:
         skipped.add("model.decoder.embed_tokens.embedding")
-    params = named_parameters(model).items()
-    weights = sum(param.get_value().nbytes for path, param in params if path not in skipped)
-    return weights + 2 * config.num_hidden_layers * batch * length * config.hidden_size * model.dtype.itemsize
+    shapes = dict(expected_shapes(OPTForCausalLM, config))
+    weights = sum(int(np.prod(shape)) for path, shape in shapes.items() if path not in skipped)
+    return itemsize * (weights + 2 * config.num_hidden_layers * batch * length * config.hidden_size)
 
 
-def contestants(name: str) -> tuple[OPTForCausalLM, dict[str, Generate]]:
-    config = OPTConfig.preset(name)
-    torch.manual_seed(0)
+def write_model(preset: str, folder: str) -> Callable[[], str | None]:
+    """Random weights in files that all contestants read; says which GPU there is."""
+    import jax
+    from flax import nnx
+
+    from convert.__main__ import main as convert
+    from opt_jax import OPTForCausalLM
+
+    def run() -> str | None:
+        dtype = "float32" if gpu_name() is None else "bfloat16"
+        config = OPTConfig.preset(preset)
+        make = jax.jit(lambda: OPTForCausalLM(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))
+        make().save_pretrained(f"{folder}/orbax")
+        if convert(["to-hf", f"{folder}/orbax", f"{folder}/hf", "--quiet"]):
+            sys.exit("the model could not be written")
+        return gpu_name()
+
+    return run
+
+
+# No end token before the last step, in all of the following: all always do all the work.
+def ours(folder: str) -> Generate:
+    from opt_jax import OPTForCausalLM
+
+    model = OPTForCausalLM.from_pretrained(folder)
+    return lambda ids, new: np.asarray(
+        model.generate(ids, np.ones_like(ids), max_new_tokens=new, min_new_tokens=new).sequences[:, -new:]
+    )
+
+
+def theirs(folder: str, attention: str | None, compiled: bool) -> Generate:
+    import torch
+    import transformers
+
     transformers.logging.disable_progress_bar()
-    device, settings, others = "cuda" if on_gpu() else "cpu", {}, {}
-    with torch.device(device):
-        hf: Any = transformers.AutoModelForCausalLM.from_config(
-            transformers.OPTConfig(**config.to_hf()), dtype=torch.bfloat16 if on_gpu() else torch.float32
-        ).eval()
-    if on_gpu():
-        model, settings = same_weights(hf, config), dict(cache_implementation="static")
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            hf.save_pretrained(folder)
-            model = OPTForCausalLM.from_pretrained(folder)
-            others = ctranslate2_models(folder, config.vocab_size)
-        hf.set_attn_implementation("eager")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hf: Any = transformers.OPTForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation=attention)
+    hf = hf.to(device).eval()
+    settings: dict[str, Any] = dict(cache_implementation="static") if compiled else {}
+    if compiled:
+        hf.forward = torch.compile(hf.forward, mode="reduce-overhead" if device == "cuda" else "default")
 
-    # No end token before the last step: all always do all the work.
-    def ours(ids: np.ndarray, new: int) -> np.ndarray:
-        return model.generate(ids, np.ones_like(ids), max_new_tokens=new, min_new_tokens=new).sequences[:, -new:]
-
-    def theirs(ids: np.ndarray, new: int) -> np.ndarray:
+    def run(ids: np.ndarray, new: int) -> np.ndarray:
         inputs = torch.from_numpy(ids).long().to(device)
         with torch.inference_mode():
             out = hf.generate(
@@ -130,95 +143,97 @@ def contestants(name: str) -> tuple[OPTForCausalLM, dict[str, Generate]]:
             )  # fmt: skip
         return out.cpu().numpy()[:, -new:]
 
-    return model, {"opt-jax": ours, "transformers": theirs, **others}
+    return run
 
 
-def same_weights(hf: Any, config: OPTConfig) -> OPTForCausalLM:
-    """Our model with the weights of HF's, in bfloat16, without leaving the GPU."""
-    model = nnx.eval_shape(
-        lambda: OPTForCausalLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    )
-    weights = dict(hf.named_parameters())
-    for path, param in named_parameters(model).items():
-        name, transposed = to_hf(path)
-        weight = weights[name].detach()
-        param.set_value(jnp.from_dlpack(weight.T.contiguous() if transposed else weight))
-    torch.cuda.synchronize()
-    return model
-
-
-def ctranslate2_models(folder: str, vocab_size: int) -> dict[str, Generate]:
-    if importlib.util.find_spec("ctranslate2") is None:
-        print("CTranslate2 is not installed (the `bench` extra): its rows are left out")
-        return {}
-    import ctranslate2  # pyright: ignore[reportMissingImports]
+def ctranslate2(folder: str, vocab_size: int, kind: str, threads: int) -> Generate:
+    import transformers
+    from ctranslate2 import Generator  # pyright: ignore[reportMissingImports]
     from ctranslate2.converters import TransformersConverter  # pyright: ignore[reportMissingImports]
 
     names = ["<s>", "<pad>", "</s>", "<unk>", *(f"token{i}" for i in range(4, vocab_size))]  # it wants texts
     given: dict[str, Any] = dict(bos_token="</s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
     given |= dict(vocab={name: i for i, name in enumerate(names)}, merges=[])
-    transformers.GPT2Tokenizer(**given).save_pretrained(folder)
-    TransformersConverter(folder).convert(f"{folder}/ctranslate2")
+    with tempfile.TemporaryDirectory() as place:
+        transformers.GPT2Tokenizer(**given).save_pretrained(folder)
+        TransformersConverter(folder).convert(f"{place}/model")
+        generator = Generator(f"{place}/model", compute_type=kind, intra_threads=threads)
 
-    def generate(generator: Any, ids: np.ndarray, new: int) -> np.ndarray:
-        prompts = [[names[i] for i in row] for row in ids]
+    def run(ids: np.ndarray, new: int) -> np.ndarray:
         results = generator.generate_batch(
-            prompts, max_length=new, min_length=new, sampling_topk=1, include_prompt_in_result=False
-        )
+            [[names[i] for i in row] for row in ids],
+            max_length=new, min_length=new, sampling_topk=1, include_prompt_in_result=False,
+        )  # fmt: skip
         return np.array([result.sequences_ids[0] for result in results])
 
-    def load(kind: str) -> Generate:
-        generator = ctranslate2.Generator(f"{folder}/ctranslate2", compute_type=kind, intra_threads=CORES)
-        return lambda ids, new: generate(generator, ids, new)
-
-    return {f"CTranslate2 {kind}": load(kind) for kind in ("float32", "int8")}
+    return run
 
 
-def timed(run: Callable[..., Any], *args: Any) -> tuple[float, Any]:
-    start = time.perf_counter()
-    result = run(*args)
-    return time.perf_counter() - start, result
+def contestants(config: OPTConfig, folder: str, gpu: bool) -> dict[str, Contestant]:
+    """Ours needs no settings. The peers: as they are, and with what makes them faster."""
+    rows = {
+        "opt-jax": Contestant(ours, folder),
+        "transformers": Contestant(theirs, folder, None, False),
+        "transformers, eager attention": Contestant(theirs, folder, "eager", False),
+        "transformers, static cache, compiled": Contestant(theirs, folder, None, True),
+    }
+    if gpu:
+        return rows
+    if importlib.util.find_spec("ctranslate2") is None:
+        print("CTranslate2 is not installed (the `bench` extra): its rows are left out")
+        return rows
+    kinds = {"float32": ("float32", 0), f"float32, {CORES} threads": ("float32", CORES), "int8": ("int8", CORES)}
+    peers = {f"CTranslate2 {n}": Contestant(ctranslate2, folder, config.vocab_size, *k) for n, k in kinds.items()}
+    return rows | peers
 
 
 def compare(options: argparse.Namespace) -> None:
-    model, runs = contestants(options.model)
-    speeds = [bandwidth()]
+    config = OPTConfig.preset(options.model)
+    with tempfile.TemporaryDirectory() as folder:
+        writer = Contestant(write_model, options.model, folder)
+        _, gpu = writer()
+        writer.close()
+        dtype = "float32" if gpu is None else "bfloat16"
+        print(
+            f"OPT-{options.model}, {dtype}, prompt {options.prompt} + {options.new} new tokens, greedy; "
+            f"{gpu or 'CPU'}; {machine('jax', 'torch', 'transformers', 'ctranslate2')}"
+        )
+        memory = Contestant(bandwidth)
+        runs = contestants(config, f"{folder}/hf", gpu is not None)
+        measure(options, config, 4 if gpu is None else 2, memory, runs)
+        close({"memory": memory, **runs})
+
+
+def measure(
+    options: argparse.Namespace, config: OPTConfig, itemsize: int, memory: Contestant, runs: dict[str, Contestant]
+) -> None:
+    speeds, notes = [memory()[1]], []
     print("\n| batch | | s (median) | spread | tokens/s | ratio | prompt, ms | step, ms | floor of a step |")
     print("|---|---|---|---|---|---|---|---|---|")
-    notes = []
     for batch in options.batch_sizes:
-        ids = np.random.default_rng(0).integers(4, model.config.vocab_size, (batch, options.prompt))
-        first = {name: timed(run, ids, options.new) for name, run in runs.items()}  # compiles, allocates
-        same = [
-            f"{name} {np.mean(tokens == first['opt-jax'][1]):.0%}"
-            for name, (_, tokens) in first.items() if name != "opt-jax"
-        ]  # fmt: skip
+        ids = np.random.default_rng(0).integers(4, config.vocab_size, (batch, options.prompt))
+        first = {name: run(ids, options.new) for name, run in runs.items()}  # compiles, allocates
+        expected = first["opt-jax"][1]
+        same = [f"{name} {np.mean(out == expected):.0%}" for name, (_, out) in first.items() if name != "opt-jax"]
         notes.append(
             f"batch {batch}: our first call {first['opt-jax'][0]:.1f} s; tokens equal to ours: {', '.join(same)}"
         )
-        times: dict[str, dict[int, list[float]]] = {name: {1: [], options.new: []} for name in runs}
-        for new in (
-            options.new,
-            1,
-        ):  # one after the other: for another length a static cache is made, and recorded, anew
+        times = {}
+        for new in (options.new, 1):  # one after the other: a static cache is made anew for another length
             for run in runs.values():
                 run(ids, new)
-            for _ in range(options.repeats):
-                for name, run in runs.items():
-                    times[name][new].append(timed(run, ids, new)[0])
-                speeds.append(bandwidth(1))
-        floor = step_bytes(model, batch, options.prompt + options.new / 2) / max(speeds)
-        reference = statistics.median(times["transformers"][options.new])
-        for name, values in times.items():
-            whole = values[options.new]
-            prompt, median = statistics.median(values[1]), statistics.median(whole)
+            times[new] = alternate(runs, options.repeats, ids, new)
+            speeds.append(memory()[1])
+        floor = step_bytes(config, itemsize, batch, options.prompt + options.new / 2) / max(speeds)
+        reference = statistics.median(times[options.new]["transformers"])
+        for name in runs:
+            median, prompt = (statistics.median(times[new][name]) for new in (options.new, 1))
             step = (median - prompt) / (options.new - 1)
-            speed_up, rate = reference / median, batch * options.new / median
             # int8 has other bytes to read: no share
             share = "" if "int8" in name else f"{floor / step:.0%} of {floor * 1e3:.3g} ms"
             print(
-                f"| {batch} | {name} | {median:.3g} | {min(whole):.3g}-{max(whole):.3g} | {rate:,.1f} "
-                f"| {speed_up:.2f}x | {prompt * 1e3:.0f} | {step * 1e3:.3g} | {share} |",
+                f"| {batch} | {name} | {spread(times[options.new][name])} | {batch * options.new / median:,.1f} "
+                f"| {reference / median:.2f}x | {prompt * 1e3:.0f} | {step * 1e3:.3g} | {share} |",
                 flush=True,
             )
     print("", *notes, sep="\n")
@@ -226,6 +241,12 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def first_token(options: argparse.Namespace) -> None:
+    from flax import nnx
+
+    from opt_jax import OPTForCausalLM
+
+    print(f"OPT-{options.model}; {machine('jax')}\n")
+
     def run(*arguments: Any, new: int = 1) -> float:
         start = time.perf_counter()
         code = FRESH_PROCESS.replace("{new}", str(new))
@@ -255,15 +276,6 @@ def main() -> None:
     parser.add_argument("--first-token", action="store_true", help="measure a fresh process instead")
     options = parser.parse_args()
 
-    versions = " ".join(
-        f"{name} {importlib.metadata.version(name)}"
-        for name in ("jax", "torch", "transformers", "ctranslate2") if importlib.util.find_spec(name)
-    )  # fmt: skip
-    dtype, where = ("bfloat16", jax.devices()[0].device_kind) if on_gpu() else ("float32", f"{CORES} cores")
-    print(
-        f"OPT-{options.model}, {dtype}, prompt {options.prompt} + {options.new} new tokens, greedy; {where}, "
-        f"{versions}, Python {platform.python_version()}"
-    )
     first_token(options) if options.first_token else compare(options)
 
 

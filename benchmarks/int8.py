@@ -4,16 +4,13 @@ Run: `.venv/bin/python -m benchmarks.int8 PATH/TO/wikitext-2/test.txt` (needs th
 `--only speed` for one of the two). Accuracy: the embedded model, windows of the text with BOS in front, the cache
 filled by one call that attends to it, as decode steps do (`generate` reads prompts without rounding). KL is that of
 next-token distributions from float32's, in nats per token. Speed: OPT-125M-shaped, random weights, greedy; whole calls,
-prefill included, in alternation.
+prefill included, each row in a process of its own, in alternation.
 """
 
 import argparse
 import dataclasses
-import importlib.metadata
-import os
-import platform
 import statistics
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from benchmarks.contestants import Contestant, alternate, close, machine, spread
 from opt_jax import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, quantize
 
 
@@ -71,36 +69,37 @@ def nbytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+def generator(preset: str, int8_weights: bool, cache_dtype: str | None, new: int) -> Callable[[np.ndarray], None]:
+    model: Any = OPTForCausalLM(OPTConfig.preset(preset), rngs=nnx.Rngs(0))
+    model = quantize(model) if int8_weights else model
+
+    def run(ids: np.ndarray) -> None:
+        model.generate(ids, np.ones_like(ids), max_new_tokens=new, eos_token_id=[], cache_dtype=cache_dtype)
+
+    return run
+
+
 def speed(preset: str, batch_sizes: list[int], prompt: int, new: int, repeats: int) -> None:
-    config = OPTConfig.preset(preset)
-    model = OPTForCausalLM(config, rngs=nnx.Rngs(0))
-    small = quantize(model)
     print(f"\nOPT-{preset}-shaped, float32 or int8, prompt {prompt} + {new} new tokens, greedy\n")
     print("| batch | | s (median) | spread | tokens/s | ratio | first call, s |\n|---|---|---|---|---|---|---|")
+    rows = {
+        "float32": (False, None), "int8 weights": (True, None), "int8 cache": (False, "int8"),
+        "int8 weights and cache": (True, "int8"),
+    }  # fmt: skip
+    runs = {name: Contestant(generator, preset, *row, new) for name, row in rows.items()}
     for batch in batch_sizes:
-        ids = np.random.default_rng(0).integers(4, config.vocab_size, (batch, prompt))
-
-        def run(model, cache_dtype, ids=ids) -> float:
-            start = time.perf_counter()
-            model.generate(ids, np.ones_like(ids), max_new_tokens=new, eos_token_id=[], cache_dtype=cache_dtype)
-            return time.perf_counter() - start
-
-        contestants = {
-            "float32": (model, None), "int8 weights": (small, None), "int8 cache": (model, "int8"),
-            "int8 weights and cache": (small, "int8"),
-        }  # fmt: skip
-        first = {name: run(*arguments) for name, arguments in contestants.items()}
-        times: dict[str, list[float]] = {name: [] for name in contestants}
-        for _ in range(repeats):
-            for name, arguments in contestants.items():
-                times[name].append(run(*arguments))
+        ids = np.random.default_rng(0).integers(4, OPTConfig.preset(preset).vocab_size, (batch, prompt))
+        first = {name: run(ids)[0] for name, run in runs.items()}
+        times = alternate(runs, repeats, ids)
         reference = statistics.median(times["float32"])
         for name, values in times.items():
             median = statistics.median(values)
             print(
-                f"| {batch} | {name} | {median:.2f} | {min(values):.2f}-{max(values):.2f} | {batch * new / median:.1f} "
-                f"| {reference / median:.2f}x | {first[name]:.1f} |"
+                f"| {batch} | {name} | {spread(values)} | {batch * new / median:.1f} "
+                f"| {reference / median:.2f}x | {first[name]:.1f} |",
+                flush=True,
             )
+    close(runs)
 
 
 def main() -> None:
@@ -120,8 +119,7 @@ def main() -> None:
     if options.text is None and options.only != "speed":
         parser.error("the accuracy needs a text: pass the path of WikiText-2's test split, or --only speed")
 
-    versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "qwix"))
-    print(f"{jax.default_backend()}, {os.cpu_count()} cores, {versions}, Python {platform.python_version()}")
+    print(f"{jax.default_backend()}; {machine('jax', 'flax', 'qwix')}")
     if options.only != "speed" and options.text is not None:
         accuracy(options.text, options.window, options.windows)
     if options.only != "accuracy":

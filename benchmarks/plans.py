@@ -70,7 +70,7 @@ def main() -> None:
         parser.error(f"{unknown[0]}: the sizes are {', '.join(SLICES)}")
     columns = (
         "size", "slice", "chips", "mesh", "sequences at a time", "state, GB/chip", "peak, GB/chip", "of",
-        "sent, GB/chip", "floor, GB/chip", "model PFLOP", "x hardware", "compiled in, s", "most sequences",
+        "sent, GB/chip", "floor, GB/chip", "model PFLOP", "x hardware", "most sequences",
     )  # fmt: skip
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for size in options.sizes or SLICES:
@@ -87,7 +87,7 @@ def main() -> None:
                 f"| {found['hbm_bytes_per_chip'] / 1e9:.1f}{'' if found['fits'] else ' (does not fit)'} "
                 f"| {found['hbm_capacity_bytes'] / 1e9:.1f} | {sent} | {found['floor_bytes'] / 1e9:,.0f} "
                 f"| {found['model_flops'] / 1e15:,.0f} | {found['hardware_flops'] / found['model_flops']:.2f} "
-                f"| {found['compile_seconds']:.0f} | {found['largest_micro_batch'] or 'none'} |",
+                f"| {found['largest_micro_batch'] or 'none'} |",
                 flush=True,
             )
 

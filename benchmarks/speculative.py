@@ -1,22 +1,22 @@
-"""Generation with drafts beside plain generation, in alternation: greedy, float32, the same tokens (checked).
+"""Generation with drafts beside plain generation: greedy, float32, the same tokens (checked).
 
 Run: `.venv/bin/python -m benchmarks.speculative`. Two models: 125M-shaped with random weights, the size that one would
 speed up, and the embedded "tiny", which has learned its text (Python). Drafts come from prompt lookup, on a prompt that
 is said twice, and from a model made of the first two layers of the same model. Random weights tell nothing of how often
 drafts are accepted: the time of a step is what the first model is for. tokens/s counts new tokens and the time of whole
-calls, prefill included; medians.
+calls, prefill included; medians. Each row is a process of its own; they take turns.
 """
 
 import argparse
 import dataclasses
 import statistics
-import time
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
+from benchmarks.contestants import Contestant, alternate, close, machine, spread
 from opt_jax import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 CODE = """class Stack:
@@ -45,28 +45,22 @@ def first_layers(model: OPTForCausalLM, count: int) -> OPTForCausalLM:
     return draft
 
 
-def measure(name: str, model: OPTForCausalLM, ids: np.ndarray, new: int, repeats: int, kinds: dict[str, Any]) -> None:
-    settings: dict[str, Any] = dict(max_new_tokens=new, eos_token_id=[])
-    kinds = {"none": {}} | kinds
-    times: dict[str, list[float]] = {kind: [] for kind in kinds}
-    outputs = {}
-    for turn in range(repeats + 1):  # the first compiles
-        for kind, options in kinds.items():
-            start = time.perf_counter()
-            outputs[kind] = model.generate(ids, **settings, **options)
-            if turn:
-                times[kind].append(time.perf_counter() - start)
-    plain = statistics.median(times["none"])
-    for kind, values in times.items():
-        out, median = outputs[kind], statistics.median(values)
-        same = np.mean(out.sequences == outputs["none"].sequences)
-        rate = "" if out.acceptance_rate is None else f"{out.acceptance_rate:.0%}"
-        print(
-            f"| {name} | {len(ids)} | {kind} | {rate} | {len(ids) * new / median:.1f} "
-            f"| {len(ids) * new / max(values):.1f}-{len(ids) * new / min(values):.1f} | {plain / median:.2f}x "
-            f"| {same:.0%} |",
-            flush=True,
-        )
+def generator(preset: str, kind: str, drafts: int, new: int) -> Callable[[np.ndarray], tuple[np.ndarray, float | None]]:
+    if preset == "tiny":
+        model = AutoModelForCausalLM.from_pretrained("tiny")
+    else:
+        model = OPTForCausalLM(OPTConfig.preset(preset), rngs=nnx.Rngs(0))
+    options: dict[str, Any] = {}
+    if kind == "prompt lookup":
+        options = dict(prompt_lookup_num_tokens=drafts)
+    elif kind == "2 layers":
+        options = dict(assistant_model=first_layers(model, 2), num_assistant_tokens=drafts)
+
+    def run(ids: np.ndarray) -> tuple[np.ndarray, float | None]:
+        out = model.generate(ids, max_new_tokens=new, eos_token_id=[], **options)
+        return np.asarray(out.sequences), out.acceptance_rate
+
+    return run
 
 
 def main() -> None:
@@ -78,25 +72,31 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
 
-    print(
-        f"jax {jax.__version__} on {jax.devices()[0].device_kind}; {options.new} new tokens, {options.drafts} drafts\n"
-    )
-    print("| model | batch | drafts | accepted | tokens/s (median) | spread | ratio | same tokens |")
-    print("|---|---|---|---|---|---|---|---|")
-    tokenizer, tiny = AutoTokenizer.from_pretrained("tiny"), AutoModelForCausalLM.from_pretrained("tiny")
-    random = OPTForCausalLM(OPTConfig.preset(options.model), rngs=nnx.Rngs(0))
-    for name, model in (("tiny", tiny), (f"{options.model}, random", random)):
+    print(f"{machine('jax')}; {options.new} new tokens, {options.drafts} drafts\n")
+    print("| model | batch | drafts | accepted | s (median) | spread | tokens/s | ratio | same tokens |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for preset in ("tiny", options.model):
+        kinds = ("none", "prompt lookup", "2 layers")
+        runs = {kind: Contestant(generator, preset, kind, options.drafts, options.new) for kind in kinds}
         for batch in options.batch_sizes:
-            if model is tiny:
-                row = tokenizer.encode(CODE)
+            if preset == "tiny":
+                row = AutoTokenizer.from_pretrained("tiny").encode(CODE)
             else:
-                row = np.random.default_rng(0).integers(4, model.config.vocab_size, 48).tolist() * 2
-            kinds = {
-                "prompt lookup": dict(prompt_lookup_num_tokens=options.drafts),
-                "2 layers": dict(assistant_model=first_layers(model, 2), num_assistant_tokens=options.drafts),
-            }
+                row = np.random.default_rng(0).integers(4, OPTConfig.preset(preset).vocab_size, 48).tolist() * 2
             ids = np.array([row[i : len(row) - batch + 1 + i] for i in range(batch)])  # no two rows are equal
-            measure(name, model, ids, options.new, options.repeats, kinds)
+            outputs = {kind: run(ids)[1] for kind, run in runs.items()}  # compiles
+            times = alternate(runs, options.repeats, ids)
+            plain = statistics.median(times["none"])
+            for kind, (sequences, acceptance) in outputs.items():
+                median = statistics.median(times[kind])
+                accepted = "" if acceptance is None else f"{acceptance:.0%}"
+                print(
+                    f"| {preset if preset == 'tiny' else f'{preset}, random'} | {batch} | {kind} | {accepted} "
+                    f"| {spread(times[kind])} | {batch * options.new / median:.1f} | {plain / median:.2f}x "
+                    f"| {np.mean(sequences == outputs['none'][0]):.0%} |",
+                    flush=True,
+                )
+        close(runs)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,28 @@
 """One training step of OPT with random weights: ours beside PyTorch `transformers`, in alternation.
 
-Run: `.venv/bin/python benchmarks/train_step.py` (the peer needs the `oracle` extra; without it, or on a GPU that
-PyTorch cannot use, it is left out). Both do the same work: forward, backward, clipping to norm 1.0 and AdamW without
-dropout, float32 weights and moments, and with `--dtype bfloat16` the products in bfloat16 (the peer: autocast). On GPUs
-the peer has SDPA, `torch.compile` and the fused AdamW. The floor is the model's FLOPs (6 N + 12 L H Q T per token) at
-the rate that a large product of the same dtype reaches on this machine in the same run; MFU, where the chip is known,
-compares with its data sheet's bfloat16. On a GPU: `--dtype bfloat16 --model 1.3b --batch-size 8 --seq-len 2048`, and
-`--model 6.7b --layers 4` for the width of a size that does not fit.
+Run: `.venv/bin/python -m benchmarks.train_step` (the peer needs the `oracle` extra; without it, or on a GPU that
+PyTorch cannot use, it is left out). All do the same work: forward, backward, clipping to norm 1.0 and AdamW without
+dropout, float32 weights and moments, and with `--dtype bfloat16` the products in bfloat16 (the peer: autocast). Each is
+in a process of its own. The peer has a row with its defaults (SDPA) and one with `torch.compile` and the fused AdamW.
+The floor is the model's FLOPs (6 N + 12 L H Q T per token) at the rate that a large product of the same dtype reaches
+on this machine in the same run; MFU, where the chip is known, compares with its data sheet's bfloat16. On a GPU:
+`--dtype bfloat16 --model 1.3b --batch-size 8 --seq-len 2048`, and `--model 6.7b --layers 4` for the width of a size
+that does not fit.
 """
 
 import argparse
-import importlib.metadata
 import importlib.util
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import get_args
 
-# The peer lives in the same process: JAX takes what it needs of a GPU's memory, not three quarters of it at the start.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.contestants import Contestant, alternate, machine, spread
 from opt_jax import OPTConfig
 from opt_jax.attention import choose_attention
 from opt_jax.decoder import Remat
@@ -36,11 +32,10 @@ from opt_jax.training.metrics import peak_memory
 from opt_jax.training.optimizer import make_optimizer
 from opt_jax.training.step import make_train_step, new_model, new_state, place_batch, state_shardings
 
-Step = Callable[[], float]  # does one update and waits for it; returns the loss
-Memory = Callable[[], int | None]  # the most bytes of the device's memory in use so far
+Step = Callable[[], int | None]  # one update, done; returns the most bytes of the device's memory in use so far
 
 
-def ours(config: OPTConfig, batch: np.ndarray, dtype: str, remat: Remat) -> tuple[Step, Memory]:
+def ours(config: OPTConfig, batch: np.ndarray, dtype: str, remat: Remat) -> Step:
     mesh = make_mesh("data=1", jax.devices()[:1])
     optimizer = make_optimizer(lambda step: 1e-4)
     attention = choose_attention("auto", jax.default_backend(), config.head_dim, dtype, config.attention_dropout)
@@ -52,31 +47,32 @@ def ours(config: OPTConfig, batch: np.ndarray, dtype: str, remat: Remat) -> tupl
     rows = lambda rows: {"input_ids": batch[rows, :-1], "labels": batch[rows, 1:]}  # noqa: E731
     placed = place_batch(rows, len(batch), 1, mesh)
 
-    def run() -> float:
+    def run() -> int | None:
         nonlocal state
         with use_mesh(mesh):
             state, measured = step(state, placed)
-        return float(measured["loss"])
+        float(measured["loss"])  # waits
+        return peak_memory(jax.devices()[:1])
 
-    return run, lambda: peak_memory(jax.devices()[:1])
+    return run
 
 
-def theirs(config: OPTConfig, batch: np.ndarray, dtype: str) -> tuple[Step, Memory]:
+def theirs(config: OPTConfig, batch: np.ndarray, dtype: str, best: bool) -> Step:
     import torch
     import transformers
 
-    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as XLA has it by default; on a CPU it changes nothing
     hf_config = transformers.OPTConfig(**config.to_hf())  # its attention is SDPA, if nobody says otherwise
     with torch.device(device):
         model = transformers.OPTForCausalLM(hf_config).train()
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=device == "cuda" or None
+        model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True if best else None
     )
-    forward = torch.compile(model) if device == "cuda" else model
+    forward = torch.compile(model) if best else model
     inputs, targets = (torch.from_numpy(ids).long().to(device) for ids in (batch[:, :-1], batch[:, 1:]))
 
-    def run() -> float:
+    def run() -> int | None:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
             logits = forward(inputs, use_cache=False).logits
@@ -84,9 +80,10 @@ def theirs(config: OPTConfig, batch: np.ndarray, dtype: str) -> tuple[Step, Memo
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        return loss.item()
+        loss.item()  # waits
+        return torch.cuda.max_memory_allocated() if device == "cuda" else None
 
-    return run, lambda: torch.cuda.max_memory_allocated() if device == "cuda" else None
+    return run
 
 
 def why_no_peer() -> str | None:
@@ -102,33 +99,22 @@ def why_no_peer() -> str | None:
     return None
 
 
-def matmul_flops(dtype: str) -> float:
+def matmul_rate(dtype: str) -> Callable[[], float]:
     """FLOP/s of a large product, the best of five."""
     size = 2048 if jax.default_backend() == "cpu" else 8192
     a = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.dot)
     product(a, a).block_until_ready()
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        product(a, a).block_until_ready()
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times)
 
-
-def measure(contestants: dict[str, tuple[Step, Memory]], repeats: int) -> dict[str, list[float]]:
-    for run, _ in contestants.values():
-        run()  # compilation, allocation
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(repeats):
-        for name, (run, _) in contestants.items():
-            # Not timed: a virtual machine gives memory that idled through the other's turn back to its host, and
-            # getting it again made a step that comes after ten seconds' sleep 30 % slower.
-            run()
+    def run() -> float:
+        times = []
+        for _ in range(5):
             start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return times
+            product(a, a).block_until_ready()
+            times.append(time.perf_counter() - start)
+        return 2 * size**3 / min(times)
+
+    return run
 
 
 def main() -> None:
@@ -146,33 +132,39 @@ def main() -> None:
     config = OPTConfig.preset(options.model, dropout=0.0, **changes)
     shape = (options.batch_size, options.seq_len + 1)
     batch = np.random.default_rng(0).integers(4, config.vocab_size, shape).astype(np.int32)
-    contestants = {f"opt-jax, --remat {remat}": ours(config, batch, options.dtype, remat) for remat in options.remat}
+    contestants = {
+        f"opt-jax, --remat {remat}": Contestant(ours, config, batch, options.dtype, remat) for remat in options.remat
+    }
     if (reason := why_no_peer()) is None:
-        contestants["transformers"] = theirs(config, batch, options.dtype)
+        contestants["transformers"] = Contestant(theirs, config, batch, options.dtype, False)
+        contestants["transformers, compiled, fused AdamW"] = Contestant(theirs, config, batch, options.dtype, True)
     else:
         print(f"transformers is left out: {reason}")
-    times = measure(contestants, options.repeats)
+    rate = Contestant(matmul_rate, options.dtype)
+    rates = [rate()[1]]
+    for run in contestants.values():
+        run()  # compiles, allocates
+    times = alternate(contestants, options.repeats, untimed_first=True)
+    rates.append(rate()[1])
 
     device, tokens = jax.devices()[0], options.batch_size * options.seq_len
     parameters = sum(p.size for p in jax.tree.leaves(jax.eval_shape(lambda: new_model(config, 0, jnp.float32))))
     flops = flops_per_token(config, parameters, options.seq_len) * tokens
-    floor, peak = flops / matmul_flops(options.dtype), peak_flops(device)
-    names = ["jax", *(("torch", "transformers") if reason is None else ())]
-    versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    where = f"{os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
+    floor, peak = flops / max(rates), peak_flops(device)
+    where = "CPU" if device.platform == "cpu" else device.device_kind
     print(
         f"OPT-{options.model}, {config.num_hidden_layers} layers, {parameters:,} parameters, {options.batch_size} x "
-        f"{options.seq_len} tokens, {options.dtype}, {where}, {versions}, Python {platform.python_version()}; "
+        f"{options.seq_len} tokens, {options.dtype}, {where}; {machine('jax', 'torch', 'transformers')}; "
         f"floor {floor:.3g} s"
     )
     print("| | s/step (median) | spread | tokens/s | share of the floor | MFU | memory | ratio |")
     print("|---|---|---|---|---|---|---|---|")
-    reference = statistics.median(list(times.values())[-1])  # the peer's, where there is one
+    reference = statistics.median(times.get("transformers", next(iter(times.values()))))
     for name, values in times.items():
-        median, memory = statistics.median(values), contestants[name][1]()
+        median, memory = statistics.median(values), contestants[name]()[1]
         mfu = f"{flops / median / peak:.1%}" if peak else "-"
         print(
-            f"| {name} | {median:.3g} | {min(values):.3g}-{max(values):.3g} | {tokens / median:,.0f} | "
+            f"| {name} | {spread(values)} | {tokens / median:,.0f} | "
             f"{floor / median:.0%} | {mfu} | {f'{memory / 2**30:.1f} GiB' if memory else '-'} | "
             f"{reference / median:.2f}x |"
         )
