@@ -95,12 +95,12 @@ def test_classification_with_lora_from_start_to_export(start, texts, tmp_path, c
 
 
 def test_the_accuracy_on_sst2_is_that_of_the_saved_model(shared_data, tmp_path):
-    for name, count in (("train", 300), ("dev", 80)):
+    for name, count in (("train", 100), ("dev", 40)):
         lines = (shared_data / "sst2" / f"{name}.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
         (tmp_path / f"{name}.tsv").write_text("".join(lines[:count]), encoding="utf-8")
     lines = run(
         tmp_path / "run", "tiny", task="sequence-classification", data=(str(tmp_path / "train.tsv"),),
-        validation_data=(str(tmp_path / "dev.tsv"),), seq_len=64, eval_every=10, steps=10, batch_size=16,
+        validation_data=(str(tmp_path / "dev.tsv"),), seq_len=64, eval_every=3, steps=3,
     )  # fmt: skip
     rows = [line.split("\t") for line in (tmp_path / "dev.tsv").read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if row[1] != "label"]
