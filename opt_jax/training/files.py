@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -119,9 +120,14 @@ def _metrics_of(line: bytes) -> dict[str, Any] | None:
         if isinstance(values, dict) and type(values.get("step")) is int and values["step"] > 0:
             rows = values.get("batch", [])
             others = [value for name, value in values.items() if name != "batch"]
-            if isinstance(rows, list) and all(type(value) in (int, float, type(None)) for value in others):
+            if isinstance(rows, list) and all(value is None or _is_finite(value) for value in others):
                 return values
     return None
+
+
+def _is_finite(value: Any) -> bool:
+    """Of a value of JSON, where 1e999 is an infinity, and True no number."""
+    return type(value) in (int, float) and -math.inf < value < math.inf
 
 
 def ranges(numbers: Sequence[int]) -> str:
