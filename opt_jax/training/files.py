@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from opt_jax.disk import disk_errors
-from opt_jax.hub import check_array_path, check_remote, is_remote
+from opt_jax.hub import as_path, check_array_path, check_remote, is_remote
 from opt_jax.reading import open_regular, read_small
 from opt_jax.temporary import MARKER, new_file, refuse_links
 
@@ -23,11 +23,12 @@ _WRITTEN = (
 
 
 def run_directory(name: str) -> epath.Path:
-    """ValueError: see `hub.check_remote` and `hub.check_array_path`."""
+    """ValueError: see `hub.check_remote`, `hub.as_path` and `hub.check_array_path`."""
     if is_remote(name):
         check_remote(name)
-    check_array_path(name)
-    return epath.Path(name)
+    path = as_path(name)
+    check_array_path(path)
+    return epath.Path(path)
 
 
 def check_run_directory(output: epath.Path) -> None:
