@@ -156,7 +156,7 @@ def to_hf(
     *names, target = _sources_and_destination(paths)
     if hub.is_remote(target):
         raise UsageError(f"{target}: Hugging Face's form is written to disks only: name a directory, and copy it there")
-    dst, part = Path(target).expanduser(), _shard_of(shard_of)
+    dst, part = hub.as_path(target), _shard_of(shard_of)
     if part is not None and job.distributed:
         raise UsageError("--shard-of is for separate commands: with --distributed the processes share out the files")
     try:
@@ -194,7 +194,7 @@ def verify(
 
     # What says how to find a model is for hub ids only, which DST may be, too; the revision is SRC's.
     local = SourceOptions(no_verify=source.no_verify)
-    how = local if Path(dst).expanduser().exists() else dataclasses.replace(source, revision=None)
+    how = local if hub.as_path(dst).exists() else dataclasses.replace(source, revision=None)
     ours = _open_source([dst], how, MetaseqOptions())
     theirs = _open_source(against, source, metaseq)
     ours.check()
@@ -340,7 +340,7 @@ def _convert(
 
     if hub.is_remote(target):
         hub.check_remote(target)
-    dst = hub.as_path(target).expanduser()
+    dst = hub.as_path(target)
     hub.check_array_path(dst)
     opened = _open(names, dst, source, metaseq, write, hub.is_orbax, from_metaseq)
     with _Work(opened, dst, write) as report:

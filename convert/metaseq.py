@@ -42,7 +42,7 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     """
     files: list[Path] = []
     for pattern in patterns:
-        path = Path(pattern).expanduser()
+        path = hub.disk_path(pattern)
         if path.is_dir():
             found = sorted(path.glob("*.pt"))
         else:

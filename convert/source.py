@@ -95,7 +95,7 @@ def open_source(
 
 
 def _is_metaseq(name: str) -> bool:
-    path = Path(name).expanduser()
+    path = Path(name) if hub.is_remote(name) else hub.as_path(name)
     if path.is_dir():
         known = hub.is_orbax(path) or hf.weight_file(path) is not None or (path / "run.json").is_file()
         return not known and any(path.glob("*.pt"))

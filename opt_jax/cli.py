@@ -108,7 +108,7 @@ def tokenize(
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE ...")] = (),
     /,
     *,
-    output: Annotated[Path | None, tyro.conf.arg(metavar="FILE.npy")] = None,
+    output: Annotated[str | None, tyro.conf.arg(metavar="FILE.npy")] = None,
     tokenizer: str = "tiny",
     workers: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None,
     skip_bad_records: bool = False,
@@ -122,9 +122,11 @@ def tokenize(
       workers: Processes. None: one for each core.
       skip_bad_records: Leave out broken lines, bytes that are no UTF-8 and empty files, and count them.
     """
+    from opt_jax import hub
     from opt_jax.training.tokens import tokenize_sources
 
-    _print(tokenize_sources(sources, output, tokenizer, workers, skip_bad_records) + "\n")
+    array = None if output is None else hub.disk_path(output)
+    _print(tokenize_sources(sources, array, tokenizer, workers, skip_bad_records) + "\n")
 
 
 COMMANDS = {"generate": generate, "plot": plot, "tokenize": tokenize, "eval": evaluate}

@@ -31,8 +31,29 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def as_path(name: str | os.PathLike) -> Path:
-    """With the methods of `pathlib` for objects in a store, too."""
-    return epath.Path(name) if is_remote(name) else Path(name)  # type: ignore[reportReturnType]
+    """With the methods of `pathlib` for objects in a store, too; `~` at its beginning is the home directory, also where
+    no shell has put that.
+
+    Raises:
+      ValueError: `~NAME`, and there is no user of this name.
+    """
+    if is_remote(name):
+        return epath.Path(name)  # type: ignore[reportReturnType]
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{name}: no user of this name has a home directory here: give the absolute path") from None
+
+
+def disk_path(name: str | os.PathLike) -> Path:
+    """The same of what is written to disks only.
+
+    Raises:
+      ValueError: it is not on one.
+    """
+    if is_remote(name):
+        raise ValueError(f"{name}: this is written to disks only: name a file on one, and copy it there")
+    return as_path(name)
 
 
 def absolute(path: Path) -> Path:
@@ -119,7 +140,7 @@ def resolve(
     name = os.fspath(name)
     if is_remote(name):
         check_remote(name)
-    path = as_path(name).expanduser()
+    path = as_path(name)
     if name == "tiny":
         path = Path(str(importlib.resources.files("opt_jax") / "tiny"))
     if name and path.is_dir():

@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from opt_jax.reading import one_line
+
 LEAST, MOST = -(2**31), 2**31 - 1  # of int32, which models compute with
 
 
@@ -28,10 +30,16 @@ def as_mask(name: str, value: Any) -> np.ndarray:
 
 def as_array(name: str, value: Any) -> np.ndarray:
     """`value` as an array of numbers or truth values; ValueError if it is something else."""
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):  # NumPy would show what the mask hides
+        raise ValueError(f"{name} has masked entries: fill them, and give an attention_mask")
     try:
         array = np.asarray(value)
     except ValueError:
         raise ValueError(f"{name}: rows have different lengths; pad them and give an attention_mask") from None
+    except (TypeError, RuntimeError, NotImplementedError) as error:  # of other libraries, such as torch's bfloat16
+        raise ValueError(f"{name} cannot be read as an array: {one_line(error, 200)}") from None
+    if array.dtype == np.longdouble:
+        raise ValueError(f"{name} must be numbers that JAX has, not {array.dtype}")
     if array.dtype.kind not in "biuf" and array.dtype.isbuiltin != 2:  # 2: added to NumPy's, such as bfloat16
         raise ValueError(f"{name} must be numbers, not {array.dtype}")
     return array

@@ -244,7 +244,7 @@ def new_directory(
             raise
         on_first_process((remote / MARKER).unlink)
         return
-    refuse_links(path)
+    refuse_links(path := hub.as_path(path))
     path = Path(os.path.realpath(path))
     place = TemporaryPlace(path.with_name(f".{path.name}.new"), "new|old")
     new, old = place.path / "new", place.path / "old"

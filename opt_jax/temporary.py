@@ -160,13 +160,15 @@ def new_file(path: str | os.PathLike, nbytes: int | None = None) -> Iterator[Bin
     nbytes: how many it will have, for the error of a full disk.
 
     Raises:
-      FileExistsError: `path` is a link; or another process is writing it now.
+      FileExistsError: `path` is a link, or no regular file; or another process is writing it now.
       IsADirectoryError: it is a directory.
     """
     path = Path(path)
     refuse_links(path)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is a pipe or a device, which no file takes the place of: choose another name")
     # A name of its own: even where locks do not reach across machines, two writers never share a file.
     part = path.with_name(f"{path.name}.opt-jax-{uuid.uuid4().hex}.part")
     with _alone_in(path.parent):  # of two that begin in the same moment one sees the other, which has its lock

@@ -19,8 +19,8 @@ from tokenizers.models import BPE
 from opt_jax.ids import as_array
 from opt_jax.reading import note_without_effect, read_small
 from opt_jax.streaming import StopStrings
-from opt_jax.temporary import refuse_links
-from opt_jax.tokenizer_files import WITHOUT_EFFECT, panics_as_errors, read_as, read_json, set_prefix_space
+from opt_jax.temporary import new_file, refuse_links
+from opt_jax.tokenizer_files import WITHOUT_EFFECT, contents_of, panics_as_errors, read_as, read_json, set_prefix_space
 from opt_jax.vocabulary import OPT_SPECIAL_TOKENS, SPECIAL_TOKENS, Vocabulary, check_ids, to_list
 
 # GPT-2's alphabet: printable bytes stand for themselves, the others for the characters from 256 on.
@@ -365,15 +365,15 @@ class OPTTokenizer(Vocabulary):
         """Writes `tokenizer.json` and the files of facebook/opt-*, for `from_pretrained` and HF's `AutoTokenizer`.
 
         Raises:
-          FileExistsError: one of the files is a symbolic link.
+          FileExistsError: one of the files is a symbolic link, or no regular file.
+          ValueError: see `hub.disk_path`.
         """
         from opt_jax import hub
 
-        folder = Path(directory)
+        folder = hub.disk_path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         refuse_links(*(folder / name for name in hub.TOKENIZER_FILES))  # in the hub's cache they are
-        self.backend_tokenizer.save(str(folder / "tokenizer.json"))
-        self.backend_tokenizer.model.save(str(folder))  # vocab.json, merges.txt
+        contents = contents_of(self.backend_tokenizer)
         named = self.special_tokens_map
         # Added tokens are in tokenizer.json; the other two fields are where HF once found its files.
         gone = {"added_tokens_decoder", "name_or_path", "special_tokens_map_file"}
@@ -387,7 +387,10 @@ class OPTTokenizer(Vocabulary):
         if self.model_max_length is not None or "model_max_length" in config:
             config["model_max_length"] = self.model_max_length or int(1e30)
         for file, content in (("tokenizer_config.json", config), ("special_tokens_map.json", named)):
-            (folder / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            contents[file] = f"{json.dumps(content, indent=2, ensure_ascii=False)}\n".encode()
+        for name, content in contents.items():
+            with new_file(folder / name, len(content)) as file:
+                file.write(content)
 
 
 AutoTokenizer = OPTTokenizer

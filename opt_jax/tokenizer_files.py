@@ -67,3 +67,13 @@ def set_prefix_space(backend: Tokenizer, config: dict[str, Any]) -> None:
         raise ValueError(f"add_prefix_space={value!r} must be true or false, and needs a ByteLevel pre-tokenizer")
     splitter.add_prefix_space = value  # type: ignore[reportOptionalMemberAccess]
     backend.pre_tokenizer = splitter
+
+
+def contents_of(backend: Tokenizer) -> dict[str, bytes]:
+    """What `backend.save` and `backend.model.save` write, by file. (Those write in place, through what is there.)"""
+    whole = backend.to_str(pretty=True)
+    model = json.loads(whole)["model"]
+    vocab = json.dumps(model["vocab"], ensure_ascii=False, separators=(",", ":"))
+    merges = "".join(f"{left} {right}\n" for left, right in model["merges"])
+    files = {"tokenizer.json": whole, "vocab.json": vocab, "merges.txt": f"#version: 0.2\n{merges}"}
+    return {name: text.encode() for name, text in files.items()}

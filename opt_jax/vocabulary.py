@@ -1,6 +1,6 @@
 """The tokens of a tokenizer: ids and back, special ones by name, added ones. No jax."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, processors
@@ -207,9 +207,14 @@ def _special(token: Any) -> Any:
 def to_list(ids: Any) -> list:
     """A list of numbers, or of such lists, from one id or anything array-like."""
     ids = ids.tolist() if hasattr(ids, "tolist") else ids  # NumPy and JAX, scalars too
-    if isinstance(ids, (int, float)):
-        return [ids]
-    return [i if isinstance(i, (int, float)) else i.tolist() if hasattr(i, "tolist") else list(i) for i in ids]
+    rows = list(ids) if _is_row(ids) else [ids]
+    rows = [row.tolist() if hasattr(row, "tolist") else row for row in rows]
+    return [list(row) if _is_row(row) else row for row in rows]
+
+
+def _is_row(value: Any) -> bool:
+    """Not a text: its characters are no ids, and each is a text again."""
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
 
 
 def check_ids(ids: list) -> list[int]:

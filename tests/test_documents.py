@@ -58,6 +58,12 @@ OTHERS = {
     "n.txt": (RECORDS, "JSON"),
     "o.md": (b'{\n  "data": []\n}', "JSON"),
     "p.txt": (b"some \0 text", "binary"),
+    "aa.txt": (b"\n%PDF-1.4", "PDF"),
+    "ab.txt": (b"%!PS-Adobe-3.0\n", "PostScript"),
+    "ac.txt": (rb"{\rtf1\ansi text}", "RTF"),
+    "ad.txt": (b"Obj\x01\x04\x14avro.codec", "avro"),
+    "ae.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n", "a Git LFS pointer"),
+    "af.txt": (b'["one \\"text\\"",\n "two"]', "JSON"),
     # by the ending, whatever is in it
     "q.jsonl.gz": (b"text", "gzip"),
     "r.PARQUET": (b"text", "parquet"),
@@ -99,7 +105,7 @@ def test_every_command_refuses_them(tmp_path, tokenizer, capsys):
 
 
 @pytest.mark.parametrize(
-    "text", ["[1] a footnote", "{curly} braces", '{"quoted"} braces', "PK is short for it", "[[x]]"]
+    "text", ["[1] a footnote", "{curly} braces", '{"quoted"} braces', "PK is short for it", "[[x]]", '["so," he said]']
 )
 def test_prose_that_begins_like_another_format_is_prose(tmp_path, text):
     (tmp_path / "a.txt").write_text(text)

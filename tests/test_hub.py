@@ -4,8 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from etils import epath
 
-from opt_jax import hub
+from convert.__main__ import main as convert
+from opt_jax import OPTTokenizer, hub
+from opt_jax.cli import main
+from opt_jax.storage import new_directory
+from opt_jax.training.files import run_directory
 
 
 def test_directories(tmp_path, monkeypatch):
@@ -20,6 +25,36 @@ def test_directories(tmp_path, monkeypatch):
     (tmp_path / "model.safetensors").write_text("x")
     with pytest.raises(ValueError, match="is a file; give the directory"):
         hub.resolve(tmp_path / "model.safetensors")
+
+
+def test_home_is_where_is_written_and_where_is_read(tmp_path, monkeypatch):
+    """A shell leaves the ~ of --output=~/x alone, and a program has none."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    OPTTokenizer.from_pretrained("tiny").save_pretrained("~/saved")
+    OPTTokenizer.from_pretrained("~/saved")
+    with new_directory("~/model") as new:
+        (new / "config.json").write_text("{}")
+    assert hub.resolve("~/model") == tmp_path / "home" / "model"
+    assert run_directory("~/run") == epath.Path(tmp_path / "home" / "run")
+    (tmp_path / "a.txt").write_text("text\n")
+    assert main(["tokenize", "a.txt", "--output=~/a.npy"]) == 0
+    assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["a.npy", "a.npy.json", "model", "saved"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "home"]
+
+
+def test_places_that_nobody_has_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("text\n")
+    for name in ("~nobody-of-this-name/x", "gs://bucket/x"):
+        for write in (OPTTokenizer.from_pretrained("tiny").save_pretrained, hub.disk_path):
+            with pytest.raises(ValueError, match=f"{name}: (no user of this name|this is written to disks only)"):
+                write(name)
+        assert main(["tokenize", "a.txt", f"--output={name}.npy"]) == 1
+        assert f"error: {name}.npy: " in capsys.readouterr().err
+    assert convert(["~nobody-of-this-name/x", "out"]) == convert(["tiny", "~nobody-of-this-name/x"]) == 1
+    assert capsys.readouterr().err.count("error: ~nobody-of-this-name/x: no user") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_run_directory_of_train_stands_for_its_model(tmp_path):

@@ -16,6 +16,13 @@ def test_ids_of_every_dtype(dtype):
         as_ids("x", np.array([5, 7], dtype), 0, 6)
 
 
+class Unreadable:
+    """As torch's tensors of bfloat16 are."""
+
+    def __array__(self, *args, **kwargs):
+        raise TypeError("no array of this")
+
+
 @pytest.mark.parametrize(
     ("ids", "words"),
     [
@@ -31,11 +38,18 @@ def test_ids_of_every_dtype(dtype):
         (["5"], "must be numbers, not <U1"),
         ([[5], [6, 7]], "rows have different lengths"),
         (np.zeros(1, [("a", int)]), "must be numbers"),
+        (np.ma.array([5, 7], mask=[False, True]), "has masked entries: fill them"),
+        (Unreadable(), "cannot be read as an array: no array of this"),
+        (np.array([5], np.longdouble), "must be numbers that JAX has"),
     ],
 )
 def test_what_is_no_id(ids, words):
     with pytest.raises(ValueError, match=f"x:? {words}"):
         as_ids("x", ids)
+
+
+def test_a_masked_array_that_hides_nothing_is_an_array():
+    assert as_ids("x", np.ma.array([5, 7])).tolist() == [5, 7]
 
 
 def test_masks():

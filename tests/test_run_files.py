@@ -118,7 +118,7 @@ def test_steps_without_a_line_are_named(directory, steps, last, missing):
         b"3", b'{"loss": 2.5}', b'{"step": "3"}', b'{"step": 3.0}', b'{"step": true}', b'{"step": 0}', b'{"step": -3}',
         b'{"step": 3, "loss": "2.5"}', b'{"step": 3, "loss": NaN}', b'{"step": 3, "loss": {}}',
         b'{"step": 3, "batch": 1}', b'{"step": 3, "los\xff": 2.5}', b"[" * 100_000, b'{"step": 3}\x85',
-        b'{"step": ' + b"9" * 5000 + b"}",
+        b'{"step": ' + b"9" * 5000 + b"}", b'{"step": 3, "loss": 1e999}', b'{"step": 3, "val_loss": -1e999}',
     ],
 )  # fmt: skip
 def test_a_damaged_or_foreign_line_is_named(directory, line):

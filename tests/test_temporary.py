@@ -3,6 +3,7 @@
 import fcntl
 import os
 import re
+import resource
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -216,6 +217,14 @@ def test_a_file_that_another_process_writes_is_refused(tmp_path):
     assert (tmp_path / "out").read_bytes() == b"ours" and len(files_of(tmp_path)) == 2
 
 
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_pipe_is_not_replaced(tmp_path, writer: Callable[[Path], None]):
+    os.mkfifo(tmp_path / "out")
+    with pytest.raises(FileExistsError, match="out is a pipe or a device"):
+        writer(tmp_path / "out")
+    assert (tmp_path / "out").is_fifo() and [path.name for path in tmp_path.iterdir() if "part" in path.name] == []
+
+
 def test_two_files_that_begin_in_the_same_moment_see_each_other(tmp_path, monkeypatch):
     """Between looking for others and having its lock, a writer is alone."""
 
@@ -265,6 +274,24 @@ def test_a_tokenizer_is_not_saved_through_links(tmp_path):
             tokenizer.save_pretrained(tmp_path / "snapshot")
         assert len(list((tmp_path / "snapshot").iterdir())) == 1 and (tmp_path / "blob").read_text() == "keep"
         (tmp_path / "snapshot" / name).unlink()
+
+
+def test_a_tokenizer_is_saved_as_whole_files(tmp_path):
+    """A pipe would be waited at for ever; behind a full disk half of merges.txt would be another tokenizer."""
+    tokenizer = OPTTokenizer.from_pretrained("tiny")
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(FileExistsError, match="json is a pipe or a device"):
+        tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large .* bytes are needed"):
+            tokenizer.save_pretrained(tmp_path / "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert all(path.stat().st_size < 20_000 for path in (tmp_path / "full").iterdir())
+    assert not list((tmp_path / "full").glob("*.part"))
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------

@@ -105,7 +105,8 @@ def test_decode_takes_arrays_batches_and_single_ids(tok):
     assert tok.decode([*ids, 50271]) == "</s>hello world"  # the model's vocabulary is padded; those ids are no text
     with pytest.raises(ValueError, match="-100 .*replace ignored labels"):
         tok.decode([2, -100])
-    for bad in ([2, 2**32 + 5], np.array([2.0]), [2, True], 2.5, np.array([True])):
+    no_numbers = ("text", ["2"], b"2", [2, None], np.ma.array([2, 5], mask=[False, True]))
+    for bad in ([2, 2**32 + 5], np.array([2.0]), [2, True], 2.5, np.array([True]), *no_numbers):
         for read in (tok.decode, TextStream(tok).put):
             with pytest.raises(ValueError, match="is not a token id, an integer in"):
                 read(bad)

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from opt_jax import OPTTokenizer
+from opt_jax.tokenizer_files import contents_of
 from opt_jax.training.squad import Question, windows
 
 
@@ -107,3 +108,10 @@ def test_many_added_tokens_are_added_at_once():
     assert begin + 19_999 in tokenizer.all_special_ids
     with pytest.raises(ValueError, match=f"'<0>' cannot get the id {begin + 1}"):
         OPTTokenizer(tiny.backend_tokenizer, {"added_tokens_decoder": {str(begin + 1): {"content": "<0>"}}})
+
+
+def test_what_is_saved_is_what_the_library_writes(tmp_path):
+    backend = OPTTokenizer.from_pretrained("tiny").backend_tokenizer
+    backend.save(str(tmp_path / "tokenizer.json"))
+    backend.model.save(str(tmp_path))
+    assert contents_of(backend) == {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -10,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from opt_jax.disk import disk_errors
-from opt_jax.hub import check_array_path, check_remote, is_remote
+from opt_jax.hub import as_path, check_array_path, check_remote, is_remote
 from opt_jax.reading import open_regular, read_small
 from opt_jax.temporary import MARKER, new_file, refuse_links
 
@@ -22,11 +23,12 @@ _WRITTEN = (
 
 
 def run_directory(name: str) -> epath.Path:
-    """ValueError: see `hub.check_remote` and `hub.check_array_path`."""
+    """ValueError: see `hub.check_remote`, `hub.as_path` and `hub.check_array_path`."""
     if is_remote(name):
         check_remote(name)
-    check_array_path(name)
-    return epath.Path(name)
+    path = as_path(name)
+    check_array_path(path)
+    return epath.Path(path)
 
 
 def check_run_directory(output: epath.Path) -> None:
@@ -119,9 +121,14 @@ def _metrics_of(line: bytes) -> dict[str, Any] | None:
         if isinstance(values, dict) and type(values.get("step")) is int and values["step"] > 0:
             rows = values.get("batch", [])
             others = [value for name, value in values.items() if name != "batch"]
-            if isinstance(rows, list) and all(type(value) in (int, float, type(None)) for value in others):
+            if isinstance(rows, list) and all(value is None or _is_finite(value) for value in others):
                 return values
     return None
+
+
+def _is_finite(value: Any) -> bool:
+    """Of a value of JSON, where 1e999 is an infinity, and True no number."""
+    return type(value) in (int, float) and -math.inf < value < math.inf
 
 
 def ranges(numbers: Sequence[int]) -> str:

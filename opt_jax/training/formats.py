@@ -25,8 +25,10 @@ _FIRST_BYTES = (
     (rb"\xfd7zXZ\0", "xz", _UNPACK), (rb"\x04\x22\x4d\x18", "lz4", _UNPACK), (rb"7z\xbc\xaf", "7z", _UNPACK),
     (rb"PK(\x03\x04|\x05\x06)", "zip", _UNPACK), (rb".{257}ustar", "tar", _UNPACK), (rb"PAR1", "parquet", _EXPORT),
     (rb"ARROW1|\xff\xff\xff\xff", "arrow", _EXPORT), (rb"\x93NUMPY", "NumPy", "name it .npy"),
-    (rb"%PDF-", "PDF", _EXPORT), (rb"\xff\xfe|\xfe\xff", "UTF-16", "save it as UTF-8"),
-    (rb"(\xef\xbb\xbf)?\s*\[\s*\{\s*\"", "JSON", _EXPORT),
+    (rb"\s*%PDF-", "PDF", _EXPORT), (rb"%!PS", "PostScript", _EXPORT), (rb"\{\\rtf", "RTF", _EXPORT),
+    (rb"Obj\x01", "avro", _EXPORT), (rb"\xff\xfe|\xfe\xff", "UTF-16", "save it as UTF-8"),
+    (rb"version https://git-lfs\.", "a Git LFS pointer", "fetch the file that it stands for: git lfs pull"),
+    (rb"(\xef\xbb\xbf)?\s*\[\s*(\{\s*\"|\"([^\"\\]|\\.)*\"\s*,\s*[\"\d])", "JSON", _EXPORT),
 )  # fmt: skip
 _OBJECT = re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*"([^"\\]|\\.)*"\s*:', re.DOTALL)  # JSON; no prose begins so
 _HEAD = 4096
