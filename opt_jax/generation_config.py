@@ -197,6 +197,7 @@ def combine(
     _check_each(given)
     merged = override(checkpoint, given)
     _check_names({k: v for k, v in merged.items() if k not in given}, where)
+    _check_each({k: merged[k] for k in merged.keys() & {"do_sample", "num_beams", "prompt_lookup_num_tokens"}})
     unused: dict[str, tuple[tuple, str]] = {}
     for names, is_used, hint in (
         (_SAMPLING, merged.get("do_sample"), "needs do_sample=True"),
@@ -230,10 +231,9 @@ def override(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, An
     dropped = {name for names in _LENGTHS if names & upper.keys() for name in names}
     if upper.get("do_sample") is False:
         dropped |= {*_SAMPLING, "num_return_sequences"}
-    if upper.get("num_beams") == 1:
-        dropped |= {*_BEAMS}
-    if upper.get("prompt_lookup_num_tokens") == 0:
-        dropped |= {*_LOOKUP}
+    for name, off, options in (("num_beams", 1, _BEAMS), ("prompt_lookup_num_tokens", 0, _LOOKUP)):
+        if name in upper and asks_for_nothing(upper[name], (off,)):  # any value: they are checked later
+            dropped |= {*options}
     return {k: v for k, v in lower.items() if v is not None and k not in dropped} | upper
 
 

@@ -127,11 +127,10 @@ def keep_min_p(logits: Logits, p: Float[Array, ""] | float, min_keep: int = 1) -
 
     Compares logits: probabilities that underflow are all 0, and none of them is less than another.
     """
-    below = logits - logits.max(-1, keepdims=True)  # log(probability / the greatest one)
-    least = jnp.log(p)
-    if min_keep > 1:
-        least = jnp.minimum(least, lax.top_k(below, min(min_keep, logits.shape[-1]))[0][:, -1:])
-    return jnp.where(below >= least, logits, -jnp.inf)
+    remove = logits - logits.max(-1, keepdims=True) < jnp.log(p)  # log(probability / the greatest one)
+    if min_keep > 1:  # as logits: differences to a large maximum are rounded, and unequal ones become equal
+        remove &= logits < lax.top_k(logits, min(min_keep, logits.shape[-1]))[0][:, -1:]
+    return jnp.where(remove, -jnp.inf, logits)
 
 
 def keep_typical(logits: Logits, mass: Float[Array, ""] | float, min_keep: int = 1) -> Logits:

@@ -71,6 +71,12 @@ def test_min_p_compares_logits():
     assert kept(sampling.keep_min_p(tied, 1.0)).tolist() == [[True, False, True, False]]
 
 
+def test_min_p_keeps_no_more_where_differences_are_rounded():
+    large = jnp.array([[1e38, 0.0, 1, 2], [jnp.inf, 0, 1, 2]])
+    assert kept(sampling.keep_min_p(large[:1], 0.9, 2)).tolist() == [[True, False, False, True]]
+    assert (np.asarray(sampling.keep_min_p(large, 0.9)) > -np.inf).tolist() == [[True, False, False, False]] * 2
+
+
 @pytest.mark.parametrize("keep", [sampling.keep_top_p, sampling.keep_typical])
 def test_a_share_that_underflows_keeps_a_token(keep):
     """A top_p of 1e-50 is 0 in float32."""
