@@ -20,7 +20,15 @@ from opt_jax.ids import as_array
 from opt_jax.reading import note_without_effect, read_small
 from opt_jax.streaming import StopStrings
 from opt_jax.temporary import new_file, refuse_links
-from opt_jax.tokenizer_files import WITHOUT_EFFECT, contents_of, panics_as_errors, read_as, read_json, set_prefix_space
+from opt_jax.tokenizer_files import (
+    WITHOUT_EFFECT,
+    check_growth,
+    contents_of,
+    panics_as_errors,
+    read_as,
+    read_json,
+    set_prefix_space,
+)
 from opt_jax.vocabulary import OPT_SPECIAL_TOKENS, SPECIAL_TOKENS, Vocabulary, check_ids, to_list
 
 # GPT-2's alphabet: printable bytes stand for themselves, the others for the characters from 256 on.
@@ -74,6 +82,7 @@ class OPTTokenizer(Vocabulary):
             raise ValueError(f"not a byte-level BPE, as OPT needs it: {backend.model!r:.40}, {backend.decoder!r:.40}")
         self.backend_tokenizer, self._special, self._extra = backend, {}, []
         self._config = config = dict(config or {})
+        check_growth(backend)
         set_prefix_space(backend, config)
         self.padding_side = padding_side
         self.truncation_side = truncation_side or config.get("truncation_side") or "right"

@@ -1,6 +1,7 @@
 """Reads files of tokenizers, which may be damaged or hostile. No jax."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer
 
 from opt_jax.reading import FieldsWithoutEffect, one_line, read_small
 
+MOST_GROWTH = 1000  # how many times as long a normalizer may make a text
 # Fields of a tokenizer_config.json; `padding_side`, which HF writes into every one, is not among them.
 WITHOUT_EFFECT: FieldsWithoutEffect = {
     "add_eos_token": ((False,), "append tokenizer.eos_token to the text"),
@@ -40,6 +42,19 @@ def read_as(where: str, load: Callable[[], Any]) -> Any:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ValueError(f"{where}: not a tokenizer that can be read ({one_line(error)})") from error
+
+
+def check_growth(backend: Tokenizer) -> None:
+    """Refuse a normalizer of steps that each make a text longer: 24 that write "aa" for "a" make 16 million of one."""
+
+    def growth(step: dict[str, Any]) -> int:
+        steps = step.get("normalizers", [])
+        pattern = step.get("pattern", {}).get("String", "")  # a regular expression may match nothing, at every place
+        own = 1 + len(step["content"]) // max(1, len(pattern)) if step["type"] == "Replace" else 1
+        return own * math.prod(map(growth, steps))
+
+    if (normalizer := backend.normalizer) is not None and growth(json.loads(normalizer.__getstate__())) > MOST_GROWTH:
+        raise ValueError("the tokenizer's normalizer can make a text thousands of times as long: it is not read")
 
 
 def read_json(path: Path) -> dict[str, Any]:

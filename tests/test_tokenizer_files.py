@@ -115,3 +115,16 @@ def test_what_is_saved_is_what_the_library_writes(tmp_path):
     backend.save(str(tmp_path / "tokenizer.json"))
     backend.model.save(str(tmp_path))
     assert contents_of(backend) == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_a_normalizer_that_makes_texts_ever_longer_is_refused(saved, tmp_path):
+    """Each step doubles the text, alone and in sequences of sequences; one step of an ordinary normalizer is fine."""
+    for i, pattern in enumerate(({"String": "b"}, {"Regex": "b"})):
+        step = {"type": "Replace", "pattern": pattern, "content": "bb"}
+        many = {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [step] * 6}] * 4}
+        for name, normalizer in (("many", many), ("one", step)):
+            (place := tmp_path / f"{name}{i}").mkdir()
+            edited(saved, place, normalizer=normalizer)
+        with pytest.raises(ValueError, match="normalizer can make a text thousands of times as long"):
+            OPTTokenizer.from_pretrained(tmp_path / f"many{i}")
+        assert len(OPTTokenizer.from_pretrained(tmp_path / f"one{i}").encode("b b", add_special_tokens=False)) > 2
