@@ -1,5 +1,6 @@
 """Set up once, before jax is imported anywhere: a CPU with eight devices, no network, fixed seeds."""
 
+import gc
 import os
 import random
 import signal
@@ -25,6 +26,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for `make test &` in a script; processes would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+MOST_MAPPINGS = 15_000
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -70,6 +72,17 @@ def sample(pytestconfig):
         return [cases[i] for i in sorted(random.Random(seed).sample(range(len(cases)), count))]
 
     return draw
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings():
+    """Each compiled program takes a few of the 65,530 memory mappings that Linux allows a process; without one left,
+    the compiler ends by a segmentation fault. So they go between two files when there are many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if "jax" in sys.modules and maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPPINGS:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)
