@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.contestants import Contestant, alternate, machine, spread
+from benchmarks.contestants import Contestant, alternate, close, machine, spread
 from opt_jax import OPTConfig
 from opt_jax.attention import choose_attention
 from opt_jax.decoder import Remat
@@ -168,6 +168,7 @@ def main() -> None:
             f"{floor / median:.0%} | {mfu} | {f'{memory / 2**30:.1f} GiB' if memory else '-'} | "
             f"{reference / median:.2f}x |"
         )
+    close({"rate": rate, **contestants})
 
 
 if __name__ == "__main__":

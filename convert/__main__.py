@@ -275,7 +275,7 @@ def _start(job: JobOptions) -> None:
         jax.distributed.initialize(*where)
     except (ValueError, RuntimeError) as e:
         raise UsageError(
-            f"--distributed: no cluster ({_one_line(e)}): give --coordinator-address, --num-processes, --process-id"
+            f"--distributed: no cluster ({describe(e)}): give --coordinator-address, --num-processes, --process-id"
         ) from None
     jax.devices()  # all processes must be here, also those that are about to find an error
 
@@ -402,12 +402,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, ValueError) as e:
-        print(f"error: {_one_line(e)}", file=sys.stderr)
+        print(f"error: {describe(e)}", file=sys.stderr)
         return 1
     except RuntimeError as e:
         if type(e).__name__ != "JaxRuntimeError":  # another process of the job is gone
             raise
-        print(f"error: {_one_line(e)}", file=sys.stderr)
+        print(f"error: {describe(e)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as e:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends at once
@@ -417,10 +417,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; nothing half-written is left", file=sys.stderr)
         return 143 if isinstance(e, Terminated) else 130
     return 0
-
-
-def _one_line(error: Exception) -> str:
-    return describe(error)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def note_without_effect(where: object, content: Mapping[str, Any], fields: Field
     """Warn of the fields of a file that have no effect. (Python shows a warning once, and so once for each file.)"""
     noted = [name for name in content if name in fields and not asks_for_nothing(content[name], fields[name][0])]
     if noted:
-        what = ", ".join(f"{name}={content[name]!r:.60} ({fields[name][1]})" for name in noted)
+        what = ", ".join(f"{name}={shown(content[name], 60)} ({fields[name][1]})" for name in noted)
         warnings.warn(f"{where}: without effect: {what}", stacklevel=2)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from opt_jax.reading import FieldsWithoutEffect, one_line, read_small
+from opt_jax.reading import FieldsWithoutEffect, one_line, read_small, shown
 
 MOST_GROWTH = 1000  # how many times as long a normalizer may make a text
 # Fields of a tokenizer_config.json; `padding_side`, which HF writes into every one, is not among them.
@@ -79,7 +79,7 @@ def set_prefix_space(backend: Tokenizer, config: dict[str, Any]) -> None:
     if value == now:
         return
     if not isinstance(value, bool) or not hasattr(splitter, "add_prefix_space"):
-        raise ValueError(f"add_prefix_space={value!r} must be true or false, and needs a ByteLevel pre-tokenizer")
+        raise ValueError(f"add_prefix_space={shown(value)} must be true or false, and needs a ByteLevel pre-tokenizer")
     splitter.add_prefix_space = value  # type: ignore[reportOptionalMemberAccess]
     backend.pre_tokenizer = splitter
 
