@@ -56,7 +56,7 @@ POSITION_OFFSET = 2
 class Linear(nnx.Linear):
     """`nnx.Linear`, whose bias may be of another dtype, under `jax_numpy_dtype_promotion="strict"` too."""
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:  # type: ignore[reportIncompatibleMethodOverride]
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:  # type: ignore[reportIncompatibleMethodOverride]
         with jax.numpy_dtype_promotion("standard"):
             return super().__call__(x)
 

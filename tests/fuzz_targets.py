@@ -388,7 +388,7 @@ class Hub(Target):
 
         self.put(("sent", {}))
         self.server.repositories["org/model"] = Repository(dict(self.contents), lie=note)
-        self.resolve()
+        self.resolve()  # with the waits that users have: the first request may be slow on a busy machine
         shutil.rmtree(self.directory)
         return answers
 
@@ -415,15 +415,17 @@ class Hub(Target):
             )
 
     def resolve(self) -> Path:
-        from opt_jax import answers, download, hub
+        from opt_jax import hub
 
-        answers.ANSWER_SECONDS, answers.ANSWERS_SECONDS, answers.STALL_SECONDS, answers.LONGEST_WAIT = 0.5, 1.5, 0.2, 0
-        download._WAITS = (0.01,) * 4
         return hub.resolve("org/model", cache_dir=self.directory / "cache")
 
     def read(self, case: Any) -> str | None:
         import warnings
 
+        from opt_jax import answers, download
+
+        answers.ANSWER_SECONDS, answers.ANSWERS_SECONDS, answers.STALL_SECONDS, answers.LONGEST_WAIT = 0.5, 1.5, 0.2, 0
+        download._WAITS = (0.01,) * 4
         with warnings.catch_warnings(action="ignore"):  # huggingface_hub's own
             folder = self.resolve()
         whole = {name: self.repository.sent.get(name, content) for name, content in self.contents.items()}

@@ -53,7 +53,12 @@ class Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env={**self._env, "RUST_BACKTRACE": "0"},
         )  # fmt: skip
         self._running = True
-        self.bases: dict[str, dict[str, bytes]] = self._answer(10 * SECONDS)
+        try:
+            self.bases: dict[str, dict[str, bytes]] = self._answer(10 * SECONDS)
+        except (EOFError, OSError) as e:
+            code, said = self._end(), self._said()
+            self._log.close()
+            raise RuntimeError(f"the process does not start (exit code {code}): {said}") from e
 
     def _answer(self, seconds: float) -> Any:
         assert self._process.stdout is not None
@@ -204,4 +209,8 @@ def main(root: Path) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    main(Path(sys.argv[1]))
+    try:
+        main(Path(sys.argv[1]))
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # threads of a library must not keep a process alive that answers no more

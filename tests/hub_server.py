@@ -93,8 +93,9 @@ class HubServer:
         self.cdn = f"http://localhost:{self._servers[1].server_port}"  # some versions compare the hosts, not the ports
 
     def __enter__(self) -> "HubServer":
-        self._threads = [threading.Thread(target=server.serve_forever, args=(0.05,)) for server in self._servers]
-        for thread in self._threads:
+        threads = [threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True) for server in self._servers]
+        self._threads = threads
+        for thread in threads:
             thread.start()
         return self
 
