@@ -370,9 +370,9 @@ class Hub(Target):
         super().__init__(root)
         logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it says each time that it tries again
         self.server = hub_server.HubServer()
-        os.environ.update(hub_server.environment(self.server.endpoint, root / "home", HF_HUB_DISABLE_PROGRESS_BARS="1"))
-        for name in [name for name in os.environ if "OFFLINE" in name]:
-            del os.environ[name]
+        env = hub_server.environment(self.server.endpoint, root / "home", HF_HUB_DISABLE_PROGRESS_BARS="1")
+        os.environ.clear()  # of HF_XET_HIGH_PERFORMANCE, too, which lm_eval sets when it is imported
+        os.environ.update(env)
         self.server.__enter__()
         self.contents = {"config.json": b"{}", "merges.txt": b"merges", "model.safetensors": b"weights"}
 
