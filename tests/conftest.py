@@ -4,11 +4,13 @@ import gc
 import os
 import random
 import signal
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 
 FLAGS = ["--xla_force_host_platform_device_count=8"]
@@ -20,6 +22,8 @@ if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
     older_generator = version("jaxlib").startswith("0.10.")
     if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0" and older_generator:
         FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+    if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0":
+        FLAGS.append("--xla_cpu_parallel_codegen_split_count=1")  # else each program is compiled in up to 32 parts
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -83,6 +87,16 @@ def few_mappings():
     if "jax" in sys.modules and maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPPINGS:
         sys.modules["jax"].clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_programs(pytestconfig):
+    """Python programs that tests start are forked from a process that has imported JAX (see processes.py), unless
+    `make test-exact` or --exhaustive starts them, as users do."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1" and not pytestconfig.getoption("--exhaustive"):
+            patch.setattr(subprocess, "Popen", processes.Popen)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,84 @@
-"""Environments of the processes that tests start."""
+"""The processes that tests start, and their environments."""
 
+import functools
 import os
+import pickle
 import re
+import select
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+_START = subprocess.Popen
+_READ_AT_IMPORT = ("JAX_", "LD_", "MALLOC_", "OMP_", "PYTHON")  # what a program forked later would not see change
 
 
 def environment(devices: int = 1, **changes: str) -> dict[str, str]:
     """That of the tests (see conftest.py), but for the number of CPU devices, and `changes`."""
     flag = "--xla_force_host_platform_device_count"
     return os.environ | {"XLA_FLAGS": re.sub(rf"{flag}=\d+", f"{flag}={devices}", os.environ["XLA_FLAGS"])} | changes
+
+
+class Popen(subprocess.Popen):
+    """Has `fork_server.py` fork a Python program that it can run, and starts other ones as `subprocess.Popen` does."""
+
+    _end: int | None = None  # of a forked process: a descriptor that is readable when it has ended
+
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more):  # type: ignore[reportIncompatibleMethodOverride]
+        words = [args] if isinstance(args, str | bytes | Path) else [os.fsdecode(word) for word in args]
+        environment = {**(os.environ if env is None else env)}
+        if preexec_fn or pass_fds or executable or not _can_fork(words, environment):
+            return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more)
+        _, _, _, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *_, new_session, _ = more
+        standard = [own if given == -1 else given for own, given in enumerate((p2cread, c2pwrite, errwrite))]
+        directory = None if cwd is None else os.fspath(cwd)
+        self.pid = _server().ask("start", words[1:], environment, directory or os.getcwd(), new_session, files=standard)
+        self._end = os.pidfd_open(self.pid)
+        self._child_created = True
+        self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+
+    def poll(self) -> int | None:
+        if self._end is None:
+            return super().poll()
+        if self.returncode is None and (status := _server().ask("wait", self.pid)) is not None:
+            self.returncode = os.waitstatus_to_exitcode(status)
+            os.close(self._end)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self._end is None:
+            return super().wait(timeout)
+        while self.poll() is None:
+            if not select.select([self._end], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        return self.returncode
+
+
+def _can_fork(words: list[str], environment: dict[str, str]) -> bool:
+    theirs, ours = ({k: v for k, v in e.items() if k.startswith(_READ_AT_IMPORT)} for e in (environment, os.environ))
+    known = len(words) > 1 and (words[1] in ("-W", "-c", "-m") or not words[1].startswith("-"))
+    return words[0] == sys.executable and known and theirs == ours and sys.platform == "linux"
+
+
+@functools.cache
+def _server() -> "_Server":
+    return _Server()
+
+
+class _Server:
+    def __init__(self):
+        ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        script = Path(__file__).with_name("fork_server.py")
+        command = [sys.executable, str(script), str(theirs.fileno())]
+        self._process = _START(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        theirs.close()
+        self._connection, self._lock = ours, threading.Lock()
+
+    def ask(self, *message: Any, files: list[int] = []) -> Any:  # noqa: B006
+        with self._lock:
+            socket.send_fds(self._connection, [pickle.dumps(message)], files)
+            return pickle.loads(self._connection.recv(1 << 16))
