@@ -5,6 +5,7 @@
 Every step is a command that you can type yourself; the script prints each before it runs it.
 """
 
+import asyncio
 import os
 import shlex
 import shutil
@@ -43,9 +44,11 @@ def main(directory: str = "runs/demo") -> None:
     heading("2. Generate: restore the Orbax checkpoint, and print the text as it is produced")
     run("opt-jax", "generate", "--model", f"{directory}/tiny", "--max-new-tokens", "64", *PROMPTS)
 
-    heading("3. Train it further on the standard library's sources: 20 steps, stopping at 10")
+    heading("3. Train it further on sources of the standard library: 20 steps, stopping at 10")
+    sources = Path(asyncio.__file__).parent
     train = ["python", "train.py", "--model", f"{directory}/tiny", "--output", f"{directory}/training", "--steps", "20"]
-    train += "--batch-size 8 --seq-len 128 --learning-rate 1e-4 --warmup-steps 5 --log-every 5".split()
+    train += ["--data", str(sources), *"--batch-size 8 --seq-len 64 --learning-rate 1e-4".split()]
+    train += "--warmup-steps 5 --log-every 5 --eval-batches 4".split()
     run(*train, "--stop-after", "10")
     heading("4. The same command again: it resumes by itself")
     run(*train)
