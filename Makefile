@@ -35,9 +35,11 @@ help:
 install: .venv/.installed
 demo: .venv/.installed
 	.venv/bin/python examples/demo.py
-# All three parts run, whatever the others say; the exit code tells whether one failed.
-test:
-	@$(MAKE) --no-print-directory --keep-going lint test-exact test-others
+# All three parts run, whatever the others say; the exit code tells whether one failed. Lint needs one core, for a minute.
+test: .venv/.installed-test
+	@$(MAKE) --no-print-directory lint & lint=$$!; \
+	$(MAKE) --no-print-directory --keep-going test-exact test-others; tests=$$?; \
+	wait $$lint || { echo "make lint failed, see above" >&2; exit 1; }; exit $$tests
 test-exact: .venv/.installed-test $(addprefix .venv/,$(LIBTPU))
 	$(AS_USERS_HAVE_IT) .venv/bin/python -m pytest $(PARALLEL) $(EXACT)
 test-others: .venv/.installed-test $(addprefix .venv/,$(LIBTPU))

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import processes
 import pytest
 
+more = partial(pytest.param, marks=pytest.mark.exhaustive)  # a case more of a kind, for --exhaustive alone
 FLAGS = ["--xla_force_host_platform_device_count=8"]
 assert "jax" not in sys.modules, "tests/conftest.py must be loaded before jax, or its environment has no effect"
 # `JAX_PLATFORMS=cuda pytest ...` runs the suite on another device; tests of meshes then skip where there are too few.
@@ -48,7 +50,7 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Parity tests are slow as a whole, so that `pytest -m "not slow"` is what to run between two edits.
 
     Files with slow tests come first: with two processes, none begins one when the other is almost through.
@@ -60,6 +62,24 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.default_settings("counts compilations"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+    if not config.getoption("--exhaustive"):
+        left_out = [*_combinations(items), *(item for item in items if item.get_closest_marker("exhaustive"))]
+        items[:] = [item for item in items if item not in {*left_out}]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def _combinations(items) -> list:
+    """Cases of tests with the marker `combinations`: each value of each parameter is in another case, too."""
+    functions, unneeded = {}, []
+    for item in items:
+        if item.get_closest_marker("combinations"):
+            functions.setdefault((item.path, item.originalname), []).append(item)
+    for cases in functions.values():
+        seen = set()
+        for item in random.Random(0).sample(cases, len(cases)):
+            values = {(name, repr(value)) for name, value in item.callspec.params.items()}
+            (unneeded.append(item) if values <= seen else seen.update(values))
+    return unneeded
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,10 @@ _READ_AT_IMPORT = ("JAX_", "LD_", "MALLOC_", "OMP_", "PYTHON")  # what a program
 
 
 def environment(devices: int = 1, **changes: str) -> dict[str, str]:
-    """That of the tests (see conftest.py), but for the number of CPU devices, and `changes`."""
+    """That of the tests (see conftest.py), but for the number of CPU devices, and `changes`.
+
+    START="fresh": the program is to import everything by itself (see `Popen`).
+    """
     flag = "--xla_force_host_platform_device_count"
     return os.environ | {"XLA_FLAGS": re.sub(rf"{flag}=\d+", f"{flag}={devices}", os.environ["XLA_FLAGS"])} | changes
 
@@ -28,17 +31,20 @@ class Popen(subprocess.Popen):
     _end: int | None = None  # of a forked process: a descriptor that is readable when it has ended
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more):  # type: ignore[reportIncompatibleMethodOverride]
-        words = [args] if isinstance(args, str | bytes | Path) else [os.fsdecode(word) for word in args]
+        words = [os.fsdecode(word) for word in ([args] if isinstance(args, str | bytes | Path) else args)]
         environment = {**(os.environ if env is None else env)}
         if preexec_fn or pass_fds or executable or not _can_fork(words, environment):
-            return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more)
+            start: Any = super()
+            return start._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more)
         _, _, _, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *_, new_session, _ = more
         standard = [own if given == -1 else given for own, given in enumerate((p2cread, c2pwrite, errwrite))]
         directory = None if cwd is None else os.fspath(cwd)
         self.pid = _server().ask("start", words[1:], environment, directory or os.getcwd(), new_session, files=standard)
         self._end = os.pidfd_open(self.pid)
         self._child_created = True
-        self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+        self._close_pipe_fds(  # type: ignore[reportAttributeAccessIssue]
+            p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite
+        )
 
     def poll(self) -> int | None:
         if self._end is None:
@@ -59,8 +65,9 @@ class Popen(subprocess.Popen):
 
 def _can_fork(words: list[str], environment: dict[str, str]) -> bool:
     theirs, ours = ({k: v for k, v in e.items() if k.startswith(_READ_AT_IMPORT)} for e in (environment, os.environ))
+    fork = environment.get("START") != "fresh"
     known = len(words) > 1 and (words[1] in ("-W", "-c", "-m") or not words[1].startswith("-"))
-    return words[0] == sys.executable and known and theirs == ours and sys.platform == "linux"
+    return sys.platform == "linux" and words[0] == sys.executable and known and theirs == ours and fork
 
 
 @functools.cache

@@ -59,6 +59,7 @@ def hidden(directory) -> list[str]:
 # Round trips ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.combinations
 @pytest.mark.slow
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("variant", ["350m", "untied"])
@@ -141,6 +142,7 @@ def test_large_arrays_are_stored_in_chunks(tmp_path, monkeypatch):
 # Dtypes ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.combinations
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hf", "orbax"])
 @pytest.mark.parametrize(

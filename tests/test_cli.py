@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 from flax import nnx
+from processes import environment
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers import decoders as token_decoders
 
@@ -184,4 +185,4 @@ def test_reader_of_the_pipe_leaves(folder):
 
 def test_help_needs_no_jax():
     code = "import sys, opt_jax.cli; assert not {'jax', 'flax', 'tokenizers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment(START="fresh"))

@@ -53,6 +53,7 @@ def convert(source: Path, destination: Path, *options: str) -> Path:
 # What works -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.combinations
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["safetensors", "safetensors-sharded", "bin", "bin-sharded"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -64,6 +65,7 @@ def test_every_form_and_dtype_arrives_bit_for_bit(tmp_path, form, dtype):
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == TINY
 
 
+@pytest.mark.combinations
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("head", ["lm_head", "score", "qa_outputs", ""])
@@ -101,6 +103,7 @@ def test_official_layouts_of_names(tmp_path):
     assert_same(load_hf_names(tmp_path / "out2"), expected)
 
 
+@pytest.mark.combinations
 @pytest.mark.slow
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 @pytest.mark.parametrize("asked", ["float32", "bfloat16", "float16"])

@@ -104,6 +104,7 @@ print(seen)
 """
 
 
+@pytest.mark.combinations
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["", "to-hf --max-shard-size 3MB"])
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import environment
 
 import opt_jax
 
@@ -13,7 +14,9 @@ FORBIDDEN = ("torch", "transformers", "grain", "tokenizers", "safetensors", "tyr
 def loaded_after(statement: str) -> set[str]:
     """The top-level modules in a fresh interpreter that ran the statement."""
     code = f"import sys\n{statement}\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
-    run = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True, env=environment(START="fresh")
+    )
     return set(run.stdout.split())
 
 

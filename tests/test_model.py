@@ -288,6 +288,7 @@ def test_repeated_plain_calls_are_compiled_once():
     assert len(traced) == 4  # prefill, and one for all the steps
 
 
+@pytest.mark.combinations
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
@@ -334,6 +335,7 @@ def test_the_abstract_class_says_so():
 # --- pads, packing, pooling ---
 
 
+@pytest.mark.combinations
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("name", SMALL)
@@ -356,6 +358,7 @@ def test_pads_never_produce_nan(name, dtype):
     assert jax.tree.leaves(run(model, inputs))[0] == 0
 
 
+@pytest.mark.combinations
 @pytest.mark.slow
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("name", SMALL)
@@ -372,6 +375,7 @@ def test_a_row_does_not_see_the_batch_or_its_padding(name, padding):
         np.testing.assert_allclose(together[row, mask[row]], alone, atol=2e-5)
 
 
+@pytest.mark.combinations
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("padded", [False, True])

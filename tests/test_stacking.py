@@ -19,6 +19,7 @@ def build(name: str, cls: str, scan_layers: bool = False):
     return getattr(opt_jax, cls)(CONFIGS[name], rngs=nnx.Rngs(3), scan_layers=scan_layers)
 
 
+@pytest.mark.combinations
 @pytest.mark.slow
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("name", SMALL)
@@ -116,6 +117,7 @@ def live_bytes() -> int:
     return sum(x.nbytes for x in jax.live_arrays())
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("name", SMALL)
 def test_both_forms_compute_the_same(name, padding):

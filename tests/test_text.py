@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from processes import environment
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from opt_jax.pipelines import pipeline
@@ -74,7 +75,7 @@ def test_ids_and_special_tokens(tok):
 
 def test_text_needs_no_jax():
     code = "import sys, opt_jax.text; assert not {'jax', 'transformers', 'torch'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment(START="fresh"))
 
 
 def test_real_files(shared_data):

@@ -27,6 +27,7 @@ HEADS = {
 # What works -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.combinations
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("head", HEADS)

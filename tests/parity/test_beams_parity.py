@@ -62,6 +62,7 @@ def test_all_models(pair):
     assert len(set(compare(pair, sorted(ends), num_beams=4).lengths)) > 1
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
 @pytest.mark.parametrize("length_penalty", [1.0, 0.0, -1.0, 2.5, 0.3])
 def test_stopping_and_penalties(one_pair, early_stopping, length_penalty):

@@ -109,6 +109,7 @@ def check(hf, model, inputs, mask, our_loss=own_loss, their_loss=own_loss, run=e
     return got, expected
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("name", SMALL)
 def test_causal_lm(name, padding):
@@ -117,6 +118,7 @@ def test_causal_lm(name, padding):
     assert_close(got.logits, expected.logits, mask)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("name", SMALL)
 def test_causal_lm_scanned(name, padding):
@@ -139,6 +141,7 @@ def test_real_125m_size():
 REAL_SEED = 52
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("name", SMALL)
 def test_base_model(name, padding):
@@ -211,6 +214,7 @@ def their_visible_loss(output, inputs):
 
 
 # Positions do not meet the decoder: in the other shape with one model only.
+@pytest.mark.combinations
 @pytest.mark.parametrize(
     ("name", "answers"),
     [(name, answers) for name in SMALL for answers in ANSWERS if name == "opt-350m" or answers != "[B, 1]"],
@@ -226,6 +230,7 @@ def test_question_answering(name, padding, answers):
     assert_close(got.end_logits, expected.end_logits, mask)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("padding", ["none", "left"])
 def test_position_ids(name, padding):
@@ -237,6 +242,7 @@ def test_position_ids(name, padding):
     assert_close(call(model, **inputs).logits, oracle.run(hf, inputs).logits, mask)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_inputs_embeds(name, padding):
@@ -257,6 +263,7 @@ def test_logits_to_keep():
     )
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("pad", [1, 7, None])
 @pytest.mark.parametrize("tied", [True, False])
 def test_padding_idx_gradient(pad, tied):
@@ -328,6 +335,7 @@ def test_config_fields(field):
     assert_close(got.loss, expected.loss)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("name", SMALL)
 def test_half_precision(name, dtype):

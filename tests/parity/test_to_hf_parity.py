@@ -31,6 +31,7 @@ CASES = [(name, cls, jnp.float32) for name in (*SMALL, "no-final-norm") for cls 
 CASES += [("opt-350m", "OPTForCausalLM", dtype) for dtype in (jnp.float16, jnp.bfloat16)]
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("name, cls, dtype", CASES)
 def test_transformers_loads_it_and_gives_the_same_outputs(tmp_path, name, cls, dtype):
     settings = {"_remove_final_layer_norm": True} if name == "no-final-norm" else {}
