@@ -169,6 +169,24 @@ def test_what_lies_beside_an_array_is_named_where_it_is_broken(tmp_path, tokeniz
         len(open_tokens(tmp_path / "b.npy", tokenizer))
 
 
+def test_two_that_tokenise_to_one_name_do_not_mix_array_and_description(tmp_path, tokenizer, monkeypatch):
+    """Between the array and what lies beside it a second one, which could finish there, is refused."""
+    (tmp_path / "a.txt").write_text("text")
+    array, real, refused = tmp_path / "a.npy", os.rename, []
+
+    def rename(source, destination):
+        real(source, destination)
+        if destination == array and not refused:
+            refused.append(True)
+            with pytest.raises(FileExistsError, match="another process is writing this file now"):
+                write_tokens([tmp_path / "a.txt"], array, tokenizer, "second")
+
+    monkeypatch.setattr(os, "rename", rename)
+    write_tokens([tmp_path / "a.txt"], array, tokenizer, "first")
+    assert refused and json.loads(Path(f"{array}.json").read_text())["tokenizer"]["name"] == "first"
+    assert sorted(os.listdir(tmp_path)) == ["a.npy", "a.npy.json", "a.txt"]
+
+
 def test_all_cores_tokenise_what_is_large(tmp_path, monkeypatch):
     asked = []
 
