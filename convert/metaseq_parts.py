@@ -1,23 +1,21 @@
 """The files of one model-parallel part of a metaseq checkpoint, and the tensors in them: FSDP shards joined, lazily.
 
-Nothing stays open: a read maps the bytes that it needs, copies them and unmaps them. (992 mapped files would be 992
-open ones, too: Python keeps a descriptor for each.)
+Nothing stays open: a read opens its file, reads the bytes that it needs and closes it. (There may be 992 files.)
 
 Sources: fairscale's FullyShardedDataParallel.local_metadata_dict and _get_shard; metaseq's scripts/reshard_fsdp.py.
 """
 
 import math
-import mmap
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from convert.metaseq_config import read_settings
+from convert.stored import Stored, locate
 from convert.torch_files import TorchFile, TorchTensor
 from opt_jax.config import OPTConfig
 from opt_jax.storage import Index, LazyArray, Shape, first_difference
@@ -25,34 +23,6 @@ from opt_jax.storage import Index, LazyArray, Shape, first_difference
 EMBEDDING = "decoder.embed_tokens.weight"
 
 # Reading files ----------------------------------------------------------------------------------------------
-
-
-class _Stored(NamedTuple):
-    """Where a tensor is in a file; offset and strides in bytes."""
-
-    path: Path
-    offset: int
-    shape: Shape
-    strides: Shape
-    dtype: np.dtype
-
-    def map(self, index: Index) -> np.ndarray:
-        """The part at the index, mapped for as long as the array lives."""
-        shape = tuple(s.stop - s.start for s in index)
-        if 0 in shape:
-            return np.empty(shape, self.dtype)
-        start = self.offset + sum(s.start * step for s, step in zip(index, self.strides, strict=True))
-        extent = sum((n - 1) * step for n, step in zip(shape, self.strides, strict=True)) + self.dtype.itemsize
-        before = start % mmap.ALLOCATIONGRANULARITY
-        file = os.open(self.path, os.O_RDONLY)
-        try:
-            mapped = mmap.mmap(file, before + extent, access=mmap.ACCESS_READ, offset=start - before)
-        except ValueError as e:
-            raise ValueError(f"{self.path} has changed while it was read: {e}") from None
-        finally:
-            os.close(file)
-        return np.ndarray(shape, self.dtype, mapped, before, self.strides)
-
 
 _Unit = tuple[tuple[str, Shape], ...]  # names and shapes of the tensors in a flat parameter, in order
 
@@ -67,7 +37,7 @@ class Part:
     """
 
     paths: Sequence[Path]
-    stored: dict[str, list[_Stored]]
+    stored: dict[str, list[Stored]]
     units: dict[str, _Unit] | None
     padding: dict[str, list[int]] = field(default_factory=dict)
     settings: dict[str, Any] | None = None
@@ -103,8 +73,7 @@ def _open_file(path: Path) -> Part:
     model = dict.get(content, "model", content) if isinstance(content, dict) else None
     if not isinstance(model, dict) or not model:
         raise ValueError(f"{path} holds no model, so it is not a metaseq checkpoint")
-    base = np.frombuffer(file.map, np.uint8).ctypes.data
-    stored: dict[str, list[_Stored]] = {}
+    stored: dict[str, list[Stored]] = {}
     for name, value in dict.items(model):
         if not isinstance(name, str) or not isinstance(value, TorchTensor):
             raise ValueError(f"{path}: entry {name!r} is a {type(value).__name__}, where a model has tensors")
@@ -112,8 +81,7 @@ def _open_file(path: Path) -> Part:
             view = file.view(value)
         except ValueError as e:
             raise ValueError(f"{path}: tensor {name}: {e}") from None
-        offset = view.ctypes.data - base if view.size else 0
-        stored[name] = [_Stored(path, offset, view.shape, view.strides, view.dtype)]
+        stored[name] = [locate(path, file.map, view)]
     part = Part([path], stored, None, settings=read_settings(content))
     # Scripts that unflatten leave the metadata of the flat parameters there.
     if dict.get(content, "shard_metadata") and any(map(is_flat, stored)):
@@ -161,8 +129,8 @@ class Source:
         return LazyArray(self.shape, self.dtype, read)
 
 
-def _whole(stored: _Stored) -> Source:
-    return Source(stored.path, stored.shape, stored.dtype, lambda index, out: np.copyto(out, stored.map(index)))
+def _whole(stored: Stored) -> Source:
+    return Source(stored.path, stored.shape, stored.dtype, lambda index, out: np.copyto(out, stored.read(index)))
 
 
 def part_tensors(part: Part, config: OPTConfig, parts: int, checks: list[Callable[[], object]]) -> dict[str, Source]:
@@ -217,7 +185,7 @@ def _unflatten(part: Part, name: str, unit: _Unit) -> Iterator[tuple[str, Source
         start = stop
 
 
-def _span(runs: Sequence[tuple[int, int, _Stored]], start: int, shape: Shape, like: _Stored) -> Source:
+def _span(runs: Sequence[tuple[int, int, Stored]], start: int, shape: Shape, like: Stored) -> Source:
     """The tensor that starts at element `start` of the runs (start, stop, where it is)."""
     width = shape[-1]
 
@@ -231,7 +199,7 @@ def _span(runs: Sequence[tuple[int, int, _Stored]], start: int, shape: Shape, li
         for run_start, run_stop, stored in runs:
             a, b = max(low, run_start), min(high, run_stop)
             if a < b:
-                _place(out, stored.map((slice(a - run_start, b - run_start),)), a - corner, width, columns)
+                _place(out, stored.read((slice(a - run_start, b - run_start),)), a - corner, width, columns)
 
     return Source(runs[0][2].path if runs else like.path, shape, like.dtype, copy)
 

@@ -75,13 +75,26 @@ def _array(name: str, value: Any) -> jax.Array:
     if name in _INTEGERS or (name == "labels" and np.issubdtype(array.dtype, np.integer)):
         _check_range(name, array)
         # NumPy's are cast here, because jnp.asarray compiles a conversion for every shape
-        return jnp.asarray(array.astype(np.int32) if isinstance(array, np.ndarray) else array, jnp.int32)
+        if isinstance(array, np.ndarray):
+            return jnp.asarray(array.astype(np.int32))
+        return (array if _is_known(array) else _cap(array)).astype(jnp.int32)
     if name == "attention_mask" and array.dtype != bool:
         if _is_known(array):
             check_mask(name, np.asarray(array))
         if isinstance(array, np.ndarray):
             array = array != 0  # before a cast could make 0 of 1e-300
     return jnp.asarray(array)
+
+
+def _cap(x: jax.Array) -> jax.Array:
+    """Under `jax.jit`: what is no int32 becomes the greatest one, which gives NaN; a cast would wrap it to another id.
+
+    Of dtypes that are part of int32's nothing is computed."""
+    limits = jnp.iinfo(x.dtype)
+    if LEAST <= limits.min and limits.max <= MOST:
+        return x
+    low, high = x.dtype.type(max(LEAST, int(limits.min))), x.dtype.type(MOST)
+    return jnp.where((x < low) | (x > high), high, x)
 
 
 def _is_known(x: Any) -> bool:

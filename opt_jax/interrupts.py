@@ -6,6 +6,7 @@ KeyboardInterrupt is swallowed or wrapped in a callback, in a destructor, amid J
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -60,9 +61,16 @@ def ends_at_once(line: str) -> Signals:
 
 @contextmanager
 def raises() -> Iterator[None]:
-    """Context in which Ctrl-C raises KeyboardInterrupt, even where a shell has started us with it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Context in which Ctrl-C raises KeyboardInterrupt, even where a shell has started us with it ignored; and SIGTERM
+    SystemExit with the code that shells have for it."""
+
+    def end(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: end}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -171,7 +171,8 @@ def new_file(path: str | os.PathLike, nbytes: int | None = None) -> Iterator[Bin
         raise FileExistsError(f"{path} is a pipe or a device, which no file takes the place of: choose another name")
     # A name of its own: even where locks do not reach across machines, two writers never share a file.
     part = path.with_name(f"{path.name}.opt-jax-{uuid.uuid4().hex}.part")
-    with _alone_in(path.parent):  # of two that begin in the same moment one sees the other, which has its lock
+    # Of two that begin in the same moment one sees the other, which has its lock.
+    with disk_errors(path, nbytes), _alone_in(path.parent):
         for left in unfinished_files(path.parent, re.escape(path.name)):
             if in_use(left):
                 raise FileExistsError(f"{left}: another process is writing this file now")

@@ -169,6 +169,24 @@ def test_what_lies_beside_an_array_is_named_where_it_is_broken(tmp_path, tokeniz
         len(open_tokens(tmp_path / "b.npy", tokenizer))
 
 
+def test_two_that_tokenise_to_one_name_do_not_mix_array_and_description(tmp_path, tokenizer, monkeypatch):
+    """Between the array and what lies beside it a second one, which could finish there, is refused."""
+    (tmp_path / "a.txt").write_text("text")
+    array, real, refused = tmp_path / "a.npy", os.rename, []
+
+    def rename(source, destination):
+        real(source, destination)
+        if destination == array and not refused:
+            refused.append(True)
+            with pytest.raises(FileExistsError, match="another process is writing this file now"):
+                write_tokens([tmp_path / "a.txt"], array, tokenizer, "second")
+
+    monkeypatch.setattr(os, "rename", rename)
+    write_tokens([tmp_path / "a.txt"], array, tokenizer, "first")
+    assert refused and json.loads(Path(f"{array}.json").read_text())["tokenizer"]["name"] == "first"
+    assert sorted(os.listdir(tmp_path)) == ["a.npy", "a.npy.json", "a.txt"]
+
+
 def test_all_cores_tokenise_what_is_large(tmp_path, monkeypatch):
     asked = []
 
@@ -217,23 +235,24 @@ def ended(pid):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for processes in /proc")
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_bar_on_a_terminal_and_nothing_left_of_what_is_ended(tokenising, sent, tmp_path):
     process, ours, workers = tokenising
-    os.killpg(process.pid, sent) if sent == signal.SIGINT else process.kill()
+    os.killpg(process.pid, sent) if sent == signal.SIGINT else process.send_signal(sent)
     shown = b""
     with contextlib.suppress(OSError):  # Linux: when all have closed the other side, workers too
         while select.select([ours], [], [], 60)[0]:
             shown += os.read(ours, 1 << 16)
-    assert process.wait() == (130 if sent == signal.SIGINT else -signal.SIGKILL)
+    assert process.wait() == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(sent, -signal.SIGKILL)
     for _ in range(100):  # what has closed its files may take a moment to be gone
         if all(map(ended, workers)):
             break
         time.sleep(0.1)
     assert all(map(ended, workers)) and not (tmp_path / "a.npy").exists()
     if sent == signal.SIGINT:
-        assert b"opt-jax: interrupted" in shown and b"Traceback" not in shown and b"Warning" not in shown
-        assert os.listdir(tmp_path) == ["a.txt"]
+        assert b"opt-jax: interrupted" in shown
+    if sent != signal.SIGKILL:
+        assert b"Traceback" not in shown and b"Warning" not in shown and os.listdir(tmp_path) == ["a.txt"]
 
 
 def test_hugging_face_dataset_from_disk(tmp_path):

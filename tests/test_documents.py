@@ -1,6 +1,7 @@
 """What is taken for text: files of other formats, directories, bad records, long lines, files that are no files."""
 
 import bz2
+import errno
 import gzip
 import io
 import json
@@ -121,12 +122,33 @@ def test_a_directory_says_what_it_leaves_out(tmp_path, capsys):
     (tmp_path / "d.TXT").write_text("text")
     assert find_files([tmp_path]) == [tmp_path / "d.TXT"]
     shown = capsys.readouterr().err
-    assert shown.startswith(f"left out: {tmp_path}: files with other endings: 2 .parquet, ")
+    assert shown.startswith(f"left out: {tmp_path}: what is not read: 2 .parquet, ")
     assert "1 .csv" in shown and "1 without ending" in shown and ".json" not in shown and shown.count("\n") == 1
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "a.jsonl").write_bytes(RECORDS)
     find_files([tmp_path / "only"])
     assert capsys.readouterr().err == ""
+
+
+def test_a_directory_names_what_it_does_not_follow_or_cannot_read(tmp_path, capsys, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (data := tmp_path / "data").mkdir()
+    (data / "a.txt").write_text("text")
+    (data / "shards").symlink_to(tmp_path / "elsewhere")
+    (data / "round").symlink_to(".")
+    assert find_files([data]) == [data / "a.txt"]
+    assert "not read: 2 linked directories (name them" in capsys.readouterr().err
+    (data / "sub").mkdir()
+    real = os.scandir
+
+    def scan(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    with pytest.raises(PermissionError, match="data/sub"):
+        find_files([data])
 
 
 def test_endings_count_in_capitals_too(tmp_path):

@@ -154,3 +154,16 @@ def test_shapes_are_checked_under_jit_too_and_values_are_not():
     with pytest.raises(ValueError, match="attention_mask must be"):
         jax.eval_shape(call, IDS, IDS[:, 1:])
     assert jax.eval_shape(call, IDS + 1000, IDS).shape == (3, 4, 99)
+
+
+def test_ids_under_jit_do_not_wrap():
+    """Values are not known there: what is no int32 gives NaN, not another id's result."""
+    call = jax.jit(lambda ids, **inputs: MODELS["lm"](ids, **inputs))
+    ids = jnp.array([[5, 2**32 - 90]], jnp.uint32)  # as int32: -90, which counts from the end
+    assert np.isnan(call(ids).logits).all()
+    good = jnp.array([[5, 6]], jnp.uint32)
+    assert np.isnan(call(good, labels=jnp.array([[5, 2**32 - 100]], jnp.uint32)).loss)  # not the label -100
+    assert not np.isnan(call(good, labels=good).loss)
+    with jax.enable_x64(True):
+        ids = jnp.array([[5, 2**32 + 5]])
+        assert ids.dtype == jnp.int64 and np.isnan(call(ids).logits).all()

@@ -173,6 +173,13 @@ def draw(path: Path) -> None:
     plot.plot_runs([path.parent / "run"], path)
 
 
+def test_a_temporary_name_is_not_what_an_error_names(tmp_path):
+    path = tmp_path / ("x" * 230)  # room for the name, and none for the temporary one
+    with pytest.raises(OSError, match="choose a shorter name") as error:
+        write_new(path)
+    assert error.value.filename == str(path)
+
+
 WRITERS = [write_new, lambda path: write_text(epath.Path(path), "new"), write_array, draw]
 
 

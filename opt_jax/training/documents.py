@@ -12,7 +12,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from opt_jax.reading import open_regular
 from opt_jax.training.formats import check_format
@@ -80,7 +80,7 @@ def find_files(paths: Sequence[str | os.PathLike], suffixes: tuple[str, ...] = (
                 looked_for = ", ".join(suffixes)
                 raise ValueError(f"{path}: no text files below this directory (looked for {looked_for}{others})")
             if endings:
-                print(f"left out: {path}: files with other endings: {endings}", file=sys.stderr, flush=True)
+                print(f"left out: {path}: what is not read: {endings}", file=sys.stderr, flush=True)
             files += found
         elif path.is_file():
             files.append(path)
@@ -98,14 +98,24 @@ def find_files(paths: Sequence[str | os.PathLike], suffixes: tuple[str, ...] = (
 
 
 def _walk(root: Path, skip: set[str], suffixes: tuple[str, ...], left_out: Counter[str]) -> Iterator[Path]:
-    """The files with these endings; counts those with others."""
-    for directory, subdirectories, names in os.walk(root):
+    """The files with these endings; counts those with others, and links to directories: they may lead in a circle.
+
+    Raises:
+      OSError: a directory cannot be read.
+    """
+    for directory, subdirectories, names in os.walk(root, onerror=_raise):
         subdirectories[:] = [name for name in subdirectories if name not in skip]
+        if links := sum(Path(directory, name).is_symlink() for name in subdirectories):
+            left_out["linked directories (name them in the data as well)"] += links
         for name in names:
             if name.lower().endswith(suffixes):
                 yield Path(directory, name)
             elif not name.endswith(".npy.json"):  # what `opt-jax tokenize` writes beside an array
                 left_out[Path(name).suffix.lower() or "without ending"] += 1
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def read_documents(sources: Iterable["Path | HFSource"], bad: BadRecords | None = None) -> list[str]:

@@ -200,7 +200,8 @@ def write_tokens(
     most = max(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).values())  # a vocabulary may have holes
     dtype = np.dtype(np.uint16 if most < 1 << 16 else np.int32)
     total = documents = 0
-    with new_file(output) as file:
+    # The one beside ends last: until then nobody else writes the array, whose tokenizer it names.
+    with new_file(beside) as about_file, new_file(output) as file:
         begin = _write_header(file, dtype, 0)
         file.write(np.array([tokenizer.bos_token_id], dtype).tobytes())
         for ids, ended, characters in _encode(pieces(sources, bad, _block(tokenizer)), tokenizer, workers):
@@ -217,9 +218,8 @@ def write_tokens(
             "tokenizer": {"name": name, "fingerprint": vocabulary_fingerprint(tokenizer)},
             "sources": [str(source) for source in sources],
         }  # fmt: skip
+        about_file.write(json.dumps(about, indent=2).encode() + b"\n")
         beside.unlink(missing_ok=True)  # of an older array of this name
-    with new_file(beside) as file:
-        file.write(json.dumps(about, indent=2).encode() + b"\n")
     return about
 
 
