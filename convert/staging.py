@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from opt_jax import temporary
+from opt_jax.reading import read_small
 from opt_jax.temporary import TemporaryPlace
 
 
@@ -33,7 +34,7 @@ def read_plan(directory: Path) -> dict[str, Any] | None:
       ValueError: the plan is damaged.
     """
     try:
-        plan = json.loads((directory / "plan.json").read_bytes())
+        plan = json.loads(read_small(directory / "plan.json"))
         if not isinstance(plan, dict) or not isinstance(plan.get("files"), dict):
             raise ValueError("not a plan")
         return plan

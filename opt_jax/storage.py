@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from opt_jax import chunks, hub
 from opt_jax.chunks import Index, Shape, pieces
 from opt_jax.disk import disk_errors, free_bytes, without_tracebacks
-from opt_jax.reading import one_line
+from opt_jax.reading import one_line, read_small
 from opt_jax.temporary import MARKER, TemporaryPlace, refuse_links
 
 Checks = tuple[Callable[[], object], ...]  # comparisons put off because they read data; each raises ValueError
@@ -349,7 +349,7 @@ def open_stored(directory: Path, verify: bool = True) -> dict[str, LazyArray]:
             chunks.check_files(directory)
         # Not by way of Orbax's own metadata: it reads them all at once and, when one is damaged, its threads print
         # tracebacks. The names are what it makes of a tree's keys.
-        if "tree_metadata" not in json.loads((directory / "_METADATA").read_bytes()):
+        if "tree_metadata" not in json.loads(read_small(directory / "_METADATA")):
             raise ValueError("_METADATA describes no tree")
         specs, checked = chunks.array_specs(base, context)
         opening = {path: ts.open(spec, read=True, open=True, context=context) for path, spec in specs.items()}

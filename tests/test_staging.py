@@ -1,6 +1,7 @@
 """`to-hf` by several workers: `--shard-of i/n`, and the processes of a `jax.distributed` job."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -175,11 +176,13 @@ def test_impossible_parts(tmp_path, shard_of):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"files": 3}'])
+@pytest.mark.parametrize("content", ["", "[]", '{"files": 3}', None])
 def test_a_damaged_plan(tmp_path, content):
     source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
     write(source, tmp_path / "out", max_shard_size="1KB", shard_of=(1, 2))
-    (tmp_path / ".out.shards" / "plan.json").write_text(content)
+    plan = tmp_path / ".out.shards" / "plan.json"
+    plan.unlink()
+    os.mkfifo(plan) if content is None else plan.write_text(content)
     with pytest.raises(ValueError, match="plan.json is damaged"):
         write(source, tmp_path / "out", max_shard_size="1KB", shard_of=(2, 2))
 

@@ -26,7 +26,7 @@ from opt_jax.chunks import ShardHandler, pytree_handler
 from opt_jax.disk import disk_errors, without_tracebacks
 from opt_jax.hub import absolute, as_path, check_array_path, is_remote
 from opt_jax.interrupts import INTERRUPTED, Signals, say
-from opt_jax.reading import one_line
+from opt_jax.reading import one_line, read_small
 from opt_jax.storage import CHUNK_BYTES, agree, on_first_process, open_stored
 from opt_jax.temporary import refuse_links
 from opt_jax.training.step import TrainState, named_leaves
@@ -192,7 +192,7 @@ class Checkpoints:
         path, error, data = self._directory / str(step) / "data" / _DATA_FILE, None, None
         try:
             if path.parent.exists():
-                data = json.loads(path.read_bytes())
+                data = json.loads(read_small(path))
                 if data.pop("crc32", None) not in (None, _crc32(data)):  # older ones have none
                     raise ValueError("it does not agree with its checksum")
         except (ValueError, AttributeError, RecursionError, OSError) as e:
