@@ -74,10 +74,9 @@ def _array(name: str, value: Any) -> jax.Array:
         check_integers(name, array)
     if name in _INTEGERS or (name == "labels" and np.issubdtype(array.dtype, np.integer)):
         _check_range(name, array)
-        # NumPy's are cast here, because jnp.asarray compiles a conversion for every shape
-        if isinstance(array, np.ndarray):
-            return jnp.asarray(array.astype(np.int32))
-        return (array if _is_known(array) else _cap(array)).astype(jnp.int32)
+        # NumPy's are cast here: jnp.asarray compiles a conversion for every shape, and without a dtype a copy.
+        array = array.astype(np.int32) if isinstance(array, np.ndarray) else array if _is_known(array) else _cap(array)
+        return jnp.asarray(array, jnp.int32)
     if name == "attention_mask" and array.dtype != bool:
         if _is_known(array):
             check_mask(name, np.asarray(array))
