@@ -107,8 +107,11 @@ def describe(error: BaseException) -> str:
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at its exit
             where = "standard output"
-        else:
-            where = "the current directory" if number == errno.ENOENT else None  # of os.getcwd, which has no name
+        if number == errno.ENOENT:
+            try:
+                os.getcwd()
+            except FileNotFoundError:  # then this is what failed before: os.getcwd names no file
+                where = "the current directory"
     # A name that does not exist was most often mistyped.
     if what == os.strerror(number) and number in _ADVICE and _ADVICE[number] != _REMOVED:
         what = f"{what}{_room(number, str(where), None) if error.filename else ''}: {_ADVICE[number]}"

@@ -74,9 +74,11 @@ def _array(name: str, value: Any) -> jax.Array:
         check_integers(name, array)
     if name in _INTEGERS or (name == "labels" and np.issubdtype(array.dtype, np.integer)):
         _check_range(name, array)
-        # NumPy's are cast here: jnp.asarray compiles a conversion for every shape, and without a dtype a copy.
-        array = array.astype(np.int32) if isinstance(array, np.ndarray) else array if _is_known(array) else _cap(array)
-        return jnp.asarray(array, jnp.int32)
+        if isinstance(array, np.ndarray):  # cast here, because jnp.asarray compiles a conversion for every shape
+            array = array.astype(np.int32)
+        elif not _is_known(array):
+            array = _cap(array)
+        return jnp.asarray(array, jnp.int32)  # (without a dtype it compiles a copy of what is NumPy's)
     if name == "attention_mask" and array.dtype != bool:
         if _is_known(array):
             check_mask(name, np.asarray(array))
@@ -86,9 +88,8 @@ def _array(name: str, value: Any) -> jax.Array:
 
 
 def _cap(x: jax.Array) -> jax.Array:
-    """Under `jax.jit`: what is no int32 becomes the greatest one, which gives NaN; a cast would wrap it to another id.
-
-    Of dtypes that are part of int32's nothing is computed."""
+    """Under `jax.jit`, values outside int32 become the greatest int32, which gives NaN: a cast would wrap them to other
+    ids. A dtype whose values all fit into int32 is returned as it is."""
     limits = jnp.iinfo(x.dtype)
     if LEAST <= limits.min and limits.max <= MOST:
         return x

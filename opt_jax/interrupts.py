@@ -61,8 +61,8 @@ def ends_at_once(line: str) -> Signals:
 
 @contextmanager
 def raises() -> Iterator[None]:
-    """Context in which Ctrl-C raises KeyboardInterrupt, even where a shell has started us with it ignored; and SIGTERM
-    SystemExit with the code that shells have for it."""
+    """Context in which Ctrl-C raises KeyboardInterrupt, even where a shell has started us with it ignored, and SIGTERM
+    raises SystemExit with the exit code that shells use for it (143)."""
 
     def end(number: int, _: object) -> None:
         sys.exit(128 + number)
@@ -73,4 +73,4 @@ def raises() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not Python's

@@ -14,7 +14,7 @@ import numpy as np
 import processes
 import pytest
 
-more = partial(pytest.param, marks=pytest.mark.exhaustive)  # a case more of a kind, for --exhaustive alone
+exhaustive = partial(pytest.param, marks=pytest.mark.exhaustive)  # one more case of a kind
 FLAGS = ["--xla_force_host_platform_device_count=8"]
 assert "jax" not in sys.modules, "tests/conftest.py must be loaded before jax, or its environment has no effect"
 # `JAX_PLATFORMS=cuda pytest ...` runs the suite on another device; tests of meshes then skip where there are too few.
@@ -63,14 +63,14 @@ def pytest_collection_modifyitems(config, items):
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
     if not config.getoption("--exhaustive"):
-        left_out = [*_combinations(items), *(item for item in items if item.get_closest_marker("exhaustive"))]
-        items[:] = [item for item in items if item not in {*left_out}]
-        config.hook.pytest_deselected(items=left_out)
+        left_out = {*_repeated(items), *(item for item in items if item.get_closest_marker("exhaustive"))}
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
 
 
-def _combinations(items) -> list:
-    """Cases of tests with the marker `combinations`: each value of each parameter is in another case, too."""
-    functions, unneeded = {}, []
+def _repeated(items) -> list:
+    """The cases that a test marked `combinations` can do without: the others have each value of each parameter."""
+    functions, repeated = {}, []
     for item in items:
         if item.get_closest_marker("combinations"):
             functions.setdefault((item.path, item.originalname), []).append(item)
@@ -78,8 +78,8 @@ def _combinations(items) -> list:
         seen = set()
         for item in random.Random(0).sample(cases, len(cases)):
             values = {(name, repr(value)) for name, value in item.callspec.params.items()}
-            (unneeded.append(item) if values <= seen else seen.update(values))
-    return unneeded
+            (repeated.append(item) if values <= seen else seen.update(values))
+    return repeated
 
 
 @pytest.fixture(scope="session")
@@ -111,8 +111,7 @@ def few_mappings():
 
 @pytest.fixture(scope="session", autouse=True)
 def forked_programs(pytestconfig):
-    """Python programs that tests start are forked from a process that has imported JAX (see processes.py), unless
-    `make test-exact` or --exhaustive starts them, as users do."""
+    """Tests start Python programs by processes.Popen; in `make test-exact` and with --exhaustive, as users do."""
     with pytest.MonkeyPatch.context() as patch:
         if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1" and not pytestconfig.getoption("--exhaustive"):
             patch.setattr(subprocess, "Popen", processes.Popen)

@@ -1,12 +1,14 @@
-"""The process that `processes.Popen` has fork Python programs: it has imported JAX, Flax and Orbax already, which takes
-a new process three seconds. What is ours each program still imports itself. Not a test.
+"""Forks the Python programs that tests start (see `processes.Popen`). Not a test.
 
-Requests come over a socket, pickled: ("start", words, environment, directory, new session?) with standard input,
-output and error as descriptors is answered with the id of the process; ("wait", id) with its status, or None while it
-runs.
+This process has imported JAX, Flax and Orbax, which takes three seconds; a program imports only `opt_jax` itself.
+Requests come over a socket, pickled. ("start", words, environment, directory, new session?) comes with the descriptors
+of standard input, output and error, and is answered with the process id. ("wait", id) is answered with the status of
+the process, or None while it runs.
 """
 
+import builtins
 import importlib
+import io
 import os
 import pickle
 import runpy
@@ -18,10 +20,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-IMPORTED = (
-    "jax", "jax.experimental.multihost_utils", "jax.experimental.pallas.ops.tpu.splash_attention", "flax.nnx", "grain",
-    "optax", "orbax.checkpoint", "tensorstore", "tokenizers",
-)  # fmt: skip
+PALLAS = "jax.experimental.pallas.ops.tpu.splash_attention"
+IMPORTED = ("jax.experimental.multihost_utils", PALLAS, "flax.nnx", "grain", "optax", "orbax.checkpoint", "tokenizers")
 
 
 def serve(connection: socket.socket) -> list[str]:
@@ -45,33 +45,32 @@ def serve(connection: socket.socket) -> list[str]:
         connection.send(pickle.dumps(answer))
 
 
-def become(descriptors: list[int], environment: dict[str, str], directory: str | None, new_session: bool) -> None:
+def become(descriptors: list[int], environment: dict[str, str], directory: str, new_session: bool) -> None:
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
         os.close(descriptor)
     sys.stdout, sys.stderr = stream(1, sys.stdout), stream(2, sys.stderr)
     if new_session:
         os.setsid()
-    if directory is not None:
-        os.chdir(directory)
+    os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def stream(number: int, like: Any) -> Any:
-    line = number == 2 or os.isatty(number)
-    new = open(number, "w", 1 if line else -1, encoding=like.encoding, errors=like.errors, closefd=False)
-    new.reconfigure(write_through=like.write_through)
-    return new
+    """A new one for the descriptor: the old one has looked at what the descriptor was before."""
+    unbuffered, lines = like.write_through, number == 2 or os.isatty(number)
+    binary = open(number, "wb", 0 if unbuffered else -1, closefd=False)
+    return io.TextIOWrapper(binary, like.encoding, like.errors, line_buffering=lines, write_through=unbuffered)
 
 
 def run(words: list[str]) -> Any:
     """As `python words` does."""
     while words[0] == "-W":
         action, _, category = words[1].partition("::")
-        kind = getattr(__builtins__, category) if category else Warning
-        warnings.simplefilter(action, kind)  # type: ignore[reportArgumentType]
+        simplefilter: Any = warnings.simplefilter
+        simplefilter(action, getattr(builtins, category or "Warning"))
         sys.warnoptions.append(words[1])
         words = words[2:]
     if words[0] == "-m":
@@ -83,7 +82,7 @@ def run(words: list[str]) -> Any:
         code = compile(words[1], "<string>", "exec")
     else:
         sys.argv, sys.path[0] = words, str(Path(words[0]).resolve().parent)
-        main.__file__ = words[0]
+        main.__file__ = os.path.abspath(words[0])
         code = compile(Path(words[0]).read_bytes(), words[0], "exec")
     exec(code, main.__dict__)
 

@@ -9,10 +9,11 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_START = subprocess.Popen
+START = subprocess.Popen  # Python's own
 _READ_AT_IMPORT = ("JAX_", "LD_", "MALLOC_", "OMP_", "PYTHON")  # what a program forked later would not see change
 
 
@@ -26,20 +27,23 @@ def environment(devices: int = 1, **changes: str) -> dict[str, str]:
 
 
 class Popen(subprocess.Popen):
-    """Has `fork_server.py` fork a Python program that it can run, and starts other ones as `subprocess.Popen` does."""
+    """Starts a Python program by `fork_server.py` where that can run it, and all else as `subprocess.Popen` does.
+
+    It overrides `_execute_child`, which is private: Python has no public place for another way to start a process.
+    """
 
     _end: int | None = None  # of a forked process: a descriptor that is readable when it has ended
 
-    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more):  # type: ignore[reportIncompatibleMethodOverride]
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
         words = [os.fsdecode(word) for word in ([args] if isinstance(args, str | bytes | Path) else args)]
         environment = {**(os.environ if env is None else env)}
         if preexec_fn or pass_fds or executable or not _can_fork(words, environment):
             start: Any = super()
-            return start._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more)
-        _, _, _, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *_, new_session, _ = more
-        standard = [own if given == -1 else given for own, given in enumerate((p2cread, c2pwrite, errwrite))]
-        directory = None if cwd is None else os.fspath(cwd)
-        self.pid = _server().ask("start", words[1:], environment, directory or os.getcwd(), new_session, files=standard)
+            return start._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
+        _, _, _, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *_, new_session, _ = rest
+        standard = [number if given == -1 else given for number, given in enumerate((p2cread, c2pwrite, errwrite))]
+        directory = os.fspath(cwd or os.getcwd())
+        self.pid = _server().ask("start", words[1:], environment, directory, new_session, files=standard)
         self._end = os.pidfd_open(self.pid)
         self._child_created = True
         self._close_pipe_fds(  # type: ignore[reportAttributeAccessIssue]
@@ -81,11 +85,11 @@ class _Server:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         script = Path(__file__).with_name("fork_server.py")
         command = [sys.executable, str(script), str(theirs.fileno())]
-        self._process = _START(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        self._process = START(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()
         self._connection, self._lock = ours, threading.Lock()
 
-    def ask(self, *message: Any, files: list[int] = []) -> Any:  # noqa: B006
+    def ask(self, *message: Any, files: Sequence[int] = ()) -> Any:
         with self._lock:
             socket.send_fds(self._connection, [pickle.dumps(message)], files)
             return pickle.loads(self._connection.recv(1 << 16))

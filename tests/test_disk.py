@@ -66,7 +66,14 @@ def test_without_a_path_it_is_said_as_well(tmp_path, monkeypatch):
     assert describe(system(errno.EMFILE)).startswith("Too many open files: raise the limit with `ulimit -n`")
     assert describe(system(errno.EROFS, tmp_path)).startswith(f"{tmp_path}: Read-only file system: make it writable")
     assert describe(system(errno.ENOENT, "mistyped")) == "mistyped: No such file or directory"
-    assert describe(system(errno.ENOENT)).startswith("the current directory: No such file")  # as os.getcwd says it
+    assert describe(system(errno.ENOENT)) == os.strerror(errno.ENOENT)
+    (gone := tmp_path / "gone").mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(gone)
+        gone.rmdir()
+        with pytest.raises(FileNotFoundError) as error:
+            os.getcwd()
+        assert describe(error.value) == "the current directory: No such file or directory"
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
     with open("/dev/full", "w") as full:  # closing it would fail, were the rest not given up

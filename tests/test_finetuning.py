@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import more
+from conftest import exhaustive
 
 from opt_jax import OPTConfig, OPTForCausalLM
 from opt_jax.lora import LoRA, is_adapter, is_trained
@@ -108,7 +108,7 @@ def test_the_loss_of_a_task_is_that_of_the_model(kind):
 
 @pytest.mark.slow
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
-@pytest.mark.parametrize("kind, rank", [more("classify", 0), ("answer", 0), ("classify", 2), more("lm", 2)])
+@pytest.mark.parametrize("kind, rank", [exhaustive("classify", 0), ("answer", 0), ("classify", 2), exhaustive("lm", 2)])
 def test_meshes_and_micro_batches_train_alike(kind, rank):
     _, expected = train(kind, rank, "data=1")
     assert not np.allclose(expected[0], expected[2], rtol=1e-3)  # it learns something

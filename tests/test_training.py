@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import more
+from conftest import exhaustive
 from hlo import Program
 
 from opt_jax import OPTConfig, OPTTokenizer
@@ -299,7 +299,7 @@ def step_0_gradients(run):
 
 @pytest.mark.slow
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
-@pytest.mark.parametrize("mesh", ["data=8", more("fsdp=8"), more("tensor=8"), "data=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize("mesh", ["data=8", exhaustive("fsdp=8"), exhaustive("tensor=8"), "data=2,fsdp=2,tensor=2"])
 def test_a_mesh_computes_what_one_device_does(mesh, reference):
     run = Run(mesh)
     kernel = named_leaves(run.state)["model.model.decoder.layers.fc1.kernel"]

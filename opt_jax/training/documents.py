@@ -106,7 +106,7 @@ def _walk(root: Path, skip: set[str], suffixes: tuple[str, ...], left_out: Count
     for directory, subdirectories, names in os.walk(root, onerror=_raise):
         subdirectories[:] = [name for name in subdirectories if name not in skip]
         if links := sum(Path(directory, name).is_symlink() for name in subdirectories):
-            left_out["linked directories (name them in the data as well)"] += links
+            left_out["linked directories (name them as well to read them)"] += links
         for name in names:
             if name.lower().endswith(suffixes):
                 yield Path(directory, name)

@@ -10,6 +10,7 @@ from etils import epath
 
 from opt_jax.disk import disk_errors
 from opt_jax.hub import is_remote
+from opt_jax.reading import read_small
 from opt_jax.training.files import write_text
 
 
@@ -64,7 +65,7 @@ class WandB:
         path = output / "wandb-id"
         if not path.exists():
             write_text(path, uuid.uuid4().hex[:12] + "\n")
-        run_id = path.read_text().strip()
+        run_id = read_small(path).decode().strip()
         try:
             self._run = wandb.init(
                 project=project, id=run_id, resume="allow", name=output.name, config=config,

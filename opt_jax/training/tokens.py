@@ -200,7 +200,7 @@ def write_tokens(
     most = max(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).values())  # a vocabulary may have holes
     dtype = np.dtype(np.uint16 if most < 1 << 16 else np.int32)
     total = documents = 0
-    # The one beside ends last: until then nobody else writes the array, whose tokenizer it names.
+    # The description is published last, and its temporary file keeps others from writing the array until then.
     with new_file(beside) as about_file, new_file(output) as file:
         begin = _write_header(file, dtype, 0)
         file.write(np.array([tokenizer.bos_token_id], dtype).tobytes())

@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from conftest import more
+from conftest import exhaustive
 from oracle import hf_config, torch, transformers
 from reference import CONFIGS, SMALL
 
@@ -64,7 +64,7 @@ def test_label_names_survive():
     assert transformers.OPTConfig(**read.to_hf()).id2label == {0: "bad", 1: "fair", 2: "good"}
 
 
-@pytest.mark.parametrize("size", [size if size in ("125m", "350m", "66b") else more(size) for size in _SIZES])
+@pytest.mark.parametrize("size", [size if size in ("125m", "350m", "66b") else exhaustive(size) for size in _SIZES])
 def test_full_size_models_have_as_many_parameters(size):
     """The counts that tests/test_model.py writes out."""
     from test_model import count
