@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from opt_jax.reading import open_regular
 from opt_jax.storage import Index, LazyArray, Shape
 
 
@@ -30,15 +31,15 @@ class Stored(NamedTuple):
         """A copy of the part at the index; of a matrix in rows or columns exactly its bytes are read.
 
         Raises:
-          ValueError: the file is shorter than when it was opened.
+          ValueError: the file is shorter than when it was opened, or no regular file any more.
           OSError: it cannot be read.
         """
         shape = tuple(s.stop - s.start for s in index)
         if 0 in shape:
             return np.empty(shape, self.dtype)
         start = self.offset + sum(s.start * step for s, step in zip(index, self.strides, strict=True))
-        file = os.open(self.path, os.O_RDONLY)
-        try:
+        with open_regular(self.path) as opened:
+            file = opened.fileno()
             item = self.dtype.itemsize
             dense = tuple(math.prod(shape[i + 1 :]) * item for i in range(len(shape)))
             steps = tuple(step if n > 1 else d for step, n, d in zip(self.strides, shape, dense, strict=True))
@@ -56,8 +57,6 @@ class Stored(NamedTuple):
             run = np.empty(extent, np.uint8)  # transposed, expanded, ...: all from its first to its last byte
             self._fill(file, run, start)
             return np.ndarray(shape, self.dtype, run.data, 0, self.strides)
-        finally:
-            os.close(file)
 
     def _fill(self, file: int, out: np.ndarray, offset: int) -> None:
         data = out.reshape(-1).view(np.uint8).data

@@ -33,7 +33,7 @@ def check_inputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         ids = inputs["input_ids"]
         if ids.ndim != 2:
             raise ValueError(f"input_ids must be [batch, tokens], not of shape {ids.shape}")
-        _check_range("input_ids", ids, 0, config.vocab_size - 1)
+        inputs["input_ids"] = _within("input_ids", ids, 0, config.vocab_size - 1)
     else:
         embeds = inputs["inputs_embeds"]
         if embeds.ndim != 3 or embeds.shape[2] != config.word_embed_proj_dim:
@@ -53,7 +53,7 @@ def check_inputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         if name in inputs and inputs[name].shape != (batch, length):
             raise ValueError(f"{name} must be [batch={batch}, tokens={length}], not of shape {inputs[name].shape}")
     if "position_ids" in inputs:
-        _check_range("position_ids", inputs["position_ids"], -1, config.max_position_embeddings - 1)
+        inputs["position_ids"] = _within("position_ids", inputs["position_ids"], -1, config.max_position_embeddings - 1)
     if "labels" in inputs:
         _check_labels(model, inputs, batch, length)
     _check_answers(inputs, batch)
@@ -85,6 +85,15 @@ def _array(name: str, value: Any) -> jax.Array:
         if isinstance(array, np.ndarray):
             array = array != 0  # before a cast could make 0 of 1e-300
     return jnp.asarray(array)
+
+
+def _within(name: str, x: jax.Array, low: int, high: int) -> jax.Array:
+    """Checked; under `jax.jit`, what is below `low` becomes the greatest int32, which gives NaN: a table is indexed
+    with a negative number from its end. (What is above `high` gives NaN as it is.)"""
+    if _is_known(x):
+        _check_range(name, x, low, high)
+        return x
+    return jnp.where(x < low, jnp.int32(MOST), x)
 
 
 def _cap(x: jax.Array) -> jax.Array:

@@ -75,4 +75,6 @@ def _state(path: Path) -> tuple[int, ...] | None:
         stat = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return stat.st_size, stat.st_mtime_ns, stat.st_dev, stat.st_ino
+    # Its last time is of any change, and nobody can set it: a tool that sets the time of a file to that of another
+    # one, as `rsync --times` does, is seen.
+    return stat.st_size, stat.st_mtime_ns, stat.st_dev, stat.st_ino, stat.st_ctime_ns

@@ -162,6 +162,9 @@ def test_ids_under_jit_do_not_wrap():
     ids = jnp.array([[5, 2**32 - 90]], jnp.uint32)  # as int32: -90, which counts from the end
     assert np.isnan(call(ids).logits).all()
     good = jnp.array([[5, 6]], jnp.uint32)
+    assert np.isnan(call(jnp.array([[5, -1]])).logits).all()  # not the last id's
+    assert np.isnan(call(good, position_ids=jnp.array([[0, -3]])).logits).all()  # nor the last position's
+    assert not np.isnan(call(good, position_ids=jnp.array([[0, -1]])).logits).any()
     assert np.isnan(call(good, labels=jnp.array([[5, 2**32 - 100]], jnp.uint32)).loss)  # not the label -100
     assert not np.isnan(call(good, labels=good).loss)
     with jax.enable_x64(True):

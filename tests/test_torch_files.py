@@ -98,6 +98,15 @@ def test_a_file_that_is_truncated_while_it_is_read(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
 
 
+def test_a_file_that_is_replaced_by_a_pipe_while_it_is_read(tmp_path):
+    """To open a pipe would wait for who writes to it."""
+    opened = open_directory(write_hf(tmp_path / "hf", TINY, hf_weights(TINY)))
+    (file := tmp_path / "hf/model.safetensors").unlink()
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match=re.escape(f"{file} is not a regular file")):
+        to_orbax.convert(opened, tmp_path / "out")
+
+
 # Hostile and damaged torch files --------------------------------------------------------------------------------------
 
 
