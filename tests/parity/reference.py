@@ -5,9 +5,11 @@ frozen. LayerNorms and biases are random too: at their initial values, 1 and 0, 
 """
 
 import dataclasses
+import functools
 import zlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -65,6 +67,12 @@ def our_model(
 
 def unset_model(config: OPTConfig, cls: str, dtype=jnp.float32, param_dtype=jnp.float32):
     """A model whose parameters are shapes yet: no time for initial values that are replaced at once."""
+    model = _traced(config, repr(config.extra), cls, dtype, param_dtype, jax.config.jax_enable_x64)  # type: ignore[reportAttributeAccessIssue]
+    return jax.tree.map(lambda shape: shape, model)  # another one of the same
+
+
+@functools.cache  # to trace the constructor takes 0.15 s, and tests ask for a thousand models
+def _traced(config: OPTConfig, _extra: str, cls: str, dtype, param_dtype, _x64: bool):  # (`extra` is not compared)
     build = getattr(opt_jax, cls)
     return nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype))
 
