@@ -93,6 +93,7 @@ def worker(tmp_path_factory):
         yield worker
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", DRAWN)
 def test_damage_is_read_as_it_was_or_is_one_error(worker, pytestconfig, target):
     draw, count = DRAWN[target]

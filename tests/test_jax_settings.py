@@ -36,7 +36,7 @@ from opt_jax.training.step import (
 )
 from opt_jax.training.tasks import make_predict_step, task_loss
 
-pytestmark = pytest.mark.default_settings("switches settings on by itself")
+pytestmark = [pytest.mark.slow, pytest.mark.default_settings("switches settings on by itself")]
 STRICT = {"jax_enable_x64": True, "jax_numpy_rank_promotion": "raise", "jax_numpy_dtype_promotion": "strict"}
 SAME_NUMBERS = STRICT | {"jax_debug_nans": True, "jax_default_matmul_precision": "highest"}
 OTHER_DRAWS = {"jax_threefry_partitionable": False}  # True is the default

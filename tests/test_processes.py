@@ -8,6 +8,7 @@ import processes
 import pytest
 from processes import environment
 
+pytestmark = pytest.mark.slow
 PROGRAMS = {
     "code": ["-c", "import sys; print(sys.argv[1:], sys.stdin.read()); sys.exit(3)", "a", "b c"],
     "message": ["-c", "import sys; print('printed'); sys.exit('one line')"],
