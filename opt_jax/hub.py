@@ -4,6 +4,7 @@ import importlib.resources
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,10 +20,13 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 # What travels with a model's weights, besides config.json.
 COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
-# What Orbax puts into the directory of a tree.
-_ORBAX_FILE = re.compile(
-    r"_[A-Z_]*METADATA|_sharding|array_metadatas|checkpoint|commit_success\.txt|d|manifest\.ocdbt|ocdbt\.process_\d+"
+_WEIGHTS = re.compile(r"(pytorch_)?model(-[0-9]+(-of-[0-9]+)?)?\.(safetensors|bin)(\.index\.json)?")
+# What Orbax and TensorStore put into the directory of a tree.
+_IN_PARAMS = re.compile(
+    r"params/(_[A-Z_]*METADATA|_sharding|array_metadatas/process_\d+|checkpoint|commit_success\.txt|"
+    r"(ocdbt\.process_\d+/)?(manifest\.ocdbt|d/[0-9a-f]{32}))"
 )
+_DIRECTORIES = re.compile(r"params(/array_metadatas|(/ocdbt\.process_\d+)?(/d)?)")
 _STEPS = ("checkpoints", "best")  # in a run directory of train.py: directories of checkpoints, named by their steps
 
 
@@ -188,16 +192,26 @@ def is_model(path: str | os.PathLike) -> bool:
 
 def is_model_file(name: str) -> bool:
     """Whether a file or directory of this name in a model directory is a part of the model."""
-    weights = r"(pytorch_)?model(-[0-9]+(-of-[0-9]+)?)?\.(safetensors|bin)(\.index\.json)?"
-    return name in ("params", "config.json", *COMPANION_FILES) or re.fullmatch(weights, name) is not None
+    return name in ("params", "config.json", *COMPANION_FILES) or _WEIGHTS.fullmatch(name) is not None
 
 
 def foreign_file(path: Any) -> str | None:
-    """The name of something in a model directory that is no part of the model, if there is any."""
-    foreign = [entry.name for entry in path.iterdir() if not is_model_file(entry.name)]
-    inside = [entry.name for entry in (path / "params").iterdir()] if (path / "params").is_dir() else []
-    foreign += [f"params/{name}" for name in inside if not _ORBAX_FILE.fullmatch(name)]
-    return min(foreign, default=None)
+    """The name of something in a model directory that is no part of the model, if there is any. So is a directory
+    where a model has a file, and the other way round."""
+    return min(_foreign_below(path), default=None)
+
+
+def _foreign_below(folder: Any, prefix: str = "") -> Iterator[str]:
+    for entry in folder.iterdir():
+        name = prefix + entry.name
+        is_file = _IN_PARAMS.fullmatch(name) is not None or name != "params" and is_model_file(name)
+        # Of an object store the thousands of chunks are not asked, each with a request, whether they are directories.
+        if is_file and (is_remote(entry) or not entry.is_dir()):
+            continue
+        if _DIRECTORIES.fullmatch(name) and entry.is_dir():
+            yield from _foreign_below(entry, f"{name}/")
+        else:
+            yield name
 
 
 def _run_of(directory: str | os.PathLike) -> Path | None:
