@@ -139,7 +139,8 @@ def resolve(
 
     Raises:
       FileNotFoundError, PermissionError, OSError: no such directory or repository, or see `download.download`.
-      ValueError: a file, `revision` of something that is not on the hub, or see `check_remote`.
+      ValueError: a file, `revision` of something that is not on the hub, a name in the directory that is a broken link
+        or no file, or see `check_remote`.
     """
     name = os.fspath(name)
     if is_remote(name):
@@ -153,12 +154,29 @@ def resolve(
         path = _in_run(path)
         if weights and is_remote(path) and (path / "config.json").is_file() and not is_orbax(path):
             raise ValueError(f"{path} is not an Orbax directory: others are read from a disk only, so copy it to one")
-        return path
+        return _without_broken_names(path, weights)
     if name and path.exists():
         raise ValueError(f"{name} is a file; give the directory it is in")
     if name == "tiny" or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise FileNotFoundError(f"no directory {name!r}" + (" in this package" if name == "tiny" else ""))
-    return download(Repository(name, revision, cache_dir, local_files_only), COMPANION_FILES, weights)
+    folder = download(Repository(name, revision, cache_dir, local_files_only), COMPANION_FILES, weights)
+    return _without_broken_names(folder, weights)
+
+
+def _without_broken_names(directory: Path, weights: bool) -> Path:
+    """The directory, if each name in it that would be read is a file. (To pass over a broken link, or a pipe, would be
+    to read other weights than were meant, or a tokenizer without its settings.)
+
+    Raises:
+      ValueError: one is not.
+    """
+    names = ("config.json", *COMPANION_FILES, *((*WEIGHT_FILES, "params/_METADATA") if weights else ()))
+    for folder in () if is_remote(directory) else companion_directories(directory):
+        for path in (folder / name for name in names):
+            if os.path.lexists(path) and not path.is_file():
+                what = "is not a regular file" if path.exists() else f"is a link to {os.readlink(path)}, which is gone"
+                raise ValueError(f"{path} {what}: put the file there, or remove this name")
+    return directory
 
 
 def _in_run(path: Path) -> Path:
