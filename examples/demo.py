@@ -1,6 +1,6 @@
 """opt-jax in a minute on a CPU: convert a PyTorch checkpoint, restore it, generate, train, resume. `make demo` runs it.
 
-    python examples/demo.py [DIRECTORY]     default: runs/demo, made anew every time
+    python examples/demo.py [DIRECTORY]     a new one; default: runs/demo, made anew every time
 
 Every step is a command that you can type yourself; the script prints each before it runs it.
 """
@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+OURS = "runs/demo"
 
 PROMPTS = (
     'def read_lines(path):\n    """',
@@ -34,9 +35,12 @@ def run(program: str, *arguments: str) -> None:
     subprocess.run([tools / program, *arguments], check=True, cwd=REPOSITORY, env=environment)
 
 
-def main(directory: str = "runs/demo") -> None:
+def main(directory: str = OURS) -> None:
     start = time.monotonic()
-    shutil.rmtree(REPOSITORY / directory, ignore_errors=True)
+    if directory == OURS:
+        shutil.rmtree(REPOSITORY / directory, ignore_errors=True)
+    elif (REPOSITORY / directory).exists():
+        sys.exit(f"demo: {directory} exists already: name a new directory")
 
     heading("1. Convert: the embedded checkpoint, in the layout of PyTorch transformers, to Orbax")
     run("python", "-m", "convert", "tiny", f"{directory}/tiny")

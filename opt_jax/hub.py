@@ -4,6 +4,7 @@ import importlib.resources
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,10 +20,13 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 # What travels with a model's weights, besides config.json.
 COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
-# What Orbax puts into the directory of a tree.
-_ORBAX_FILE = re.compile(
-    r"_[A-Z_]*METADATA|_sharding|array_metadatas|checkpoint|commit_success\.txt|d|manifest\.ocdbt|ocdbt\.process_\d+"
+_WEIGHTS = re.compile(r"(pytorch_)?model(-[0-9]+(-of-[0-9]+)?)?\.(safetensors|bin)(\.index\.json)?")
+# What Orbax and TensorStore put into the directory of a tree.
+_IN_PARAMS = re.compile(
+    r"params/(_[A-Z_]*METADATA|_sharding|array_metadatas/process_\d+|checkpoint|commit_success\.txt|"
+    r"(ocdbt\.process_\d+/)?(manifest\.ocdbt|d/[0-9a-f]{32}))"
 )
+_DIRECTORIES = re.compile(r"params(/array_metadatas|(/ocdbt\.process_\d+)?(/d)?)")
 _STEPS = ("checkpoints", "best")  # in a run directory of train.py: directories of checkpoints, named by their steps
 
 
@@ -135,7 +139,8 @@ def resolve(
 
     Raises:
       FileNotFoundError, PermissionError, OSError: no such directory or repository, or see `download.download`.
-      ValueError: a file, `revision` of something that is not on the hub, or see `check_remote`.
+      ValueError: a file, `revision` of something that is not on the hub, a name in the directory that is a broken link
+        or no file, or see `check_remote`.
     """
     name = os.fspath(name)
     if is_remote(name):
@@ -149,12 +154,29 @@ def resolve(
         path = _in_run(path)
         if weights and is_remote(path) and (path / "config.json").is_file() and not is_orbax(path):
             raise ValueError(f"{path} is not an Orbax directory: others are read from a disk only, so copy it to one")
-        return path
+        return _without_broken_names(path, weights)
     if name and path.exists():
         raise ValueError(f"{name} is a file; give the directory it is in")
     if name == "tiny" or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise FileNotFoundError(f"no directory {name!r}" + (" in this package" if name == "tiny" else ""))
-    return download(Repository(name, revision, cache_dir, local_files_only), COMPANION_FILES, weights)
+    folder = download(Repository(name, revision, cache_dir, local_files_only), COMPANION_FILES, weights)
+    return _without_broken_names(folder, weights)
+
+
+def _without_broken_names(directory: Path, weights: bool) -> Path:
+    """The directory, if each name in it that would be read is a file. (To pass over a broken link, or a pipe, would be
+    to read other weights than were meant, or a tokenizer without its settings.)
+
+    Raises:
+      ValueError: one is not.
+    """
+    names = ("config.json", *COMPANION_FILES, *((*WEIGHT_FILES, "params/_METADATA") if weights else ()))
+    for folder in () if is_remote(directory) else companion_directories(directory):
+        for path in (folder / name for name in names):
+            if os.path.lexists(path) and not path.is_file():
+                what = "is not a regular file" if path.exists() else f"is a link to {os.readlink(path)}, which is gone"
+                raise ValueError(f"{path} {what}: put the file there, or remove this name")
+    return directory
 
 
 def _in_run(path: Path) -> Path:
@@ -188,16 +210,26 @@ def is_model(path: str | os.PathLike) -> bool:
 
 def is_model_file(name: str) -> bool:
     """Whether a file or directory of this name in a model directory is a part of the model."""
-    weights = r"(pytorch_)?model(-[0-9]+(-of-[0-9]+)?)?\.(safetensors|bin)(\.index\.json)?"
-    return name in ("params", "config.json", *COMPANION_FILES) or re.fullmatch(weights, name) is not None
+    return name in ("params", "config.json", *COMPANION_FILES) or _WEIGHTS.fullmatch(name) is not None
 
 
 def foreign_file(path: Any) -> str | None:
-    """The name of something in a model directory that is no part of the model, if there is any."""
-    foreign = [entry.name for entry in path.iterdir() if not is_model_file(entry.name)]
-    inside = [entry.name for entry in (path / "params").iterdir()] if (path / "params").is_dir() else []
-    foreign += [f"params/{name}" for name in inside if not _ORBAX_FILE.fullmatch(name)]
-    return min(foreign, default=None)
+    """The name of something in a model directory that is no part of the model, if there is any. So is a directory
+    where a model has a file, and the other way round."""
+    return min(_foreign_below(path), default=None)
+
+
+def _foreign_below(folder: Any, prefix: str = "") -> Iterator[str]:
+    for entry in folder.iterdir():
+        name = prefix + entry.name
+        is_file = _IN_PARAMS.fullmatch(name) is not None or name != "params" and is_model_file(name)
+        # Of an object store the thousands of chunks are not asked, each with a request, whether they are directories.
+        if is_file and (is_remote(entry) or not entry.is_dir()):
+            continue
+        if _DIRECTORIES.fullmatch(name) and entry.is_dir():
+            yield from _foreign_below(entry, f"{name}/")
+        else:
+            yield name
 
 
 def _run_of(directory: str | os.PathLike) -> Path | None:

@@ -22,7 +22,10 @@ from opt_jax.streaming import StopStrings
 from opt_jax.temporary import new_file, refuse_links
 from opt_jax.tokenizer_files import (
     WITHOUT_EFFECT,
+    check_added_ids,
+    check_fields,
     check_growth,
+    check_ids_of_tokens,
     contents_of,
     panics_as_errors,
     read_as,
@@ -82,6 +85,7 @@ class OPTTokenizer(Vocabulary):
             raise ValueError(f"not a byte-level BPE, as OPT needs it: {backend.model!r:.40}, {backend.decoder!r:.40}")
         self.backend_tokenizer, self._special, self._extra = backend, {}, []
         self._config = config = dict(config or {})
+        check_fields(config)
         check_growth(backend)
         set_prefix_space(backend, config)
         self.padding_side = padding_side
@@ -95,6 +99,7 @@ class OPTTokenizer(Vocabulary):
         for index, token in added:
             if backend.token_to_id(token.content) != index:
                 raise ValueError(f"added token {token.content!r} cannot get the id {index} that the files ask for")
+        check_ids_of_tokens(backend)
         for name in SPECIAL_TOKENS:
             if value := config.get(name) or OPT_SPECIAL_TOKENS.get(name):
                 self._set_special_token(name, _added_token(value))
@@ -126,10 +131,15 @@ class OPTTokenizer(Vocabulary):
                 raise FileNotFoundError(f"{path}: no such tokenizer file")
         for path in (vocab, merges):
             read_small(Path(path))  # once more by the library, which knows no limit
-        backend: Any = read_as(f"{vocab}, {merges}", lambda: Tokenizer(BPE.from_file(str(vocab), str(merges))))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=(config or {}).get("add_prefix_space", False))
-        backend.decoder = decoders.ByteLevel()
-        return read_as(f"{vocab}, {merges}", lambda: cls(backend, config, **sides))
+
+        def load() -> "OPTTokenizer":
+            backend: Any = Tokenizer(BPE.from_file(str(vocab), str(merges)))
+            prefix = (config or {}).get("add_prefix_space") is True
+            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+            backend.decoder = decoders.ByteLevel()
+            return cls(backend, config, **sides)
+
+        return read_as(f"{vocab}, {merges}", load)
 
     @classmethod
     def from_pretrained(
@@ -167,6 +177,7 @@ class OPTTokenizer(Vocabulary):
             return cls.from_file(folder / "vocab.json", folder / "merges.txt", config, **sides)
         text = read_small(fast)
         backend = read_as(str(fast), lambda: Tokenizer.from_buffer(text))
+        read_as(str(fast), lambda: check_added_ids(text, backend))
         backend.no_padding()
         backend.no_truncation()
         config = {"add_bos_token": False} | config  # where silent, tokenizer.json knows

@@ -57,6 +57,36 @@ def check_growth(backend: Tokenizer) -> None:
         raise ValueError("the tokenizer's normalizer can make a text thousands of times as long: it is not read")
 
 
+def check_fields(config: dict[str, Any]) -> None:
+    """Refuse values of a tokenizer_config.json that would count as others: "false" is true, and true is 1."""
+    for name in ("add_bos_token", "add_prefix_space"):
+        if not isinstance(value := config.get(name), bool | None):
+            raise ValueError(f"{name}={shown(value)} must be true or false")
+    limit = config.get("model_max_length") or 0
+    whole = type(limit) is int or isinstance(limit, float) and (limit >= 1e9 or limit.is_integer())
+    if not whole:
+        raise ValueError(f"model_max_length={shown(limit)} must be a whole number")
+
+
+def check_ids_of_tokens(backend: Tokenizer) -> None:
+    """Refuse a vocabulary with one id for two tokens, of which one would be read back as the other, or with an id that
+    is no int32."""
+    ids = backend.get_vocab(with_added_tokens=True).values()
+    if len(set(ids)) < len(ids):
+        raise ValueError("two tokens of the vocabulary have the same id")
+    if (largest := max(ids, default=0)) >= 2**31:
+        raise ValueError(f"the vocabulary has the id {largest}, which must be below 2**31")
+
+
+def check_added_ids(text: bytes, backend: Tokenizer) -> None:
+    """Refuse a tokenizer.json whose added tokens did not get the ids that it says: the library only logs that."""
+    for token in json.loads(text)["added_tokens"]:
+        if (index := backend.token_to_id(token["content"])) != token["id"]:
+            raise ValueError(
+                f"added token {shown(token['content'])} has the id {index}, not the {token['id']} that the file says"
+            )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in the file; {} without one."""
     if not path.is_file():

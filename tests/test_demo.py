@@ -1,5 +1,6 @@
 """`make demo`, without the installation: it reaches its end and prints nothing that looks like trouble."""
 
+import runpy
 import subprocess
 import sys
 
@@ -23,3 +24,11 @@ def test_demo(tmp_path):
     ):
         assert expected in run.stdout, run.stdout
     assert "Done in" in run.stdout.splitlines()[-8]
+
+
+def test_a_directory_that_is_there_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("keep")
+    demo = runpy.run_path(str(REPOSITORY / "examples" / "demo.py"))
+    with pytest.raises(SystemExit, match="exists already: name a new directory"):
+        demo["main"](str(tmp_path))
+    assert (tmp_path / "thesis.txt").read_text() == "keep"

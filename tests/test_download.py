@@ -117,6 +117,18 @@ def test_revisions(server, resolve):
         assert "not in the cache" in error and f"at revision {revision}: run once without --offline" in error
 
 
+def test_weights_that_were_deleted_in_the_cache_are_not_replaced_by_others(server, resolve, tmp_path):
+    files = {"config.json": b"{}", "model.safetensors": b"ours"}
+    server.repositories["org/deleted"] = repository = Repository(files)
+    folder = check(resolve("org/deleted", cache_dir=str(tmp_path)), repository, *files)
+    (folder / "pytorch_model.bin").write_bytes(b"others")
+    (folder / "model.safetensors").resolve().unlink()  # the link to it stays
+    error = resolve("org/deleted", cache_dir=str(tmp_path), local_files_only=True)["error"]
+    assert "the copy of org/deleted in the cache lacks model.safetensors: run" in error
+    assert "error" not in resolve("org/deleted", cache_dir=str(tmp_path))
+    assert (folder / "model.safetensors").read_bytes() == b"ours"
+
+
 def test_what_the_cache_lacks(server, resolve, tmp_path):
     files = {"config.json": b"{}", "merges.txt": b"m", "model.safetensors.index.json": index(*TWO)}
     files |= {name: weights(i, 10) for i, name in enumerate(TWO)}

@@ -1,6 +1,7 @@
 """Names to directories, as far as no hub is needed; tests/test_download.py has the rest."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,29 @@ def test_is_orbax(tmp_path):
     assert not hub.is_orbax(tmp_path)
     (tmp_path / "params" / "_METADATA").write_text("{}")
     assert hub.is_orbax(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["broken link", "pipe", "directory"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer_config.json", "generation_config.json", "model.safetensors"]
+)
+def test_a_name_that_is_read_and_is_no_file_is_not_passed_over(tmp_path, name, kind):
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"other weights")
+    hub.resolve(tmp_path)
+    path = tmp_path / name
+    if kind == "broken link":
+        path.symlink_to("../blobs/gone")
+    else:
+        os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    with pytest.raises(ValueError, match=f"{name} is (not a regular file|a link to ../blobs/gone, which is gone)"):
+        hub.resolve(tmp_path)
+    if name == "model.safetensors":  # a cache whose weights were deleted still has its tokenizer
+        hub.resolve(tmp_path, weights=False)
+
+
+def test_links_to_files_are_read(tmp_path):
+    (tmp_path / "blob").write_text("{}")
+    for name in ("config.json", "vocab.json", "model.safetensors"):
+        (tmp_path / name).symlink_to("blob")
+    assert hub.resolve(tmp_path) == tmp_path

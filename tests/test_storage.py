@@ -298,6 +298,22 @@ def test_an_old_model_with_foreign_files_in_it_is_not_replaced(tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["params"]
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["vocab.json/thesis", "model.safetensors/thesis", "params/d/thesis", "params/checkpoint/d/thesis",
+     "params/ocdbt.process_0/thesis", "params/ocdbt.process_0/d/notes.txt", f"params/d/{'0' * 32}/thesis"],
+)  # fmt: skip
+def test_a_foreign_file_under_a_name_of_a_model_is_kept(tmp_path, name):
+    write_arrays(tmp_path / "out" / "params", {"x": lazy(np.arange(3.0))})
+    foreign = tmp_path / "out" / name
+    foreign.parent.mkdir(parents=True, exist_ok=True)
+    foreign.write_text("keep")
+    with pytest.raises(FileExistsError, match="which is no part of a model"):
+        with new_directory(tmp_path / "out", overwrite=True):
+            pass
+    assert foreign.read_text() == "keep"
+
+
 def test_two_processes_do_not_write_the_same_destination(tmp_path):
     code = (
         "import sys; from opt_jax.storage import new_directory\n"

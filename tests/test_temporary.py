@@ -360,6 +360,17 @@ def test_foreign_directories_do_not_count_as_checkpoints(tmp_path, name):
     assert content(tmp_path) == before
 
 
+def test_a_checkpoint_with_a_foreign_file_is_not_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr("opt_jax.training.checkpoints._items", lambda state: {"params": state, "optimizer": state})
+    with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, {"x": jax.numpy.zeros(3)})
+            checkpoints._wait()
+            if step == 1:
+                precious(tmp_path / "checkpoints" / "1" / "eval")
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "3"]
+
+
 def test_a_download_is_not_continued_through_a_link(tmp_path):
     file = SimpleNamespace(rfilename="model.safetensors", size=9, lfs=SimpleNamespace(sha256="a" * 64))
     blobs = tmp_path / "hub" / "models--a--b" / "blobs"

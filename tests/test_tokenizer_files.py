@@ -96,6 +96,45 @@ class Counting:
         return getattr(self.backend, name)
 
 
+@pytest.mark.parametrize(("field", "value"), [
+    ("add_bos_token", "false"), ("add_bos_token", 0), ("add_prefix_space", "true"), ("add_prefix_space", 1),
+    ("model_max_length", True), ("model_max_length", 2.5), ("model_max_length", float("nan")),
+    ("model_max_length", "512"),
+])  # fmt: skip
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_field_of_another_type_is_named(saved, tmp_path, field, value, fast):
+    edited(saved, tmp_path, "tokenizer_config.json", **{field: value})
+    if not fast:
+        (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=f"{field}=.* must be"):
+        OPTTokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("limit", [None, 512, 512.0, 1e30, int(1e30)])
+def test_a_length_limit_as_hf_writes_it_is_read(saved, tmp_path, limit):
+    edited(saved, tmp_path, "tokenizer_config.json", model_max_length=limit)
+    assert OPTTokenizer.from_pretrained(tmp_path).model_max_length == (512 if limit in (512, 512.0) else None)
+
+
+@pytest.mark.parametrize(("token", "index", "error"), [
+    ("the", 5, "two tokens of the vocabulary have the same id"),
+    ("the", 2**31, "has the id 2147483648, which must be below"),
+])  # fmt: skip
+def test_ids_that_contradict_each_other_or_are_no_int32_are_refused(saved, tmp_path, token, index, error):
+    edited(saved, tmp_path, "vocab.json", **{token: index})
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=error):
+        OPTTokenizer.from_pretrained(tmp_path)
+
+
+def test_an_added_token_without_the_id_of_the_file_is_refused(saved, tmp_path):
+    content = json.loads((saved / "tokenizer.json").read_text())
+    tokens = [*content["added_tokens"], {**content["added_tokens"][0], "id": 10**9, "content": "<x>"}]
+    edited(saved, tmp_path, added_tokens=tokens)
+    with pytest.raises(ValueError, match="added token '<x>' has the id 4096, not the 1000000000"):
+        OPTTokenizer.from_pretrained(tmp_path)
+
+
 def test_many_added_tokens_are_added_at_once():
     tiny = OPTTokenizer.from_pretrained("tiny")
     begin, count = len(tiny), 20_000

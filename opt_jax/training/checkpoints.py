@@ -56,7 +56,7 @@ class Checkpoints:
         directory = absolute(as_path(directory))
         policies = [LatestN(keep), *([EveryNSteps(keep_every)] if keep_every else [])]
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy(policies),
+            preservation_policy=_KeepForeignFiles(AnyPreservationPolicy(policies), directory),
             cleanup_tmp_directories=True,
             # Two of these may write at once, and their processes must not wait for each other's barriers.
             multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=directory.name),
@@ -212,6 +212,22 @@ class Checkpoints:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _KeepForeignFiles:
+    """As `policy` says, but a checkpoint with a file in it that is not of a run stays: Orbax would remove both."""
+
+    policy: Any
+    directory: Path
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        kept = self.policy.should_preserve(checkpoints, context=context)
+        return [keep or self._has_more(step.step) for keep, step in zip(kept, checkpoints, strict=True)]
+
+    def _has_more(self, step: int) -> bool:
+        path = self.directory / str(step)
+        return path.is_dir() and any(entry.name not in (*_IN_A_STEP, "commit_success.txt") for entry in path.iterdir())
 
 
 def _check_steps(directory: Path) -> None:
