@@ -39,7 +39,8 @@ def test_each_form_of_a_refusal_names_path_bytes_and_advice(tmp_path):
     )
     older = ValueError(f"UNKNOWN: Error writing: [OS error 28: ENOSPC {FULL}]")
     temporary = system(errno.ENOSPC, f"{path}.orbax-checkpoint-tmp/_METADATA")
-    for error in (system(errno.ENOSPC), wrapped, tensorstore, older, temporary):
+    profiler = RuntimeError(f"RESOURCE_EXHAUSTED: {path}/plugins/profile/vm.xplane.pb; {FULL}")
+    for error in (system(errno.ENOSPC), wrapped, tensorstore, older, temporary, profiler):
         said = as_said(path, error, 1_234_567)
         assert said.startswith(f"{path}: {FULL} (1,234,567 bytes are needed, "), said
         assert said.endswith(" are free): make room there, then start the same command again"), said
