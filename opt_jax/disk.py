@@ -107,7 +107,7 @@ def describe(error: BaseException) -> str:
     number, where, what = error.errno or 0, error.filename, error.strerror
     if where is None:
         try:
-            sys.stdout.flush()
+            print(end="", flush=True)
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at its exit
             where = "standard output"
