@@ -4,6 +4,11 @@ Reads from top to bottom: options -> run directory -> data -> mesh and state -> 
 started again with the same command, a run goes on from its last checkpoint, bit for bit as if nothing had happened.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C ends the process: a KeyboardInterrupt may be lost amid the imports
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import dataclasses
 import json
 import sys

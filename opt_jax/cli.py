@@ -164,8 +164,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    print(text, end="", flush=True)  # nothing if stdout was closed (`>&-`)
 
 
 def _read_stdin() -> str:

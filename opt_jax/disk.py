@@ -1,7 +1,7 @@
 """What the operating system refuses, in one line: what failed, the path, what to do about it. No jax.
 
-Python, TensorStore and Orbax each report a full disk in a form of their own. `disk_errors` makes one OSError of them,
-and `describe` is what the commands print.
+Python, TensorStore, Orbax and XLA each report a full disk in a form of their own. `disk_errors` makes one OSError of
+them, and `describe` is what the commands print.
 """
 
 import errno
@@ -70,6 +70,10 @@ def _number(error: BaseException) -> int | None:
             return error.errno
         if match := _TENSORSTORE.search(str(error)):
             return int(match[1] or match[2])
+        if not isinstance(error, OSError):  # XLA's "PATH; No space left on device"
+            for number in _ADVICE:
+                if str(error).endswith(f"; {os.strerror(number)}"):
+                    return number
         if error.__cause__ is None:
             return None
         error = error.__cause__
@@ -103,7 +107,7 @@ def describe(error: BaseException) -> str:
     number, where, what = error.errno or 0, error.filename, error.strerror
     if where is None:
         try:
-            sys.stdout.flush()
+            print(end="", flush=True)
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at its exit
             where = "standard output"

@@ -270,7 +270,7 @@ def last_words(program: str, at_once: bool = False) -> Iterator[None]:
                 sys.exit(message)
             print(message, file=sys.stderr, flush=True)
             with suppress(OSError):
-                sys.stdout.flush()
+                print(end="", flush=True)
             os._exit(1)
         _leave(f"{program}: error: process {jax.process_index()}: {describe(error)}")
     except Exception as error:

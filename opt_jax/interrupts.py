@@ -5,6 +5,7 @@ KeyboardInterrupt is swallowed or wrapped in a callback, in a destructor, amid J
 """
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 INTERRUPTED = 128 + signal.SIGINT  # the exit code, as shells say of a program that Ctrl-C ended
+_PATIENCE_SECONDS = 1.0
 
 
 class Signals:
@@ -44,9 +46,11 @@ class Signals:
 
 
 def say(line: str) -> None:
-    """To stderr, without the locks of Python's, which the main thread may hold."""
-    with suppress(OSError):
-        os.write(2, f"{line}\n".encode())
+    """To stderr, without the locks of Python's, which the main thread may hold. If that is a pipe which nobody reads,
+    the line is given up: waiting, this thread would learn of no other signal."""
+    with suppress(OSError, ValueError):
+        if select.select([], [2], [], _PATIENCE_SECONDS)[1]:
+            os.write(2, f"{line}\n".encode())
 
 
 def ends_at_once(line: str) -> Signals:

@@ -65,7 +65,8 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
                 if points:
                     # A number that was not finite is null in the file, and a gap in the curve.
                     values = [math.nan if value is None else value for _, value in points]
-                    label = run.name + (", validation" if name == "val_loss" else "")
+                    label = (run.name or Path.cwd().name).replace("$", r"\$")  # "." has no name; "$" begins a formula
+                    label += ", validation" if name == "val_loss" else ""
                     axes.plot([step for step, _ in points], values, color=f"C{i}", label=label, **style)
         axes.set(title=title, xlabel="step", yscale=scale)
         axes.grid(alpha=0.3)

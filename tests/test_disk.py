@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from opt_jax import cli
 from opt_jax.disk import describe, disk_errors, without_tracebacks
 from opt_jax.training.checkpoints import Checkpoints
 from opt_jax.training.files import Lines
@@ -39,7 +40,8 @@ def test_each_form_of_a_refusal_names_path_bytes_and_advice(tmp_path):
     )
     older = ValueError(f"UNKNOWN: Error writing: [OS error 28: ENOSPC {FULL}]")
     temporary = system(errno.ENOSPC, f"{path}.orbax-checkpoint-tmp/_METADATA")
-    for error in (system(errno.ENOSPC), wrapped, tensorstore, older, temporary):
+    profiler = RuntimeError(f"RESOURCE_EXHAUSTED: {path}/plugins/profile/vm.xplane.pb; {FULL}")
+    for error in (system(errno.ENOSPC), wrapped, tensorstore, older, temporary, profiler):
         said = as_said(path, error, 1_234_567)
         assert said.startswith(f"{path}: {FULL} (1,234,567 bytes are needed, "), said
         assert said.endswith(" are free): make room there, then start the same command again"), said
@@ -157,3 +159,9 @@ def test_a_file_that_is_missing_in_a_checkpoint_is_said_or_not_needed(tmp_path):
                 assert str(error).startswith(f"checkpoint {directory / '4'} is damaged: ") and "\n" not in str(error)
         path.write_bytes(content)
     assert {"_METADATA", "manifest.ocdbt", "metadata"} <= refused
+
+
+def test_a_closed_stdout_is_no_other_error(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    assert describe(system(errno.EMFILE)).startswith("Too many open files")
+    cli._print("a text")

@@ -4,9 +4,10 @@ import gc
 import os
 import signal
 import threading
+from contextlib import suppress
 
 from opt_jax import distributed
-from opt_jax.interrupts import Signals, raises
+from opt_jax.interrupts import Signals, raises, say
 from opt_jax.training.checkpoints import Termination
 
 
@@ -52,3 +53,23 @@ def test_ctrl_c_ends_at_once_before_the_first_step_then_saves_and_the_second_end
         while not termination.asked(1):
             pass
         assert termination.describe() == ("SIGTERM", 143)
+
+
+def test_a_line_for_a_pipe_that_nobody_reads_is_given_up():
+    readable, writable = os.pipe()
+    os.set_blocking(writable, False)
+    stderr = os.dup(2)
+    try:
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writable, b"x" * 1024)
+        os.set_blocking(writable, True)
+        os.dup2(writable, 2)
+        thread = threading.Thread(target=say, args=("a line",), daemon=True)
+        thread.start()
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+    finally:
+        os.dup2(stderr, 2)
+        for descriptor in (readable, writable, stderr):
+            os.close(descriptor)

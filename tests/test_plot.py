@@ -107,3 +107,12 @@ def test_no_run_and_no_matplotlib(tmp_path, capsys, monkeypatch):
     assert main(["plot", str(run)]) == 1
     assert "plot needs the package matplotlib" in capsys.readouterr().err
     assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]
+
+
+def test_names_of_runs_are_shown_as_they_are(tmp_path, monkeypatch):
+    drawn = curves(monkeypatch)
+    run = make_run(tmp_path / r"a$\frac$b")
+    monkeypatch.chdir(run)
+    for name in (str(run), "."):
+        assert main(["plot", name]) == 0
+        assert list(drawn["learning rate"]) == [r"a\$\frac\$b"]

@@ -119,6 +119,8 @@ def test_steps_without_a_line_are_named(directory, steps, last, missing):
         b'{"step": 3, "loss": "2.5"}', b'{"step": 3, "loss": NaN}', b'{"step": 3, "loss": {}}',
         b'{"step": 3, "batch": 1}', b'{"step": 3, "los\xff": 2.5}', b"[" * 100_000, b'{"step": 3}\x85',
         b'{"step": ' + b"9" * 5000 + b"}", b'{"step": 3, "loss": 1e999}', b'{"step": 3, "val_loss": -1e999}',
+        b'{"step": ' + b"9" * 400 + b"}", b'{"step": 3, "loss": -' + b"9" * 400 + b"}",
+        b'{"step": 3, "\xed\xa0\x80": 2.5}',
     ],
 )  # fmt: skip
 def test_a_damaged_or_foreign_line_is_named(directory, line):
@@ -132,6 +134,15 @@ def test_a_damaged_or_foreign_line_is_named(directory, line):
     assert path.read_bytes() == content
     cut_back(path, 2, pytest.fail)  # what goes anyway may be damaged
     assert path.read_bytes() == lines_of([1, 2])
+
+
+@pytest.mark.parametrize("end", [b'{"step": 3}\r{"step": 4}\r', b" " * ((16 << 20) + 1)])
+def test_an_end_that_no_kill_leaves_behind_is_named_and_stays(directory, end):
+    path = directory / "metrics.jsonl"
+    path.write_bytes(lines_of([1, 2]) + end)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:3: not a line that train\.py writes"):
+        cut_back(path, 4, pytest.fail)
+    assert path.read_bytes() == lines_of([1, 2]) + end
 
 
 def test_lines_of_two_runs_are_named(directory):

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -116,6 +117,18 @@ def test_the_lock_is_no_link(tmp_path):
         with pytest.raises(FileExistsError, match="is a symbolic link to elsewhere"):
             begin()
     assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("replace", [os.mkfifo, os.mkdir])
+def test_a_lock_that_is_no_file_is_refused_and_ends_the_run_that_had_it(tmp_path, replace):
+    with RunLock(epath.Path(tmp_path)) as lock:
+        lock.take()
+        (tmp_path / LOCK).unlink()
+        replace(tmp_path / LOCK)
+        for use in (lock.check, RunLock(epath.Path(tmp_path)).take):
+            with ThreadPoolExecutor(1) as thread, pytest.raises(FileExistsError, match=LOCK):
+                thread.submit(use).result(timeout=20)
+    assert (tmp_path / LOCK).exists()  # not ours
 
 
 @pytest.fixture(params=["a mount without locks", "a store"])

@@ -4,7 +4,9 @@ import dataclasses
 import importlib.util
 import json
 import math
+import resource
 import struct
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -287,6 +289,30 @@ def test_tensorboard_has_one_history_after_a_resume(tmp_path):
         writer.close()
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
     assert events(tmp_path / "tensorboard") == {"loss": {step: float(step) for step in range(1, 13)}}
+
+
+def test_a_full_disk_ends_tensorboard_also_while_it_is_behind(tmp_path):
+    pytest.importorskip("tensorboardX")
+    ended = []
+
+    def write() -> None:
+        try:
+            for step in range(1, 5000):
+                writer.write({"step": step} | {f"number {i}": float(i) for i in range(8)})
+        except OSError as error:
+            ended.append(str(error))
+
+    writer = TensorBoard(tmp_path / "tensorboard", 0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, before[1]))
+    try:
+        thread = threading.Thread(target=write, daemon=True)
+        thread.start()
+        thread.join(timeout=20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    writer.close()
+    assert len(ended) == 1 and "File too large" in ended[0]
 
 
 @pytest.mark.slow

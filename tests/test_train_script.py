@@ -150,6 +150,15 @@ def test_keeps_the_best_model_and_checkpoints_by_count_by_steps_and_by_minutes(o
     assert kept() == [4, 8, 9]
 
 
+def test_the_best_model_is_not_one_that_an_earlier_start_found_later(tmp_path):
+    """As after --fall-back, or a kill, with another --eval-every from then on."""
+    state = TrainState(jnp.int32(3), {"w": jnp.arange(8.0)}, {"m": jnp.ones(5)}, jnp.bool(False))  # type: ignore
+    for step in (9, 6, 6):
+        with Checkpoints(tmp_path / "best", keep=1) as best:
+            best.save_model(step, state)
+        assert [path.name for path in (tmp_path / "best").iterdir()] == [str(step)]
+
+
 def test_a_checkpoint_is_what_was_saved_though_training_goes_on(tmp_path):
     """The state is donated to the next step at once, while it is still being written."""
     model: Any = {"w": jnp.arange(5e6)}
@@ -308,6 +317,10 @@ def test_starts_from_a_checkpoint_with_its_tokenizer(options, uninterrupted, tmp
         (dict(weight_decay=float("nan")), "--weight-decay nan: must be a finite number"),
         (dict(warmup_steps=-1), "--warmup-steps -1: must not be negative"),
         (dict(seed=-1), "--seed -1: must not be negative"),
+        (dict(seed=2**32 + 5), "--seed 4294967301: must be below 2\\*\\*32"),
+        (dict(wandb=""), "--wandb '': the value is empty; leave the option out"),
+        (dict(data=("",)), "--data '': the value is empty; leave the option out"),
+        (dict(data=("a", "b"), mixture=(float("inf"), 1.0)), "--mixture inf 1.0: needs one weight above 0"),
         (dict(seq_len=64), "--seq-len 64: the model has 32 positions"),
         (dict(batch_size=6, mesh="data=-1"), "--batch-size 6 does not divide over the mesh's data x fsdp = 8"),
         (dict(mesh="tensor=8"), "2 attention heads do not divide over mesh axis tensor=8"),

@@ -89,7 +89,12 @@ class Checkpoints:
         self._save(step, _items(state))
 
     def save_model(self, step: int, state: TrainState) -> None:
-        """The same of the parameters alone."""
+        """The same of the parameters alone. Later steps, of an earlier start that came further, make room for them."""
+        if later := [other for other in self._manager.all_steps() if other > step]:
+            self._wait()
+            on_first_process(self._before_write)
+            for other in later:
+                self._manager.delete(other)
         self._save(step, {"params": _items(state)["params"]})
 
     def _save(self, step: int, items: dict[str, dict[str, jax.Array]]) -> None:

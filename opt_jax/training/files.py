@@ -2,10 +2,11 @@
 
 import io
 import json
-import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from etils import epath
@@ -17,6 +18,7 @@ from opt_jax.temporary import MARKER, new_file, refuse_links
 
 LOCK = f"{MARKER}.lock"  # see run_lock.py
 _UPLOAD_SECONDS = 60.0
+_MOST_BYTES = 16 << 20  # of a line of metrics.jsonl, which may name the rows of a batch
 _WRITTEN = (
     "run.json", "metrics.jsonl", "tokenizer", "checkpoints", "best", "model", "tensorboard", "profile", "wandb-id",
 )  # fmt: skip
@@ -97,8 +99,8 @@ def read_metrics(path: epath.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
         return
     with io.BytesIO(path.read_bytes()) if is_remote(path) else open_regular(path) as file:
         before = 0
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
+        for number, line in enumerate(iter(partial(file.readline, _MOST_BYTES), b""), 1):
+            if len(line) < _MOST_BYTES and not line.endswith(b"\n") and b"\r" not in line:
                 return
             values = _metrics_of(line)
             if values is None:
@@ -117,7 +119,7 @@ def read_metrics(path: epath.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 def _metrics_of(line: bytes) -> dict[str, Any] | None:
     with suppress(ValueError, RecursionError):
-        values = json.loads(line, parse_constant=int)  # a ValueError: train.py writes null for NaN
+        values = json.loads(line.decode("utf-8-sig"), parse_constant=int)  # a ValueError: null stands for NaN
         if isinstance(values, dict) and type(values.get("step")) is int and values["step"] > 0:
             rows = values.get("batch", [])
             others = [value for name, value in values.items() if name != "batch"]
@@ -127,8 +129,8 @@ def _metrics_of(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_finite(value: Any) -> bool:
-    """Of a value of JSON, where 1e999 is an infinity, and True no number."""
-    return type(value) in (int, float) and -math.inf < value < math.inf
+    """Of a value of JSON, where 1e999 is an infinity, True no number, and an integer may be beyond all floats."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -13,6 +13,8 @@ from opt_jax.hub import is_remote
 from opt_jax.reading import read_small
 from opt_jax.training.files import write_text
 
+_MOST_WAITING = 100_000  # numbers on their way to TensorBoard's files
+
 
 class TensorBoard:
     """Event files in `directory`. What an earlier start wrote behind step `start` no longer counts for TensorBoard."""
@@ -24,7 +26,10 @@ class TensorBoard:
         self._directory, self._error = directory, None
         self._hook, threading.excepthook = threading.excepthook, self._note
         with disk_errors(directory):
-            self._writer = SummaryWriter(str(directory), purge_step=start + 1, filename_suffix=f".{start}")
+            # The queue: see `_note`. Who waits for room in it, when that thread ends, never learns of the error.
+            self._writer = SummaryWriter(
+                str(directory), purge_step=start + 1, filename_suffix=f".{start}", max_queue=_MOST_WAITING
+            )
 
     def _note(self, failed: threading.ExceptHookArgs) -> None:
         """The thread that writes the files ends at an error, and what is handed to it then waits for ever."""
@@ -99,7 +104,8 @@ class Trace:
 
     def before(self, step: int) -> None:
         if self._steps and step == self._steps[0]:
-            jax.profiler.start_trace(str(self._directory))
+            with disk_errors(self._directory):
+                jax.profiler.start_trace(str(self._directory))
             self._running = True
 
     def after(self, step: int, results: Any) -> None:
@@ -109,6 +115,7 @@ class Trace:
 
     def _stop(self) -> None:
         if self._running:
-            jax.profiler.stop_trace()
-            self._running = False
+            self._running = False  # whatever comes of it
+            with disk_errors(self._directory):
+                jax.profiler.stop_trace()
             self._say(f"traced: steps {self._steps[0]} to {self._steps[-1]} are in {self._directory}")

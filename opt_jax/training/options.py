@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from opt_jax.config import OPTConfig
 from opt_jax.decoder import Remat
+from opt_jax.reading import shown
 from opt_jax.temporary import refuse_links
 from opt_jax.training.files import read_record
 from opt_jax.training.recipes import RECIPES, recipe_options
@@ -179,6 +180,9 @@ def parse_options(args: Sequence[str] | None = None) -> Options:
 
 
 def check_options(options: Options) -> None:
+    for name, value in dataclasses.asdict(options).items():
+        if "" in (value if isinstance(value, tuple) else (value,)):  # as of a shell's variable that is not set
+            raise ValueError(f"--{name.replace('_', '-')} '': the value is empty; leave the option out, or give one")
     for name in ("steps", "batch_size", "seq_len", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches",
                  "log_every", "stop_after", "vocab_size", "accumulate", "keep_every", "num_processes",
                  "heartbeat_seconds", "hang_minutes", "lora_rank"):  # fmt: skip
@@ -196,11 +200,15 @@ def check_options(options: Options) -> None:
     for name in ("weight_decay", "warmup_steps", "process_id", "data_workers", "seed"):
         if (getattr(options, name) or 0) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must not be negative")
+    if options.seed >= 2**32:  # JAX would take the lower bits
+        raise ValueError(f"--seed {shown(options.seed)}: must be below 2**32")
     if not 0 <= options.final_lr <= 1:
         raise ValueError(f"--final-lr {options.final_lr}: must be a share of the peak, from 0 to 1")
     if not all(0 <= beta < 1 for beta in options.betas):
         raise ValueError(f"--betas {options.betas[0]} {options.betas[1]}: must be at least 0 and below 1")
-    if options.mixture and (len(options.mixture) != len(options.data) or not all(w > 0 for w in options.mixture)):
+    if options.mixture and (
+        len(options.mixture) != len(options.data) or not all(0 < w < math.inf for w in options.mixture)
+    ):
         raise ValueError(
             f"--mixture {' '.join(map(str, options.mixture))}: needs one weight above 0 for each of the "
             f"{len(options.data)} of --data"

@@ -5,10 +5,12 @@ import socket
 import uuid
 from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 
 from etils import epath
 
 from opt_jax.hub import is_remote
+from opt_jax.reading import open_regular
 from opt_jax.temporary import lock_file, refuse_links
 from opt_jax.training.files import LOCK
 
@@ -63,6 +65,8 @@ class RunLock:
 
     def _lock(self) -> int:
         refuse_links(self._path)
+        if self._path.exists() and not Path(self._path).is_file():
+            raise FileExistsError(f"{self._path} is not a regular file, so no lock of a run: move it elsewhere")
         while True:
             try:
                 if (descriptor := lock_file(self._path)) is not None:
@@ -89,8 +93,9 @@ class RunLock:
             raise FileExistsError(f"{self._output} is no longer this process's: {who}, so nothing more is written")
 
     def _read(self) -> bytes:
-        with suppress(FileNotFoundError), self._path.open("rb") as file:
-            return file.read(_MOST_BYTES)
+        with suppress(FileNotFoundError, IsADirectoryError, ValueError):  # (another kind of file: it is not our lock)
+            with self._path.open("rb") if is_remote(self._path) else open_regular(self._path) as file:
+                return file.read(_MOST_BYTES)
         return b""
 
     def _holder(self) -> str:
