@@ -80,7 +80,7 @@ def check_ids_of_tokens(backend: Tokenizer) -> None:
 
 def check_added_ids(text: bytes, backend: Tokenizer) -> None:
     """Refuse a tokenizer.json whose added tokens did not get the ids that it says: the library only logs that."""
-    for token in json.loads(text)["added_tokens"]:
+    for token in json.loads(text).get("added_tokens") or ():
         if (index := backend.token_to_id(token["content"])) != token["id"]:
             raise ValueError(
                 f"added token {shown(token['content'])} has the id {index}, not the {token['id']} that the file says"

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import pytest
@@ -362,9 +363,10 @@ def test_foreign_directories_do_not_count_as_checkpoints(tmp_path, name):
 
 def test_a_checkpoint_with_a_foreign_file_is_not_removed(tmp_path, monkeypatch):
     monkeypatch.setattr("opt_jax.training.checkpoints._items", lambda state: {"params": state, "optimizer": state})
+    state: Any = {"x": jax.numpy.zeros(3)}
     with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
         for step in (1, 2, 3):
-            checkpoints.save(step, {"x": jax.numpy.zeros(3)})
+            checkpoints.save(step, state)
             checkpoints._wait()
             if step == 1:
                 precious(tmp_path / "checkpoints" / "1" / "eval")
