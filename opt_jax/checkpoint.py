@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -228,11 +228,16 @@ def load_pretrained(
 
 def expected_shapes(cls: type[OPTPreTrainedModel], config: OPTConfig) -> Iterator[tuple[str, Shape]]:
     """(path, shape) of every parameter of the (unstacked) model. Only one layer of it is thought through."""
-    model = nnx.eval_shape(lambda: cls(dataclasses.replace(config, num_hidden_layers=1), rngs=nnx.Rngs(0)))
-    shapes = {path: param.get_value().shape for path, param in named_parameters(model).items()}
+    shapes = _shapes_of_one_layer(cls, dataclasses.replace(config, num_hidden_layers=1))
     for i in range(config.num_hidden_layers):
         yield from ((path.replace(_LAYER, f".layers.{i}.", 1), shapes[path]) for path in shapes if _LAYER in path)
     yield from ((path, shapes[path]) for path in shapes if _LAYER not in path)
+
+
+@lru_cache(maxsize=16)  # tracing takes a tenth of a second: a conversion asks twice, a notebook often
+def _shapes_of_one_layer(cls: type[OPTPreTrainedModel], config: OPTConfig) -> dict[str, Shape]:
+    model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))
+    return {path: param.get_value().shape for path, param in named_parameters(model).items()}
 
 
 def check_parameters(

@@ -157,6 +157,11 @@ def test_the_best_model_is_not_one_that_an_earlier_start_found_later(tmp_path):
         with Checkpoints(tmp_path / "best", keep=1) as best:
             best.save_model(step, state)
         assert [path.name for path in (tmp_path / "best").iterdir()] == [str(step)]
+    (ours := tmp_path / "best" / "6" / "eval.json").touch()
+    with Checkpoints(tmp_path / "best", keep=1) as best:
+        with pytest.raises(FileExistsError, match=f"{ours} is no file of a checkpoint"):
+            best.save_model(3, state)
+    assert ours.exists()
 
 
 def test_a_checkpoint_is_what_was_saved_though_training_goes_on(tmp_path):

@@ -299,7 +299,7 @@ def step_0_gradients(run):
 
 @pytest.mark.slow
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
-@pytest.mark.parametrize("mesh", ["data=8", exhaustive("fsdp=8"), exhaustive("tensor=8"), "data=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize("mesh", [*map(exhaustive, ("data=8", "fsdp=8", "tensor=8")), "data=2,fsdp=2,tensor=2"])
 def test_a_mesh_computes_what_one_device_does(mesh, reference):
     run = Run(mesh)
     kernel = named_leaves(run.state)["model.model.decoder.layers.fc1.kernel"]

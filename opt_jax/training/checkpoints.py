@@ -94,6 +94,10 @@ class Checkpoints:
             self._wait()
             on_first_process(self._before_write)
             for other in later:
+                if name := _foreign_file(self._directory / str(other)):
+                    raise FileExistsError(
+                        f"{name} is no file of a checkpoint, so its directory stays: move it elsewhere"
+                    )
                 self._manager.delete(other)
         self._save(step, {"params": _items(state)["params"]})
 
@@ -228,11 +232,13 @@ class _KeepForeignFiles:
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         kept = self.policy.should_preserve(checkpoints, context=context)
-        return [keep or self._has_more(step.step) for keep, step in zip(kept, checkpoints, strict=True)]
+        steps = zip(kept, (self.directory / str(checkpoint.step) for checkpoint in checkpoints), strict=True)
+        return [keep or _foreign_file(path) is not None for keep, path in steps]
 
-    def _has_more(self, step: int) -> bool:
-        path = self.directory / str(step)
-        return path.is_dir() and any(entry.name not in (*_IN_A_STEP, "commit_success.txt") for entry in path.iterdir())
+
+def _foreign_file(step: Path) -> Path | None:
+    entries = step.iterdir() if step.is_dir() else ()
+    return next((entry for entry in entries if entry.name not in (*_IN_A_STEP, "commit_success.txt")), None)
 
 
 def _check_steps(directory: Path) -> None:
