@@ -143,10 +143,3 @@ def test_verify_gives_no_verdict_on_a_mixture(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(convert.inspect, "compare", changing_compare)
     assert main(["verify", str(tmp_path / "out"), "--against", str(source)]) == 1
     assert "has changed while it was read" in capsys.readouterr().err
-
-
-def test_a_directory_in_the_place_of_a_tokenizer_file_is_no_source(tmp_path):
-    """Its time changes with what is written beside the source, such as the destination."""
-    source = write_hf(tmp_path / "src", TINY, hf_weights(TINY))
-    (source / "vocab.json").symlink_to(tmp_path)
-    assert main([str(source), str(tmp_path / "dst")]) == 0

@@ -60,8 +60,8 @@ def make_pair(name: str, cls: str = "OPTForCausalLM", dtype=jnp.float32, seed: i
 
 def make_exact_pair(name: str, cls: str = "OPTForCausalLM", scan_layers=False, **config):
     """As `make_pair`, but the PyTorch model computes in float64, for `run`: what ours, in float32, is to come near."""
-    _, model = make_pair(name, cls, scan_layers=scan_layers, **config)
-    return make_hf(name, cls, np.float64, **config), model
+    hf, model = make_pair(name, cls, scan_layers=scan_layers, **config)
+    return hf.double(), model
 
 
 class _Float64(torch.overrides.TorchFunctionMode):
