@@ -6,7 +6,8 @@ started again with the same command, a run goes on from its last checkpoint, bit
 
 import signal
 
-if __name__ == "__main__":  # Ctrl-C ends the process: a KeyboardInterrupt may be lost amid the imports
+# Ctrl-C ends the process: a KeyboardInterrupt may be lost amid the imports. (A job in the background may ignore it.)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses

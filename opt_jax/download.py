@@ -87,12 +87,13 @@ def missing_file(folder: Path) -> str | None:
     """
     if not (folder / "config.json").is_file():
         return "config.json"
-    found = next((name for name in WEIGHT_FILES if os.path.lexists(folder / name)), None)  # a link to what is gone, too
-    if found is not None and not (folder / found).is_file():
-        return found
-    if found is None:
+    # A link to what is gone is one of them, too.
+    weights = next((name for name in WEIGHT_FILES if os.path.lexists(folder / name)), None)
+    if weights is not None and not (folder / weights).is_file():
+        return weights
+    if weights is None:
         return f"weights ({', '.join(WEIGHT_FILES[:-1])} or {WEIGHT_FILES[-1]})"
-    return next((name for name in _needed(folder / found) if not (folder / name).is_file()), None)
+    return next((name for name in _needed(folder / weights) if not (folder / name).is_file()), None)
 
 
 def _needed(path: Path) -> list[str]:

@@ -3,8 +3,14 @@
 import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
 from contextlib import suppress
+
+import pytest
+from conftest import REPOSITORY
+from processes import environment
 
 from opt_jax import distributed
 from opt_jax.interrupts import Signals, raises, say
@@ -73,3 +79,15 @@ def test_a_line_for_a_pipe_that_nobody_reads_is_given_up():
         os.dup2(stderr, 2)
         for descriptor in (readable, writable, stderr):
             os.close(descriptor)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_amid_the_imports_ctrl_c_ends_train_py_but_not_a_job_in_the_background(tmp_path, ignored):
+    """A shell lets its jobs in the background ignore Ctrl-C."""
+    code = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemExit('went on')"
+    (tmp_path / "jax.py").write_text(code)  # the first import that takes long
+    command = f"trap '' INT; exec {sys.executable} train.py" if ignored else f"exec {sys.executable} train.py"
+    run = subprocess.run(
+        ["sh", "-c", command], cwd=REPOSITORY, env=environment(PYTHONPATH=str(tmp_path)), capture_output=True, text=True
+    )  # fmt: skip
+    assert (run.returncode, run.stderr) == ((1, "went on\n") if ignored else (-signal.SIGINT, ""))

@@ -152,7 +152,8 @@ def test_keeps_the_best_model_and_checkpoints_by_count_by_steps_and_by_minutes(o
 
 def test_the_best_model_is_not_one_that_an_earlier_start_found_later(tmp_path):
     """As after --fall-back, or a kill, with another --eval-every from then on."""
-    state = TrainState(jnp.int32(3), {"w": jnp.arange(8.0)}, {"m": jnp.ones(5)}, jnp.bool(False))  # type: ignore
+    model: Any = {"w": jnp.arange(8.0)}
+    state = TrainState(jnp.int32(3), model, {"m": jnp.ones(5)}, jnp.bool(False))
     for step in (9, 6, 6):
         with Checkpoints(tmp_path / "best", keep=1) as best:
             best.save_model(step, state)

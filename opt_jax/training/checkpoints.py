@@ -9,6 +9,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,14 +93,16 @@ class Checkpoints:
         """The same of the parameters alone. Later steps, of an earlier start that came further, make room for them."""
         if later := [other for other in self._manager.all_steps() if other > step]:
             self._wait()
-            on_first_process(self._before_write)
+            on_first_process(lambda: self._check_removal(later))
             for other in later:
-                if name := _foreign_file(self._directory / str(other)):
-                    raise FileExistsError(
-                        f"{name} is no file of a checkpoint, so its directory stays: move it elsewhere"
-                    )
                 self._manager.delete(other)
         self._save(step, {"params": _items(state)["params"]})
+
+    def _check_removal(self, steps: list[int]) -> None:
+        self._before_write()
+        for step in steps:
+            if path := _foreign_file(self._directory / str(step)):
+                raise FileExistsError(f"{path} is no file of a checkpoint, so its directory stays: move it elsewhere")
 
     def _save(self, step: int, items: dict[str, dict[str, jax.Array]]) -> None:
         if step <= (self.latest_step() or 0):
@@ -237,8 +240,9 @@ class _KeepForeignFiles:
 
 
 def _foreign_file(step: Path) -> Path | None:
-    entries = step.iterdir() if step.is_dir() else ()
-    return next((entry for entry in entries if entry.name not in (*_IN_A_STEP, "commit_success.txt")), None)
+    with suppress(FileNotFoundError, NotADirectoryError):  # process 0 may be removing it
+        return next((entry for entry in step.iterdir() if entry.name not in (*_IN_A_STEP, "commit_success.txt")), None)
+    return None
 
 
 def _check_steps(directory: Path) -> None:
