@@ -19,12 +19,14 @@ from typing import Any
 
 import jax
 
-from opt_jax import OPTForCausalLM, OPTTokenizer, distributed
-from opt_jax.attention import choose_attention
-from opt_jax.lora import LoRA, is_trained
-from opt_jax.sharding import make_mesh, use_mesh
-from opt_jax.storage import on_first_process
-from opt_jax.training import data, finetuning, loggers, plan, tasks
+from opt_jax import OPTForCausalLM, OPTTokenizer
+from opt_jax.data import corpus as data
+from opt_jax.model.attention import choose_attention
+from opt_jax.model.lora import LoRA, is_trained
+from opt_jax.parallel import agreement, processes
+from opt_jax.parallel.agreement import on_first_process
+from opt_jax.parallel.mesh import make_mesh, use_mesh
+from opt_jax.training import finetuning, loggers, plan
 from opt_jax.training.checkpoints import Checkpoints, Due, Termination
 from opt_jax.training.files import begin_run, check_run_directory, run_directory, write_record
 from opt_jax.training.flops import flops_per_token, peak_flops
@@ -54,6 +56,7 @@ from opt_jax.training.step import (
     place_batch,
     state_shardings,
 )
+from opt_jax.training.tasks import task as tasks
 
 
 def main(options: Options) -> None:
@@ -68,13 +71,13 @@ def train(options: Options, held: ExitStack) -> None:
     if options.deterministic:
         make_deterministic()
     absent = plan.topology_devices(options.topology) if options.topology else None  # --plan: TPUs that are not here
-    distributed.start(
+    processes.start(
         "off" if options.plan else options.distributed, options.coordinator_address, options.num_processes,
         options.process_id, options.heartbeat_seconds, options.hang_minutes,
     )  # fmt: skip
     common = dataclasses.asdict(options) | {"process_id": None}  # what must be the same on all processes
-    distributed.check_same({f"--{k.replace('_', '-')}": v for k, v in common.items()})
-    distributed.check_same_code(__file__)
+    agreement.check_same({f"--{k.replace('_', '-')}": v for k, v in common.items()})
+    agreement.check_same_code(__file__)
     is_main = jax.process_index() == 0  # writes the run directory, alone
     say = partial(print, flush=True) if is_main else lambda *_: None
     complain = partial(print, file=sys.stderr, flush=True)  # of what only one process may see
@@ -148,7 +151,7 @@ def train(options: Options, held: ExitStack) -> None:
         "options": common | {"seq_len": seq_len, "dtype": dtype},
         "model": config.to_hf(),
     }
-    distributed.check_same(record)
+    agreement.check_same(record)
 
     lock = held.enter_context(RunLock(output))  # for process 0 to take
 
@@ -158,7 +161,7 @@ def train(options: Options, held: ExitStack) -> None:
             lock.take(create=False)
         return [(output / name).exists() for name in ("run.json", "model/config.json")]
 
-    resuming, finished = json.loads(distributed.from_first(lambda: json.dumps(look()).encode()))
+    resuming, finished = json.loads(agreement.from_first(lambda: json.dumps(look()).encode()))
     compare_with_first_start(output / "run.json", record)
     if not resuming:  # a run may go on with fewer devices
         check_grad_dtype(options, mesh)
@@ -186,7 +189,7 @@ def train(options: Options, held: ExitStack) -> None:
         return data.train_tokenizer(corpus.training, size)
 
     # The one of process 0, on all of them.
-    tokenizer = distributed.from_first(lambda: data.tokenizer_to_bytes(choose_tokenizer()))
+    tokenizer = agreement.from_first(lambda: data.tokenizer_to_bytes(choose_tokenizer()))
     tokenizer = data.tokenizer_from_bytes(tokenizer)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
@@ -215,7 +218,7 @@ def train(options: Options, held: ExitStack) -> None:
         tokens_per_step = options.batch_size * seq_len
     record["data"] = windows.description()
     record["held-out data"] = validation.description() if validation else {}
-    distributed.check_same(record["data"] | {f"held-out {name}": v for name, v in record["held-out data"].items()})
+    agreement.check_same(record["data"] | {f"held-out {name}": v for name, v in record["held-out data"].items()})
     compare_with_first_start(output / "run.json", record)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -255,7 +258,7 @@ def train(options: Options, held: ExitStack) -> None:
         compare_with_first_start(output / "run.json", record)
     if is_main:
         write_record(output, record)
-    distributed.check_shared(output / "run.json")
+    agreement.check_shared(output / "run.json")
     if first:
         frozen = state and state.frozen
         first, state, saved = checkpoints.restore_newest(
@@ -265,7 +268,7 @@ def train(options: Options, held: ExitStack) -> None:
         state = dataclasses.replace(state, frozen=frozen)
     on_first_process(lock.check)
     on_first_process(lambda: cut_back(output / "metrics.jsonl", first, complain))
-    seen = distributed.from_first(lambda: json.dumps(best_validation(output / "metrics.jsonl")).encode())
+    seen = agreement.from_first(lambda: json.dumps(best_validation(output / "metrics.jsonl")).encode())
     best_step, best_loss = json.loads(seen)
     if first and best_step == first:  # it may have been killed between the checkpoint and its copy
         best.save_model(first, state)
@@ -321,7 +324,7 @@ def train(options: Options, held: ExitStack) -> None:
     trace = loggers.Trace(profiled_steps(options.profile), output / "profile", first, last, say)
     kept = kept_before_nonfinite(checkpoints, lambda: state, shardings)
     due = Due(options.checkpoint_every, options.checkpoint_minutes, options.keep_every, first)
-    distributed.reached(f"step {first + 1}")
+    processes.reached(f"step {first + 1}")
     guard = jax.transfer_guard("disallow")
     rows = local_rows(options.batch_size, options.accumulate, mesh)
     reading = windows.reader(rows, first, last, options.data_workers)
@@ -339,7 +342,7 @@ def train(options: Options, held: ExitStack) -> None:
             if pending is not None:
                 metrics.record(*pending)
             pending = (step, measured)
-            distributed.reached(f"step {step + 1}")
+            processes.reached(f"step {step + 1}")
 
             stopping = termination.asked(step)
             evaluate = step % options.eval_every == 0 or step == options.steps
@@ -392,5 +395,5 @@ def train(options: Options, held: ExitStack) -> None:
 
 
 if __name__ == "__main__":
-    with distributed.last_words("train.py", at_once=True):
+    with processes.last_words("train.py", at_once=True):
         main(parse_options())

@@ -21,8 +21,9 @@ from jax import lax
 
 from benchmarks.contestants import Contestant, alternate, close, machine, spread
 from benchmarks.generate import write_model
-from opt_jax import OPTConfig, OPTForCausalLM, beams
-from opt_jax.cache import KVCache
+from opt_jax import OPTConfig, OPTForCausalLM
+from opt_jax.generation import beams
+from opt_jax.model.cache import KVCache
 
 Search = Callable[[np.ndarray], np.ndarray]  # prompts [B, T] -> new tokens of the best sequence [B, N]
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.contestants import Contestant, close, machine
-from opt_jax import chunks, storage
-from opt_jax.storage import LazyArray
+from opt_jax.checkpoints import chunks, orbax
+from opt_jax.checkpoints.arrays import LazyArray
 
 SHAPE = (4096, 8192)  # float32: four chunks
 
@@ -33,9 +33,9 @@ def contestant(arrays: int, checksums: bool, verify: bool) -> Callable[[str, Pat
     def run(action: str, directory: Path) -> float:
         used = os.times().user
         if action == "write":
-            storage.write_arrays(directory, lazy)
+            orbax.write_arrays(directory, lazy)
         else:
-            for array in storage.open_arrays(directory, verify).values():
+            for array in orbax.open_arrays(directory, verify).values():
                 array.load()
         return os.times().user - used
 

@@ -49,9 +49,9 @@ def write_checkpoint(directory: Path, model: str, form: str) -> tuple[int, int]:
     import torch
     from safetensors.torch import save_file
 
-    from convert import hf
     from opt_jax import OPTConfig, OPTForCausalLM
-    from opt_jax.checkpoint import expected_shapes
+    from opt_jax.checkpoints.formats import hf
+    from opt_jax.checkpoints.pretrained import expected_shapes
 
     config = OPTConfig.preset(model)
     directory.mkdir()

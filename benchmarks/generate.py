@@ -82,7 +82,7 @@ def bandwidth() -> Callable[[], float]:
 def step_bytes(config: OPTConfig, itemsize: int, batch: int, length: float) -> float:
     """Bytes that one decode step must read: all weights but the tables of which it takes single rows, and the cache."""
     from opt_jax import OPTForCausalLM
-    from opt_jax.checkpoint import expected_shapes
+    from opt_jax.checkpoints.pretrained import expected_shapes
 
     skipped = {"model.decoder.embed_positions.embedding"}
     if not config.tie_word_embeddings:

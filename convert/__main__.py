@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from opt_jax import hub
-from opt_jax.disk import describe
+from opt_jax.checkpoints import hub
+from opt_jax.system.disk import describe
 
 if TYPE_CHECKING:
     from convert.source import Checkpoint
@@ -297,12 +297,13 @@ def _open(
     from_metaseq: bool = False,
 ) -> "Checkpoint":
     """Open SRC after a look at DST (None: later), which is repeated when it is written and when it is published."""
-    from opt_jax import storage
+    from opt_jax.checkpoints import directories
+    from opt_jax.parallel import agreement
 
     error = opened = None
     try:
         if replaceable is not None:
-            storage.check_destination(dst, write.overwrite, replaceable)
+            directories.check_destination(dst, write.overwrite, replaceable)
         _quiet_downloads(write.quiet)
         opened = _open_source(names, source, metaseq, from_metaseq)
         inside = os.path.realpath(dst)
@@ -311,7 +312,7 @@ def _open(
                 raise ValueError(f"{dst} is, or holds, the checkpoint to convert ({path}): choose another DST")
     except Exception as e:
         error = e
-    storage.agree(error)  # or the other processes of a job would wait for this one
+    agreement.agree(error)  # or the other processes of a job would wait for this one
     assert opened is not None
     return opened
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from convert import hf
 from convert.source import Checkpoint
+from opt_jax.checkpoints.arrays import first_difference
+from opt_jax.checkpoints.formats import hf
 from opt_jax.config import OPTConfig
-from opt_jax.storage import first_difference
 
 # What makes two models the same besides their tensors; the rates of dropout do not.
 _COMPARED = [

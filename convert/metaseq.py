@@ -18,15 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from convert import names
 from convert.metaseq_config import choose_config
 from convert.metaseq_parts import EMBEDDING, Part, Source, counted, is_flat, open_part, part_tensors, same
 from convert.source import Checkpoint, check_shapes
-from opt_jax import hub
-from opt_jax.checkpoint import set_dtype
+from opt_jax.checkpoints import hub
+from opt_jax.checkpoints.arrays import LazyArray
+from opt_jax.checkpoints.chunks import Index
+from opt_jax.checkpoints.formats import names
+from opt_jax.checkpoints.pretrained import set_dtype
+from opt_jax.checkpoints.source_files import SourceFiles
 from opt_jax.config import OPTConfig
-from opt_jax.source_files import SourceFiles
-from opt_jax.storage import Index, LazyArray
 
 _NAME = re.compile(r"(.+?)(?:-model_part-(\d+))?(?:-shard(\d+))?(?:\.pt)?", re.DOTALL)
 _HEAD = "decoder.output_projection.weight"

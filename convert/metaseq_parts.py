@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from convert.metaseq_config import read_settings
-from convert.stored import Stored, locate
-from convert.torch_files import TorchFile, TorchTensor
+from opt_jax.checkpoints.arrays import LazyArray, first_difference
+from opt_jax.checkpoints.chunks import Index, Shape
+from opt_jax.checkpoints.formats.stored import Stored, locate
+from opt_jax.checkpoints.formats.torch_files import TorchFile, TorchTensor
 from opt_jax.config import OPTConfig
-from opt_jax.storage import Index, LazyArray, Shape, first_difference
 
 EMBEDDING = "decoder.embed_tokens.weight"
 

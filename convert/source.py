@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import opt_jax.model
-from convert import hf
-from opt_jax import checkpoint, hub
+import opt_jax.model.heads
+from opt_jax.checkpoints import hub, pretrained
+from opt_jax.checkpoints.arrays import Checks, LazyArray
+from opt_jax.checkpoints.formats import hf
+from opt_jax.checkpoints.source_files import SourceFiles, files_of_model
 from opt_jax.config import OPTConfig
-from opt_jax.source_files import SourceFiles, files_of_model
-from opt_jax.storage import Checks, LazyArray
 
 CLASSES = ("OPTForCausalLM", "OPTModel", "OPTForSequenceClassification", "OPTForQuestionAnswering")
 
@@ -110,13 +110,13 @@ def open_directory(directory: Path, verify: bool = True) -> Checkpoint:
       ValueError: a damaged file, or a tensor that no OPT model has. (`Checkpoint.check` finds what else is wrong.)
     """
     files = files_of_model(directory)
-    config, raw = checkpoint.read_config(directory)
+    config, raw = pretrained.read_config(directory)
     orbax = hub.is_orbax(directory)
-    arrays, checks = checkpoint.open_parameters(directory, config, verify)
+    arrays, checks = pretrained.open_parameters(directory, config, verify)
     cls = model_class(config, arrays, directory)
     trained = orbax and not (directory / "config.json").is_file()
     if trained:  # a run that began from a float16 checkpoint has its config, but trains in float32
-        raw = checkpoint.set_dtype(raw, next(iter(arrays.values())).dtype.name)
+        raw = pretrained.set_dtype(raw, next(iter(arrays.values())).dtype.name)
     kind = "checkpoint of train.py" if trained else "Orbax model directory"
     return Checkpoint(
         where=directory,
@@ -149,4 +149,4 @@ def check_shapes(opened: Checkpoint) -> None:
       ValueError: one too many, too few or misshapen; names it as HF does.
     """
     model = getattr(opt_jax.model, opened.raw_config["architectures"][0])
-    checkpoint.check_parameters(model, opened.config, opened.arrays, opened.where, describe=hf.describe)
+    pretrained.check_parameters(model, opened.config, opened.arrays, opened.where, describe=hf.describe)

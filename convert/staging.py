@@ -12,9 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from opt_jax import temporary
-from opt_jax.reading import read_small
-from opt_jax.temporary import TemporaryPlace
+from opt_jax.system import temporary
+from opt_jax.system.reading import read_small
+from opt_jax.system.temporary import TemporaryPlace
 
 
 def directory_of(destination: Path) -> Path:

@@ -22,13 +22,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert import hf, names, staging
+from convert import staging
 from convert.source import Checkpoint
 from convert.to_orbax import cast
-from opt_jax import checkpoint, hub, storage
-from opt_jax.disk import disk_errors
-from opt_jax.storage import LazyArray
-from opt_jax.temporary import refuse_links
+from opt_jax.checkpoints import chunks, directories, hub, orbax, pretrained
+from opt_jax.checkpoints.arrays import LazyArray
+from opt_jax.checkpoints.formats import hf, names
+from opt_jax.parallel import agreement
+from opt_jax.system.disk import disk_errors
+from opt_jax.system.temporary import refuse_links
 
 Progress = Callable[[str, int], None]
 
@@ -78,7 +80,7 @@ def convert(
         if not 1 <= shard_of[0] <= shard_of[1]:
             raise ValueError(f"--shard-of {shard_of[0]}/{shard_of[1]}: i/n needs 1 <= i <= n")
     limit = parse_size(max_shard_size)
-    storage.on_first_process(source.check)
+    agreement.on_first_process(source.check)
     writer = _Writer(source, dtype, limit, progress)
     refuse_links(destination)
     destination = Path(os.path.realpath(destination))
@@ -87,8 +89,8 @@ def convert(
     elif shard_of is not None:
         _convert_part(writer, destination, shard_of, overwrite)
     else:
-        with storage.new_directory(destination, overwrite, hub.is_model) as new:
-            storage.check_space(new, sum(file.nbytes for file in writer.files))
+        with directories.new_directory(destination, overwrite, hub.is_model) as new:
+            directories.check_space(new, sum(file.nbytes for file in writer.files))
             for file in writer.files:
                 with disk_errors(new / file.name, file.nbytes), open(new / file.name, "xb", buffering=0) as out:
                     writer.write(out.fileno(), file)
@@ -219,17 +221,17 @@ class _Writer:
         array = cast(held, tensor.path, self.dtype)
         array = array.T if tensor.transposed else array
         row = array.nbytes // array.shape[0]
-        rows = max(1, storage.CHUNK_BYTES // row)
+        rows = max(1, orbax.CHUNK_BYTES // row)
 
-        def write(index: storage.Index) -> None:
+        def write(index: chunks.Index) -> None:
             if len(getattr(self._local, "buffer", "")) < rows * row:
-                self._local.buffer = np.empty(max(rows * row, storage.CHUNK_BYTES), np.uint8)
+                self._local.buffer = np.empty(max(rows * row, orbax.CHUNK_BYTES), np.uint8)
             piece = array.load(index, self._local.buffer)
             _pwrite(fd, piece.reshape(-1).view(np.uint8).data, offset + index[0].start * row)
             with self._lock:
                 self._progress(tensor.path, piece.nbytes)
 
-        for _ in pool.map(write, storage.pieces(array.shape, (rows, *array.shape[1:]))):
+        for _ in pool.map(write, orbax.pieces(array.shape, (rows, *array.shape[1:]))):
             pass
 
     def _hold(self, path: str) -> LazyArray:
@@ -245,8 +247,8 @@ class _Writer:
 
     def write_descriptions(self, directory: Path) -> None:
         raw, config = self.source.raw_config, self.source.config
-        _write_json(directory / "config.json", raw if self.dtype is None else checkpoint.set_dtype(raw, self.dtype))
-        checkpoint.copy_companions(self.source.companions, directory)
+        _write_json(directory / "config.json", raw if self.dtype is None else pretrained.set_dtype(raw, self.dtype))
+        pretrained.copy_companions(self.source.companions, directory)
         generation = directory / "generation_config.json"
         if self.cls == "OPTForCausalLM" and not generation.exists():
             ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -305,7 +307,7 @@ def _convert_part(writer: _Writer, destination: Path, shard_of: tuple[int, int],
     """One of several commands that know nothing of each other."""
     if shard_of[0] > len(writer.files):  # nothing to do, before or after the others
         return
-    storage.check_destination(destination, overwrite, hub.is_model)
+    directories.check_destination(destination, overwrite, hub.is_model)
     directory, plan = staging.directory_of(destination), writer.plan()
     staging.join(directory, plan)
     _write_part(writer, directory, shard_of)
@@ -317,7 +319,7 @@ def _convert_part(writer: _Writer, destination: Path, shard_of: tuple[int, int],
             if not hub.is_model(destination):
                 raise OSError(f"{directory} was removed while parts of {destination} were written to it: start again")
         elif not staging.unfinished(directory):
-            with storage.new_directory(destination, overwrite, hub.is_model) as new:
+            with directories.new_directory(destination, overwrite, hub.is_model) as new:
                 _collect(writer, directory, new)
             place.remove()
 
@@ -327,11 +329,11 @@ def _convert_in_job(writer: _Writer, destination: Path, overwrite: bool) -> None
     directory = staging.directory_of(destination)
 
     def begin() -> None:
-        storage.check_destination(destination, overwrite, hub.is_model)
+        directories.check_destination(destination, overwrite, hub.is_model)
         if staging.read_plan(directory) not in (None, writer.plan()):
             staging.discard(directory)  # of a job that was killed; if one is alive, `join` refuses
 
-    storage.on_first_process(begin)
+    agreement.on_first_process(begin)
     error = None
     try:
         staging.join(directory, writer.plan())
@@ -339,9 +341,9 @@ def _convert_in_job(writer: _Writer, destination: Path, overwrite: bool) -> None
     except Exception as e:
         error = e
     try:
-        storage.agree(error)
-        with storage.new_directory(destination, overwrite, hub.is_model) as new:
-            storage.on_first_process(lambda: _collect(writer, directory, new))
+        agreement.agree(error)
+        with directories.new_directory(destination, overwrite, hub.is_model) as new:
+            agreement.on_first_process(lambda: _collect(writer, directory, new))
     finally:
         if jax.process_index() == 0:
             staging.discard(directory)
@@ -350,7 +352,7 @@ def _convert_in_job(writer: _Writer, destination: Path, overwrite: bool) -> None
 def _write_part(writer: _Writer, directory: Path, shard_of: tuple[int, int]) -> None:
     mine = writer.files[shard_of[0] - 1 :: shard_of[1]]
     mine = [file for file in mine if not staging.complete(directory / file.name, file.nbytes)]
-    storage.check_space(directory, sum(file.nbytes for file in mine))
+    directories.check_space(directory, sum(file.nbytes for file in mine))
     for file in mine:
         with staging.new_file(directory, file.name, file.nbytes) as fd:
             writer.write(fd, file)

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 from jax import numpy as jnp
 
-from convert import hf
 from convert.source import Checkpoint
-from opt_jax import checkpoint, hub, storage
-from opt_jax.storage import LazyArray
+from opt_jax.checkpoints import chunks, directories, hub, orbax, pretrained
+from opt_jax.checkpoints.arrays import LazyArray
+from opt_jax.checkpoints.formats import hf
+from opt_jax.parallel import agreement
 
 
 def convert(
@@ -36,27 +37,27 @@ def convert(
         source that changed meanwhile; or see `hub.check_array_path`.
     """
     hub.check_array_path(destination)
-    storage.on_first_process(source.check)
+    agreement.on_first_process(source.check)
     arrays = {path: cast(source, path, dtype) for path in source.arrays}
-    config = dict(source.raw_config) if dtype is None else checkpoint.set_dtype(source.raw_config, dtype)
-    with storage.new_directory(destination, overwrite) as new:
-        storage.check_space(new, sum(array.nbytes for array in arrays.values()))
-        storage.write_arrays(new / "params", arrays, progress)
+    config = dict(source.raw_config) if dtype is None else pretrained.set_dtype(source.raw_config, dtype)
+    with directories.new_directory(destination, overwrite) as new:
+        directories.check_space(new, sum(array.nbytes for array in arrays.values()))
+        orbax.write_arrays(new / "params", arrays, progress)
 
         def finish() -> None:
             check_written(new, arrays)
-            checkpoint.copy_companions(source.companions, new)
+            pretrained.copy_companions(source.companions, new)
             source.files.check()
             (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
-        storage.on_first_process(finish)
+        agreement.on_first_process(finish)
 
 
 def cast(source: Checkpoint, path: str, dtype: str | None) -> LazyArray:
     """The array at `path` in another dtype; reading values that overflow there raises ValueError."""
     array = source.arrays[path]
     target = jnp.dtype(dtype or array.dtype)
-    if target.name not in checkpoint.PARAM_DTYPES:
+    if target.name not in pretrained.PARAM_DTYPES:
         name = hf.describe(path, ())[0]
         raise ValueError(
             f"{source.where}: tensor {name} is {target}, which models are not kept in; use --dtype float32"
@@ -64,7 +65,7 @@ def cast(source: Checkpoint, path: str, dtype: str | None) -> LazyArray:
     if target == array.dtype:
         return array
 
-    def read(index: storage.Index) -> np.ndarray:
+    def read(index: chunks.Index) -> np.ndarray:
         before = array.read(index)
         with np.errstate(over="ignore"):  # reported below
             after = before.astype(target)
@@ -81,7 +82,7 @@ def check_written(directory: Path, arrays: dict[str, LazyArray]) -> None:
 
     (metaseq's own merge once "succeeded" with 376 KB of 2.5 GB: its issue 695.)
     """
-    found = storage.open_arrays(directory / "params")
+    found = orbax.open_arrays(directory / "params")
     for path in arrays.keys() | found.keys():
         ours, theirs = ((x[path].shape, x[path].dtype) if path in x else None for x in (arrays, found))
         if ours != theirs:

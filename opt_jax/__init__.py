@@ -6,36 +6,36 @@ from typing import TYPE_CHECKING, Any
 from opt_jax.config import OPTConfig
 
 if TYPE_CHECKING:
-    from opt_jax.decoder import stack_layers, unstack_layers
-    from opt_jax.generation_config import GenerationConfig
-    from opt_jax.model import (
+    from opt_jax.generation.config import GenerationConfig
+    from opt_jax.model.decoder import stack_layers, unstack_layers
+    from opt_jax.model.heads import (
         OPTForCausalLM,
         OPTForQuestionAnswering,
         OPTForSequenceClassification,
         OPTModel,
         named_parameters,
     )
-    from opt_jax.model import OPTForCausalLM as AutoModelForCausalLM
-    from opt_jax.pipelines import pipeline, score_texts, stream_text
-    from opt_jax.quantization import quantize
-    from opt_jax.text import AutoTokenizer, OPTTokenizer
+    from opt_jax.model.heads import OPTForCausalLM as AutoModelForCausalLM
+    from opt_jax.model.quantization import quantize
+    from opt_jax.text.pipelines import pipeline, score_texts, stream_text
+    from opt_jax.text.tokenizer import AutoTokenizer, OPTTokenizer
 
 # Loaded on first use, so that `import opt_jax` costs little and text processing needs no JAX.
 _HOME = {
-    "OPTModel": "model",
-    "OPTForCausalLM": "model",
-    "OPTForSequenceClassification": "model",
-    "OPTForQuestionAnswering": "model",
-    "named_parameters": "model",
-    "stack_layers": "decoder",
-    "unstack_layers": "decoder",
-    "quantize": "quantization",
-    "GenerationConfig": "generation_config",
-    "OPTTokenizer": "text",
-    "AutoTokenizer": "text",
-    "pipeline": "pipelines",
-    "stream_text": "pipelines",
-    "score_texts": "pipelines",
+    "OPTModel": "model.heads",
+    "OPTForCausalLM": "model.heads",
+    "OPTForSequenceClassification": "model.heads",
+    "OPTForQuestionAnswering": "model.heads",
+    "named_parameters": "model.heads",
+    "stack_layers": "model.decoder",
+    "unstack_layers": "model.decoder",
+    "quantize": "model.quantization",
+    "GenerationConfig": "generation.config",
+    "OPTTokenizer": "text.tokenizer",
+    "AutoTokenizer": "text.tokenizer",
+    "pipeline": "text.pipelines",
+    "stream_text": "text.pipelines",
+    "score_texts": "text.pipelines",
 }
 
 __all__ = [

@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import tyro
 
 import opt_jax
-from opt_jax.disk import describe
-from opt_jax.evaluate import evaluate
-from opt_jax.interrupts import INTERRUPTED, ends_at_once, raises
-from opt_jax.reading import one_line
+from opt_jax.evaluation.command import evaluate
+from opt_jax.system.disk import describe
+from opt_jax.system.interrupts import INTERRUPTED, ends_at_once, raises
+from opt_jax.system.reading import one_line
 
 DEFAULT_NEW_TOKENS = 200
 
@@ -53,12 +53,12 @@ def generate(
     """
     prompts = prompts or (_read_stdin(),)
 
-    from opt_jax.text import OPTTokenizer
+    from opt_jax.text.tokenizer import OPTTokenizer
 
     tokenizer = OPTTokenizer.from_pretrained(model)  # before the weights: it fails sooner
 
-    from opt_jax.model import OPTForCausalLM
-    from opt_jax.pipelines import stream_text
+    from opt_jax.model.heads import OPTForCausalLM
+    from opt_jax.text.pipelines import stream_text
 
     language_model = OPTForCausalLM.from_pretrained(model, verify=verify)
     options: dict[str, Any] = dict(
@@ -93,8 +93,8 @@ def plot(
     if not runs:
         raise ValueError("no run: name its directory, as in opt-jax plot runs/small")
 
-    from opt_jax import hub
-    from opt_jax.plot import plot_runs
+    from opt_jax.checkpoints import hub
+    from opt_jax.training.plot import plot_runs
 
     if output is None and hub.is_remote(runs[0]):
         raise ValueError(f"{runs[0]} is not on this machine: say where the picture is to be, with --output FILE.png")
@@ -122,8 +122,8 @@ def tokenize(
       workers: Processes. None: one for each core.
       skip_bad_records: Leave out broken lines, bytes that are no UTF-8 and empty files, and count them.
     """
-    from opt_jax import hub
-    from opt_jax.training.tokens import tokenize_sources
+    from opt_jax.checkpoints import hub
+    from opt_jax.data.tokens import tokenize_sources
 
     array = None if output is None else hub.disk_path(output)
     _print(tokenize_sources(sources, array, tokenizer, workers, skip_bad_records) + "\n")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from opt_jax.reading import FieldsWithoutEffect, note_without_effect, read_small, shown
+from opt_jax.system.reading import FieldsWithoutEffect, note_without_effect, read_small, shown
 
 # Activations of `transformers.activations.ACT2FN` that OPT variants use; model.py maps each to its function.
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish", "tanh")

@@ -11,8 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import processes
 import pytest
+from support import processes
 
 exhaustive = partial(pytest.param, marks=pytest.mark.exhaustive)  # one more case of a kind
 FLAGS = ["--xla_force_host_platform_device_count=8"]

@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 from flax import nnx
-from processes import environment
+from support.processes import environment
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers import decoders as token_decoders
 

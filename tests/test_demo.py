@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from conftest import REPOSITORY
-from processes import environment
+from support.processes import environment
 
 
 @pytest.mark.slow

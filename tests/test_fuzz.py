@@ -9,15 +9,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import fuzz_cases
-import fuzz_worker
 import numpy as np
 import pytest
-from fuzz_cases import Many, npy_file
-from fuzz_worker import Worker
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from processes import environment
+from support import fuzz_cases, fuzz_worker
+from support.fuzz_cases import Many, npy_file
+from support.fuzz_worker import Worker
+from support.processes import environment
 
 # target -> what draws its cases, and how many without --exhaustive.
 DRAWN: dict[str, tuple[Callable[[Any], st.SearchStrategy], int]] = {

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from processes import environment
+from support.processes import environment
 
 import opt_jax
 

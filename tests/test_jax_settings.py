@@ -14,14 +14,16 @@ import pytest
 from flax import nnx
 from reference import our_model
 
-from opt_jax import OPTConfig, OPTForCausalLM, beams, decode, flash, named_parameters, quantize, stack_layers
-from opt_jax import generate as generation
-from opt_jax.generate import stream
-from opt_jax.lora import LoRA, is_trained
-from opt_jax.model import OPTForQuestionAnswering, OPTForSequenceClassification
-from opt_jax.request import check_request
-from opt_jax.scoring import _score
-from opt_jax.sharding import make_mesh, use_mesh
+from opt_jax import OPTConfig, OPTForCausalLM, named_parameters, quantize, stack_layers
+from opt_jax.generation import beams, loop
+from opt_jax.generation import generate as generation
+from opt_jax.generation.generate import stream
+from opt_jax.generation.request import check_request
+from opt_jax.generation.scoring import _score
+from opt_jax.model import flash
+from opt_jax.model.heads import OPTForQuestionAnswering, OPTForSequenceClassification
+from opt_jax.model.lora import LoRA, is_trained
+from opt_jax.parallel.mesh import make_mesh, use_mesh
 from opt_jax.training.optimizer import make_optimizer, make_schedule
 from opt_jax.training.options import Options, check_options
 from opt_jax.training.step import (
@@ -34,7 +36,7 @@ from opt_jax.training.step import (
     place_batch,
     state_shardings,
 )
-from opt_jax.training.tasks import make_predict_step, task_loss
+from opt_jax.training.tasks.task import make_predict_step, task_loss
 
 pytestmark = [pytest.mark.slow, pytest.mark.default_settings("switches settings on by itself")]
 STRICT = {"jax_enable_x64": True, "jax_numpy_rank_promotion": "raise", "jax_numpy_dtype_promotion": "strict"}
@@ -201,10 +203,10 @@ def decoded(model, **options):
 
     def run(model):
         how = dict(logprobs=request.logprobs, cache_dtype=request.cache_dtype, **kind)
-        state = decode.begin(model, request.prompts, request.options, capacity=request.capacity, **how)[0]
+        state = loop.begin(model, request.prompts, request.options, capacity=request.capacity, **how)[0]
         prefix = generation._read_prefix(model, IDS[:1], IDS[:1] != 1, request.cache_dtype).extend(3, 20)
         scores = _score(model, jnp.asarray(IDS), jnp.asarray(IDS != 1))
-        return decode.advance(model, state, request.options, np.int32(3), np.int32(2), **kind), prefix, scores
+        return loop.advance(model, state, request.options, np.int32(3), np.int32(2), **kind), prefix, scores
 
     return jax.eval_shape(run, model)
 

@@ -21,19 +21,21 @@ from reference import CONFIGS, our_model
 import opt_jax
 from convert import __main__ as convert_command
 from convert import source
-from opt_jax import GenerationConfig, OPTTokenizer, evaluate, sampling
-from opt_jax.checkpoint import load_pretrained, save_pretrained
-from opt_jax.drafts import check_drafts
-from opt_jax.generate import generate, prefill, stream
-from opt_jax.generation_config import FIELDS
-from opt_jax.lora import LoRA
-from opt_jax.model import OPTPreTrainedModel
-from opt_jax.perplexity import perplexity
-from opt_jax.pipelines import pipeline, score_texts, stream_text
-from opt_jax.processors import History, completes
-from opt_jax.request import check_request
-from opt_jax.scoring import score
-from opt_jax.sharding import make_mesh, use_mesh
+from opt_jax import GenerationConfig, OPTTokenizer
+from opt_jax.checkpoints.pretrained import load_pretrained, save_pretrained
+from opt_jax.evaluation import command
+from opt_jax.evaluation.perplexity import perplexity
+from opt_jax.generation import sampling
+from opt_jax.generation.config import FIELDS
+from opt_jax.generation.drafts import check_drafts
+from opt_jax.generation.generate import generate, prefill, stream
+from opt_jax.generation.processors import History, completes
+from opt_jax.generation.request import check_request
+from opt_jax.generation.scoring import score
+from opt_jax.model.heads import OPTPreTrainedModel
+from opt_jax.model.lora import LoRA
+from opt_jax.parallel.mesh import make_mesh, use_mesh
+from opt_jax.text.pipelines import pipeline, score_texts, stream_text
 from opt_jax.training.optimizer import make_optimizer, make_schedule
 from opt_jax.training.options import Options
 from opt_jax.training.step import make_gradients, new_model, state_shardings
@@ -299,7 +301,10 @@ def test_options_of_generation(model):
 
 def test_every_traced_option_reaches_the_tokens():
     """The other half: of what a request says in arrays, the compiled code reads all."""
-    read = attributes(["opt_jax/sampling.py", "opt_jax/decode.py", "opt_jax/speculative.py"], {"o", "options"})
+    read = attributes(
+        ["opt_jax/generation/sampling.py", "opt_jax/generation/loop.py", "opt_jax/generation/speculative.py"],
+        {"o", "options"},
+    )
     assert {field.name for field in dataclasses.fields(sampling.SamplingOptions)} <= read
 
 
@@ -455,7 +460,7 @@ def test_options_of_commands_are_read():
     training = ["train.py", *(str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob("opt_jax/training/*.py"))]
     for options, paths, passed in (
         (Options, training, {"dropout", "attention_dropout", "init_std"}),  # model_config takes these by their names
-        (evaluate.EvalOptions, ["opt_jax/evaluate.py"], set()),
+        (command.EvalOptions, ["opt_jax/evaluation/command.py"], set()),
         (convert_command.WriteOptions, ["convert/__main__.py"], set()),
         (convert_command.JobOptions, ["convert/__main__.py"], set()),
     ):

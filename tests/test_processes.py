@@ -4,9 +4,9 @@ import signal
 import subprocess
 import sys
 
-import processes
 import pytest
-from processes import environment
+from support import processes
+from support.processes import environment
 
 pytestmark = pytest.mark.slow
 PROGRAMS = {

@@ -21,15 +21,16 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
-from opt_jax import distributed
-from opt_jax.checkpoint import read_array
-from opt_jax.chunks import ShardHandler, pytree_handler
-from opt_jax.disk import disk_errors, without_tracebacks
-from opt_jax.hub import absolute, as_path, check_array_path, is_remote
-from opt_jax.interrupts import INTERRUPTED, Signals, say
-from opt_jax.reading import one_line, read_small
-from opt_jax.storage import CHUNK_BYTES, agree, on_first_process, open_stored
-from opt_jax.temporary import refuse_links
+from opt_jax.checkpoints.chunks import ShardHandler, pytree_handler
+from opt_jax.checkpoints.hub import absolute, as_path, check_array_path, is_remote
+from opt_jax.checkpoints.orbax import CHUNK_BYTES, open_stored
+from opt_jax.checkpoints.pretrained import read_array
+from opt_jax.parallel import processes
+from opt_jax.parallel.agreement import agree, on_first_process
+from opt_jax.system.disk import disk_errors, without_tracebacks
+from opt_jax.system.interrupts import INTERRUPTED, Signals, say
+from opt_jax.system.reading import one_line, read_small
+from opt_jax.system.temporary import refuse_links
 from opt_jax.training.step import TrainState, named_leaves
 
 _DATES = "_CHECKPOINT_METADATA"  # of Orbax, in each step
@@ -335,7 +336,7 @@ class Termination:
 
     def _note(self, number: int) -> None:
         if self.came is not None or number == signal.SIGINT and not self._stepped:
-            distributed.end_at_once(number)
+            processes.end_at_once(number)
         self.came = number
         if number == signal.SIGINT:
             say("Ctrl-C: saving a checkpoint; a second Ctrl-C ends at once, without it")
@@ -354,4 +355,4 @@ class Termination:
 
     def describe(self) -> tuple[str, int]:
         """(what asked, the exit code)"""
-        return ("Ctrl-C", INTERRUPTED) if self.came == signal.SIGINT else ("SIGTERM", distributed.PREEMPTED)
+        return ("Ctrl-C", INTERRUPTED) if self.came == signal.SIGINT else ("SIGTERM", processes.PREEMPTED)

@@ -11,10 +11,10 @@ from typing import Any
 
 from etils import epath
 
-from opt_jax.disk import disk_errors
-from opt_jax.hub import as_path, check_array_path, check_remote, is_remote
-from opt_jax.reading import open_regular, read_small
-from opt_jax.temporary import MARKER, new_file, refuse_links
+from opt_jax.checkpoints.hub import as_path, check_array_path, check_remote, is_remote
+from opt_jax.system.disk import disk_errors
+from opt_jax.system.reading import open_regular, read_small
+from opt_jax.system.temporary import MARKER, new_file, refuse_links
 
 LOCK = f"{MARKER}.lock"  # see run_lock.py
 _UPLOAD_SECONDS = 60.0

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from opt_jax.config import OPTConfig
-from opt_jax.decoder import stack_layers
-from opt_jax.model import OPTModel
-from opt_jax.text import OPTTokenizer
-from opt_jax.training.classification import Classification, label_config
+from opt_jax.model.decoder import stack_layers
+from opt_jax.model.heads import OPTModel
+from opt_jax.text.tokenizer import OPTTokenizer
 from opt_jax.training.options import Options
-from opt_jax.training.squad import QuestionAnswering
 from opt_jax.training.step import named_leaves, new_model, state_shardings
-from opt_jax.training.tasks import TASKS
+from opt_jax.training.tasks.classification import Classification, label_config
+from opt_jax.training.tasks.squad import QuestionAnswering
+from opt_jax.training.tasks.task import TASKS
 
 
 def task_config(options: Options, config: OPTConfig, start: str | None) -> OPTConfig:

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 from etils import epath
 
-from opt_jax.disk import disk_errors
-from opt_jax.hub import is_remote
-from opt_jax.reading import read_small
+from opt_jax.checkpoints.hub import is_remote
+from opt_jax.system.disk import disk_errors
+from opt_jax.system.reading import read_small
 from opt_jax.training.files import write_text
 
 _MOST_WAITING = 100_000  # numbers on their way to TensorBoard's files

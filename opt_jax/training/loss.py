@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from opt_jax.sharding import first_part, gather_rows, max_over_tensor, own_tokens, scatter_rows, sum_over_tensor
+from opt_jax.parallel.collectives import (
+    first_part,
+    gather_rows,
+    max_over_tensor,
+    own_tokens,
+    scatter_rows,
+    sum_over_tensor,
+)
 
 IGNORED = -100
 CHUNK_BYTES = 2**28  # of a chunk's float32 logits on one device

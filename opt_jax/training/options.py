@@ -18,9 +18,9 @@ from etils import epath
 from jax.sharding import Mesh
 
 from opt_jax.config import OPTConfig
-from opt_jax.decoder import Remat
-from opt_jax.reading import shown
-from opt_jax.temporary import refuse_links
+from opt_jax.model.decoder import Remat
+from opt_jax.system.reading import shown
+from opt_jax.system.temporary import refuse_links
 from opt_jax.training.files import read_record
 from opt_jax.training.recipes import RECIPES, recipe_options
 
@@ -308,10 +308,10 @@ def model_config(options: Options) -> tuple[OPTConfig, str | None]:
     elif name.endswith(".json"):
         config = OPTConfig.from_hf(name)
     else:
-        from opt_jax import checkpoint, hub
+        from opt_jax.checkpoints import hub, pretrained
 
         directory = hub.resolve(name)
-        start, (config, _) = str(directory), checkpoint.read_config(directory)
+        start, (config, _) = str(directory), pretrained.read_config(directory)
         if "init_std" in changes:
             raise ValueError("--init-std is for new weights, but --model is a checkpoint: leave one of them out")
     if options.vocab_size and (options.tokenizer or start):

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from opt_jax.config import OPTConfig
-from opt_jax.hlo import Program, collective_bytes
-from opt_jax.temporary import new_file
+from opt_jax.parallel.hlo import Program, collective_bytes
+from opt_jax.system.temporary import new_file
 from opt_jax.training.flops import flops_per_token
 
 # device_kind -> HBM that a program may use, bytes: what libtpu 0.0.42 says where a program does not fit. (A device of

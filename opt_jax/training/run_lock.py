@@ -9,9 +9,9 @@ from pathlib import Path
 
 from etils import epath
 
-from opt_jax.hub import is_remote
-from opt_jax.reading import open_regular
-from opt_jax.temporary import lock_file, refuse_links
+from opt_jax.checkpoints.hub import is_remote
+from opt_jax.system.reading import open_regular
+from opt_jax.system.temporary import lock_file, refuse_links
 from opt_jax.training.files import LOCK
 
 _MOST_BYTES = 1000  # that are read of a lock

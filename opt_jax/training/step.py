@@ -15,18 +15,12 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
-from opt_jax.attention import DropoutKey
 from opt_jax.config import OPTConfig
-from opt_jax.model import OPTForCausalLM
-from opt_jax.sharding import (
-    batch_sharding,
-    gather_parameters,
-    param_sharding,
-    per_device,
-    replicated,
-    sum_gradients,
-    sum_over_batch,
-)
+from opt_jax.model.attention import DropoutKey
+from opt_jax.model.heads import OPTForCausalLM
+from opt_jax.parallel.collectives import gather_parameters, per_device, sum_gradients, sum_over_batch
+from opt_jax.parallel.mesh import batch_sharding, replicated
+from opt_jax.parallel.rules import param_sharding
 from opt_jax.training.loss import IGNORED, next_token_loss
 
 # "input_ids", "labels" (the next id of each, -100 where none counts) and, for packed documents, "segment_ids"; those of

@@ -10,7 +10,7 @@ from limits import assert_close
 from oracle import make_hf, talkative_pair, to_jax, torch
 from reference import SMALL, batch
 
-from opt_jax.beams import beam_search
+from opt_jax.generation.beams import beam_search
 
 # Mixed lengths, padded on the left: 10, 7, 4, 1 real tokens.
 PROMPTS = {k: v for k, v in batch("opt-125m", "left", rows=4).items() if k != "labels"}

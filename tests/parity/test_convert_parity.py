@@ -16,10 +16,10 @@ from reference import CLASSES, SMALL, batch
 
 import opt_jax
 from convert.__main__ import main
-from convert.hf import open_checkpoint
-from convert.torch_files import read_torch
 from opt_jax import named_parameters
-from opt_jax.inputs import check_inputs
+from opt_jax.checkpoints.formats.hf import open_checkpoint
+from opt_jax.checkpoints.formats.torch_files import read_torch
+from opt_jax.model.inputs import check_inputs
 
 FIXTURES = Path(__file__).parents[1] / "data" / "torch"
 

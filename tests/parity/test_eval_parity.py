@@ -13,7 +13,7 @@ from oracle import make_pair, torch, transformers
 from convert import to_hf
 from convert.source import open_directory
 from opt_jax import OPTTokenizer
-from opt_jax.perplexity import perplexity
+from opt_jax.evaluation.perplexity import perplexity
 
 VOCABULARY = 4096  # that of the tokenizer of "tiny"
 CONTEXT = 64
@@ -124,7 +124,7 @@ def both(folder):
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from opt_jax.harness import OPTLM
+    from opt_jax.evaluation.harness import OPTLM
 
     hf = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "hf")

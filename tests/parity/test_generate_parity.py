@@ -96,8 +96,9 @@ def test_greedy_with_processors(one_pair, options):
 
 def test_stop_strings():
     """The token after which HF's criterion says stop, on random text and on random bytes, prompts included."""
-    from opt_jax import OPTTokenizer, hub
-    from opt_jax.streaming import StopStrings
+    from opt_jax import OPTTokenizer
+    from opt_jax.checkpoints import hub
+    from opt_jax.text.streaming import StopStrings
 
     tok = OPTTokenizer.from_pretrained("tiny")
     folder = hub.resolve("tiny")

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from limits import assert_close
-from metaseq_files import Foreign, contents, settings
 from oracle import make_hf, torch
 from reference import CONFIGS, batch
+from support.metaseq_files import Foreign, contents, settings
 
 import opt_jax
 from convert import metaseq, to_orbax
 from opt_jax import OPTConfig
-from opt_jax.inputs import check_inputs
+from opt_jax.model.inputs import check_inputs
 
 
 @contextmanager

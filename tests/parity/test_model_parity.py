@@ -21,8 +21,8 @@ from reference import CONFIGS, PADDINGS, SMALL, batch, f32, i32
 
 from opt_jax import named_parameters, unstack_layers
 from opt_jax.config import ACTIVATIONS
-from opt_jax.inputs import check_inputs
-from opt_jax.outputs import cross_entropy
+from opt_jax.model.inputs import check_inputs
+from opt_jax.model.outputs import cross_entropy
 
 EVERYTHING = dict(output_hidden_states=True, output_attentions=True)
 

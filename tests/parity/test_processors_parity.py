@@ -13,9 +13,9 @@ from limits import assert_close
 from oracle import make_hf, torch, transformers
 from reference import our_model
 
-from opt_jax import sampling
-from opt_jax.processors import History
-from opt_jax.request import check_request
+from opt_jax.generation import sampling
+from opt_jax.generation.processors import History
+from opt_jax.generation.request import check_request
 
 VOCABULARY, NEW, COLUMNS = 99, 12, 40  # of reference.CONFIGS["opt-125m"]
 ENDS = [2, 17]

@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 
 from opt_jax import pipeline
-from opt_jax.text import OPTTokenizer
+from opt_jax.text.tokenizer import OPTTokenizer
 
 transformers = pytest.importorskip("transformers", reason="parity tests compare with transformers")
 

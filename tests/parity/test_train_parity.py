@@ -8,7 +8,7 @@ from limits import assert_close, within
 from oracle import canonical, make_exact_pair, run, torch
 from reference import CONFIGS
 
-from opt_jax.sharding import make_mesh, use_mesh
+from opt_jax.parallel.mesh import make_mesh, use_mesh
 from opt_jax.training.optimizer import make_optimizer, make_schedule
 from opt_jax.training.step import make_train_step, named_leaves, new_state, place_batch, state_shardings
 

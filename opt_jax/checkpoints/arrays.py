@@ -1,0 +1,74 @@
+"""Lazy arrays: shape, dtype, and how to read any part of an array that is somewhere else."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from opt_jax.checkpoints.chunks import Index, Shape, pieces
+
+Checks = tuple[Callable[[], object], ...]  # comparisons put off because they read data; each raises ValueError
+
+
+@dataclass(frozen=True)
+class LazyArray:
+    """An array that is somewhere else: in a file, in an Orbax directory, in parts to be joined.
+
+    Attributes:
+      read: the part at an index with one slice (start and stop, step 1) per dimension. May be a view of any strides
+        and alignment, of memory that changes later: use `load`, which copies.
+      in_chunks: it is stored as a grid of chunks, and reading any part of one reads all of it.
+    """
+
+    shape: Shape
+    dtype: np.dtype
+    read: Callable[[Index], np.ndarray]
+    in_chunks: bool = False
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    @property
+    def T(self) -> "LazyArray":
+        return LazyArray(self.shape[::-1], self.dtype, lambda index: self.read(index[::-1]).T, self.in_chunks)
+
+    def load(self, index: Sequence[slice] | None = None, buffer: np.ndarray | None = None) -> np.ndarray:
+        """A C-contiguous copy, in native byte order, of the whole or of the part at `index`.
+
+        buffer: uint8 [at least as many bytes]; the copy is made there (new memory costs as much time as copying).
+        """
+        index = (slice(None),) * len(self.shape) if index is None else index
+        view = self.read(tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, self.shape, strict=True)))
+        buffer = np.empty(view.size * self.dtype.itemsize, np.uint8) if buffer is None else buffer
+        out = buffer[: view.size * self.dtype.itemsize].view(self.dtype.newbyteorder("=")).reshape(view.shape)
+        copy_blocked(out, view)
+        return out
+
+
+def copy_blocked(out: np.ndarray, view: np.ndarray) -> None:
+    """out[...] = view. NumPy alone reads a transposed matrix column by column: five times slower than this."""
+    if view.ndim == 2 and view.strides[0] < view.strides[1]:
+        for start in range(0, view.shape[1], 16):
+            out[:, start : start + 16] = view[:, start : start + 16]
+    else:
+        out[...] = view
+
+
+def first_difference(a: LazyArray, b: LazyArray) -> tuple[int, ...] | None:
+    """The index of the first element whose bits differ (a NaN equals itself); () if shape or dtype do; None: equal."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return ()
+    row = max(1, math.prod(a.shape[1:])) * a.dtype.itemsize
+    for index in pieces(a.shape, (max(1, CHUNK_BYTES // row), *a.shape[1:])[: len(a.shape)]):
+        ours, theirs = (x.load(index) for x in (a, b))
+        bits = f"u{a.dtype.itemsize}"
+        if (differ := ours.view(bits) != theirs.view(bits)).any():
+            where = np.argwhere(differ)[0]
+            return tuple(int(i) + s.start for i, s in zip(where, index, strict=True))
+    return None

@@ -1,0 +1,58 @@
+"""The one table of parameter names: ours (`opt_jax.model.heads.named_parameters`) <-> those of Hugging Face's OPT classes.
+
+Ours differ in the last part (Flax says kernel, embedding and scale where PyTorch says weight), and a linear layer's
+kernel is [in, out] where PyTorch's weight is [out, in].
+"""
+
+import re
+
+
+def _linear(name: str) -> dict[str, tuple[str, bool]]:
+    return {f"{name}.kernel": (f"{name}.weight", True), f"{name}.bias": (f"{name}.bias", False)}
+
+
+def _norm(name: str) -> dict[str, tuple[str, bool]]:
+    return {f"{name}.scale": (f"{name}.weight", False), f"{name}.bias": (f"{name}.bias", False)}
+
+
+_LAYER = "model.decoder.layers.*"
+# Our path -> (HF name, whether the matrix is transposed); "*" is the number of the layer.
+TABLE: dict[str, tuple[str, bool]] = {
+    "model.decoder.embed_tokens.embedding": ("model.decoder.embed_tokens.weight", False),
+    "model.decoder.embed_positions.embedding": ("model.decoder.embed_positions.weight", False),
+    "model.decoder.project_in.kernel": ("model.decoder.project_in.weight", True),
+    "model.decoder.project_out.kernel": ("model.decoder.project_out.weight", True),
+    **_linear(f"{_LAYER}.self_attn.q_proj"),
+    **_linear(f"{_LAYER}.self_attn.k_proj"),
+    **_linear(f"{_LAYER}.self_attn.v_proj"),
+    **_linear(f"{_LAYER}.self_attn.out_proj"),
+    **_norm(f"{_LAYER}.self_attn_layer_norm"),
+    **_linear(f"{_LAYER}.fc1"),
+    **_linear(f"{_LAYER}.fc2"),
+    **_norm(f"{_LAYER}.final_layer_norm"),
+    **_norm("model.decoder.final_layer_norm"),
+    "lm_head.kernel": ("lm_head.weight", True),
+    "score.kernel": ("score.weight", True),
+    **_linear("qa_outputs"),
+}
+_FROM_HF = {name: (path, transposed) for path, (name, transposed) in TABLE.items()}
+
+
+def to_hf(path: str) -> tuple[str, bool]:
+    """Our path -> (HF name, transposed). KeyError: not a parameter of any OPT model."""
+    return _look_up(TABLE, path)
+
+
+def from_hf(name: str) -> tuple[str, bool]:
+    """HF name -> (our path, transposed). Base-model saves lack the leading `model.`; KeyError as for `to_hf`."""
+    return _look_up(_FROM_HF, f"model.{name}" if name.startswith("decoder.") else name)
+
+
+def _look_up(table: dict[str, tuple[str, bool]], name: str) -> tuple[str, bool]:
+    number = re.search(r"\.layers\.(0|[1-9][0-9]*)\.", name)
+    if number is None:
+        if "*" in name:
+            raise KeyError(name)
+        return table[name]
+    found, transposed = table[name.replace(number[0], ".layers.*.", 1)]
+    return found.replace(".*.", f".{number[1]}."), transposed

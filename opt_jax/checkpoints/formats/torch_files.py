@@ -1,0 +1,315 @@
+"""Reads safetensors and torch zip files without torch: memory-mapped, lazily, and without running code.
+
+Both readers give `Tensors`: a dict of numpy views into the mapped file. Nothing is read before a view is used.
+
+Formats: https://github.com/huggingface/safetensors#format; torch's zip as written by `torch.save` since 1.6
+(torch/serialization.py, `_save`).
+"""
+
+import json
+import math
+import mmap
+import os
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from opt_jax.checkpoints.formats import unpickle
+from opt_jax.checkpoints.formats.unpickle import (
+    Refused,
+    StubClass,
+)
+from opt_jax.checkpoints.formats.zip_records import find_records
+from opt_jax.system.reading import SMALL_FILE, open_regular
+
+_SAFETENSORS_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+_STORAGE_DTYPES = {
+    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
+    "ByteStorage": "uint8", "BoolStorage": "bool",
+}  # fmt: skip
+_MAX_HEADER = 10_000_000  # bytes: 70,000 tensors. Parsing JSON made to hurt takes thirty times its length
+_MAX_SIZE = 1 << 60  # elements; NumPy counts bytes in 63 bits
+_MAX_DIMENSIONS = 32
+
+
+class Tensors(dict[str, np.ndarray]):
+    """Tensor name -> read-only view into the mapped file, of any strides and alignment. `stored.locate` says where."""
+
+    def __init__(self, mapped: mmap.mmap) -> None:
+        super().__init__()
+        self.map = mapped
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """The file's bytes, read-only.
+
+    Raises:
+      ValueError: the file is empty, a Git LFS pointer or none at all (`open_regular`).
+      OSError: it cannot be read.
+    """
+    with open_regular(path) as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise ValueError(f"{path} is empty")
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if mapped[:24] == b"version https://git-lfs.":
+        raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository")
+    return mapped
+
+
+def _dtype(name: str) -> np.dtype:
+    return np.dtype(getattr(ml_dtypes, name, name)).newbyteorder("<")
+
+
+def _is_size(*numbers: Any) -> bool:
+    return all(type(n) is int and 0 <= n < _MAX_SIZE for n in numbers)
+
+
+def _is_shape(shape: Any) -> bool:
+    """Whether NumPy can have an array of this shape, as far as its length goes."""
+    if type(shape) not in (list, tuple) or len(shape) > _MAX_DIMENSIONS or not _is_size(*shape):
+        return False
+    return math.prod(n or 1 for n in shape) < _MAX_SIZE
+
+
+def shown(what: Any) -> str:
+    """A name or message from a file, for a message: no control characters, and not endless."""
+    text = str(what)
+    if not text.isprintable():
+        text = text.encode("unicode_escape").decode()
+    return text if len(text) <= 160 else f"{text[:100]}...{text[-50:]}"
+
+
+# safetensors ------------------------------------------------------------------------------------------------
+
+
+def read_safetensors(path: Path) -> Tensors:
+    """The tensors of a `.safetensors` file.
+
+    Raises:
+      ValueError: the file is truncated or malformed; names the file and, where there is one, the tensor.
+    """
+    mapped = map_file(path)
+    length = int.from_bytes(mapped[:8], "little")
+    if len(mapped) < 8 or length > min(len(mapped) - 8, _MAX_HEADER):
+        raise ValueError(f"{path} is truncated or not a safetensors file: its header does not fit")
+    try:
+        header = json.loads(mapped[8 : 8 + length].decode("utf-8"), object_pairs_hook=_unique)
+        if not isinstance(header, dict):
+            raise ValueError("not a JSON object")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its __metadata__ is not an object of strings")
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: the safetensors header is damaged: {shown(e)}") from None
+
+    tensors, spans = Tensors(mapped), []
+    for name, entry in header.items():
+        try:
+            dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        except (TypeError, KeyError, ValueError):
+            raise ValueError(f"{path}: tensor {shown(name)} has a malformed header entry") from None
+        if not (isinstance(dtype, str) and _is_shape(shape) and _is_size(start, end)):
+            raise ValueError(f"{path}: tensor {shown(name)} has a malformed header entry")
+        if dtype not in _SAFETENSORS_DTYPES:
+            raise ValueError(f"{path}: tensor {shown(name)} has dtype {shown(dtype)}, which is not supported")
+        if end - start != math.prod(shape) * _dtype(_SAFETENSORS_DTYPES[dtype]).itemsize:
+            what = f"tensor {shown(name)} ({dtype}, shape {shape})"
+            raise ValueError(f"{path}: {what} does not fill its {end - start} bytes")
+        spans.append((start, end, name, dtype, shape))
+
+    # The format allows neither gaps nor overlaps, so walking the tensors in order accounts for every byte.
+    position, size = 0, len(mapped) - 8 - length
+    for start, end, name, dtype, shape in sorted(spans):
+        if start != position:
+            raise ValueError(f"{path}: tensor {shown(name)} overlaps another or leaves a gap before it")
+        if end > size:
+            raise ValueError(f"{path} is truncated: tensor {shown(name)} ends at byte {end} of {size}")
+        flat = np.frombuffer(mapped, _dtype(_SAFETENSORS_DTYPES[dtype]), math.prod(shape), 8 + length + start)
+        tensors[name] = flat.reshape(shape)
+        position = end
+    if position != size:
+        raise ValueError(f"{path}: {size - position} bytes after the last tensor belong to none")
+    return tensors
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in unique:
+            raise ValueError(f"{name} is there twice")
+        unique[name] = value
+    return unique
+
+
+# torch zip --------------------------------------------------------------------------------------------------
+
+
+class TorchTensor(NamedTuple):
+    """A tensor as the pickle describes it, unchecked; sizes, offset and strides count elements."""
+
+    storage: Any  # ("storage", dtype name, key, location, number of elements)
+    offset: Any
+    size: Any
+    stride: Any
+    bits: Any = None  # None, or {"neg": ..., "conj": ...}: what torch does to the stored numbers when it reads them
+
+
+# What the training code keeps beside tensors: settings with their types, enums, meters, numbers of NumPy.
+_STUB_MODULES = ("metaseq", "fairseq", "fairscale", "omegaconf", "argparse", "enum", "typing", "pathlib")
+_BUILTIN_TYPES = "bool bytearray bytes complex dict float frozenset int list long object set str tuple type unicode"
+_STUB_NAMES = {
+    *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in _BUILTIN_TYPES.split()),
+    *(f"torch.{name}" for name in ("bfloat16", "device", "float16", "float32", "float64", "int32", "int64")),
+    "numpy.core.multiarray.scalar", "numpy.core.multiarray._reconstruct", "numpy.dtype", "numpy.ndarray",
+    "numpy._core.multiarray.scalar", "numpy._core.multiarray._reconstruct", "_codecs.encode", "_operator.getitem",
+    "operator.getitem", "collections.Counter", "collections.defaultdict", "collections.deque",
+}  # fmt: skip
+
+
+def _rebuild_tensor(storage, offset, size, stride, _requires_grad=False, _hooks=None, metadata=None) -> TorchTensor:
+    return TorchTensor(storage, offset, size, stride, metadata)
+
+
+def _rebuild_parameter(tensor, _requires_grad=False, _hooks=None) -> TorchTensor:
+    if not isinstance(tensor, TorchTensor):
+        raise ValueError(f"a parameter is made of a {type(tensor).__name__}")
+    return tensor
+
+
+def _size(dims) -> tuple:
+    if type(dims) is not tuple:
+        raise ValueError(f"torch.Size of a {type(dims).__name__}")
+    return dims
+
+
+_GLOBALS: dict[str, Any] = {
+    "collections.OrderedDict": dict,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch.Size": _size,
+} | {f"torch.{storage}": dtype for storage, dtype in _STORAGE_DTYPES.items()}
+
+
+def _find_global(name: str) -> Any:
+    if name not in _GLOBALS:
+        raise Refused(name)
+    return _GLOBALS[name]
+
+
+def _find_global_or_stub(name: str) -> Any:
+    if name in _GLOBALS or not (name.split(".")[0] in _STUB_MODULES or name in _STUB_NAMES):
+        return _find_global(name)
+    return StubClass(name)
+
+
+class TorchFile:
+    """A torch zip file: `content` is the saved object, with a `TorchTensor` for each tensor; `view` gives its array.
+
+    Args:
+      stubs: read objects of the training code's classes as a `Stub`, instead of refusing the file.
+
+    Raises:
+      ValueError: truncated, another format, or a pickle that asks for anything but tensors (names what it asked for).
+    """
+
+    def __init__(self, path: Path, stubs: bool = False):
+        self.path, self.map = path, map_file(path)
+        if self.map[:2] != b"PK":
+            raise ValueError(f"{path}: {self._what_else()}")
+        try:
+            self._records = find_records(self.map)
+        except ValueError as e:
+            raise ValueError(f"{path} is a damaged zip file (truncated download?): {shown(e)}") from None
+        pickles = [name for name in self._records if name.endswith("/data.pkl") and name.count("/") == 1]
+        if len(pickles) != 1:
+            raise ValueError(f"{path} is a zip file, but not one written by torch.save")
+        self._prefix = pickles[0].removesuffix("data.pkl")
+        if self._prefix + "byteorder" in self._records and self._bytes("byteorder") != b"little":
+            raise ValueError(f"{path} was written on a big-endian machine: save it again on a little-endian one")
+        if (size := self._records[self._prefix + "data.pkl"][1]) > SMALL_FILE:
+            raise ValueError(f"{path}: the pickle in it has {size:,} bytes, more than the {SMALL_FILE:,} that are read")
+        pickled = self._bytes("data.pkl")
+        try:
+            self.content = unpickle.loads(pickled, _find_global_or_stub if stubs else _find_global)
+        except Refused as e:
+            raise ValueError(
+                f"{path}: refused, because the pickle in it asks for {shown(e)}; only tensors in dictionaries are read"
+            ) from None
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"{path}: the pickle in it is damaged: {shown(e)}") from None
+
+    def _what_else(self) -> str:
+        start = self.map[:262]
+        if start[257:262] == b"ustar" or b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19" in start[:20]:
+            return "the format of torch before 1.6: load it with torch, and torch.save it again"
+        return "not a file written by torch.save, or truncated"
+
+    def _bytes(self, record: str) -> bytes:
+        start, length, crc = self._records[self._prefix + record]
+        content = self.map[start : start + length]
+        if crc and crc != zlib.crc32(content):
+            raise ValueError(f"{self.path}: record {record} is damaged: its checksum is wrong")
+        return content
+
+    def view(self, tensor: TorchTensor) -> np.ndarray:
+        """The tensor's elements in the mapped file. Raises ValueError where they would lie outside their storage, or
+        are not the tensor's values."""
+        if tensor.bits is not None and tensor.bits != {}:
+            raise ValueError(
+                "torch's neg or conj bit is set, so its values are not the numbers stored: "
+                "save tensor.resolve_conj().resolve_neg()"
+            )
+        offset, size, stride = tensor.offset, tensor.size, tensor.stride
+        try:
+            kind, dtype_name, key, _, numel = tensor.storage
+        except (TypeError, ValueError):
+            raise ValueError("malformed tensor description") from None
+        known = kind == "storage" and dtype_name in _STORAGE_DTYPES.values() and isinstance(key, str)
+        if not (known and _is_shape(size) and _is_size(numel, offset) and type(stride) in (tuple, list)):
+            raise ValueError("malformed tensor description")
+        if len(stride) != len(size) or not _is_size(*stride):
+            raise ValueError("malformed tensor description")
+        dtype = _dtype(dtype_name)
+        if f"{self._prefix}data/{key}" not in self._records:
+            raise ValueError(f"record data/{shown(key)} is not in the file")
+        start, length, _ = self._records[f"{self._prefix}data/{key}"]  # a checksum of all data would cost a reading
+        if numel * dtype.itemsize != length:
+            raise ValueError(f"its storage {shown(key)} has {length} bytes, not {numel} elements of {dtype}")
+        if 0 in size:
+            return np.zeros(size, dtype)
+        if offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) >= numel:
+            raise ValueError(f"it reaches beyond its storage {shown(key)} of {numel} elements")
+        if math.prod(size) > len(self.map):  # strides of 0 repeat elements: legal, but not to make much of nothing
+            raise ValueError(f"shape {tuple(size)} is larger than the whole file")
+        flat = np.frombuffer(self.map, dtype, numel - offset, start + offset * dtype.itemsize)
+        strides = [step * dtype.itemsize if n > 1 else 0 for n, step in zip(size, stride, strict=True)]
+        return np.lib.stride_tricks.as_strided(flat, size, strides, writeable=False)
+
+
+def read_torch(path: Path) -> Tensors:
+    """The tensors of a state dict saved by `torch.save` (`pytorch_model.bin`).
+
+    Raises:
+      ValueError: as `TorchFile`, or the file holds something other than a flat dictionary of tensors.
+    """
+    file = TorchFile(path)
+    if not isinstance(file.content, dict):
+        raise ValueError(f"{path} holds a {type(file.content).__name__}, not a state dict")
+    tensors = Tensors(file.map)
+    for name, value in file.content.items():
+        if not isinstance(name, str) or not isinstance(value, TorchTensor):
+            kind = type(value).__name__
+            raise ValueError(f"{path}: entry {shown(name)} is a {kind}, where a state dict has tensors")
+        try:
+            tensors[name] = file.view(value)
+        except ValueError as e:
+            raise ValueError(f"{path}: tensor {shown(name)}: {e}") from None
+    return tensors

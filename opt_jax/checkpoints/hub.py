@@ -1,0 +1,308 @@
+"""A model's name (hub id, directory, "tiny") to a directory, which is on this machine or in an object store (`gs://...`)."""
+
+import importlib.resources
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from etils import epath
+
+from opt_jax.checkpoints.download import WEIGHT_FILES, Repository, download
+from opt_jax.system.reading import read_small
+
+TOKENIZER_FILES = (
+    "vocab.json", "merges.txt", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+# What travels with a model's weights, besides config.json.
+COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
+_WEIGHTS = re.compile(r"(pytorch_)?model(-[0-9]+(-of-[0-9]+)?)?\.(safetensors|bin)(\.index\.json)?")
+# What Orbax and TensorStore put into the directory of a tree.
+_IN_PARAMS = re.compile(
+    r"params/(_[A-Z_]*METADATA|_sharding|array_metadatas/process_\d+|checkpoint|commit_success\.txt|"
+    r"(ocdbt\.process_\d+/)?(manifest\.ocdbt|d/[0-9a-f]{32}))"
+)
+_DIRECTORIES = re.compile(r"params(/array_metadatas|(/ocdbt\.process_\d+)?(/d)?)")
+_STEPS = ("checkpoints", "best")  # in a run directory of train.py: directories of checkpoints, named by their steps
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    return "://" in os.fspath(path)
+
+
+def as_path(name: str | os.PathLike) -> Path:
+    """With the methods of `pathlib` for objects in a store, too; `~` at its beginning is the home directory, also where
+    no shell has put that.
+
+    Raises:
+      ValueError: `~NAME`, and there is no user of this name.
+    """
+    if is_remote(name):
+        return epath.Path(name)  # type: ignore[reportReturnType]
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{name}: no user of this name has a home directory here: give the absolute path") from None
+
+
+def disk_path(name: str | os.PathLike) -> Path:
+    """The same of what is written to disks only.
+
+    Raises:
+      ValueError: it is not on one.
+    """
+    if is_remote(name):
+        raise ValueError(f"{name}: this is written to disks only: name a file on one, and copy it there")
+    return as_path(name)
+
+
+def absolute(path: Path) -> Path:
+    return path if is_remote(path) else path.absolute()  # (epath makes /here/gs:/... of gs://...)
+
+
+# What the libraries below us take for something else in a path: Orbax looks for its files with a glob (* ? [),
+# TensorStore takes a backslash for /, Orbax makes gs:// of gs:/ anywhere, epath s3://x of /s3/x, and gcsfs a version of
+# the object a of a#b.
+_MISREAD = re.compile(r"[*?\[\\]|gs:/|^/(?:gs|s3|az|hf)/")
+_MISREAD_REMOTE = re.compile(r"[*?\[\\#]")
+
+
+def check_array_path(path: str | os.PathLike) -> None:
+    """Raise ValueError for a directory in which arrays would be written, but not found again."""
+    name = os.fspath(path)
+    if is_remote(name):
+        names, misread = [name], _MISREAD_REMOTE
+    else:  # the model of a run is written by its real path
+        names, misread = [os.path.abspath(name), os.path.realpath(name)], _MISREAD
+    for full in names:
+        if (match := misread.search(f"{full}/")) or not _is_unicode(full):
+            what = repr(match[0]) if match else "bytes that are no UTF-8"
+            where = "" if full == name else f" (in {full})"
+            raise ValueError(f"{path}: arrays would be lost under a path with {what}{where}: choose another name")
+
+
+def _is_unicode(name: str) -> bool:
+    return not any(0xD800 <= ord(c) < 0xE000 for c in name)
+
+
+def array_url(path: Path) -> str:
+    """The URL of a directory for TensorStore.
+
+    Raises:
+      ValueError: it would take the path for another one.
+    """
+    name = os.fspath(absolute(path))
+    if "\\" in name or not _is_unicode(name):
+        raise ValueError("TensorStore cannot open a path with a backslash or bytes that are no UTF-8")
+    scheme, _, rest = name.partition("://") if is_remote(name) else ("file", "", name)
+    return f"{scheme}://{quote(rest)}/"
+
+
+def check_remote(name: str) -> None:
+    """
+    Raises:
+      ValueError: a kind of place that epath does not know, one that needs a package which is not installed, or that is
+        not open to this user.
+    """
+    scheme = name.partition("://")[0]
+    try:
+        as_path(name).exists()
+    except Exception as e:  # gcsfs and its authentication have errors of their own
+        hint = ": pip install gcsfs" if scheme == "gs" and isinstance(e, ImportError) else ""
+        raise ValueError(f"{name}: {scheme}:// cannot be used here ({e}){hint}") from None
+
+
+def resolve(
+    name: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+    weights: bool = True,
+) -> Path:
+    """The directory that holds the model `name`.
+
+    Args:
+      name: "tiny", the model inside this package; a directory (in a run directory of train.py: its exported `model`, or
+        the newest checkpoint while there is none; RUN/best and RUN/checkpoints: the newest in it), which may be in
+        Google Cloud Storage (`gs://...`; extra `gcs`) if its weights are an Orbax pytree; else the id of a repository
+        on the Hugging Face hub, which is downloaded, or taken from the cache.
+      revision: branch, tag or commit of a hub id.
+      cache_dir: where downloads are kept; default: Hugging Face's cache.
+      local_files_only: never download.
+      weights: False leaves out the weights (for a tokenizer). Of the two formats only safetensors are downloaded if the
+        repository has them.
+
+    Raises:
+      FileNotFoundError, PermissionError, OSError: no such directory or repository, or see `download.download`.
+      ValueError: a file, `revision` of something that is not on the hub, a name in the directory that is a broken link
+        or no file, or see `check_remote`.
+    """
+    name = os.fspath(name)
+    if is_remote(name):
+        check_remote(name)
+    path = as_path(name)
+    if name == "tiny":
+        path = Path(str(importlib.resources.files("opt_jax") / "tiny"))
+    if name and path.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is for models on the hub, but {name} is a directory")
+        path = _in_run(path)
+        if weights and is_remote(path) and (path / "config.json").is_file() and not is_orbax(path):
+            raise ValueError(f"{path} is not an Orbax directory: others are read from a disk only, so copy it to one")
+        return _without_broken_names(path, weights)
+    if name and path.exists():
+        raise ValueError(f"{name} is a file; give the directory it is in")
+    if name == "tiny" or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise FileNotFoundError(f"no directory {name!r}" + (" in this package" if name == "tiny" else ""))
+    folder = download(Repository(name, revision, cache_dir, local_files_only), COMPANION_FILES, weights)
+    return _without_broken_names(folder, weights)
+
+
+def _without_broken_names(directory: Path, weights: bool) -> Path:
+    """The directory, if each name in it that would be read is a file. (To pass over a broken link, or a pipe, would be
+    to read other weights than were meant, or a tokenizer without its settings.)
+
+    Raises:
+      ValueError: one is not.
+    """
+    names = ("config.json", *COMPANION_FILES, *((*WEIGHT_FILES, "params/_METADATA") if weights else ()))
+    for folder in () if is_remote(directory) else companion_directories(directory):
+        for path in (folder / name for name in names):
+            if os.path.lexists(path) and not path.is_file():
+                what = "is not a regular file" if path.exists() else f"is a link to {os.readlink(path)}, which is gone"
+                raise ValueError(f"{path} {what}: put the file there, or remove this name")
+    return directory
+
+
+def _in_run(path: Path) -> Path:
+    """The model of a run directory of train.py; any other directory stands for itself."""
+    if (path / "model" / "config.json").is_file():
+        return path / "model"
+    if (path / "run.json").is_file() and not (path / "config.json").is_file():
+        path = path / "checkpoints"
+    elif not (path.name in _STEPS and (absolute(path).parent / "run.json").is_file()):
+        return path
+    # Other names are Orbax's temporary ones: checkpoints that were never finished. In an object store, where nothing
+    # can be renamed, it writes a file at the end.
+    done = ("params/_METADATA", *(("commit_success.txt",) if is_remote(path) else ()))
+    steps = [step for step in path.glob("*") if step.name.isdecimal() and all((step / f).is_file() for f in done)]
+    if not steps:
+        raise FileNotFoundError(f"{path.parent} is a training run without a checkpoint yet: none in {path}")
+    return max(steps, key=lambda step: int(step.name))
+
+
+def is_orbax(path: str | os.PathLike) -> bool:
+    """Whether the directory is a model of our own (`checkpoint.save_pretrained`, `python -m convert`)."""
+    return (as_path(path) / "params" / "_METADATA").is_file()
+
+
+def is_model(path: str | os.PathLike) -> bool:
+    """Whether the directory is a model in one of the two forms that this project writes."""
+    path = as_path(path)
+    has_weights = any((path / name).is_file() for name in WEIGHT_FILES)
+    return is_orbax(path) or has_weights and (path / "config.json").is_file()
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a file or directory of this name in a model directory is a part of the model."""
+    return name in ("params", "config.json", *COMPANION_FILES) or _WEIGHTS.fullmatch(name) is not None
+
+
+def foreign_file(path: Any) -> str | None:
+    """The name of something in a model directory that is no part of the model, if there is any. So is a directory
+    where a model has a file, and the other way round."""
+    return min(_foreign_below(path), default=None)
+
+
+def _foreign_below(folder: Any, prefix: str = "") -> Iterator[str]:
+    for entry in folder.iterdir():
+        name = prefix + entry.name
+        is_file = _IN_PARAMS.fullmatch(name) is not None or name != "params" and is_model_file(name)
+        # Of an object store the thousands of chunks are not asked, each with a request, whether they are directories.
+        if is_file and (is_remote(entry) or not entry.is_dir()):
+            continue
+        if _DIRECTORIES.fullmatch(name) and entry.is_dir():
+            yield from _foreign_below(entry, f"{name}/")
+        else:
+            yield name
+
+
+def _run_of(directory: str | os.PathLike) -> Path | None:
+    """The run directory of train.py if `directory` is one of its checkpoints (`RUN/checkpoints/<step>`), else None."""
+    path = as_path(directory if is_remote(directory) else os.path.abspath(directory))
+    run = path.parent.parent
+    inside = path.parent.name in _STEPS and (run / "run.json").is_file()
+    return run if inside and not (path / "config.json").is_file() else None
+
+
+def config_file(directory: str | os.PathLike) -> Path:
+    """Where the configuration of a model directory is; that of a checkpoint of train.py is in the run's `run.json`."""
+    run = _run_of(directory)
+    return as_path(directory) / "config.json" if run is None else run / "run.json"
+
+
+def read_config(directory: str | os.PathLike) -> dict[str, Any]:
+    """The content of the configuration in `config_file`.
+
+    Raises:
+      FileNotFoundError: there is neither.
+      ValueError: not JSON, not an object, or see `read_small`.
+    """
+    path = config_file(directory)
+    if not path.is_file():
+        raise FileNotFoundError(f"no OPT configuration at {path}")
+    text = read_small(path)
+    try:
+        content = json.loads(text.decode())
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not valid JSON: {e}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    if path.name == "config.json":
+        return content
+    if not isinstance(content.get("model"), dict):
+        raise ValueError(f"{path} has no object 'model', so it is not a record of train.py")
+    architectures = {"architectures": ["OPTForCausalLM"]}
+    options = content.get("options")
+    task = options.get("task") if isinstance(options, dict) else None
+    return architectures | content["model"] if task else content["model"] | architectures
+
+
+_QUANTIZERS = {
+    "awq": "an AWQ", "bitsandbytes": "a bitsandbytes", "compressed-tensors": "a compressed-tensors", "fp8": "an FP8",
+    "gptq": "a GPTQ",
+}  # fmt: skip
+
+
+def quantization_hint(directory: str | os.PathLike) -> str:
+    """For an error message about a tensor of the model in `directory`: what its quantization says; "" without one."""
+    for name in ("config.json", "quantize_config.json", "quant_config.json"):  # the latter two: AutoGPTQ's, AutoAWQ's
+        path = as_path(directory) / name
+        try:
+            content = json.loads(read_small(path).decode()) if path.is_file() else None
+        except (ValueError, RecursionError):
+            continue
+        found = content.get("quantization_config") if isinstance(content, dict) and name == "config.json" else content
+        if not isinstance(found, dict):
+            continue
+        method = found.get("quant_method")
+        if not isinstance(method, str):  # files of old versions do not say
+            old = any(key in found for key in ("load_in_8bit", "load_in_4bit"))
+            method = "bitsandbytes" if old else "awq" if name == "quant_config.json" else "gptq"
+        kind = _QUANTIZERS.get(method.lower(), f"a {method[:40]!r}")
+        return (
+            f": this is {kind} checkpoint ({name}), which is not supported: take the model that was quantized, or let "
+            "transformers dequantize it (model.dequantize(), save_pretrained)"
+        )
+    return ""
+
+
+def companion_directories(directory: str | os.PathLike) -> tuple[Path, ...]:
+    """Where COMPANION_FILES of a model may be, the first one first: a run of train.py keeps its tokenizer apart."""
+    run = _run_of(directory)
+    return (as_path(directory),) if run is None else (as_path(directory), run / "tokenizer")

@@ -1,0 +1,378 @@
+"""Models on disk: reads and writes Orbax model directories, and loads Hugging Face directories through `opt_jax.checkpoints.formats.hf`.
+
+A model directory holds `config.json` (HF's form), the tokenizer's files, and `params/`: an Orbax pytree, nested by the
+parts of `opt_jax.model.heads.named_parameters`' paths, with one array per layer and parameter, in the dtype of its source.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from opt_jax.checkpoints import hub
+from opt_jax.checkpoints.arrays import Checks, LazyArray
+from opt_jax.checkpoints.chunks import Shape
+from opt_jax.checkpoints.directories import new_directory
+from opt_jax.checkpoints.orbax import open_arrays, write_arrays
+from opt_jax.checkpoints.source_files import files_of_model
+from opt_jax.config import OPTConfig
+from opt_jax.model.flash import AttentionImplementation
+from opt_jax.model.heads import OPTForCausalLM, OPTPreTrainedModel, named_parameters
+from opt_jax.parallel import rules
+from opt_jax.parallel.agreement import on_every_process, on_first_process
+from opt_jax.system.reading import read_small
+
+M = TypeVar("M", bound=OPTPreTrainedModel)
+log = logging.getLogger(__name__)
+
+PARAM_DTYPES = ("float32", "bfloat16", "float16")
+_STORED_DTYPES = (*PARAM_DTYPES, "float64")
+_EMBEDDING = "model.decoder.embed_tokens.embedding"
+_LAYER = ".layers.0."
+_LARGEST_NEW_HEAD = 10  # times what is stored
+_HEADS = ("lm_head.", "score.", "qa_outputs.")
+
+
+# Writing ----------------------------------------------------------------------------------------------------
+
+
+def read_companions(sources: Iterable[Path]) -> dict[str, bytes]:
+    """The tokenizer's files and generation_config.json by name, those that are in one of `sources` (the first wins)."""
+    found: dict[str, bytes] = {}
+    for source in sources:
+        for name in hub.COMPANION_FILES:
+            if name not in found and (source / name).is_file():
+                found[name] = read_small(source / name)
+    return found
+
+
+def copy_companions(sources: Iterable[Path], destination: Path) -> None:
+    for name, content in read_companions(sources).items():
+        (destination / name).write_bytes(content)
+
+
+def save_pretrained(
+    model: OPTPreTrainedModel, directory: str | os.PathLike, *, overwrite: bool = False, tokenizer: Any = None
+) -> None:
+    """Write the model, stacked or not, to a self-contained directory that `load_pretrained` reads.
+
+    `directory` appears complete or not at all. Parameters keep their dtype. In a `jax.distributed` job all processes
+    must call this together, with a directory that they share: each writes its part.
+
+    Args:
+      overwrite: replace a model directory that is there.
+      tokenizer: an `OPTTokenizer` to save along; default: the files of the directory the model was loaded from.
+
+    Raises:
+      FileExistsError: `directory` exists (see `overwrite`), or is something other than a model directory.
+      ValueError: an abstract model (`nnx.eval_shape`), or a quantised one; or see `hub.check_array_path`.
+    """
+    hub.check_array_path(directory)
+    arrays: dict[str, LazyArray | jax.Array] = {}
+    for path, param in named_parameters(model).items():
+        value = param.get_value()
+        if not isinstance(value, jax.Array):
+            raise ValueError(f"cannot save parameter {path}: it is not an array, but abstract")
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"cannot save parameter {path}: it is {value.dtype}; save the model that was quantized")
+        if re.search(r"\.layers\.\D", path):  # stacked: written layer by layer
+            for i in range(value.shape[0]):
+                arrays[path.replace(".layers.", f".layers.{i}.")] = _lazy(value, i)
+        else:
+            arrays[path] = _lazy(value)
+    config = model.config.to_hf() | {"architectures": [type(model).__name__]}
+    config = set_dtype(config, str(arrays[_EMBEDDING].dtype))
+
+    companions: dict[str, bytes] = {}
+
+    def read_small_files() -> None:
+        if model.name_or_path is not None and hub.as_path(model.name_or_path).is_dir():
+            companions.update(read_companions(hub.companion_directories(model.name_or_path)))
+        if tokenizer is not None:
+            for name in hub.TOKENIZER_FILES:
+                companions.pop(name, None)
+            with TemporaryDirectory() as files:
+                tokenizer.save_pretrained(Path(files))
+                companions.update(read_companions([Path(files)]))
+
+    def write_small_files(new: Path) -> None:
+        for name, content in companions.items():
+            (new / name).write_bytes(content)
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    on_first_process(read_small_files)  # now, for in a bucket what is overwritten goes first
+    with new_directory(directory, overwrite) as new:
+        write_arrays(new / "params", arrays)
+        on_first_process(lambda: write_small_files(new))
+
+
+def _lazy(value: jax.Array, *layer: int) -> LazyArray | jax.Array:
+    """The array, or one layer of it. (`dynamic_slice` compiles once for all indices and leaves no copy on the host.)
+
+    Of an array spread over several processes each can only read its own parts, which Orbax knows how to share out.
+    """
+    if not value.is_fully_addressable:
+        return jax.lax.dynamic_index_in_dim(value, layer[0], keepdims=False) if layer else value
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        sizes = [1] * len(layer) + [s.stop - s.start for s in index]
+        part = jax.lax.dynamic_slice(value, [*layer, *(s.start for s in index)], sizes)
+        return np.asarray(part)[(0,) * len(layer)]
+
+    return LazyArray(value.shape[len(layer) :], value.dtype, read)
+
+
+def set_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The content of a config.json with its one note of the stored dtype changed (both spellings of HF are known)."""
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    return {**config, key: dtype}
+
+
+# Reading ----------------------------------------------------------------------------------------------------
+
+
+def load_pretrained(
+    cls: type[M],
+    name: str | os.PathLike,
+    *,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike | None = None,
+    attn_implementation: AttentionImplementation = "xla",
+    mesh: Mesh | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+    verify: bool = True,
+) -> M:
+    """A model of class `cls` with unstacked layers from what `hub.resolve` finds: an Orbax or an HF directory.
+
+    A classification or QA head that the checkpoint lacks is newly initialised, a head that `cls` lacks is ignored; both
+    are logged. Every other missing, left-over or misshapen tensor is an error.
+
+    Args:
+      dtype, param_dtype: of the computation and of the parameters; "auto": as stored, and `dtype="auto"` alone means
+        both. Default: float32 on CPU, else as stored, but bfloat16 for float16 on TPU (logged).
+      attn_implementation: see `OPTPreTrainedModel`.
+      mesh: put the parameters on it, as `sharding.param_spec` says; every process reads its own shards only.
+      revision, cache_dir, local_files_only: see `hub.resolve`.
+      verify: compare what is read of an Orbax directory with its checksums; False reads a damaged one as it is.
+
+    Raises:
+      FileNotFoundError: no such model, or an incomplete one.
+      ValueError: a bad config or checkpoint, one that changed meanwhile, or a dtype that is not floating point.
+    """
+    directory = hub.resolve(name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+    files = files_of_model(directory)
+    config, _ = read_config(directory)
+    arrays, checks = open_parameters(directory, config, verify)
+
+    # A tied causal LM must not lose a head that is there, nor an untied one get a random head.
+    may_drop = [head for head in _HEADS if not (head == "lm_head." and issubclass(cls, OPTForCausalLM))]
+    expected, fresh, dropped = check_parameters(
+        cls, config, arrays, directory,
+        may_lack=("score.", "qa_outputs."), may_drop=may_drop, describe=_describe(directory),
+    )  # fmt: skip
+    for path in fresh:
+        log.warning("%s has no %s: newly initialised. Train it before use.", directory, path)
+    for path in dropped:
+        log.warning("%s: %s is not used by %s", directory, path, cls.__name__)
+
+    for check in checks:  # in a job by one process: each reads only what it needs
+        check() if mesh is None else on_first_process(check)
+
+    default = jnp.zeros(()).sharding  # honours jax.default_device
+    platform = next(iter(default.device_set)).platform if mesh is None else mesh.devices.flat[0].platform
+    stored = {path: array.dtype for path, array in arrays.items() if path in expected}
+    compute, dtypes = _choose_dtypes(dtype, param_dtype, stored, platform, directory)
+    build: Any = partial(cls, config, param_dtype=dtypes[_EMBEDDING], attn_implementation=attn_implementation)
+    model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0), dtype=compute))
+    targets = {
+        path: jax.ShapeDtypeStruct(
+            shape,
+            dtypes.get(path, dtypes[_EMBEDDING]),
+            sharding=default if mesh is None else rules.param_sharding(path, shape, mesh),
+        )
+        for path, shape in expected.items()
+    }
+    params = named_parameters(model)
+    for path, target in targets.items():
+        if path not in fresh:
+            params[path].set_value(read_array(arrays[path], target))
+    if fresh:
+        for path, array in _initialise(cls, config, {path: targets[path] for path in fresh}).items():
+            params[path].set_value(array)
+    model.name_or_path = str(directory)
+    if (directory / "generation_config.json").is_file():
+        model.generation_config_json = read_small(directory / "generation_config.json").decode("utf-8", "replace")
+    files.check() if mesh is None else on_every_process(files.check)
+    return model
+
+
+def expected_shapes(cls: type[OPTPreTrainedModel], config: OPTConfig) -> Iterator[tuple[str, Shape]]:
+    """(path, shape) of every parameter of the (unstacked) model. Only one layer of it is thought through."""
+    shapes = _shapes_of_one_layer(cls, dataclasses.replace(config, num_hidden_layers=1))
+    for i in range(config.num_hidden_layers):
+        yield from ((path.replace(_LAYER, f".layers.{i}.", 1), shapes[path]) for path in shapes if _LAYER in path)
+    yield from ((path, shapes[path]) for path in shapes if _LAYER not in path)
+
+
+@lru_cache(maxsize=16)  # tracing takes a tenth of a second: a conversion asks twice, a notebook often
+def _shapes_of_one_layer(cls: type[OPTPreTrainedModel], config: OPTConfig) -> dict[str, Shape]:
+    model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))
+    return {path: param.get_value().shape for path, param in named_parameters(model).items()}
+
+
+def check_parameters(
+    cls: type[OPTPreTrainedModel],
+    config: OPTConfig,
+    arrays: Mapping[str, LazyArray],
+    where: str | os.PathLike,
+    *,
+    may_lack=(),
+    may_drop=(),
+    describe: Callable[[str, Shape], tuple[str, Shape]] = lambda path, shape: (path, shape),
+) -> tuple[dict[str, Shape], list[str], list[str]]:
+    """Compare a checkpoint's parameters with the model's.
+
+    Args:
+      may_lack, may_drop: prefixes of heads that may be missing as a whole, or left over.
+      describe: our path and shape -> name and shape in the checkpoint, for messages.
+
+    Returns:
+      The model's parameters, path -> shape; those that are missing, and those left over, of the heads that may be.
+
+    Raises:
+      ValueError: a tensor is missing, left over, has another shape or is not floating point; the message names it.
+    """
+    for path, array in arrays.items():
+        if array.dtype.name not in _STORED_DTYPES:
+            what = f"tensor {describe(path, ())[0]} is {array.dtype.name}, which no weight of a model is"
+            raise ValueError(f"{where}: {what}{hub.quantization_hint(where)}")
+    if config.num_hidden_layers > len(arrays):
+        raise ValueError(
+            f"{where}: there are only {len(arrays)} tensors, but the config calls for {config.num_hidden_layers} layers"
+        )
+    found = {path: array.shape for path, array in arrays.items()}
+    lacking = tuple(head for head in may_lack if not any(path.startswith(head) for path in found))
+    expected, fresh = {}, []
+    for path, shape in expected_shapes(cls, config):  # no further than to the first that is missing
+        expected[path] = shape
+        if path not in found:
+            fresh.append(path)
+            if not path.startswith(lacking):
+                raise ValueError(f"{where}: tensor {describe(path, ())[0]} is missing, which the config calls for")
+    size, stored = (sum(map(math.prod, shapes)) for shapes in ((expected[path] for path in fresh), found.values()))
+    if size > _LARGEST_NEW_HEAD * stored + (1 << 24):
+        raise ValueError(
+            f"{where}: a new head of shape {expected[fresh[0]]}, with num_labels={config.num_labels}, is more than "
+            f"{_LARGEST_NEW_HEAD} times as large as all that is in the checkpoint"
+        )
+    dropped = [path for path in found if path not in expected]
+    for path in dropped:
+        if not path.startswith(tuple(may_drop)):
+            raise ValueError(f"{where}: tensor {describe(path, ())[0]} is left over: the config has no place for it")
+    for path, shape in expected.items():
+        if path not in fresh and found[path] != shape:
+            (label, got), (_, want) = describe(path, found[path]), describe(path, shape)
+            raise ValueError(f"{where}: tensor {label} has shape {got}, but the config calls for {want}")
+    return expected, fresh, dropped
+
+
+def _choose_dtypes(
+    dtype: DTypeLike | None, param_dtype: DTypeLike | None, stored: Mapping[str, np.dtype], platform: str, where: Path
+) -> tuple[np.dtype, dict[str, np.dtype]]:
+    """(dtype of the computation, dtype of each parameter) by the rule of `load_pretrained`."""
+
+    def choose(asked: DTypeLike | None, stored: np.dtype) -> np.dtype:
+        if asked is None and platform == "cpu":
+            asked = jnp.float32
+        if asked is None and platform == "tpu" and stored == jnp.float16:
+            asked = jnp.bfloat16
+        chosen = jnp.dtype(stored if asked is None or isinstance(asked, str) and asked == "auto" else asked)
+        if chosen.name not in PARAM_DTYPES:
+            raise ValueError(f"{where}: {chosen} is not a dtype for models ({', '.join(PARAM_DTYPES)})")
+        return chosen
+
+    if param_dtype is None and isinstance(dtype, str) and dtype == "auto":  # as HF's one option: all as stored
+        param_dtype = dtype
+    chosen = choose(dtype, stored[_EMBEDDING]), {path: choose(param_dtype, dt) for path, dt in stored.items()}
+    if platform == "tpu" and stored[_EMBEDDING] == jnp.float16 and jnp.bfloat16 in (chosen[0], chosen[1][_EMBEDDING]):
+        log.info("%s is stored as float16; on TPU it is used as bfloat16", where)
+    return chosen
+
+
+def _initialise(
+    cls: type[OPTPreTrainedModel], config: OPTConfig, targets: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """Some parameters of a new model; the compiler leaves out all others."""
+
+    def init() -> dict[str, jax.Array]:
+        params = named_parameters(cls(config, rngs=nnx.Rngs(0)))
+        return {path: params[path].get_value().astype(target.dtype) for path, target in targets.items()}
+
+    return jax.jit(init, out_shardings={path: target.sharding for path, target in targets.items()})()
+
+
+def read_config(directory: Path) -> tuple[OPTConfig, dict[str, Any]]:
+    """(configuration, content of the config.json) of a directory that `hub.resolve` found.
+
+    Raises:
+      FileNotFoundError, ValueError: as `hub.read_config` and `OPTConfig.from_hf`.
+    """
+    raw = hub.read_config(directory)
+    return OPTConfig.from_hf(raw, where=str(directory / "config.json")), raw
+
+
+def open_parameters(directory: Path, config: OPTConfig, verify: bool = True) -> tuple[dict[str, LazyArray], Checks]:
+    """Parameter path -> array, of a model directory of ours, a checkpoint of train.py or a Hugging Face directory; and
+    what is left to compare before using them (`opt_jax.checkpoints.formats.hf.open_parameters`). verify: see `load_pretrained`."""
+    if hub.is_orbax(directory):
+        arrays = open_arrays(directory / "params", verify)
+        if any(path.startswith("model.model.") for path in arrays):  # a training state: its model is one field of it
+            arrays = {path.removeprefix("model."): array for path, array in arrays.items()}
+        if any(path.endswith("_lora_a") for path in arrays):
+            raise ValueError(
+                f"{directory} holds the adapters of a run with --lora-rank, without the model that they belong to: let "
+                "the run finish, whose model/ has them merged in"
+            )
+        return arrays, ()
+    from opt_jax.checkpoints.formats import hf  # the one place where the library knows a foreign format
+
+    return hf.open_parameters(directory, config)
+
+
+def _describe(directory: Path) -> Callable[[str, Shape], tuple[str, Shape]]:
+    """Our path and shape -> name and shape in the checkpoint, for messages."""
+    if hub.is_orbax(directory):
+        return lambda path, shape: (path, shape)
+    from opt_jax.checkpoints.formats import hf
+
+    return hf.describe
+
+
+def read_array(lazy: LazyArray, target: jax.ShapeDtypeStruct) -> jax.Array:
+    """The array in the sharding and dtype of `target`; this process reads only what its devices hold, and once."""
+    parts: dict[Any, np.ndarray] = {}
+
+    def part(index: Any) -> np.ndarray:
+        key = tuple((s.start, s.stop) for s in index)
+        if key in parts:
+            return parts[key].copy()  # for another replica: buffers that JAX may donate are never shared
+        parts[key] = lazy.load(index).astype(target.dtype, copy=False)
+        return parts[key]
+
+    return jax.make_array_from_callback(target.shape, target.sharding, part)

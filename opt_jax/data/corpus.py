@@ -1,0 +1,152 @@
+"""Training data: files -> documents -> streams of token ids -> windows in an order fixed by (seed, step). No jax.
+
+`documents.py` reads, `tokens.py` keeps ids, `windows.py` orders and batches them; here: what splits and tokenises, and
+what puts it all together for train.py.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from etils import epath
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+
+from opt_jax.data.documents import BadRecords, HFSource, find_files, find_sources, read_documents, stdlib_files
+from opt_jax.data.tokens import Tokens, fingerprint, open_tokens, tokenize
+from opt_jax.data.windows import Reader, Windows
+from opt_jax.system.reading import read_small
+from opt_jax.text.tokenizer import OPTTokenizer
+
+__all__ = [
+    "Corpus", "Reader", "Windows", "find_files", "fingerprint", "read_documents", "stdlib_files", "tokenize",
+]  # fmt: skip
+
+# Ids 0 to 3 of every OPT vocabulary; `</s>` is BOS and EOS at once, and the separator between documents.
+SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
+
+
+HELD_OUT = 0.05
+
+
+def split_documents(documents: list[str], fraction: float = HELD_OUT) -> tuple[list[str], list[str]]:
+    """(training documents, held-out ones): a fixed random `fraction` of the documents, whatever the run's seed.
+
+    With too few documents to spare any (fewer than 1 / fraction) the tail of each one is held out instead.
+    """
+    count = int(len(documents) * fraction)
+    if count == 0:
+        cuts = [int(len(document) * (1 - fraction)) for document in documents]
+        pairs = list(zip(documents, cuts, strict=True))
+        return [document[:cut] for document, cut in pairs], [document[cut:] for document, cut in pairs]
+    held_out = set(np.random.default_rng(0).permutation(len(documents))[:count].tolist())
+    training = [document for i, document in enumerate(documents) if i not in held_out]
+    return training, [documents[i] for i in sorted(held_out)]
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> OPTTokenizer:
+    """A byte-level BPE tokenizer learned from the documents, with OPT's special ids."""
+    if vocab_size < len(SPECIAL_TOKENS) + 256:
+        raise ValueError(
+            f"a vocabulary of {vocab_size} does not hold {len(SPECIAL_TOKENS)} special tokens and 256 bytes"
+        )
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return OPTTokenizer(tokenizer)
+
+
+def tokenizer_to_bytes(tokenizer: OPTTokenizer) -> bytes:
+    """All of a tokenizer, for another process or another file system."""
+    with TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory)
+        files = {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(directory).iterdir())}
+    return json.dumps(files).encode()
+
+
+def tokenizer_from_bytes(data: bytes) -> OPTTokenizer:
+    with TemporaryDirectory() as directory:
+        for name, text in json.loads(data).items():
+            Path(directory, name).write_text(text, encoding="utf-8")
+        return OPTTokenizer.from_pretrained(directory)
+
+
+def save_tokenizer(tokenizer: OPTTokenizer, directory: epath.Path) -> None:
+    """Write the tokenizer's files, in place of those of a start that was killed before it had begun."""
+    if directory.exists():
+        directory.rmtree()
+    directory.mkdir(parents=True)
+    for name, text in json.loads(tokenizer_to_bytes(tokenizer)).items():
+        (directory / name).write_bytes(text.encode())
+
+
+def read_tokenizer(directory: epath.Path) -> OPTTokenizer:
+    """What `save_tokenizer` has written."""
+    return tokenizer_from_bytes(
+        json.dumps({path.name: read_small(path).decode() for path in directory.iterdir()}).encode()
+    )
+
+
+class Corpus:
+    """What `--data`, `--validation-data` and `--mixture` name: text is read at once, .npy memory-mapped.
+
+    training: all documents to train on (and to train a tokenizer on). The last 5 % of each .npy file are held out; of
+    text, what `split_documents` chooses; with `valid`, nothing. mixed: each of `names` becomes one stream.
+
+    Raises:
+      ValueError, FileNotFoundError: as `find_sources` and `read_documents` do.
+    """
+
+    def __init__(self, names: Sequence[str], valid: Sequence[str] = (), mixed: bool = False, skip_bad: bool = False):
+        self.bad = BadRecords(skip_bad)
+        groups = [(name, find_sources([name])) for name in names] or [("the standard library", stdlib_files())]
+        groups = groups if mixed else [("", [source for _, found in groups for source in found])]
+        self.files = sum(len(found) for _, found in groups)
+        self._parts = [self._read(name, found, held_out=not valid) for name, found in groups]
+        self._valid = self._read("", find_sources(valid), held_out=False) if valid else None
+        self.training = [document for _, documents, _, _ in self._parts for document in documents]
+        self._mixed = mixed
+
+    def _read(
+        self, name: str, sources: Sequence[Path | HFSource], held_out: bool
+    ) -> tuple[str, list[str], list[str], list[Path]]:
+        """(name, training documents, held-out ones, arrays)"""
+        arrays = [source for source in sources if isinstance(source, Path) and source.suffix == ".npy"]
+        texts = [source for source in sources if source not in arrays]
+        documents = read_documents(texts, self.bad) if texts else []
+        training, rest = split_documents(documents) if held_out and documents else (documents, [])
+        return name, training, rest, arrays
+
+    def describe(self, training: int, held_out: int) -> str:
+        """For the log; of so many tokens."""
+        bad = f"; {self.bad.count:,} bad records were left out (--skip-bad-records)" if self.bad.count else ""
+        return f"{self.files} files, {training:,} tokens to train on, {held_out:,} for validation{bad}"
+
+    def tokens(self, tokenizer: OPTTokenizer) -> tuple[list[Tokens], list[Tokens]]:
+        """(streams to train on, held-out ones). In a mixture, a stream for each name."""
+        training, held_out = [], []
+        for name, documents, rest, arrays in self._parts:
+            if self._mixed and len(arrays) + bool(documents) != 1:
+                raise ValueError(f"--mixture: {name} must be text, or one .npy file, to be one source with one weight")
+            streams = [open_tokens(path, tokenizer) for path in arrays]
+            if self._valid is None:
+                pairs = [stream.split(HELD_OUT, tokenizer.bos_token_id) for stream in streams]
+                streams = [pair[0] for pair in pairs]
+                held_out += [pair[1] for pair in pairs]
+            training += streams + ([Tokens(name, tokenize(documents, tokenizer))] if documents else [])
+            held_out += [Tokens(name, tokenize(rest, tokenizer))] if rest else []
+        if self._valid is not None:
+            _, documents, _, arrays = self._valid
+            held_out = [open_tokens(path, tokenizer) for path in arrays]
+            held_out += [Tokens("--validation-data", tokenize(documents, tokenizer))] if documents else []
+        return training, held_out

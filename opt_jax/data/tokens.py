@@ -1,0 +1,319 @@
+"""Streams of token ids: in memory, or in a NumPy file that is memory-mapped and may be larger than memory. No jax.
+
+FILE.npy is a plain array of one dimension, uint16 where the vocabulary fits, else int32, with `</s>` before,
+between and after documents; FILE.npy.json says what made it. Any .npy of integers will do; without the second file
+there is nothing to check it against.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from opt_jax.data.documents import BLOCK, TEXT_SUFFIXES, BadRecords, HFSource, cut, find_sources, pieces
+from opt_jax.model.ids import as_ids
+from opt_jax.system.reading import one_line, open_regular, read_small
+from opt_jax.system.temporary import new_file, refuse_links
+from opt_jax.text.tokenizer import OPTTokenizer
+
+_TASK = 1 << 20  # characters that a worker takes at once
+_SAMPLES, _SAMPLE = 4096, 1024
+_HEADER_BYTES = 1024  # NumPy writes 118; what it takes to parse a damaged one grows with their square
+
+
+class Tokens:
+    """int32 slices of a stream in memory (`array`) or of a .npy file (`path`), of which [first:last] counts.
+
+    A file is opened where it is read: to another process goes its name, not its content.
+
+    Raises:
+      ValueError: not a .npy file of integers with one dimension.
+    """
+
+    def __init__(
+        self, name: str, array: np.ndarray | None = None, path: Path | None = None, first: int = 0,
+        last: int | None = None,
+    ):  # fmt: skip
+        self.name, self.path, self.first, self._array = name, path, first, array
+        self.last = len(self.array) if last is None else last
+
+    @property
+    def array(self) -> np.ndarray:
+        if self._array is None:
+            assert self.path is not None
+            open_regular(self.path).close()  # NumPy would wait at a pipe
+            try:
+                self._array = np.lib.format.open_memmap(self.path, mode="r", max_header_size=_HEADER_BYTES)
+            except OSError:
+                raise
+            except Exception as error:  # NumPy takes the header for Python, and has errors of several kinds
+                raise ValueError(f"{self.path}: not an array of token ids ({one_line(error)})") from None
+            if self._array.ndim != 1 or self._array.dtype.kind not in "iu":
+                what = f"{self._array.dtype} {list(self._array.shape)}"
+                raise ValueError(f"{self.path}: holds {one_line(what)}, not integers in one dimension")
+        return self._array
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | ({"_array": None} if self.path is not None else {})
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """`length` ids from `start`, int32; ValueError if one of them is no int32."""
+        start += self.first
+        return as_ids(f"{self.name or 'the array'} from token {start}", self.array[start : start + length])
+
+    def split(self, fraction: float, separator: int) -> tuple["Tokens", "Tokens"]:
+        """(all but the end, the end): of about this share, from where a document begins if one does in there."""
+        cut = self.first + int(len(self) * (1 - fraction))
+        near = np.flatnonzero(self.array[cut : min(self.last, cut + (1 << 20))] == separator)
+        cut += int(near[0]) if len(near) else 0
+        part = lambda first, last: Tokens(self.name, self._array, self.path, first, last)  # noqa: E731
+        return part(self.first, cut + 1), part(cut, self.last)  # both have the `</s>` that is between them
+
+    def fingerprint(self) -> str:
+        """Of everything up to 4M ids, else of the length and of 4096 places: a corpus may be terabytes."""
+        if len(self) <= _SAMPLES * _SAMPLE:
+            return fingerprint(self.read(0, len(self)))
+        digest = hashlib.sha256(str(len(self)).encode())
+        for start in np.linspace(0, len(self) - _SAMPLE, _SAMPLES).astype(np.int64).tolist():
+            digest.update(self.read(start, _SAMPLE).tobytes())
+        return digest.hexdigest()[:16]
+
+
+def fingerprint(tokens: np.ndarray) -> str:
+    """A short hash of a token stream: tells a resumed run that the files or the tokenizer have changed."""
+    return hashlib.sha256(as_ids("tokens", tokens).tobytes()).hexdigest()[:16]
+
+
+def vocabulary_fingerprint(tokenizer: OPTTokenizer) -> str:
+    vocabulary = sorted(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).items())
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+
+
+def open_tokens(path: Path, tokenizer: OPTTokenizer | None = None) -> Tokens:
+    """A .npy file.
+
+    Raises:
+      ValueError: it is not one, or FILE.npy.json says that another tokenizer made it, or cannot be read.
+    """
+    about = Path(f"{path}.json")
+    if tokenizer is not None and about.exists():
+        name, vocabulary = _made_by(about)
+        if vocabulary != vocabulary_fingerprint(tokenizer):
+            raise ValueError(
+                f"{path} was made with another tokenizer ({one_line(name, 200)}): name that with --tokenizer"
+            )
+    return Tokens(str(path), path=Path(path))
+
+
+def _made_by(about: Path) -> tuple[str, str]:
+    """(name, fingerprint) of the tokenizer. ValueError: the file is not ours."""
+    text = read_small(about)
+    try:
+        made_by = json.loads(text.decode())["tokenizer"]
+        return made_by["name"], made_by["fingerprint"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"{about}: not what opt-jax tokenize writes beside an array: make both again") from None
+
+
+# Making them --------------------------------------------------------------------------------------------------------
+
+
+def tokenize_sources(
+    names: Sequence[str], output: Path | None, tokenizer: str, workers: int | None, skip_bad: bool
+) -> str:
+    """`opt-jax tokenize`: `write_tokens` with a progress bar; returns what to tell the user.
+
+    Raises:
+      ValueError, FileNotFoundError: as `find_sources` and `write_tokens`; and options that make no sense.
+    """
+    if not names or output is None:
+        raise ValueError("name what to read and where to write: opt-jax tokenize texts/ --output texts.npy")
+    if output.suffix != ".npy":
+        raise ValueError(f"--output {output}: must end in .npy")
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers {workers}: must be at least 1")
+    sources = find_sources(names, TEXT_SUFFIXES)
+    if arrays := [source for source in sources if isinstance(source, Path) and source.suffix == ".npy"]:
+        raise ValueError(f"{arrays[0]}: is tokenised already")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    # Characters are fewer than bytes in some languages: the bar then ends early, and the sum is right all the same.
+    sizes = [source.stat().st_size for source in sources if isinstance(source, Path)]
+    total = sum(sizes) if len(sizes) == len(sources) else None
+    if workers is None:  # a process takes seconds to start, and reads megabytes in these
+        cores = _cores()
+        workers = cores if total is None else max(1, min(cores, total // (16 * _TASK)))
+    columns = (TextColumn("tokenising"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        about = write_tokens(
+            sources, output, OPTTokenizer.from_pretrained(tokenizer), tokenizer, workers=workers,
+            skip_bad=skip_bad, progress=lambda characters: bar.advance(task, characters),
+        )  # fmt: skip
+    left_out = f", {about['left_out']:,} bad records left out" if about["left_out"] else ""
+    return (
+        f"{output}: {about['tokens']:,} tokens of {about['documents']:,} documents as {about['dtype']}{left_out}, in "
+        f"{time.monotonic() - begin:.1f} s"
+    )
+
+
+def _cores() -> int:
+    """Those that this process may use: under SLURM or taskset not all that the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def write_tokens(
+    sources: Sequence[Path | HFSource], output: Path, tokenizer: OPTTokenizer, name: str, *, workers: int = 1,
+    skip_bad: bool = False, progress: Callable[[int], None] = lambda characters: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Tokenise documents into `output` (.npy) with so many processes; returns what `output`.json gets. The array is the
+    same for any number of them. Nothing of the name is there until all is written.
+
+    name: of the tokenizer, for that file; progress: called with characters done.
+
+    Raises:
+      ValueError: a bad record without `skip_bad`, no documents, or a failed worker; or `output`.json is not ours.
+      FileExistsError: see `new_file`.
+    """
+    beside = Path(f"{output}.json")
+    refuse_links(beside)
+    if beside.exists():
+        _made_by(beside)
+    bad = BadRecords(skip_bad)
+    most = max(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).values())  # a vocabulary may have holes
+    dtype = np.dtype(np.uint16 if most < 1 << 16 else np.int32)
+    total = documents = 0
+    # The description is published last, and its temporary file keeps others from writing the array until then.
+    with new_file(beside) as about_file, new_file(output) as file:
+        begin = _write_header(file, dtype, 0)
+        file.write(np.array([tokenizer.bos_token_id], dtype).tobytes())
+        for ids, ended, characters in _encode(pieces(sources, bad, _block(tokenizer)), tokenizer, workers):
+            file.write(ids.astype(dtype).tobytes())
+            total, documents = total + len(ids), documents + ended
+            progress(characters)
+        file.seek(0)
+        if _write_header(file, dtype, total + 1) != begin:
+            raise AssertionError("NumPy leaves room for any length in the header of an array")
+        if not documents:
+            raise ValueError("no documents in the data: every file is empty")
+        about = {
+            "tokens": total + 1, "documents": documents, "left_out": bad.count, "dtype": str(dtype),
+            "tokenizer": {"name": name, "fingerprint": vocabulary_fingerprint(tokenizer)},
+            "sources": [str(source) for source in sources],
+        }  # fmt: skip
+        about_file.write(json.dumps(about, indent=2).encode() + b"\n")
+        beside.unlink(missing_ok=True)  # of an older array of this name
+    return about
+
+
+def tokenize(documents: Sequence[str], tokenizer: OPTTokenizer) -> np.ndarray:
+    """One int32 stream: `</s>` document `</s>` document ... `</s>`. Documents start behind `</s>`, as prompts do."""
+    texts = cut(documents, _block(tokenizer), "a document")
+    parts = [_encode_task(tokenizer, task)[0] for task in _tasks(texts, blank_ones=True)]
+    return np.concatenate([np.array([tokenizer.bos_token_id], np.int32), *parts])
+
+
+def _write_header(file: Any, dtype: np.dtype, length: int) -> int:
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.tell()
+
+
+def _block(tokenizer: OPTTokenizer) -> int | None:
+    """How long pieces of a text file may be: None, not cut at all, for a tokenizer that would see the cuts."""
+    texts = ("a\n", "b1\n", "-c", " d", " e")
+    apart = [i for text in texts for i in tokenizer.encode(text, add_special_tokens=False)]
+    return BLOCK if tokenizer.encode("".join(texts), add_special_tokens=False) == apart else None
+
+
+def _encode(
+    texts: Iterator[tuple[str, bool]], tokenizer: OPTTokenizer, workers: int
+) -> Iterator[tuple[np.ndarray, int, int]]:
+    """(ids with `</s>` behind documents, documents, characters) for task after task, in order."""
+    from opt_jax.data.corpus import tokenizer_to_bytes
+
+    if workers == 1:
+        yield from (_encode_task(tokenizer, task) for task in _tasks(texts))
+        return
+    # spawn: a fork of a process with threads (the tokenizer has some, JAX too) may hang.
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_begin_worker, initargs=(tokenizer_to_bytes(tokenizer),)
+    ) as pool:
+        waiting = deque()
+        try:
+            for task in _tasks(texts):
+                waiting.append(pool.submit(_work, task))
+                if len(waiting) >= 3 * workers:  # else the reader would run ahead and fill the memory
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise ValueError("a process that tokenised has died (out of memory?): try fewer --workers") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _tasks(texts: Iterator[tuple[str, bool]], blank_ones: bool = False) -> Iterator[list[tuple[str, bool]]]:
+    task, size, blank = [], 0, True
+    for text, last in texts:
+        blank = blank and not blank_ones and not text.strip()
+        if last and blank:  # a document of nothing, as `read_documents` leaves it out
+            continue
+        blank = last
+        task.append((text, last))
+        size += len(text)
+        if size >= _TASK:
+            yield task
+            task, size = [], 0
+    if task:
+        yield task
+
+
+def _encode_task(tokenizer: OPTTokenizer, task: list[tuple[str, bool]]) -> tuple[np.ndarray, int, int]:
+    rows = tokenizer([text for text, _ in task], return_tensors=None, add_special_tokens=False).input_ids
+    parts = []
+    for row, (_, last) in zip(rows, task, strict=True):
+        parts += [np.asarray(row, np.int32), np.full(int(last), tokenizer.bos_token_id, np.int32)]
+    return np.concatenate(parts), sum(last for _, last in task), sum(len(text) for text, _ in task)
+
+
+_worker: list[OPTTokenizer] = []
+
+
+def _begin_worker(tokenizer: bytes) -> None:
+    from opt_jax.data.corpus import tokenizer_from_bytes
+
+    # Ctrl-C reaches all: of a KeyboardInterrupt an idle worker would print a traceback, a busy one make a result.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
+    _worker.append(tokenizer_from_bytes(tokenizer))
+
+
+def _end_with_parent() -> None:
+    """Workers have the queue of the pool open themselves, and would wait at it for ever when the command is killed."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work(task: list[tuple[str, bool]]) -> tuple[np.ndarray, int, int]:
+    return _encode_task(_worker[0], task)

@@ -1,0 +1,1 @@
+"""Perplexity, and tasks of the lm-evaluation-harness."""

@@ -1,0 +1,278 @@
+"""`opt-jax eval`: what a model makes of a text (perplexity), or of tasks of the lm-evaluation-harness."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+import opt_jax
+from opt_jax.system.temporary import new_file, refuse_links
+
+PROGRAM = "opt-jax"
+_TEXT_ONLY = ("protocol", "window", "stride")
+_TASKS_ONLY = ("include_path", "num_fewshot", "limit", "log_samples")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalOptions:
+    """Measure a model: perplexity of texts (--data), or tasks of the lm-evaluation-harness (--tasks)."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """"tiny" (the model inside this package), a directory, or a Hugging Face hub id such as facebook/opt-125m."""
+    data: tuple[str, ...] = ()
+    """Texts, jsonl files with a document per line (its "text"), hf:NAME[,CONFIG][:SPLIT]; directories and globs of such
+    files. All documents make one text, each with </s> in front."""
+    protocol: Literal["both", "non-overlapping", "sliding"] | None = None
+    """With --data. non-overlapping: windows end to end, as for the published numbers; sliding: windows that overlap, so
+    that every token has others before it. Default: both."""
+    window: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """With --data: tokens per window. Default: 2048, or the model's context if that is less."""
+    stride: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """With --data: tokens from one sliding window to the next. Default: half a window."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of the lm-evaluation-harness, by name; needs pip install "opt-jax[eval]"."""
+    include_path: tuple[str, ...] = ()
+    """With --tasks: directories with more tasks (yaml files)."""
+    num_fewshot: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """With --tasks: examples in front of each question. Default: what the task says."""
+    limit: Annotated[float | None, tyro.conf.arg(metavar="NUMBER")] = None
+    """With --tasks: only the first so many documents of each; below 1: such a share of them."""
+    log_samples: bool = False
+    """With --tasks and --output: write every document with its answers, too."""
+    batch_size: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """Windows or requests at a time. Default: 8, or the next multiple of the mesh's data x fsdp."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of computation and parameters. Default: float32 on a CPU, else as stored (bfloat16 for float16 on a TPU)."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """auto: cudnn on GPUs and splash on TPUs, where they can run; else xla."""
+    mesh: str | None = None
+    """Spread the model over devices: as in data=2,fsdp=4 or fsdp=-1,tensor=8 (-1: the rest). Default: one device; with
+    several processes, all of their devices on fsdp."""
+    verify: bool = True
+    """Compare the weights of an Orbax directory with their checksums."""
+    json: bool = False
+    """Print JSON instead of tables."""
+    output: Path | None = None
+    """Write the JSON to this file."""
+    distributed: Literal["auto", "on", "off"] = "auto"
+    """One evaluation on several hosts, as in train.py. auto: if a TPU pod, SLURM, Open MPI or a Kubernetes job, or the
+    next three, say so."""
+    coordinator_address: str | None = None
+    """host:port of process 0."""
+    num_processes: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    process_id: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    hang_minutes: int = 60
+    """With several processes: end when loading, or a batch, takes longer."""
+
+
+def evaluate(options: Annotated[EvalOptions, tyro.conf.arg(name="")]) -> None:
+    """Measure a model: perplexity of texts (--data), or tasks of the lm-evaluation-harness (--tasks)."""
+    check(options)
+    from opt_jax.parallel import processes
+
+    with processes.last_words(PROGRAM) if _in_job(options) else contextlib.nullcontext():
+        processes.start(
+            options.distributed, options.coordinator_address, options.num_processes, options.process_id,
+            hang_minutes=options.hang_minutes,
+        )  # fmt: skip
+        _evaluate(options)
+
+
+def _in_job(options: EvalOptions) -> bool:
+    from opt_jax.parallel import processes
+
+    return options.distributed != "off" and (options.num_processes is not None or processes.in_cluster())
+
+
+def check(options: EvalOptions) -> None:
+    """ValueError for options that contradict each other, before anything is loaded."""
+    if bool(options.data) == bool(options.tasks):
+        raise ValueError("give one of --data (a text, for perplexity) and --tasks (of the lm-evaluation-harness)")
+    for name in _TASKS_ONLY if options.data else _TEXT_ONLY:
+        if getattr(options, name) != getattr(EvalOptions, name):  # its default
+            flag, other = name.replace("_", "-"), "tasks" if options.data else "data"
+            raise ValueError(f"--{flag} without effect: it goes with --{other}")
+    if options.stride is not None and options.protocol == "non-overlapping":
+        raise ValueError("--stride without effect: non-overlapping windows have none")
+    if options.log_samples and options.output is None:
+        raise ValueError("--log-samples without effect: say where to write them with --output")
+    if options.hang_minutes < 1:
+        raise ValueError(f"--hang-minutes {options.hang_minutes}: must be at least 1")
+    if options.limit is not None and not options.limit > 0:
+        raise ValueError(f"--limit {options.limit}: must be above 0")
+    if options.output is not None and (options.output.is_dir() or not options.output.absolute().parent.is_dir()):
+        raise ValueError(f"--output {options.output}: must be a file in a directory that is there")
+    if options.output is not None:
+        refuse_links(options.output)
+
+
+def _evaluate(options: EvalOptions) -> None:
+    import jax
+
+    from opt_jax.data.corpus import fingerprint
+    from opt_jax.parallel import agreement, processes
+    from opt_jax.text.tokenizer import OPTTokenizer
+
+    common = dataclasses.asdict(options) | {"process_id": None, "output": str(options.output)}
+    agreement.check_same({f"--{name.replace('_', '-')}": value for name, value in common.items()})
+    tokenizer = OPTTokenizer.from_pretrained(options.model)  # before the weights: it fails sooner
+    if options.data:
+        ids, documents = read_ids(options.data, tokenizer)
+        agreement.check_same({"--data": f"{len(ids)} tokens, {fingerprint(ids)}"})
+    else:
+        from opt_jax.evaluation.harness import find_tasks
+
+        tasks = find_tasks(options.tasks, options.include_path)
+    processes.reached("loading the model")
+    model = load(options)
+    processes.reached("the first batch")
+    report = describe(options, model)
+    if options.data:
+        report |= {"documents": documents, "tokens": len(ids), "results": perplexities(options, model, ids)}
+        shown = text_table(report)
+    else:
+        from opt_jax.evaluation.harness import run, tables
+
+        settings: dict[str, Any] = dict(
+            num_fewshot=options.num_fewshot, limit=options.limit, log_samples=options.log_samples
+        )
+        report |= run(model, tokenizer, tasks, options.batch_size, **settings)
+        shown = tables(report)
+    if jax.process_index() == 0:
+        text = json.dumps(_finite(report), indent=2, default=_plain, allow_nan=False, ensure_ascii=False) + "\n"
+        print(text if options.json else shown, end="", flush=True)
+        if options.output is not None:
+            with new_file(options.output) as file:
+                file.write(text.encode())
+
+
+def load(options: EvalOptions) -> Any:
+    """The model, spread over the mesh."""
+    import jax
+
+    from opt_jax.checkpoints import hub, pretrained
+    from opt_jax.model.attention import choose_attention
+    from opt_jax.model.heads import OPTForCausalLM
+    from opt_jax.parallel.mesh import make_mesh
+
+    several = jax.process_count() > 1
+    mesh = make_mesh(options.mesh) if options.mesh or several else None
+    config, _ = pretrained.read_config(hub.resolve(options.model, weights=False))
+    platform = jax.default_backend()
+    dtype = options.dtype or ("float32" if platform == "cpu" else "bfloat16")
+    attention: Any = choose_attention(options.attention, platform, config.head_dim, dtype, 0.0)
+    return OPTForCausalLM.from_pretrained(
+        options.model, dtype=options.dtype, param_dtype=options.dtype, mesh=mesh, attn_implementation=attention,
+        verify=options.verify,
+    )  # fmt: skip
+
+
+def read_ids(paths: Sequence[str], tokenizer: Any) -> tuple[Any, int]:
+    """(the ids of all documents, each behind `</s>`, int32 [N]; how many documents)."""
+    from opt_jax.data.documents import TEXT_SUFFIXES, find_sources, read_documents
+    from opt_jax.data.tokens import tokenize
+
+    sources = find_sources(paths, TEXT_SUFFIXES)
+    if arrays := [source for source in sources if source.suffix == ".npy"]:
+        raise ValueError(
+            f"--data {arrays[0]}: holds tokens; name the texts, which are tokenised as the model wants them"
+        )
+    documents = read_documents(sources)
+    return tokenize(documents, tokenizer)[:-1], len(documents)  # none behind the last
+
+
+def perplexities(options: EvalOptions, model: Any, ids: Any) -> list[dict[str, Any]]:
+    from opt_jax.evaluation.perplexity import PROTOCOLS, perplexity
+
+    asked = PROTOCOLS if options.protocol in (None, "both") else (options.protocol,)
+    results = []
+    for protocol in asked:
+        with _bar(protocol) as progress:
+            results.append(
+                perplexity(
+                    model, ids, protocol, window=options.window, batch_size=options.batch_size, progress=progress,
+                    stride=options.stride if protocol == "sliding" else None,
+                )
+            )  # fmt: skip
+    return [dataclasses.asdict(result) for result in results]
+
+
+@contextlib.contextmanager
+def _bar(title: str) -> Iterator[Any]:
+    """On a terminal, on stderr, of process 0; and, in a job, a sign of life."""
+    import jax
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from opt_jax.parallel import processes
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=jax.process_index() > 0 or not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+
+        def show(done: int, total: int) -> None:
+            processes.reached(f"{title} window {done}")
+            bar.update(task, completed=done, total=total)
+
+        yield show
+
+
+def describe(options: EvalOptions, model: Any) -> dict[str, Any]:
+    """What was measured, and with what."""
+    import jax
+
+    from opt_jax.parallel.mesh import mesh_of
+
+    mesh = mesh_of(model)
+    return {
+        "model": options.model,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(model)),
+        "dtype": str(model.dtype),
+        "device": jax.devices()[0].device_kind,
+        "mesh": None if mesh is None else dict(mesh.shape),
+        "data": list(options.data) or None,
+        "versions": {"opt-jax": opt_jax.__version__}
+        | {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
+    }
+
+
+def text_table(report: dict[str, Any]) -> str:
+    """The results of --data for a reader."""
+    heads = ("protocol", "window", "stride", "windows", "tokens", "left out", "loss", "perplexity", "seconds")
+    rows: list[tuple[str, ...]] = [heads]
+    for r in report["results"]:
+        plus = ["" if r[f"{name}_stderr"] is None else f" ± {r[f'{name}_stderr']:.{d}f}"
+                for name, d in (("loss", 4), ("perplexity", 3))]  # fmt: skip
+        counts = (f"{r[name]:,}" for name in ("window", "stride", "windows", "tokens", "left_out"))
+        values = (f"{r['loss']:.4f}{plus[0]}", f"{r['perplexity']:.3f}{plus[1]}", f"{r['seconds']:.1f}")
+        rows.append((r["protocol"], *counts, *values))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:], strict=True))])
+             for row in rows]  # fmt: skip
+    mesh = "" if report["mesh"] is None else ", mesh " + " x ".join(f"{k}={v}" for k, v in report["mesh"].items())
+    plural = "s" * (report["documents"] > 1)
+    return (
+        f"{report['model']}: {report['parameters']:,} parameters, {report['dtype']}, {report['device']}{mesh}\n"
+        f"{', '.join(report['data'])}: {report['documents']} document{plural}, {report['tokens']:,} tokens\n\n"
+        + "\n".join(lines) + "\n"
+    )  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of NumPy as Python's; a function or another object of a task as its name."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: null."""
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,253 @@
+"""EleutherAI's lm-evaluation-harness over our models: `lm_eval.simple_evaluate(model=OPTLM("tiny"), tasks=[...])`.
+
+What the harness asks is answered as its own `hf` model does: the same tokens, windows, truncation and post-processing,
+so that numbers can be compared. Importing this module also registers the name "opt-jax" with the harness.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
+except ImportError as error:
+    raise ValueError(f"tasks need the package lm-eval ({error}): pip install 'opt-jax[eval]'") from None
+from tqdm import tqdm
+
+from opt_jax.evaluation.perplexity import check_batch_size
+from opt_jax.generation.request import batch_bucket
+from opt_jax.model.heads import OPTForCausalLM
+from opt_jax.parallel import processes
+from opt_jax.text.tokenizer import OPTTokenizer
+
+# What only draws need: without effect in a task that is greedy, where `generate` would refuse it.
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+Pair = tuple[Any, list[int], list[int]]  # what the harness calls it (its cache's key), context, continuation
+
+
+@register_model("opt-jax")
+class OPTLM(TemplateLM):
+    """A model as the harness sees it.
+
+    Args:
+      pretrained: what `OPTForCausalLM.from_pretrained` takes, or such a model, on a mesh or not.
+      tokenizer: what `OPTTokenizer.from_pretrained` takes, or an `OPTTokenizer`; default: the one of a named model.
+      batch_size: requests at a time. Default: 8; on a mesh a multiple of the parts that rows are split into.
+      max_length: the most tokens the model reads; default: its context.
+      max_gen_toks: the most new tokens of tasks that do not say.
+      **loading: `from_pretrained`'s `dtype`, `param_dtype`, `mesh`, `revision`, ..., for a model that is named.
+
+    Raises:
+      ValueError: an argument that does not fit, or that has no effect.
+    """
+
+    def __init__(
+        self,
+        pretrained: Any = "tiny",
+        *,
+        tokenizer: Any = None,
+        batch_size: int | str | None = None,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        **loading: Any,
+    ):
+        super().__init__()
+        for name in ("device", "max_batch_size"):  # of lm_eval's own command
+            if loading.pop(name, None) is not None:
+                raise ValueError(f"{name} is not an option of opt-jax: leave it out")
+        if isinstance(pretrained, OPTForCausalLM):
+            if loading:
+                raise ValueError(f"{', '.join(loading)}: only for a model that is loaded by name")
+            if tokenizer is None:
+                raise ValueError("a model object does not know its tokenizer: pass tokenizer=")
+            self.model: Any = pretrained
+        if not isinstance(tokenizer, OPTTokenizer):  # before the weights: it fails sooner
+            named = {k: v for k, v in loading.items() if k in ("revision", "cache_dir", "local_files_only")}
+            source: Any = pretrained if tokenizer is None else tokenizer
+            tokenizer = OPTTokenizer.from_pretrained(source, **(named if tokenizer is None else {}))
+        self.tokenizer: Any = tokenizer
+        if not isinstance(pretrained, OPTForCausalLM):
+            self.model = OPTForCausalLM.from_pretrained(pretrained, **loading)
+        if batch_size is not None and not str(batch_size).isdecimal():
+            raise ValueError(f"batch_size {batch_size!r} must be a number")
+        self.batch_size = check_batch_size(self.model, None if batch_size is None else int(batch_size))
+        context = self.model.config.max_position_embeddings
+        self.max_length, self.max_gen_toks = context if max_length is None else max_length, max_gen_toks
+        if not 1 <= self.max_length <= context:
+            raise ValueError(f"max_length {max_length}: must be at least 1 and at most {context}, the model's context")
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return repr(self.tokenizer)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
+        """The ids of a text, behind one `</s>`, whether the text begins with it or not, unless told otherwise."""
+        special = not string.startswith(self.tokenizer.bos_token) if add_special_tokens is None else add_special_tokens
+        return self.tokenizer(string, return_tensors=None, add_special_tokens=special)["input_ids"]
+
+    def _loglikelihood_tokens(self, requests: Sequence[Pair], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-probability of the continuation, whether greedy decoding would give it) of each request.
+
+        Requests of about one length share a batch, and batches have few shapes: `batch_size` rows (the last one of its
+        bucket) of a bucket of tokens. A context that is too long loses its beginning.
+        """
+        rows = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
+        for (_, context, continuation), row in zip(requests, rows, strict=True):
+            if not context or not 0 < len(continuation) < len(row):
+                raise ValueError(
+                    f"a context of {len(context)} and a continuation of {len(continuation)} tokens: neither may be "
+                    f"empty, and the latter has room for {self.max_length}"
+                )
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        bar = tqdm(total=len(rows), desc="scoring", disable=disable_tqdm or jax.process_index() > 0)
+        for first in range(0, len(order), self.batch_size):
+            some = order[first : first + self.batch_size]
+            logprobs, greedy = self._score([rows[i] for i in some])
+            for i, values, best in zip(some, logprobs, greedy, strict=True):
+                name, _, continuation = requests[i]
+                last = np.s_[-len(continuation) :]
+                results[i] = float(np.sum(values[last], dtype=np.float64)), bool(best[last].all())
+                if name is not None:
+                    self.cache_hook.add_partial("loglikelihood", name, results[i])
+            bar.update(len(some))
+            processes.reached(f"request {first + len(some)}")
+        bar.close()
+        return results
+
+    def _score(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """`model.score` of rows of different lengths, which end in the last column."""
+        count = min(batch_bucket(len(rows)), self.batch_size)
+        ids, mask = np.zeros((count, len(rows[0])), np.int32), np.zeros((count, len(rows[0])), bool)
+        for row, real, tokens in zip(ids, mask, rows + rows[:1] * (count - len(rows)), strict=True):
+            row[-len(tokens) :], real[-len(tokens) :] = tokens, True
+        logprobs, greedy = self.model.score(ids, mask, return_greedy=True)
+        return logprobs[: len(rows)], greedy[: len(rows)]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of whole texts, in windows of `max_length`; the windows of all texts share batches.
+
+        As with `hf`, the text comes behind a prefix `</s>` and with its own one, which is so predicted, too.
+        """
+        texts = [request.args[0] for request in requests]
+        windows: list[Pair] = []
+        owners: list[int] = []
+        for owner, text in enumerate(texts):
+            pairs = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
+            windows += [(None, *make_disjoint_window(pair)) for pair in pairs]
+            owners += [owner] * (len(windows) - len(owners))
+        values = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
+        sums = [0.0] * len(texts)
+        for owner, (value, _) in zip(owners, values, strict=True):
+            sums[owner] += value
+        for text, value in zip(texts, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), value)
+        return sums
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continuations up to a stop string, which is cut off; options of a task are those of `model.generate`.
+
+        Raises:
+          ValueError: an option that `generate` does not know; in a job of several processes.
+        """
+        if jax.process_count() > 1:
+            raise ValueError("tasks that generate text are for a single process: choose others for a job of several")
+        results = [""] * len(requests)
+        groups: dict[str, list[int]] = {}  # by their options
+        for i, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
+        for group in groups.values():
+            contexts, given = [requests[i].args[0] for i in group], requests[group[0]].args[1]
+            for i, text in zip(group, self._generate(contexts, given, not disable_tqdm), strict=True):
+                results[i] = text
+                self.cache_hook.add_partial("generate_until", requests[i].args, text)
+        return results
+
+    def _generate(self, contexts: list[str], given: dict[str, Any], progress: bool) -> list[str]:
+        options: dict[str, Any] = dict(normalize_gen_kwargs(given, self.max_gen_toks))
+        until = handle_stop_sequences(options.pop("until"), eos=self.tokenizer.eos_token)
+        new = options.pop("max_gen_toks")
+        if not options["do_sample"]:  # tasks say such things beside it; HF warns
+            for name in {*_SAMPLING} & set(options):
+                options.pop(name)
+        if new >= self.max_length:
+            raise ValueError(
+                f"{new} new tokens leave no room for a prompt in the context of {self.max_length}: give the task "
+                "max_gen_toks (in its generation_kwargs), or OPTLM a smaller one"
+            )
+        prompts = [self.tok_encode(context)[new - self.max_length :] for context in contexts]
+        stops, tokenizer = [text for text in until if text], _NewText(self.tokenizer)
+        out = self.model.generate(
+            prompts, max_new_tokens=new, stop_strings=stops, tokenizer=tokenizer, batch_size=self.batch_size,
+            progress_bar=None if progress else False, **options,
+        )  # fmt: skip
+        columns = out.sequences[:, max(map(len, prompts)) :]
+        made = [row[:count] for row, count in zip(columns, out.lengths, strict=True)]
+        texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
+        return [postprocess_generated_text(text, until, None) for text in texts]
+
+
+class _NewText:
+    """A tokenizer whose stop strings do not begin in the prompt: the harness looks at new text only."""
+
+    def __init__(self, tokenizer: OPTTokenizer):
+        self._tokenizer = tokenizer
+
+    def stop_strings(self, strings: Sequence[str], prompts: Sequence[Any]) -> Any:
+        return self._tokenizer.stop_strings(strings, [np.zeros(0, np.int32)] * len(prompts))
+
+
+# The command --------------------------------------------------------------------------------------------------
+
+
+def find_tasks(names: Sequence[str], include_path: Sequence[str]) -> tuple[TaskManager, list[str]]:
+    """What `run` takes. The harness's own 14,000 tasks are only looked through (13 s) for names not found before.
+
+    Raises:
+      ValueError, FileNotFoundError: a name that nobody has; no such directory.
+    """
+    if absent := [path for path in include_path if not Path(path).is_dir()]:
+        raise FileNotFoundError(f"--include-path {absent[0]}: no such directory")
+    names = [part for name in names for part in name.split(",") if part]
+    for defaults in (False, True):
+        manager = TaskManager(include_path=list(include_path), include_defaults=defaults)
+        missing = [name for name in names if not manager.match_tasks([name])]
+        if not missing:
+            return manager, manager.match_tasks(names)
+    raise ValueError(f"--tasks {missing[0]}: no such task, neither in --include-path nor in lm-eval (lm-eval ls tasks)")
+
+
+def run(
+    model: OPTForCausalLM, tokenizer: OPTTokenizer, tasks: tuple[TaskManager, list[str]], batch_size: int | None = None,
+    *, num_fewshot: int | None = None, limit: float | None = None, log_samples: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """What `lm_eval.simple_evaluate` returns: "results", "samples" (if asked for) and, as "harness", the rest."""
+    make: Any = OPTLM
+    lm = make(model, tokenizer=tokenizer, batch_size=batch_size)
+    evaluate: Any = simple_evaluate
+    found = evaluate(
+        model=lm, tasks=tasks[1], task_manager=tasks[0], num_fewshot=num_fewshot, batch_size=lm.batch_size,
+        limit=int(limit) if limit is not None and limit >= 1 else limit, log_samples=log_samples,
+    )  # fmt: skip
+    own = ("results", "samples")
+    harness = {name: value for name, value in found.items() if name not in own}
+    return {name: found[name] for name in own if name in found} | {"harness": harness}
+
+
+def tables(report: dict[str, Any]) -> str:
+    """The results of `run` for a reader: the harness's own tables."""
+    found = report["harness"] | report
+    return "\n".join(make_table(found, kind) for kind in ("results", "groups") if found.get(kind))

@@ -1,0 +1,1 @@
+"""From prompts to tokens: options, logits processors, compiled loops, and what runs them."""

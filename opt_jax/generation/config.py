@@ -1,0 +1,343 @@
+"""What `generate` can be asked for: names as in HF's `GenerationConfig`, their layers and their checks. No arrays."""
+
+import dataclasses
+import json
+import numbers
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from opt_jax.system.reading import asks_for_nothing, note_without_effect, read_small, shown
+
+# HF's options that never have an effect on tokens. (Empty prompts, which HF starts with BOS, are errors.)
+_INERT = {"bos_token_id", "transformers_version", "_from_model_config", "return_dict_in_generate"}
+# HF's options that are not supported, and the values that are fine because they change nothing (None always is).
+_UNSUPPORTED: dict[str, tuple] = {
+    "num_beam_groups": (1,),
+    "diversity_penalty": (0,), "constraints": (), "force_words_ids": (), "low_memory": (False,),
+    "penalty_alpha": (0,), "dola_layers": (), "max_time": (), "use_mtp": (False,), "use_cache": (True,),
+    "cache_implementation": (), "cache_config": (), "max_cache_len": (), "prefill_chunk_size": (),
+    "top_h": (), "epsilon_cutoff": (0,), "eta_cutoff": (0,), "renormalize_logits": (False,),
+    "remove_invalid_values": (False,), "exponential_decay_length_penalty": (), "sequence_bias": (),
+    "encoder_repetition_penalty": (1,), "encoder_no_repeat_ngram_size": (0,), "decoder_start_token_id": (),
+    "token_healing": (False,), "guidance_scale": (1,), "watermarking_config": (), "negative_prompt_ids": (),
+    "output_attentions": (False,), "output_hidden_states": (False,), "output_scores": (False,),
+    "output_logits": (False,), "is_assistant": (False,), "assistant_model": (), "assistant_tokenizer": (),
+    "num_assistant_tokens_schedule": ("constant",), "assistant_confidence_threshold": (0.4,),
+    "assistant_early_exit": (), "assistant_lookbehind": (10,), "target_lookbehind": (10,),
+    "assistant_ensemble_weight": (), "speculation_type": (), "compile_config": (), "disable_compile": (False,),
+    "continuous_batching_config": (), "logits_processor": (), "stopping_criteria": (), "streamer": (),
+    "prefix_allowed_tokens_fn": (), "synced_gpus": (False,), "custom_generate": (), "inputs_embeds": (),
+}  # fmt: skip
+# Only of use with do_sample=True, and the values that are of no use even then.
+_SAMPLING: dict[str, tuple] = {"temperature": (1,), "top_k": (0,), "top_p": (1,), "min_p": (0,), "typical_p": (1,)}
+# Only of use with num_beams, likewise; and what beams cannot do yet.
+_BEAMS: dict[str, tuple] = {"length_penalty": (1,), "early_stopping": (False,)}
+_NOT_WITH_BEAMS = ("stop_token_ids", "stop_strings", "logprobs")
+_CACHE_DTYPES = ("int8", "float16", "bfloat16", "float32")
+# Only of use with drafts (`opt_jax.generation.speculative`).
+_DRAFTS = ("num_assistant_tokens", "max_matching_ngram_size")
+_LOOKUP: dict[str, tuple] = {"max_matching_ngram_size": (2,)}
+_LENGTHS = ({"max_length", "max_new_tokens"}, {"min_length", "min_new_tokens"})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """Options of `generate`. None: not given; then the checkpoint's `generation_config.json` decides, or the default.
+
+    Args:
+      max_new_tokens: the most tokens to add to a prompt.
+      max_length: the same, as length of the result, the width of `input_ids` included. Give one of the two; with
+        neither, 20 new tokens, or what the context has room for.
+      min_new_tokens: no end token before so many new ones (min_length: as length of the result).
+      do_sample: draw at random; False: the most likely token.
+      temperature: above 0; less than 1 is less random.
+      top_k: draw from the k most likely tokens only; 0: from all, the default (HF: 50).
+      top_p: draw from the fewest most likely tokens with this much probability; 1: from all.
+      min_p: draw from tokens at least so likely, as a share of the most likely one's probability; 0: from all.
+      typical_p: draw from tokens of about the expected information, with this much probability; 1: from all.
+      repetition_penalty: above 1: tokens of the prompt and new ones are less likely; 1: off.
+      presence_penalty, frequency_penalty: subtracted from the logits of new tokens, once, and once for each time they
+        appeared (OpenAI's and vLLM's definition, the prompt does not count); 0: off.
+      no_repeat_ngram_size: no sequence of so many tokens appears twice, the prompt included; 0: off.
+      bad_words_ids: sequences of tokens that are never completed; an end token alone is left out, as in HF.
+      suppress_tokens, begin_suppress_tokens: tokens never chosen; never chosen first.
+      forced_bos_token_id: the first new token after a prompt of one token.
+      forced_eos_token_id: one or several, one of which is the last token if there are as many as there may be.
+      eos_token_id: one or several end tokens; default: the config's; []: none.
+      pad_token_id: fills rows that have ended; default: the config's, else the first end token.
+      stop_token_ids: sequences of tokens (or single tokens) that end a row; they stay in it.
+      stop_strings: the same, as text, also when they straddle tokens or begin in the prompt; needs `tokenizer=`.
+      num_beams: follow so many continuations of each prompt at every step, and return the most likely (beam search);
+        with do_sample their candidates are drawn at random.
+      length_penalty: beams are compared by their log-probability / (number of new tokens) ** length_penalty; 1.
+      early_stopping: when a prompt is done. True: with num_beams finished beams; False: when the best running one is
+        worse than all of these; "never": when it cannot become better.
+      num_assistant_tokens: tokens drafted at a time by `assistant_model`; default: what the assistant's
+        `generation_config.json` says, else 5 (HF: 20, and fewer where the assistant is not sure).
+      prompt_lookup_num_tokens: draft at most so many tokens at a time, those that followed where the row had its last
+        tokens before (prompt lookup); 0: off. At most the context, as num_assistant_tokens.
+      max_matching_ngram_size: look for so many of the last tokens, and then for fewer; 2, as in HF.
+      num_return_sequences: so many rows for each prompt, one after the other; needs do_sample, or as many beams.
+      seed: in [0, 2**32); the same call gives the same tokens. One number: row i draws as its i-th sample. A sequence,
+        one for each prompt: what a row draws depends on its seed and on which of the prompt's samples it is.
+      cache_dtype: of the keys and values that are kept: "int8" (needs the extra `int8`), "float16", "bfloat16" or
+        "float32"; default: the compute dtype.
+      logprobs: record the log-probability of each new token, and of the n most likely ones; 0: of the chosen only.
+
+    Raises:
+      ValueError: an option that HF has and opt-jax has not, or that nobody has.
+    """
+
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    min_new_tokens: int | None = None
+    min_length: int | None = None
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    bad_words_ids: Any = None
+    suppress_tokens: Any = None
+    begin_suppress_tokens: Any = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: Any = None
+    eos_token_id: Any = None
+    pad_token_id: int | None = None
+    stop_token_ids: Any = None
+    stop_strings: Any = None
+    num_beams: int | None = None
+    length_penalty: float | None = None
+    early_stopping: Any = None
+    num_assistant_tokens: int | None = None
+    prompt_lookup_num_tokens: int | None = None
+    max_matching_ngram_size: int | None = None
+    num_return_sequences: int | None = None
+    seed: Any = None
+    cache_dtype: str | None = None
+    logprobs: int | None = None
+
+    def __new__(cls, **options):
+        _check_names(options, "GenerationConfig")
+        if others := [name for name in options if name not in FIELDS]:
+            raise ValueError(f"GenerationConfig: {', '.join(others)} change nothing: leave them out, or use from_dict")
+        return super().__new__(cls)
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any], where: str = "generation config") -> "GenerationConfig":
+        """From HF's names and values; what changes nothing, such as num_beams=1, is left out.
+
+        Raises:
+          ValueError: names `where`, the option and what is wrong with it.
+        """
+        _check_names(options, where)
+        return cls(**{name: value for name, value in options.items() if name in FIELDS})
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike, *, revision=None, cache_dir=None, local_files_only=False
+    ) -> "GenerationConfig":
+        """That of a checkpoint (hub id, directory or "tiny"); FileNotFoundError where it has none."""
+        from opt_jax.checkpoints import hub
+
+        folder = hub.resolve(
+            name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, weights=False
+        )
+        path = folder / "generation_config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        return cls.from_dict(parse(read_small(path).decode("utf-8", "replace"), str(path)), str(path))
+
+    def check(self) -> None:
+        """ValueError for values out of range and contradictions."""
+        _check_values(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options that are given."""
+        return {name: getattr(self, name) for name in FIELDS if getattr(self, name) is not None}
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(GenerationConfig))
+
+
+def parse(text: str, where: str) -> dict[str, Any]:
+    """The content of a generation_config.json; ValueError if it is not an object."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def combine(
+    checkpoint: Mapping[str, Any],
+    config: GenerationConfig | None,
+    options: Mapping[str, Any],
+    where: str = "the checkpoint's generation_config.json",
+) -> GenerationConfig:
+    """Keyword arguments before the given config before the checkpoint's; what a higher layer contradicts is dropped.
+
+    where: what messages call the checkpoint's.
+
+    Raises:
+      ValueError: an option that does not exist or is not supported, values out of range, contradictions in one layer.
+
+    Warns:
+      UserWarning: what the checkpoint says has no effect, such as a temperature where nobody says to sample.
+    """
+    given = override(options_of(config), options)
+    _check_each(given)
+    merged = override(checkpoint, given)
+    _check_names({k: v for k, v in merged.items() if k not in given}, where)
+    _check_each({k: merged[k] for k in merged.keys() & {"do_sample", "num_beams", "prompt_lookup_num_tokens"}})
+    unused: dict[str, tuple[tuple, str]] = {}
+    for names, is_used, hint in (
+        (_SAMPLING, merged.get("do_sample"), "needs do_sample=True"),
+        (_BEAMS, (merged.get("num_beams") or 1) > 1, "needs num_beams"),
+        (_LOOKUP, merged.get("prompt_lookup_num_tokens"), "needs prompt_lookup_num_tokens"),
+    ):
+        unused |= {} if is_used else {name: (harmless, hint) for name, harmless in names.items()}
+    note_without_effect(where, {k: v for k, v in merged.items() if k not in given}, unused)
+    dropped = {*unused, "num_assistant_tokens"}  # the latter is for models that this one drafts for
+    merged = {k: v for k, v in merged.items() if k in given or k not in dropped}
+    result = GenerationConfig.from_dict(merged, "generate")
+    result.check()
+    return result
+
+
+def options_of(config: GenerationConfig | None) -> dict[str, Any]:
+    """What the argument `generation_config` asks for; ValueError if it is something else (as one of transformers)."""
+    if config is None:
+        return {}
+    if not isinstance(config, GenerationConfig):
+        raise ValueError(
+            f"generation_config must be an opt_jax.GenerationConfig, not a {type(config).__name__} of "
+            f"{type(config).__module__}: use opt_jax.GenerationConfig.from_dict"
+        )
+    return config.to_dict()
+
+
+def override(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `upper`, and those of `lower` that go with them."""
+    upper = {k: v for k, v in upper.items() if v is not None}
+    dropped = {name for names in _LENGTHS if names & upper.keys() for name in names}
+    if upper.get("do_sample") is False:
+        dropped |= {*_SAMPLING, "num_return_sequences"}
+    for name, off, options in (("num_beams", 1, _BEAMS), ("prompt_lookup_num_tokens", 0, _LOOKUP)):
+        if name in upper and asks_for_nothing(upper[name], (off,)):  # any value: they are checked later
+            dropped |= {*options}
+    return {k: v for k, v in lower.items() if v is not None and k not in dropped} | upper
+
+
+def _check_names(options: Mapping[str, Any], where: str) -> None:
+    for name, value in options.items():
+        if name in _UNSUPPORTED:
+            plain = isinstance(value, str) or not isinstance(value, Iterable)  # an array has no one answer to ==
+            if value is not None and not (plain and value in _UNSUPPORTED[name]):
+                raise ValueError(f"{where}: {name}={shown(value)} is not supported by opt-jax")
+        elif name not in FIELDS and name not in _INERT:
+            raise ValueError(f"{where}: there is no option {shown(name)} (they are in opt_jax.GenerationConfig)")
+
+
+# Values -------------------------------------------------------------------------------------------------------
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _at_least(least: int) -> tuple[Callable[[Any], bool], str]:
+    """Less than 2**31, too, which int32 would make another number."""
+    return lambda x: is_integer(x) and least <= x < 2**31, f"an integer of at least {least} and below 2**31"
+
+
+_LARGEST = 3.4e38  # in float32
+
+
+def _real(holds: Callable[[Any], bool], words: str) -> tuple[Callable[[Any], bool], str]:
+    def check(x: Any) -> bool:
+        if not isinstance(x, numbers.Real) or isinstance(x, bool):
+            return False
+        return abs(x) < _LARGEST and holds(x)  # type: ignore[reportOperatorIssue]
+
+    return check, words
+
+
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("max_new_tokens", "max_length", "num_return_sequences", "num_beams", *_DRAFTS), _at_least(1)),
+    **dict.fromkeys(("min_new_tokens", "min_length", "no_repeat_ngram_size", "logprobs"), _at_least(0)),
+    "prompt_lookup_num_tokens": _at_least(0),
+    "top_k": (_at_least(0)[0], "at least 1 and below 2**31, or 0 for all tokens"),
+    "temperature": _real(lambda x: x >= 1e-30, "a positive number of at least 1e-30"),  # logits / it must stay finite
+    "repetition_penalty": _real(lambda x: x > 0, "a positive number"),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "length_penalty"), _real(lambda x: True, "a number")),
+    "early_stopping": (lambda x: isinstance(x, bool) or isinstance(x, str) and x == "never", 'True, False or "never"'),
+    **dict.fromkeys(("top_p", "typical_p"), _real(lambda x: 0 < x <= 1, "in (0, 1]")),
+    "min_p": _real(lambda x: 0 <= x <= 1, "in [0, 1]"),
+    "cache_dtype": (lambda x: isinstance(x, str) and x in _CACHE_DTYPES, f"one of {', '.join(_CACHE_DTYPES)}"),
+    "do_sample": (lambda x: isinstance(x, bool), "True or False"),
+}
+
+
+def _check_each(options: Mapping[str, Any]) -> None:
+    for name, (holds, words) in _RULES.items():
+        value = options.get(name)
+        if value is not None and not holds(value):
+            hint = " (for the most likely tokens use do_sample=False)" if name == "temperature" else ""
+            raise ValueError(f"{name}={shown(value)} must be {words}{hint}")
+
+
+def _check_values(config: GenerationConfig) -> None:
+    _check_each(config.to_dict())
+    if config.max_new_tokens is not None and config.max_length is not None:  # HF warns and lets max_new_tokens win
+        raise ValueError(f"give max_new_tokens={config.max_new_tokens} or max_length={config.max_length}, not both")
+    beams, copies = config.num_beams or 1, config.num_return_sequences or 1
+    if beams > 1:
+        if copies > beams:
+            raise ValueError(f"num_return_sequences={copies} is more than num_beams={beams}")
+        if unable := [name for name in _NOT_WITH_BEAMS if getattr(config, name) is not None]:
+            raise ValueError(f"{', '.join(unable)} are not supported with num_beams={beams}: leave one of them out")
+    elif unused := _asked_for(config, _BEAMS):  # HF warns
+        raise ValueError(f"{', '.join(unused)} without effect: pass num_beams above 1 as well")
+    if not config.do_sample:  # HF warns
+        if unused := _asked_for(config, _SAMPLING):
+            raise ValueError(f"{', '.join(unused)} without effect: pass do_sample=True as well")
+        if copies > 1 and beams == 1:
+            raise ValueError(f"num_return_sequences={copies} would return equal rows: pass do_sample=True or num_beams")
+
+
+def _asked_for(config: GenerationConfig, options: Mapping[str, tuple]) -> list[str]:
+    """Those that are given and are not at one of their harmless values."""
+    return [name for name, harmless in options.items() if not asks_for_nothing(getattr(config, name), harmless)]
+
+
+def check_ids(name: str, ids: Any, vocab_size: int, hint: str = "") -> list[int]:
+    """One id or a sequence of ids as a list; ValueError if one is not in the vocabulary."""
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids  # NumPy and JAX
+    values = [ids] if is_integer(ids) else list(ids) if isinstance(ids, Iterable) and not isinstance(ids, str) else None
+    if values is None or not all(map(is_integer, values)):
+        raise ValueError(f"{name}={shown(ids)} must be a token id or a sequence of them")
+    for i in values:
+        if not 0 <= i < vocab_size:
+            raise ValueError(f"{name} holds {i}, outside [0, {vocab_size - 1}]{hint}")
+    return [int(i) for i in values]
+
+
+def check_sequences(name: str, sequences: Any, vocab_size: int, or_ids: bool = False) -> list[list[int]]:
+    """Sequences of ids, none of them empty, as lists (`or_ids`: or single ids); ValueError otherwise."""
+    sequences = sequences.tolist() if hasattr(sequences, "tolist") else sequences
+    if not isinstance(sequences, Iterable) or isinstance(sequences, str):
+        raise ValueError(f"{name}={shown(sequences)} must be a list of sequences of token ids")
+    sequences = list(sequences)
+    holds = lambda s: or_ids if is_integer(s) else hasattr(s, "__len__") and len(s) > 0  # noqa: E731
+    if not sequences or not all(map(holds, sequences)):
+        raise ValueError(f"{name}={shown(sequences)} must hold at least one sequence, and no empty one")
+    return [check_ids(name, sequence, vocab_size) for sequence in sequences]

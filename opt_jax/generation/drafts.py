@@ -1,0 +1,94 @@
+"""Where the drafts of `opt_jax.generation.speculative` come from, and what is checked of that."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Int
+
+from opt_jax.generation.loop import FlatModel
+from opt_jax.generation.request import Request, checkpoint_options
+from opt_jax.model.heads import OPTForCausalLM
+
+DEFAULT_DRAFTS = 5  # HF: 20, or fewer where the assistant is less sure than 0.4; here all rows draft as many
+DEFAULT_NGRAM = 2  # HF's
+_SPARE_STEPS = 8  # of which all columns may become holes before they must be removed, which costs two readings
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Drafts:
+    """Where drafts come from."""
+
+    assistant: FlatModel | None  # None: prompt lookup
+    ngram: Int[Any, ""]  # the most last tokens to look for
+    count: int = dataclasses.field(metadata=dict(static=True))  # k
+
+    def spare(self, rows: int) -> int:
+        """Columns that the cache needs besides those of the tokens: for drafts, and for holes, which one row has not.
+
+        For every draft of every token it would be k times the cache, all of which is read at every step.
+        """
+        return self.count + (0 if rows == 1 else _SPARE_STEPS * (self.count + 1))
+
+
+def check_drafts(model: OPTForCausalLM, request: Request, assistant: Any) -> Drafts | None:
+    """None: nothing drafts. ValueError: options that contradict each other, an assistant that does not fit."""
+    given = request.given
+    lookup = given.prompt_lookup_num_tokens or None
+    if assistant is not None and lookup is not None:
+        raise ValueError(f"give assistant_model or prompt_lookup_num_tokens={lookup}, not both")
+    if assistant is None and given.num_assistant_tokens is not None:
+        raise ValueError("num_assistant_tokens without effect: pass assistant_model as well")
+    if lookup is None and given.max_matching_ngram_size is not None:
+        raise ValueError("max_matching_ngram_size without effect: pass prompt_lookup_num_tokens as well")
+    if assistant is None and lookup is None:
+        return None
+    if request.beams is not None:
+        name = "assistant_model" if lookup is None else "prompt_lookup_num_tokens"
+        raise ValueError(f"{name} is not supported with num_beams: leave one of them out")
+    limit = model.config.max_position_embeddings
+    if lookup is not None:
+        _check_count("prompt_lookup_num_tokens", lookup, limit)
+        return Drafts(None, np.int32(given.max_matching_ngram_size or DEFAULT_NGRAM), lookup)
+    assistant = _checked(model, request, assistant)
+    count = _draft_count(request, assistant)
+    _check_count("num_assistant_tokens", count, limit)
+    return Drafts(FlatModel.of(assistant), np.int32(0), count)
+
+
+def _check_count(name: str, count: int, limit: int) -> None:
+    if count > limit:
+        raise ValueError(f"{name}={count} must be at most max_position_embeddings={limit}")
+
+
+def _checked(model: OPTForCausalLM, request: Request, assistant: Any) -> OPTForCausalLM:
+    if not isinstance(assistant, OPTForCausalLM):
+        raise ValueError(f"assistant_model must be an OPTForCausalLM, not a {type(assistant).__name__}")
+    if not isinstance(assistant.model.decoder.layers, nnx.List):
+        raise ValueError("assistant_model has stacked layers: use opt_jax.unstack_layers(assistant_model) first")
+    theirs, ours = assistant.config, model.config
+    if theirs.vocab_size != ours.vocab_size:
+        raise ValueError(
+            f"assistant_model has a vocabulary of {theirs.vocab_size} tokens, the model one of {ours.vocab_size}: "
+            "both must have the same tokenizer"
+        )
+    most = np.asarray(request.options.max_new_tokens)
+    needed = int((np.repeat(request.prompts.lengths, request.copies) + most).max())
+    if needed > theirs.max_position_embeddings:
+        raise ValueError(
+            f"assistant_model has max_position_embeddings={theirs.max_position_embeddings}, but prompts and new tokens "
+            f"are up to {needed}: shorten the prompt, or ask for fewer"
+        )
+    return assistant
+
+
+def _draft_count(request: Request, assistant: OPTForCausalLM) -> int:
+    if request.given.num_assistant_tokens is not None:
+        return request.given.num_assistant_tokens
+    count = checkpoint_options(assistant).get("num_assistant_tokens") or DEFAULT_DRAFTS
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"assistant_model's generation_config.json: num_assistant_tokens={count!r} must be at least 1")
+    return count

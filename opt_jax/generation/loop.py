@@ -1,0 +1,212 @@
+"""The compiled half of generation: reading prompts, and the loop that appends tokens. Ids only, no text."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from opt_jax.generation import processors, sampling
+from opt_jax.generation.processors import History
+from opt_jax.generation.request import Prompts
+from opt_jax.generation.sampling import SamplingOptions
+from opt_jax.model.cache import KVCache
+from opt_jax.model.heads import OPTForCausalLM
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class FlatModel:
+    """The arrays of a model, and how to make it of them again.
+
+    A compiled function looks for the arrays of its arguments at each call. In the modules of 24 layers that takes 3 ms,
+    which is more than a step of decoding may on an accelerator; here it takes none.
+    """
+
+    leaves: Sequence[Any]
+    structure: Any
+
+    @classmethod
+    def of(cls, model: OPTForCausalLM) -> "FlatModel":
+        return cls(*jax.tree.flatten(model))
+
+    def tree_flatten(self) -> tuple[Sequence[Any], Any]:
+        return self.leaves, self.structure
+
+    @classmethod
+    def tree_unflatten(cls, structure: Any, leaves: Sequence[Any]) -> "FlatModel":
+        return cls(leaves, structure)
+
+    def model(self) -> OPTForCausalLM:
+        return jax.tree.unflatten(self.structure, self.leaves)
+
+
+Model = OPTForCausalLM | FlatModel
+
+
+def whole(model: Model) -> OPTForCausalLM:
+    return model.model() if isinstance(model, FlatModel) else model
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """What is recorded of each new token."""
+
+    chosen: Float[Array, "R N"]
+    top_ids: Int[Array, "R N n"]
+    top: Float[Array, "R N n"]
+
+    def record(self, logits: Float[Array, "R V"], token: Int[Array, " R"], column: Int[Array, " R"]) -> "TokenLogprobs":
+        logprobs = jax.nn.log_softmax(logits, axis=-1)
+        top, ids = lax.top_k(logprobs, self.top.shape[-1])
+        return TokenLogprobs(
+            chosen=_write(self.chosen, jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0], column),
+            top_ids=_write(self.top_ids, ids, column),
+            top=_write(self.top, top, column),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """Between two steps. The last token of a row is not in the cache yet.
+
+    Where tokens stand has nothing to do with the columns of the cache: new ones begin at column `width` in every row,
+    right after the prompt.
+    """
+
+    cache: KVCache
+    tokens: Int[Array, "R L"]
+    token: Int[Array, " R"]  # the last one; a pad where the row had ended before
+    prompt_lengths: Int[Array, " R"]
+    lengths: Int[Array, " R"]  # new tokens of each row, its end token included
+    stopped: Bool[Array, " R"]  # rows that have ended before being as long as allowed
+    step: Int[Array, ""]  # steps so far
+    logprobs: TokenLogprobs | None
+    width: int = dataclasses.field(metadata=dict(static=True))
+
+    def history(self) -> History:
+        columns, end = jnp.arange(self.tokens.shape[1], dtype=jnp.int32)[None], self.width + self.lengths
+        valid = (columns >= self.width - self.prompt_lengths[:, None]) & (columns < end[:, None])
+        return History(self.tokens, valid, end, self.lengths)
+
+    def ended(self, options: SamplingOptions) -> Bool[Array, " R"]:
+        return self.stopped | (self.lengths >= options.max_new_tokens)
+
+
+@dataclasses.dataclass
+class NewTokens:
+    """What generation has made, on the host; rows may be more than asked for."""
+
+    tokens: np.ndarray  # int32 [R, N]
+    lengths: np.ndarray  # int32 [R]
+    stopped: np.ndarray  # bool [R]
+    logprobs: TokenLogprobs | None  # of NumPy arrays
+
+
+def new_tokens(state: DecodeState) -> NewTokens:
+    tokens, *others = jax.device_get((state.tokens, state.lengths, state.stopped, state.logprobs))
+    return NewTokens(tokens[:, state.width :], *others)
+
+
+# The state, for the next call to consume, and two arrays to keep: the last tokens, and which rows have ended.
+Report = tuple[DecodeState, Int[Array, " R"], Bool[Array, " R"]]
+
+
+@partial(jax.jit, static_argnames=("capacity", "do_sample", "copies", "logprobs", "cache_dtype"))
+def begin(
+    model: Model,
+    prompts: Prompts,
+    options: SamplingOptions,
+    *,
+    capacity: int,
+    do_sample: bool,
+    copies: int = 1,
+    logprobs: int | None = None,
+    cache_dtype: str | None = None,
+) -> Report:
+    """Read the prompts, once, and choose the first token of `copies` rows for each.
+
+    capacity: columns of the cache for new tokens.
+    """
+    model = whole(model)
+    batch, length = prompts.ids.shape
+    if prompts.prefix is None:
+        cache = model.init_cache(batch, length + capacity, cache_dtype)
+    else:
+        cache = prompts.prefix.extend(batch, prompts.prefix.max_length + length + capacity)
+    out = model.forward(prompts.ids, prompts.mask, cache=cache, logits_to_keep=1)
+    cache, tokens, lengths, logits = jax.tree.map(
+        lambda x: jnp.repeat(x, copies, axis=0) if x.ndim and copies > 1 else x,
+        (out.cache, prompts.tokens, prompts.lengths, out.logits[:, -1]),
+    )
+    rows, width = tokens.shape
+    records = None
+    if logprobs is not None:
+        one, top = (rows, capacity), (rows, capacity, logprobs)
+        records = TokenLogprobs(jnp.zeros(one, jnp.float32), jnp.zeros(top, jnp.int32), jnp.zeros(top, jnp.float32))
+    zero = jnp.zeros(rows, jnp.int32)
+    state = DecodeState(
+        cache=cache, tokens=jnp.pad(tokens, ((0, 0), (0, capacity))), token=zero, prompt_lengths=lengths, lengths=zero,
+        stopped=zero > 0, step=jnp.zeros((), jnp.int32), logprobs=records, width=width,
+    )  # fmt: skip
+    return _report(_append(state, logits, options, do_sample), options)
+
+
+@partial(jax.jit, static_argnames="do_sample", donate_argnames="state")
+def advance(
+    model: Model,
+    state: DecodeState,
+    options: SamplingOptions,
+    until: Int[Array, ""],
+    enough: Int[Array, ""],
+    *,
+    do_sample: bool,
+) -> Report:
+    """Steps until there were `until` of them or `enough` rows have ended."""
+    model = whole(model)
+
+    def step(state: DecodeState) -> DecodeState:
+        out = model.forward(state.token[:, None], cache=state.cache.wrap())
+        return _append(dataclasses.replace(state, cache=out.cache), out.logits[:, -1], options, do_sample)
+
+    def go_on(state: DecodeState) -> Bool[Array, ""]:
+        return (state.step < until) & (state.ended(options).sum(dtype=jnp.int32) < enough)
+
+    state = lax.while_loop(go_on, step, dataclasses.replace(state, cache=state.cache.squeeze()))
+    return _report(dataclasses.replace(state, cache=state.cache.unsqueeze()), options)
+
+
+def _append(state: DecodeState, logits: Float[Array, "R V"], options: SamplingOptions, do_sample: bool) -> DecodeState:
+    """Choose a token for each row that goes on, a pad for the others."""
+    ended, nowhere = state.ended(options), state.tokens.shape[1]
+    token = sampling.choose(logits, state.history(), options, do_sample)
+    token = jnp.where(ended, options.pad_token_id, token)
+    column, records = jnp.where(ended, nowhere, state.lengths), state.logprobs
+    state = dataclasses.replace(
+        state,
+        tokens=_write(state.tokens, token, jnp.where(ended, nowhere, state.width + state.lengths)),
+        token=token,
+        lengths=state.lengths + (~ended).astype(jnp.int32),
+        step=state.step + 1,
+        logprobs=None if records is None else records.record(logits, token, column),
+    )
+    stops = (token[:, None] == options.eos_token_ids[None]).any(-1)
+    if options.stop_sequences is not None:
+        stops |= processors.completes(state.history(), options.stop_sequences)
+    return dataclasses.replace(state, stopped=state.stopped | stops & ~ended)
+
+
+def _report(state: DecodeState, options: SamplingOptions) -> Report:
+    return state, jnp.copy(state.token), state.ended(options)  # the state's own will be donated
+
+
+def _write(buffer: Array, new: Array, column: Int[Array, " R"]) -> Array:
+    """`buffer` [R, L, ...] with `new` [R, ...] in a column of each row; nothing where there is no such column."""
+    return buffer.at[jnp.arange(buffer.shape[0], dtype=jnp.int32), column].set(new.astype(buffer.dtype), mode="drop")

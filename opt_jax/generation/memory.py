@@ -1,0 +1,49 @@
+"""Whether there is memory for what `generate` is asked for: looked at before anything is made."""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from opt_jax.config import OPTConfig
+from opt_jax.generation.config import GenerationConfig
+
+# What makes a request large, for messages.
+_SIZES = (
+    "num_return_sequences", "num_beams", "prompt_lookup_num_tokens", "num_assistant_tokens", "max_new_tokens",
+    "max_length", "logprobs",
+)  # fmt: skip
+
+
+def host_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def device_memory(model: Any) -> int:
+    """Bytes of memory of the devices that the model's parameters are on; of a CPU that of the machine."""
+    sharding = jax.tree.leaves(model)[0].sharding
+    stats = [device.memory_stats() or {} for device in sharding.addressable_devices]
+    if not all("bytes_limit" in stat for stat in stats):
+        return host_memory()
+    return sum(stat["bytes_limit"] for stat in stats) * len(sharding.device_set) // len(stats)
+
+
+def column_bytes(config: OPTConfig, dtype: DTypeLike) -> int:
+    """Bytes of the keys and values of one token."""
+    return 2 * config.num_hidden_layers * config.hidden_size * np.dtype(dtype).itemsize
+
+
+def check_memory(nbytes: int, limit: int, rows: int, given: GenerationConfig) -> None:
+    """
+    Raises:
+      ValueError: so many bytes are more than `limit`; names the options that ask for them.
+    """
+    if nbytes > limit:
+        asked = ", ".join(f"{name}={value}" for name in _SIZES if (value := getattr(given, name)) is not None)
+        raise ValueError(
+            f"{asked or 'the prompts'}: {rows:,} rows at a time need {nbytes / 1e9:,.1f} GB, more than the "
+            f"{limit / 1e9:,.1f} GB of memory that there are: ask for less, or pass a smaller batch_size"
+        )

@@ -1,0 +1,438 @@
+"""What `generate` and `score` check, and the arrays that they hand to compiled code."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Bool, Int
+
+from opt_jax.generation.config import GenerationConfig, check_ids, check_sequences, combine, is_integer, parse
+from opt_jax.generation.memory import check_memory, column_bytes, host_memory
+from opt_jax.generation.processors import Sequences
+from opt_jax.generation.sampling import SamplingOptions
+from opt_jax.model.cache import KVCache
+from opt_jax.model.heads import OPTForCausalLM
+from opt_jax.model.ids import as_ids, as_mask
+from opt_jax.model.inputs import check_inputs
+from opt_jax.system.reading import shown
+
+DEFAULT_NEW_TOKENS = 20  # HF's
+_LARGEST_TABLE = 1 << 24  # places for bad words or stop sequences, each as long as the longest
+_SLOTS = 8  # more end tokens, stop sequences, ... than this compile anew
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """What `prefill` returns: the beginning of many prompts, read once."""
+
+    input_ids: np.ndarray  # [1, P]: its real tokens
+    cache: KVCache  # of one row, every column written
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Prompts as compiled code takes them: the real tokens of each row at its end."""
+
+    ids: Int[Any, "B T"]  # what is to be read
+    mask: Bool[Any, "B T"]
+    tokens: Int[Any, "B W"]  # all tokens before the new ones, those of the prefix too
+    lengths: Int[Any, " B"]  # real ones of these
+    prefix: KVCache | None = None
+
+    def take(self, rows: np.ndarray) -> "Prompts":
+        """Some of the rows; no more columns are read than these need."""
+        ids, mask = self.ids[rows], self.mask[rows]
+        ids, mask = _align(ids, mask, ids.shape[1])
+        return Prompts(ids, mask, self.tokens[rows], self.lengths[rows], self.prefix)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """The checked arguments of `generate`. B prompts; R = B * copies rows."""
+
+    input_ids: np.ndarray  # [B, T] as given
+    prompts: Prompts
+    max_new_tokens: int  # of the row that may have the most
+    options: SamplingOptions  # of R rows
+    do_sample: bool
+    pad_token_id: int
+    copies: int  # rows for each prompt
+    logprobs: int | None
+    cache_dtype: str | None
+    stops: Any  # the tokenizer's `StopStrings` of all rows, or None
+    vocab_size: int
+    column_bytes: int  # of the keys and values of a row, for each of its columns
+    given: GenerationConfig  # the options as they were asked for, all layers together
+    beams: dict[str, Any] | None  # arguments of `beams.beam_search` that nothing else here says; None: no beams
+
+    @property
+    def rows(self) -> int:
+        return len(self.input_ids) * self.copies
+
+    @property
+    def width(self) -> int:
+        """Column of the first new token, in `DecodeState.tokens`."""
+        return self.prompts.tokens.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        """Columns for new tokens."""
+        return self.capacity_with(0)
+
+    def capacity_with(self, spare: int) -> int:
+        """Columns for new tokens and at least `spare` more."""
+        prefix = self.prompts.prefix
+        width = self.prompts.ids.shape[1] + (0 if prefix is None else prefix.max_length)
+        return bucket(width + self.max_new_tokens + spare) - width
+
+    def options_of(self, rows: np.ndarray) -> SamplingOptions:
+        """The options of some of the R rows, on the device."""
+        names = ("seeds", "samples", "min_new_tokens", "max_new_tokens")
+        chosen = {name: jax.device_put(np.asarray(getattr(self.options, name))[rows]) for name in names}
+        return dataclasses.replace(self.options, **chosen)
+
+
+def bucket(size: int, least: int = 16) -> int:
+    """`size` rounded up to one of 16, 24, 32, 48, 64, 96, ...: few shapes to compile, at most a third wasted."""
+    full = least
+    while full < size:
+        full *= 2
+    return full * 3 // 4 if full > least and full % 4 == 0 and size <= full * 3 // 4 else full
+
+
+def batch_bucket(rows: int) -> int:
+    """`rows` rounded up to one of 1, 2, 3, 4, 6, 8, 12, 16, 24, ..."""
+    return bucket(rows, 1)
+
+
+def check_request(
+    model: OPTForCausalLM,
+    input_ids: Any,
+    attention_mask: Any = None,
+    generation_config: GenerationConfig | None = None,
+    tokenizer: Any = None,
+    prefix: Any = None,
+    options: dict[str, Any] | None = None,
+    default_new_tokens: int = DEFAULT_NEW_TOKENS,
+) -> Request:
+    """The arguments of `generate`, checked and with all defaults filled in; ValueError as there."""
+    _check_model(model)
+    ids, ragged = _rectangle(input_ids, attention_mask, model.config.max_position_embeddings)
+    ids = _check_ids(model, ids)
+    options = dict(options or {})
+    given = combine(checkpoint_options(model), generation_config, options, _generation_config_of(model))
+    if options.get("bos_token_id") not in (None, model.config.bos_token_id):  # (HF's scripts pass the model's own)
+        raise ValueError(f"bos_token_id={shown(options['bos_token_id'])} without effect: put it into input_ids")
+    eos, pad = _special_ids(model, given)
+    if ragged is not None:
+        ids = np.where(ragged, ids, pad).astype(np.int32)
+    mask = _check_mask(ids, attention_mask, None if pad in eos else pad)
+    mask = mask if ragged is None else mask & ragged
+    if not mask[:, -1].all():
+        row = int(np.argmin(mask[:, -1]))
+        raise ValueError(f"row {row} ends with padding: generation needs prompts padded on the left")
+    before = _check_prefix(model, prefix)
+    beams = given.num_beams or 1
+    if prefix is not None and given.cache_dtype is not None:
+        raise ValueError(f"cache_dtype={given.cache_dtype} is what the prefix has or not: pass it to prefill")
+    if prefix is not None and beams > 1:
+        raise ValueError(f"cache is not supported with num_beams={beams}: put the prefix into input_ids")
+    used = before.size + mask.sum(1)
+    widths = before.size + (np.full(len(ids), ids.shape[1]) if ragged is None else ragged.sum(1))  # an array's own (HF)
+    most, least = _check_lengths(widths, used, model.config, given, default_new_tokens)
+    if given.stop_strings is not None and not hasattr(tokenizer, "stop_strings"):
+        wrong = "" if tokenizer is None else f", an opt_jax.OPTTokenizer, not a {type(tokenizer).__name__}"
+        raise ValueError(f"stop_strings need the tokenizer: pass tokenizer={wrong}")
+    if beams > 1 and (len(set(most.tolist())) > 1 or len(set(least.tolist())) > 1):
+        raise ValueError("num_beams and prompts of different lengths: give max_new_tokens, and no min_length")
+    copies = given.num_return_sequences or 1
+    rows = len(ids) * copies
+    check_memory(rows * int(widths.max() + most.max()) * 16, host_memory(), rows, given)  # ids, and work with them
+    return Request(
+        input_ids=ids,
+        prompts=_prompts(ids, mask, prefix, model.config.max_position_embeddings),
+        max_new_tokens=int(most.max()),
+        options=_sampling_options(model.config.vocab_size, given, most, least, eos, pad),
+        do_sample=bool(given.do_sample),
+        pad_token_id=pad,
+        copies=copies,
+        logprobs=None if given.logprobs is None else min(given.logprobs, model.config.vocab_size),
+        cache_dtype=given.cache_dtype,
+        vocab_size=model.config.vocab_size,
+        column_bytes=column_bytes(model.config, given.cache_dtype or model.dtype),
+        given=given,
+        beams=None if beams == 1 else dict(
+            num_beams=beams, early_stopping=given.early_stopping or False, eos_token_ids=eos,
+            length_penalty=1.0 if given.length_penalty is None else given.length_penalty,
+            seed=np.asarray(0 if given.seed is None else given.seed),
+        ),
+        stops=None if given.stop_strings is None else tokenizer.stop_strings(
+            given.stop_strings,
+            [np.append(before, row[m]) for row, m in zip(ids, mask, strict=True) for _ in range(copies)],
+        ),
+    )  # fmt: skip
+
+
+def check_batch_size(batch_size: Any, progress_bar: Any, request: Request) -> None:
+    """ValueError for what `generate` cannot do."""
+    if batch_size is None:
+        if progress_bar:
+            raise ValueError("progress_bar without effect: pass batch_size as well")
+        return
+    if not is_integer(batch_size) or batch_size < 1:
+        raise ValueError(f"batch_size={shown(batch_size)} must be an integer of at least 1")
+    if request.beams is not None and progress_bar:
+        raise ValueError("progress_bar is not supported with num_beams: leave it out")
+
+
+def check_score(model: OPTForCausalLM, input_ids: Any, attention_mask: Any, unread: int = 0) -> tuple[np.ndarray, ...]:
+    """ids and mask [B, T], and both padded to [B, bucket + unread] with the real tokens of each row at its end.
+
+    unread: so many columns at the end are only asked about, and need no position in the context.
+    """
+    _check_model(model)
+    ids = _check_ids(model, input_ids, unread)
+    eos, pad = _special_ids(model, GenerationConfig())
+    mask = _check_mask(ids, attention_mask, None if pad in eos else pad)
+    return ids, mask, *_align(ids, mask, model.config.max_position_embeddings, unread)
+
+
+def _rectangle(input_ids: Any, attention_mask: Any, limit: int) -> tuple[Any, np.ndarray | None]:
+    """Prompts of different lengths padded on the left, and where their tokens are; anything else as it is, and None."""
+    if not isinstance(input_ids, Sequence) or not all(hasattr(row, "__len__") for row in input_ids):
+        return input_ids, None
+    lengths = np.array([len(row) for row in input_ids])
+    if attention_mask is not None or len(set(lengths.tolist())) < 2:
+        return input_ids, None
+    if not lengths.all():
+        raise ValueError(f"row {int(np.argmin(lengths))} has no token: start empty prompts with the BOS token")
+    if lengths.max() > limit:  # before all rows are made as long
+        raise ValueError(f"{lengths.max()} tokens are more than max_position_embeddings={limit}")
+    mask = np.arange(lengths.max())[::-1] < lengths[:, None]
+    rows = [as_ids(f"row {i} of input_ids", row) for i, row in enumerate(input_ids)]
+    if nested := [i for i, row in enumerate(rows) if row.ndim != 1]:
+        raise ValueError(f"row {nested[0]} of input_ids must be a sequence of token ids")
+    ids = np.zeros(mask.shape, np.int32)
+    ids[mask] = np.concatenate(rows)
+    return ids, mask
+
+
+def _check_prefix(model: OPTForCausalLM, prefix: Any) -> np.ndarray:
+    """Its tokens."""
+    if prefix is None:
+        return np.zeros(0, np.int32)
+    if not isinstance(prefix, Prefix):
+        raise ValueError(f"cache must be what model.prefill returns, not a {type(prefix).__name__}")
+    config, keys = model.config, prefix.cache.k
+    shape = (config.num_hidden_layers, config.num_attention_heads, config.head_dim)
+    if (len(keys), keys[0].shape[1], keys[0].shape[3]) != shape:
+        raise ValueError("cache was made by another model: call prefill of this one")
+    return prefix.input_ids[0]
+
+
+def _prompts(ids: np.ndarray, mask: np.ndarray, prefix: Prefix | None, limit: int) -> Prompts:
+    padded, padded_mask = _align(ids, mask, limit)
+    if prefix is None:
+        return Prompts(padded, padded_mask, padded, padded_mask.sum(1, dtype=np.int32))
+    before = np.repeat(prefix.input_ids, len(ids), axis=0)
+    all_ids = np.concatenate([before, padded], axis=1)
+    order = np.argsort(np.concatenate([np.ones_like(before, bool), padded_mask], axis=1), axis=1, kind="stable")
+    fill = prefix.cache.max_length - before.shape[1]  # as wide as the bucket of the prefix and that of the prompts
+    tokens = np.pad(np.take_along_axis(all_ids, order, axis=1), ((0, 0), (fill, 0)))
+    return Prompts(padded, padded_mask, tokens, padded_mask.sum(1, dtype=np.int32) + before.shape[1], prefix.cache)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, OPTForCausalLM):
+        raise ValueError(f"generation needs an OPTForCausalLM, not an {type(model).__name__}")
+    _check_heads(model)
+
+
+def _check_ids(model: OPTForCausalLM, input_ids: Any, unread: int = 0) -> np.ndarray:
+    longer = getattr(input_ids, "shape", ())[1:] == (model.config.max_position_embeddings + unread,)
+    parts = np.split(np.asarray(input_ids), [unread], axis=1) if longer and unread else [input_ids]
+    return np.concatenate([check_inputs(model, {"input_ids": part})["input_ids"] for part in parts], axis=1)
+
+
+def _check_heads(model: OPTForCausalLM) -> None:
+    """On a mesh each device must hold whole heads, or every step would send parts of them around."""
+    layers: Any = model.model.decoder.layers  # a list, or one stacked layer
+    heads = model.config.num_attention_heads
+    project = (layers[0] if hasattr(layers, "__getitem__") else layers).self_attn.q_proj
+    matrix, axis = (project.kernel, -1) if isinstance(project, nnx.Linear) else (project.weight, 0)  # int8: [out, in]
+    matrix = matrix.get_value()
+    shards = matrix.shape[axis] // matrix.sharding.shard_shape(matrix.shape)[axis]
+    if heads % shards:
+        raise ValueError(f"{heads} attention heads cannot be split over {shards} devices: use a mesh that divides them")
+
+
+def checkpoint_options(model: OPTForCausalLM) -> dict[str, Any]:
+    """What the generation_config.json says that the model was loaded with."""
+    text = model.generation_config_json
+    return {} if text is None else parse(text, _generation_config_of(model))
+
+
+def _generation_config_of(model: OPTForCausalLM) -> str:
+    """What messages call it."""
+    return f"{'the checkpoint' if model.name_or_path is None else model.name_or_path}: generation_config.json"
+
+
+def _special_ids(model: OPTForCausalLM, given: GenerationConfig) -> tuple[list[int], int]:
+    """(end tokens, pad)."""
+    config, hint = model.config, "; for no end token use []"
+    eos = config.eos_token_id if given.eos_token_id is None else given.eos_token_id
+    eos = [] if eos is None else check_ids("eos_token_id", eos, config.vocab_size, hint)
+    pad = config.pad_token_id if given.pad_token_id is None else given.pad_token_id
+    pad = (eos or [0])[0] if pad is None else pad
+    return eos, check_ids("pad_token_id", [pad], config.vocab_size)[0]
+
+
+def _check_mask(ids: np.ndarray, attention_mask: Any, pad: int | None) -> np.ndarray:
+    """bool [B, T], true at real tokens."""
+    mask = ids != pad if attention_mask is None else as_mask("attention_mask", attention_mask)
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask must be of the shape of input_ids, {ids.shape}, not {mask.shape}")
+    if not mask.any(1).all():
+        raise ValueError(f"row {int(np.argmin(mask.any(1)))} has no token: start empty prompts with the BOS token")
+    return mask
+
+
+def _align(ids: np.ndarray, mask: np.ndarray, limit: int, unread: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Both cut or padded to a bucket, real tokens last: where pads were makes no difference from here on."""
+    order = np.argsort(mask, axis=1, kind="stable")
+    ids, mask = (np.take_along_axis(x, order, axis=1) for x in (ids, mask))
+    width = int(mask.sum(1).max())
+    fill = ((0, 0), (min(bucket(width - unread), limit) + unread - width, 0))
+    return np.pad(ids[:, -width:], fill), np.pad(mask[:, -width:], fill)
+
+
+def _check_lengths(
+    widths: np.ndarray, used: np.ndarray, config: Any, given: GenerationConfig, default: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The most and the fewest new tokens of each prompt, int32 [B].
+
+    widths: what `max_length` and `min_length` count of a prompt; used: the positions it takes.
+    """
+    limit = config.max_position_embeddings
+    if given.max_length is not None:
+        most = given.max_length - widths
+        if most.min() < 1:
+            raise ValueError(
+                f"max_length={given.max_length} leaves no new token after prompts of {widths.max()}: use max_new_tokens"
+            )
+    elif given.max_new_tokens is not None:
+        most = np.full_like(widths, given.max_new_tokens)
+    else:
+        room = limit - (used if (given.num_beams or 1) == 1 else np.full_like(used, used.max()))
+        most = np.clip(room, 1, default)
+    if (used + most > limit).any():
+        row = int(np.argmax(used + most))
+        raise ValueError(
+            f"a prompt of {used[row]} tokens and {most[row]} new ones are more than "
+            f"max_position_embeddings={limit}: shorten the prompt, or ask for fewer"
+        )
+    asked = {"min_new_tokens": np.full_like(widths, given.min_new_tokens or 0), "min_length": -widths}
+    asked["min_length"] += given.min_length or 0
+    for name, least in asked.items():
+        if (least > most).any():
+            row = int(np.argmax(least - most))
+            raise ValueError(
+                f"{name}={getattr(given, name)} asks for {least[row]} new tokens, more than the most, {most[row]}"
+            )
+    return most.astype(np.int32), np.maximum(0, np.maximum(*asked.values())).astype(np.int32)
+
+
+def _sampling_options(
+    vocab_size: int, given: GenerationConfig, most: np.ndarray, least: np.ndarray, eos: list[int], pad: int
+) -> SamplingOptions:
+    def scalar(dtype, value, off=None):
+        """None if the processor is off. (jnp.asarray would compile something for every dtype.)"""
+        return None if value is None or value == off else jax.device_put(dtype(value))
+
+    def some(name):
+        values = check_ids(name, given_ids, vocab_size) if (given_ids := getattr(given, name)) is not None else []
+        return _slots(values, vocab_size) if values else None
+
+    copies = given.num_return_sequences or 1
+    seeds, samples = _check_seed(given.seed, len(most), copies)
+    _check_forced(given, vocab_size)
+    bad_words, stops = given.bad_words_ids, given.stop_token_ids
+    if bad_words is not None:
+        bad_words = check_sequences("bad_words_ids", bad_words, vocab_size)
+    ends = [[i] for i in eos]
+    if stops is not None:
+        stops = check_sequences("stop_token_ids", stops, vocab_size, or_ids=True)
+    return SamplingOptions(
+        temperature=jax.device_put(np.float32(given.temperature or 1)),
+        top_k=jax.device_put(np.int32(min(given.top_k or 0, vocab_size))),
+        top_p=jax.device_put(np.float32(given.top_p or 1)),
+        seeds=jax.device_put(seeds),
+        samples=jax.device_put(samples),
+        eos_token_ids=_slots(eos, vocab_size),
+        pad_token_id=jax.device_put(np.int32(pad)),
+        min_new_tokens=jax.device_put(np.repeat(least, copies)),
+        max_new_tokens=jax.device_put(np.repeat(most, copies)),
+        min_p=scalar(np.float32, given.min_p, 0),
+        typical_p=scalar(np.float32, given.typical_p, 1),
+        repetition_penalty=scalar(np.float32, given.repetition_penalty, 1),
+        presence_penalty=scalar(np.float32, given.presence_penalty, 0),
+        frequency_penalty=scalar(np.float32, given.frequency_penalty, 0),
+        no_repeat_ngram_size=scalar(np.int32, given.no_repeat_ngram_size, 0),
+        bad_words=_sequences("bad_words_ids", [word for word in bad_words or [] if word not in ends], vocab_size),
+        suppress_tokens=some("suppress_tokens"),
+        begin_suppress_tokens=some("begin_suppress_tokens"),
+        forced_bos_token_id=some("forced_bos_token_id"),
+        forced_eos_token_id=some("forced_eos_token_id"),
+        stop_sequences=_sequences("stop_token_ids", stops or [], vocab_size),
+    )
+
+
+def _check_seed(seed: Any, batch: int, copies: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint32 and int32 [B * copies]: the seed of each row, and which of the samples with this seed it is."""
+    seed = seed.tolist() if hasattr(seed, "tolist") else 0 if seed is None else seed
+    one = is_integer(seed)
+    seeds: Sequence[Any] = [seed] * batch if one else seed
+    if not isinstance(seeds, Sequence) or isinstance(seeds, str) or len(seeds) != batch:
+        raise ValueError(f"seed={shown(seed)} must be a number, or one number for each of the {batch} prompts")
+    if bad := [s for s in seeds if not is_integer(s) or not 0 <= s < 2**32]:
+        raise ValueError(f"seed={shown(bad[0])} must be in [0, 2**32)")
+    samples = np.arange(batch * copies) if one else np.tile(np.arange(copies), batch)
+    return np.repeat(np.array(seeds, np.uint32), copies), samples.astype(np.int32)
+
+
+def _check_forced(given: GenerationConfig, vocab_size: int) -> None:
+    if given.forced_bos_token_id is not None and not is_integer(given.forced_bos_token_id):
+        raise ValueError(f"forced_bos_token_id={shown(given.forced_bos_token_id)} must be one token id")
+    names = ("suppress_tokens", "forced_bos_token_id", "forced_eos_token_id")
+    suppressed, *forced = ([] if (v := getattr(given, n)) is None else check_ids(n, v, vocab_size) for n in names)
+    for name, ids in zip(names[1:], forced, strict=True):
+        if ids and set(ids) <= set(suppressed):  # as HF
+            raise ValueError(f"{name}={shown(getattr(given, name))} is also in suppress_tokens, which leaves no token")
+
+
+def _slots(ids: list[int], nobody: int) -> jax.Array:
+    """The ids, filled up to a multiple of `_SLOTS`."""
+    count = -(-max(len(ids), 1) // _SLOTS) * _SLOTS
+    return jax.device_put(np.array(ids + [nobody] * (count - len(ids)), np.int32))
+
+
+def _sequences(name: str, sequences: list[list[int]], nobody: int) -> Sequences | None:
+    """Right-aligned, filled up to a multiple of `_SLOTS` sequences, of a power of two tokens."""
+    if not sequences:
+        return None
+    count = -(-len(sequences) // _SLOTS) * _SLOTS
+    length = 1 << (max(map(len, sequences)) - 1).bit_length()
+    if count * length > _LARGEST_TABLE:
+        raise ValueError(
+            f"{name} has {len(sequences):,} sequences, the longest of {max(map(len, sequences)):,} tokens: a table of "
+            f"{count * length:,}, more than {_LARGEST_TABLE:,}; leave long ones out"
+        )
+    ids, used = np.full((count, length), nobody, np.int32), np.zeros((count, length), bool)
+    used[len(sequences) :, -1] = True  # nobody's id is never seen
+    for row, sequence in enumerate(sequences):
+        ids[row, -len(sequence) :], used[row, -len(sequence) :] = sequence, True
+    return Sequences(jax.device_put(ids), jax.device_put(used))

@@ -1,0 +1,378 @@
+"""Several tokens for one step of the model: something cheap drafts tokens, and the model looks at all of them at once.
+
+Drafts come from a smaller model, or from the row's own tokens (prompt lookup). What is generated is what the model
+alone would generate: the same tokens where the most likely are chosen, the same distribution where they are drawn
+(Leviathan et al. 2023, https://arxiv.org/abs/2211.17192; Chen et al. 2023, https://arxiv.org/abs/2302.01318).
+
+A step is the same for all rows: k drafts, k + 1 columns of the cache. Each row accepts as many as it likes, and the
+cache goes back to behind the last column that any row keeps. What is left of the others is a hole, which attention
+does not see. Without columns to go on, the compiled loop ends, and holes are removed. R rows, V tokens, L columns.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from opt_jax.generation import processors, sampling
+from opt_jax.generation.drafts import Drafts
+from opt_jax.generation.loop import DecodeState, Model, whole
+from opt_jax.generation.processors import History
+from opt_jax.generation.request import Request
+from opt_jax.generation.sampling import SamplingOptions
+from opt_jax.model.cache import KVCache
+from opt_jax.model.heads import OPTForCausalLM
+
+_CHECK_EVERY = 8  # new tokens between two looks for stop strings
+_DRAFT, _ACCEPT, _CORRECT = range(3)  # what a row draws for at one of its steps
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Speculation:
+    """Between two steps."""
+
+    state: DecodeState
+    cache: KVCache | None  # the assistant's; without the last two tokens of each row
+    drafted: Int[Array, " R"]  # tokens that the model has looked at
+    accepted: Int[Array, " R"]  # those of them that have become new tokens
+
+    def with_caches(self, change: Callable[[KVCache], KVCache]) -> "Speculation":
+        cache, state = self.cache, self.state
+        state = dataclasses.replace(state, cache=change(state.cache))
+        return dataclasses.replace(self, state=state, cache=None if cache is None else change(cache))
+
+
+# On the host --------------------------------------------------------------------------------------------------
+
+
+def run(model: Model, request: Request, drafts: Drafts, options: SamplingOptions, state: DecodeState) -> Speculation:
+    """From the first new token, which `decode.begin` has made, to the last."""
+    speculation, until = _start(drafts, state, request.copies), request.max_new_tokens
+    if request.stops is not None:
+        until = 1
+    while True:
+        speculation, ended = _advance_to(model, drafts, speculation, options, until, request.do_sample)
+        if request.stops is not None:
+            tokens, lengths = jax.device_get((speculation.state.tokens, speculation.state.lengths))
+            new = tokens[: request.rows, speculation.state.width :]
+            ended[: request.rows] |= request.stops.look(new, lengths[: request.rows])
+        if ended[: request.rows].all():
+            return speculation
+        until += _CHECK_EVERY
+
+
+def steps(
+    model: Model, request: Request, drafts: Drafts, options: SamplingOptions, state: DecodeState
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The tokens of each step, int32 [R], and which rows have ended with it; for `opt_jax.generation.generate.stream`."""
+    speculation, known = _start(drafts, state, request.copies), 0
+    tokens, lengths, ended = np.zeros((0, 0), np.int32), np.zeros(0, np.int32), np.zeros(0, bool)
+    for step in range(1, request.max_new_tokens + 1):
+        if step > known:  # of the row that has the fewest
+            speculation, ended = _advance_to(model, drafts, speculation, options, step, request.do_sample)
+            tokens, lengths = jax.device_get((speculation.state.tokens, speculation.state.lengths))
+            known = lengths[~ended].min(initial=request.max_new_tokens)
+        token = tokens[:, speculation.state.width + step - 1]
+        yield np.where(step <= lengths, token, request.pad_token_id).astype(np.int32), ended & (lengths <= step)
+
+
+def _start(drafts: Drafts, state: DecodeState, copies: int) -> Speculation:
+    return Speculation(state, *_begin(drafts, state.tokens, state.prompt_lengths, width=state.width, copies=copies))
+
+
+def _advance_to(
+    model: Model,
+    drafts: Drafts,
+    speculation: Speculation,
+    options: SamplingOptions,
+    until: int,
+    do_sample: bool,
+) -> tuple[Speculation, np.ndarray]:
+    """Until each row has ended or has so many new tokens; the rows that have ended."""
+    while True:
+        speculation, ended, full = advance(model, drafts, speculation, options, np.int32(until), do_sample=do_sample)
+        if not full:
+            return speculation, np.array(ended)
+        speculation = compact(speculation)
+
+
+# Compiled -----------------------------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames=("width", "copies"))
+def _begin(
+    drafts: Drafts, tokens: Int[Array, "R L"], prompt_lengths: Int[Array, " R"], *, width: int, copies: int
+) -> tuple[KVCache | None, Int[Array, " R"], Int[Array, " R"]]:
+    """The assistant's cache of all of a prompt but its last token, and the counts."""
+    zero = jnp.zeros_like(prompt_lengths)
+    if drafts.assistant is None:
+        return None, zero, zero
+    ids, lengths = tokens[::copies, : width - 1], prompt_lengths[::copies]
+    mask = jnp.arange(width - 1, dtype=jnp.int32)[None] >= width - lengths[:, None]
+    assistant = whole(drafts.assistant)
+    cache = assistant.init_cache(ids.shape[0], tokens.shape[1])
+    cache = assistant.forward(ids, mask, cache=cache, logits_to_keep=1).cache
+    return jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0) if x.ndim and copies > 1 else x, cache), zero, zero
+
+
+@partial(jax.jit, static_argnames="do_sample", donate_argnames="speculation")
+def advance(
+    model: Model,
+    drafts: Drafts,
+    speculation: Speculation,
+    options: SamplingOptions,
+    until: Int[Array, ""],
+    *,
+    do_sample: bool,
+) -> tuple[Speculation, Bool[Array, " R"], Bool[Array, ""]]:
+    """Steps until each row has ended or has `until` new tokens, or the columns are used up.
+
+    Returns the rows that have ended, and whether there is need for `compact`.
+    """
+
+    def wanted(s: Speculation) -> Bool[Array, ""]:
+        return (~s.state.ended(options) & (s.state.lengths < until)).any()
+
+    def room(s: Speculation) -> Bool[Array, ""]:
+        caches = [s.state.cache] if s.cache is None else [s.state.cache, s.cache]
+        return jnp.array([cache.column + drafts.count < cache.max_length for cache in caches]).all()
+
+    step = partial(_step, whole(model), drafts, options, do_sample)
+    speculation = lax.while_loop(lambda s: wanted(s) & room(s), step, speculation.with_caches(KVCache.squeeze))
+    speculation = speculation.with_caches(KVCache.unsqueeze)
+    return speculation, speculation.state.ended(options), wanted(speculation) & ~room(speculation)
+
+
+@partial(jax.jit, donate_argnums=0)
+def compact(s: Speculation) -> Speculation:
+    return s.with_caches(KVCache.compact)
+
+
+def _step(
+    model: OPTForCausalLM, drafts: Drafts, options: SamplingOptions, do_sample: bool, s: Speculation
+) -> Speculation:
+    state, size = s.state, drafts.count + 1
+    ended, columns = state.ended(options), jnp.arange(size, dtype=jnp.int32)[None]
+    # A row that may have one more token needs no draft: there is always one token that is the model's own.
+    wanted = jnp.where(ended, 0, jnp.clip(options.max_new_tokens - state.lengths - 1, 0, drafts.count))
+    tokens, probabilities, wanted, cache = _propose(drafts, s, options, wanted, do_sample)
+
+    mask = (columns <= wanted[:, None]) & ~ended[:, None]
+    out = model.forward(jnp.concatenate([state.token[:, None], tokens], axis=1), mask, cache=state.cache)
+    emitted, accepted = _verify(out.logits, state, tokens, probabilities, wanted, options, do_sample)
+    stops = _stops(state, emitted, options) & (columns <= accepted[:, None])
+    new = jnp.where(stops.any(-1), jnp.argmax(stops, axis=-1).astype(jnp.int32), accepted) + 1
+    new = jnp.where(ended, 0, new)
+
+    assert out.cache is not None
+    last = jnp.take_along_axis(emitted, jnp.maximum(new - 1, 0)[:, None], axis=1)[:, 0]
+    state = dataclasses.replace(
+        _written(state, out.logits, emitted, new),
+        cache=out.cache.rewind(size, new),
+        token=jnp.where(ended, options.pad_token_id, last),
+        lengths=state.lengths + new,
+        stopped=state.stopped | (stops.any(-1) & ~ended),
+        step=state.step + 1,
+    )
+    return Speculation(
+        state=state,
+        cache=None if cache is None else cache.rewind(size, new),  # which is one token behind
+        drafted=s.drafted + wanted,
+        accepted=s.accepted + jnp.minimum(accepted, new),
+    )
+
+
+def _written(
+    state: DecodeState, logits: Float[Array, "R n V"], emitted: Int[Array, "R n"], new: Int[Array, " R"]
+) -> DecodeState:
+    """The state with the first `new` tokens of each row, and their log-probabilities."""
+    columns, nowhere = jnp.arange(emitted.shape[1], dtype=jnp.int32)[None], state.tokens.shape[1]
+    column = jnp.where(columns < new[:, None], state.lengths[:, None] + columns, nowhere)
+    records = state.logprobs
+    if records is not None:
+        records = lax.fori_loop(
+            0, columns.size, lambda i, r: r.record(logits[:, i], emitted[:, i], column[:, i]), records
+        )
+    return dataclasses.replace(state, tokens=_put(state.tokens, emitted, state.width + column), logprobs=records)
+
+
+def _stops(state: DecodeState, emitted: Int[Array, "R n"], options: SamplingOptions) -> Bool[Array, "R n"]:
+    """Which of the tokens would end their row."""
+    stops = (emitted[..., None] == options.eos_token_ids[None, None]).any(-1)
+    if options.stop_sequences is None:
+        return stops
+    tokens = _put(state.tokens, emitted, _behind(state, emitted.shape[1]))
+    history = _histories(state, tokens, 1 + jnp.arange(emitted.shape[1], dtype=jnp.int32))
+    return stops | processors.completes(history, options.stop_sequences).reshape(stops.shape)
+
+
+# Drafts -------------------------------------------------------------------------------------------------------
+
+
+def _propose(drafts: Drafts, s: Speculation, options: SamplingOptions, wanted: Int[Array, " R"], do_sample: bool):
+    """Tokens [R, k], their distributions [R, k, V] (None: there is none), how many they are, the assistant's cache."""
+    if drafts.assistant is None:
+        tokens, found = _look_up(s.state.history(), drafts.ngram, drafts.count)
+        return tokens, None, jnp.minimum(wanted, found), None
+    tokens, probabilities, cache = _draft(drafts, s, options, wanted, do_sample)
+    return tokens, probabilities, wanted, cache
+
+
+def _look_up(history: History, ngram: Int[Array, ""], count: int) -> tuple[Int[Array, "R k"], Int[Array, " R"]]:
+    """What followed where the last tokens were before: as many of them as possible, at most `ngram`; of several places
+    the first (as HF). And how many tokens that is."""
+    tokens, columns = history.tokens, jnp.arange(history.tokens.shape[1], dtype=jnp.int32)[None]
+
+    def compare(i, state):  # the token i before each column is the i-th last token
+        agree, length = state
+        before, known = (jnp.roll(x, i, axis=1) for x in (tokens, history.valid))
+        last = jnp.take_along_axis(tokens, history.column[:, None] - i, axis=1)
+        agree &= known & (columns >= i) & (before == last)
+        return agree, length + agree.astype(jnp.int32)
+
+    _, length = lax.fori_loop(1, ngram + 1, compare, (history.valid, jnp.zeros_like(tokens)))
+    first = jnp.argmax(length, axis=1).astype(jnp.int32)
+    found = jnp.where(length.any(-1), jnp.minimum(history.column - first, count), 0)
+    padded = jnp.pad(tokens, ((0, 0), (0, count)))
+    return jnp.take_along_axis(padded, first[:, None] + jnp.arange(count, dtype=jnp.int32)[None], axis=1), found
+
+
+def _draft(drafts: Drafts, s: Speculation, options: SamplingOptions, wanted: Int[Array, " R"], do_sample: bool):
+    """Tokens [R, k] by the assistant, their distributions [R, k, V] if it draws, and its cache.
+
+    The last two tokens come first: after a step that has accepted everything neither of them is in the cache.
+    """
+    assert drafts.assistant is not None
+    state, assistant, count = s.state, whole(drafts.assistant), drafts.count
+    end = state.width + state.lengths
+
+    def choose(tokens, logits, i):
+        history = _histories(state, tokens, i[None])
+        logits = sampling.process(logits, history, options, do_sample)
+        if do_sample:
+            return sampling.draw(logits, _keys(options, history.step, _DRAFT)), jax.nn.softmax(logits, axis=-1)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), None
+
+    def step(carry, i):
+        tokens, logits, cache = carry
+        token, probabilities = choose(tokens, logits, i)
+        out = assistant.forward(token[:, None], (i + 1 < wanted)[:, None], cache=cache)
+        return (_put(tokens, token[:, None], (end + i)[:, None]), out.logits[:, -1], out.cache), (token, probabilities)
+
+    last = jnp.take_along_axis(state.tokens, end[:, None] - jnp.array([[2, 1]], jnp.int32), axis=1)
+    mask = jnp.broadcast_to(~state.ended(options)[:, None], last.shape)
+    out = assistant.forward(last, mask, cache=s.cache, logits_to_keep=1)
+    carry = state.tokens, out.logits[:, -1], out.cache
+    (tokens, logits, cache), chosen = lax.scan(step, carry, jnp.arange(count - 1, dtype=jnp.int32))
+    chosen = jax.tree.map(
+        lambda x, y: jnp.moveaxis(jnp.concatenate([x, y[None]]), 0, 1),
+        chosen, choose(tokens, logits, jnp.int32(count - 1)),
+    )  # fmt: skip
+    return *chosen, cache
+
+
+def _verify(
+    logits: Float[Array, "R n V"],
+    state: DecodeState,
+    drafts: Int[Array, "R k"],
+    probabilities: Float[Array, "R k V"] | None,
+    count: Int[Array, " R"],
+    options: SamplingOptions,
+    do_sample: bool,
+) -> tuple[Int[Array, "R n"], Int[Array, " R"]]:
+    """The accepted drafts of each row and one more token, n = k + 1; what follows is of no use. And how many accepted.
+
+    `count`: of the drafts, those that are some. Each logits are processed as if all tokens before had been accepted.
+    """
+    rows, size, vocab = logits.shape
+    history = _histories(state, _put(state.tokens, drafts, _behind(state, size - 1)), jnp.arange(size, dtype=jnp.int32))
+    processed = sampling.process(logits.reshape(-1, vocab), history, _repeated(options, rows, size), do_sample).reshape(
+        logits.shape
+    )
+    some = jnp.arange(size - 1, dtype=jnp.int32)[None] < count[:, None]
+    if do_sample:
+        return _accept_or_correct(processed, state, drafts, probabilities, some, options)
+    chosen = jnp.argmax(processed, axis=-1).astype(jnp.int32)
+    return chosen, _leading(some & (drafts == chosen[:, :-1]))
+
+
+def _accept_or_correct(
+    logits: Float[Array, "R n V"],
+    state: DecodeState,
+    drafts: Int[Array, "R k"],
+    probabilities: Float[Array, "R k V"] | None,
+    some: Bool[Array, "R k"],
+    options: SamplingOptions,
+) -> tuple[Int[Array, "R n"], Int[Array, " R"]]:
+    """A draft drawn from q is accepted with probability min(1, p / q); the first that is not is replaced by a draw from
+    max(p - q, 0), normalised. So each token is drawn from p (theorem 1 of Chen et al.). Looked up: q is 1 at the draft.
+    """
+    p = jax.nn.softmax(logits, axis=-1)
+    if probabilities is None:
+        probabilities = jax.nn.one_hot(drafts, logits.shape[-1], dtype=logits.dtype)
+    p_draft, q_draft = (jnp.take_along_axis(x, drafts[..., None], axis=-1)[..., 0] for x in (p[:, :-1], probabilities))
+    options_of_drafts = _repeated(options, *drafts.shape)
+    steps = state.lengths[:, None] + jnp.arange(drafts.shape[1], dtype=jnp.int32)[None]
+    uniform = jax.vmap(partial(jax.random.uniform, dtype=p.dtype))
+    chance = uniform(_keys(options_of_drafts, steps.reshape(-1), _ACCEPT)).reshape(drafts.shape)
+    accepted = _leading(some & (chance * q_draft < p_draft))
+
+    q = jnp.where(some[..., None], probabilities, 0)  # behind the drafts: a draw from p itself
+    q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))
+    p, q = (jnp.take_along_axis(x, accepted[:, None, None], axis=1)[:, 0] for x in (p, q))
+    rest = jnp.maximum(p - q, 0)
+    rest = jnp.where(rest.sum(-1, keepdims=True) > 0, rest, p)  # p = q but for rounding
+    own = sampling.draw(jnp.log(rest), _keys(options, state.lengths + accepted, _CORRECT))
+    drafts = jnp.pad(drafts, ((0, 0), (0, 1)))
+    columns = jnp.arange(drafts.shape[1], dtype=jnp.int32)[None]
+    return jnp.where(columns < accepted[:, None], drafts, own[:, None]), accepted
+
+
+# Small things -------------------------------------------------------------------------------------------------
+
+
+def _histories(state: DecodeState, tokens: Int[Array, "R L"], ahead: Int[Array, " n"]) -> History:
+    """R * n rows: those of the state, each with so many tokens more."""
+    n = len(ahead)
+    return dataclasses.replace(
+        state,
+        tokens=jnp.repeat(tokens, n, axis=0),
+        prompt_lengths=jnp.repeat(state.prompt_lengths, n),
+        lengths=(state.lengths[:, None] + ahead[None]).reshape(-1),
+    ).history()
+
+
+def _repeated(options: SamplingOptions, rows: int, n: int) -> SamplingOptions:
+    """The options for R * n rows."""
+    names = ("seeds", "samples", "min_new_tokens", "max_new_tokens")
+    return dataclasses.replace(
+        options, **{name: jnp.repeat(jnp.broadcast_to(getattr(options, name), rows), n) for name in names}
+    )
+
+
+def _keys(options: SamplingOptions, step: Int[Array, " R"], purpose: int) -> Key[Array, " R"]:
+    """A key of its own for all that a row draws. What is drawn for a step after a rejected draft is thrown away, before
+    anything depended on it; so that the same keys may be used again."""
+    keys = sampling.row_keys(options.seeds, options.samples, step)
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, purpose)
+
+
+def _behind(state: DecodeState, n: int) -> Int[Array, "R n"]:
+    """The first n columns behind the last token."""
+    return (state.width + state.lengths)[:, None] + jnp.arange(n, dtype=jnp.int32)[None]
+
+
+def _put(buffer: Int[Array, "R L"], new: Int[Array, "R n"], columns: Int[Array, "R n"]) -> Int[Array, "R L"]:
+    """`buffer` with other tokens in some columns; nothing where there is no such column."""
+    return buffer.at[jnp.arange(buffer.shape[0], dtype=jnp.int32)[:, None], columns].set(new, mode="drop")
+
+
+def _leading(x: Bool[Array, "R k"]) -> Int[Array, " R"]:
+    """How many are true before the first that is not."""
+    return jnp.cumprod(x, axis=1, dtype=jnp.int32).sum(-1, dtype=jnp.int32)

@@ -1,0 +1,1 @@
+"""The OPT decoder and its heads, and what a call checks and returns."""

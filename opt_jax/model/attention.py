@@ -1,0 +1,186 @@
+"""Scaled dot-product attention over [batch, heads, length, head_dim]. One function, no parameters."""
+
+import dataclasses
+import itertools
+from typing import NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from opt_jax.model import flash, int8
+from opt_jax.model.flash import AttentionImplementation
+from opt_jax.model.int8 import Int8Array
+from opt_jax.parallel.collectives import first_part, first_row, over_heads
+
+# Causal attention is done by blocks of queries, this many at most, and none shorter than so many tokens.
+MOST_BLOCKS, BLOCK = 8, 128
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionMask:
+    """What a query may look at, kept in parts so that each backend can build the form it needs.
+
+    key_mask: key columns that hold a real token; with an axis T, those that each query may see; None: all of them.
+    segment_ids: packed documents, a token sees its own segment only; None: one segment. Only where queries = keys.
+    query_column: key column of the first query. Columns of later queries are hidden from earlier ones; any other
+      column is in the past, whatever its number, so a cache may have holes and wrap.
+    """
+
+    key_mask: Bool[Array, "B S"] | Bool[Array, "B T S"] | None
+    segment_ids: Int[Array, "B S"] | None
+    query_column: Int[Array, ""] | int
+
+    def segments(self) -> Int[Array, "B S"] | None:
+        """The mask, but for causality, as segment ids: pads are one more segment. Only where queries = keys."""
+        if self.key_mask is None:
+            return self.segment_ids
+        ids = jnp.zeros((), jnp.int32) if self.segment_ids is None else self.segment_ids.astype(jnp.int32)
+        return jnp.where(self.key_mask, ids, jnp.iinfo(jnp.int32).min)
+
+    def is_causal(self, queries: int, keys: int) -> bool:
+        """Whether queries and keys are known to be the same tokens, so that query t sees no key after t."""
+        return queries == keys and isinstance(self.query_column, int) and self.query_column == 0
+
+    def dense(self, queries: int, keys: int) -> Bool[Array, "b 1 T S"]:
+        """True where query t may attend to key s; leading axis 1 when it is the same for every row."""
+        t = jnp.arange(queries, dtype=jnp.int32)[:, None]
+        s = jnp.arange(keys, dtype=jnp.int32)[None]
+        since = (s - self.query_column) % keys  # 0.. for this call's tokens, in order
+        mask = ((since <= t) | (since >= queries))[None, None]
+        if self.key_mask is not None:
+            mask &= self.key_mask[:, None] if self.key_mask.ndim == 3 else self.key_mask[:, None, None, :]
+        if self.segment_ids is not None:
+            mask &= (self.segment_ids[:, :, None] == self.segment_ids[:, None, :])[:, None]
+        return mask
+
+
+class DropoutKey(NamedTuple):
+    """A key, and the numbers in the whole batch of the rows at hand: bits depend on neither mesh nor chunks."""
+
+    key: jax.Array
+    rows: Int[Array, " B"]
+
+    @classmethod
+    def of(
+        cls, key: "jax.Array | DropoutKey | None", rows: int, first: Int[Array, ""] | int = 0
+    ) -> "DropoutKey | None":
+        """first: number of the first row that devices share now, of a batch that comes in parts (micro-batches)."""
+        if key is None or isinstance(key, DropoutKey):
+            return key
+        return cls(key, first + first_row(rows) + jnp.arange(rows, dtype=jnp.int32))
+
+
+def dropout(x: Float[Array, "B N ..."], rate: float, key: DropoutKey | None) -> Float[Array, "B N ..."]:
+    """Inverted dropout, as `torch.nn.functional.dropout`; identity without a key or at rate 0.
+
+    N: tokens, or heads, of which a device may hold a part; each has a key of its own.
+    """
+    if key is None or rate == 0.0:
+        return x
+    columns = first_part(x.shape[1]) + jnp.arange(x.shape[1], dtype=jnp.int32)
+
+    def keep(row: jax.Array, column: jax.Array) -> jax.Array:
+        own = jax.random.fold_in(jax.random.fold_in(key.key, row), column)
+        return jax.random.bernoulli(own, jnp.float32(1.0 - rate), x.shape[2:])
+
+    kept = jax.vmap(jax.vmap(keep, (None, 0)), (0, None))(key.rows, columns)
+    return jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def choose_attention(requested: str, platform: str, head_dim: int, dtype: str, attention_dropout: float) -> str:
+    """The implementation that "auto" stands for on this platform, or the one asked for where it can run.
+
+    Flash attention has no dropout on its weights: with it, "auto" is "xla".
+
+    Raises:
+      ValueError: an implementation that is unknown, or cannot run here.
+    """
+    if requested not in ("auto", *get_args(AttentionImplementation)):
+        raise ValueError(f"attention {requested!r}: choose one of auto, {', '.join(get_args(AttentionImplementation))}")
+    fits_cudnn = dtype in ("bfloat16", "float16") and head_dim <= 128 and head_dim % 8 == 0
+    if requested == "auto":
+        here = {"tpu": "splash", "gpu": "cudnn" if fits_cudnn else "xla", "cuda": "cudnn" if fits_cudnn else "xla"}
+        return "xla" if attention_dropout > 0 else here.get(platform, "xla")
+    if requested != "xla" and attention_dropout > 0:
+        raise ValueError(
+            f"attention {requested} has no dropout on attention weights: set attention_dropout 0 (it is "
+            f"{attention_dropout}), or choose xla"
+        )
+    if requested == "splash" and platform != "tpu":
+        raise ValueError(f"attention splash needs a TPU, but this is a {platform}: choose auto or xla")
+    if requested == "cudnn" and (platform not in ("gpu", "cuda") or not fits_cudnn):
+        raise ValueError(
+            f"attention cudnn needs a GPU, bfloat16 or float16, and head_dim <= 128 divisible by 8, but this is a "
+            f"{platform} with {dtype} and head_dim {head_dim}: choose auto or xla"
+        )
+    return requested
+
+
+def flash_attend(
+    implementation: AttentionImplementation,
+    q: Float[Array, "B H T K"],
+    k: Float[Array, "B H T K"],
+    v: Float[Array, "B H T K"],
+    mask: AttentionMask,
+) -> Float[Array, "B H T K"]:
+    """`attend` by a kernel that never holds the weights. Only the output at pads differs: pads see pads."""
+    segments = mask.segments()
+    kernel = over_heads(flash.KERNELS[implementation], segments=segments is not None)
+    return kernel(q, k, v) if segments is None else kernel(q, k, v, segments)
+
+
+def attend(
+    q: Float[Array, "B H T K"],
+    k: Float[Array, "B H S K"] | Int8Array,
+    v: Float[Array, "B H S K"] | Int8Array,
+    mask: AttentionMask,
+    *,
+    dropout_rate: float = 0.0,
+    dropout_key: DropoutKey | None = None,
+) -> tuple[Float[Array, "B H T K"], Float[Array, "B H T S"]]:
+    """softmax(q k^T) v and its weights; `q` comes scaled. Weights nobody uses are dropped by the compiler.
+
+    Follows HF's `eager_attention_forward`: softmax in float32, cast back to the inputs' dtype before the product
+    with `v`. Deviations: scores are accumulated in float32 (HF rounds them to half precision first), and hidden
+    scores are *replaced* by a finite minimum, so that a row without any visible key stays finite in every dtype.
+    """
+    queries, keys = q.shape[2], k.shape[2]
+    visible, key = mask.dense(queries, keys), dropout_key if dropout_rate else None
+    blocks = min(queries // BLOCK, MOST_BLOCKS) if mask.is_causal(queries, keys) and key is None else 1
+    if blocks < 2 or isinstance(k, Int8Array) or isinstance(v, Int8Array):
+        return _attend(q, k, v, visible, dropout_rate, key)
+    # Without the keys that all queries of a block are too early to see: little more than half of the work and memory.
+    outputs, weights = [], []
+    for start, end in itertools.pairwise(queries * i // blocks for i in range(blocks + 1)):
+        out, some = _attend(q[:, :, start:end], k[:, :, :end], v[:, :, :end], visible[:, :, start:end, :end], 0.0, None)
+        outputs.append(out)
+        weights.append(jnp.pad(some, ((0, 0), (0, 0), (0, 0), (0, keys - end))))
+    return jnp.concatenate(outputs, axis=2), jnp.concatenate(weights, axis=2)
+
+
+def _attend(
+    q: Float[Array, "B H T K"],
+    k: Float[Array, "B H S K"] | Int8Array,
+    v: Float[Array, "B H S K"] | Int8Array,
+    visible: Bool[Array, "b 1 T S"],
+    dropout_rate: float,
+    dropout_key: DropoutKey | None,
+) -> tuple[Float[Array, "B H T K"], Float[Array, "B H T S"]]:
+    if isinstance(k, Int8Array):
+        scores = int8.einsum("bhtk,bhsk->bhts", q, k.values) * k.scale.mT
+    else:
+        scores = _product("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+    weights = dropout(jax.nn.softmax(scores, axis=-1).astype(q.dtype), dropout_rate, dropout_key)
+    if isinstance(v, Int8Array):
+        scaled = weights.astype(jnp.float32) * v.scale.mT
+        return int8.einsum("bhts,bhsk->bhtk", scaled, v.values).astype(q.dtype), weights
+    return _product("bhts,bhsk->bhtk", weights, v), weights
+
+
+def _product(spec: str, x: Array, cached: Array, **kwargs) -> Array:
+    """`jnp.einsum` under the standard promotion of dtypes: a cache may be of another dtype than the computation."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.einsum(spec, x, cached, **kwargs)

@@ -1,0 +1,424 @@
+"""The OPT decoder (Zhang et al. 2022, https://arxiv.org/abs/2205.01068) in Flax NNX: attention, layer, stack of layers.
+
+Shapes: B batch, T tokens of this call, S keys, D hidden_size, H heads, K head_dim, P word_embed_proj_dim, L layers.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from opt_jax.config import OPTConfig
+from opt_jax.model.attention import AttentionMask, DropoutKey, attend, dropout, flash_attend
+from opt_jax.model.cache import KVCache, LayerCache
+from opt_jax.model.flash import AttentionImplementation, is_attention_kernel
+from opt_jax.model.outputs import BaseModelOutput
+from opt_jax.parallel.collectives import first_part, gather_parameters, gather_tokens, own_tokens, scatter_tokens
+from opt_jax.parallel.rules import constrain, is_per_device
+
+_ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": partial(jax.nn.gelu, approximate=False),  # HF's "gelu" is the exact erf form; JAX defaults to tanh
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+Remat = Literal["none", "dots", "names", "full"]
+# What the backward pass keeps of a layer beside its input; the rest is computed again. In units of a layer's input:
+# attention's output in heads and after `out_proj` are 1 each, queries, keys and values 3, what leaves `fc1` is 4.
+_KEPT: dict[str, tuple[str, ...]] = {
+    "full": (),
+    "names": ("context", "attention_out"),
+    "dots": ("context", "attention_out", "qkv", "ffn"),
+}
+# Most bytes of one array [B, T, D] within a layer, with remat "full" in a training step: more rows run in parts.
+PART_BYTES = 2**26
+# Position p reads row p + 2 of the table, so a pad (position -1) reads row 1: HF `OPTLearnedPositionalEmbedding`.
+POSITION_OFFSET = 2
+
+
+class Linear(nnx.Linear):
+    """`nnx.Linear`, whose bias may be of another dtype, under `jax_numpy_dtype_promotion="strict"` too."""
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:  # type: ignore[reportIncompatibleMethodOverride]
+        with jax.numpy_dtype_promotion("standard"):
+            return super().__call__(x)
+
+
+def linear(config: OPTConfig, inputs: int, outputs: int, use_bias: bool, **kwargs) -> Linear:
+    """kernel [inputs, outputs] from normal(0, init_std), bias zero: HF `OPTPreTrainedModel._init_weights`."""
+    init = nnx.initializers.normal(config.init_std)
+    return Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, dot_general=_matmul, **kwargs)
+
+
+def _matmul(x: jax.Array, kernel: jax.Array, _dimension_numbers: Any, **kwargs) -> jax.Array:
+    """x @ kernel as a product of two matrices: XLA on CPU is slow where a gradient contracts two dimensions at once."""
+    y = lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **kwargs)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+class Embed(nnx.Embed):
+    """`nnx.Embed` whose `attend` is the tied LM head."""
+
+    def lookup(self, ids: Int[Array, "B T"]) -> Float[Array, "B t P"]:
+        """Rows by id, laid out as the residual stream; a device holds a part of the vocabulary, and of the tokens."""
+        # In float32, or the gradients of a token that is frequent would be added up in half precision.
+        table = self.embedding.get_value().astype(jnp.float32)
+        own = ids - first_part(table.shape[0])
+        found = (own >= 0) & (own < table.shape[0])
+        rows = jnp.take(table, jnp.where(found, own, 0), axis=0)
+        return scatter_tokens(jnp.where(found[..., None], rows, 0).astype(self.dtype))
+
+    def attend(self, x: Float[Array, "B T P"]) -> Float[Array, "B T V"]:
+        """Logits. Deviation from HF: accumulated and returned in float32, not rounded to the compute dtype."""
+        table = self.embedding.get_value().astype(x.dtype)
+        return jnp.einsum("btp,vp->btv", x, table, preferred_element_type=jnp.float32)
+
+
+class LayerNorm(nnx.LayerNorm):
+    """`nnx.LayerNorm`, which mixes dtypes, under `jax_numpy_dtype_promotion="strict"` too."""
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:  # type: ignore[reportIncompatibleMethodOverride]
+        with jax.numpy_dtype_promotion("standard"):
+            return super().__call__(x)
+
+
+def _layer_norm(config: OPTConfig, **kwargs) -> LayerNorm:
+    """LayerNorm with PyTorch's epsilon and two-pass variance (Flax defaults: 1e-6 and E[x^2] - E[x]^2)."""
+    affine = config.layer_norm_elementwise_affine
+    return LayerNorm(
+        config.hidden_size, epsilon=1e-5, use_bias=affine, use_scale=affine, use_fast_variance=False, **kwargs
+    )
+
+
+class OPTAttention(nnx.Module):
+    """Multi-head self-attention: HF `OPTAttention`."""
+
+    def __init__(self, config: OPTConfig, attn_implementation: AttentionImplementation, **kwargs):
+        project = partial(linear, config, config.hidden_size, config.hidden_size, config.enable_bias, **kwargs)
+        self.k_proj, self.v_proj, self.q_proj, self.out_proj = project(), project(), project(), project()
+        self.config = config
+        self.implementation: AttentionImplementation = attn_implementation
+
+    def _split_heads(self, x: Float[Array, "B T D"]) -> Float[Array, "B H T K"]:
+        heads = x.reshape(*x.shape[:2], -1, self.config.head_dim)  # a device may hold a part of the heads
+        return constrain(heads.transpose(0, 2, 1, 3), "heads")
+
+    def __call__(
+        self, x: Float[Array, "B T D"], mask: AttentionMask, cache: LayerCache | None, dropout_key: DropoutKey | None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B H T S"] | None, LayerCache | None]:
+        q = self._split_heads(self.q_proj(x)) * self.config.head_dim**-0.5  # after the bias, before the product
+        k, v = self._split_heads(self.k_proj(x)), self._split_heads(self.v_proj(x))
+        q, k, v = checkpoint_name((q, k, v), "qkv")
+        weights, rate = None, self.config.attention_dropout
+        if cache is None and self.implementation != "xla":
+            if dropout_key is not None and rate > 0:
+                raise ValueError(
+                    f"attn_implementation={self.implementation!r} has no dropout on attention weights: set "
+                    f"attention_dropout 0 (it is {rate}), or use 'xla'"
+                )
+            out = constrain(flash_attend(self.implementation, q, k, v, mask), "heads")  # (the kernels name theirs)
+        else:
+            if cache is not None:
+                cache, k, v = cache.update(k, v)
+            out, weights = attend(q, k, v, mask, dropout_rate=rate, dropout_key=dropout_key)
+            out = checkpoint_name(constrain(out, "heads"), "context")
+        return self.out_proj(out.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)), weights, cache
+
+
+class OPTDecoderLayer(nnx.Module):
+    """Attention and feed-forward blocks, LayerNorm before each (all sizes) or after (350M): HF `OPTDecoderLayer`."""
+
+    def __init__(
+        self, config: OPTConfig, key: jax.Array, attn_implementation: AttentionImplementation = "xla", **kwargs
+    ):
+        kwargs |= dict(rngs=nnx.Rngs(key))
+        self.self_attn = OPTAttention(config, attn_implementation, **kwargs)
+        self.self_attn_layer_norm = _layer_norm(config, **kwargs)
+        self.fc1 = linear(config, config.hidden_size, config.ffn_dim, config.enable_bias, **kwargs)
+        self.fc2 = linear(config, config.ffn_dim, config.hidden_size, config.enable_bias, **kwargs)
+        self.final_layer_norm = _layer_norm(config, **kwargs)
+        self.config = config
+
+    def __call__(
+        self, x: Float[Array, "B T D"], mask: AttentionMask, cache: LayerCache | None, dropout_key: DropoutKey | None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B H T S"] | None, LayerCache | None]:
+        config = self.config
+        pre_norm = config.do_layer_norm_before
+        keys: Any = [None] * 4
+        if dropout_key is not None:
+            keys = [DropoutKey(key, dropout_key.rows) for key in jax.random.split(dropout_key.key, 4)]
+        inputs = x
+
+        h = self.self_attn_layer_norm(x) if pre_norm else x
+        h, weights, cache = self.self_attn(gather_tokens(h), mask, cache, keys[0])
+        h = checkpoint_name(scatter_tokens(h), "attention_out")
+        x = constrain(x + dropout(h, config.dropout, keys[1]), "residual")
+        if not pre_norm:
+            x = self.self_attn_layer_norm(x)
+
+        h = self.final_layer_norm(x) if pre_norm else x
+        h = checkpoint_name(constrain(self.fc1(gather_tokens(h)), "ffn"), "ffn")
+        h = scatter_tokens(self.fc2(_ACTIVATION[config.activation_function](h)))
+        x = constrain(x + dropout(h, config.dropout, keys[2]), "residual")
+        if not pre_norm:
+            x = self.final_layer_norm(x)
+
+        if dropout_key is not None and config.layerdrop > 0:  # LayerDrop (Fan et al. 2019): skip the whole layer
+            x = jnp.where(jax.random.bernoulli(keys[3].key, jnp.float32(config.layerdrop)), inputs, x)
+        return x, weights, cache
+
+
+class OPTDecoder(nnx.Module):
+    """Embeddings, layers and output projection: HF `OPTDecoder`.
+
+    `layers` has one of two forms: an `nnx.List` of layers (decoding, files), or, with `scan_layers`, one layer
+    whose parameters carry a leading axis L, run under `lax.scan` so that compile time does not grow with depth.
+    """
+
+    def __init__(
+        self, config: OPTConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike, scan_layers: bool,
+        attn_implementation: AttentionImplementation, remat: Remat, grad_dtype: DTypeLike,
+    ):  # fmt: skip
+        if attn_implementation not in (known := get_args(AttentionImplementation)):
+            raise ValueError(f"attn_implementation {attn_implementation!r}: choose one of {', '.join(known)}")
+        if remat not in (known := get_args(Remat)):
+            raise ValueError(f"remat {remat!r}: choose one of {', '.join(known)}")
+        if jnp.dtype(grad_dtype) != jnp.float32 and not scan_layers:
+            raise ValueError(f"grad_dtype={jnp.dtype(grad_dtype)} without effect: pass scan_layers=True as well")
+        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
+        width, embed_dim = config.hidden_size, config.embed_dim
+        embed = partial(Embed, embedding_init=nnx.initializers.normal(config.init_std), rngs=rngs, **kwargs)
+        self.embed_tokens = embed(config.vocab_size, embed_dim)
+        if config.pad_token_id is not None:  # torch's padding_idx starts at zero
+            table = self.embed_tokens.embedding
+            table.set_value(table.get_value().at[config.pad_token_id].set(0))
+        self.embed_positions = embed(config.max_position_embeddings + POSITION_OFFSET, width)
+        self.project_in = self.project_out = self.final_layer_norm = nnx.data(None)
+        if embed_dim != width:
+            self.project_in = linear(config, embed_dim, width, False, rngs=rngs, **kwargs)
+            self.project_out = linear(config, width, embed_dim, False, rngs=rngs, **kwargs)
+        if config.do_layer_norm_before and not config._remove_final_layer_norm:
+            self.final_layer_norm = _layer_norm(config, rngs=rngs, **kwargs)
+        layer = partial(OPTDecoderLayer, config, attn_implementation=attn_implementation, **kwargs)
+        keys = jax.random.split(rngs.params(), config.num_hidden_layers)
+        # Built stacked in either case: the counters of nnx.Rngs make 96 traced constructor calls quadratic.
+        layers = jax.vmap(layer)(keys)
+        self.layers = layers if scan_layers else _unstack(layers, config.num_hidden_layers)
+        self.config, self.implementation = config, attn_implementation
+        self.remat: Remat = remat
+        self.grad_dtype = jnp.dtype(grad_dtype)
+
+    def _lookup(self, ids: Int[Array, "B T"]) -> Float[Array, "B T P"]:
+        return self.embed_tokens.lookup(ids) if is_per_device() else self.embed_tokens(ids)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"] | None,
+        attention_mask: Bool[Array, "B T"] | Int[Array, "B T"] | None,
+        position_ids: Int[Array, "B T"] | None,
+        segment_ids: Int[Array, "B T"] | None,
+        inputs_embeds: Float[Array, "B T P"] | None,
+        cache: KVCache | None,
+        output_hidden_states: bool,
+        output_attentions: bool,
+        dropout_key: jax.Array | DropoutKey | None,
+    ) -> BaseModelOutput:
+        if attention_mask is not None:
+            attention_mask = attention_mask.astype(bool)
+        if output_attentions and self.implementation != "xla":
+            raise ValueError(
+                f"output_attentions needs attn_implementation='xla': {self.implementation!r} never holds the weights"
+            )
+        batch, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # type: ignore[reportOptionalMemberAccess]
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self._lookup(input_ids)
+            if self.config.pad_token_id is not None:  # torch's padding_idx: looking up a pad gives its row no gradient
+                is_pad = own_tokens(input_ids == self.config.pad_token_id)[..., None]
+                inputs_embeds = jnp.where(is_pad, lax.stop_gradient(inputs_embeds), inputs_embeds)
+        x = inputs_embeds.astype(self.embed_tokens.dtype)
+        if self.project_in is not None:
+            x = self.project_in(x)
+        if position_ids is None:
+            first = None if cache is None else cache.next_position
+            position_ids = _positions(batch, length, attention_mask, segment_ids, first)
+        x = constrain(x + self.embed_positions(own_tokens(position_ids) + POSITION_OFFSET), "residual")
+
+        mask = AttentionMask(attention_mask, segment_ids, 0)
+        if cache is not None:
+            new_tokens = jnp.ones((batch, length), bool) if attention_mask is None else attention_mask
+            if not cache.fresh:
+                mask = AttentionMask(cache.advance(new_tokens).valid, None, cache.column)
+
+        depth = self.config.num_hidden_layers
+        dropout_key = DropoutKey.of(dropout_key, batch)
+        keys = None if dropout_key is None else DropoutKey(
+            jax.random.split(dropout_key.key, depth), jnp.broadcast_to(dropout_key.rows, (depth, batch))
+        )  # fmt: skip
+        states, attentions, caches = [x], [], []
+        if isinstance(self.layers, nnx.List):
+            layer_caches = [None] * depth if cache is None else cache.layers()
+            for i, layer in enumerate(self.layers):
+                key = None if keys is None else DropoutKey(keys.key[i], keys.rows[i])
+                run = partial(OPTDecoderLayer.__call__, mask=mask, cache=layer_caches[i])
+                # Outside a scan the compiler would merge what is computed again with what was computed before.
+                run = run if self.remat == "none" else _remat(run, self.remat, prevent_cse=True)
+                x, weights, layer_cache = run(layer, x, dropout_key=key)
+                states.append(x)
+                attentions.append(weights)
+                caches.append(layer_cache)
+        elif cache is not None:
+            raise ValueError("a cache needs separate layers: use opt_jax.unstack_layers(model) before decoding")
+        else:
+            parts, width = 1, self.config.hidden_size  # (fewer tokens take less memory than the sums that parts need)
+            if self.remat == "full" and is_per_device() and not output_attentions and batch * length > width:
+                most = max(1, PART_BYTES // (length * width * x.dtype.itemsize))  # rows of a part
+                parts = next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= most)
+
+            def body(x, layer_and_key):
+                layer, key = layer_and_key
+                layer = gather_parameters(layer, layer.fc1.dtype, self.grad_dtype, "model.decoder.layers.")
+                if parts > 1:
+                    x, weights = _in_parts(layer, parts, x, mask, key), None
+                else:
+                    x, weights, _ = layer(x, mask, None, key)
+                return x, (x if output_hidden_states else (), weights if output_attentions else ())
+
+            x, (xs, all_weights) = lax.scan(_remat(body, self.remat), x, (self.layers, keys))
+            states, attentions = [*states, *xs], list(all_weights)
+
+        if self.final_layer_norm is not None:
+            x = self.final_layer_norm(x)
+        if self.project_out is not None:
+            x = self.project_out(x)
+        return BaseModelOutput(
+            last_hidden_state=x,
+            hidden_states=(*states[:-1], x) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            cache=None if cache is None else cache.advance(new_tokens, caches),
+        )
+
+
+def _remat(body: Callable, remat: Remat, prevent_cse: bool = False) -> Callable:
+    """A layer's function, or the scan's body, with the policy by which its backward pass keeps or computes again."""
+    if remat == "none":
+        # All is kept but what `gather_parameters` makes, or each device would come to hold the whole model.
+        return jax.checkpoint(body, prevent_cse=False, policy=_all_but_weights) if is_per_device() else body
+    policy = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat])
+    if remat != "full":
+        policy = jax.checkpoint_policies.save_from_both_policies(policy, is_attention_kernel)
+    return jax.checkpoint(body, prevent_cse=prevent_cse, policy=policy)
+
+
+def _in_parts(
+    layer: OPTDecoderLayer, parts: int, x: Float[Array, "B T D"], mask: AttentionMask, key: DropoutKey | None
+) -> Float[Array, "B T D"]:
+    """`layer`, without a cache, over equal parts of the rows, one after another.
+
+    The backward pass does a part at a time, too, so that what it computes again, and gathers over `tensor`, exists for
+    one part only; weights are gathered, and their gradients sent, once. These come from each part in the compute dtype,
+    as they do from the whole batch otherwise, and are added up over parts in float32.
+    """
+    wide = jax.tree.map(lambda weight: weight.astype(jnp.float32), layer)
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def run(wide: OPTDecoderLayer, rows: tuple) -> Array:
+        own = jax.tree.map(lambda weight, like: weight.astype(like.dtype), wide, layer)
+        x, key_mask, segment_ids, numbers = rows
+        own_key = None if key is None else DropoutKey(key.key, numbers)
+        return own(x, AttentionMask(key_mask, segment_ids, 0), None, own_key)[0]
+
+    rows = (x, mask.key_mask, mask.segment_ids, None if key is None else key.rows)
+    rows = jax.tree.map(lambda value: value.reshape(parts, -1, *value.shape[1:]), rows)
+    return lax.map(partial(run, wide), rows).reshape(x.shape)
+
+
+def _all_but_weights(primitive: Any, *_: Any, **params: Any) -> bool:
+    # Not the gathered weights, nor what they are made of: the argument of a name would be kept in its place.
+    made = {"all_gather", "convert_element_type", "select_n", "ne"}
+    return primitive.name not in made and params.get("name") != "weights"
+
+
+def _positions(
+    batch: int,
+    length: int,
+    mask: Bool[Array, "B T"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    first: Int[Array, " B"] | None,
+) -> Int[Array, "b T"]:
+    """Position of a token: the number of real tokens before it in its row, or segment; -1 for a pad (HF's rule)."""
+    if mask is None and segment_ids is None and first is None:
+        return jnp.arange(length, dtype=jnp.int32)[None]
+    mask = jnp.ones((batch, length), bool) if mask is None else mask
+    before = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - mask.astype(jnp.int32)
+    if first is not None:
+        before += first[:, None]
+    if segment_ids is not None:  # restart where a new segment begins
+        begins = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
+        before -= lax.cummax(jnp.where(begins, before, 0), axis=1)
+    return jnp.where(mask, before, -1)
+
+
+def stack_layers(model: Any) -> Any:
+    """Turn a model's separate layers into the one stacked layer that runs under `lax.scan` (see `OPTDecoder`).
+
+    In place, and returned. Goes leaf by leaf, releasing the separate arrays, so two copies never exist. Works on
+    abstract models too (`nnx.eval_shape`). Nothing to do for a model that is stacked already.
+    """
+    decoder = model.base_model.decoder
+    if isinstance(decoder.layers, nnx.List):
+        layers = list(decoder.layers)
+        params = [dict(_params(layer)) for layer in layers]
+        for path, first in params[0].items():
+            first.set_value(_stacked([p[path].get_value() for p in params]))
+            for p in params[1:]:
+                p[path].set_value(None)
+        decoder.layers = layers[0]
+    return model
+
+
+def unstack_layers(model: Any) -> Any:
+    """The inverse of `stack_layers`, as gentle with memory."""
+    decoder = model.base_model.decoder
+    if not isinstance(decoder.layers, nnx.List):
+        decoder.layers = _unstack(decoder.layers, decoder.config.num_hidden_layers)
+    return model
+
+
+def _unstack(stacked: OPTDecoderLayer, depth: int) -> nnx.List:
+    structure = jax.tree.structure(stacked)
+    leaves: list[list] = [[] for _ in range(depth)]
+    for _, param in _params(stacked):
+        value = param.get_value()
+        param.set_value(None)
+        for i in range(depth):
+            leaves[i].append(_slice(value, i))
+        del value
+    return nnx.List([jax.tree.unflatten(structure, leaf) for leaf in leaves])
+
+
+def _params(module: nnx.Module) -> list[tuple[tuple, nnx.Param]]:
+    """(path, Param) in the order in which `jax.tree` flattens the module."""
+    return [(path, node) for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Param)]
+
+
+def _stacked(leaves: list) -> Any:
+    if isinstance(leaves[0], jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
+    return jnp.stack(leaves)
+
+
+def _slice(stacked: Any, i: int) -> Any:
+    if isinstance(stacked, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(stacked.shape[1:], stacked.dtype)
+    return stacked[i]

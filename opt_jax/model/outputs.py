@@ -1,0 +1,111 @@
+"""What the models return, and the losses of their heads. Names and meanings follow `transformers`."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from opt_jax.config import OPTConfig
+from opt_jax.model.cache import KVCache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOutput:
+    """Parts shared by all models; what was not asked for is None.
+
+    hidden_states: the embeddings, then each layer's output, [B, T, D] each; the last entry is taken after the final
+      LayerNorm and `project_out`. (Unlike HF, a layer skipped by layerdrop stays in the list.)
+    attentions: softmax weights of each layer, [B, H, T, S].
+    cache: the cache given, with this call's tokens added.
+    """
+
+    loss: Float[Array, ""] | None = None
+    hidden_states: tuple[Float[Array, "B T _"], ...] | None = None
+    attentions: tuple[Float[Array, "B H T S"], ...] | None = None
+    cache: KVCache | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseModelOutput(ModelOutput):
+    last_hidden_state: Float[Array, "B T P"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CausalLMOutput(ModelOutput):
+    logits: Float[Array, "B T V"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SequenceClassifierOutput(ModelOutput):
+    logits: Float[Array, "B num_labels"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuestionAnsweringOutput(ModelOutput):
+    start_logits: Float[Array, "B T"]
+    end_logits: Float[Array, "B T"]
+
+
+def cross_entropy(
+    logits: Float[Array, "... C"], labels: Int[Array, "..."], ignore_index: int = -100
+) -> Float[Array, ""]:
+    """Mean negative log-likelihood over the labels that are not `ignore_index`, in float32.
+
+    As `torch.nn.functional.cross_entropy`, but 0 instead of NaN where every label is ignored.
+    """
+    counted = labels != ignore_index
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, jnp.where(counted, labels, 0)[..., None], axis=-1)[..., 0]
+    nll = jax.nn.logsumexp(logits, axis=-1) - chosen
+    return jnp.where(counted, nll, 0.0).sum() / jnp.maximum(counted.sum(), 1).astype(jnp.float32)
+
+
+def causal_lm_loss(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, ""]:
+    """Next-token loss: position t predicts label t + 1; label -100 is not counted (HF `ForCausalLMLoss`)."""
+    return cross_entropy(logits[:, :-1], labels[:, 1:])
+
+
+def problem_type(config: OPTConfig, labels_dtype: DTypeLike) -> str:
+    """`config.problem_type`, chosen as HF does when it is not set: by num_labels and the labels' dtype."""
+    if config.problem_type is not None:
+        return config.problem_type
+    if config.num_labels == 1:
+        return "regression"
+    is_integer = jnp.issubdtype(labels_dtype, jnp.integer)
+    return "single_label_classification" if is_integer else "multi_label_classification"
+
+
+def classification_loss(
+    config: OPTConfig, logits: Float[Array, "B C"], labels: Int[Array, "..."] | Float[Array, "..."]
+) -> Float[Array, ""]:
+    """Loss of `problem_type(config, labels.dtype)`, in float32: HF `OPTForSequenceClassification`."""
+    kind = problem_type(config, labels.dtype)
+    if kind == "single_label_classification":
+        return cross_entropy(logits, labels.reshape(-1))
+    targets = labels.reshape(logits.shape).astype(jnp.float32)
+    logits = logits.astype(jnp.float32)
+    if kind == "regression":
+        return jnp.square(logits - targets).mean()
+    return (jnp.maximum(logits, 0) - logits * targets + jnp.log1p(jnp.exp(-jnp.abs(logits)))).mean()
+
+
+def question_answering_loss(
+    start_logits: Float[Array, "B T"],
+    end_logits: Float[Array, "B T"],
+    start_positions: Int[Array, "..."],
+    end_positions: Int[Array, "..."],
+) -> Float[Array, ""]:
+    """Mean of the start and the end loss; positions past the end are not counted, negative ones count as 0 (HF)."""
+    length = start_logits.shape[1]
+
+    def loss(logits, positions):
+        return cross_entropy(logits, jnp.clip(positions.reshape(-1), 0, length), ignore_index=length)
+
+    return (loss(start_logits, start_positions) + loss(end_logits, end_positions)) / 2

@@ -1,0 +1,102 @@
+"""Models with int8 weights: `quantize` and the two modules that it puts in. Arrays and products are those of `int8`."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from opt_jax.model import int8
+from opt_jax.model.heads import OPTForCausalLM
+from opt_jax.model.int8 import Int8Array
+
+
+class Int8Linear(nnx.Module):
+    """`nnx.Linear` with int8 weights: weight [out, in], scale [out, 1]."""
+
+    def __init__(self, linear: nnx.Linear):
+        weight = _quantize(linear.kernel.get_value(), transpose=True)
+        self.weight, self.scale = nnx.Param(weight.values), nnx.Param(weight.scale)
+        self.bias = linear.bias
+        self.dtype = linear.preferred_element_type or linear.dtype
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+        out = int8.einsum("btd,fd->btf", x, self.weight.get_value()) * self.scale.get_value().mT[None]
+        if self.bias is not None:
+            out += self.bias.get_value().astype(jnp.float32)[None, None]
+        return out.astype(self.dtype)
+
+
+class Int8Embed(nnx.Module):
+    """`decoder.Embed` with an int8 table: weight [V, P], scale [V, 1]."""
+
+    def __init__(self, embed: nnx.Embed):
+        table = _quantize(embed.embedding.get_value(), transpose=False)
+        self.weight, self.scale = nnx.Param(table.values), nnx.Param(table.scale)
+        self.dtype = embed.dtype
+
+    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T P"]:
+        rows = Int8Array(self.weight.get_value()[ids], self.scale.get_value()[ids])
+        return rows.dequantize().astype(self.dtype)
+
+    def attend(self, x: Float[Array, "B T P"]) -> Float[Array, "B T V"]:
+        return int8.einsum("btp,vp->btv", x, self.weight.get_value()) * self.scale.get_value().mT[None]
+
+
+def quantize(model: OPTForCausalLM) -> OPTForCausalLM:
+    """The same model with int8 weights, to score and generate with: a quarter of the memory of float32.
+
+    Quantised are the matrices of the layers, `project_in`, `project_out` and the token embedding, which is the LM head
+    too (or, untied, the LM head as well), each with one float32 scale per output. Positions, LayerNorms and biases stay
+    as they are, and so does the model given, which shares them. A model on a mesh stays there.
+
+    Raises:
+      ValueError: a model without LM head, a stacked one (see `unstack_layers`), one that is quantised already.
+      ImportError: without qwix.
+      RuntimeError: not all matrices became int8, because a part of the model is none of this package's modules.
+    """
+    if not isinstance(model, OPTForCausalLM):
+        raise ValueError(f"quantize takes an OPTForCausalLM, not an {type(model).__name__}")
+    if not isinstance(model.model.decoder.layers, nnx.List):
+        raise ValueError("quantize takes a model with separate layers: use opt_jax.unstack_layers(model) first")
+    if count_int8(model):
+        raise ValueError("this model has int8 weights already")
+    model = nnx.clone(model)
+    modules = [module for _, module in nnx.iter_graph(model) if isinstance(module, nnx.Module)]
+    for module in modules:
+        for name, child in list(vars(module).items()):
+            if isinstance(child, nnx.Linear):
+                setattr(module, name, Int8Linear(child))
+    model.model.decoder.embed_tokens = Int8Embed(model.model.decoder.embed_tokens)  # type: ignore[reportAttributeAccessIssue]
+
+    config = model.config
+    projections = 2 if config.embed_dim != config.hidden_size else 0
+    expected = 6 * config.num_hidden_layers + projections + (1 if config.tie_word_embeddings else 2)
+    if (count := count_int8(model)) != expected:
+        raise RuntimeError(f"{count} matrices became int8, not the {expected} that this model should have")
+    return model
+
+
+def count_int8(model: nnx.Module) -> int:
+    """How many of the model's arrays are int8."""
+    return sum(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(model))
+
+
+@partial(jax.jit, static_argnums=1)
+def _compiled(matrix: jax.Array, transpose: bool) -> Int8Array:
+    return int8.quantize(matrix.T if transpose else matrix)
+
+
+def _quantize(matrix: jax.Array, transpose: bool) -> Int8Array:
+    """[N, K] with a scale for each of N (of `matrix`, or of its transpose), split over a mesh as `matrix` is."""
+    result = _compiled(matrix, transpose)
+    sharding = getattr(matrix, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return result
+    axes = [*sharding.spec, None, None][:2]
+    rows, columns = reversed(axes) if transpose else axes
+    specs = Int8Array(P(rows, columns), P(rows, None))  # type: ignore[reportArgumentType]
+    return jax.device_put(result, jax.tree.map(lambda spec: NamedSharding(sharding.mesh, spec), specs))

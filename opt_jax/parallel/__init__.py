@@ -1,0 +1,1 @@
+"""Meshes of devices, what each device holds and sends, and jobs of several processes."""

@@ -1,0 +1,113 @@
+"""What the processes of a job agree on: errors, values, the code that runs, a directory that all see."""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from opt_jax.parallel.agreement import agree
+
+
+def agree(error: Exception | None) -> None:
+    """Raise on every process if one of them has an error: its own where it is, a reference to that one elsewhere."""
+    if jax.process_count() > 1:
+        failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(error is not None)))
+        if len(failed) and error is None:
+            raise OSError(f"process {failed[0]} failed: see its message")
+    if error is not None:
+        raise error
+
+
+def on_every_process(action: Callable[[], object]) -> None:
+    """Run `action` on all processes, which fail together if one does."""
+    error = None
+    try:
+        action()
+    except Exception as e:
+        error = e
+    agree(error)
+
+
+def on_first_process(action: Callable[[], object]) -> None:
+    """Run `action` on process 0 alone; the others wait for it, and fail if it does."""
+    on_every_process(action if jax.process_index() == 0 else lambda: None)
+
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
+
+
+_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
+
+
+def from_first(action: Callable[[], bytes]) -> bytes:
+    """What `action` returns on process 0, on all of them. Only process 0 runs it; if it raises, all do."""
+    error, data = None, b""
+    if jax.process_index() == 0:
+        try:
+            data = action()
+        except Exception as e:
+            error = e
+    agree(error)
+    if jax.process_count() == 1:
+        return data
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(data), np.int32)))
+    padded = np.zeros(size, np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8).tobytes()
+
+
+def check_same(values: Mapping[str, Any]) -> None:
+    """Raise ValueError on every process, saying what differs where, unless all have the same `values` (JSON)."""
+    if jax.process_count() == 1:
+        return
+    mine = json.dumps({k: json.dumps(v, sort_keys=True) for k, v in values.items()}, sort_keys=True).encode()
+    hashes = _gather(hashlib.sha256(mine).digest())
+    if len(set(hashes)) == 1:
+        return
+    longest = int(multihost_utils.process_allgather(np.asarray(len(mine), np.int32)).max())
+    everyone = [json.loads(text) for text in _gather(mine.ljust(longest))]
+    differences = []
+    for name in sorted(set().union(*everyone)):
+        holders: dict[str, list[int]] = {}
+        for process, theirs in enumerate(everyone):
+            holders.setdefault(theirs.get(name, "absent"), []).append(process)
+        if len(holders) > 1:
+            said = (f"{value} on process {', '.join(map(str, where))}" for value, where in holders.items())
+            differences.append(f"{name} is " + ", but ".join(said))
+    raise ValueError("the processes differ: " + "; ".join(differences))
+
+
+def check_shared(path: epath.Path) -> None:
+    """Raise unless every process sees the file that process 0 has written."""
+    agree(None)  # it has
+    seen = path.exists()
+    agree(None if seen else OSError(f"{path} is not there, but process 0 wrote it: --output must be shared by all"))
+
+
+def _gather(data: bytes) -> list[bytes]:
+    rows = multihost_utils.process_allgather(np.frombuffer(data, np.uint8))
+    return [np.asarray(row, np.uint8).tobytes() for row in rows]
+
+
+def check_same_code(*files: str | os.PathLike) -> None:
+    """`check_same` of what runs here: hashes of this library's sources and of `files`, versions of packages, variables
+    that change what is compiled."""
+    if jax.process_count() == 1:
+        return
+    root = Path(__file__).parent
+    sources = {f"source opt_jax/{path.relative_to(root)}": path for path in root.rglob("*.py")}
+    sources |= {f"source {Path(file).name}": Path(file) for file in files}
+    version = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for name, path in sources.items()}
+    version |= {f"package {name}": importlib.metadata.version(name) for name in _PACKAGES}
+    version |= {f"variable {name}": os.environ.get(name, "") for name in _VARIABLES}
+    check_same(version | {"python": platform.python_version()})

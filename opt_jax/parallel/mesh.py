@@ -1,0 +1,98 @@
+"""Meshes of devices, and how a batch lies on one."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+def make_mesh(
+    spec: str | Mapping[str, int] | None = None,
+    devices: Sequence[Any] | None = None,
+    dcn: str | Mapping[str, int] | None = None,
+) -> Mesh:
+    """A mesh with axes (data, fsdp, tensor) from "data=2,fsdp=4" or a dict; -1 = the rest, an axis left out: 1.
+
+    Default: all devices on `fsdp`. `dcn` says how much of each axis lies between slices, which the slower network
+    joins: with mesh data=4,fsdp=8 and dcn data=2 each of two slices has data=2,fsdp=8. Default: all TPU slices on
+    `data`.
+    Where there are no slices, `dcn` is about processes.
+
+    Raises:
+      ValueError: an unknown axis, a bad size, or sizes that do not multiply to the number of devices or slices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if not dcn and slices > 1 and devices[0].platform == "tpu":
+        dcn = {"data": slices}
+    if not spec:
+        spec = {"data": slices, "fsdp": -1} if dcn == {"data": slices} else {"fsdp": -1}
+    sizes, kinds = _axis_sizes("mesh", spec, len(devices), "devices"), (AxisType.Auto,) * len(AXES)
+    if not dcn:  # not `jax.make_mesh`, which has no place for tensor=4 in a torus of 8 x 8 x 8
+        grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=kinds)
+    unit = "slices" if slices > 1 else "processes"
+    count = slices if slices > 1 else len({device.process_index for device in devices})
+    between = _axis_sizes("dcn-mesh", dcn, count, unit)
+    for axis in AXES:
+        if sizes[axis] % between[axis]:
+            raise ValueError(
+                f"mesh {axis}={sizes[axis]} does not divide over {axis}={between[axis]} of the {count} {unit}: choose "
+                "another --mesh, or say with --dcn-mesh which axes lie between them"
+            )
+    within = [sizes[axis] // between[axis] for axis in AXES]
+    grid = mesh_utils.create_hybrid_device_mesh(
+        within, list(between.values()), devices, process_is_granule=slices == 1, allow_split_physical_axes=True
+    )
+    return Mesh(grid, AXES, axis_types=kinds)
+
+
+def _axis_sizes(what: str, spec: str | Mapping[str, int], total: int, unit: str) -> dict[str, int]:
+    if isinstance(spec, str):
+        parts = [part.partition("=") for part in spec.split(",")]
+        if bad := [p[0] for p in parts if not re.fullmatch(r"-?\d+", p[2].strip())]:
+            raise ValueError(f"{what} {spec!r}: {bad[0]!r} needs a size, as in data=2,fsdp=4")
+        if len({p[0].strip() for p in parts}) < len(parts):
+            raise ValueError(f"{what} {spec!r} names an axis twice")
+        spec = {name.strip(): int(size) for name, _, size in parts}
+    if unknown := [name for name in spec if name not in AXES]:
+        raise ValueError(f"{what}: unknown axis {unknown[0]!r}; the axes are {', '.join(AXES)}")
+    sizes = {axis: spec.get(axis, 1) for axis in AXES}
+    named = ", ".join(f"{k}={v}" for k, v in sizes.items())
+    if any(v < 1 and v != -1 for v in sizes.values()) or list(sizes.values()).count(-1) > 1:
+        raise ValueError(f"{what} {named}: sizes must be positive, and at most one may be -1 (the rest)")
+    fixed = math.prod(v for v in sizes.values() if v != -1)
+    sizes = {k: total // fixed if v == -1 else v for k, v in sizes.items()}
+    if math.prod(sizes.values()) != total:
+        raise ValueError(f"{what} {named}: sizes multiply to {fixed}, but there are {total} {unit}")
+    return sizes
+
+
+def use_mesh(mesh: Mesh):
+    """Context in which `constrain` acts: `with use_mesh(mesh): step(...)`, around the traced call."""
+    return jax.set_mesh(mesh)
+
+
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Of inputs [B, ...], behind so many leading axes: rows over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(*[None] * leading, BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def mesh_of(model: Any) -> Mesh | None:
+    """The mesh that a model's parameters are on; None: they are on one device, or abstract."""
+    sharding = getattr(jax.tree.leaves(model)[0], "sharding", None)
+    return sharding.mesh if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) else None
+
+
+def row_groups(mesh: Mesh) -> int:
+    """Parts that the rows of a batch are split into: their number must be a multiple of it."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

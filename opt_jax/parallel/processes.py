@@ -1,0 +1,232 @@
+"""Several processes, one run: how they start together, agree before step 0, and end when one of them is lost.
+
+A process alone may call all of this: it starts nothing, waits for nobody and agrees with itself.
+"""
+
+import glob
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from opt_jax.parallel.watchdog import Watchdog, listen
+from opt_jax.system.disk import describe, without_tracebacks
+from opt_jax.system.interrupts import Signals, say
+from opt_jax.system.reading import one_line
+
+# Exit codes, besides 0 and 1: what a launcher may want to treat differently.
+PREEMPTED = 143  # SIGTERM came, a checkpoint was written: as if the signal had ended it (128 + 15)
+LOST_PROCESS = 75  # another process of the job is gone or stands still: start all again (EX_TEMPFAIL)
+
+START_SECONDS = 300  # processes wait for each other so long at the start
+
+
+_watchdog: Watchdog | None = None
+
+
+# Start ------------------------------------------------------------------------------------------------------
+
+
+def start(
+    mode: str = "auto",
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    heartbeat_seconds: int = 30,
+    hang_minutes: float = 60,
+) -> None:
+    """`jax.distributed.initialize`, where explicit values or a cluster's environment say so; before JAX does anything.
+
+    mode: "auto", "on" (let JAX find the cluster, or fail), "off".
+
+    Raises:
+      ValueError: incomplete values, or no cluster to be found.
+    """
+    explicit = (coordinator_address, num_processes, process_id)
+    if mode == "off" or mode == "auto" and not any(v is not None for v in explicit) and not in_cluster():
+        if any(v is not None for v in explicit):
+            raise ValueError("--distributed off: leave out --coordinator-address, --num-processes and --process-id")
+        return
+    if any(v is not None for v in explicit) and None in explicit:
+        raise ValueError("--coordinator-address, --num-processes and --process-id go together")
+    if coordinator_address is not None and not re.fullmatch(r".+:\d+", coordinator_address):
+        raise ValueError(f"--coordinator-address {coordinator_address}: needs a host and a port, as in 10.0.0.1:8476")
+    seconds = min(START_SECONDS, 60 * hang_minutes)
+    try:
+        # JAX's own time-outs end a process from within C++, without a word of ours: they come second.
+        with _all_here_within(seconds, coordinator_address, process_id):
+            jax.distributed.initialize(
+                *explicit, initialization_timeout=math.ceil(2 * seconds),
+                heartbeat_timeout_seconds=2 * heartbeat_seconds, shutdown_timeout_seconds=2 * heartbeat_seconds,
+            )  # fmt: skip
+            jax.devices()  # waits for the others
+    except (ValueError, RuntimeError) as e:
+        raise ValueError(
+            f"no cluster: {one_line(e)}: give --coordinator-address host:port, --num-processes and "
+            "--process-id, or --distributed off for a process alone"
+        ) from None
+    if jax.process_count() > 1:
+        _watch(coordinator_address, heartbeat_seconds, hang_minutes)
+
+
+@contextmanager
+def _all_here_within(seconds: float, coordinator_address: str | None, process_id: int | None) -> Iterator[None]:
+    """End this process with one line if what is inside, which waits for all of them, takes longer."""
+    who = "" if process_id is None else f"process {process_id}: "
+    where = "" if coordinator_address is None else f", or that does not reach {coordinator_address}"
+    line = (
+        f"{who}waited {seconds:g} s for the other processes to start: look for one that has not started, or has ended"
+        f"{where}; then start all of them again\n"
+    )
+
+    def end() -> None:
+        os.write(2, line.encode())
+        os._exit(LOST_PROCESS)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def in_cluster() -> bool:
+    """Whether the environment says that this is one process of several (JAX then finds out the rest by itself).
+
+    ValueError: it does, but JAX cannot find the others.
+    """
+    has, count = os.environ.__contains__, lambda name: int(os.environ.get(name, "1"))
+    if has("SLURM_STEP_NODELIST") and has("SLURM_PROCID"):  # under srun; in a batch script itself there is no step
+        return count("SLURM_NTASKS") > 1
+    if has("OMPI_COMM_WORLD_SIZE"):
+        return count("OMPI_COMM_WORLD_SIZE") > 1
+    if "," in os.environ.get("TPU_PROCESS_ADDRESSES", os.environ.get("TPU_WORKER_HOSTNAMES", "")):  # GKE
+        return importlib.util.find_spec("libtpu") is not None and bool(_tpu_devices())
+    if count("MEGASCALE_NUM_SLICES") > 1:
+        return True
+    if has("KUBERNETES_SERVICE_HOST") and has("JOB_COMPLETION_INDEX"):  # an indexed Job
+        if importlib.util.find_spec("kubernetes") is not None:
+            return True
+        if (index := os.environ["JOB_COMPLETION_INDEX"]) != "0":  # not the first pod, so one of several
+            raise ValueError(
+                f"pod {index} of a Kubernetes job cannot find the others: pip install kubernetes, or give "
+                "--coordinator-address, --num-processes and --process-id; --distributed off for pods that work alone"
+            )
+        return False
+    # A Cloud TPU VM: whether it is one of several is known to its metadata server, which JAX asks.
+    on_tpu_vm = importlib.util.find_spec("libtpu") is not None and bool(_tpu_devices())
+    return on_tpu_vm and not has("TPU_SKIP_MDS_QUERY") and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
+
+
+def _tpu_devices() -> list[str]:
+    return glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+
+
+def _watch(coordinator_address: str | None, heartbeat_seconds: int, hang_minutes: float) -> None:
+    """Connect every process with process 0, for the watchdog."""
+    global _watchdog
+    server, address, token = None, "", ""
+    if jax.process_index() == 0:
+        host = coordinator_address.rpartition(":")[0].strip("[]") if coordinator_address else None
+        server, address, token = listen(host, jax.process_count())
+    address, token = json.loads(from_first(lambda: json.dumps([address, token]).encode()))
+    watchdog = Watchdog(
+        jax.process_index(), jax.process_count(), seconds=heartbeat_seconds, hang_minutes=hang_minutes,
+        exit_code=LOST_PROCESS,
+    )  # fmt: skip
+    problem = None if server else watchdog.connect(address, token)
+    connected = multihost_utils.process_allgather(np.asarray(problem is None)).reshape(-1)
+    if problem is not None:
+        print(
+            f"process {jax.process_index()}: no watchdog, since {address} cannot be reached ({problem}): a lost "
+            f"process will be noticed by JAX alone, after {2 * heartbeat_seconds} s",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+    if server:
+        watchdog.accept(server, token, int(connected.sum()) - 1)
+    watchdog.start()
+    _watchdog = watchdog
+
+
+def reached(where: str) -> None:
+    """Tell the watchdog that this process has come so far."""
+    if _watchdog is not None:
+        _watchdog.reached(where)
+
+
+# Agreement --------------------------------------------------------------------------------------------------
+
+
+# End --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def last_words(program: str, at_once: bool = False) -> Iterator[None]:
+    """Around a whole program: an error that a user can mend is one line, and no process of a job waits for a dead one.
+
+    ValueError and OSError become `PROGRAM: error: ...` and exit code 1, warnings `PROGRAM: warning: ...`. In a job any
+    error ends this process at once, not by way of JAX's own shutdown, which would wait for the others. So does Ctrl-C.
+
+    at_once: do not wait for threads then either: Orbax's may wait for minutes for a write that has failed.
+    """
+    try:
+        with Signals(end_at_once, signal.SIGINT), warnings.catch_warnings(), without_tracebacks():
+            warnings.showwarning = lambda message, *_: print(
+                f"{program}: warning: {one_line(message)}", file=sys.stderr
+            )
+            yield
+    except (ValueError, OSError) as error:
+        if not jax.distributed.is_initialized():
+            message = f"{program}: error: {describe(error)}"
+            if not at_once:
+                sys.exit(message)
+            print(message, file=sys.stderr, flush=True)
+            with suppress(OSError):
+                print(end="", flush=True)
+            os._exit(1)
+        _leave(f"{program}: error: process {jax.process_index()}: {describe(error)}")
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        if isinstance(error, jax.errors.JaxRuntimeError) and _watchdog is not None:
+            # Most likely what a collective says whose other end is gone: leave the word to the watchdog.
+            _watchdog.join(timeout=_watchdog.seconds + 5)
+        _leave(traceback.format_exc())
+    finally:
+        if jax.distributed.is_initialized():
+            if _watchdog is not None:
+                _watchdog.finish()
+            jax.distributed.shutdown()
+
+
+def end_at_once(number: int) -> None:
+    """End this process, which signal `number` told to end, and let the others know. For any thread."""
+    say("interrupted: start again with the same command")
+    if _watchdog is not None:
+        _watchdog.fail()
+    os._exit(128 + number)
+
+
+def _leave(message: str) -> None:
+    """End this process of a job, and let the others know."""
+    print(message, file=sys.stderr, flush=True)
+    if _watchdog is not None:
+        _watchdog.fail()
+        time.sleep(3 if jax.process_index() == 0 else 0.5)  # the others, with the same error, say so before they end
+    os._exit(1)

@@ -1,0 +1,136 @@
+"""What the operating system refuses, in one line: what failed, the path, what to do about it. No jax.
+
+Python, TensorStore, Orbax and XLA each report a full disk in a form of their own. `disk_errors` makes one OSError of
+them, and `describe` is what the commands print.
+"""
+
+import errno
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from opt_jax.system.reading import one_line
+
+_REMOVED = "it, or a directory above it, was removed or moved: put it back, or choose another place"
+_ROOM = "make room there, then start the same command again"
+_ADVICE = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: "the file system or `ulimit -f` allows no larger files: choose another place",
+    errno.EROFS: "make it writable, or choose another place",
+    errno.EACCES: "change its permissions, or choose another place",
+    errno.EPERM: "change its permissions, or choose another place",
+    errno.ENOENT: _REMOVED,
+    errno.ENOTDIR: _REMOVED,
+    errno.ESTALE: _REMOVED,
+    errno.EIO: "look into the system's log for a failing disk, or choose another place",
+    errno.EMFILE: "raise the limit with `ulimit -n`, then start the same command again",
+    errno.ENFILE: "close other programs, then start the same command again",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+# How TensorStore ends its messages; in older versions "[OS error 28: ENOSPC ...".
+_TENSORSTORE = re.compile(r"os_error_code='(\d+)'|\[OS error (\d+):")
+
+
+@contextmanager
+def disk_errors(path: str | os.PathLike, nbytes: int | None = None) -> Iterator[None]:
+    """Around writing `path`: what the operating system refuses becomes an OSError that says what to do.
+
+    nbytes: so many are to be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (explained := _explained(error, os.fspath(path), nbytes)) is not None:
+            raise explained from None
+        raise
+
+
+def _explained(error: BaseException, path: str, nbytes: int | None) -> OSError | None:
+    number = _number(error)
+    if number not in _ADVICE:
+        return None
+    if isinstance(error, OSError) and isinstance(error.filename, str):
+        if error.strerror != os.strerror(number):  # explained already
+            return None
+        if not error.filename.startswith(path):  # neither a file in it, nor a temporary name of it
+            path = error.filename
+    return OSError(number, f"{os.strerror(number)}{_room(number, path, nbytes)}: {_ADVICE[number]}", path)
+
+
+def _number(error: BaseException) -> int | None:
+    """The errno, which Orbax and TensorStore pass on in a cause or in the text."""
+    while True:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        if match := _TENSORSTORE.search(str(error)):
+            return int(match[1] or match[2])
+        if not isinstance(error, OSError):  # XLA's "PATH; No space left on device"
+            for number in _ADVICE:
+                if str(error).endswith(f"; {os.strerror(number)}"):
+                    return number
+        if error.__cause__ is None:
+            return None
+        error = error.__cause__
+
+
+def _room(number: int, path: str, nbytes: int | None) -> str:
+    if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ""
+    said = [] if nbytes is None else [f"{nbytes:,} bytes are needed"]
+    if number == errno.ENOSPC:
+        with suppress(OSError):
+            said.append(f"{free_bytes(path):,} are free")
+    return f" ({', '.join(said)})" if said else ""
+
+
+def free_bytes(path: str | os.PathLike) -> int:
+    """Free on the disk where `path` is, or is to be."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def describe(error: BaseException) -> str:
+    """`error` as the commands print it: of what the operating system refuses path, reason, and what to do.
+
+    They end then. If it was stdout that could not be written, the rest of it is given up.
+    """
+    if not isinstance(error, OSError) or not error.strerror:
+        return one_line(error)
+    number, where, what = error.errno or 0, error.filename, error.strerror
+    if where is None:
+        try:
+            print(end="", flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at its exit
+            where = "standard output"
+        if number == errno.ENOENT:
+            try:
+                os.getcwd()
+            except FileNotFoundError:  # then this is what failed before: os.getcwd names no file
+                where = "the current directory"
+    # A name that does not exist was most often mistyped.
+    if what == os.strerror(number) and number in _ADVICE and _ADVICE[number] != _REMOVED:
+        what = f"{what}{_room(number, str(where), None) if error.filename else ''}: {_ADVICE[number]}"
+    return one_line(f"{where}: {what}" if where else what)
+
+
+@contextmanager
+def without_tracebacks(
+    wanted: Callable[[logging.LogRecord], bool] = lambda record: not record.exc_info,
+) -> Iterator[None]:
+    """Orbax logs, with a traceback, what its threads raise, which is raised again where it is waited for: only there
+    is it to be said. `wanted`: which records to log instead."""
+    logger = logging.getLogger("absl")
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)

@@ -1,0 +1,1 @@
+"""Tokenizer and pipelines: text in, text out."""

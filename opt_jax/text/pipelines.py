@@ -1,0 +1,183 @@
+"""Texts through a model: the text-generation pipeline, streaming, and scoring. Nothing here is compiled."""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from opt_jax.text.streaming import TextStream
+from opt_jax.text.tokenizer import BatchEncoding, OPTTokenizer
+
+DEFAULT_NEW_TOKENS = 256  # HF's pipeline's
+DEFAULT_BATCH_SIZE = 8
+
+
+def pipeline(
+    task: str = "text-generation", model: Any = "tiny", tokenizer: Any = None, **options
+) -> "TextGenerationPipeline":
+    """A text generator, called and answering like `transformers.pipeline("text-generation", ...)`.
+
+    Args:
+      task: "text-generation".
+      model: what `OPTForCausalLM.from_pretrained` takes, or such a model.
+      tokenizer: what `OPTTokenizer.from_pretrained` takes, or an `OPTTokenizer`; by default the one of the named model.
+      **options: for a named model, `from_pretrained`'s `dtype`, `param_dtype`, `mesh`, `revision`, `cache_dir`,
+        `local_files_only`; the others become defaults of every call.
+
+    Raises:
+      ValueError: another task; a model object without a tokenizer, or with options for loading.
+    """
+    if task != "text-generation":
+        raise ValueError(f'task {task!r} is not supported: opt-jax has "text-generation"')
+    origin = {k: options.pop(k) for k in ("revision", "cache_dir", "local_files_only") if k in options}
+    loading = {k: options.pop(k) for k in ("dtype", "param_dtype", "mesh") if k in options}
+    named = isinstance(model, (str, os.PathLike))
+    if not named and (origin or loading):
+        raise ValueError(f"{', '.join(origin | loading)}: only for a model that is loaded by name")
+    if not named and tokenizer is None:
+        raise ValueError("a model object does not know its tokenizer: pass tokenizer=")
+    if tokenizer is None:
+        tokenizer = OPTTokenizer.from_pretrained(model, **origin)  # before the weights: it fails sooner
+    elif isinstance(tokenizer, (str, os.PathLike)):
+        tokenizer = OPTTokenizer.from_pretrained(tokenizer)
+    if named:
+        from opt_jax.model.heads import OPTForCausalLM
+
+        model = OPTForCausalLM.from_pretrained(model, **origin, **loading)
+    return TextGenerationPipeline(model, tokenizer, **options)
+
+
+class TextGenerationPipeline:
+    """What `pipeline` returns. By default it samples as HF's does: temperature 0.7, top_k 50, 256 new tokens.
+
+    Deviations from HF: those 256 shrink to what the context leaves; of a list `batch_size` prompts are at work at a
+    time (HF: one), and one that has ended makes room for the next; the same call gives the same text unless `seed`
+    changes.
+    """
+
+    def __init__(self, model: Any, tokenizer: OPTTokenizer, **defaults):
+        self.task, self.model, self.tokenizer, self._defaults = "text-generation", model, tokenizer, defaults
+
+    def __call__(self, text_inputs: str | Sequence[str], **options) -> list:
+        """Continues one prompt or several.
+
+        Args:
+          text_inputs: a string, or a sequence of strings.
+          **options: `return_full_text` (True: the prompt is part of the result), `skip_special_tokens` (True),
+            `add_special_tokens` (True), `batch_size` (8), `progress_bar` (on a terminal, for more than `batch_size`
+            prompts); everything else goes to `model.generate`.
+
+        Returns:
+          `[{"generated_text": str}]` for a string; a list of such lists for a sequence.
+
+        Raises:
+          ValueError: the input is not text; what `generate` raises.
+        """
+        from opt_jax.generation.config import override
+        from opt_jax.generation.generate import generate_requested
+        from opt_jax.generation.request import check_request, checkpoint_options
+
+        options = override(_flat(self._defaults), _flat(options))
+        full, skip = options.pop("return_full_text", True), options.pop("skip_special_tokens", True)
+        special, size = options.pop("add_special_tokens", True), options.pop("batch_size", None)
+        bar, assistant = options.pop("progress_bar", None), options.pop("assistant_model", None)
+        given = {k: v for k, v in (checkpoint_options(self.model) | options).items() if v is not None}  # as HF
+        sampling = {k: v for k, v in dict(temperature=0.7, top_k=50).items() if k not in given}
+        if given.setdefault("do_sample", True):
+            options = sampling | options | {"do_sample": True}
+        prompts = [text_inputs] if isinstance(text_inputs, str) else list(text_inputs)
+        if any(not isinstance(prompt, str) for prompt in prompts):
+            raise ValueError("the pipeline takes a string or a sequence of strings; OPT has no chat template")
+
+        if not prompts:
+            return []
+        inputs = self.tokenizer(
+            prompts, padding=True, padding_side="left", return_tensors="np", add_special_tokens=special
+        )
+        request = check_request(
+            self.model, **inputs, tokenizer=self.tokenizer, options=options, default_new_tokens=DEFAULT_NEW_TOKENS
+        )
+        if request.logprobs is not None:
+            raise ValueError("logprobs are no part of a pipeline's result: use model.generate")
+        if size is None and assistant is None and not request.given.prompt_lookup_num_tokens:
+            size = DEFAULT_BATCH_SIZE  # with drafts, all prompts are at work at a time
+        output = generate_requested(self.model, request, size, bar, assistant)
+        texts = self.tokenizer.batch_decode(output.sequences[:, request.input_ids.shape[1] :], skip_special_tokens=skip)
+        results = [
+            [{"generated_text": prompt + text if full else text} for text in texts[i : i + request.copies]]
+            for i, prompt in zip(range(0, len(texts), request.copies), prompts, strict=True)
+        ]
+        return results[0] if isinstance(text_inputs, str) else results
+
+
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    """The options, over those of a `generation_config` among them."""
+    from opt_jax.generation.config import options_of, override
+
+    others = {name: value for name, value in options.items() if name != "generation_config"}
+    return override(options_of(options.get("generation_config")), others)
+
+
+def stream_text(model: Any, tokenizer: OPTTokenizer, prompt: str | BatchEncoding, **options: Any) -> Iterator[str]:
+    """The continuation of a prompt, in pieces of whole characters as they are made; options as in `model.generate`.
+
+    prompt: a text, or what the tokenizer made of one, [1, T]. What generation refuses is raised at once.
+    """
+    from opt_jax.generation.generate import stream
+
+    if _flat(options).get("num_return_sequences", 1) != 1:
+        raise ValueError("stream_text gives one text: leave num_return_sequences alone")
+    options["num_return_sequences"] = 1  # whatever the checkpoint says
+    inputs = tokenizer(prompt, return_tensors="np") if isinstance(prompt, str) else prompt
+    if len(inputs["input_ids"]) != 1:
+        raise ValueError(f"stream_text continues one prompt, not {len(inputs['input_ids'])}")
+    tokens = stream(model, **inputs, tokenizer=tokenizer, **options)
+
+    def pieces() -> Iterator[str]:
+        text = TextStream(tokenizer)
+        for token in tokens:
+            if piece := text.put(token):
+                yield piece
+        if piece := text.end():
+            yield piece
+
+    return pieces()
+
+
+class TokenScore(NamedTuple):
+    """A token of a text and its log-probability after those before it; None for the first, which nothing predicts."""
+
+    token_id: int
+    text: str  # U+FFFD for parts of characters
+    logprob: float | None
+
+
+def score_texts(
+    model: Any, tokenizer: OPTTokenizer, texts: Sequence[str], prompts: Sequence[str] | None = None
+) -> list[list[TokenScore]]:
+    """How likely the model finds each text, token by token; with `prompts`, as the continuation of each of them.
+
+    Raises:
+      ValueError: not as many prompts as texts, an empty text after a prompt, or more tokens than the context has.
+    """
+    if isinstance(texts, str) or isinstance(prompts, str):
+        raise ValueError("score_texts takes sequences of strings")
+    if prompts is not None and len(prompts) != len(texts):
+        raise ValueError(f"{len(prompts)} prompts for {len(texts)} texts")
+    rows = [tokenizer.encode(text, add_special_tokens=prompts is None) for text in texts]
+    if not all(rows):
+        raise ValueError(f"text {list(map(bool, rows)).index(False)} has no token to score")
+    before = [[] for _ in texts] if prompts is None else [tokenizer.encode(prompt) for prompt in prompts]
+    if not rows:
+        return []
+    longest = max(len(a) + len(b) for a, b in zip(before, rows, strict=True))
+    ids = np.full((len(rows), longest), tokenizer.pad_token_id, np.int32)
+    mask = np.zeros(ids.shape, bool)
+    for i, (first, row) in enumerate(zip(before, rows, strict=True)):
+        ids[i, longest - len(first) - len(row) :], mask[i, longest - len(first) - len(row) :] = [*first, *row], True
+    scores = [values[longest - len(row) :] for values, row in zip(model.score(ids, mask), rows, strict=True)]
+    return [
+        [TokenScore(i, tokenizer.decode([i]), None if np.isnan(x) else float(x)) for i, x in zip(*pair, strict=True)]
+        for pair in zip(rows, scores, strict=True)
+    ]

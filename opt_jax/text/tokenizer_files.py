@@ -1,0 +1,124 @@
+"""Reads files of tokenizers, which may be damaged or hostile. No jax."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from opt_jax.system.reading import FieldsWithoutEffect, one_line, read_small, shown
+
+MOST_GROWTH = 1000  # how many times as long a normalizer may make a text
+# Fields of a tokenizer_config.json; `padding_side`, which HF writes into every one, is not among them.
+WITHOUT_EFFECT: FieldsWithoutEffect = {
+    "add_eos_token": ((False,), "append tokenizer.eos_token to the text"),
+    "split_special_tokens": ((False,), "special tokens in a text are special"),
+}
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """An error of the tokenizers library (Rust) as ValueError: it raises bare Exception, and in Python a panic is a
+    BaseException, which nobody expects."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":  # which cannot be imported
+            raise
+        raise ValueError(
+            f"the tokenizers library fails: are the tokenizer's files damaged? ({one_line(error)})"
+        ) from None
+
+
+def read_as(where: str, load: Callable[[], Any]) -> Any:
+    """`load()`; what fails in it, other than opening files, is a ValueError that names `where`."""
+    try:
+        with panics_as_errors():
+            return load()
+    except OSError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ValueError(f"{where}: not a tokenizer that can be read ({one_line(error)})") from error
+
+
+def check_growth(backend: Tokenizer) -> None:
+    """Refuse a normalizer of steps that each make a text longer: 24 that write "aa" for "a" make 16 million of one."""
+
+    def growth(step: dict[str, Any]) -> int:
+        steps = step.get("normalizers", [])
+        pattern = step.get("pattern", {}).get("String", "")  # a regular expression may match nothing, at every place
+        own = 1 + len(step["content"]) // max(1, len(pattern)) if step["type"] == "Replace" else 1
+        return own * math.prod(map(growth, steps))
+
+    if (normalizer := backend.normalizer) is not None and growth(json.loads(normalizer.__getstate__())) > MOST_GROWTH:
+        raise ValueError("the tokenizer's normalizer can make a text thousands of times as long: it is not read")
+
+
+def check_fields(config: dict[str, Any]) -> None:
+    """Refuse values of a tokenizer_config.json that would count as others: "false" is true, and true is 1."""
+    for name in ("add_bos_token", "add_prefix_space"):
+        if not isinstance(value := config.get(name), bool | None):
+            raise ValueError(f"{name}={shown(value)} must be true or false")
+    limit = config.get("model_max_length") or 0
+    whole = type(limit) is int or isinstance(limit, float) and (limit >= 1e9 or limit.is_integer())
+    if not whole:
+        raise ValueError(f"model_max_length={shown(limit)} must be a whole number")
+
+
+def check_ids_of_tokens(backend: Tokenizer) -> None:
+    """Refuse a vocabulary with one id for two tokens, of which one would be read back as the other, or with an id that
+    is no int32."""
+    ids = backend.get_vocab(with_added_tokens=True).values()
+    if len(set(ids)) < len(ids):
+        raise ValueError("two tokens of the vocabulary have the same id")
+    if (largest := max(ids, default=0)) >= 2**31:
+        raise ValueError(f"the vocabulary has the id {largest}, which must be below 2**31")
+
+
+def check_added_ids(text: bytes, backend: Tokenizer) -> None:
+    """Refuse a tokenizer.json whose added tokens did not get the ids that it says: the library only logs that."""
+    for token in json.loads(text).get("added_tokens") or ():
+        if (index := backend.token_to_id(token["content"])) != token["id"]:
+            raise ValueError(
+                f"added token {shown(token['content'])} has the id {index}, not the {token['id']} that the file says"
+            )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in the file; {} without one."""
+    if not path.is_file():
+        return {}
+    text = read_small(path)
+    content = read_as(str(path), lambda: json.loads(text.decode()))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def set_prefix_space(backend: Tokenizer, config: dict[str, Any]) -> None:
+    """Whether texts get a blank in front: as in HF what tokenizer_config.json says of a GPT2Tokenizer (no, where it is
+    silent), and what tokenizer.json says of any other class."""
+    kind, splitter = config.get("tokenizer_class"), backend.pre_tokenizer
+    if kind is not None and not str(kind).startswith("GPT2Tokenizer"):
+        return
+    value, now = config.get("add_prefix_space"), getattr(splitter, "add_prefix_space", False)
+    value = (now if kind is None else False) if value is None else value
+    if value == now:
+        return
+    if not isinstance(value, bool) or not hasattr(splitter, "add_prefix_space"):
+        raise ValueError(f"add_prefix_space={shown(value)} must be true or false, and needs a ByteLevel pre-tokenizer")
+    splitter.add_prefix_space = value  # type: ignore[reportOptionalMemberAccess]
+    backend.pre_tokenizer = splitter
+
+
+def contents_of(backend: Tokenizer) -> dict[str, bytes]:
+    """What `backend.save` and `backend.model.save` write, by file. (Those write in place, through what is there.)"""
+    whole = backend.to_str(pretty=True)
+    model = json.loads(whole)["model"]
+    vocab = json.dumps(model["vocab"], ensure_ascii=False, separators=(",", ":"))
+    merges = "".join(f"{left} {right}\n" for left, right in model["merges"])
+    files = {"tokenizer.json": whole, "vocab.json": vocab, "merges.txt": f"#version: 0.2\n{merges}"}
+    return {name: text.encode() for name, text in files.items()}

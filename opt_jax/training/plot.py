@@ -1,0 +1,79 @@
+"""Curves of training runs, from their `metrics.jsonl` to a picture."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from opt_jax.system.temporary import new_file
+from opt_jax.training import files
+
+# Title, scale, and (name in metrics.jsonl, how to draw it) of each curve.
+PANELS: tuple[tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]], ...] = (
+    ("loss", "linear", (("loss", dict(linewidth=0.8, alpha=0.6)), ("val_loss", dict(linestyle="--", marker="o")))),
+    ("learning rate", "linear", (("lr", {}),)),
+    ("gradient norm", "log", (("grad_norm", dict(linewidth=0.8)),)),
+    ("tokens/s", "linear", (("tokens_per_s", dict(linewidth=0.8)),)),
+)
+# Instead of tokens/s, where there is a fine-tuning task among the runs.
+MEASURES: tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]] = (
+    "on held-out examples: accuracy, F1, exact match", "linear",
+    (("val_accuracy", dict(marker="o")), ("val_f1", dict(marker="o")), ("val_exact_match", dict(marker="x"))),
+)  # fmt: skip
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it has no line; or see `files.read_metrics`.
+    """
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path.name} in {run}: is it the --output of a training run?")
+    lines = [values for _, values in files.read_metrics(epath.Path(path))]
+    if not lines:
+        raise ValueError(f"{path} is empty: no step was done yet")
+    return lines
+
+
+def plot_runs(runs: Sequence[Path], output: Path) -> None:
+    """Loss and perplexity, learning rate, gradient norm and tokens/s of runs over their steps, as a PNG at `output`; of
+    tasks their measures, instead of perplexity and tokens/s.
+
+    Raises:
+      FileNotFoundError, ValueError: see `metrics_of`; or matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(f"plot needs the package matplotlib ({error}): pip install 'opt-jax[plot]'") from None
+    measured = [(run, metrics_of(run)) for run in runs]
+    names = {name for _, lines in measured for line in lines for name in line}
+    panels = (*PANELS[:3], MEASURES) if names & {name for name, _ in MEASURES[2]} else PANELS
+
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, scale, curves) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        for i, (run, lines) in enumerate(measured):
+            for name, style in curves:
+                points = [(line["step"], line[name]) for line in lines if name in line]
+                if points:
+                    # A number that was not finite is null in the file, and a gap in the curve.
+                    values = [math.nan if value is None else value for _, value in points]
+                    label = (run.name or Path.cwd().name).replace("$", r"\$")  # "." has no name; "$" begins a formula
+                    label += ", validation" if name == "val_loss" else ""
+                    axes.plot([step for step, _ in points], values, color=f"C{i}", label=label, **style)
+        axes.set(title=title, xlabel="step", yscale=scale)
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize="small")
+    if panels is PANELS:
+        right = figure.axes[0].secondary_yaxis("right")  # the same ticks, as perplexities
+        right.set_ylabel("perplexity")
+        right.yaxis.set_major_formatter(lambda loss, _: f"{math.exp(min(loss, 99)):,.{0 if loss > 5 else 2}f}")
+    with new_file(output) as file:
+        figure.savefig(file, format="png", dpi=120)

@@ -1,0 +1,1 @@
+"""Fine-tuning tasks: classification of sequences, extractive question answering."""

@@ -1,0 +1,216 @@
+"""The adapter to the lm-evaluation-harness: numbers against `model.score`; tests/parity has PyTorch's beside them."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from lm_eval.tasks import manager as task_manager
+from reference import our_model
+
+from opt_jax import OPTForCausalLM, OPTTokenizer
+from opt_jax.cli import main
+from opt_jax.evaluation.harness import OPTLM, find_tasks, run
+
+pytestmark = pytest.mark.slow
+
+CONTEXT = 64
+make: Any = OPTLM  # the harness's decorator hides the class's type
+TEXTS = [
+    "def f(x):",
+    "import os",
+    "class A:\n    def f(self):\n        return self.a + self.b",
+    "if x:",
+    "for i in",
+] * 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return OPTTokenizer.from_pretrained("tiny")
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return our_model("opt-125m", vocab_size=len(tokenizer), max_position_embeddings=CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def lm(model, tokenizer):
+    return make(model, tokenizer=tokenizer, batch_size=4)
+
+
+def requests(*arguments):
+    return [SimpleNamespace(args=args) for args in arguments]
+
+
+def test_loglikelihood_of_continuations(lm, model, tokenizer):
+    pairs = [(text, f" return {i}") for i, text in enumerate(TEXTS)] + [("", "import os"), ("x ", "= 1")]
+    found = lm.loglikelihood(requests(*pairs), disable_tqdm=True)
+    for (context, continuation), (value, greedy) in zip(pairs, found, strict=True):
+        ids = tokenizer.encode(context + continuation)
+        first = 1 if not context else len(tokenizer.encode(context.rstrip()))  # the space belongs to what follows
+        assert value == pytest.approx(float(model.score([ids])[0, first:].sum()), rel=1e-5)
+        assert greedy is False
+    prompt = tokenizer.encode("def f(x):")
+    best = model.generate([prompt], max_new_tokens=3, eos_token_id=[]).sequences[0, len(prompt) :].tolist()
+    ((value, greedy), (_, other)) = lm._loglikelihood_tokens([(None, prompt, best), (None, prompt, best[:2] + [9])])
+    assert greedy is True and other is False and value > -30
+
+
+def test_a_context_that_is_too_long_loses_its_beginning(lm, model):
+    ids = np.random.RandomState(0).randint(3, 4096, 100).tolist()
+    ((value, _),) = lm._loglikelihood_tokens([(None, ids[:-3], ids[-3:])], disable_tqdm=True)
+    assert value == pytest.approx(float(model.score(np.array([ids[-CONTEXT - 1 :]]))[0, -3:].sum()), rel=1e-5)
+    with pytest.raises(ValueError, match="a context of 10 and a continuation of 65 tokens: .* room for 64"):
+        lm._loglikelihood_tokens([(None, ids[:10], ids[:65])])
+    with pytest.raises(ValueError, match="a continuation of 0 tokens: neither may be empty"):
+        lm._loglikelihood_tokens([(None, ids[:10], [])])
+
+
+def test_rolling_scores_every_token_once(lm, model, tokenizer):
+    long = " ".join(TEXTS)
+    ids = [2, *tokenizer.encode(long)]  # as with `hf`: the text's own </s> is predicted too
+    assert CONTEXT < len(ids) < 2 * CONTEXT
+    expected = model.score(np.array([ids[: CONTEXT + 1]]))[0, 1:].sum()
+    rest = len(ids) - CONTEXT - 1
+    expected += model.score(np.array([ids[-CONTEXT - 1 :]]))[0, -rest:].sum()
+    short, value = lm.loglikelihood_rolling(requests(("import os",), (long,)), disable_tqdm=True)
+    assert value == pytest.approx(float(expected), rel=1e-5)
+    assert short == pytest.approx(float(model.score([[2, *tokenizer.encode("import os")]])[0, 1:].sum()), rel=1e-5)
+
+
+def test_few_compilations(lm, tokenizer, compiled):
+    """One for each bucket of tokens, and of rows of the last batch; not one for each length."""
+    text = " ".join(TEXTS)
+    contexts = [text[:n] for n in range(4, 94, 3)]
+    rows = [len(tokenizer.encode(context + " x")) - 1 for context in contexts]
+    assert len(set(rows)) > 15 and len(contexts) % 4 == 2
+    jax.clear_caches()
+    compiled.clear()
+    lm.loglikelihood(requests(*((context, " x") for context in contexts)), disable_tqdm=True)
+    scores = [name for name in compiled if "_score" in name]
+    buckets = {next(b for b in (16, 24, 32, 48, 64) if n <= b) for n in rows}
+    assert 1 <= len(scores) <= len(buckets) + 1, (scores, buckets)
+    compiled.clear()
+    lm.loglikelihood(requests(*((context, " yz") for context in contexts[1:-1])), disable_tqdm=True)
+    assert len([name for name in compiled if "_score" in name]) <= 1  # perhaps other rows in the last batch
+
+
+def test_generation_ends_at_new_stop_strings_which_are_cut_off(lm, model, tokenizer):
+    free = dict(until=["\x00"], max_gen_toks=10)
+    texts = lm.generate_until(requests(*((text, free) for text in TEXTS[:5])), disable_tqdm=True)
+    for prompt, text in zip(TEXTS, texts, strict=False):
+        ids = tokenizer.encode(prompt)
+        out = model.generate([ids], max_new_tokens=10)
+        assert text == tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+    stop = texts[0][3:5]
+    assert stop and stop not in texts[0][:4]
+    found = lm.generate_until(
+        requests((TEXTS[0], dict(until=[stop], max_gen_toks=10)), (TEXTS[1], free),
+                 (TEXTS[0], dict(until=stop, max_gen_toks=10, do_sample=False, temperature=0.7, top_p=0.9))),
+        disable_tqdm=True,
+    )  # fmt: skip
+    assert found == [texts[0][: texts[0].index(stop)], texts[1], found[0]]
+    straddling = TEXTS[0][-1] + texts[0][0]  # begins in the prompt: no end
+    assert straddling not in texts[0]
+    (found,) = lm.generate_until(requests((TEXTS[0], dict(until=[straddling], max_gen_toks=10))), disable_tqdm=True)
+    assert found == texts[0]
+
+
+def test_options_of_generation(lm):
+    sampled = dict(until=["\n\n"], max_gen_toks=8, do_sample=True, temperature=1.5, top_k=500)
+    found = lm.generate_until(requests(*[("import os", sampled)] * 3), disable_tqdm=True)
+    assert len(set(found)) > 1  # repeats of a request are draws of their own
+    with pytest.raises(ValueError, match="no_such_option"):
+        lm.generate_until(requests(("x", sampled | dict(no_such_option=1))), disable_tqdm=True)
+    with pytest.raises(ValueError, match="64 new tokens leave no room for a prompt in the context of 64"):
+        lm.generate_until(requests(("x", dict(until=[], max_gen_toks=64))), disable_tqdm=True)
+
+
+def test_the_tokenizer_comes_from_where_the_model_does(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"not in the cache {tmp_path}"):
+        make("no-such/model", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(device="cuda"), "device is not an option of opt-jax"),
+    (dict(batch_size="auto"), "batch_size 'auto' must be a number"),
+    (dict(batch_size=0), "batch size 0"),
+    (dict(max_length=65), "max_length 65: must be at least 1 and at most 64"),
+    (dict(dtype="float32"), "dtype: only for a model that is loaded by name"),
+    (dict(tokenizer=None), "a model object does not know its tokenizer"),
+])  # fmt: skip
+def test_bad_arguments(model, tokenizer, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(model, **(dict(tokenizer=tokenizer) | arguments))
+
+
+# Through the harness itself -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tasks")
+    rows = [dict(text=text, label=i % 2) for i, text in enumerate(TEXTS[:5])]
+    (path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = dict(
+        task="colours", dataset_path="json", dataset_kwargs={"data_files": {"test": str(path / "data.jsonl")}},
+        test_split="test", output_type="multiple_choice", doc_to_text="{{text}}", doc_to_target="label",
+        doc_to_choice=[" red", " green"], metric_list=[{"metric": "acc"}],
+    )  # fmt: skip
+    (path / "colours.yaml").write_text(json.dumps(task))
+    return path
+
+
+def test_by_its_name_in_python(tasks):
+    import lm_eval
+
+    manager, names = find_tasks(["colours"], [str(tasks)])
+    evaluate: Any = lm_eval.simple_evaluate
+    found = evaluate(
+        model="opt-jax", model_args=dict(pretrained="tiny", dtype="float32"), tasks=names, task_manager=manager,
+        batch_size=2, bootstrap_iters=0,
+    )  # fmt: skip
+    assert found["n-samples"]["colours"]["effective"] == 5 and 0 <= found["results"]["colours"]["acc,none"] <= 1
+
+
+def test_command(tasks, capsys, tmp_path):
+    words = ["eval", "tiny", "--tasks", "colours", "--include-path", str(tasks), "--limit", "3", "--batch-size", "2"]
+    assert main(words) == 0
+    assert "|colours|" in capsys.readouterr().out
+    output = tmp_path / "out.json"
+    assert main([*words, "--json", "--output", str(output), "--log-samples"]) == 0
+    report = json.loads(output.read_text())
+    assert json.loads(capsys.readouterr().out) == report
+    assert report["results"]["colours"]["sample_len"] == 3 and len(report["samples"]["colours"]) == 3
+    assert report["model"] == "tiny" and report["harness"]["n-shot"]["colours"] == 0
+    tokenizer, prompt = OPTTokenizer.from_pretrained("tiny"), report["samples"]["colours"][0]["arguments"][0]
+    value = float(report["samples"]["colours"][0]["resps"][0][0][0])
+    ids = tokenizer.encode("".join(prompt))
+    scores = OPTForCausalLM.from_pretrained("tiny").score([ids])[0]
+    assert value == pytest.approx(float(scores[len(tokenizer.encode(prompt[0])) :].sum()), rel=1e-5)
+
+
+def test_tasks_that_nobody_has(tasks, capsys):
+    assert main(["eval", "tiny", "--tasks", "colours", "--include-path", str(tasks / "none")]) == 1
+    assert capsys.readouterr().err == f"opt-jax: error: --include-path {tasks / 'none'}: no such directory\n"
+
+
+def test_tasks_of_the_harness_itself(tasks, tmp_path, monkeypatch):
+    """In a harness with one task: looking through all of its 14,000 takes a minute."""
+    real = Path(task_manager.__file__)
+    shutil.copytree(real.parent / "piqa", tmp_path / "piqa")
+    monkeypatch.setattr(task_manager, "__file__", str(tmp_path / real.name))
+    assert find_tasks(["colours,piqa"], [str(tasks)])[1] == ["colours", "piqa"]
+    with pytest.raises(ValueError, match="--tasks no_such_task: no such task, neither in --include-path nor"):
+        find_tasks(["colours", "no_such_task"], [str(tasks)])
+
+
+def test_settings_reach_the_harness(tasks, model, tokenizer):
+    found = run(model, tokenizer, find_tasks(["colours"], [str(tasks)]), 4, limit=0.4)
+    assert found["results"]["colours"]["sample_len"] == 2 and "samples" not in found

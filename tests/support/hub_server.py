@@ -1,0 +1,318 @@
+"""A small loopback server that speaks the hub's HTTP API, with faults on demand. Not a test itself.
+
+It answers what `huggingface_hub` asks: `/api/models/<id>[/revision/<rev>][?blobs=true]`, `/api/models/<id>/tree/<rev>`
+and `/<id>/resolve/<rev>/<file>`, the latter for large files (LFS) with a redirect to a second origin, as the hub does
+to its CDN: size and SHA-256 are in the headers of the redirect, and the token has no business there.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, unquote, urlsplit
+
+COMMIT, TAGGED = "a" * 40, "b" * 40
+_LOCAL = "127.0.0.1,localhost"
+_LARGE = (".safetensors", ".bin", ".msgpack", ".h5")
+
+
+class Asked(NamedTuple):
+    """A GET of a file's content: from which byte, to which one it was answered, with which token at the last origin."""
+
+    file: str
+    start: int
+    stop: int
+    token: str | None
+
+
+@dataclass
+class Repository:
+    """What the server has under one id.
+
+    Attributes:
+      files: name -> content, the same at each of `revisions` (name -> commit; a commit is a revision, too).
+      token: who may read it; None: everyone. `gated`: its list is public, its files are not.
+      listed: sizes that the listing gives instead of the true ones.
+      sent: name -> what is sent in place of the content that the listing and the headers describe.
+      absent: files that are listed and answered with 404.
+      drop: connections to cut after that many bytes of the file's content, one after the other.
+      stall: file -> after how many bytes the next connection sends no more, without closing.
+      statuses: of the first answers, to any request that names the repository; 0: as without.
+      lengths: whether answers with a file's content say how long it is.
+      html: the answer to everything, as that of a proxy that wants a password.
+      ranges: whether the CDN honours Range.
+      busy: headers of those answers.
+      lie: changes what is about to be sent as JSON: called with "tree" or "info" and the content. Bytes
+        are sent as they are.
+      headers: of answers about files, in place of the true ones.
+      endless: "tree", "info", "redirect" or a file -> seconds between the pieces of a body that never ends;
+        "headers": of an answer about a file, whose headers never end.
+    """
+
+    files: dict[str, bytes]
+    revisions: dict[str, str] = field(default_factory=lambda: {"main": COMMIT})
+    token: str | None = None
+    gated: bool = False
+    listed: dict[str, int] = field(default_factory=dict)
+    sent: dict[str, bytes] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+    drop: dict[str, list[int]] = field(default_factory=dict)
+    stall: dict[str, int] = field(default_factory=dict)
+    statuses: list[int] = field(default_factory=list)
+    lengths: bool = True
+    html: bytes | None = None
+    ranges: bool = True
+    busy: dict[str, str] = field(default_factory=dict)
+    lie: Callable[[str, Any], Any] | None = None
+    headers: dict[str, Any] = field(default_factory=dict)
+    endless: dict[str, float] = field(default_factory=dict)
+    asked: list[Asked] = field(default_factory=list)
+    heads: list[str] = field(default_factory=list)  # files whose headers alone were asked for
+    release: threading.Event = field(default_factory=threading.Event)  # ends what is stalled
+
+
+class HubServer:
+    """Context manager; `repositories`: id -> Repository, to be changed at any time."""
+
+    def __init__(self):
+        self.repositories: dict[str, Repository] = {}
+        self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for handler in (_Hub, _Cdn)]
+        for server in self._servers:
+            server.daemon_threads = True
+            server.hub = self  # pyright: ignore
+        self.endpoint = f"http://127.0.0.1:{self._servers[0].server_port}"
+        self.cdn = f"http://localhost:{self._servers[1].server_port}"  # some versions compare the hosts, not the ports
+
+    def __enter__(self) -> "HubServer":
+        threads = [threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True) for server in self._servers]
+        self._threads = threads
+        for thread in threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        for server, thread in zip(self._servers, self._threads, strict=True):
+            server.shutdown()
+            thread.join()
+            server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        hub: HubServer = self.server.hub  # pyright: ignore
+        path = unquote(urlsplit(self.path).path)
+        for name, repository in hub.repositories.items():
+            if path.startswith((f"/api/models/{name}/", f"/{name}/")) or path == f"/api/models/{name}":
+                if repository.statuses and (status := repository.statuses.pop(0)):
+                    return self.refuse(status, **repository.busy)
+                if repository.html is not None:
+                    return self.send(repository.html, Content_Type="text/html")
+                return self.answer(hub, name, repository, path.removeprefix("/api/models").removeprefix(f"/{name}"))
+        self.refuse(404, "RepoNotFound")
+
+    do_HEAD = do_GET
+
+    def answer(self, hub: HubServer, name: str, repository: Repository, path: str) -> None:
+        raise NotImplementedError
+
+    def refuse(self, status: int, code: str = "", **headers: Any) -> None:
+        if code:
+            headers["X_Error_Code"] = code
+        self.send(b"", status, **headers)
+
+    def send(self, content: bytes, status: int = 200, announced: int | None = None, **headers: Any) -> None:
+        self.send_response(status)
+        if announced != -1 and "Content_Length" not in headers:
+            self.send_header("Content-Length", str(len(content) if announced is None else announced))
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "GET":
+            with contextlib.suppress(ConnectionError):  # the client has seen enough
+                self.wfile.write(content)
+
+    def send_endless(self, repository: Repository, what: str, status: int = 200, **headers: Any) -> bool:
+        """Until the client has enough or the test is over; False if this one has an end."""
+        pause = repository.endless.get(what)
+        if pause is None:
+            return False
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        if what != "headers":
+            self.end_headers()
+        self.flush_headers()
+        with contextlib.suppress(ConnectionError):
+            while not repository.release.wait(pause):
+                self.wfile.write(b"[" if pause else bytes(1 << 16))
+        self.close_connection = True
+        return True
+
+    @property
+    def token(self) -> str | None:
+        return (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
+
+    def send_file(self, repository: Repository, name: str, **headers: Any) -> None:
+        """The content, or the range of it that is asked for, or as much as is sent before the connection is cut."""
+        if self.command == "HEAD":
+            return self.send(b"", announced=len(repository.files[name]), **headers)
+        if self.send_endless(repository, name, **headers):
+            return None
+        content, start = repository.sent.get(name, repository.files[name]), 0
+        if repository.ranges and (asked := self.headers.get("Range")):
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+            headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        cuts = repository.drop.get(name)
+        stop = cuts.pop(0) if cuts else len(content)
+        if name in repository.stall:
+            stop = start + repository.stall.pop(name)
+        repository.asked.append(Asked(name, start, stop, self.token))
+        announced = len(content) - start if repository.lengths else -1
+        self.send(content[start:stop], 206 if "Content_Range" in headers else 200, announced, **headers)
+        if stop < len(content):
+            self.wfile.flush()
+            if cuts is None:
+                repository.release.wait(60)
+            self.close_connection = True
+
+    def log_message(self, format, *args):
+        pass
+
+
+class _Hub(_Handler):
+    def answer(self, hub: HubServer, name: str, repository: Repository, path: str) -> None:
+        if repository.token not in (None, self.token):
+            return self.refuse(401, "RepoNotFound")  # the hub does not tell
+        kind, _, rest = path.removeprefix("/").partition("/")
+        if kind == "resolve":
+            revision, _, file = rest.partition("/")
+        else:  # a branch may have slashes in its name, too
+            revision, file = rest if kind in ("revision", "tree") else "main", ""
+        commits = set(repository.revisions.values())
+        short = [commit for commit in commits if len(revision) >= 7 and commit.startswith(revision)]
+        commit = repository.revisions.get(revision) or (short[0] if short else None)
+        if commit is None:
+            return self.refuse(404, "RevisionNotFound")
+        if kind == "resolve":
+            return self.resolve(hub, name, repository, commit, file)
+        entries = [self.entry(repository, file) for file in repository.files]
+        if self.send_endless(repository, "tree" if kind == "tree" else "info"):
+            return None
+        lie = repository.lie or (lambda what, content: content)
+        if kind == "tree":
+            more: dict[str, Any] = {"Link": repository.headers["Link"]} if "Link" in repository.headers else {}
+            return self.send(_json(lie("tree", entries)), **more)
+        blobs = "blobs" in parse_qs(urlsplit(self.path).query)
+        keys = ("rfilename", "size", "blobId", "lfs") if blobs else ("rfilename",)
+        siblings = [{key: entry[key] for key in keys if key in entry} for entry in entries]
+        self.send(_json(lie("info", {"id": name, "sha": commit, "siblings": siblings})))
+
+    def entry(self, repository: Repository, file: str) -> dict:
+        content = repository.files[file]
+        oid, size = hashlib.sha1(content).hexdigest(), repository.listed.get(file, len(content))
+        entry = {"type": "file", "path": file, "rfilename": file, "size": size, "oid": oid, "blobId": oid}
+        if file.endswith(_LARGE):
+            sha256 = hashlib.sha256(content).hexdigest()
+            entry["xetHash"] = sha256
+            entry["lfs"] = {"oid": sha256, "sha256": sha256, "size": size, "pointerSize": 100}
+        return entry
+
+    def resolve(self, hub: HubServer, name: str, repository: Repository, commit: str, file: str) -> None:
+        about: dict[str, Any] = {"X_Repo_Commit": commit}
+        if repository.gated:
+            return self.refuse(403 if self.token else 401, "GatedRepo")
+        if file not in repository.files or file in repository.absent:
+            return self.refuse(404, "EntryNotFound", **about)
+        content = repository.files[file]
+        if self.command == "HEAD":
+            repository.heads.append(file)
+        if self.send_endless(repository, "headers") or self.send_endless(repository, "redirect", 302, Location="/x"):
+            return None
+        if not file.endswith(_LARGE):
+            about |= {"ETag": f'"{hashlib.sha1(content).hexdigest()}"'} | repository.headers
+            return self.send_file(repository, file, **about)
+        about["X_Xet_Hash"] = hashlib.sha256(content).hexdigest()  # as the hub has, whatever the client wants
+        about["X_Xet_Refresh_Route"] = f"/api/models/{name}/xet-read-token/{commit}"
+        about["X_Linked_Size"] = str(len(content))
+        about["X_Linked_ETag"] = f'"{hashlib.sha256(content).hexdigest()}"'
+        about |= {"Location": f"{hub.cdn}/{name}/{file}?signature=secret"} | repository.headers
+        self.send(b"", 302, **about)
+
+
+def _json(content: Any) -> bytes:
+    return content if isinstance(content, bytes) else json.dumps(content).encode()
+
+
+class _Cdn(_Handler):
+    def answer(self, hub: HubServer, name: str, repository: Repository, path: str) -> None:
+        self.send_file(repository, path.removeprefix("/"))
+
+
+def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
+    """For a process that talks to the server and to nobody else; `home` is its HF_HOME."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and "OFFLINE" not in k}
+    kept |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": _LOCAL, "no_proxy": _LOCAL}
+    return kept | {"HF_HUB_DISABLE_TELEMETRY": "1"} | more
+
+
+class Resolver:
+    """`hub.resolve` in another process, because huggingface_hub reads its environment when it is imported.
+
+    Called like `hub.resolve`; returns {"path": ...} or {"error": "Type: message"}, and under "log" what was logged.
+    """
+
+    CODE = """
+import json, logging, sys
+from opt_jax import answers, download, hub
+download._WAITS = (0.1,) * 4
+vars(answers).update(json.loads(sys.argv[1]))
+log = []
+handler = logging.Handler()
+handler.emit = lambda record: log.append(record.getMessage())
+logging.getLogger("opt_jax").addHandler(handler)
+for line in sys.stdin:
+    name, options = json.loads(line)
+    try:
+        answer = {"path": str(hub.resolve(name, **options))}
+    except Exception as e:
+        answer = {"error": f"{type(e).__name__}: {e}"}
+    print(json.dumps(answer | {"log": log}), flush=True)
+    log.clear()
+"""
+
+    def __init__(self, endpoint: str, home: Path, limits: Mapping[str, Any] = MappingProxyType({}), **more: str):
+        """`limits`: of opt_jax/checkpoints/answers.py."""
+        self.home = home
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", self.CODE, json.dumps(dict(limits))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment(endpoint, home, **more), cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+
+    def send(self, name: str, **options: Any) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps([name, options]) + "\n")
+        self.process.stdin.flush()
+
+    def __call__(self, name: str, **options: Any) -> dict[str, Any]:
+        self.send(name, **options)
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        return json.loads(self.process.stdout.readline())
+
+    def __enter__(self) -> "Resolver":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.stderr = self.process.communicate(timeout=30)[1]

@@ -1,0 +1,93 @@
+"""Ctrl-C is not lost, wherever the main thread is; what it does to a run before and after the first step."""
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+
+import pytest
+from conftest import REPOSITORY
+from support.processes import environment
+
+from opt_jax.parallel import processes
+from opt_jax.system.interrupts import Signals, raises, say
+from opt_jax.training.checkpoints import Termination
+
+
+def send(number: int = signal.SIGINT) -> None:
+    os.kill(os.getpid(), number)
+
+
+def test_a_signal_amid_a_garbage_collection_reaches_the_thread_and_all_is_restored():
+    before, came = signal.getsignal(signal.SIGINT), threading.Event()
+
+    def collected(*_: object) -> None:  # a KeyboardInterrupt is lost here
+        gc.callbacks.remove(collected)
+        send()
+        assert came.wait(timeout=20)  # the main thread is not needed
+
+    with raises():
+        handler = signal.getsignal(signal.SIGINT)
+        with Signals(lambda number: came.set(), signal.SIGINT):
+            gc.callbacks.append(collected)
+            gc.collect()
+        assert came.is_set() and signal.getsignal(signal.SIGINT) is handler
+        assert signal.set_wakeup_fd(-1) == -1
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_ends_at_once_before_the_first_step_then_saves_and_the_second_ends(monkeypatch, capfd):
+    ended, calls = [], threading.Semaphore(0)
+    monkeypatch.setattr(processes, "end_at_once", lambda number: (ended.append(number), calls.release()))
+    with Termination() as termination:
+        send()
+        assert calls.acquire(timeout=20) and ended == [signal.SIGINT]
+        termination.came = None
+        assert not termination.asked(1)
+        send()
+        while not termination.asked(2):
+            pass
+        assert termination.describe() == ("Ctrl-C", 130)
+        send()
+        assert calls.acquire(timeout=20) and ended == [signal.SIGINT] * 2
+    assert capfd.readouterr().err.startswith("Ctrl-C: saving a checkpoint; a second Ctrl-C ends at once")
+    with Termination() as termination:
+        send(signal.SIGTERM)  # before the first step: a preemption loses nothing
+        while not termination.asked(1):
+            pass
+        assert termination.describe() == ("SIGTERM", 143)
+
+
+def test_a_line_for_a_pipe_that_nobody_reads_is_given_up():
+    readable, writable = os.pipe()
+    os.set_blocking(writable, False)
+    stderr = os.dup(2)
+    try:
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writable, b"x" * 1024)
+        os.set_blocking(writable, True)
+        os.dup2(writable, 2)
+        thread = threading.Thread(target=say, args=("a line",), daemon=True)
+        thread.start()
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+    finally:
+        os.dup2(stderr, 2)
+        for descriptor in (readable, writable, stderr):
+            os.close(descriptor)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_amid_the_imports_ctrl_c_ends_train_py_but_not_a_job_in_the_background(tmp_path, ignored):
+    """A shell lets its jobs in the background ignore Ctrl-C."""
+    code = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemExit('went on')"
+    (tmp_path / "jax.py").write_text(code)  # the first import that takes long
+    command = f"trap '' INT; exec {sys.executable} train.py" if ignored else f"exec {sys.executable} train.py"
+    run = subprocess.run(
+        ["sh", "-c", command], cwd=REPOSITORY, env=environment(PYTHONPATH=str(tmp_path)), capture_output=True, text=True
+    )  # fmt: skip
+    assert (run.returncode, run.stderr) == ((1, "went on\n") if ignored else (-signal.SIGINT, ""))

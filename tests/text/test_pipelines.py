@@ -1,0 +1,169 @@
+"""Texts through a model: stop strings, pieces of text, scores. (The pipeline itself is in test_text.py.)"""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from support.small_models import first_layers
+
+from opt_jax import GenerationConfig, OPTTokenizer, pipeline, score_texts, stream_text
+from opt_jax.text.streaming import StopStrings
+
+PROMPTS = ["def main():\n", "import", "class Parser:\n    def __init__(self", "x"]
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return OPTTokenizer.from_pretrained("tiny")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return first_layers()
+
+
+def first_end(tok, prompt: str, ids: list[int], strings) -> int:
+    """By definition: the first token after which one of the strings ends in the text, and did not before."""
+    for n in range(1, len(ids) + 1):
+        before = prompt + tok.decode(ids[: n - 1])
+        now = prompt + tok.decode(ids[:n])
+        if any(now.find(s, max(0, len(before) - len(s) + 1)) >= 0 for s in strings):
+            return n
+    return len(ids)
+
+
+@pytest.mark.slow
+def test_stop_strings_end_rows(tok, model):
+    inputs = tok(PROMPTS)
+    width = inputs.input_ids.shape[1]
+    free = model.generate(**inputs, max_new_tokens=NEW, eos_token_id=[])[:, width:]
+    texts = [tok.decode(row) for row in free]
+    strings = [texts[0][5:9], texts[1][2:4], texts[2][:3]]
+    lengths = [first_end(tok, p, row.tolist(), strings) for p, row in zip(PROMPTS, free, strict=True)]
+    assert 0 < min(lengths) < max(lengths) and len(set(lengths)) > 2
+    options = dict(max_new_tokens=NEW, eos_token_id=[], stop_strings=strings, tokenizer=tok)
+    out = model.generate(**inputs, **options)
+    assert out.lengths.tolist() == lengths
+    assert out.finish_reasons == ["stop" if n < NEW else "length" for n in lengths]
+    expected = [row[:n].tolist() + [1] * (max(lengths) - n) for row, n in zip(free, lengths, strict=True)]
+    assert out.sequences[:, width:].tolist() == expected
+    pipe = pipeline(model=model, tokenizer=tok, do_sample=False, max_new_tokens=NEW, eos_token_id=[])
+    stopped = [tok.decode(row[:n]) for row, n in zip(free, lengths, strict=True)]
+    result = pipe(PROMPTS, stop_strings=strings, return_full_text=False)
+    assert [r[0]["generated_text"] for r in result] == stopped
+    for prompt, text in zip(PROMPTS, stopped, strict=True):
+        pieces = list(stream_text(model, tok, prompt, max_new_tokens=NEW, eos_token_id=[], stop_strings=strings))
+        assert "".join(pieces) == text and all(pieces)
+
+
+def test_stop_strings_straddle_tokens_and_characters(tok):
+    """Every string that is in a text stops it at the token where it ends, whatever tokens make up the text."""
+    text = "naïve 日本語 </s> 👩‍👩‍👧‍👦 def f(x): return x"
+    bytewise = [tok.backend_tokenizer.token_to_id(c) for c in _byte_tokens(text)]
+    for ids in (tok.encode(text, add_special_tokens=False), bytewise):
+        pieces = [tok.token_bytes(i) for i in ids]
+        ends = list(itertools.accumulate(map(len, pieces)))
+        assert b"".join(pieces).decode() == text
+        for start, stop in itertools.combinations(range(0, len(text) + 1, 3), 2):
+            string = text[start:stop]
+            at = text.encode().find(string.encode()) + len(string.encode())
+            search = StopStrings(tok, string, [np.array([], np.int32)])
+            found = search.look(np.array([ids]), np.array([len(ids)]))[0]
+            assert found and search.lengths[0] == 1 + next(n for n, end in enumerate(ends) if end >= at)
+
+
+def _byte_tokens(text):
+    from tokenizers import pre_tokenizers
+
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)[0][0]
+
+
+def test_stop_strings_may_begin_in_the_prompt_and_not_end_there(tok):
+    prompt, new = (np.array(tok.encode(text, add_special_tokens=False)) for text in ("stop here: st", "op it"))
+    for strings, length in (
+        ("stop", 1),
+        (["zzz", "here: stop"], 1),
+        ("stop here", None),
+        ([": st", "a longer one"], None),
+        ("it", 2),
+    ):
+        search = StopStrings(tok, strings, [prompt])
+        pieces = [tok.decode([i]) for i in new]
+        assert pieces[0] == "op" and "".join(pieces) == "op it"
+        for n in range(1, len(new) + 1):  # as they come
+            search.look(new[None], np.array([n]))
+        assert (search.lengths[0] if search.lengths[0] <= len(new) else None) == length, strings
+
+
+@pytest.mark.slow
+def test_a_stream_is_one_text_whatever_the_checkpoint_says(tok, model, monkeypatch):
+    options: dict[str, Any] = dict(max_new_tokens=8, do_sample=True)
+    expected = list(stream_text(model, tok, "def", **options))
+    monkeypatch.setattr(model, "generation_config_json", '{"num_return_sequences": 2}')
+    assert list(stream_text(model, tok, "def", **options)) == expected
+
+
+def test_options_of_a_pipeline_come_in_layers(tok, model):
+    """A call overrides what the pipeline was made with; in both, arguments override `generation_config`."""
+    greedy: dict[str, Any] = dict(do_sample=False, max_new_tokens=5)
+    expected = pipeline(model=model, tokenizer=tok)("def", **greedy)
+    config = GenerationConfig(do_sample=True, temperature=0.5, max_length=9)
+    assert pipeline(model=model, tokenizer=tok)("def", generation_config=config, **greedy) == expected
+    assert pipeline(model=model, tokenizer=tok, generation_config=config)("def", **greedy) == expected
+    assert pipeline(model=model, tokenizer=tok, temperature=0.5, max_length=9)("def", **greedy) == expected
+    pipe = pipeline(model=model, tokenizer=tok, max_length=9, do_sample=False)
+    assert pipe("def", generation_config=GenerationConfig(max_new_tokens=5)) == expected
+    with pytest.raises(ValueError, match=r"must be an opt_jax.GenerationConfig, not a dict .*from_dict"):
+        pipeline(model=model, tokenizer=tok)("def", generation_config={"top_k": 3})
+
+
+@pytest.mark.parametrize("strings", [[], "", ["a", ""], [3], [None]])
+def test_bad_stop_strings(tok, model, strings):
+    with pytest.raises(ValueError, match="stop_strings="):
+        model.generate([[5]], stop_strings=strings, tokenizer=tok)
+
+
+@pytest.mark.slow
+def test_stream_text_gives_whole_characters(tok, model):
+    byte_ids = [i for i in range(len(tok)) if len(tok.token_bytes(i)) == 1]
+    assert len(byte_ids) > 200
+    banned = [i for i in range(len(tok)) if i not in byte_ids]
+    options = dict(max_new_tokens=40, do_sample=True, temperature=5.0, suppress_tokens=banned)
+    pieces = list(stream_text(model, tok, "日", seed=3, **options))
+    inputs = tok("日")
+    ids = model.generate(**inputs, seed=3, **options)[0][inputs.input_ids.shape[1] :]
+    assert "".join(pieces) == tok.decode(ids, skip_special_tokens=True) and len(pieces) > 5
+    with pytest.raises(ValueError, match="one prompt, not 2"):
+        stream_text(model, tok, tok(["a", "b"]))
+    several: dict[str, Any] = dict(do_sample=True, num_return_sequences=2)
+    for options in (several, dict(generation_config=GenerationConfig(**several))):
+        with pytest.raises(ValueError, match="num_return_sequences"):
+            stream_text(model, tok, "a", **options)
+    with pytest.raises(ValueError, match="top_q"):  # at once
+        stream_text(model, tok, "a", top_q=2)
+
+
+def test_scores_of_texts(tok, model):
+    texts = ["def main():\n    return 1", "x", "日本"]
+    results = score_texts(model, tok, texts)
+    for text, result in zip(texts, results, strict=True):
+        ids = tok.encode(text)
+        assert [token.token_id for token in result] == ids and result[0].logprob is None
+        expected = model.score([ids])[0]
+        np.testing.assert_allclose([token.logprob or 0 for token in result[1:]], expected[1:], atol=2e-5)
+        assert result[1].text == tok.decode(ids[1:2])
+    ends = score_texts(model, tok, [text[1:] for text in texts[::2]], prompts=["d", "日"])
+    for prompt, text, result in zip("d日", ["ef main():\n    return 1", "本"], ends, strict=True):
+        first, rest = tok.encode(prompt), tok.encode(text, add_special_tokens=False)
+        expected = model.score([first + rest])[0, len(first) :]
+        assert [token.token_id for token in result] == rest
+        np.testing.assert_allclose([token.logprob or 0 for token in result], expected, atol=2e-5)
+    assert score_texts(model, tok, []) == []
+    for bad, words in (
+        ((["a"], ["b", "c"]), "2 prompts for 1 texts"), ((["a", ""], ["b", "c"]), "text 1 has no token"),
+        (("abc",), "sequences of strings"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            score_texts(model, tok, *bad)

@@ -1,0 +1,249 @@
+"""`train.py --plan`: what is counted in traced and compiled programs, and whole plans for TPUs that are not there."""
+
+import json
+import os
+import re
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+import train
+from opt_jax import OPTConfig
+from opt_jax.model import decoder
+from opt_jax.parallel.hlo import COLLECTIVES, Program, collective_bytes
+from opt_jax.parallel.mesh import batch_sharding, make_mesh, use_mesh
+from opt_jax.training.options import Options
+from opt_jax.training.plan import HBM, hardware_flops, largest_that_fits, make_plan, topology_devices
+from opt_jax.training.step import make_gradients, new_model, state_shardings
+
+LIBTPU = Path(sys.prefix) / "libtpu"
+needs_libtpu = pytest.mark.skipif(
+    not (LIBTPU / "libtpu").is_dir(), reason=f"no libtpu in {LIBTPU}: `make test` installs it (Linux)"
+)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+@pytest.mark.parametrize(
+    ("collective", "kind", "sent"),
+    [  # of 8 devices and float32 [16, 4] each, 256 bytes: what a ring sends
+        (lambda x: lax.all_gather(x, "fsdp"), "all-gather", 256 * 7),
+        (lambda x: lax.psum_scatter(x, "fsdp", tiled=True), "reduce-scatter", 256 / 8 * 7),
+        (lambda x: lax.psum(x, "fsdp"), "all-reduce", 256 * 2 * 7 / 8),
+        (lambda x: lax.ppermute(x, "fsdp", [(i, (i + 1) % 8) for i in range(8)]), "collective-permute", 256),
+    ],
+)
+def test_collectives_are_counted_as_often_as_they_run(collective, kind, sent):
+    mesh = make_mesh("fsdp=8", jax.devices()[:8])
+
+    def loop(x):  # the result must matter, and differ from turn to turn
+        return lax.fori_loop(0, 5, lambda i, x: x + jnp.sum(jnp.sin(collective(x * i))), x)
+
+    mapped = jax.shard_map(loop, mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp"), check_vma=False)
+    text = jax.jit(mapped).lower(jnp.ones((128, 4))).compile().as_text()
+    assert text is not None
+    program = Program(text)
+    assert {k: v for k, v in collective_bytes(program).items() if v} == {kind: 5 * sent}
+
+
+def test_flops_count_loops_and_what_is_recomputed():
+    def layer(x, w):
+        return x + jnp.dot(jnp.tanh(jnp.dot(x, w[0])), w[1])
+
+    def loss(ws, x, remat):
+        body = jax.checkpoint(layer) if remat else layer
+        return lax.scan(lambda x, w: (body(x, w), None), x, ws)[0].sum()
+
+    def products(remat):  # in units of one product
+        traced = jax.jit(jax.grad(partial(loss, remat=remat))).trace(jnp.ones((5, 2, 16, 16)), jnp.ones((4, 16)))
+        return hardware_flops(traced.jaxpr.jaxpr) / (5 * 2 * 4 * 16 * 16)
+
+    assert products(remat=False) == 2 + 4
+    assert products(remat=True) == 2 + 1 + 4  # the second product of a layer need not be done again
+
+
+@pytest.mark.parametrize(("limit", "found"), [(0, None), (1, 1), (5, 4), (100, 16)])
+def test_the_largest_that_fits(limit, found):
+    asked = []
+    assert largest_that_fits([1, 2, 4, 8, 16], lambda n: asked.append(n) or n <= limit) == found
+    assert len(asked) <= 3
+
+
+def test_unknown_topologies_are_errors():
+    with pytest.raises(ValueError, match="--topology v5p8: expected a generation"):
+        topology_devices("v5p8")
+    with pytest.raises(ValueError, match="--topology v5p:512x512x512: 134217728 chips, a pod of v5p has 8960: choose"):
+        topology_devices("v5p:512x512x512")
+
+
+@pytest.fixture
+def libtpu():
+    """What `topology_devices` sets in the environment is taken back."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def plan(directory, *words):
+    """The JSON of `train.py --plan`, with one small layer and short sequences: libtpu takes four times as long for two
+    layers of width 256 and sequences of 2048."""
+    config = OPTConfig(
+        vocab_size=512, hidden_size=128, num_hidden_layers=1, ffn_dim=256, num_attention_heads=2,
+        max_position_embeddings=256, dropout=0.0,
+    )  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config.to_hf()))
+    named = ["--model", str(directory / "config.json"), "--plan", "--plan-output", str(directory / "plan.json")]
+    train.main(train.parse_options([*named, "--output", str(directory / "run"), "--seq-len=256", *words]))
+    return json.loads((directory / "plan.json").read_text())
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_plan_for_a_slice(tmp_path, libtpu, capsys):
+    # A mesh that splits an axis of the torus.
+    words = "--topology v5e:4x4 --mesh fsdp=8,tensor=2 --batch-size 32".split()
+    found = plan(tmp_path, *words)
+    printed = capsys.readouterr().out
+    assert found["fits"] and found["largest_micro_batch"] == 4
+    assert found["mesh"] == {"data": 1, "fsdp": 8, "tensor": 2} and found["micro_batch"] == 4
+    assert found["hbm_capacity_bytes"] == int(15.75 * 2**30)
+    on_chip = found["parameter_bytes_per_chip"]
+    assert found["parameters"] * 4 / 16 < on_chip < found["parameters"] * 4 / 12  # float32; positions split 8 ways
+    assert found["optimizer_bytes_per_chip"] == pytest.approx(2 * on_chip, rel=1e-3)
+    assert found["hbm_bytes_per_chip"] > 3 * on_chip + 0.9 * found["temporary_bytes"]
+    assert found["model_flops"] == 32 * 256 * (6 * found["parameters"] + 12 * 128 * 256)
+    assert found["compile_seconds"] > 0
+    assert sum(found["collective_bytes"].values()) > 0.5 * found["floor_bytes"]
+    assert found["collective_bytes"]["all-gather"] > 0 and found["collective_bytes"]["reduce-scatter"] > 0
+    for words in ("HBM", "all-gather", "largest micro-batch", "v5e:4x4"):
+        assert words in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "plan.json"]  # no run was begun
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_plan_that_does_not_fit_says_what_would(tmp_path, libtpu, capsys):
+    # A prime number of sequences for each chip: 1 is what else there is to try.
+    found = plan(tmp_path, "--topology", "v5e:2x2", "--batch-size", str(4 * 16421))
+    printed = capsys.readouterr().out
+    assert not found["fits"] and found["hbm_bytes_per_chip"] > found["hbm_capacity_bytes"]
+    assert found["largest_micro_batch"] == 1
+    assert "DOES NOT FIT" in printed and "--accumulate 16421" in printed
+
+
+def test_a_plan_is_of_the_runs_own_batches(monkeypatch):
+    config = OPTConfig.preset("125m", num_hidden_layers=2)
+    mesh = make_mesh("data=1", jax.devices()[:1])
+    batches, fitting = [], set()
+
+    def compile_step(step, state, batch, capacity):
+        batches.append({name: ids.shape for name, ids in batch.items()})
+        return dict(fits=len(batches) in fitting)
+
+    monkeypatch.setattr("opt_jax.training.plan.compile_step", compile_step)
+    monkeypatch.setitem(HBM, mesh.devices.flat[0].device_kind, 1)
+    model = jax.eval_shape(lambda: new_model(config, 0, "float32"))
+    state = SimpleNamespace(model=model, opt_state=model)
+    shardings = state_shardings(model, mesh)
+    shardings = SimpleNamespace(model=shardings, opt_state=shardings)
+    concat, segments = Options(batch_size=4, accumulate=2), Options(batch_size=4, accumulate=2, pack="segments")
+    for options, names in ((concat, ["input_ids", "labels"]), (segments, ["input_ids", "labels", "segment_ids"])):
+        found = make_plan(None, state, shardings, mesh, config, options, 64)
+        assert batches == [dict.fromkeys(names, (2, 2, 64)), dict.fromkeys(names, (4, 1, 64))]
+        assert found["largest_micro_batch"] is None and found["advice"].startswith("not even one fits: more chips, ")
+        batches.clear()
+    # Where the asked one fits, it is larger ones that are tried.
+    for fits, largest in (({1}, 2), ({1, 2}, 4)):
+        fitting.update(fits)
+        found = make_plan(None, state, shardings, mesh, config, concat, 64)
+        assert [batch["labels"] for batch in batches] == [(2, 2, 64), (1, 4, 64)]
+        assert found["largest_micro_batch"] == largest
+        assert found["advice"].endswith(f"--accumulate {4 // largest}")
+        batches.clear()
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_what_a_layer_sends(libtpu, monkeypatch):
+    layers, parts, rows, length, width, vocab = 3, 2, 4, 1024, 256, 50272
+    monkeypatch.setattr(decoder, "PART_BYTES", 2 * rows // parts * length * width)
+    config = OPTConfig(
+        vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, ffn_dim=4 * width, num_attention_heads=2,
+        max_position_embeddings=length, dropout=0.0,
+    )  # fmt: skip
+    mesh = make_mesh("fsdp=4,tensor=2", topology_devices("v5p:2x2x2"))
+    model = jax.eval_shape(
+        lambda: new_model(config, 0, "bfloat16", attn_implementation="splash", remat="full", grad_dtype="bfloat16")
+    )
+    shardings = state_shardings(model, mesh)
+    ids = jax.ShapeDtypeStruct((1, 4 * rows, length), jnp.int32)
+    with use_mesh(mesh):
+        where = (shardings, batch_sharding(mesh, leading=1))
+        step = jax.jit(make_gradients(config, shardings, mesh), in_shardings=where)
+        text = step.lower(model, {"input_ids": ids, "labels": ids}).compile().as_text()
+    assert text is not None
+    program, activations, weights, largest = Program(text), Counter(), Counter(), 0
+    for name, instruction, times in program.executed():
+        for array, size in instruction.arrays:
+            if array.startswith("f32") and str(vocab // 2) in array:
+                largest = max(largest, size)
+        kind = instruction.op.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            continue
+        kind = "reduce-scatter" if "all-reduce-scatter" in name else kind
+        passed = "backward" if re.search(r"transpose\(|rematted", instruction.attributes) else "forward"
+        if instruction.group_size == 2 and times == layers * parts:
+            activations[passed] += 1
+        if instruction.group_size == 4 and times == layers:
+            weights[kind] += len(instruction.operands)  # several may be sent together
+    assert activations == {"forward": 4, "backward": 7}  # the last sum of a layer is not computed again
+    # q, k, v, out_proj, fc1 and fc2: gathered once for each pass, their gradients scattered, never added up everywhere.
+    assert weights == {"all-gather": 12, "reduce-scatter": 6}
+    assert 0 < largest < 4 * rows * length * vocab // 2  # of a device's tokens, no float32 logits
+
+
+def test_gradients_are_sent_in_their_dtype():
+    config = OPTConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, ffn_dim=16, num_attention_heads=2,
+        max_position_embeddings=16, dropout=0.0,
+    )  # fmt: skip
+    if jax.device_count() < 4:
+        pytest.skip("needs four devices")
+    mesh = make_mesh("fsdp=4", jax.devices()[:4])
+
+    def sent(dtype, grad_dtype):
+        model = jax.eval_shape(lambda: new_model(config, 0, dtype, grad_dtype=grad_dtype))
+        ids = jax.ShapeDtypeStruct((1, 4, 16), jnp.int32)
+        with use_mesh(mesh):
+            step = make_gradients(config, state_shardings(model, mesh), mesh)
+            text = str(jax.make_jaxpr(step)(model, {"input_ids": ids, "labels": ids}))
+        return set(re.findall(r":(\w+)\[[\d,]*\] = reduce_scatter", text))
+
+    assert sent("bfloat16", "bfloat16") == {"bf16"}
+    assert sent("bfloat16", "float32") == {"f32"}
+    assert sent("float32", "bfloat16") == {"bf16"}
+    assert sent("float32", "float32") == {"f32"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--plan", "--plan needs --topology"),
+        ("--topology v5e:2x4", "--topology is for --plan"),
+        ("--plan-output x.json", "--plan-output is for --plan"),
+        ("--plan --topology v5e:2x4 --plan-output no/x.json", "--plan-output no/x.json: there is no such directory"),
+    ],
+)
+def test_contradictions_are_errors(tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        train.main(train.parse_options(words.split()))
+    assert not list(tmp_path.iterdir())
