@@ -6,10 +6,10 @@ PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder
 # tests/conftest.py has XLA and LLVM optimize as little as they can, which saves two thirds of the time. Not so for
 # numbers of whole compiled programs, or what looks at these. (Models are compared with PyTorch operation by operation.)
 AS_USERS_HAVE_IT = JAX_DISABLE_MOST_OPTIMIZATIONS=0
-EXACT = tests/parity/test_train_parity.py tests/test_decode_hlo.py
+EXACT = tests/parity/test_train_parity.py tests/generation/test_decode_hlo.py
 # What depends on the versions of Python, JAX and the rest, beside EXACT and the fast part: parity without PyTorch, and
 # each script once, end to end.
-SCRIPTS = tests/test_goldens.py tests/test_notebook.py $(addprefix tests/test_train_script.py::test_, \
+SCRIPTS = tests/generation/test_goldens.py tests/test_notebook.py $(addprefix tests/training/test_train_script.py::test_, \
   a_run_leaves_what_it_promises stops_as_asked_and_resumes_on_another_mesh)
 # JAX's settings under which the fast part runs. Without jit it would take days: tests/test_jax_settings.py has a sample.
 SETTINGS = JAX_ENABLE_X64=1 JAX_NUMPY_RANK_PROMOTION=raise JAX_NUMPY_DTYPE_PROMOTION=strict JAX_DEBUG_NANS=1 \

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from opt_jax.checkpoints.formats.torch_files import Stub
+from opt_jax.checkpoints.formats.unpickle import Stub
 from opt_jax.config import OPTConfig
 
 # metaseq's name -> (ours, type of the value). Of several names of one field the first that is set counts.

@@ -221,11 +221,11 @@ class _Writer:
         array = cast(held, tensor.path, self.dtype)
         array = array.T if tensor.transposed else array
         row = array.nbytes // array.shape[0]
-        rows = max(1, orbax.CHUNK_BYTES // row)
+        rows = max(1, chunks.CHUNK_BYTES // row)
 
         def write(index: chunks.Index) -> None:
             if len(getattr(self._local, "buffer", "")) < rows * row:
-                self._local.buffer = np.empty(max(rows * row, orbax.CHUNK_BYTES), np.uint8)
+                self._local.buffer = np.empty(max(rows * row, chunks.CHUNK_BYTES), np.uint8)
             piece = array.load(index, self._local.buffer)
             _pwrite(fd, piece.reshape(-1).view(np.uint8).data, offset + index[0].start * row)
             with self._lock:

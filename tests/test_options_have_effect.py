@@ -457,7 +457,8 @@ def attributes(paths: Iterable[str], variables: set[str]) -> set[str]:
 
 def test_options_of_commands_are_read():
     """By what does the work, not only by the checks; what changes nothing in a run is refused there."""
-    training = ["train.py", *(str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob("opt_jax/training/*.py"))]
+    rooms = [path for room in ("training", "data") for path in (REPOSITORY / "opt_jax" / room).rglob("*.py")]
+    training = ["train.py", *(str(path.relative_to(REPOSITORY)) for path in rooms)]
     for options, paths, passed in (
         (Options, training, {"dropout", "attention_dropout", "init_std"}),  # model_config takes these by their names
         (command.EvalOptions, ["opt_jax/evaluation/command.py"], set()),

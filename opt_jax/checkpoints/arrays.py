@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from opt_jax.checkpoints import chunks
 from opt_jax.checkpoints.chunks import Index, Shape, pieces
 
 Checks = tuple[Callable[[], object], ...]  # comparisons put off because they read data; each raises ValueError
@@ -65,7 +66,7 @@ def first_difference(a: LazyArray, b: LazyArray) -> tuple[int, ...] | None:
     if a.shape != b.shape or a.dtype != b.dtype:
         return ()
     row = max(1, math.prod(a.shape[1:])) * a.dtype.itemsize
-    for index in pieces(a.shape, (max(1, CHUNK_BYTES // row), *a.shape[1:])[: len(a.shape)]):
+    for index in pieces(a.shape, (max(1, chunks.CHUNK_BYTES // row), *a.shape[1:])[: len(a.shape)]):
         ours, theirs = (x.load(index) for x in (a, b))
         bits = f"u{a.dtype.itemsize}"
         if (differ := ours.view(bits) != theirs.view(bits)).any():

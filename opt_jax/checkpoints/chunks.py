@@ -31,6 +31,7 @@ _MAX_METADATA_BYTES = 64 << 10
 _MAX_MANIFEST_BYTES = 1 << 20
 _MAX_DEPTH = 12
 _MAX_RANK = 8
+CHUNK_BYTES = 32 << 20  # of one stored chunk at most: what a process must read at least to fill its shard
 _MAX_CHUNK_BYTES = 2 << 30
 _MAX_FOLDERS = 6  # inside each other
 _WIDTHS = {"bool": 1, "bfloat16": 2} | {

@@ -1,4 +1,4 @@
-"""Directories that appear all at once: written beside their final name, then renamed; on this machine or in a bucket."""
+"""Directories that appear all at once, on this machine or in an object store."""
 
 import errno
 import os
@@ -10,6 +10,7 @@ import jax
 from etils import epath
 
 from opt_jax.checkpoints import hub
+from opt_jax.parallel.agreement import on_first_process
 from opt_jax.system.disk import free_bytes
 from opt_jax.system.temporary import MARKER, TemporaryPlace, refuse_links
 

@@ -1,7 +1,8 @@
-"""Arrays on disk: reads and writes Orbax pytrees piece by piece, and makes directories appear all at once.
+"""Arrays on disk: reads and writes Orbax pytrees piece by piece.
 
-A tensor is a `LazyArray`: shape, dtype, and how to read any part of it. What is in memory at a time is a few pieces of
-`CHUNK_BYTES`, whatever the size of the tensors. In a `jax.distributed` job each process writes its part of the pieces.
+A tensor is a `LazyArray`: shape, dtype, and how to read any part of it. A few pieces of
+`chunks.CHUNK_BYTES` are in memory at a time, whatever the size of the tensors. In a `jax.distributed` job each process
+writes its part of the pieces.
 """
 
 import json
@@ -19,11 +20,12 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from opt_jax.checkpoints import chunks, hub
+from opt_jax.checkpoints.arrays import LazyArray
 from opt_jax.checkpoints.chunks import Index, pieces
+from opt_jax.parallel.agreement import agree
 from opt_jax.system.disk import disk_errors, without_tracebacks
 from opt_jax.system.reading import one_line, read_small
 
-CHUNK_BYTES = 32 << 20  # of one stored chunk at most: what a process must read at least to fill its shard
 _MAX_LAYERS = 10_000  # more are damage, not depth
 _THREADS = 4  # each holds a chunk or two; while some wait for the disk, others transpose
 # Chunks that end together share a commit, of which an object store does one in a second. (A gigabyte of buffers.)
@@ -76,7 +78,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         if self.stop.is_set():
             raise InterruptedError
         if not hasattr(self._local, "buffer"):
-            self._local.buffer = np.empty(CHUNK_BYTES, np.uint8)
+            self._local.buffer = np.empty(chunks.CHUNK_BYTES, np.uint8)
         piece = value.load(index, self._local.buffer)
         # The buffer is free again when the write has been committed, which is what `result` waits for.
         store[index].write(piece, can_reference_source_data_indefinitely=True).result()
@@ -101,7 +103,7 @@ def write_arrays(
     hub.check_array_path(directory)
     tree, lazy = nest(arrays), _LazyHandler(_REMOTE_THREADS if hub.is_remote(directory) else _THREADS, progress)
     handler = chunks.pytree_handler((LazyArray, lazy), (jax.Array, chunks.ShardHandler()))
-    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunks.CHUNK_BYTES), tree)
 
     def save() -> None:
         with ocp.Checkpointer(handler) as checkpointer:

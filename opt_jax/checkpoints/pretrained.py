@@ -1,7 +1,7 @@
-"""Models on disk: reads and writes Orbax model directories, and loads Hugging Face directories through `opt_jax.checkpoints.formats.hf`.
+"""Models on disk: reads and writes Orbax model directories, and loads Hugging Face directories.
 
 A model directory holds `config.json` (HF's form), the tokenizer's files, and `params/`: an Orbax pytree, nested by the
-parts of `opt_jax.model.heads.named_parameters`' paths, with one array per layer and parameter, in the dtype of its source.
+parts of `named_parameters`' paths, with one array per layer and parameter, in the dtype of its source.
 """
 
 import dataclasses
@@ -339,7 +339,7 @@ def read_config(directory: Path) -> tuple[OPTConfig, dict[str, Any]]:
 
 def open_parameters(directory: Path, config: OPTConfig, verify: bool = True) -> tuple[dict[str, LazyArray], Checks]:
     """Parameter path -> array, of a model directory of ours, a checkpoint of train.py or a Hugging Face directory; and
-    what is left to compare before using them (`opt_jax.checkpoints.formats.hf.open_parameters`). verify: see `load_pretrained`."""
+    what is left to compare before using them (`formats.hf.open_parameters`). verify: see `load_pretrained`."""
     if hub.is_orbax(directory):
         arrays = open_arrays(directory / "params", verify)
         if any(path.startswith("model.model.") for path in arrays):  # a training state: its model is one field of it

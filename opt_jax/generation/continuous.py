@@ -22,7 +22,7 @@ _CHECK_EVERY = 8  # steps between two looks for stop strings
 
 
 def generate(model: Model, request: Request, slots: int, progress_bar: bool | None) -> NewTokens:
-    """What `opt_jax.generation.generate.generate` makes of all rows of a request, with `slots` rows at work at a time."""
+    """What `generate.generate` makes of all rows of a request, with `slots` rows at work at a time."""
     rows = np.argsort(-request.prompts.lengths.repeat(request.copies), kind="stable")  # long ones first: the last to
     working, waiting = rows[:slots], list(rows[slots:][::-1])  # end are short, and neighbours are of one length
     several = max(1, slots // 8)  # prompts read at a time: few enough that slots hardly wait for each other

@@ -1,6 +1,6 @@
 """Prompts to continuations: generation, streaming. Ids only, no text.
 
-Two compiled functions do the work (`opt_jax.generation.loop`): `begin` reads the prompts and chooses the first token, `advance`
+Two compiled functions do the work (`loop.py`): `begin` reads the prompts and chooses the first token, `advance`
 makes steps until told to stop. Prompts are padded on the left to a few fixed lengths, and batches to a few sizes
 (`bucket`), so that each is compiled once per bucket of both and kind of decoding (which processors are on); everything
 else is a traced value.
@@ -95,7 +95,7 @@ def generate(
         end token; else all. None for a list of prompts of different lengths.
       cache: from `prefill`: what all the prompts begin with; it is not part of `input_ids`, nor of the output.
       assistant_model: a smaller model with the same tokenizer: it drafts `num_assistant_tokens` at a time, which
-        `model` looks at in one step. The same tokens, or the same distribution, sooner (`opt_jax.generation.speculative`).
+        `model` looks at in one step. The same tokens, or the same distribution, sooner (`speculative.py`).
       batch_size: rows at work at a time; a row that has ended makes room for the next prompt (continuous batching).
         The result is the same. Default: all rows at once.
       progress_bar: of rows that have ended, on stderr; default: with batch_size, on a terminal.

@@ -70,7 +70,7 @@ def run(model: Model, request: Request, drafts: Drafts, options: SamplingOptions
 def steps(
     model: Model, request: Request, drafts: Drafts, options: SamplingOptions, state: DecodeState
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The tokens of each step, int32 [R], and which rows have ended with it; for `opt_jax.generation.generate.stream`."""
+    """The tokens of each step, int32 [R], and which rows have ended with it; for `generate.stream`."""
     speculation, known = _start(drafts, state, request.copies), 0
     tokens, lengths, ended = np.zeros((0, 0), np.int32), np.zeros(0, np.int32), np.zeros(0, bool)
     for step in range(1, request.max_new_tokens + 1):

@@ -15,8 +15,6 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from opt_jax.parallel.agreement import agree
-
 
 def agree(error: Exception | None) -> None:
     """Raise on every process if one of them has an error: its own where it is, a reference to that one elsewhere."""
@@ -104,7 +102,7 @@ def check_same_code(*files: str | os.PathLike) -> None:
     that change what is compiled."""
     if jax.process_count() == 1:
         return
-    root = Path(__file__).parent
+    root = Path(__file__).parents[1]
     sources = {f"source opt_jax/{path.relative_to(root)}": path for path in root.rglob("*.py")}
     sources |= {f"source {Path(file).name}": Path(file) for file in files}
     version = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for name, path in sources.items()}

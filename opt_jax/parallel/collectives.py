@@ -12,6 +12,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from opt_jax.parallel.rules import (
+    ACTIVATION_AXES,
+    ADDED_ONCE,
+    AXES,
+    BATCH_AXES,
+    PARAMETER_AXES,
+    constrain,
+    is_per_device,
+    table_row,
+)
+
 
 def per_device(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
     """`function` of each device's own parts of the arguments; inside, only the functions below send anything.

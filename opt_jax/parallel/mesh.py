@@ -10,6 +10,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from opt_jax.parallel.rules import AXES, BATCH_AXES
+
 
 def make_mesh(
     spec: str | Mapping[str, int] | None = None,

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from opt_jax.parallel.agreement import from_first
 from opt_jax.parallel.watchdog import Watchdog, listen
 from opt_jax.system.disk import describe, without_tracebacks
 from opt_jax.system.interrupts import Signals, say

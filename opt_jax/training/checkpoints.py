@@ -21,9 +21,10 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
+from opt_jax.checkpoints import chunks
 from opt_jax.checkpoints.chunks import ShardHandler, pytree_handler
 from opt_jax.checkpoints.hub import absolute, as_path, check_array_path, is_remote
-from opt_jax.checkpoints.orbax import CHUNK_BYTES, open_stored
+from opt_jax.checkpoints.orbax import open_stored
 from opt_jax.checkpoints.pretrained import read_array
 from opt_jax.parallel import processes
 from opt_jax.parallel.agreement import agree, on_first_process
@@ -116,7 +117,7 @@ class Checkpoints:
                 data = self._data_state(step)
                 args["data"] = ocp.args.JsonSave({**data, "crc32": _crc32(data)})
             for name, tree in items.items():
-                save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+                save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunks.CHUNK_BYTES), tree)
                 args[name] = ocp.args.PyTreeSave(tree, save_args=save_args)
             self._writing = self._directory / str(step), sum(x.nbytes for x in jax.tree.leaves(items))
             with disk_errors(*self._writing):

@@ -1,4 +1,4 @@
-"""What a hub, or a mirror, may not do to who downloads from it (tests/hub_server.py)."""
+"""What a hub, or a mirror, may not do to who downloads from it (tests/support/hub_server.py)."""
 
 from collections.abc import Callable
 from pathlib import Path

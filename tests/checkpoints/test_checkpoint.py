@@ -18,7 +18,7 @@ from support.hf_files import TINY, VARIANTS, hf_weights, write_hf
 import opt_jax
 from convert.__main__ import main as convert
 from opt_jax import OPTConfig, OPTForCausalLM, OPTForSequenceClassification, OPTModel, named_parameters
-from opt_jax.checkpoints import directories, orbax, pretrained
+from opt_jax.checkpoints import chunks, directories, orbax, pretrained
 from opt_jax.parallel.mesh import make_mesh
 from opt_jax.parallel.rules import param_sharding
 
@@ -125,7 +125,7 @@ def test_a_loaded_model_is_independent_of_its_files_and_trains(tmp_path):
 
 def test_large_arrays_are_stored_in_chunks(tmp_path, monkeypatch):
     """A process that needs one shard must not read all of an array."""
-    monkeypatch.setattr(orbax, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 4096)
     random_model(vocab_size=4096).save_pretrained(tmp_path / "out")
     metadata: Any = ocp.PyTreeCheckpointHandler().metadata((tmp_path / "out" / "params").absolute())
     for path, leaf in orbax.flatten(metadata.tree).items():

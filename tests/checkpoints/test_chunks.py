@@ -95,7 +95,7 @@ def file_with(directory: Path, values: np.ndarray) -> Path:
 
 @pytest.fixture(params=[1 << 20, 1200], ids=["one chunk", "many chunks"])
 def model(request, tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(orbax, "CHUNK_BYTES", request.param)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", request.param)
     return write(tmp_path / "params")
 
 
@@ -135,7 +135,7 @@ def test_a_missing_chunk_is_an_error(model):
 
 def test_without_verifying_arrays_of_many_chunks_are_read_whole(tmp_path, monkeypatch):
     """And parts of them, which end within a chunk."""
-    monkeypatch.setattr(orbax, "CHUNK_BYTES", 256)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 256)
     array = np.arange(24 * 18, dtype=np.float32).reshape(24, 18)
     write_arrays(tmp_path / "out", {"a": jnp.asarray(array)})
     stored = open_arrays(tmp_path / "out", verify=False)["a"]

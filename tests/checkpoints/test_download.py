@@ -1,4 +1,4 @@
-"""Downloads from a small server that speaks the hub's API (tests/hub_server.py), and what the cache has offline."""
+"""Downloads from a server that speaks the hub's API (tests/support/hub_server.py), and what the cache has offline."""
 
 import json
 import subprocess

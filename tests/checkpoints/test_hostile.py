@@ -1,8 +1,9 @@
 """Over a thousand damaged and malicious checkpoints through `python -m convert`: one line each, and nothing else.
 
 They run in one child process, which may not do what a checkpoint could ask for (an audit hook sees to it) and may not
-take more than a bounded amount of memory: `python tests/test_hostile.py DIRECTORY [PART OF A CASE'S NAME [HANDFUL]]`
-runs them by hand. Without --exhaustive the test runs a handful of each kind (see `kind`).
+take more than a bounded amount of memory. By hand:
+`PYTHONPATH=.:tests python tests/checkpoints/test_hostile.py DIRECTORY [PART OF A CASE'S NAME [HANDFUL]]`.
+Without --exhaustive the test runs a handful of each kind (see `kind`).
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 from support import hostile_files, hostile_pickles, metaseq_files
 from support.hf_files import hf_weights, write_hf
 from support.hostile_files import CONFIG, EITHER, HARMLESS, REFUSED, Case
@@ -49,7 +51,13 @@ FORBIDDEN = (
 def test_hostile_checkpoints(tmp_path, pytestconfig):
     exhaustive = pytestconfig.getoption("--exhaustive")
     command = [sys.executable, "-W", "error", __file__, str(tmp_path), "", "0" if exhaustive else str(HANDFUL)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=600)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=environment(PYTHONPATH=os.pathsep.join(map(str, [REPOSITORY, REPOSITORY / "tests"]))),
+        timeout=600,
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr[-3000:]  # threads print their tracebacks there
     report = json.loads(done.stdout)
     assert not report["failures"], "\n".join(report["failures"][:20])
@@ -254,5 +262,4 @@ def child(root: Path, part: str = "", count: str = "0") -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     child(Path(sys.argv[1]), *sys.argv[2:])

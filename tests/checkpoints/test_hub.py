@@ -1,4 +1,4 @@
-"""Names to directories, as far as no hub is needed; tests/test_download.py has the rest."""
+"""Names to directories, as far as no hub is needed; tests/checkpoints/test_download.py has the rest."""
 
 import json
 import os

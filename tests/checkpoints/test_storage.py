@@ -19,7 +19,7 @@ from flax import nnx
 from convert import to_orbax
 from convert.source import open_directory
 from opt_jax import OPTConfig, OPTForCausalLM
-from opt_jax.checkpoints import directories, orbax
+from opt_jax.checkpoints import chunks, directories, orbax
 from opt_jax.checkpoints.arrays import LazyArray, first_difference
 from opt_jax.checkpoints.directories import new_directory
 from opt_jax.checkpoints.hub import check_array_path, resolve
@@ -76,7 +76,7 @@ def test_pieces_cover_an_array_once(shape, piece):
 
 
 def test_first_difference(monkeypatch):
-    monkeypatch.setattr(orbax, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 64)
     array = RNG.standard_normal((9, 11)).astype(np.float32)
     array[2, 3] = np.nan
     other = array.copy()
@@ -104,7 +104,7 @@ def tree() -> dict[str, np.ndarray]:
 
 
 def test_what_is_written_is_read_by_us_and_by_plain_orbax(tmp_path, monkeypatch):
-    monkeypatch.setattr(orbax, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 4096)
     arrays, done = tree(), {}
     read: list[int] = []
     write_arrays(
@@ -319,7 +319,7 @@ def test_a_foreign_file_under_a_name_of_a_model_is_kept(tmp_path, name):
 
 def test_two_processes_do_not_write_the_same_destination(tmp_path):
     code = (
-        "import sys; from opt_jax.checkpoints.orbax import new_directory\n"
+        "import sys; from opt_jax.checkpoints.directories import new_directory\n"
         "with new_directory(sys.argv[1]) as new: (new / 'x').write_text('x'); print('in', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "out")]

@@ -1,6 +1,6 @@
 """The readers of safetensors and torch files: what torch wrote, and what nobody should read.
 
-Malformed files are made by hand here, one for each refusal; tests/test_hostile.py makes them by the hundred.
+Malformed files are made by hand here, one for each refusal; test_hostile.py makes them by the hundred.
 """
 
 import json
@@ -12,8 +12,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from support.conversions import DATA, assert_same, convert, load_hf_names, refused
 from support.hf_files import TINY, global_, hf_weights, state_dict_pickle, tensor_pickle, torch_zip, write_hf
-from test_convert import DATA, assert_same, convert, load_hf_names, refused
 
 from convert import to_orbax
 from convert.source import open_directory

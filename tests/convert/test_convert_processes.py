@@ -41,7 +41,7 @@ import os, random, shutil, signal, sys, time
 from pathlib import Path
 import convert.source, convert.to_hf, convert.to_orbax
 from convert.__main__ import main
-from opt_jax import hub, storage
+from opt_jax.checkpoints import directories, hub
 command, dst, old, moments = sys.argv[1].split(), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 quiet = os.open(os.devnull, os.O_WRONLY)
 OLD, NEW = 1, 8  # layers
@@ -137,13 +137,13 @@ FILL = """
 import json, os, subprocess, sys
 import convert.source, convert.to_hf, convert.to_orbax
 from convert.__main__ import main
-from opt_jax import storage
+from opt_jax.checkpoints import directories
 
 def fill(when, command, old, dst):
     if old:
         assert main([*command.split(), old, dst, '--quiet']) == 0
     if when == 'late':  # something else fills the disk after we have looked
-        storage.check_space = lambda path, nbytes: None
+        directories.check_space = lambda path, nbytes: None
     code = main([*command.split(), 'tiny', dst, '--overwrite'])
     if old:
         assert code == 0 or main(['verify', dst, '--against', old]) == 0
@@ -209,7 +209,7 @@ def test_interrupted_it_cleans_up(tmp_path, sent, code):
 
 LOST = """
 import gc, os, runpy, signal, sys, time
-from opt_jax import storage
+from opt_jax.checkpoints import directories
 sent = int(sys.argv.pop())
 def signalled(*_):
     gc.callbacks.clear()
@@ -219,7 +219,7 @@ def check_space(*_):  # amid the conversion
     gc.collect()
     for _ in range(400):
         time.sleep(0.1)
-storage.check_space = check_space
+directories.check_space = check_space
 runpy.run_module('convert', run_name='__main__', alter_sys=True)
 """
 
@@ -284,7 +284,8 @@ def test_memory_is_bounded_for_metaseq(tmp_path):
     config.write_text(json.dumps(LARGE))
     code = (
         "import sys, json; from pathlib import Path; sys.path.insert(0, 'tests')\n"
-        "import numpy as np; from hf_files import hf_shapes; from metaseq_files import contents, write\n"
+        "import numpy as np; from support.hf_files import hf_shapes\n"
+        "from support.metaseq_files import contents, write\n"
         "config = json.loads(Path(sys.argv[1]).read_text())\n"
         "weights = {name: np.ones(shape, np.float16) for name, shape in hf_shapes(config).items()}\n"
         "write(Path(sys.argv[2]), contents(weights, 2, 2, flat=True, metadata=False))"
@@ -324,8 +325,8 @@ import sys
 import jax, numpy as np, tensorstore as ts
 jax.distributed.initialize(sys.argv[2], int(sys.argv[3]), int(sys.argv[1]))
 import os
-from opt_jax import OPTForCausalLM, named_parameters, storage
-from opt_jax.sharding import make_mesh
+from opt_jax import OPTForCausalLM, named_parameters
+from opt_jax.parallel.mesh import make_mesh
 
 read = 0
 preadv = os.preadv
@@ -369,7 +370,7 @@ def test_several_processes_convert_and_load_their_parts(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "hf", "orbax"]
 
     # Each process of a job reads the bytes of its shards: from HF files exactly these, from Orbax in whole chunks.
-    monkeypatch.setattr("opt_jax.checkpoints.orbax.CHUNK_BYTES", 64 << 10)
+    monkeypatch.setattr("opt_jax.checkpoints.chunks.CHUNK_BYTES", 64 << 10)
     assert main([str(tmp_path / "back"), str(tmp_path / "chunks")]) == 0
     for done in together(LOAD, source, tmp_path / "chunks"):
         assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ from support.hf_output import expected, hidden, read, write
 from convert import to_hf, to_orbax
 from convert.source import open_directory
 from opt_jax.checkpoints import arrays as storage
-from opt_jax.checkpoints import orbax
+from opt_jax.checkpoints import chunks
 
 HEADS = {
     "lm_head": "OPTForCausalLM", "score": "OPTForSequenceClassification", "qa_outputs": "OPTForQuestionAnswering",
@@ -85,7 +85,7 @@ def test_large_tensors_are_written_in_slabs(tmp_path, monkeypatch, form):
     if form == "orbax":
         to_orbax.convert(open_directory(source), tmp_path / "orbax")
         source = tmp_path / "orbax"
-    monkeypatch.setattr(orbax, "CHUNK_BYTES", 7 * 8 * 4)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 7 * 8 * 4)
     reports: list[tuple[str, int]] = []
     out = write(source, tmp_path / "out", progress=lambda *report: reports.append(report))
     assert read(out) == expected(weights)
@@ -99,7 +99,7 @@ def test_each_stored_chunk_is_read_once(tmp_path, monkeypatch):
     chunk several times."""
     weights = hf_weights(TINY)
     source = open_directory(write_hf(tmp_path / "hf", TINY, weights))
-    monkeypatch.setattr(orbax, "CHUNK_BYTES", 20)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 20)
     asked = []
     path = "model.decoder.layers.0.fc1.kernel"
     array = source.arrays[path]

@@ -10,12 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import REPOSITORY
 from jax import lax
 from support.decode_loop import CONFIG, LAYERS, arguments, make_model
 from support.hlo import Program
 
-from opt_jax.generation import beams
-from opt_jax.generation import loop as decode
+from opt_jax.generation import beams, loop
 from opt_jax.parallel.hlo import COLLECTIVES, Instruction
 from opt_jax.parallel.mesh import make_mesh, use_mesh
 
@@ -83,9 +83,9 @@ def donated_caches(program: Program) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_reads_weights_once_and_copies_nothing(kind):
-    function = "beams._search" if kind == "beams" else "decode.advance"
+    function = "beams._search" if kind == "beams" else "loop.advance"
     args, kwargs = arguments(function, make_model(), **KINDS[kind])
-    program = Program.compiled((beams._search if kind == "beams" else decode.advance).lower(*args, **kwargs))
+    program = Program.compiled((beams._search if kind == "beams" else loop.advance).lower(*args, **kwargs))
     assert not inspect(program)
     if kind in ("greedy", "one row"):  # a GPU waits for the host at a conditional; a step is one graph without
         assert "conditional" not in {i.op for i in program.written_out(program.entry)}
@@ -100,8 +100,8 @@ def test_a_step_reads_weights_once_and_copies_nothing(kind):
 def test_a_step_on_a_mesh_sends_two_sums_for_each_layer(inside):
     mesh = make_mesh("tensor=4", jax.devices()[:4])
     with use_mesh(mesh) if inside else contextlib.nullcontext():
-        args, kwargs = arguments("decode.advance", make_model(mesh))
-        program = Program.compiled(decode.advance.lower(*args, **kwargs))
+        args, kwargs = arguments("loop.advance", make_model(mesh))
+        program = Program.compiled(loop.advance.lower(*args, **kwargs))
     inspect_collectives(inspect(program, shards=4))
     assert donated_caches(program) == 2 * LAYERS
 
@@ -111,15 +111,15 @@ LIBTPU = Path(sys.prefix) / "libtpu"  # put there by make: beside the packages, 
 
 @pytest.mark.skipif(not (LIBTPU / "libtpu").is_dir(), reason=f"no libtpu in {LIBTPU}: `make test` installs it (Linux)")
 def test_a_step_on_a_tpu_v5e(tmp_path):
-    tests = Path(__file__).parent
+    tests = REPOSITORY / "tests"
     environment = os.environ | dict(
-        PYTHONPATH=os.pathsep.join(map(str, [tests.parent, LIBTPU])), JAX_PLATFORMS="cpu",
+        PYTHONPATH=os.pathsep.join(map(str, [REPOSITORY, tests, LIBTPU])), JAX_PLATFORMS="cpu",
         XLA_FLAGS="--xla_force_host_platform_device_count=4",
         # There is no TPU: do not ask the cloud for one, nor keep other processes from using the library.
         TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost",
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     )  # fmt: skip
-    command = [sys.executable, tests / "decode_loop.py", tmp_path / "decode.hlo"]
+    command = [sys.executable, "-m", "support.decode_loop", tmp_path / "decode.hlo"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     program = Program((tmp_path / "decode.hlo").read_text())
@@ -136,7 +136,7 @@ X = jax.ShapeDtypeStruct((2, 128), jnp.float32)
 LEAST = 64 * 1024
 
 
-def loop(step, *given, donate: bool = True) -> Program:
+def repeat(step, *given, donate: bool = True) -> Program:
     """`state = step(i, state, *others)`, again and again, compiled."""
 
     def run(state, *others):
@@ -155,13 +155,13 @@ def bodies(program: Program) -> list[str]:
 
 
 def test_an_update_in_place_is_fine():
-    program = loop(write, CACHE, ROW)
+    program = repeat(write, CACHE, ROW)
     assert program.donated() == ["f32[2,4,64,32]"]
     assert not program.large_results(program.entry, LEAST)
 
 
 def test_a_cache_that_is_not_donated_is_seen():
-    program = loop(write, CACHE, ROW, donate=False)
+    program = repeat(write, CACHE, ROW, donate=False)
     assert not program.donated()
     assert [i.op for i in program.large_results(program.entry, LEAST)] == ["copy"]
 
@@ -170,13 +170,13 @@ def test_a_cache_that_is_passed_through_a_condition_is_seen():  # https://github
     def step(i, cache, row):
         return lax.cond(i % 2 == 0, lambda c: jnp.take(c, jnp.array([1, 0]), axis=0), lambda c: c, write(i, cache, row))
 
-    program = loop(step, CACHE, ROW)
+    program = repeat(step, CACHE, ROW)
     assert program.large_results(bodies(program)[0], LEAST)
 
 
 def test_a_cache_that_is_reordered_or_cast_is_seen():
     for change in (lambda c: c[::-1], lambda c: c * 0.5, lambda c: c.astype(jnp.bfloat16).astype(c.dtype)):
-        program = loop(lambda i, cache, row, change=change: change(write(i, cache, row)), CACHE, ROW)
+        program = repeat(lambda i, cache, row, change=change: change(write(i, cache, row)), CACHE, ROW)
         assert program.large_results(bodies(program)[0], LEAST)
 
 
@@ -184,13 +184,13 @@ def test_stacked_weights_are_seen():
     def step(i, x, weights):
         return lax.fori_loop(0, 3, lambda layer, x: jnp.tanh(x @ weights[layer]), x)
 
-    program = loop(step, X, WEIGHTS)
+    program = repeat(step, X, WEIGHTS)
     (readers,) = program.readers(bodies(program)[1], LEAST).values()
     sliced = program.large_results(bodies(program)[0], LEAST)
     assert sliced or not all(program.multiplies(r) for r in readers)
 
 
 def test_a_weight_that_is_read_twice_is_seen():
-    program = loop(lambda i, x, w: jnp.tanh(jnp.tanh(x @ w) @ w.T), X, jax.ShapeDtypeStruct((128, 128), jnp.float32))
+    program = repeat(lambda i, x, w: jnp.tanh(jnp.tanh(x @ w) @ w.T), X, jax.ShapeDtypeStruct((128, 128), jnp.float32))
     (readers,) = program.readers(bodies(program)[0], LEAST).values()
     assert len(readers) == 2 and all(program.multiplies(r) for r in readers)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from reference import CLASSES, CONFIGS, SMALL, batch, f32, i32, our_model, unset_model, values
+from support.small_models import count
 
 import opt_jax
 from opt_jax import OPTConfig, OPTForCausalLM, named_parameters, stack_layers, unstack_layers
@@ -202,16 +203,6 @@ def test_layerdrop_skips_whole_layers_at_its_rate(form):
 # --- full-size models ---
 
 PUBLISHED = {"125m": 125239296, "350m": 331196416, "1.3b": 1315758080, "2.7b": 2651596800, "6.7b": 6658473984}
-
-
-def count(config: OPTConfig, cls: str) -> int:
-    """Written out from the architecture, not from the code."""
-    v, d, f, p = config.vocab_size, config.hidden_size, config.ffn_dim, config.embed_dim
-    layer = 4 * (d * d + d) + (d * f + f) + (f * d + d) + 2 * 2 * d
-    projections = 2 * p * d if p != d else 0
-    norm = 2 * d if config.do_layer_norm_before else 0
-    head = {"OPTForSequenceClassification": 2 * p, "OPTForQuestionAnswering": 2 * p + 2}.get(cls, 0)
-    return v * p + 2050 * d + projections + config.num_hidden_layers * layer + norm + head
 
 
 @pytest.mark.parametrize("size", _SIZES)

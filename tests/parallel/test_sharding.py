@@ -156,7 +156,7 @@ def test_a_mesh_computes_what_one_device_computes(name, spec):
 
 SLICES = """
 from jax.experimental import topologies
-from opt_jax.sharding import make_mesh
+from opt_jax.parallel.mesh import make_mesh
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4", num_slices=2).devices
 def slices(spec, dcn=None):
     mesh = make_mesh(spec, devices, dcn)

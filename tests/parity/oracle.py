@@ -1,6 +1,6 @@
 """The reference: `transformers`' PyTorch OPT with eager attention, and our model with the same weights.
 
-The mapping of names is written out here a second time on purpose: a mistake in `opt_jax.checkpoints.formats.names` must not hide itself.
+The mapping of names is written out here a second time on purpose: a mistake in `formats/names.py` must not hide itself.
 """
 
 import dataclasses

@@ -7,6 +7,7 @@ import pytest
 from conftest import exhaustive
 from oracle import hf_config, torch, transformers
 from reference import CONFIGS, SMALL
+from support.small_models import count
 
 from opt_jax import OPTConfig
 from opt_jax.config import _SIZES
@@ -66,9 +67,7 @@ def test_label_names_survive():
 
 @pytest.mark.parametrize("size", [size if size in ("125m", "350m", "66b") else exhaustive(size) for size in _SIZES])
 def test_full_size_models_have_as_many_parameters(size):
-    """The counts that tests/test_model.py writes out."""
-    from test_model import count
-
+    """The counts that tests/model/test_model.py uses."""
     config = OPTConfig.preset(size)
     for cls in ("OPTForCausalLM", "OPTForSequenceClassification", "OPTForQuestionAnswering"):
         with torch.device("meta"):

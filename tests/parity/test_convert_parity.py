@@ -1,6 +1,6 @@
 """Checkpoints that torch and transformers write themselves give PyTorch's outputs, loaded directly and converted.
 
-`python tests/parity/test_convert_parity.py` writes tests/data/torch, for the tests without torch.
+`python tests/parity/test_convert_parity.py` writes tests/fixtures/torch, for the tests without torch.
 """
 
 import json
@@ -21,7 +21,7 @@ from opt_jax.checkpoints.formats.hf import open_checkpoint
 from opt_jax.checkpoints.formats.torch_files import read_torch
 from opt_jax.model.inputs import check_inputs
 
-FIXTURES = Path(__file__).parents[1] / "data" / "torch"
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "torch"
 
 
 def save(hf, directory: Path, form: str) -> Path:

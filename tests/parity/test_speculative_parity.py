@@ -36,7 +36,7 @@ def compare(pair, theirs, ours, **options):
         assert drafted.lengths[row] == len(new)
 
 
-# tests/test_speculative.py crosses the two with options, beside our plain generation.
+# tests/generation/test_speculative.py crosses the two with options, beside our plain generation.
 def test_assistant_with_processors(pair, assistants):
     theirs, ours = assistants
     compare(pair, dict(assistant_model=theirs), dict(assistant_model=ours), repetition_penalty=1.3, min_new_tokens=12)

@@ -1,6 +1,6 @@
 """The loops of `generate` as XLA compiles them, for inspection. As a script: for a TPU, of which none is needed.
 
-`python tests/decode_loop.py FILE` writes the optimized HLO of the decode loop for four chips of a TPU v5e, with the
+`python -m support.decode_loop FILE` writes the optimized HLO of the decode loop for four chips of a TPU v5e, with the
 tensors of a bfloat16 model split four ways. Needs `libtpu`, and PYTHONPATH pointing at this package.
 """
 
@@ -45,7 +45,7 @@ def make_model(mesh: Mesh | None = None, **kwargs) -> OPTForCausalLM:
 def arguments(
     compiled: str, model: OPTForCausalLM, rows: int = len(IDS), **options: Any
 ) -> tuple[tuple, dict[str, Any]]:
-    """What `generate` calls a compiled function with, "decode.advance" or "beams._search"; it is not called.
+    """What `generate` calls a compiled function with, "loop.advance" or "beams._search"; it is not called.
 
     Without a mesh shapes are enough, and the prompts are not read for them.
     """
@@ -62,7 +62,7 @@ def arguments(
     decode_begin, sharding = loop.begin, jax.tree.leaves(model)[0].sharding
     read = decode_begin if isinstance(sharding, NamedSharding) else begin
     try:
-        with mock.patch(f"opt_jax.{compiled}", called), mock.patch("opt_jax.generation.loop.begin", read):
+        with mock.patch(f"opt_jax.generation.{compiled}", called), mock.patch("opt_jax.generation.loop.begin", read):
             model.generate(IDS[:rows], max_new_tokens=40, **options)
     except CalledError as call:
         return call.args[0], call.args[1]
@@ -82,7 +82,7 @@ def main(file: str) -> None:
     chips = make_mesh("tensor=4", topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices)
     with use_mesh(here):
         model = make_model(here, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-        args, kwargs = arguments("decode.advance", model)
+        args, kwargs = arguments("loop.advance", model)
     with use_mesh(chips):
         lowered = loop.advance.lower(*jax.tree.map(lambda x: _abstract(x, chips), args), **kwargs)
         Path(file).write_text(lowered.compile().as_text() or "")

@@ -21,6 +21,7 @@ from typing import Any
 
 from support.fuzz_targets import TARGETS, Target
 
+TESTS = Path(__file__).resolve().parents[1]
 SECONDS = 60  # for one case: far more than any needs, on any machine
 CPU_SECONDS = 10
 MEMORY = 256 << 20  # growth of the peak, as in test_hostile.py
@@ -49,8 +50,9 @@ class Worker:
         self._log.seek(0)
         self._log.truncate(0)
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", __file__, str(self._root)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env={**self._env, "RUST_BACKTRACE": "0"},
+            [sys.executable, "-W", "error", "-m", "support.fuzz_worker", str(self._root)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
+            env={**self._env, "RUST_BACKTRACE": "0", "PYTHONPATH": os.pathsep.join(map(str, [TESTS.parent, TESTS]))},
         )  # fmt: skip
         self._running = True
         try:
@@ -208,7 +210,6 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     try:
         main(Path(sys.argv[1]))
     except BaseException:

@@ -1,6 +1,6 @@
 """Writes small Hugging Face OPT checkpoints without torch, for tests. Not a test itself.
 
-HF's names and shapes are spelled out here on purpose, apart from `opt_jax.checkpoints.formats.names`: a mistake there must not hide itself.
+HF's names and shapes are spelled out here on purpose: a mistake in `formats/names.py` must not hide itself.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""Questions of the tests to a compiled program (see `opt_jax.parallel.hlo`): what it copies, reads and updates in place.
+"""Questions of the tests to a compiled program (`parallel/hlo.py`): what it copies, reads and updates in place.
 
 What `Program` finds is what costs memory traffic: arrays that a computation writes out. Within a fusion nothing is.
 """

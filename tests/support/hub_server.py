@@ -272,7 +272,7 @@ class Resolver:
 
     CODE = """
 import json, logging, sys
-from opt_jax import answers, download, hub
+from opt_jax.checkpoints import answers, download, hub
 download._WAITS = (0.1,) * 4
 vars(answers).update(json.loads(sys.argv[1]))
 log = []

@@ -4,7 +4,7 @@ import dataclasses
 
 from reference import unset_model
 
-from opt_jax import OPTForCausalLM, named_parameters
+from opt_jax import OPTConfig, OPTForCausalLM, named_parameters
 
 
 def first_layers(layers: int = 1) -> OPTForCausalLM:
@@ -16,3 +16,13 @@ def first_layers(layers: int = 1) -> OPTForCausalLM:
         param.set_value(parameters[path].get_value())
     model.generation_config_json = whole.generation_config_json
     return model
+
+
+def count(config: OPTConfig, cls: str) -> int:
+    """Written out from the architecture, not from the code."""
+    v, d, f, p = config.vocab_size, config.hidden_size, config.ffn_dim, config.embed_dim
+    layer = 4 * (d * d + d) + (d * f + f) + (f * d + d) + 2 * 2 * d
+    projections = 2 * p * d if p != d else 0
+    norm = 2 * d if config.do_layer_norm_before else 0
+    head = {"OPTForSequenceClassification": 2 * p, "OPTForQuestionAnswering": 2 * p + 2}.get(cls, 0)
+    return v * p + 2050 * d + projections + config.num_hidden_layers * layer + norm + head

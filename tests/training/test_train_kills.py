@@ -22,7 +22,7 @@ KILLER = """
 import json, os, random, resource, signal, sys, time
 from pathlib import Path
 import train
-from opt_jax import distributed
+from opt_jax.parallel import processes
 options, place, moments = json.loads(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 options["data"] = tuple(options["data"])
 whole, killed = place / "whole", place / "killed"
@@ -35,7 +35,7 @@ def fork(output, most_bytes=None):
         if most_bytes:  # in a file
             resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         try:
-            with distributed.last_words("train.py"):
+            with processes.last_words("train.py"):
                 code = train.main(train.Options(**options, output=str(output))) or 0
         except SystemExit as e:
             code = e.code

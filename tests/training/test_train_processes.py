@@ -239,34 +239,35 @@ def test_processes_of_different_code_are_told_so(place):
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_process_does_not_wait_for_ever_for_the_others_to_start(place, process):
-    program = f"from opt_jax.parallel.processes import start; start('on', '{free_address()}', 2, {process}, hang_minutes=0.05)"
+    program = "from opt_jax.parallel.processes import start; "
+    program += f"start('on', '{free_address()}', 2, {process}, hang_minutes=0.05)"
     [(code, _, error)] = ends([start([sys.executable, "-c", program], devices=1)])
     assert code == 75 and re.fullmatch(rf"process {process}: waited 3 s for the other processes to start: .*\n", error)
 
 
 JOB = """
 import sys, time
-from opt_jax import distributed
+from opt_jax.parallel import agreement, processes
 seconds = 30 if sys.argv[3] == "error" else 3  # JAX aborts after twice that, which must not come before an error's end
-distributed.start("on", sys.argv[1], 2, int(sys.argv[2]), heartbeat_seconds=seconds)
-with distributed.last_words("job"):
+processes.start("on", sys.argv[1], 2, int(sys.argv[2]), heartbeat_seconds=seconds)
+with processes.last_words("job"):
     import jax
     from jax.experimental import multihost_utils
-    from opt_jax.sharding import make_mesh
-    for dcn, processes in (("data=2", [[0, 0], [1, 1]]), ("fsdp=2", [[0, 1], [0, 1]])):
+    from opt_jax.parallel.mesh import make_mesh
+    for dcn, expected in (("data=2", [[0, 0], [1, 1]]), ("fsdp=2", [[0, 1], [0, 1]])):
         mesh = make_mesh("data=2,fsdp=2", dcn=dcn)
-        assert [[device.process_index for device in row] for row in mesh.devices[..., 0]] == processes, dcn
+        assert [[device.process_index for device in row] for row in mesh.devices[..., 0]] == expected, dcn
     try:
         make_mesh("data=4", dcn="fsdp=2")
         assert False
     except ValueError as error:
         assert "mesh fsdp=1 does not divide over fsdp=2 of the 2 processes" in str(error), error
-    assert distributed.from_first(lambda: b"of process 0" if jax.process_index() == 0 else 1 / 0) == b"of process 0"
+    assert agreement.from_first(lambda: b"of process 0" if jax.process_index() == 0 else 1 / 0) == b"of process 0"
     try:
-        distributed.from_first(lambda: open("/nowhere").read())
+        agreement.from_first(lambda: open("/nowhere").read())
     except OSError as error:
         print(error, flush=True)
-    distributed.reached("the middle")
+    processes.reached("the middle")
     if jax.process_index() == 1 and sys.argv[3] == "error":
         raise ValueError("bad file")
     multihost_utils.sync_global_devices("never") if jax.process_index() != int(sys.argv[4]) else time.sleep(1000)

@@ -1,4 +1,4 @@
-"""The one table of parameter names: ours (`opt_jax.model.heads.named_parameters`) <-> those of Hugging Face's OPT classes.
+"""The one table of parameter names: ours (`opt_jax.named_parameters`) <-> those of Hugging Face's OPT classes.
 
 Ours differ in the last part (Flax says kernel, embedding and scale where PyTorch says weight), and a linear layer's
 kernel is [in, out] where PyTorch's weight is [out, in].
