@@ -20,7 +20,15 @@ from typing import Any
 import jax
 
 from opt_jax import OPTForCausalLM, OPTTokenizer
-from opt_jax.data import corpus as data
+from opt_jax.data.corpus import Corpus
+from opt_jax.data.tokenizers import (
+    read_tokenizer,
+    save_tokenizer,
+    tokenizer_from_bytes,
+    tokenizer_to_bytes,
+    train_tokenizer,
+)
+from opt_jax.data.windows import Windows
 from opt_jax.model.attention import choose_attention
 from opt_jax.model.lora import LoRA, is_trained
 from opt_jax.parallel import agreement, processes
@@ -56,7 +64,7 @@ from opt_jax.training.step import (
     place_batch,
     state_shardings,
 )
-from opt_jax.training.tasks import task as tasks
+from opt_jax.training.tasks.common import TASKS, make_predict_step, task_loss
 
 
 def main(options: Options) -> None:
@@ -91,7 +99,7 @@ def train(options: Options, held: ExitStack) -> None:
     config, start = model_config(options)
     cls, before = OPTForCausalLM, config
     if options.task:
-        cls, config = tasks.TASKS[options.task], finetuning.task_config(options, config, start)
+        cls, config = TASKS[options.task], finetuning.task_config(options, config, start)
     seq_len = options.seq_len or config.max_position_embeddings
     dtype = options.dtype if options.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
     if seq_len > config.max_position_embeddings:
@@ -133,7 +141,7 @@ def train(options: Options, held: ExitStack) -> None:
     shardings = state_shardings(abstract, mesh)
     train_step = make_train_step(
         optimizer, schedule, config, options.seed, shardings, mesh, options.skip_nonfinite,
-        tasks.task_loss if options.task else batch_loss,
+        task_loss if options.task else batch_loss,
     )  # fmt: skip
     if options.plan:
         check_grad_dtype(options, mesh)
@@ -175,22 +183,22 @@ def train(options: Options, held: ExitStack) -> None:
     # -----------------------------------------------------------------------------------------------------------------
 
     if options.task is None:
-        corpus = data.Corpus(options.data, options.validation_data, bool(options.mixture), options.skip_bad_records)
+        corpus = Corpus(options.data, options.validation_data, bool(options.mixture), options.skip_bad_records)
 
     def choose_tokenizer() -> OPTTokenizer:
         if resuming:
-            return data.read_tokenizer(output / "tokenizer")
+            return read_tokenizer(output / "tokenizer")
         if options.tokenizer or start:
             return OPTTokenizer.from_pretrained(options.tokenizer or str(start))
         size = options.vocab_size or config.vocab_size
         if not corpus.training:
             raise ValueError("--data is tokenised already: name the tokenizer that did it with --tokenizer")
         say(f"training a tokenizer of {size} entries on {sum(map(len, corpus.training)) / 1e6:.1f}M characters")
-        return data.train_tokenizer(corpus.training, size)
+        return train_tokenizer(corpus.training, size)
 
     # The one of process 0, on all of them.
-    tokenizer = agreement.from_first(lambda: data.tokenizer_to_bytes(choose_tokenizer()))
-    tokenizer = data.tokenizer_from_bytes(tokenizer)
+    tokenizer = agreement.from_first(lambda: tokenizer_to_bytes(choose_tokenizer()))
+    tokenizer = tokenizer_from_bytes(tokenizer)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} entries, but the model's vocabulary ends at {config.vocab_size}: "
@@ -204,7 +212,7 @@ def train(options: Options, held: ExitStack) -> None:
     else:
         streams, held_out = corpus.tokens(tokenizer)
         make_windows = partial(
-            data.Windows, seq_len=seq_len, batch_size=options.batch_size, vocab_size=config.vocab_size,
+            Windows, seq_len=seq_len, batch_size=options.batch_size, vocab_size=config.vocab_size,
             separator=tokenizer.bos_token_id if options.pack == "segments" else None,
         )  # fmt: skip
         windows = make_windows(streams, seed=options.seed, weights=options.mixture or None)
@@ -231,7 +239,7 @@ def train(options: Options, held: ExitStack) -> None:
             raise FileExistsError(f"{output} was written by another start in the meantime: start this one again")
         begin_run(output)
         if not resuming:
-            data.save_tokenizer(tokenizer, output / "tokenizer")
+            save_tokenizer(tokenizer, output / "tokenizer")
 
     on_first_process(open_run)
     checkpoints = Checkpoints(
@@ -273,7 +281,7 @@ def train(options: Options, held: ExitStack) -> None:
     if first and best_step == first:  # it may have been killed between the checkpoint and its copy
         best.save_model(first, state)
 
-    eval_step = (tasks.make_predict_step if task else make_eval_step)(shardings.whole, mesh)
+    eval_step = (make_predict_step if task else make_eval_step)(shardings.whole, mesh)
     place = partial(place_batch, batch_size=options.batch_size, mesh=mesh)
 
     def validate() -> dict[str, float] | float | None:

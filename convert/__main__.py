@@ -19,7 +19,7 @@ from opt_jax.checkpoints import hub
 from opt_jax.system.disk import describe
 
 if TYPE_CHECKING:
-    from convert.source import Checkpoint
+    from convert.checkpoint import Checkpoint
 
 Src = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
 Files = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SRC...")]
@@ -214,8 +214,8 @@ def inspect(src: Files, /, source: Source = SourceOptions(), metaseq: Metaseq = 
     Args:
       src: As for the other commands; several names: files of a metaseq checkpoint.
     """
+    from convert.checkpoint import check_shapes
     from convert.inspect import describe
-    from convert.source import check_shapes
 
     opened = _open_source(src, source, metaseq)
     for line in describe(opened):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from convert.source import Checkpoint
+from convert.checkpoint import Checkpoint
 from opt_jax.checkpoints.arrays import first_difference
 from opt_jax.checkpoints.formats import hf
 from opt_jax.config import OPTConfig

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from convert.checkpoint import Checkpoint, check_shapes
 from convert.metaseq_config import choose_config
 from convert.metaseq_parts import EMBEDDING, Part, Source, counted, is_flat, open_part, part_tensors, same
-from convert.source import Checkpoint, check_shapes
 from opt_jax.checkpoints import hub
 from opt_jax.checkpoints.arrays import LazyArray
 from opt_jax.checkpoints.chunks import Index

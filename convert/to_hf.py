@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from convert import staging
-from convert.source import Checkpoint
+from convert.checkpoint import Checkpoint
 from convert.to_orbax import cast
 from opt_jax.checkpoints import chunks, directories, hub, orbax, pretrained
 from opt_jax.checkpoints.arrays import LazyArray

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from jax import numpy as jnp
 
-from convert.source import Checkpoint
+from convert.checkpoint import Checkpoint
 from opt_jax.checkpoints import chunks, directories, hub, orbax, pretrained
 from opt_jax.checkpoints.arrays import LazyArray
 from opt_jax.checkpoints.formats import hf

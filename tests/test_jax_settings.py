@@ -36,7 +36,7 @@ from opt_jax.training.step import (
     place_batch,
     state_shardings,
 )
-from opt_jax.training.tasks.task import make_predict_step, task_loss
+from opt_jax.training.tasks.common import make_predict_step, task_loss
 
 pytestmark = [pytest.mark.slow, pytest.mark.default_settings("switches settings on by itself")]
 STRICT = {"jax_enable_x64": True, "jax_numpy_rank_promotion": "raise", "jax_numpy_dtype_promotion": "strict"}

@@ -27,6 +27,7 @@ from opt_jax.checkpoints import hub
 from opt_jax.checkpoints.arrays import Checks, LazyArray
 from opt_jax.checkpoints.chunks import Shape
 from opt_jax.checkpoints.directories import new_directory
+from opt_jax.checkpoints.formats import hf
 from opt_jax.checkpoints.orbax import open_arrays, write_arrays
 from opt_jax.checkpoints.source_files import files_of_model
 from opt_jax.config import OPTConfig
@@ -350,8 +351,6 @@ def open_parameters(directory: Path, config: OPTConfig, verify: bool = True) -> 
                 "the run finish, whose model/ has them merged in"
             )
         return arrays, ()
-    from opt_jax.checkpoints.formats import hf  # the one place where the library knows a foreign format
-
     return hf.open_parameters(directory, config)
 
 
@@ -359,8 +358,6 @@ def _describe(directory: Path) -> Callable[[str, Shape], tuple[str, Shape]]:
     """Our path and shape -> name and shape in the checkpoint, for messages."""
     if hub.is_orbax(directory):
         return lambda path, shape: (path, shape)
-    from opt_jax.checkpoints.formats import hf
-
     return hf.describe
 
 

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from opt_jax.data.documents import BLOCK, TEXT_SUFFIXES, BadRecords, HFSource, cut, find_sources, pieces
+from opt_jax.data.tokenizers import tokenizer_from_bytes, tokenizer_to_bytes
 from opt_jax.model.ids import as_ids
 from opt_jax.system.reading import one_line, open_regular, read_small
 from opt_jax.system.temporary import new_file, refuse_links
@@ -247,8 +248,6 @@ def _encode(
     texts: Iterator[tuple[str, bool]], tokenizer: OPTTokenizer, workers: int
 ) -> Iterator[tuple[np.ndarray, int, int]]:
     """(ids with `</s>` behind documents, documents, characters) for task after task, in order."""
-    from opt_jax.data.corpus import tokenizer_to_bytes
-
     if workers == 1:
         yield from (_encode_task(tokenizer, task) for task in _tasks(texts))
         return
@@ -298,8 +297,6 @@ _worker: list[OPTTokenizer] = []
 
 
 def _begin_worker(tokenizer: bytes) -> None:
-    from opt_jax.data.corpus import tokenizer_from_bytes
-
     # Ctrl-C reaches all: of a KeyboardInterrupt an idle worker would print a traceback, a busy one make a result.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -115,7 +115,7 @@ def check(options: EvalOptions) -> None:
 def _evaluate(options: EvalOptions) -> None:
     import jax
 
-    from opt_jax.data.corpus import fingerprint
+    from opt_jax.data.tokens import fingerprint
     from opt_jax.parallel import agreement, processes
     from opt_jax.text.tokenizer import OPTTokenizer
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from opt_jax.checkpoints import hub
 from opt_jax.system.reading import asks_for_nothing, note_without_effect, read_small, shown
 
 # HF's options that never have an effect on tokens. (Empty prompts, which HF starts with BOS, are errors.)
@@ -144,8 +145,6 @@ class GenerationConfig:
         cls, name: str | os.PathLike, *, revision=None, cache_dir=None, local_files_only=False
     ) -> "GenerationConfig":
         """That of a checkpoint (hub id, directory or "tiny"); FileNotFoundError where it has none."""
-        from opt_jax.checkpoints import hub
-
         folder = hub.resolve(
             name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, weights=False
         )

@@ -6,6 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from opt_jax.generation.config import options_of, override
+from opt_jax.generation.generate import generate_requested, stream
+from opt_jax.generation.request import check_request, checkpoint_options
+from opt_jax.model.heads import OPTForCausalLM
 from opt_jax.text.streaming import TextStream
 from opt_jax.text.tokenizer import BatchEncoding, OPTTokenizer
 
@@ -42,8 +46,6 @@ def pipeline(
     elif isinstance(tokenizer, (str, os.PathLike)):
         tokenizer = OPTTokenizer.from_pretrained(tokenizer)
     if named:
-        from opt_jax.model.heads import OPTForCausalLM
-
         model = OPTForCausalLM.from_pretrained(model, **origin, **loading)
     return TextGenerationPipeline(model, tokenizer, **options)
 
@@ -74,10 +76,6 @@ class TextGenerationPipeline:
         Raises:
           ValueError: the input is not text; what `generate` raises.
         """
-        from opt_jax.generation.config import override
-        from opt_jax.generation.generate import generate_requested
-        from opt_jax.generation.request import check_request, checkpoint_options
-
         options = override(_flat(self._defaults), _flat(options))
         full, skip = options.pop("return_full_text", True), options.pop("skip_special_tokens", True)
         special, size = options.pop("add_special_tokens", True), options.pop("batch_size", None)
@@ -113,8 +111,6 @@ class TextGenerationPipeline:
 
 def _flat(options: dict[str, Any]) -> dict[str, Any]:
     """The options, over those of a `generation_config` among them."""
-    from opt_jax.generation.config import options_of, override
-
     others = {name: value for name, value in options.items() if name != "generation_config"}
     return override(options_of(options.get("generation_config")), others)
 
@@ -124,8 +120,6 @@ def stream_text(model: Any, tokenizer: OPTTokenizer, prompt: str | BatchEncoding
 
     prompt: a text, or what the tokenizer made of one, [1, T]. What generation refuses is raised at once.
     """
-    from opt_jax.generation.generate import stream
-
     if _flat(options).get("num_return_sequences", 1) != 1:
         raise ValueError("stream_text gives one text: leave num_return_sequences alone")
     options["num_return_sequences"] = 1  # whatever the checkpoint says

@@ -16,6 +16,7 @@ import numpy as np
 from tokenizers import AddedToken, Encoding, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
+from opt_jax.checkpoints import hub
 from opt_jax.model.ids import as_array
 from opt_jax.system.reading import note_without_effect, read_small
 from opt_jax.system.temporary import new_file, refuse_links
@@ -149,8 +150,6 @@ class OPTTokenizer(Vocabulary):
 
         Takes `padding_side` and `truncation_side`, too. FileNotFoundError or ValueError where there is no tokenizer.
         """
-        from opt_jax.checkpoints import hub
-
         _check_sides(**sides)  # here: what fails below is said of the files
         found = hub.resolve(
             name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, weights=False
@@ -388,8 +387,6 @@ class OPTTokenizer(Vocabulary):
           FileExistsError: one of the files is a symbolic link, or no regular file.
           ValueError: see `hub.disk_path`.
         """
-        from opt_jax.checkpoints import hub
-
         folder = hub.disk_path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         refuse_links(*(folder / name for name in hub.TOKENIZER_FILES))  # in the hub's cache they are

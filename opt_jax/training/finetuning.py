@@ -14,8 +14,8 @@ from opt_jax.text.tokenizer import OPTTokenizer
 from opt_jax.training.options import Options
 from opt_jax.training.step import named_leaves, new_model, state_shardings
 from opt_jax.training.tasks.classification import Classification, label_config
+from opt_jax.training.tasks.common import TASKS
 from opt_jax.training.tasks.squad import QuestionAnswering
-from opt_jax.training.tasks.task import TASKS
 
 
 def task_config(options: Options, config: OPTConfig, start: str | None) -> OPTConfig:

@@ -17,6 +17,7 @@ import tyro
 from etils import epath
 from jax.sharding import Mesh
 
+from opt_jax.checkpoints import hub, pretrained
 from opt_jax.config import OPTConfig
 from opt_jax.model.decoder import Remat
 from opt_jax.system.reading import shown
@@ -308,8 +309,6 @@ def model_config(options: Options) -> tuple[OPTConfig, str | None]:
     elif name.endswith(".json"):
         config = OPTConfig.from_hf(name)
     else:
-        from opt_jax.checkpoints import hub, pretrained
-
         directory = hub.resolve(name)
         start, (config, _) = str(directory), pretrained.read_config(directory)
         if "init_std" in changes:

@@ -14,7 +14,8 @@ from support.metaseq_files import write as write_metaseq
 import convert.inspect
 from convert import metaseq, to_hf, to_orbax
 from convert.__main__ import main
-from convert.source import Checkpoint, open_directory
+from convert.checkpoint import Checkpoint
+from convert.source import open_directory
 from opt_jax import OPTConfig, OPTForCausalLM
 from opt_jax.checkpoints import pretrained
 

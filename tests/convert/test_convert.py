@@ -19,8 +19,8 @@ from support.metaseq_files import write as write_metaseq
 import opt_jax
 from convert.__main__ import main
 from opt_jax import OPTConfig, OPTForCausalLM, named_parameters
-from opt_jax.checkpoints import arrays as storage
 from opt_jax.checkpoints import orbax, pretrained
+from opt_jax.checkpoints.arrays import LazyArray
 from opt_jax.checkpoints.formats import names
 
 # What works -----------------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def with_integers(directory: Path, form: str, dtype: str) -> Path:
     for name, array in weights.items():
         path, transposed = names.from_hf(name)
         array = array.T if transposed else array
-        arrays[path] = storage.LazyArray(array.shape, array.dtype, array.__getitem__)
+        arrays[path] = LazyArray(array.shape, array.dtype, array.__getitem__)
     orbax.write_arrays(directory / "params", arrays)
     (directory / "config.json").write_text(json.dumps(TINY))
     return directory

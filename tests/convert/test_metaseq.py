@@ -10,7 +10,7 @@ from support.hf_files import VARIANTS, hf_weights, tensor_pickle, torch_zip
 from support.metaseq_files import Foreign, contents, namespace, settings, write
 
 from convert import metaseq
-from convert.source import Checkpoint
+from convert.checkpoint import Checkpoint
 from opt_jax import OPTConfig
 from opt_jax.checkpoints.formats import names
 

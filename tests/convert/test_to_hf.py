@@ -16,8 +16,8 @@ from support.hf_output import expected, hidden, read, write
 
 from convert import to_hf, to_orbax
 from convert.source import open_directory
-from opt_jax.checkpoints import arrays as storage
 from opt_jax.checkpoints import chunks
+from opt_jax.checkpoints.arrays import LazyArray, first_difference
 
 HEADS = {
     "lm_head": "OPTForCausalLM", "score": "OPTForSequenceClassification", "qa_outputs": "OPTForQuestionAnswering",
@@ -52,7 +52,7 @@ def test_every_architecture_opens_again(tmp_path, variant):
     assert read(back) == expected(weights)
     arrays, again = (open_directory(d).arrays for d in (tmp_path / "hf", back))
     assert arrays.keys() == again.keys()
-    assert all(storage.first_difference(arrays[path], again[path]) is None for path in arrays)
+    assert all(first_difference(arrays[path], again[path]) is None for path in arrays)
 
 
 def test_layers_beyond_ten_are_in_order(tmp_path):
@@ -109,7 +109,7 @@ def test_each_stored_chunk_is_read_once(tmp_path, monkeypatch):
         return array.read(index)
 
     def write_lazily(in_chunks: bool, out) -> None:
-        lazy = storage.LazyArray(array.shape, array.dtype, counting, in_chunks=in_chunks)
+        lazy = LazyArray(array.shape, array.dtype, counting, in_chunks=in_chunks)
         to_hf.convert(dataclasses.replace(source, arrays={**source.arrays, path: lazy}), out)
         assert read(out) == expected(weights)
 

@@ -19,10 +19,11 @@ from tokenizers.models import BPE
 
 from opt_jax import OPTTokenizer
 from opt_jax.cli import main
-from opt_jax.data import corpus as data
 from opt_jax.data import tokens
+from opt_jax.data.corpus import Corpus
 from opt_jax.data.documents import BadRecords, find_files, find_sources, pieces, read_documents
-from opt_jax.data.tokens import Tokens, open_tokens, write_tokens
+from opt_jax.data.tokenizers import train_tokenizer
+from opt_jax.data.tokens import Tokens, open_tokens, tokenize, write_tokens
 from opt_jax.data.windows import Reader, Windows
 
 
@@ -120,7 +121,7 @@ def test_text_is_cut_where_the_tokenizer_does_not_see_it(block, tmp_path, tokeni
     cut = list(pieces([tmp_path / "a.txt"], BadRecords(), block))
     assert len(cut) > 20 and "".join(piece for piece, _ in cut) == text and [last for _, last in cut].count(True) == 1
     write_tokens([tmp_path / "a.txt"], tmp_path / "a.npy", tokenizer, "tiny")
-    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), data.tokenize([text], tokenizer))
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), tokenize([text], tokenizer))
     assert words(cut, tokenizer) == words([(text, True)], tokenizer)
 
 
@@ -147,13 +148,13 @@ def test_tokenize_command(tmp_path, capsys, tokenizer):
     assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
     stream = open_tokens(tmp_path / "a.npy", tokenizer)
     np.testing.assert_array_equal(
-        stream.read(0, len(stream)), data.tokenize(read_documents([tmp_path / "a.jsonl"]), tokenizer)
+        stream.read(0, len(stream)), tokenize(read_documents([tmp_path / "a.jsonl"]), tokenizer)
     )
     training, held_out = stream.split(0.05, 2)
     assert held_out.read(0, 1)[0] == 2 and training.read(len(training) - 1, 1)[0] == 2
     assert len(training) + len(held_out) == len(stream) + 1
     with pytest.raises(ValueError, match="made with another tokenizer"):
-        open_tokens(tmp_path / "a.npy", data.train_tokenizer(["x"], 300))
+        open_tokens(tmp_path / "a.npy", train_tokenizer(["x"], 300))
     (tmp_path / "a.jsonl").write_text("[]\n")
     assert main(["tokenize", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "c.npy")]) == 1
     assert "a.jsonl:1: expected an object" in capsys.readouterr().err and not list(tmp_path.glob("c.npy*"))
@@ -269,12 +270,12 @@ def test_hugging_face_dataset_from_disk(tmp_path):
 def test_corpus_of_arrays_and_text_with_validation_data(tmp_path, tokenizer):
     np.save(tmp_path / "a.npy", np.arange(400) % 50 + 3)
     (tmp_path / "valid.txt").write_text("held out")
-    corpus = data.Corpus([str(tmp_path / "a.npy")], [str(tmp_path / "valid.txt")])
+    corpus = Corpus([str(tmp_path / "a.npy")], [str(tmp_path / "valid.txt")])
     (training,), (valid,) = corpus.tokens(tokenizer)
     assert len(training) == 400 and tokenizer.decode(valid.read(0, len(valid))) == "</s>held out</s>"
     np.save(tmp_path / "b.npy", np.zeros((2, 2)))
     with pytest.raises(ValueError, match="not integers in one dimension"):
-        data.Corpus([str(tmp_path / "b.npy")]).tokens(tokenizer)
+        Corpus([str(tmp_path / "b.npy")]).tokens(tokenizer)
 
 
 @pytest.mark.parametrize("dtype", [np.uint64, np.int64, np.uint32])
@@ -309,4 +310,4 @@ def test_real_text_and_tokenizer(shared_data, tmp_path):
     files = [shared_data / "wikitext-2" / "valid.txt", shared_data / "tinyshakespeare.txt"]
     about = write_tokens(files, tmp_path / "a.npy", tokenizer, "opt")
     assert about["documents"] == 2 and about["dtype"] == "uint16"
-    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), data.tokenize(read_documents(files), tokenizer))
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), tokenize(read_documents(files), tokenizer))

@@ -161,8 +161,8 @@ class Model(Target):
         import ml_dtypes
         import numpy as np
 
-        from opt_jax.checkpoints import arrays as storage
         from opt_jax.checkpoints import orbax
+        from opt_jax.checkpoints.arrays import LazyArray
 
         super().__init__(root)
         rng = np.random.default_rng(0)
@@ -171,7 +171,7 @@ class Model(Target):
             "m.layers.kernel": rng.standard_normal((2, 16, 20)).astype(np.float32),
             "m.norm": rng.standard_normal(5).astype(ml_dtypes.bfloat16),
         }
-        arrays = {name: storage.LazyArray(a.shape, a.dtype, a.__getitem__) for name, a in self.arrays.items()}
+        arrays = {name: LazyArray(a.shape, a.dtype, a.__getitem__) for name, a in self.arrays.items()}
         orbax.write_arrays(self.base / "params", arrays)
         self._leave_uncompressed()
         self.whole = {name: (a.dtype, a.shape, a.load().tobytes()) for name, a in self.open(self.base).items()}

@@ -12,10 +12,10 @@ from opt_jax import GenerationConfig, OPTConfig, OPTForCausalLM, OPTTokenizer
 from opt_jax.checkpoints import hub, pretrained
 from opt_jax.checkpoints.download import read_index
 from opt_jax.checkpoints.formats.torch_files import read_safetensors, read_torch
-from opt_jax.data.corpus import read_tokenizer
+from opt_jax.data.tokenizers import read_tokenizer
 from opt_jax.data.tokens import Tokens, open_tokens
 from opt_jax.system import reading
-from opt_jax.training.tasks import classification, squad, task
+from opt_jax.training.tasks import classification, squad
 
 
 @pytest.fixture
@@ -98,7 +98,8 @@ def test_every_reader_of_small_files_has_a_limit(tmp_path, name):
 
 
 def test_data_of_tasks_have_a_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(task, "LARGEST_FILE", 10)
+    for task in (classification, squad):
+        monkeypatch.setattr(task, "LARGEST_FILE", 10)
     (tmp_path / "a").write_text("a text\ta label\n")
     for read in (classification.read_tsv, squad.read_squad):
         with pytest.raises(ValueError, match="a has 15 bytes, more than the 10"):

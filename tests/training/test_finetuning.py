@@ -11,7 +11,7 @@ import pytest
 from conftest import exhaustive
 
 from opt_jax import OPTConfig, OPTForCausalLM
-from opt_jax.data import corpus
+from opt_jax.data.windows import Windows
 from opt_jax.model.heads import OPTForQuestionAnswering, OPTForSequenceClassification
 from opt_jax.model.lora import LoRA, is_adapter, is_trained
 from opt_jax.parallel.mesh import make_mesh, use_mesh
@@ -30,7 +30,7 @@ from opt_jax.training.step import (
 )
 from opt_jax.training.tasks import squad
 from opt_jax.training.tasks.classification import Classification, label_config, read_tsv
-from opt_jax.training.tasks.task import IGNORED, Batches, make_predict_step, task_loss
+from opt_jax.training.tasks.common import IGNORED, Batches, make_predict_step, task_loss
 
 CONFIG = OPTConfig(
     vocab_size=64, hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=4, max_position_embeddings=32,
@@ -50,7 +50,7 @@ def batches(kind, multiple=4):
     elif kind == "answer":
         labels = np.stack([lengths // 3, lengths // 2], axis=1)
     else:
-        return corpus.Windows(np.concatenate(EXAMPLES).astype(np.int32), 16, BATCH)
+        return Windows(np.concatenate(EXAMPLES).astype(np.int32), 16, BATCH)
     return Batches(EXAMPLES, labels, BATCH, 32, pad=1, seed=0, multiple=multiple)
 
 

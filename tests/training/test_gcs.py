@@ -21,7 +21,7 @@ import train
 from convert.__main__ import main as convert_main
 from opt_jax import OPTConfig, OPTForCausalLM, OPTTokenizer, named_parameters
 from opt_jax.cli import main as cli
-from opt_jax.data.corpus import read_tokenizer
+from opt_jax.data.tokenizers import read_tokenizer
 from opt_jax.parallel.mesh import make_mesh
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from opt_jax import OPTTokenizer
 from opt_jax.checkpoints import directories
 from opt_jax.checkpoints.hub import is_remote
-from opt_jax.data import corpus
+from opt_jax.data.tokenizers import read_tokenizer, save_tokenizer
 from opt_jax.system.temporary import MARKER
 from opt_jax.training.files import (
     Lines,
@@ -165,8 +165,8 @@ def test_the_tokenizer_comes_back(directory):
     (directory / "tokenizer").mkdir()
     (directory / "tokenizer" / "added_tokens.json").write_bytes(b"of a start that was killed")
     tokenizer = OPTTokenizer.from_pretrained("tiny")
-    corpus.save_tokenizer(tokenizer, directory / "tokenizer")
-    again = corpus.read_tokenizer(directory / "tokenizer")
+    save_tokenizer(tokenizer, directory / "tokenizer")
+    again = read_tokenizer(directory / "tokenizer")
     text = "A photo of a cat, naïvely"
     assert again(text, return_tensors=None).input_ids == tokenizer(text, return_tensors=None).input_ids
 

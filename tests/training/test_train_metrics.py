@@ -19,7 +19,10 @@ from test_train_script import metrics, one_device, options, run, same
 from test_training import BATCH, CONFIG, ONE, WINDOWS, Run
 
 from opt_jax import OPTConfig, OPTForCausalLM, OPTTokenizer
-from opt_jax.data import corpus
+from opt_jax.data.corpus import split_documents
+from opt_jax.data.documents import read_documents
+from opt_jax.data.tokenizers import train_tokenizer
+from opt_jax.data.tokens import tokenize
 from opt_jax.parallel.mesh import use_mesh
 from opt_jax.parallel.processes import last_words
 from opt_jax.training.flops import flops_per_token, peak_flops
@@ -215,7 +218,7 @@ def poisoned(tmp_path_factory, options):
     config = OPTConfig.from_hf(options["model"])
     lines = [json.loads(line)["text"] for line in Path(options["data"][0]).read_text().splitlines()]
     lines[7] = lines[7][:80] + " ~" + lines[7][80:]
-    tokenizer = corpus.train_tokenizer(lines, 300)
+    tokenizer = train_tokenizer(lines, 300)
     bad = tokenizer("~", add_special_tokens=False, return_tensors=None).input_ids
     assert len(bad) == 1
     model = OPTForCausalLM(dataclasses.replace(config, tie_word_embeddings=False), rngs=nnx.Rngs(0))
@@ -235,9 +238,9 @@ def test_a_run_stops_before_the_bad_update_and_can_skip_it(poisoned, tmp_path, c
     assert bad and whole[-1]["skipped"] == len(bad) and bad[0] % poisoned["checkpoint_every"] > 1
     assert f"step {bad[0]}: loss nan, gradient norm nan; " in capsys.readouterr().out
     windows = [tuple(line["batch"]) for line in whole if "batch" in line]
-    documents = corpus.split_documents(corpus.read_documents([Path(poisoned["data"][0])]))[0]
+    documents = split_documents(read_documents([Path(poisoned["data"][0])]))[0]
     tokenizer = OPTTokenizer.from_pretrained(tmp_path / "skipping" / "tokenizer")
-    tokens = corpus.tokenize(documents, tokenizer)
+    tokens = tokenize(documents, tokenizer)
     (where,) = np.flatnonzero(tokens == tokenizer("~", add_special_tokens=False, return_tensors=None).input_ids[0])
     assert all(len(starts) == 8 and any(s <= where < s + 32 for s in starts) for starts in windows)
 

@@ -14,7 +14,11 @@ from support.hlo import Program
 
 from opt_jax import OPTConfig, OPTTokenizer
 from opt_jax.config import _SIZES
-from opt_jax.data import corpus
+from opt_jax.data.corpus import split_documents
+from opt_jax.data.documents import find_files, read_documents, stdlib_files
+from opt_jax.data.tokenizers import save_tokenizer, train_tokenizer
+from opt_jax.data.tokens import tokenize
+from opt_jax.data.windows import Windows
 from opt_jax.parallel.mesh import make_mesh, use_mesh
 from opt_jax.training.checkpoints import Checkpoints
 from opt_jax.training.metrics import cut_back
@@ -35,7 +39,7 @@ CONFIG = OPTConfig(
     dropout=0.1, attention_dropout=0.1, init_std=0.05,
 )  # fmt: skip
 BATCH, SEQ_LEN = 8, 16
-WINDOWS = corpus.Windows(np.random.default_rng(0).integers(0, 64, 2000).astype(np.int32), SEQ_LEN, BATCH)
+WINDOWS = Windows(np.random.default_rng(0).integers(0, 64, 2000).astype(np.int32), SEQ_LEN, BATCH)
 
 
 ONE = "data=1"
@@ -77,7 +81,7 @@ class Run:
 @pytest.mark.parametrize("length", [1001, 1003])
 def test_an_epoch_predicts_every_token_once_in_a_new_order_each_time(length):
     tokens = np.arange(length, dtype=np.int32)
-    windows = corpus.Windows(tokens, seq_len=10, batch_size=4, seed=1)
+    windows = Windows(tokens, seq_len=10, batch_size=4, seed=1)
     assert windows.count == 100
     epochs = [np.concatenate([windows.rows(step) for step in range(25 * e, 25 * (e + 1))]) for e in range(2)]
     for rows in epochs:
@@ -91,7 +95,7 @@ def test_an_epoch_predicts_every_token_once_in_a_new_order_each_time(length):
 
 def test_a_batch_depends_on_seed_and_step_alone():
     tokens = np.arange(1000, dtype=np.int32)
-    make = lambda seed: corpus.Windows(tokens, seq_len=7, batch_size=12, seed=seed)  # noqa: E731
+    make = lambda seed: Windows(tokens, seq_len=7, batch_size=12, seed=seed)  # noqa: E731
     straight, jumping = make(3), make(3)
     batches = [straight.rows(step) for step in range(40)]  # more than three epochs
     for step in (39, 0, 11, 12, 5):
@@ -104,7 +108,7 @@ def test_too_little_text_for_one_window():
     with pytest.raises(
         ValueError, match="10 tokens do not fill one sequence .*, 11: take more data, or a smaller --seq-len"
     ):
-        corpus.Windows(np.arange(10), seq_len=10, batch_size=1)
+        Windows(np.arange(10), seq_len=10, batch_size=1)
 
 
 def test_documents_from_files_and_directories(tmp_path):
@@ -112,10 +116,10 @@ def test_documents_from_files_and_directories(tmp_path):
     (tmp_path / "sub" / "b.txt").write_text("text\nof two lines\n")
     (tmp_path / "a.jsonl").write_text('{"text": "one", "id": 1}\n\n{"text": "two\\u2028lines"}\n{"text": "  "}\n')
     (tmp_path / "c.png").write_bytes(b"\x89PNG")
-    files = corpus.find_files([str(tmp_path)])
+    files = find_files([str(tmp_path)])
     assert [file.name for file in files] == ["a.jsonl", "b.txt"]
-    assert corpus.read_documents(files) == ["one", "two\u2028lines", "text\nof two lines\n"]
-    assert corpus.find_files([tmp_path / "c.png"]) == [tmp_path / "c.png"]  # named: taken as it is
+    assert read_documents(files) == ["one", "two\u2028lines", "text\nof two lines\n"]
+    assert find_files([tmp_path / "c.png"]) == [tmp_path / "c.png"]  # named: taken as it is
 
 
 @pytest.mark.parametrize(
@@ -135,45 +139,45 @@ def test_documents_from_files_and_directories(tmp_path):
 def test_bad_files_are_named_with_the_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        corpus.read_documents([tmp_path / name])
+        read_documents([tmp_path / name])
 
 
 def test_files_of_windows_are_read(tmp_path):
     (tmp_path / "a.jsonl").write_bytes('\ufeff{"text": "na\u00efve"}\r\n{"text": "two"}\r\n'.encode())
     (tmp_path / "b.txt").write_bytes("\ufeffone\r\ntwo \U0001f600\r\n".encode())
-    assert corpus.read_documents(corpus.find_files([tmp_path])) == ["na\u00efve", "two", "one\ntwo \U0001f600\n"]
+    assert read_documents(find_files([tmp_path])) == ["na\u00efve", "two", "one\ntwo \U0001f600\n"]
 
 
 def test_missing_paths_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere: no such file or directory"):
-        corpus.find_files([tmp_path / "nowhere"])
+        find_files([tmp_path / "nowhere"])
     with pytest.raises(ValueError, match="no text files below this directory"):
-        corpus.find_files([tmp_path])
+        find_files([tmp_path])
 
 
 def test_documents_are_held_out_whole_or_else_their_ends():
     documents = [f"document {i}" for i in range(100)]
-    training, held_out = corpus.split_documents(documents)
+    training, held_out = split_documents(documents)
     assert len(held_out) == 5 and sorted(training + held_out) == sorted(documents)
-    assert corpus.split_documents(documents) == (training, held_out)
-    assert corpus.split_documents(["x" * 95 + "y" * 5]) == (["x" * 95], ["y" * 5])
+    assert split_documents(documents) == (training, held_out)
+    assert split_documents(["x" * 95 + "y" * 5]) == (["x" * 95], ["y" * 5])
 
 
 def test_trained_tokenizer_and_token_stream(tmp_path):
     documents = ["def f(x):\n    return x\n" * 20, "naïve \N{SNOWMAN}\r\n" * 5]
-    corpus.save_tokenizer(corpus.train_tokenizer(documents, 300), tmp_path / "tokenizer")
+    save_tokenizer(train_tokenizer(documents, 300), tmp_path / "tokenizer")
     tokenizer = OPTTokenizer.from_pretrained(tmp_path / "tokenizer")
     assert 260 < len(tokenizer) <= 300
     assert tokenizer.backend_tokenizer.encode("<s><pad></s><unk>", add_special_tokens=False).ids == [0, 1, 2, 3]
-    stream = corpus.tokenize(documents, tokenizer)
+    stream = tokenize(documents, tokenizer)
     assert stream.dtype == np.int32 and (stream == 2).sum() == 3 and stream[0] == stream[-1] == 2
     assert tokenizer.decode(stream).split("</s>") == ["", *documents, ""]
     with pytest.raises(ValueError, match="does not hold 4 special tokens and 256 bytes"):
-        corpus.train_tokenizer(documents, 259)
+        train_tokenizer(documents, 259)
 
 
 def test_the_standard_library_is_there_without_its_tests():
-    names = {str(path) for path in corpus.stdlib_files()}
+    names = {str(path) for path in stdlib_files()}
     assert any(name.endswith("argparse.py") for name in names)
     assert not any("/test/" in name or "site-packages" in name for name in names)
 

@@ -8,14 +8,14 @@ import numpy as np
 
 from opt_jax.system.reading import read_small
 from opt_jax.text.tokenizer import OPTTokenizer
-from opt_jax.training.tasks import task
+from opt_jax.training.tasks.common import LARGEST_FILE, Batches, evaluate, fingerprint, hold_out, named_files
 
 _HEADERS = {("sentence", "label"), ("text", "label")}  # or the other way round, then of all the file's lines
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
     """(number, text) of the lines that are not blank; ValueError with file and line for what is not UTF-8."""
-    data = read_small(path, task.LARGEST_FILE)
+    data = read_small(path, LARGEST_FILE)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -34,7 +34,7 @@ def read_tsv(paths: Sequence[str]) -> tuple[list[str], list[str]]:
       ValueError: a line that is not of this form (named), no example at all, or columns that seem to be swapped.
     """
     texts, labels = [], []
-    for path in task.named_files(paths):
+    for path in named_files(paths):
         columns = (0, 1)
         for number, line in read_lines(path):
             parts = [part.strip() for part in line.split("\t")]
@@ -71,7 +71,7 @@ class Classification:
         numbers = label_numbers(names)
         others, other_names = read_tsv(held_out) if held_out else ([], [])
         if not held_out:
-            kept, out = task.hold_out(len(texts))
+            kept, out = hold_out(len(texts))
             others, other_names = [texts[i] for i in out], [names[i] for i in out]
             texts, names = [texts[i] for i in kept], [names[i] for i in kept]
         self.labels = list(numbers)
@@ -79,16 +79,16 @@ class Classification:
             raise ValueError(f"{', '.join(held_out)}: the label {unknown[0]!r} is that of no example in --data")
         self.truncated = 0
 
-        def batches(texts: list[str], names: list[str], seed: int | None) -> task.Batches:
+        def batches(texts: list[str], names: list[str], seed: int | None) -> Batches:
             rows = tokenizer(texts, return_tensors=None).input_ids
             self.truncated += sum(len(row) > seq_len for row in rows)
             rows = [row[:seq_len] for row in rows]
             labels = np.array([numbers[name] for name in names])
-            return task.Batches(rows, labels, batch_size, seq_len, tokenizer.pad_token_id, seed, multiple)
+            return Batches(rows, labels, batch_size, seq_len, tokenizer.pad_token_id, seed, multiple)
 
         self.training, self.held_out = batches(texts, names, seed), batches(others, other_names, None)
         self.tokens = int(self.training.lengths.sum())
-        self.fingerprint = task.fingerprint(self.training.examples, self.training.labels)
+        self.fingerprint = fingerprint(self.training.examples, self.training.labels)
 
     def describe(self) -> str:
         majority = np.bincount(self.held_out.labels).max() / len(self.held_out.labels)
@@ -101,7 +101,7 @@ class Classification:
 
     def evaluate(self, predict: Callable) -> dict[str, float]:
         """{"val_loss", "val_accuracy"} on all held-out texts."""
-        loss, logits = task.evaluate(self.held_out, predict)
+        loss, logits = evaluate(self.held_out, predict)
         right = np.argmax(np.stack(logits), axis=1) == self.held_out.labels
         return {"val_loss": loss, "val_accuracy": float(right.mean())}
 

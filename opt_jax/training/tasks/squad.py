@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from opt_jax.system.reading import read_small
 from opt_jax.text.tokenizer import OPTTokenizer
 from opt_jax.text.tokenizer_files import panics_as_errors
-from opt_jax.training.tasks import task
+from opt_jax.training.tasks.common import LARGEST_FILE, Batches, evaluate, fingerprint, hold_out, named_files
 
 STRIDE = 128  # tokens that neighbouring windows share, and below, as HF's example `run_qa.py` has them
 N_BEST, LONGEST_ANSWER = 20, 30
@@ -48,8 +48,8 @@ def read_squad(paths: Sequence[str]) -> list[Question]:
       ValueError: not JSON, not of this form, or an answer that is not where it should be (the question is named).
     """
     questions = []
-    for path in task.named_files(paths):
-        text = read_small(path, task.LARGEST_FILE)
+    for path in named_files(paths):
+        text = read_small(path, LARGEST_FILE)
         try:
             content = json.loads(text.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
@@ -172,13 +172,13 @@ class QuestionAnswering:
         self.may_lack = any(not question.answers for question in questions)
         training, self.windows = (windows(part, tokenizer, seq_len) for part in (questions, self.questions))
 
-        def batches(part: list[Window], seed: int | None) -> task.Batches:
+        def batches(part: list[Window], seed: int | None) -> Batches:
             labels, pad = np.array([window.answer for window in part]), tokenizer.pad_token_id
-            return task.Batches([w.ids for w in part], labels, batch_size, seq_len, pad, seed, multiple)
+            return Batches([w.ids for w in part], labels, batch_size, seq_len, pad, seed, multiple)
 
         self.training, self.held_out = batches(training, seed), batches(self.windows, None)
         self.tokens = int(self.training.lengths.sum())
-        self.fingerprint = task.fingerprint(self.training.examples, self.training.labels)
+        self.fingerprint = fingerprint(self.training.examples, self.training.labels)
         self._count = len(questions)
 
     def describe(self) -> str:
@@ -189,7 +189,7 @@ class QuestionAnswering:
 
     def evaluate(self, predict: Callable) -> dict[str, float]:
         """{"val_loss", "val_exact_match", "val_f1"} on all held-out questions."""
-        loss, logits = task.evaluate(self.held_out, predict)
+        loss, logits = evaluate(self.held_out, predict)
         found: list[list] = [[] for _ in self.questions]
         for window, row in zip(self.windows, logits, strict=True):
             found[window.question].append((window, row))
@@ -204,6 +204,6 @@ def _hold_out(questions: Sequence[Question]) -> tuple[list[int], list[int]]:
     contexts = list(dict.fromkeys(question.context for question in questions))
     if len(contexts) < 2:
         raise ValueError("--data has only one context, none can be held out: name --validation-data")
-    held_out = {contexts[i] for i in task.hold_out(len(contexts))[1]}
+    held_out = {contexts[i] for i in hold_out(len(contexts))[1]}
     sides = [question.context in held_out for question in questions]
     return [i for i, out in enumerate(sides) if not out], [i for i, out in enumerate(sides) if out]

@@ -1,0 +1,96 @@
+"""Imports point one way: no file imports a room above its own, and no files import each other in a circle."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from conftest import REPOSITORY
+
+# From the ground floor up. A room may import those before it.
+ROOMS = (
+    "opt_jax.system", "opt_jax.config", "opt_jax.parallel", "opt_jax.model", "opt_jax.checkpoints",
+    "opt_jax.generation", "opt_jax.text", "opt_jax.data", "opt_jax.training", "opt_jax.evaluation", "opt_jax.cli", "convert", "train",
+)  # fmt: skip
+EXCEPTIONS = {
+    # Methods of the model that hand over to the rooms above, so that `model.generate(...)` works.
+    ("opt_jax.model.heads", "opt_jax.checkpoints.pretrained"): "from_pretrained, save_pretrained",
+    ("opt_jax.model.heads", "opt_jax.generation.generate"): "generate, prefill",
+    ("opt_jax.model.heads", "opt_jax.generation.scoring"): "score",
+}
+
+
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(tree: ast.AST, modules: dict[str, ast.AST]) -> Iterator[str]:
+    """The modules of ours that a file imports, at its top and in its functions; not what only type checkers read."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, ast.unparse(node)
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in modules else node.module for name in names if node.module in modules)
+        else:
+            yield from imported(node, modules)
+
+
+def arrows(modules: dict[str, ast.AST]) -> dict[str, set[str]]:
+    """Module -> modules that it imports, but for the root package, which loads what it names on first use."""
+    return {name: set(imported(tree, modules)) - {name, "opt_jax"} for name, tree in modules.items()}
+
+
+def room(name: str) -> int:
+    return next(i for i, prefix in enumerate(ROOMS) if name == prefix or name.startswith(prefix + "."))
+
+
+def upwards(graph: dict[str, set[str]]) -> set[tuple[str, str]]:
+    return {(a, b) for a, others in graph.items() for b in others if a != "opt_jax" and room(b) > room(a)}
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle, without the exceptions; empty where there is none."""
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return []
+        way = next(
+            (
+                way
+                for other in sorted(graph[name])
+                if (name, other) not in EXCEPTIONS and (way := visit(other, [*path, name]))
+            ),
+            [],
+        )
+        done.add(name)
+        return way
+
+    return next((way for name in sorted(graph) if (way := visit(name, []))), [])
+
+
+def ours() -> dict[str, ast.AST]:
+    paths = [*REPOSITORY.glob("opt_jax/**/*.py"), *REPOSITORY.glob("convert/*.py"), REPOSITORY / "train.py"]
+    return {module(path): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def test_no_import_goes_up():
+    assert upwards(arrows(ours())) == set(EXCEPTIONS)
+
+
+def test_no_imports_in_a_circle():
+    graph = arrows(ours())
+    assert len(graph) > 80 and not circle(graph)
+
+
+def test_an_arrow_in_a_function_and_a_circle_are_seen():
+    modules = ours()
+    modules["opt_jax.model.cache"] = ast.parse("def f():\n    from opt_jax.generation import loop")
+    graph = arrows(modules)
+    assert ("opt_jax.model.cache", "opt_jax.generation.loop") in upwards(graph)
+    assert {"opt_jax.model.cache", "opt_jax.generation.loop"} <= set(circle(graph))
