@@ -7,6 +7,7 @@ import pytest
 from support.processes import environment
 
 import opt_jax
+from opt_jax import evaluation, generation, parallel
 
 FORBIDDEN = ("torch", "transformers", "grain", "tokenizers", "safetensors", "tyro", "convert")
 
@@ -32,11 +33,8 @@ def test_using_the_model_needs_no_other_framework():
     assert not loaded.intersection({"torch", "transformers", "grain", "tensorflow"})
 
 
-@pytest.mark.parametrize("name", opt_jax.__all__)
-def test_every_public_name_resolves(name):
-    assert getattr(opt_jax, name) is not None
-
-
-def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="no attribute 'OPTForEverything'"):
-        _ = opt_jax.OPTForEverything  # pyright: ignore[reportAttributeAccessIssue]
+@pytest.mark.parametrize("package", [opt_jax, evaluation, generation, parallel])
+def test_every_public_name_resolves(package):
+    assert all(getattr(package, name) is not None for name in package.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'everything'"):
+        package.everything  # noqa: B018

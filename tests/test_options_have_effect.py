@@ -24,7 +24,7 @@ from convert import source
 from opt_jax import GenerationConfig, OPTTokenizer
 from opt_jax.checkpoints.pretrained import load_pretrained, save_pretrained
 from opt_jax.evaluation import command
-from opt_jax.evaluation.perplexity import perplexity
+from opt_jax.evaluation._perplexity import perplexity
 from opt_jax.generation import sampling
 from opt_jax.generation.config import FIELDS
 from opt_jax.generation.drafts import check_drafts

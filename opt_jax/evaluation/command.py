@@ -188,7 +188,7 @@ def read_ids(paths: Sequence[str], tokenizer: Any) -> tuple[Any, int]:
 
 
 def perplexities(options: EvalOptions, model: Any, ids: Any) -> list[dict[str, Any]]:
-    from opt_jax.evaluation.perplexity import PROTOCOLS, perplexity
+    from opt_jax.evaluation._perplexity import PROTOCOLS, perplexity
 
     asked = PROTOCOLS if options.protocol in (None, "both") else (options.protocol,)
     results = []

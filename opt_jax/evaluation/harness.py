@@ -23,7 +23,7 @@ except ImportError as error:
     raise ValueError(f"tasks need the package lm-eval ({error}): pip install 'opt-jax[eval]'") from None
 from tqdm import tqdm
 
-from opt_jax.evaluation.perplexity import check_batch_size
+from opt_jax.evaluation._perplexity import check_batch_size
 from opt_jax.generation.request import batch_bucket
 from opt_jax.model.heads import OPTForCausalLM
 from opt_jax.parallel import processes

@@ -1,1 +1,16 @@
 """From prompts to tokens: options, logits processors, compiled loops, and what runs them."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from opt_jax.generation.generate import stream
+
+__all__ = ["stream"]
+
+
+def __getattr__(name: str) -> Any:  # on first use: `GenerationConfig` alone needs no JAX
+    if name == "stream":
+        from opt_jax.generation.generate import stream
+
+        return stream
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

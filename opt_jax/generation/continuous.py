@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from opt_jax.generation.loop import DecodeState, Model, NewTokens, advance, begin, new_tokens
-from opt_jax.generation.request import Request
+from opt_jax.generation.request import Request, take_prompts
 
 _CHECK_EVERY = 8  # steps between two looks for stop strings
 
@@ -46,7 +46,7 @@ def generate(model: Model, request: Request, slots: int, progress_bar: bool | No
 
 def _begin(model: Model, request: Request, rows: np.ndarray, capacity: int):
     return begin(
-        model, request.prompts.take(rows // request.copies), request.options_of(rows), capacity=capacity,
+        model, take_prompts(request.prompts, rows // request.copies), request.options_of(rows), capacity=capacity,
         do_sample=request.do_sample, logprobs=request.logprobs, cache_dtype=request.cache_dtype,
     )  # fmt: skip
 

@@ -30,6 +30,7 @@ from opt_jax.generation.request import (
     check_batch_size,
     check_request,
     check_score,
+    take_prompts,
 )
 from opt_jax.generation.sampling import SamplingOptions
 from opt_jax.model.cache import KVCache
@@ -324,7 +325,7 @@ def _start(model: Model, request: Request, drafts: Drafts | None = None) -> tupl
     capacity = request.capacity_with(0 if drafts is None else drafts.spare(request.rows))
     _check_fits(model, request, rows * request.copies, capacity, 1 if drafts is None else drafts.count + 1)
     options = request.options_of(_padded(np.arange(request.rows), rows * request.copies))
-    prompts = request.prompts.take(_padded(np.arange(count), rows))
+    prompts = take_prompts(request.prompts, _padded(np.arange(count), rows))
     return options, loop.begin(
         model, prompts, options, capacity=capacity, copies=request.copies,
         do_sample=request.do_sample, logprobs=request.logprobs, cache_dtype=request.cache_dtype,

@@ -13,7 +13,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from opt_jax.generation import processors, sampling
 from opt_jax.generation.processors import History
-from opt_jax.generation.request import Prompts
 from opt_jax.generation.sampling import SamplingOptions
 from opt_jax.model.cache import KVCache
 from opt_jax.model.heads import OPTForCausalLM
@@ -51,6 +50,18 @@ Model = OPTForCausalLM | FlatModel
 
 def whole(model: Model) -> OPTForCausalLM:
     return model.model() if isinstance(model, FlatModel) else model
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Prompts as compiled code takes them: the real tokens of each row at its end."""
+
+    ids: Int[Any, "B T"]  # what is to be read
+    mask: Bool[Any, "B T"]
+    tokens: Int[Any, "B W"]  # all tokens before the new ones, those of the prefix too
+    lengths: Int[Any, " B"]  # real ones of these
+    prefix: KVCache | None = None
 
 
 @jax.tree_util.register_dataclass

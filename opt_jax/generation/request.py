@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool, Int
 
 from opt_jax.generation.config import GenerationConfig, check_ids, check_sequences, combine, is_integer, parse
+from opt_jax.generation.loop import Prompts
 from opt_jax.generation.memory import check_memory, column_bytes, host_memory
 from opt_jax.generation.processors import Sequences
 from opt_jax.generation.sampling import SamplingOptions
@@ -30,24 +30,6 @@ class Prefix:
 
     input_ids: np.ndarray  # [1, P]: its real tokens
     cache: KVCache  # of one row, every column written
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-    """Prompts as compiled code takes them: the real tokens of each row at its end."""
-
-    ids: Int[Any, "B T"]  # what is to be read
-    mask: Bool[Any, "B T"]
-    tokens: Int[Any, "B W"]  # all tokens before the new ones, those of the prefix too
-    lengths: Int[Any, " B"]  # real ones of these
-    prefix: KVCache | None = None
-
-    def take(self, rows: np.ndarray) -> "Prompts":
-        """Some of the rows; no more columns are read than these need."""
-        ids, mask = self.ids[rows], self.mask[rows]
-        ids, mask = _align(ids, mask, ids.shape[1])
-        return Prompts(ids, mask, self.tokens[rows], self.lengths[rows], self.prefix)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,6 +226,12 @@ def _prompts(ids: np.ndarray, mask: np.ndarray, prefix: Prefix | None, limit: in
     fill = prefix.cache.max_length - before.shape[1]  # as wide as the bucket of the prefix and that of the prompts
     tokens = np.pad(np.take_along_axis(all_ids, order, axis=1), ((0, 0), (fill, 0)))
     return Prompts(padded, padded_mask, tokens, padded_mask.sum(1, dtype=np.int32) + before.shape[1], prefix.cache)
+
+
+def take_prompts(prompts: Prompts, rows: np.ndarray) -> Prompts:
+    """Some of the rows; no more columns are read than these need."""
+    ids, mask = _align(prompts.ids[rows], prompts.mask[rows], prompts.ids.shape[1])
+    return Prompts(ids, mask, prompts.tokens[rows], prompts.lengths[rows], prompts.prefix)
 
 
 def _check_model(model: Any) -> None:

@@ -16,7 +16,7 @@ from support.processes import environment
 
 from opt_jax import OPTForCausalLM, OPTTokenizer
 from opt_jax.cli import main
-from opt_jax.evaluation.perplexity import perplexity
+from opt_jax.evaluation._perplexity import perplexity
 
 TEXT = (REPOSITORY / "LICENSE").read_text(encoding="utf-8")[:1600]
 SMALL = ["--window", "64", "--stride", "48"]

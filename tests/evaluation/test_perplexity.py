@@ -9,7 +9,7 @@ import pytest
 from reference import our_model
 
 from opt_jax import named_parameters
-from opt_jax.evaluation.perplexity import check_batch_size, perplexity, split
+from opt_jax.evaluation._perplexity import check_batch_size, perplexity, split
 from opt_jax.parallel.mesh import make_mesh
 from opt_jax.parallel.rules import param_sharding
 

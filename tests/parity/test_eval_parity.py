@@ -13,7 +13,7 @@ from oracle import make_pair, torch, transformers
 from convert import to_hf
 from convert.source import open_directory
 from opt_jax import OPTTokenizer
-from opt_jax.evaluation.perplexity import perplexity
+from opt_jax.evaluation._perplexity import perplexity
 
 VOCABULARY = 4096  # that of the tokenizer of "tiny"
 CONTEXT = 64
