@@ -7,7 +7,6 @@ from opt_jax.config import OPTConfig
 
 if TYPE_CHECKING:
     from opt_jax.generation.config import GenerationConfig
-    from opt_jax.model.decoder import stack_layers, unstack_layers
     from opt_jax.model.heads import (
         OPTForCausalLM,
         OPTForQuestionAnswering,
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     )
     from opt_jax.model.heads import OPTForCausalLM as AutoModelForCausalLM
     from opt_jax.model.quantization import quantize
+    from opt_jax.model.stacking import stack_layers, unstack_layers
     from opt_jax.text.pipelines import pipeline, score_texts, stream_text
     from opt_jax.text.tokenizer import AutoTokenizer, OPTTokenizer
 
@@ -27,8 +27,8 @@ _HOME = {
     "OPTForSequenceClassification": "model.heads",
     "OPTForQuestionAnswering": "model.heads",
     "named_parameters": "model.heads",
-    "stack_layers": "model.decoder",
-    "unstack_layers": "model.decoder",
+    "stack_layers": "model.stacking",
+    "unstack_layers": "model.stacking",
     "quantize": "model.quantization",
     "GenerationConfig": "generation.config",
     "OPTTokenizer": "text.tokenizer",

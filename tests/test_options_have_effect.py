@@ -32,6 +32,7 @@ from opt_jax.generation.generate import generate, prefill, stream
 from opt_jax.generation.processors import History, completes
 from opt_jax.generation.request import check_request
 from opt_jax.generation.scoring import score
+from opt_jax.model.decoder import DecoderInputs
 from opt_jax.model.heads import OPTPreTrainedModel
 from opt_jax.model.lora import LoRA
 from opt_jax.parallel.mesh import make_mesh, use_mesh
@@ -182,7 +183,8 @@ def test_inputs_of_models(name, labels):
     }
     others = {"labels", "logits_to_keep", "start_positions", "end_positions"} - {*labels}
     entries = {name: entry for name, entry in entries.items() if name not in others}
-    check_all(names(cls.forward), entries, call, dict(input_ids=IDS))
+    inputs = dict.fromkeys([*names(cls.forward), *(field.name for field in dataclasses.fields(DecoderInputs))])
+    check_all(inputs, entries, call, dict(input_ids=IDS))
     if len(labels) == 2 and name == "OPTForQuestionAnswering":
         with pytest.raises(ValueError, match="start_positions alone gives no loss"):
             our_model("opt-125m", name, num_hidden_layers=1)(np.ones((2, 8), np.int32), start_positions=[1, 2])

@@ -3,9 +3,10 @@
 Shapes: B batch, T tokens of this call, S keys, D hidden_size, H heads, K head_dim, P word_embed_proj_dim, L layers.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,10 @@ from jaxtyping import Array, Bool, Float, Int
 from opt_jax.config import OPTConfig
 from opt_jax.model.attention import AttentionMask, DropoutKey, attend, dropout, flash_attend
 from opt_jax.model.cache import KVCache, LayerCache
-from opt_jax.model.flash import AttentionImplementation, is_attention_kernel
+from opt_jax.model.flash import AttentionImplementation
 from opt_jax.model.outputs import BaseModelOutput
+from opt_jax.model.remat import Remat, count_parts, rematerialise, run_in_parts
+from opt_jax.model.stacking import unstack
 from opt_jax.parallel.collectives import first_part, gather_parameters, gather_tokens, own_tokens, scatter_tokens
 from opt_jax.parallel.rules import constrain, is_per_device
 
@@ -32,16 +35,6 @@ _ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {
     "swish": jax.nn.silu,
     "tanh": jnp.tanh,
 }
-Remat = Literal["none", "dots", "names", "full"]
-# What the backward pass keeps of a layer beside its input; the rest is computed again. In units of a layer's input:
-# attention's output in heads and after `out_proj` are 1 each, queries, keys and values 3, what leaves `fc1` is 4.
-_KEPT: dict[str, tuple[str, ...]] = {
-    "full": (),
-    "names": ("context", "attention_out"),
-    "dots": ("context", "attention_out", "qkv", "ffn"),
-}
-# Most bytes of one array [B, T, D] within a layer, with remat "full" in a training step: more rows run in parts.
-PART_BYTES = 2**26
 # Position p reads row p + 2 of the table, so a pad (position -1) reads row 1: HF `OPTLearnedPositionalEmbedding`.
 POSITION_OFFSET = 2
 
@@ -178,6 +171,46 @@ class OPTDecoderLayer(nnx.Module):
         return x, weights, cache
 
 
+@dataclasses.dataclass(frozen=True)
+class DecoderInputs:
+    """What `forward` of all models takes; see `OPTPreTrainedModel.__call__`."""
+
+    input_ids: Int[Array, "B T"] | None = None
+    attention_mask: Bool[Array, "B T"] | Int[Array, "B T"] | None = None
+    position_ids: Int[Array, "B T"] | None = None
+    segment_ids: Int[Array, "B T"] | None = None
+    inputs_embeds: Float[Array, "B T P"] | None = None
+    cache: KVCache | None = None
+    output_hidden_states: bool = False
+    output_attentions: bool = False
+    dropout_key: jax.Array | DropoutKey | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T)."""
+        return (self.inputs_embeds if self.input_ids is None else self.input_ids).shape[:2]  # type: ignore[reportOptionalMemberAccess]
+
+    @property
+    def mask(self) -> Bool[Array, "B T"] | None:
+        return None if self.attention_mask is None else self.attention_mask.astype(bool)
+
+    @property
+    def new_tokens(self) -> Bool[Array, "B T"]:
+        """True at real tokens of this call."""
+        return jnp.ones(self.shape, bool) if self.mask is None else self.mask
+
+    def layer_keys(self, depth: int) -> DropoutKey | None:
+        """One key for each layer, of the same rows: key [L], rows [L, B]."""
+        batch, key = self.shape[0], DropoutKey.of(self.dropout_key, self.shape[0])
+        if key is None:
+            return None
+        return DropoutKey(jax.random.split(key.key, depth), jnp.broadcast_to(key.rows, (depth, batch)))
+
+
+# Of all layers: the residual stream behind them; what goes into each, and out of the last; attention weights; caches.
+Outputs = tuple[Array, list, list, list]
+
+
 class OPTDecoder(nnx.Module):
     """Embeddings, layers and output projection: HF `OPTDecoder`.
 
@@ -213,212 +246,95 @@ class OPTDecoder(nnx.Module):
         keys = jax.random.split(rngs.params(), config.num_hidden_layers)
         # Built stacked in either case: the counters of nnx.Rngs make 96 traced constructor calls quadratic.
         layers = jax.vmap(layer)(keys)
-        self.layers = layers if scan_layers else _unstack(layers, config.num_hidden_layers)
+        self.layers = layers if scan_layers else unstack(layers, config.num_hidden_layers)
         self.config, self.implementation = config, attn_implementation
         self.remat: Remat = remat
         self.grad_dtype = jnp.dtype(grad_dtype)
 
-    def _lookup(self, ids: Int[Array, "B T"]) -> Float[Array, "B T P"]:
-        return self.embed_tokens.lookup(ids) if is_per_device() else self.embed_tokens(ids)
-
-    def __call__(
-        self,
-        input_ids: Int[Array, "B T"] | None,
-        attention_mask: Bool[Array, "B T"] | Int[Array, "B T"] | None,
-        position_ids: Int[Array, "B T"] | None,
-        segment_ids: Int[Array, "B T"] | None,
-        inputs_embeds: Float[Array, "B T P"] | None,
-        cache: KVCache | None,
-        output_hidden_states: bool,
-        output_attentions: bool,
-        dropout_key: jax.Array | DropoutKey | None,
-    ) -> BaseModelOutput:
-        if attention_mask is not None:
-            attention_mask = attention_mask.astype(bool)
-        if output_attentions and self.implementation != "xla":
+    def __call__(self, inputs: DecoderInputs) -> BaseModelOutput:
+        if inputs.output_attentions and self.implementation != "xla":
             raise ValueError(
                 f"output_attentions needs attn_implementation='xla': {self.implementation!r} never holds the weights"
             )
-        batch, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]  # type: ignore[reportOptionalMemberAccess]
-        if inputs_embeds is None:
-            assert input_ids is not None
-            inputs_embeds = self._lookup(input_ids)
-            if self.config.pad_token_id is not None:  # torch's padding_idx: looking up a pad gives its row no gradient
-                is_pad = own_tokens(input_ids == self.config.pad_token_id)[..., None]
-                inputs_embeds = jnp.where(is_pad, lax.stop_gradient(inputs_embeds), inputs_embeds)
-        x = inputs_embeds.astype(self.embed_tokens.dtype)
-        if self.project_in is not None:
-            x = self.project_in(x)
-        if position_ids is None:
-            first = None if cache is None else cache.next_position
-            position_ids = _positions(batch, length, attention_mask, segment_ids, first)
-        x = constrain(x + self.embed_positions(own_tokens(position_ids) + POSITION_OFFSET), "residual")
-
-        mask = AttentionMask(attention_mask, segment_ids, 0)
-        if cache is not None:
-            new_tokens = jnp.ones((batch, length), bool) if attention_mask is None else attention_mask
-            if not cache.fresh:
-                mask = AttentionMask(cache.advance(new_tokens).valid, None, cache.column)
-
-        depth = self.config.num_hidden_layers
-        dropout_key = DropoutKey.of(dropout_key, batch)
-        keys = None if dropout_key is None else DropoutKey(
-            jax.random.split(dropout_key.key, depth), jnp.broadcast_to(dropout_key.rows, (depth, batch))
-        )  # fmt: skip
-        states, attentions, caches = [x], [], []
-        if isinstance(self.layers, nnx.List):
-            layer_caches = [None] * depth if cache is None else cache.layers()
-            for i, layer in enumerate(self.layers):
-                key = None if keys is None else DropoutKey(keys.key[i], keys.rows[i])
-                run = partial(OPTDecoderLayer.__call__, mask=mask, cache=layer_caches[i])
-                # Outside a scan the compiler would merge what is computed again with what was computed before.
-                run = run if self.remat == "none" else _remat(run, self.remat, prevent_cse=True)
-                x, weights, layer_cache = run(layer, x, dropout_key=key)
-                states.append(x)
-                attentions.append(weights)
-                caches.append(layer_cache)
-        elif cache is not None:
-            raise ValueError("a cache needs separate layers: use opt_jax.unstack_layers(model) before decoding")
-        else:
-            parts, width = 1, self.config.hidden_size  # (fewer tokens take less memory than the sums that parts need)
-            if self.remat == "full" and is_per_device() and not output_attentions and batch * length > width:
-                most = max(1, PART_BYTES // (length * width * x.dtype.itemsize))  # rows of a part
-                parts = next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= most)
-
-            def body(x, layer_and_key):
-                layer, key = layer_and_key
-                layer = gather_parameters(layer, layer.fc1.dtype, self.grad_dtype, "model.decoder.layers.")
-                if parts > 1:
-                    x, weights = _in_parts(layer, parts, x, mask, key), None
-                else:
-                    x, weights, _ = layer(x, mask, None, key)
-                return x, (x if output_hidden_states else (), weights if output_attentions else ())
-
-            x, (xs, all_weights) = lax.scan(_remat(body, self.remat), x, (self.layers, keys))
-            states, attentions = [*states, *xs], list(all_weights)
-
-        if self.final_layer_norm is not None:
-            x = self.final_layer_norm(x)
-        if self.project_out is not None:
-            x = self.project_out(x)
+        x, cache = self._embed(inputs), inputs.cache
+        mask = AttentionMask(inputs.mask, inputs.segment_ids, 0)
+        if cache is not None and not cache.fresh:
+            mask = AttentionMask(cache.advance(inputs.new_tokens).valid, None, cache.column)
+        run = self._run_list if isinstance(self.layers, nnx.List) else self._run_scan
+        x, states, attentions, layer_caches = run(x, mask, inputs)
+        x = self._output(x)
         return BaseModelOutput(
             last_hidden_state=x,
-            hidden_states=(*states[:-1], x) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
-            cache=None if cache is None else cache.advance(new_tokens, caches),
+            hidden_states=(*states[:-1], x) if inputs.output_hidden_states else None,
+            attentions=tuple(attentions) if inputs.output_attentions else None,
+            cache=None if cache is None else cache.advance(inputs.new_tokens, layer_caches),
         )
 
+    def _embed(self, inputs: DecoderInputs) -> Float[Array, "B t D"]:
+        """Token and position embeddings, added up."""
+        x, ids, pad = inputs.inputs_embeds, inputs.input_ids, self.config.pad_token_id
+        if x is None:
+            assert ids is not None
+            x = self.embed_tokens.lookup(ids) if is_per_device() else self.embed_tokens(ids)
+            if pad is not None:  # torch's padding_idx: looking up a pad gives its row no gradient
+                x = jnp.where(own_tokens(ids == pad)[..., None], lax.stop_gradient(x), x)
+        x = x.astype(self.embed_tokens.dtype)
+        if self.project_in is not None:
+            x = self.project_in(x)
+        positions = _positions(inputs) if inputs.position_ids is None else inputs.position_ids
+        return constrain(x + self.embed_positions(own_tokens(positions) + POSITION_OFFSET), "residual")
 
-def _remat(body: Callable, remat: Remat, prevent_cse: bool = False) -> Callable:
-    """A layer's function, or the scan's body, with the policy by which its backward pass keeps or computes again."""
-    if remat == "none":
-        # All is kept but what `gather_parameters` makes, or each device would come to hold the whole model.
-        return jax.checkpoint(body, prevent_cse=False, policy=_all_but_weights) if is_per_device() else body
-    policy = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat])
-    if remat != "full":
-        policy = jax.checkpoint_policies.save_from_both_policies(policy, is_attention_kernel)
-    return jax.checkpoint(body, prevent_cse=prevent_cse, policy=policy)
+    def _run_list(self, x: Float[Array, "B T D"], mask: AttentionMask, inputs: DecoderInputs) -> Outputs:
+        """The layers one by one: decoding, and files."""
+        keys, depth = inputs.layer_keys(self.config.num_hidden_layers), self.config.num_hidden_layers
+        before = [None] * depth if inputs.cache is None else inputs.cache.layers()
+        states, attentions, caches = [x], [], []
+        for i, layer in enumerate(self.layers):
+            key = None if keys is None else DropoutKey(keys.key[i], keys.rows[i])
+            run = partial(OPTDecoderLayer.__call__, mask=mask, cache=before[i])
+            # Outside a scan the compiler would merge what is computed again with what was computed before.
+            run = run if self.remat == "none" else rematerialise(run, self.remat, prevent_cse=True)
+            x, weights, cache = run(layer, x, dropout_key=key)
+            states.append(x)
+            attentions.append(weights)
+            caches.append(cache)
+        return x, states, attentions, caches
+
+    def _run_scan(self, x: Float[Array, "B T D"], mask: AttentionMask, inputs: DecoderInputs) -> Outputs:
+        """The stacked layers under `lax.scan`: training."""
+        if inputs.cache is not None:
+            raise ValueError("a cache needs separate layers: use opt_jax.unstack_layers(model) before decoding")
+        in_parts = self.remat == "full" and not inputs.output_attentions
+        parts = count_parts(x, inputs.shape[1]) if in_parts else 1
+
+        def body(x, layer_and_key):
+            layer, key = layer_and_key
+            layer = gather_parameters(layer, layer.fc1.dtype, self.grad_dtype, "model.decoder.layers.")
+            if parts > 1:
+                x, weights = run_in_parts(layer, parts, x, mask, key), None
+            else:
+                x, weights, _ = layer(x, mask, None, key)
+            return x, (x if inputs.output_hidden_states else (), weights if inputs.output_attentions else ())
+
+        stacked = (self.layers, inputs.layer_keys(self.config.num_hidden_layers))
+        y, (states, weights) = lax.scan(rematerialise(body, self.remat), x, stacked)
+        return y, [x, *states], list(weights), []
+
+    def _output(self, x: Float[Array, "B t D"]) -> Float[Array, "B t P"]:
+        x = x if self.final_layer_norm is None else self.final_layer_norm(x)
+        return x if self.project_out is None else self.project_out(x)
 
 
-def _in_parts(
-    layer: OPTDecoderLayer, parts: int, x: Float[Array, "B T D"], mask: AttentionMask, key: DropoutKey | None
-) -> Float[Array, "B T D"]:
-    """`layer`, without a cache, over equal parts of the rows, one after another.
-
-    The backward pass does a part at a time, too, so that what it computes again, and gathers over `tensor`, exists for
-    one part only; weights are gathered, and their gradients sent, once. These come from each part in the compute dtype,
-    as they do from the whole batch otherwise, and are added up over parts in float32.
-    """
-    wide = jax.tree.map(lambda weight: weight.astype(jnp.float32), layer)
-
-    @partial(jax.checkpoint, prevent_cse=False)
-    def run(wide: OPTDecoderLayer, rows: tuple) -> Array:
-        own = jax.tree.map(lambda weight, like: weight.astype(like.dtype), wide, layer)
-        x, key_mask, segment_ids, numbers = rows
-        own_key = None if key is None else DropoutKey(key.key, numbers)
-        return own(x, AttentionMask(key_mask, segment_ids, 0), None, own_key)[0]
-
-    rows = (x, mask.key_mask, mask.segment_ids, None if key is None else key.rows)
-    rows = jax.tree.map(lambda value: value.reshape(parts, -1, *value.shape[1:]), rows)
-    return lax.map(partial(run, wide), rows).reshape(x.shape)
-
-
-def _all_but_weights(primitive: Any, *_: Any, **params: Any) -> bool:
-    # Not the gathered weights, nor what they are made of: the argument of a name would be kept in its place.
-    made = {"all_gather", "convert_element_type", "select_n", "ne"}
-    return primitive.name not in made and params.get("name") != "weights"
-
-
-def _positions(
-    batch: int,
-    length: int,
-    mask: Bool[Array, "B T"] | None,
-    segment_ids: Int[Array, "B T"] | None,
-    first: Int[Array, " B"] | None,
-) -> Int[Array, "b T"]:
+def _positions(inputs: DecoderInputs) -> Int[Array, "b T"]:
     """Position of a token: the number of real tokens before it in its row, or segment; -1 for a pad (HF's rule)."""
-    if mask is None and segment_ids is None and first is None:
-        return jnp.arange(length, dtype=jnp.int32)[None]
-    mask = jnp.ones((batch, length), bool) if mask is None else mask
+    mask, segment_ids, cache = inputs.mask, inputs.segment_ids, inputs.cache
+    if mask is None and segment_ids is None and cache is None:
+        return jnp.arange(inputs.shape[1], dtype=jnp.int32)[None]
+    mask = inputs.new_tokens
     before = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - mask.astype(jnp.int32)
-    if first is not None:
-        before += first[:, None]
+    if cache is not None:
+        before += cache.next_position[:, None]
     if segment_ids is not None:  # restart where a new segment begins
         begins = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
         before -= lax.cummax(jnp.where(begins, before, 0), axis=1)
     return jnp.where(mask, before, -1)
-
-
-def stack_layers(model: Any) -> Any:
-    """Turn a model's separate layers into the one stacked layer that runs under `lax.scan` (see `OPTDecoder`).
-
-    In place, and returned. Goes leaf by leaf, releasing the separate arrays, so two copies never exist. Works on
-    abstract models too (`nnx.eval_shape`). Nothing to do for a model that is stacked already.
-    """
-    decoder = model.base_model.decoder
-    if isinstance(decoder.layers, nnx.List):
-        layers = list(decoder.layers)
-        params = [dict(_params(layer)) for layer in layers]
-        for path, first in params[0].items():
-            first.set_value(_stacked([p[path].get_value() for p in params]))
-            for p in params[1:]:
-                p[path].set_value(None)
-        decoder.layers = layers[0]
-    return model
-
-
-def unstack_layers(model: Any) -> Any:
-    """The inverse of `stack_layers`, as gentle with memory."""
-    decoder = model.base_model.decoder
-    if not isinstance(decoder.layers, nnx.List):
-        decoder.layers = _unstack(decoder.layers, decoder.config.num_hidden_layers)
-    return model
-
-
-def _unstack(stacked: OPTDecoderLayer, depth: int) -> nnx.List:
-    structure = jax.tree.structure(stacked)
-    leaves: list[list] = [[] for _ in range(depth)]
-    for _, param in _params(stacked):
-        value = param.get_value()
-        param.set_value(None)
-        for i in range(depth):
-            leaves[i].append(_slice(value, i))
-        del value
-    return nnx.List([jax.tree.unflatten(structure, leaf) for leaf in leaves])
-
-
-def _params(module: nnx.Module) -> list[tuple[tuple, nnx.Param]]:
-    """(path, Param) in the order in which `jax.tree` flattens the module."""
-    return [(path, node) for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Param)]
-
-
-def _stacked(leaves: list) -> Any:
-    if isinstance(leaves[0], jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
-    return jnp.stack(leaves)
-
-
-def _slice(stacked: Any, i: int) -> Any:
-    if isinstance(stacked, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(stacked.shape[1:], stacked.dtype)
-    return stacked[i]

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from opt_jax.config import OPTConfig
 from opt_jax.model import cache as kv
-from opt_jax.model.decoder import OPTDecoder, Remat, linear
+from opt_jax.model.decoder import DecoderInputs, OPTDecoder, linear
 from opt_jax.model.flash import AttentionImplementation
 from opt_jax.model.inputs import check_inputs
 from opt_jax.model.outputs import (
@@ -27,6 +27,7 @@ from opt_jax.model.outputs import (
     classification_loss,
     question_answering_loss,
 )
+from opt_jax.model.remat import Remat
 from opt_jax.parallel.rules import constrain
 
 M = TypeVar("M", bound="OPTPreTrainedModel")
@@ -151,14 +152,9 @@ class OPTModel(OPTPreTrainedModel):
     def base_model(self) -> "OPTModel":
         return self
 
-    def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, segment_ids=None, inputs_embeds=None,
-        cache=None, output_hidden_states=False, output_attentions=False, dropout_key=None,
-    ) -> BaseModelOutput:  # fmt: skip
-        return self.decoder(
-            input_ids, attention_mask, position_ids, segment_ids, inputs_embeds, cache,
-            output_hidden_states, output_attentions, dropout_key,
-        )  # fmt: skip
+    def forward(self, input_ids=None, attention_mask=None, **inputs) -> BaseModelOutput:
+        """`inputs`: the other fields of `DecoderInputs`."""
+        return self.decoder(DecoderInputs(input_ids, attention_mask, **inputs))
 
 
 class OPTForCausalLM(OPTPreTrainedModel):
@@ -170,13 +166,9 @@ class OPTForCausalLM(OPTPreTrainedModel):
         self.lm_head = nnx.data(None) if tied else self._head(self.config.vocab_size, False, rngs)
 
     def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, segment_ids=None, inputs_embeds=None, labels=None,
-        cache=None, logits_to_keep=0, output_hidden_states=False, output_attentions=False, dropout_key=None,
-    ) -> CausalLMOutput:  # fmt: skip
-        out = self.model.forward(
-            input_ids, attention_mask, position_ids, segment_ids, inputs_embeds, cache,
-            output_hidden_states, output_attentions, dropout_key,
-        )  # fmt: skip
+        self, input_ids=None, attention_mask=None, *, labels=None, logits_to_keep=0, **inputs
+    ) -> CausalLMOutput:
+        out = self.model.forward(input_ids, attention_mask, **inputs)
         logits = self.logits(out.last_hidden_state[:, -logits_to_keep:])
         loss = None if labels is None else causal_lm_loss(logits, labels)
         return CausalLMOutput(
@@ -214,14 +206,8 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
         super()._build(rngs, **options)
         self.score = self._head(self.config.num_labels, False, rngs)
 
-    def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, segment_ids=None, inputs_embeds=None, labels=None,
-        cache=None, output_hidden_states=False, output_attentions=False, dropout_key=None,
-    ) -> SequenceClassifierOutput:  # fmt: skip
-        out = self.model.forward(
-            input_ids, attention_mask, position_ids, segment_ids, inputs_embeds, cache,
-            output_hidden_states, output_attentions, dropout_key,
-        )  # fmt: skip
+    def forward(self, input_ids=None, attention_mask=None, *, labels=None, **inputs) -> SequenceClassifierOutput:
+        out = self.model.forward(input_ids, attention_mask, **inputs)
         x, pad = out.last_hidden_state, self.config.pad_token_id
         if pad is None and x.shape[0] > 1:
             raise ValueError("classification of several rows needs config.pad_token_id, to find each row's last token")
@@ -247,14 +233,9 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
         self.qa_outputs = self._head(2, True, rngs)
 
     def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, segment_ids=None, inputs_embeds=None,
-        start_positions=None, end_positions=None,
-        cache=None, output_hidden_states=False, output_attentions=False, dropout_key=None,
-    ) -> QuestionAnsweringOutput:  # fmt: skip
-        out = self.model.forward(
-            input_ids, attention_mask, position_ids, segment_ids, inputs_embeds, cache,
-            output_hidden_states, output_attentions, dropout_key,
-        )  # fmt: skip
+        self, input_ids=None, attention_mask=None, *, start_positions=None, end_positions=None, **inputs
+    ) -> QuestionAnsweringOutput:
+        out = self.model.forward(input_ids, attention_mask, **inputs)
         start, end = jnp.moveaxis(self.qa_outputs(out.last_hidden_state), -1, 0)
         loss = None
         if start_positions is not None and end_positions is not None:

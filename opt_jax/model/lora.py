@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from opt_jax.model.decoder import stack_layers, unstack_layers
+from opt_jax.model.stacking import stack_layers, unstack_layers
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 _HEADS = ("score.", "qa_outputs.")

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from opt_jax.config import OPTConfig
-from opt_jax.model.decoder import stack_layers
 from opt_jax.model.heads import OPTModel
+from opt_jax.model.stacking import stack_layers
 from opt_jax.text.tokenizer import OPTTokenizer
 from opt_jax.training.options import Options
 from opt_jax.training.step import named_leaves, new_model, state_shardings

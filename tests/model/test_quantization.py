@@ -176,7 +176,7 @@ def test_without_qwix_one_line_says_what_to_install():
     """In a process that cannot find it; everything else works there, and imports none of it where it is."""
     code = """
 import sys
-import opt_jax, opt_jax.quantization
+import opt_jax, opt_jax.model.quantization
 assert "qwix" not in sys.modules
 sys.modules["qwix"] = None
 from opt_jax import OPTConfig, OPTForCausalLM, quantize
