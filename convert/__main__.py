@@ -1,14 +1,20 @@
 """`python -m convert`: any OPT checkpoint to Orbax or to Hugging Face's form; `inspect` and `verify`."""
 
+import signal
+
+# Ctrl-C ends the process: a KeyboardInterrupt amid the imports is a traceback. (A job in the background may ignore it.)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import dataclasses
 import os
 import resource
-import signal
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,6 +23,7 @@ import tyro
 
 from opt_jax.checkpoints import hub
 from opt_jax.system.disk import describe
+from opt_jax.system.interrupts import Terminated, exit_code, raises
 
 if TYPE_CHECKING:
     from convert.checkpoint import Checkpoint
@@ -164,12 +171,13 @@ def to_hf(
     except ValueError as e:
         raise UsageError(str(e)) from None
     _start(job)
-    opened = _open(names, dst, source, metaseq, write, hub.is_model if part is None else None)
-    with _Work(opened, dst, write, part) as report:
-        to_hf.convert(
-            opened, dst, dtype=write.dtype, max_shard_size=max_shard_size, shard_of=part,
-            overwrite=write.overwrite, progress=report,
-        )  # fmt: skip
+    with raises(where_ignored=False):
+        opened = _open(names, dst, source, metaseq, write, hub.is_model if part is None else None)
+        with _Work(opened, dst, write, part) as report:
+            to_hf.convert(
+                opened, dst, dtype=write.dtype, max_shard_size=max_shard_size, shard_of=part,
+                overwrite=write.overwrite, progress=report,
+            )  # fmt: skip
 
 
 def verify(
@@ -191,12 +199,17 @@ def verify(
     """
     from convert.inspect import compare
     from convert.progress import Report
+    from convert.source import is_here
 
-    # What says how to find a model is for hub ids only, which DST may be, too; the revision is SRC's.
-    local = SourceOptions(no_verify=source.no_verify)
-    how = local if hub.as_path(dst).exists() else dataclasses.replace(source, revision=None)
-    ours = _open_source([dst], how, MetaseqOptions())
+    # What says how to find a model is for hub ids only, which DST or SRC may be; the revision is SRC's.
+    ours_by = dataclasses.replace(source, revision=None)
+    if is_here(dst):
+        ours_by = SourceOptions(no_verify=source.no_verify)
+    elif is_here(against[0]):
+        source = dataclasses.replace(source, cache_dir=None, offline=False)
+    ours = _open_source([dst], ours_by, MetaseqOptions())
     theirs = _open_source(against, source, metaseq)
+    _check_no_verify(source, ours, theirs)
     ours.check()
     theirs.check()
     with Report(theirs.nbytes, quiet) as report:
@@ -218,6 +231,7 @@ def inspect(src: Files, /, source: Source = SourceOptions(), metaseq: Metaseq = 
     from convert.inspect import describe
 
     opened = _open_source(src, source, metaseq)
+    _check_no_verify(source, opened)
     for line in describe(opened):
         print(line)
     check_shapes(opened)
@@ -230,20 +244,16 @@ class UsageError(Exception):
     pass
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, of `timeout`, SLURM or a container's end: cleans up as after Ctrl-C."""
-
-
-def _terminate(*_) -> None:
-    raise Terminated
-
-
 def _repeat_lost_signals(unraisable) -> None:
     """`sys.unraisablehook`: a signal amid a garbage collection or a destructor has raised in vain; send it again."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):  # exc_value may be None, before Python 3.12
         again = signal.SIGTERM if unraisable.exc_type is Terminated else signal.SIGINT
         main_thread = threading.main_thread().ident
-        threading.Timer(0.01, signal.pthread_kill, (main_thread, again)).start()  # not here, which is such a place too
+        while True:
+            with suppress(KeyboardInterrupt):  # on a busy machine the timer is sooner than `start` is done: once more
+                # Not sent here, which is such a place too.
+                threading.Timer(0.01, signal.pthread_kill, (main_thread, again)).start()
+                return
     else:
         sys.__unraisablehook__(unraisable)
 
@@ -306,6 +316,7 @@ def _open(
             directories.check_destination(dst, write.overwrite, replaceable)
         _quiet_downloads(write.quiet)
         opened = _open_source(names, source, metaseq, from_metaseq)
+        _check_no_verify(source, opened)
         inside = os.path.realpath(dst)
         for path in (opened.where, *opened.companions):
             if inside in (real := os.path.realpath(path), *map(str, Path(real).parents)):
@@ -329,6 +340,11 @@ def _open_source(
     return open_source(names, **options, from_metaseq=from_metaseq)
 
 
+def _check_no_verify(source: SourceOptions, *opened: "Checkpoint") -> None:
+    if source.no_verify and not any(hub.is_orbax(checkpoint.where) for checkpoint in opened):
+        raise ValueError(f"--no-verify is for Orbax directories: {opened[-1].where} has no checksums")
+
+
 def _convert(
     names: Sequence[str],
     target: str,
@@ -343,9 +359,10 @@ def _convert(
         hub.check_remote(target)
     dst = hub.as_path(target)
     hub.check_array_path(dst)
-    opened = _open(names, dst, source, metaseq, write, hub.is_orbax, from_metaseq)
-    with _Work(opened, dst, write) as report:
-        convert(opened, dst, dtype=write.dtype, overwrite=write.overwrite, progress=report)
+    with raises(where_ignored=False):
+        opened = _open(names, dst, source, metaseq, write, hub.is_orbax, from_metaseq)
+        with _Work(opened, dst, write) as report:
+            convert(opened, dst, dtype=write.dtype, overwrite=write.overwrite, progress=report)
 
 
 class _Work:
@@ -416,12 +433,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore")
         sys.unraisablehook = lambda _: None
         print("interrupted; nothing half-written is left", file=sys.stderr)
-        return 143 if isinstance(e, Terminated) else 130
+        return exit_code(e)
     return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _terminate)
     sys.unraisablehook = _repeat_lost_signals
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # files to files: leave the accelerators alone
     sys.exit(main())

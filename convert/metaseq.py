@@ -20,7 +20,18 @@ import numpy as np
 
 from convert.checkpoint import Checkpoint, check_shapes
 from convert.metaseq_config import choose_config
-from convert.metaseq_parts import EMBEDDING, Part, Source, counted, is_flat, open_part, part_tensors, same
+from convert.metaseq_parts import (
+    EMBEDDING,
+    Part,
+    Source,
+    check_copies,
+    check_settings,
+    counted,
+    is_flat,
+    open_part,
+    part_tensors,
+    same,
+)
 from opt_jax.checkpoints import hub
 from opt_jax.checkpoints.arrays import LazyArray
 from opt_jax.checkpoints.chunks import Index
@@ -69,9 +80,11 @@ def open_checkpoint(files: Sequence[Path], *, config: OPTConfig | None) -> Check
     for folder in dict.fromkeys(path.parent for path in files):
         as_opened.add(folder / name for name in hub.COMPANION_FILES)
     parts = [open_part(paths) for paths in grid]
+    for part in parts[1:]:
+        check_settings(part.paths[0], part.settings, grid[0][0], parts[0].settings)
     first = grid[0][0]
     draft = choose_config(parts[0].settings, config, first)
-    checks: list[Callable[[], object]] = []
+    checks: list[Callable[[], object]] = [partial(check_copies, parts)]
     joined = _join([part_tensors(part, draft, len(grid), checks) for part in parts], draft, checks)
     if config is None and EMBEDDING in joined:
         draft = replace(draft, vocab_size=joined[EMBEDDING].shape[0])

@@ -35,7 +35,7 @@ _FIELDS: dict[str, tuple[str, type]] = {
 _NEGATED = ("disable_bias", "disable_affine_ln")
 _REQUIRED = ("decoder_layers", "decoder_embed_dim", "decoder_ffn_embed_dim", "decoder_attention_heads")
 _LIMITS = {"decoder_layers": 1000}  # a number beyond reason would take the time to make a model of it
-_TRAINING = ("dropout", "attention_dropout")  # not of the architecture: what is given counts
+TRAINING = ("dropout", "attention_dropout")  # not of the architecture: what is given counts
 # What OPT has not, and what could be overlooked because it brings no parameters of its own.
 _ONLY: dict[str, Any] = {
     "no_scale_embedding": True, "decoder_learned_pos": True, "alibi": False, "attn_variant": "default",
@@ -119,7 +119,7 @@ def choose_config(settings: Mapping[str, Any] | None, given: OPTConfig | None, w
             raise ValueError(f"{where}: {e}") from None
     for ours, (name, value) in found.items():
         want = getattr(given, ours)
-        same = want == value or (ours == "activation_function" and want in _ALSO.get(value, ())) or ours in _TRAINING
+        same = want == value or (ours == "activation_function" and want in _ALSO.get(value, ())) or ours in TRAINING
         # What was built with this one has a decoder.layer_norm, which the tensors are checked for: the 350M, which has
         # none, is post-norm whatever code of another age than its own has noted.
         stale = name == "decoder_normalize_before" and value and "no_decoder_final_norm" not in settings

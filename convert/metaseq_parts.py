@@ -5,8 +5,9 @@ Nothing stays open: a read opens its file, reads the bytes that it needs and clo
 Sources: fairscale's FullyShardedDataParallel.local_metadata_dict and _get_shard; metaseq's scripts/reshard_fsdp.py.
 """
 
+import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,17 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from convert.metaseq_config import read_settings
+from convert.metaseq_config import TRAINING, read_settings
 from opt_jax.checkpoints.arrays import LazyArray, first_difference
 from opt_jax.checkpoints.chunks import Index, Shape
 from opt_jax.checkpoints.formats.stored import Stored, locate
-from opt_jax.checkpoints.formats.torch_files import TorchFile, TorchTensor
+from opt_jax.checkpoints.formats.torch_files import Stub, TorchFile, TorchTensor, shown
 from opt_jax.config import OPTConfig
 
 EMBEDDING = "decoder.embed_tokens.weight"
 
 # Reading files ----------------------------------------------------------------------------------------------
 
+_COMPARED = (4096, 16)  # elements of a vector, rows of a matrix
 _Unit = tuple[tuple[str, Shape], ...]  # names and shapes of the tensors in a flat parameter, in order
 
 
@@ -58,6 +60,7 @@ def open_part(paths: Sequence[Path]) -> Part:
             continue
         if different := sorted(part.stored.keys() ^ shard.stored.keys()):
             raise ValueError(f"{path}: tensor {different[0]} is in it or in {paths[0]}, but not in both")
+        check_settings(path, shard.settings, paths[0], part.settings)
         if part.units != shard.units:
             raise ValueError(f"{path}: its shard_metadata are not those of {paths[0]}")
         for name, places in shard.stored.items():
@@ -66,6 +69,36 @@ def open_part(paths: Sequence[Path]) -> Part:
             part.padding[name] += padding
     assert part is not None
     return part
+
+
+def check_settings(
+    path: Path, settings: Mapping[str, Any] | None, first: Path, expected: Mapping[str, Any] | None
+) -> None:
+    """Raise ValueError unless two files are of one model, as far as both say it."""
+    ours, theirs = settings or {}, expected or {}
+    for name in sorted((ours.keys() & theirs.keys()) - set(TRAINING)):
+        if ours[name] != theirs[name] and not isinstance(ours[name], Stub):
+            a, b = (shown(repr(values[name])) for values in (ours, theirs))
+            raise ValueError(f"{path}: {name}={a} in its settings, but {b} in {first}: not of one checkpoint")
+
+
+def check_copies(parts: Sequence[Part]) -> None:
+    """Raise ValueError for a file that is a copy of another one, with the name of a third. Reads a little of each.
+
+    What is compared is a tensor of which each file holds a piece; pieces of one value, such as padding, are left out.
+    """
+    beginnings: dict[bytes, Stored] = {}
+    for part in parts:
+        split = [stored for name, stored in part.stored.items() if is_flat(name) or name == EMBEDDING]
+        for stored in max(split, key=lambda files: math.prod(files[0].shape), default=[]):
+            length, *others = stored.shape or (1,)
+            rows = min(length, _COMPARED[len(others) > 0])
+            index = (slice(0, rows), *(slice(0, n) for n in others))[: len(stored.shape)]
+            values = np.ascontiguousarray(stored.read(index)).reshape(-1).view(f"u{stored.dtype.itemsize}")
+            if values.size and (values != values[0]).any():
+                other = beginnings.setdefault(hashlib.sha256(values.tobytes()).digest(), stored)
+                if other is not stored and first_difference(stored.lazy(), other.lazy()) is None:
+                    raise ValueError(f"{stored.path} holds what {other.path} holds, bit for bit: one of them is a copy")
 
 
 def _open_file(path: Path) -> Part:

@@ -38,6 +38,8 @@ def open_source(
     if len(names) == 1 and not from_metaseq and not _is_metaseq(names[0]):
         if model is not None or config is not None:
             raise ValueError(f"--model and --config are for metaseq checkpoints, but {names[0]} has its own config")
+        if (cache_dir is not None or offline) and is_here(names[0]):
+            raise ValueError(f"--cache-dir and --offline are for hub ids, but {names[0]} is none")
         directory = hub.resolve(names[0], revision=revision, cache_dir=cache_dir, local_files_only=offline)
         return open_directory(directory, verify)
     if revision is not None or cache_dir is not None or offline:
@@ -47,6 +49,11 @@ def open_source(
 
     given = OPTConfig.preset(model) if model is not None else OPTConfig.from_hf(config) if config is not None else None
     return metaseq.open_checkpoint(metaseq.find_files(names), config=given)
+
+
+def is_here(name: str) -> bool:
+    """Whether the name stands for something other than a hub id."""
+    return name == "tiny" or hub.is_remote(name) or hub.as_path(name).exists()
 
 
 def _is_metaseq(name: str) -> bool:

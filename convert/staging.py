@@ -66,8 +66,7 @@ def join(directory: Path, plan: Mapping[str, Any]) -> None:
     with place_of(directory).locked():
         begun = read_plan(directory)
         if begun is None:
-            with temporary.new_file(directory / "plan.json") as file:
-                file.write(json.dumps(plan, indent=2).encode() + b"\n")
+            temporary.write_file(directory / "plan.json", json.dumps(plan, indent=2).encode() + b"\n")
             return
     for key in plan:
         if begun.get(key) != plan[key]:

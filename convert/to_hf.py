@@ -29,7 +29,7 @@ from opt_jax.checkpoints import chunks, directories, hub, orbax, pretrained
 from opt_jax.checkpoints.arrays import LazyArray
 from opt_jax.checkpoints.formats import hf, names
 from opt_jax.parallel import agreement
-from opt_jax.system.disk import disk_errors
+from opt_jax.system.disk import disk_errors, write_whole
 from opt_jax.system.temporary import refuse_links
 
 Progress = Callable[[str, int], None]
@@ -95,8 +95,7 @@ def convert(
                 with disk_errors(new / file.name, file.nbytes), open(new / file.name, "xb", buffering=0) as out:
                     writer.write(out.fileno(), file)
                     os.fsync(out.fileno())
-            with disk_errors(new):
-                writer.write_descriptions(new)
+            writer.write_descriptions(new)
             writer.check_written(new)
         staging.discard(staging.directory_of(destination))  # what killed workers have left
 
@@ -292,7 +291,7 @@ def _pwrite(fd: int, data: memoryview, offset: int) -> None:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(content, indent=2).encode() + b"\n")
 
 
 # Several processes ---------------------------------------------------------------------------------------------
@@ -361,8 +360,7 @@ def _write_part(writer: _Writer, directory: Path, shard_of: tuple[int, int]) -> 
 
 def _collect(writer: _Writer, directory: Path, new: Path) -> None:
     """Move the files into the directory to be published, after all else that might fail."""
-    with disk_errors(new):
-        writer.write_descriptions(new)
+    writer.write_descriptions(new)
     for file in writer.files:
         os.rename(directory / file.name, new / file.name)
     writer.check_written(new)

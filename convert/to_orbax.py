@@ -12,6 +12,7 @@ from opt_jax.checkpoints import chunks, directories, hub, orbax, pretrained
 from opt_jax.checkpoints.arrays import LazyArray
 from opt_jax.checkpoints.formats import hf
 from opt_jax.parallel import agreement
+from opt_jax.system.disk import write_whole
 
 
 def convert(
@@ -48,7 +49,7 @@ def convert(
             check_written(new, arrays)
             pretrained.copy_companions(source.companions, new)
             source.files.check()
-            (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            write_whole(new / "config.json", json.dumps(config, indent=2).encode() + b"\n")
 
         agreement.on_first_process(finish)
 

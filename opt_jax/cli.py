@@ -13,7 +13,7 @@ import tyro
 import opt_jax
 from opt_jax.evaluation.command import evaluate
 from opt_jax.system.disk import describe
-from opt_jax.system.interrupts import INTERRUPTED, ends_at_once, raises
+from opt_jax.system.interrupts import ends_at_once, exit_code, raises
 from opt_jax.system.reading import one_line
 
 DEFAULT_NEW_TOKENS = 200
@@ -157,9 +157,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"opt-jax: error: {describe(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("opt-jax: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return exit_code(interrupt)
     return 0
 
 

@@ -10,7 +10,7 @@ from conftest import REPOSITORY
 ROOMS = (
     "opt_jax.system", "opt_jax.config", "opt_jax.parallel", "opt_jax.model", "opt_jax.checkpoints",
     "opt_jax.generation", "opt_jax.text", "opt_jax.data", "opt_jax.training", "opt_jax.evaluation", "opt_jax.cli",
-    "convert", "train",
+    "opt_jax.__main__", "convert", "train",
 )  # fmt: skip
 EXCEPTIONS = {
     # Methods of the model that hand over to the rooms above, so that `model.generate(...)` works.

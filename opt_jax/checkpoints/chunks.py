@@ -8,6 +8,7 @@ their own.
 import asyncio
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -174,6 +175,8 @@ def array_specs(database: Mapping[str, Any], context: ts.Context) -> tuple[dict[
     for (key, end), content in sorted(zip(keys, reading, strict=True), key=lambda found: found[0][0]):
         checked &= _check_metadata(key.decode(), content.result().value, kinds[end])
         name = key.decode().removesuffix(end)
+        if name in specs:
+            raise ValueError(f"{name} is there twice, in zarr's formats 2 and 3: write the checkpoint again")
         kvstore = {**database, "path": name + "/"}
         specs[name] = {"driver": kinds[end], "kvstore": kvstore, "fill_missing_data_reads": False}
     if not specs:
@@ -210,7 +213,8 @@ def _check_metadata(key: str, content: bytes, driver: str) -> bool:
 
 
 def _zarr2_dtype(name: str) -> str:
-    return name if name in _WIDTHS else f"{_LETTERS[name[1]]}{8 * int(name[2:])}".replace("bool8", "bool")
+    match = re.fullmatch(r"[<>|]([biuf])([1248])", name)
+    return f"{_LETTERS[match[1]]}{8 * int(match[2])}".replace("bool8", "bool") if match else name
 
 
 def _check_depth(value: Any, depth: int) -> None:

@@ -187,13 +187,22 @@ def _in_run(path: Path) -> Path:
         path = path / "checkpoints"
     elif not (path.name in _STEPS and (absolute(path).parent / "run.json").is_file()):
         return path
-    # Other names are Orbax's temporary ones: checkpoints that were never finished. In an object store, where nothing
-    # can be renamed, it writes a file at the end.
-    done = ("params/_METADATA", *(("commit_success.txt",) if is_remote(path) else ()))
-    steps = [step for step in path.glob("*") if step.name.isdecimal() and all((step / f).is_file() for f in done)]
+    steps = sorted((step for step in path.glob("*") if _is_finished_step(step)), key=lambda step: int(step.name))
     if not steps:
         raise FileNotFoundError(f"{path.parent} is a training run without a checkpoint yet: none in {path}")
-    return max(steps, key=lambda step: int(step.name))
+    if not (steps[-1] / "params" / "_METADATA").is_file():
+        before = f", or take the one before it, {steps[-2]}" if len(steps) > 1 else ""
+        raise ValueError(f"checkpoint {steps[-1]} is damaged, without params/_METADATA: copy it from elsewhere{before}")
+    return steps[-1]
+
+
+def _is_finished_step(path: Path) -> bool:
+    """Other names are Orbax's temporary ones: checkpoints that were never finished. In an object store, where nothing
+    can be renamed, it writes a file at the end. An empty directory is of a process that was killed while it removed it.
+    """
+    if not path.name.isdecimal() or not path.is_dir():
+        return False
+    return (path / "commit_success.txt").is_file() if is_remote(path) else any(path.iterdir())
 
 
 def is_orbax(path: str | os.PathLike) -> bool:

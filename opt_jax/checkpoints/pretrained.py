@@ -35,6 +35,7 @@ from opt_jax.model.flash import AttentionImplementation
 from opt_jax.model.heads import OPTForCausalLM, OPTPreTrainedModel, named_parameters
 from opt_jax.parallel import rules
 from opt_jax.parallel.agreement import on_every_process, on_first_process
+from opt_jax.system.disk import write_whole
 from opt_jax.system.reading import read_small
 
 M = TypeVar("M", bound=OPTPreTrainedModel)
@@ -63,7 +64,7 @@ def read_companions(sources: Iterable[Path]) -> dict[str, bytes]:
 
 def copy_companions(sources: Iterable[Path], destination: Path) -> None:
     for name, content in read_companions(sources).items():
-        (destination / name).write_bytes(content)
+        write_whole(destination / name, content)
 
 
 def save_pretrained(
@@ -112,8 +113,8 @@ def save_pretrained(
 
     def write_small_files(new: Path) -> None:
         for name, content in companions.items():
-            (new / name).write_bytes(content)
-        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            write_whole(new / name, content)
+        write_whole(new / "config.json", json.dumps(config, indent=2).encode() + b"\n")
 
     on_first_process(read_small_files)  # now, for in a bucket what is overwritten goes first
     with new_directory(directory, overwrite) as new:

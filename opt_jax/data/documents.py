@@ -71,6 +71,8 @@ def find_files(paths: Sequence[str | os.PathLike], suffixes: tuple[str, ...] = (
     """
     files: list[Path] = []
     for path in map(Path, paths):
+        if not path.exists():
+            _check_readable(path)
         if path.is_dir():
             left_out: Counter[str] = Counter()
             found = sorted(_walk(path, {"__pycache__", ".git"}, suffixes, left_out))
@@ -85,9 +87,12 @@ def find_files(paths: Sequence[str | os.PathLike], suffixes: tuple[str, ...] = (
         elif path.is_file():
             files.append(path)
         elif matches := [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]:
-            files += (found := [match for match in matches if match.is_file()])
+            files += (found := [match for match in matches if not match.is_dir()])
             if not found:
                 raise ValueError(f"{matches[0]} is not a regular file or a directory of them: {path} names no other")
+            above = {parent for file in found for parent in file.parents}
+            if count := sum(match not in above for match in matches if match.is_dir()):
+                print(f"left out: {path}: {count:,} directories (name them as well to read them)", file=sys.stderr)
         else:
             what = "nothing matches" if glob.has_magic(str(path)) else "no such file or directory"
             raise FileNotFoundError(f"{path}: {what}")
@@ -112,6 +117,15 @@ def _walk(root: Path, skip: set[str], suffixes: tuple[str, ...], left_out: Count
                 yield Path(directory, name)
             elif not name.endswith(".npy.json"):  # what `opt-jax tokenize` writes beside an array
                 left_out[Path(name).suffix.lower() or "without ending"] += 1
+
+
+def _check_readable(pattern: Path) -> None:
+    """Raise OSError for a directory that a glob would look into, but that cannot be read: it passes over such ones."""
+    for i, part in enumerate(pattern.parts):
+        if glob.has_magic(part):
+            looked_into = Path(*pattern.parts[: i + (part == "**")])
+            for directory in glob.glob(f"{looked_into}/", recursive=True):
+                os.scandir(directory).close()
 
 
 def _raise(error: OSError) -> NoReturn:

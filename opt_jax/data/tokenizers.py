@@ -9,6 +9,7 @@ from etils import epath
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
+from opt_jax.system.disk import write_whole
 from opt_jax.system.reading import read_small
 from opt_jax.text.tokenizer import OPTTokenizer
 
@@ -47,7 +48,7 @@ def tokenizer_to_bytes(tokenizer: OPTTokenizer) -> bytes:
 def tokenizer_from_bytes(data: bytes) -> OPTTokenizer:
     with TemporaryDirectory() as directory:
         for name, text in json.loads(data).items():
-            Path(directory, name).write_text(text, encoding="utf-8")
+            write_whole(Path(directory, name), text.encode())
         return OPTTokenizer.from_pretrained(directory)
 
 
@@ -57,7 +58,7 @@ def save_tokenizer(tokenizer: OPTTokenizer, directory: epath.Path) -> None:
         directory.rmtree()
     directory.mkdir(parents=True)
     for name, text in json.loads(tokenizer_to_bytes(tokenizer)).items():
-        (directory / name).write_bytes(text.encode())
+        write_whole(directory / name, text.encode())
 
 
 def read_tokenizer(directory: epath.Path) -> OPTTokenizer:

@@ -8,6 +8,7 @@ there is nothing to check it against.
 import hashlib
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -27,7 +28,7 @@ from opt_jax.data.documents import BLOCK, TEXT_SUFFIXES, BadRecords, HFSource, c
 from opt_jax.data.tokenizers import tokenizer_from_bytes, tokenizer_to_bytes
 from opt_jax.model.ids import as_ids
 from opt_jax.system.reading import one_line, open_regular, read_small
-from opt_jax.system.temporary import new_file, refuse_links
+from opt_jax.system.temporary import new_file, refuse_links, unfinished_files
 from opt_jax.text.tokenizer import OPTTokenizer
 
 _TASK = 1 << 20  # characters that a worker takes at once
@@ -191,12 +192,17 @@ def write_tokens(
 
     Raises:
       ValueError: a bad record without `skip_bad`, no documents, or a failed worker; or `output`.json is not ours.
-      FileExistsError: see `new_file`.
+      FileExistsError: `output` is there, and is not ours; or see `new_file`.
     """
     beside = Path(f"{output}.json")
     refuse_links(beside)
     if beside.exists():
         _made_by(beside)
+    elif output.is_file() and output.stat().st_size and not unfinished_files(output.parent, re.escape(beside.name)):
+        raise FileExistsError(
+            f"{output} is there already, without the {beside.name} that opt-jax tokenize writes beside an array: "
+            "move it elsewhere, or choose another name"
+        )
     bad = BadRecords(skip_bad)
     most = max(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).values())  # a vocabulary may have holes
     dtype = np.dtype(np.uint16 if most < 1 << 16 else np.int32)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import opt_jax
-from opt_jax.system.temporary import new_file, refuse_links
+from opt_jax.system.temporary import check_new_file, write_file
 
 PROGRAM = "opt-jax"
 _TEXT_ONLY = ("protocol", "window", "stride")
@@ -109,7 +109,14 @@ def check(options: EvalOptions) -> None:
     if options.output is not None and (options.output.is_dir() or not options.output.absolute().parent.is_dir()):
         raise ValueError(f"--output {options.output}: must be a file in a directory that is there")
     if options.output is not None:
-        refuse_links(options.output)
+        check_new_file(options.output, _is_report, "a report of opt-jax eval")
+
+
+def _is_report(content: bytes) -> bool:
+    with contextlib.suppress(ValueError, RecursionError):
+        report = json.loads(content)
+        return isinstance(report, dict) and {"model", "versions", "results"} <= report.keys()
+    return False
 
 
 def _evaluate(options: EvalOptions) -> None:
@@ -148,8 +155,7 @@ def _evaluate(options: EvalOptions) -> None:
         text = json.dumps(_finite(report), indent=2, default=_plain, allow_nan=False, ensure_ascii=False) + "\n"
         print(text if options.json else shown, end="", flush=True)
         if options.output is not None:
-            with new_file(options.output) as file:
-                file.write(text.encode())
+            write_file(options.output, text.encode())
 
 
 def load(options: EvalOptions) -> Any:

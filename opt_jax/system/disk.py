@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from opt_jax.system.reading import one_line
 
@@ -49,6 +50,12 @@ def disk_errors(path: str | os.PathLike, nbytes: int | None = None) -> Iterator[
         if (explained := _explained(error, os.fspath(path), nbytes)) is not None:
             raise explained from None
         raise
+
+
+def write_whole(path: Any, content: bytes) -> None:
+    """Write a file of a directory that is not there under its final name yet, on a disk or in an object store."""
+    with disk_errors(path, len(content)):
+        path.write_bytes(content)
 
 
 def _explained(error: BaseException, path: str, nbytes: int | None) -> OSError | None:

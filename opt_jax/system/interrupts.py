@@ -7,7 +7,6 @@ KeyboardInterrupt is swallowed or wrapped in a callback, in a destructor, amid J
 import os
 import select
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -63,18 +62,39 @@ def ends_at_once(line: str) -> Signals:
     return Signals(act, signal.SIGINT)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, of `timeout`, SLURM or a container's end: cleans up as after Ctrl-C."""
+
+
 @contextmanager
-def raises() -> Iterator[None]:
-    """Context in which Ctrl-C raises KeyboardInterrupt, even where a shell has started us with it ignored, and SIGTERM
-    raises SystemExit with the exit code that shells use for it (143)."""
+def raises(where_ignored: bool = True) -> Iterator[None]:
+    """Context in which Ctrl-C raises KeyboardInterrupt, and SIGTERM `Terminated`.
+
+    An extension module makes an ImportError of one that comes while it is imported. So once a signal has come, that is
+    what the block raises, whatever else ends it.
+
+    where_ignored: Ctrl-C does so even where a shell has started us with it ignored.
+    """
+    kinds = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+    came: list[int] = []
 
     def end(number: int, _: object) -> None:
-        sys.exit(128 + number)
+        came.append(number)
+        raise kinds[signal.Signals(number)]
 
-    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: end}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    numbers = [n for n in kinds if where_ignored or signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in numbers}
     try:
         yield
+    except Exception:
+        if came:
+            raise kinds[signal.Signals(came[0])] from None
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not Python's
+
+
+def exit_code(interrupt: KeyboardInterrupt) -> int:
+    """As shells say it of a program that the signal ended."""
+    return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)

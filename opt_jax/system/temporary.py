@@ -11,13 +11,14 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from opt_jax.system.disk import disk_errors
+from opt_jax.system.reading import read_small
 
 MARKER = ".opt-jax"
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -164,13 +165,8 @@ def new_file(path: str | os.PathLike, nbytes: int | None = None) -> Iterator[Bin
       IsADirectoryError: it is a directory.
     """
     path = Path(path)
-    refuse_links(path)
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if path.exists() and not path.is_file():
-        raise FileExistsError(f"{path} is a pipe or a device, which no file takes the place of: choose another name")
-    # A name of its own: even where locks do not reach across machines, two writers never share a file.
-    part = path.with_name(f"{path.name}.opt-jax-{uuid.uuid4().hex}.part")
+    _refuse_no_file(path)
+    part = _part_of(path)
     # Of two that begin in the same moment one sees the other, which has its lock.
     with disk_errors(path, nbytes), _alone_in(path.parent):
         for left in unfinished_files(path.parent, re.escape(path.name)):
@@ -188,6 +184,48 @@ def new_file(path: str | os.PathLike, nbytes: int | None = None) -> Iterator[Bin
             os.rename(part, path)
         finally:
             part.unlink(missing_ok=True)
+
+
+def write_file(path: str | os.PathLike, content: bytes) -> None:
+    """Write the file as a whole. If that fails, what was there before stays.
+
+    Raises:
+      FileExistsError, IsADirectoryError, OSError: see `new_file`.
+    """
+    with new_file(path, len(content)) as file:
+        file.write(content)
+
+
+def check_new_file(path: str | os.PathLike, is_ours: Callable[[bytes], bool], what: str) -> None:
+    """Raise before the work what `new_file` would raise behind it.
+
+    is_ours: of the content of a file that is there; it is replaced by `what` only if it is one itself, or empty.
+
+    Raises:
+      FileExistsError: there is another file.
+      FileExistsError, IsADirectoryError, OSError: see `new_file`.
+    """
+    path = Path(path)
+    _refuse_no_file(path)
+    if path.exists() and (content := read_small(path)) and not is_ours(content):
+        raise FileExistsError(f"{path} is there already, and is not {what}: move it elsewhere, or choose another name")
+    with disk_errors(path):
+        part = _part_of(path)
+        os.close(os.open(part, _FLAGS | os.O_EXCL, 0o666))
+        part.unlink(missing_ok=True)
+
+
+def _refuse_no_file(path: Path) -> None:
+    refuse_links(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is a pipe or a device, which no file takes the place of: choose another name")
+
+
+def _part_of(path: Path) -> Path:
+    # A name of its own: even where locks do not reach across machines, two writers never share a file.
+    return path.with_name(f"{path.name}.opt-jax-{uuid.uuid4().hex}.part")
 
 
 @contextmanager

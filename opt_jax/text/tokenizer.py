@@ -18,8 +18,9 @@ from tokenizers.models import BPE
 
 from opt_jax.checkpoints import hub
 from opt_jax.model.ids import as_array
+from opt_jax.system.disk import write_whole
 from opt_jax.system.reading import note_without_effect, read_small
-from opt_jax.system.temporary import new_file, refuse_links
+from opt_jax.system.temporary import refuse_links, write_file
 from opt_jax.text.streaming import StopStrings
 from opt_jax.text.tokenizer_files import (
     WITHOUT_EFFECT,
@@ -163,7 +164,7 @@ class OPTTokenizer(Vocabulary):
         if hub.is_remote(folder):
             with TemporaryDirectory() as copy:
                 for file in filter(lambda path: path.is_file(), (folder / name for name in hub.TOKENIZER_FILES)):
-                    Path(copy, file.name).write_bytes(read_small(file))
+                    write_whole(Path(copy, file.name), read_small(file))
                 return cls.from_pretrained(copy, **sides)
         config = read_json(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:  # else the other two files are leftovers of old versions, as in HF
@@ -406,8 +407,7 @@ class OPTTokenizer(Vocabulary):
         for file, content in (("tokenizer_config.json", config), ("special_tokens_map.json", named)):
             contents[file] = f"{json.dumps(content, indent=2, ensure_ascii=False)}\n".encode()
         for name, content in contents.items():
-            with new_file(folder / name, len(content)) as file:
-                file.write(content)
+            write_file(folder / name, content)
 
 
 AutoTokenizer = OPTTokenizer

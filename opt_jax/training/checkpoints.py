@@ -216,10 +216,11 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait until everything is written."""
-        try:
-            self._wait()
-        finally:
-            self._manager.close()
+        with disk_errors(*self._writing):
+            try:
+                self._wait()
+            finally:
+                self._manager.close()  # which raises the error of another part of the checkpoint, if there is one
 
     def __enter__(self) -> "Checkpoints":
         return self

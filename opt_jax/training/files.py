@@ -14,7 +14,7 @@ from etils import epath
 from opt_jax.checkpoints.hub import as_path, check_array_path, check_remote, is_remote
 from opt_jax.system.disk import disk_errors
 from opt_jax.system.reading import open_regular, read_small
-from opt_jax.system.temporary import MARKER, new_file, refuse_links
+from opt_jax.system.temporary import MARKER, refuse_links, write_file
 
 LOCK = f"{MARKER}.lock"  # see run_lock.py
 _UPLOAD_SECONDS = 60.0
@@ -84,8 +84,7 @@ def write_text(path: epath.Path, text: str) -> None:
     if is_remote(path):  # an object appears when it is complete
         path.write_bytes(data)
     else:
-        with new_file(path, len(data)) as file:
-            file.write(data)
+        write_file(path, data)
 
 
 def read_metrics(path: epath.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -71,20 +71,24 @@ class WandB:
         if not path.exists():
             write_text(path, uuid.uuid4().hex[:12] + "\n")
         run_id = read_small(path).decode().strip()
+        self._directory = output / "wandb"  # an error of writing there has no name
         try:
-            self._run = wandb.init(
-                project=project, id=run_id, resume="allow", name=output.name, config=config,
-                dir=None if is_remote(output) else str(output),
-            )  # fmt: skip
+            with disk_errors(self._directory):
+                self._run = wandb.init(
+                    project=project, id=run_id, resume="allow", name=output.name, config=config,
+                    dir=None if is_remote(output) else str(output),
+                )  # fmt: skip
         except wandb.Error as error:  # no key, no network
             raise ValueError(f"--wandb {project}: {error}") from None
 
     def write(self, values: dict[str, Any]) -> None:
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
-        self._run.log(numbers, step=int(numbers.pop("step")))
+        with disk_errors(self._directory):
+            self._run.log(numbers, step=int(numbers.pop("step")))
 
     def close(self) -> None:
-        self._run.finish()
+        with disk_errors(self._directory):
+            self._run.finish()
 
 
 class Trace:

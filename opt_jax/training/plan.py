@@ -23,7 +23,7 @@ from rich.table import Table
 
 from opt_jax.config import OPTConfig
 from opt_jax.parallel.hlo import Program, collective_bytes
-from opt_jax.system.temporary import new_file
+from opt_jax.system.temporary import write_file
 from opt_jax.training.flops import flops_per_token
 
 # device_kind -> HBM that a program may use, bytes: what libtpu 0.0.42 says where a program does not fit. (A device of
@@ -220,5 +220,4 @@ def report(plan: dict[str, Any], output: str | None) -> None:
     table.add_row("largest micro-batch", str(plan["largest_micro_batch"] or "none"), plan["advice"])
     Console().print(table)
     if output is not None:
-        with new_file(output) as file:
-            file.write(json.dumps(plan, indent=2).encode() + b"\n")
+        write_file(output, json.dumps(plan, indent=2).encode() + b"\n")

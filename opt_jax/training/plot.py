@@ -1,5 +1,6 @@
 """Curves of training runs, from their `metrics.jsonl` to a picture."""
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from opt_jax.system.temporary import new_file
+from opt_jax.system.temporary import check_new_file, write_file
 from opt_jax.training import files
 
 # Title, scale, and (name in metrics.jsonl, how to draw it) of each curve.
@@ -22,6 +23,8 @@ MEASURES: tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]] = (
     "on held-out examples: accuracy, F1, exact match", "linear",
     (("val_accuracy", dict(marker="o")), ("val_f1", dict(marker="o")), ("val_exact_match", dict(marker="x"))),
 )  # fmt: skip
+
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:
@@ -46,6 +49,7 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
 
     Raises:
       FileNotFoundError, ValueError: see `metrics_of`; or matplotlib is missing.
+      FileExistsError: `output` is there, and is no PNG; or see `new_file`.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -53,6 +57,7 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
     except ImportError as error:
         raise ValueError(f"plot needs the package matplotlib ({error}): pip install 'opt-jax[plot]'") from None
     measured = [(run, metrics_of(run)) for run in runs]
+    check_new_file(output, lambda content: content.startswith(_PNG), "a PNG")
     names = {name for _, lines in measured for line in lines for name in line}
     panels = (*PANELS[:3], MEASURES) if names & {name for name, _ in MEASURES[2]} else PANELS
 
@@ -75,5 +80,6 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
         right = figure.axes[0].secondary_yaxis("right")  # the same ticks, as perplexities
         right.set_ylabel("perplexity")
         right.yaxis.set_major_formatter(lambda loss, _: f"{math.exp(min(loss, 99)):,.{0 if loss > 5 else 2}f}")
-    with new_file(output) as file:
-        figure.savefig(file, format="png", dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_file(output, picture.getvalue())

@@ -311,6 +311,7 @@ HOSTILE = {
     "float for a shape": json.dumps(METADATA | {"shape": [4.0]}).encode(),
     "dtype": json.dumps(METADATA | {"data_type": "complex128"}).encode(),
     "dtype zarr2": json.dumps(ZARR2 | {"dtype": [["a", "<f4"]]}).encode(),
+    "complex zarr2": json.dumps(ZARR2 | {"dtype": "<c8"}).encode(),
     "wide dtype zarr2": json.dumps(ZARR2 | {"dtype": "|S1000000000"}).encode(),
 }  # fmt: skip
 
@@ -323,6 +324,15 @@ def test_metadata_are_checked_before_tensorstore_sees_them(tmp_path, monkeypatch
     with pytest.raises(ValueError, match=rf"^{directory} cannot be read: {key}") as error:
         open_arrays(directory)
     assert str(error.value).isprintable() and len(str(error.value)) < 500
+
+
+def test_an_array_in_two_formats_is_refused(tmp_path):
+    directory = write(tmp_path / "params")
+    name = next(iter(ARRAYS)).replace("/", ".")
+    database = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{directory}/"}).result()
+    database.write(f"{name}/.zarray", json.dumps(ZARR2).encode()).result()
+    with pytest.raises(ValueError, match=f"cannot be read: {name} is there twice, in zarr's formats 2 and 3"):
+        open_arrays(directory)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "link to a device", "dangling link"])

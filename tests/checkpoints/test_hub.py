@@ -166,3 +166,13 @@ def test_links_to_files_are_read(tmp_path):
     for name in ("config.json", "vocab.json", "model.safetensors"):
         (tmp_path / name).symlink_to("blob")
     assert hub.resolve(tmp_path) == tmp_path
+
+
+def test_a_damaged_newest_checkpoint_is_not_passed_over(tmp_path):
+    run = make_run(tmp_path / "run", "4", "8")
+    (run / "checkpoints" / "12").mkdir()  # of a process that was killed while it removed it
+    (run / "checkpoints" / "16.orbax-checkpoint-tmp").mkdir()
+    assert hub.resolve(run) == run / "checkpoints" / "8"
+    (run / "checkpoints" / "8" / "params" / "_METADATA").unlink()
+    with pytest.raises(ValueError, match=r"checkpoints/8 is damaged, .*or take the one before it, .*checkpoints/4"):
+        hub.resolve(run)

@@ -1,6 +1,8 @@
 """The commands of `python -m convert` beside the conversion itself, and the checkpoints of train.py as a source."""
 
 import json
+import re
+import resource
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -162,15 +164,24 @@ def test_bad_usage_is_exit_code_2(tmp_path, capsys, args, message):
     "args, message",
     [
         (["tiny", "DST", "--revision", "main"], "revision='main' is for models on the hub"),
+        (["inspect", "tiny", "--offline"], "--cache-dir and --offline are for hub ids, but tiny is none"),
+        (["to-hf", "tiny", "DST", "--cache-dir", "DST"], "--cache-dir and --offline are for hub ids, but tiny is none"),
+        (["verify", "tiny", "--against", "tiny", "--offline"], "--cache-dir and --offline are for hub ids, but tiny"),
+        (["HF", "DST", "--no-verify"], "--no-verify is for Orbax directories: HF has no checksums"),
+        (["inspect", "HF", "--no-verify"], "--no-verify is for Orbax directories: HF has no checksums"),
+        (["verify", "HF", "--against", "HF", "--no-verify"], "--no-verify is for Orbax directories: HF has no"),
         (["to-hf", "tiny", "DST", "--model", "125m"], "--model and --config are for metaseq checkpoints"),
         (["to-hf", "nowhere.pt", "DST", "--revision", "main"], "are for hub ids, not for metaseq files"),
         (["metaseq", "nowhere.pt", "DST", "--model", "125m"], "nowhere.pt is not there"),
     ],
 )
 def test_options_that_do_not_fit_the_source(tmp_path, capsys, args, message):
-    args = [str(tmp_path / "out") if arg == "DST" else arg for arg in args]
-    assert message in failed(capsys, 1, *args)
-    assert list(tmp_path.iterdir()) == []
+    source = str(tmp_path / "hf")
+    if "HF" in args:
+        write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
+    args = [{"DST": str(tmp_path / "out"), "HF": source}.get(arg, arg) for arg in args]
+    assert message.replace("HF", source) in failed(capsys, 1, *args)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"] * (source in args)
 
 
 @pytest.mark.parametrize("command", [[], ["metaseq"], ["to-hf"], ["verify"], ["inspect"]])
@@ -209,3 +220,19 @@ def test_checkpoints_of_a_training_run(tmp_path, capsys, tied):
                 np.testing.assert_array_equal(param.get_value(), params[path].get_value())
         assert json.loads((out / "config.json").read_text())["torch_dtype"] == "float32"  # as they are trained
         assert (out / "vocab.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("command", ["", "to-hf"])
+def test_a_full_disk_behind_the_weights_names_file_and_bytes(tmp_path, capsys, command):
+    """A limit on the size of files fails where a full disk does, without being root."""
+    source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
+    (source / "vocab.json").write_text("x" * 300_000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        assert main([*command.split(), str(source), str(tmp_path / "out"), "--quiet"]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"error: .*vocab.json: File too large \(300,000 bytes are needed\): .*\n", said), said
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]

@@ -151,6 +151,9 @@ def rename(files: dict, old: str, new: str) -> None:
     files[new] = files.pop(old)
 
 
+LAST = "reshard-model_part-2-shard3.pt"
+
+
 BAD_FILES = {
     "missing-part": (lambda f: f.pop("reshard-model_part-1-shard0.pt"), "reshard-model_part-1-shard0.pt is missing"),
     "missing-shard": (lambda f: f.pop("reshard-model_part-0-shard10.pt"), "reshard-model_part-0-shard10.pt is missing"),
@@ -170,6 +173,14 @@ BAD_FILES = {
         lambda f: rename(f, "reshard-model_part-1-shard2.pt", "reshard.pt"),
         "(reshard.pt is of another|is of another .*reshard.pt)",
     ),
+    "copied-part": (
+        lambda f: f.update({name.replace("part-0", "part-1"): f[name] for name in sorted(f) if "part-0" in name}),
+        "part-1-shard0.pt holds what .*part-0-shard0.pt holds, bit for bit",
+    ),
+    "settings": (
+        lambda f: f[LAST].update(cfg={"model": namespace(settings(CONFIG, activation_fn="tanh"))}),
+        "part-2-shard3.pt: activation_fn='tanh' in its settings, but 'relu' in .*part-2-shard0.pt",
+    ),
 }
 
 
@@ -179,7 +190,7 @@ def test_bad_sets_of_files(tmp_path, case):
     files = contents(hf_weights(CONFIG), parts=3, shards=12, flat=True, cfg=CFG)
     change(files)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        metaseq.open_checkpoint(write(tmp_path, files), config=given())
+        metaseq.open_checkpoint(write(tmp_path, files), config=given()).check()
 
 
 @pytest.mark.parametrize("config", [given(), None])
@@ -214,7 +225,6 @@ def test_no_files():
 
 # Contents ---------------------------------------------------------------------------------------------------
 
-LAST = "reshard-model_part-2-shard3.pt"
 FLAT = "decoder.layers.1.flat_param_0"
 PART = "reshard-model_part-2.pt"
 

@@ -246,3 +246,36 @@ def test_limits_of_a_record_and_of_a_text_without_spaces(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "_LONGEST", 1 << 19)
     with pytest.raises(ValueError, match=r"b\.jsonl: 0 Mi characters without a space"):
         list(pieces([tmp_path / "b.jsonl"], BadRecords(), 1000))
+
+
+def test_a_glob_says_what_it_leaves_out(tmp_path, capsys):
+    for name in ("a.txt", "sub/b.txt", "other/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    assert find_files([f"{tmp_path}/*"]) == [tmp_path / "a.txt"]
+    assert capsys.readouterr().err == f"left out: {tmp_path}/*: 2 directories (name them as well to read them)\n"
+    assert len(find_files([f"{tmp_path}/**"])) == 3 and capsys.readouterr().err == ""
+    (tmp_path / "d.txt").symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError, match=r"d\.txt"):
+        find_files([f"{tmp_path}/*.txt"])
+
+
+@pytest.mark.parametrize("pattern", ["*/*.txt", "**/*.txt", "**", "s*/deeper/*"])
+def test_a_glob_does_not_pass_over_a_directory_that_cannot_be_read(tmp_path, monkeypatch, pattern):
+    (tmp_path / "sub" / "deeper").mkdir(parents=True)
+    (tmp_path / "a").mkdir()
+    for name in ("a/a.txt", "sub/b.txt", "sub/deeper/c.txt"):
+        (tmp_path / name).write_text("text")
+    monkeypatch.chdir(tmp_path)  # the directories above it are for this user only
+    tmp_path.chmod(0o755)
+    closed = tmp_path / "sub" / "deeper" if "deeper" in pattern else tmp_path / "sub"
+    closed.chmod(0)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)  # root can read everything
+        with pytest.raises(PermissionError, match=closed.name):
+            find_files([pattern])
+    finally:
+        os.seteuid(user)
+        closed.chmod(0o755)

@@ -123,6 +123,8 @@ def test_on_a_mesh(file, expected, capsys):
     (["--data", "FILE", "--mesh", "rows=2"], "mesh: unknown axis 'rows'"),
     (["--data", "FILE", "--attention", "splash"], "attention splash needs a TPU"),
     (["--data", "FILE", "--output", "/no/such/place/x.json"], "--output .*: must be a file in a directory that is"),
+    (["--data", "FILE", "--output", "FILE"], "text.txt is there already, and is not a report of opt-jax eval"),
+    (["--data", "FILE", "--output", "x" * 230], "xxx: File name too long: choose a shorter name"),
     (["--data", "nowhere.txt"], "nowhere.txt: no such file or directory"),
     (["--data", "hf:nowhere"], "hf:nowhere: cannot be loaded|hf:nowhere needs the package datasets"),
 ])  # fmt: skip

@@ -6,14 +6,17 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 from conftest import REPOSITORY
 from support.processes import environment
 
+from convert.__main__ import _repeat_lost_signals
 from opt_jax.parallel import processes
-from opt_jax.system.interrupts import Signals, raises, say
+from opt_jax.system.interrupts import Signals, Terminated, exit_code, raises, say
 from opt_jax.training.checkpoints import Termination
 
 
@@ -37,6 +40,36 @@ def test_a_signal_amid_a_garbage_collection_reaches_the_thread_and_all_is_restor
         assert came.is_set() and signal.getsignal(signal.SIGINT) is handler
         assert signal.set_wakeup_fd(-1) == -1
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("number, kind", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_a_signal_that_an_extension_module_makes_an_import_error_of_is_not_lost(number, kind):
+    with pytest.raises(KeyboardInterrupt) as interrupt, raises():
+        try:
+            send(number)
+        except KeyboardInterrupt:
+            raise ImportError("Encountered an error while initializing the extension.") from None
+    assert interrupt.type is kind and exit_code(interrupt.value) == 128 + number
+    with pytest.raises(ImportError), raises():
+        raise ImportError("no such module")
+
+
+def test_a_lost_signal_that_is_repeated_too_soon_is_repeated_again(monkeypatch):
+    class Busy(threading.Timer):
+        count = 0
+
+        def start(self) -> None:
+            Busy.count += 1
+            super().start()
+            if Busy.count == 1:
+                self.join()  # the signal has been sent
+                time.sleep(10)
+
+    monkeypatch.setattr(threading, "Timer", Busy)
+    with pytest.raises(KeyboardInterrupt), raises():
+        _repeat_lost_signals(SimpleNamespace(exc_type=KeyboardInterrupt))
+        time.sleep(10)
+    assert Busy.count == 2
 
 
 def test_ctrl_c_ends_at_once_before_the_first_step_then_saves_and_the_second_ends(monkeypatch, capfd):
@@ -81,13 +114,15 @@ def test_a_line_for_a_pipe_that_nobody_reads_is_given_up():
             os.close(descriptor)
 
 
+@pytest.mark.parametrize("program, module", [("train.py", "jax"), ("-m opt_jax", "tyro"), ("-m convert", "tyro")])
 @pytest.mark.parametrize("ignored", [False, True])
-def test_amid_the_imports_ctrl_c_ends_train_py_but_not_a_job_in_the_background(tmp_path, ignored):
+def test_amid_the_imports_ctrl_c_ends_a_program_but_not_a_job_in_the_background(tmp_path, ignored, program, module):
     """A shell lets its jobs in the background ignore Ctrl-C."""
     code = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemExit('went on')"
-    (tmp_path / "jax.py").write_text(code)  # the first import that takes long
-    command = f"trap '' INT; exec {sys.executable} train.py" if ignored else f"exec {sys.executable} train.py"
+    (tmp_path / f"{module}.py").write_text(code)  # the first import that takes long
+    command = f"exec {sys.executable} {program}"
     run = subprocess.run(
-        ["sh", "-c", command], cwd=REPOSITORY, env=environment(PYTHONPATH=str(tmp_path)), capture_output=True, text=True
+        ["sh", "-c", f"trap '' INT; {command}" if ignored else command], cwd=REPOSITORY,
+        env=environment(PYTHONPATH=f"{tmp_path}:{REPOSITORY}"), capture_output=True, text=True,
     )  # fmt: skip
     assert (run.returncode, run.stderr) == ((1, "went on\n") if ignored else (-signal.SIGINT, ""))

@@ -273,6 +273,16 @@ def test_tokenize_keeps_a_foreign_file_beside_its_array(tmp_path):
     write_array(tmp_path / "out")
 
 
+def test_tokenize_keeps_an_array_that_it_did_not_write(tmp_path):
+    (tmp_path / "out").write_text("my own array")
+    with pytest.raises(FileExistsError, match=r"out is there already, without the out\.json"):
+        write_array(tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "my own array" and not (tmp_path / "out.json").exists()
+    (tmp_path / f"out.json.opt-jax-{1:032x}.part").write_text("of a process killed between the two files")
+    write_array(tmp_path / "out")
+    assert (tmp_path / "out.json").exists()
+
+
 def test_a_tokenizer_is_not_saved_through_links(tmp_path):
     """In the hub's cache all files are links to blobs."""
     tokenizer = OPTTokenizer.from_pretrained("tiny")

@@ -3,6 +3,7 @@
 import builtins
 import json
 import re
+import resource
 
 import pytest
 
@@ -90,6 +91,32 @@ def test_bad_runs_are_one_clear_error(tmp_path, capsys, content, message):
     assert error.startswith("opt-jax: error: ") and error.count("\n") == 1
     assert re.search(message, error), error
     assert not (run / "curves.png").exists()
+
+
+def test_a_file_that_is_no_picture_is_not_replaced(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    before = (run / "metrics.jsonl").read_bytes()
+    assert main(["plot", str(run), "--output", str(run / "metrics.jsonl")]) == 1
+    assert "metrics.jsonl is there already, and is not a PNG: move it elsewhere" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_bytes() == before and len(list(run.iterdir())) == 1
+    for content in (b"", PNG + b"an older one"):
+        (tmp_path / "c.png").write_bytes(content)
+        assert main(["plot", str(run), "--output", str(tmp_path / "c.png")]) == 0
+        assert len((tmp_path / "c.png").read_bytes()) > 1000
+
+
+def test_a_full_disk_names_the_bytes_needed(tmp_path, capsys):
+    """A limit on the size of files fails where a full disk does, without being root."""
+    run = make_run(tmp_path / "run")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        assert main(["plot", str(run)]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().err
+    assert re.search(r"curves.png: File too large \([\d,]{5,} bytes are needed\): ", said), said
+    assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]
 
 
 def test_no_run_and_no_matplotlib(tmp_path, capsys, monkeypatch):

@@ -1,11 +1,14 @@
 """Recipes, the metrics of a run and where they go, what stops or skips where numbers are not finite."""
 
 import dataclasses
+import errno
 import importlib.util
 import json
 import math
+import os
 import resource
 import struct
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -355,3 +358,20 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, changes, package
     message = rf"--{option} needs the package {package}: pip install 'opt-jax\[{option}\]'"
     with pytest.raises(ValueError, match=message):
         check_options(Options(**changes))
+
+
+@pytest.mark.parametrize("fails", ["init", "log", "finish"])
+def test_a_full_disk_under_wandb_names_its_directory(tmp_path, monkeypatch, fails):
+    """Its errors have no file name. (A real disk that is full at each of these moments needs root.)"""
+
+    def call(name: str) -> None:
+        if name == fails:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run = SimpleNamespace(log=lambda *_, **__: call("log"), finish=lambda: call("finish"))
+    module = SimpleNamespace(Error=RuntimeError, init=lambda **_: call("init") or run)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    with pytest.raises(OSError, match=f"No space left on device .* are free.*: make room.*{tmp_path}/wandb"):
+        logger = WandB("project", tmp_path, {})
+        logger.write({"step": 1, "loss": 2.0})
+        logger.close()

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from opt_jax import OPTConfig
-from opt_jax.model import remat
 from opt_jax.model.outputs import cross_entropy
 from opt_jax.parallel.mesh import make_mesh, use_mesh
 from opt_jax.training.loss import next_token_loss
@@ -86,7 +85,7 @@ def test_a_layer_in_parts_of_rows_computes_the_same(mesh, monkeypatch):
     config = dataclasses.replace(CONFIG, dropout=0.1, attention_dropout=0.1)  # bits are a matter of the row's number
     key = jax.random.key(1)
     expected = gradients(batch, mesh, devices, config=config, key=key, remat="full")
-    monkeypatch.setattr(remat, "PART_BYTES", 2 * 4 * 16 * 32)  # two rows
+    monkeypatch.setattr("opt_jax.model.remat.PART_BYTES", 2 * 4 * 16 * 32)  # two rows
     got = gradients(batch, mesh, devices, config=config, key=key, remat="full")
     assert_same(got, expected)
     rows, heads = (8, 4) if devices == 1 else (4, 2)
