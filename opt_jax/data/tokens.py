@@ -195,7 +195,8 @@ def write_tokens(
       FileExistsError: `output` is there, and is not ours; or see `new_file`.
     """
     beside = Path(f"{output}.json")
-    refuse_links(beside)
+    for path in (output, beside):
+        refuse_links(path)
     if beside.exists():
         _made_by(beside)
     elif output.is_file() and output.stat().st_size and not unfinished_files(output.parent, re.escape(beside.name)):

@@ -289,7 +289,8 @@ class OPTDecoder(nnx.Module):
         keys, depth = inputs.layer_keys(self.config.num_hidden_layers), self.config.num_hidden_layers
         before = [None] * depth if inputs.cache is None else inputs.cache.layers()
         states, attentions, caches = [x], [], []
-        for i, layer in enumerate(self.layers):
+        layers: Any = self.layers
+        for i, layer in enumerate(layers):
             key = None if keys is None else DropoutKey(keys.key[i], keys.rows[i])
             run = partial(OPTDecoderLayer.__call__, mask=mask, cache=before[i])
             # Outside a scan the compiler would merge what is computed again with what was computed before.
