@@ -6,8 +6,10 @@ what puts it all together for train.py.
 
 import json
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeGuard
 
 import numpy as np
 from etils import epath
@@ -97,6 +99,10 @@ def read_tokenizer(directory: epath.Path) -> OPTTokenizer:
     )
 
 
+def _is_array(source: Path | HFSource) -> TypeGuard[Path]:
+    return isinstance(source, Path) and source.suffix == ".npy"
+
+
 class Corpus:
     """What `--data`, `--validation-data` and `--mixture` name: text is read at once, .npy memory-mapped.
 
@@ -104,16 +110,19 @@ class Corpus:
     text, what `split_documents` chooses; with `valid`, nothing. mixed: each of `names` becomes one stream.
 
     Raises:
-      ValueError, FileNotFoundError: as `find_sources` and `read_documents` do.
+      ValueError, FileNotFoundError: as `find_sources` and `read_documents` do; or `skip_bad` without any text.
     """
 
     def __init__(self, names: Sequence[str], valid: Sequence[str] = (), mixed: bool = False, skip_bad: bool = False):
         self.bad = BadRecords(skip_bad)
         groups = [(name, find_sources([name])) for name in names] or [("the standard library", stdlib_files())]
         groups = groups if mixed else [("", [source for _, found in groups for source in found])]
+        held_out = find_sources(valid) if valid else []
         self.files = sum(len(found) for _, found in groups)
+        if skip_bad and all(map(_is_array, chain(held_out, *(found for _, found in groups)))):
+            raise ValueError("--skip-bad-records without effect: all data is token ids (.npy), no text; leave it out")
         self._parts = [self._read(name, found, held_out=not valid) for name, found in groups]
-        self._valid = self._read("", find_sources(valid), held_out=False) if valid else None
+        self._valid = self._read("", held_out, held_out=False) if valid else None
         self.training = [document for _, documents, _, _ in self._parts for document in documents]
         self._mixed = mixed
 
@@ -121,7 +130,7 @@ class Corpus:
         self, name: str, sources: Sequence[Path | HFSource], held_out: bool
     ) -> tuple[str, list[str], list[str], list[Path]]:
         """(name, training documents, held-out ones, arrays)"""
-        arrays = [source for source in sources if isinstance(source, Path) and source.suffix == ".npy"]
+        arrays = [source for source in sources if _is_array(source)]
         texts = [source for source in sources if source not in arrays]
         documents = read_documents(texts, self.bad) if texts else []
         training, rest = split_documents(documents) if held_out and documents else (documents, [])
