@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from opt_jax.system import temporary
-from opt_jax.system.reading import read_small
+from opt_jax.system.reading import json_object, read_small
 from opt_jax.system.temporary import TemporaryPlace
 
 
@@ -34,8 +34,8 @@ def read_plan(directory: Path) -> dict[str, Any] | None:
       ValueError: the plan is damaged.
     """
     try:
-        plan = json.loads(read_small(directory / "plan.json"))
-        if not isinstance(plan, dict) or not isinstance(plan.get("files"), dict):
+        plan = json_object(read_small(directory / "plan.json"), "it")
+        if not isinstance(plan.get("files"), dict):
             raise ValueError("not a plan")
         return plan
     except (FileNotFoundError, NotADirectoryError):

@@ -51,6 +51,9 @@ def generate(
       seed: Another seed, another text.
       verify: Compare the weights of an Orbax directory with their checksums.
     """
+    for option, given in (("top-k", top_k), ("top-p", top_p != 1), ("min-p", min_p), ("seed", seed)):
+        if given and not temperature:
+            raise ValueError(f"--{option} without effect: --temperature 0 always takes the most likely token")
     prompts = prompts or (_read_stdin(),)
 
     from opt_jax.text.tokenizer import OPTTokenizer
@@ -62,7 +65,7 @@ def generate(
 
     language_model = OPTForCausalLM.from_pretrained(model, verify=verify)
     options: dict[str, Any] = dict(
-        do_sample=bool(temperature), top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+        do_sample=bool(temperature), top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
         no_repeat_ngram_size=no_repeat_ngram_size, stop_strings=stop or None,
     )  # fmt: skip
     if temperature:

@@ -1,14 +1,13 @@
 """OPT architecture settings: the nine published sizes, Hugging Face's config.json in and out. No arrays, no mesh."""
 
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from opt_jax.system.reading import FieldsWithoutEffect, note_without_effect, read_small, shown
+from opt_jax.system.reading import FieldsWithoutEffect, json_object, note_without_effect, read_small, shown
 
 # Activations of `transformers.activations.ACT2FN` that OPT variants use; model.py maps each to its function.
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "swish", "tanh")
@@ -177,13 +176,7 @@ class OPTConfig:
             if not path.is_file():
                 raise FileNotFoundError(f"no OPT configuration at {path}")
             where = str(path)
-            text = read_small(path)
-            try:
-                raw = json.loads(text.decode())
-            except (ValueError, RecursionError) as e:
-                raise ValueError(f"{path} is not valid JSON: {e}") from None
-            if not isinstance(raw, dict):
-                raise ValueError(f"{path} holds a {type(raw).__name__}, not a JSON object")
+            raw = json_object(read_small(path), path)
         if raw.get("model_type", "opt") != "opt":
             raise ValueError(f"{where}: model_type is {shown(raw['model_type'])}, not 'opt'")
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}

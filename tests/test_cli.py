@@ -110,8 +110,10 @@ def test_version(capsys):
     [
         (["--model", "no/such/model", "a"], "no/such/model"),
         (["--model", "{folder}", "--temperature", "-1", "a"], "temperature=-1.0"),
-        (["--model", "{folder}", "--temperature", "0", "--min-p", "0.1", "a"], "min_p without effect"),
-        (["--model", "{folder}", "--temperature", "0", "--top-k", "5", "a"], "top_k without effect"),
+        (["--model", "{folder}", "--temperature", "0", "--min-p", "0.1", "a"], "--min-p without effect: --temp"),
+        (["--model", "{folder}", "--temperature", "0", "--top-k", "5", "a"], "--top-k without effect"),
+        (["--model", "{folder}", "--temperature", "0", "--top-p", "0.5", "a"], "--top-p without effect"),
+        (["--model", "{folder}", "--temperature", "0", "--seed", "5", "a"], "--seed without effect"),
         (["--model", "{folder}", "--top-p", "2", "a"], "top_p=2"),
         (["--model", "{folder}", "--max-new-tokens", "100", "a"], "max_position_embeddings=64"),
         (["--model", "{folder}", "a " * 100], "more than max_position_embeddings=64"),

@@ -6,7 +6,6 @@ their own.
 """
 
 import asyncio
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from orbax.checkpoint import future
+
+from opt_jax.system.reading import json_object
 
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
@@ -189,8 +190,7 @@ def _check_metadata(key: str, content: bytes, driver: str) -> bool:
     if len(content) > _MAX_METADATA_BYTES:
         raise ValueError(f"{key}: {len(content):,} bytes of metadata are more than an array has")
     try:
-        metadata = json.loads(content)
-        _check_depth(metadata, _MAX_DEPTH)
+        metadata = json_object(content, "it", _MAX_DEPTH)
         zarr3 = driver == "zarr3"
         grid = metadata["chunk_grid"]["configuration"] if zarr3 else metadata
         shape, chunk = metadata["shape"], grid["chunk_shape" if zarr3 else "chunks"]
@@ -208,21 +208,14 @@ def _check_metadata(key: str, content: bytes, driver: str) -> bool:
         while codecs and codecs[0]["name"] == "sharding_indexed":
             codecs = codecs[0]["configuration"]["codecs"]
         return "crc32c" in [codec["name"] for codec in codecs]
-    except (ValueError, TypeError, KeyError, IndexError, RecursionError) as e:
-        raise ValueError(f"{key} is damaged: {type(e).__name__ if not isinstance(e, ValueError) else e}") from None
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as e:
+        what = e if isinstance(e, ValueError) else "a field is missing, or of another type than it should be"
+        raise ValueError(f"{key} is damaged: {what}") from None
 
 
 def _zarr2_dtype(name: str) -> str:
     match = re.fullmatch(r"[<>|]([biuf])([1248])", name)
     return f"{_LETTERS[match[1]]}{8 * int(match[2])}".replace("bool8", "bool") if match else name
-
-
-def _check_depth(value: Any, depth: int) -> None:
-    if isinstance(value, dict | list):
-        if depth == 0:
-            raise ValueError("it is nested too deeply")
-        for inner in value.values() if isinstance(value, dict) else value:
-            _check_depth(inner, depth - 1)
 
 
 def read_unverified(store: ts.TensorStore, index: Index) -> np.ndarray:

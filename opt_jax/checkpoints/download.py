@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from opt_jax.checkpoints.answers import NO_HUB, guarded
-from opt_jax.system.reading import SMALL_FILE, name_from_outside, one_line, read_small
+from opt_jax.system.reading import SMALL_FILE, json_object, name_from_outside, one_line, read_small
 from opt_jax.system.temporary import refuse_links
 
 WEIGHT_FILES = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
+_MOST_FILES = 10_000  # of weights: OPT-175B in files of 100 MB has 3,500
 _PARALLEL = 4  # files at once: one connection seldom fills the line
 _HTTP_LIMIT = 50_000_000_000  # larger files the hub serves over its Xet protocol only
 _OVERLOADED = (408, 429, 500, 502, 503, 504)
@@ -108,11 +109,13 @@ def read_index(path: Path) -> dict[str, str]:
       ValueError: it is none.
     """
     try:
-        weight_map = json.loads(read_small(path).decode())["weight_map"]
-        if not {name_from_outside(name) for name in weight_map.values()}:
-            raise ValueError("it names no files")
+        weight_map = json_object(read_small(path), "it").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError("it has no object weight_map that names files")
+        if (count := len({name_from_outside(name) for name in weight_map.values()})) > _MOST_FILES:
+            raise ValueError(f"it names {count:,} files, more than the {_MOST_FILES:,} that a checkpoint may have")
         return weight_map
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except ValueError as e:
         raise ValueError(f"{path} is not an index of weight files: {e}") from None
 
 

@@ -1,7 +1,6 @@
 """A model's name (hub id, directory, "tiny") to a directory, which is on this machine or in an object store (`gs://...`)."""
 
 import importlib.resources
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from urllib.parse import quote
 from etils import epath
 
 from opt_jax.checkpoints.download import WEIGHT_FILES, Repository, download
-from opt_jax.system.reading import read_small
+from opt_jax.system.reading import json_object, read_small, shown
 
 TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "tokenizer.json",
@@ -265,13 +264,7 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     path = config_file(directory)
     if not path.is_file():
         raise FileNotFoundError(f"no OPT configuration at {path}")
-    text = read_small(path)
-    try:
-        content = json.loads(text.decode())
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not valid JSON: {e}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    content = json_object(read_small(path), path)
     if path.name == "config.json":
         return content
     if not isinstance(content.get("model"), dict):
@@ -288,22 +281,24 @@ _QUANTIZERS = {
 }  # fmt: skip
 
 
+_OLD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # AutoGPTQ's and AutoAWQ's
+
+
 def quantization_hint(directory: str | os.PathLike) -> str:
     """For an error message about a tensor of the model in `directory`: what its quantization says; "" without one."""
-    for name in ("config.json", "quantize_config.json", "quant_config.json"):  # the latter two: AutoGPTQ's, AutoAWQ's
+    for name in ("config.json", *_OLD_FILES):
         path = as_path(directory) / name
         try:
-            content = json.loads(read_small(path).decode()) if path.is_file() else None
-        except (ValueError, RecursionError):
+            content = json_object(read_small(path), path) if path.is_file() else {}
+        except ValueError:
             continue
-        found = content.get("quantization_config") if isinstance(content, dict) and name == "config.json" else content
-        if not isinstance(found, dict):
+        found = content.get("quantization_config") if name == "config.json" else content
+        if not isinstance(found, dict) or not found:
             continue
-        method = found.get("quant_method")
-        if not isinstance(method, str):  # files of old versions do not say
-            old = any(key in found for key in ("load_in_8bit", "load_in_4bit"))
-            method = "bitsandbytes" if old else "awq" if name == "quant_config.json" else "gptq"
-        kind = _QUANTIZERS.get(method.lower(), f"a {method[:40]!r}")
+        old = any(key in found for key in ("load_in_8bit", "load_in_4bit"))  # files of old versions do not say
+        method = found.get("quant_method", "bitsandbytes" if old else _OLD_FILES.get(name))
+        known = _QUANTIZERS.get(method.lower(), f"a {method[:40]!r}") if isinstance(method, str) else None
+        kind = known or f"a quantized (quant_method {shown(method, 40)})"
         return (
             f": this is {kind} checkpoint ({name}), which is not supported: take the model that was quantized, or let "
             "transformers dequantize it (model.dequantize(), save_pretrained)"

@@ -5,7 +5,6 @@ A tensor is a `LazyArray`: shape, dtype, and how to read any part of it. A few p
 writes its part of the pieces.
 """
 
-import json
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ from opt_jax.checkpoints.arrays import LazyArray
 from opt_jax.checkpoints.chunks import Index, pieces
 from opt_jax.parallel.agreement import agree
 from opt_jax.system.disk import disk_errors, without_tracebacks
-from opt_jax.system.reading import one_line, read_small
+from opt_jax.system.reading import json_object, one_line, read_small
 
 _MAX_LAYERS = 10_000  # more are damage, not depth
 _THREADS = 4  # each holds a chunk or two; while some wait for the disk, others transpose
@@ -143,7 +142,7 @@ def open_stored(directory: Path, verify: bool = True) -> dict[str, LazyArray]:
             chunks.check_files(directory)
         # Not by way of Orbax's own metadata: it reads them all at once and, when one is damaged, its threads print
         # tracebacks. The names are what it makes of a tree's keys.
-        if "tree_metadata" not in json.loads(read_small(directory / "_METADATA")):
+        if "tree_metadata" not in json_object(read_small(directory / "_METADATA"), "_METADATA"):
             raise ValueError("_METADATA describes no tree")
         specs, checked = chunks.array_specs(base, context)
         opening = {path: ts.open(spec, read=True, open=True, context=context) for path, spec in specs.items()}

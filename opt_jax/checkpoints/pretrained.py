@@ -36,7 +36,7 @@ from opt_jax.model.heads import OPTForCausalLM, OPTPreTrainedModel, named_parame
 from opt_jax.parallel import rules
 from opt_jax.parallel.agreement import on_every_process, on_first_process
 from opt_jax.system.disk import write_whole
-from opt_jax.system.reading import read_small
+from opt_jax.system.reading import note_without_effect, read_small
 
 M = TypeVar("M", bound=OPTPreTrainedModel)
 log = logging.getLogger(__name__)
@@ -291,6 +291,7 @@ def check_parameters(
         if path not in fresh and found[path] != shape:
             (label, got), (_, want) = describe(path, found[path]), describe(path, shape)
             raise ValueError(f"{where}: tensor {label} has shape {got}, but the config calls for {want}")
+    note_without_effect(where, config.extra, {"quantization_config": ((), "no weight is quantized")})
     return expected, fresh, dropped
 
 

@@ -5,7 +5,9 @@ what puts it all together for train.py.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 
@@ -31,6 +33,10 @@ def split_documents(documents: list[str], fraction: float = HELD_OUT) -> tuple[l
     return training, [documents[i] for i in sorted(held_out)]
 
 
+def _is_array(source: Path | HFSource) -> TypeGuard[Path]:
+    return isinstance(source, Path) and source.suffix == ".npy"
+
+
 class Corpus:
     """What `--data`, `--validation-data` and `--mixture` name: text is read at once, .npy memory-mapped.
 
@@ -38,16 +44,19 @@ class Corpus:
     text, what `split_documents` chooses; with `valid`, nothing. mixed: each of `names` becomes one stream.
 
     Raises:
-      ValueError, FileNotFoundError: as `find_sources` and `read_documents` do.
+      ValueError, FileNotFoundError: as `find_sources` and `read_documents` do; or `skip_bad` without any text.
     """
 
     def __init__(self, names: Sequence[str], valid: Sequence[str] = (), mixed: bool = False, skip_bad: bool = False):
         self.bad = BadRecords(skip_bad)
         groups = [(name, find_sources([name])) for name in names] or [("the standard library", stdlib_files())]
         groups = groups if mixed else [("", [source for _, found in groups for source in found])]
+        held_out = find_sources(valid) if valid else []
         self.files = sum(len(found) for _, found in groups)
+        if skip_bad and all(map(_is_array, chain(held_out, *(found for _, found in groups)))):
+            raise ValueError("--skip-bad-records without effect: all data is token ids (.npy), no text; leave it out")
         self._parts = [self._read(name, found, held_out=not valid) for name, found in groups]
-        self._valid = self._read("", find_sources(valid), held_out=False) if valid else None
+        self._valid = self._read("", held_out, held_out=False) if valid else None
         self.training = [document for _, documents, _, _ in self._parts for document in documents]
         self._mixed = mixed
 
@@ -55,7 +64,7 @@ class Corpus:
         self, name: str, sources: Sequence[Path | HFSource], held_out: bool
     ) -> tuple[str, list[str], list[str], list[Path]]:
         """(name, training documents, held-out ones, arrays)"""
-        arrays = [source for source in sources if isinstance(source, Path) and source.suffix == ".npy"]
+        arrays = [source for source in sources if _is_array(source)]
         texts = [source for source in sources if source not in arrays]
         documents = read_documents(texts, self.bad) if texts else []
         training, rest = split_documents(documents) if held_out and documents else (documents, [])

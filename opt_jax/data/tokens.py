@@ -27,7 +27,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from opt_jax.data.documents import BLOCK, TEXT_SUFFIXES, BadRecords, HFSource, cut, find_sources, pieces
 from opt_jax.data.tokenizers import tokenizer_from_bytes, tokenizer_to_bytes
 from opt_jax.model.ids import as_ids
-from opt_jax.system.reading import one_line, open_regular, read_small
+from opt_jax.system.reading import json_object, one_line, open_regular, read_small
 from opt_jax.system.temporary import new_file, refuse_links, unfinished_files
 from opt_jax.text.tokenizer import OPTTokenizer
 
@@ -127,9 +127,9 @@ def _made_by(about: Path) -> tuple[str, str]:
     """(name, fingerprint) of the tokenizer. ValueError: the file is not ours."""
     text = read_small(about)
     try:
-        made_by = json.loads(text.decode())["tokenizer"]
+        made_by = json_object(text, about)["tokenizer"]
         return made_by["name"], made_by["fingerprint"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         raise ValueError(f"{about}: not what opt-jax tokenize writes beside an array: make both again") from None
 
 

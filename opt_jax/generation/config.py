@@ -1,14 +1,13 @@
 """What `generate` can be asked for: names as in HF's `GenerationConfig`, their layers and their checks. No arrays."""
 
 import dataclasses
-import json
 import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from opt_jax.checkpoints import hub
-from opt_jax.system.reading import asks_for_nothing, note_without_effect, read_small, shown
+from opt_jax.system.reading import asks_for_nothing, json_object, note_without_effect, read_small, shown
 
 # HF's options that never have an effect on tokens. (Empty prompts, which HF starts with BOS, are errors.)
 _INERT = {"bos_token_id", "transformers_version", "_from_model_config", "return_dict_in_generate"}
@@ -167,13 +166,7 @@ FIELDS = tuple(field.name for field in dataclasses.fields(GenerationConfig))
 
 def parse(text: str, where: str) -> dict[str, Any]:
     """The content of a generation_config.json; ValueError if it is not an object."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{where} holds a {type(content).__name__}, not a JSON object")
-    return content
+    return json_object(text, where)
 
 
 def combine(

@@ -33,6 +33,7 @@ from opt_jax.system.reading import one_line
 PREEMPTED = 143  # SIGTERM came, a checkpoint was written: as if the signal had ended it (128 + 15)
 LOST_PROCESS = 75  # another process of the job is gone or stands still: start all again (EX_TEMPFAIL)
 
+HEARTBEAT_SECONDS, HANG_MINUTES = 30, 60  # for `start`, and in its callers' options
 START_SECONDS = 300  # processes wait for each other so long at the start
 
 
@@ -47,20 +48,24 @@ def start(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
-    heartbeat_seconds: int = 30,
-    hang_minutes: float = 60,
+    heartbeat_seconds: int = HEARTBEAT_SECONDS,
+    hang_minutes: float = HANG_MINUTES,
 ) -> None:
     """`jax.distributed.initialize`, where explicit values or a cluster's environment say so; before JAX does anything.
 
     mode: "auto", "on" (let JAX find the cluster, or fail), "off".
 
     Raises:
-      ValueError: incomplete values, or no cluster to be found.
+      ValueError: incomplete values, no cluster to be found, or limits of waiting for a process alone.
     """
     explicit = (coordinator_address, num_processes, process_id)
     if mode == "off" or mode == "auto" and not any(v is not None for v in explicit) and not in_cluster():
         if any(v is not None for v in explicit):
             raise ValueError("--distributed off: leave out --coordinator-address, --num-processes and --process-id")
+        for flag, value, default in (("--heartbeat-seconds", heartbeat_seconds, HEARTBEAT_SECONDS),
+                                     ("--hang-minutes", hang_minutes, HANG_MINUTES)):  # fmt: skip
+            if value != default:
+                raise ValueError(f"{flag} {value} without effect: this process waits for no other; leave it out")
         return
     if any(v is not None for v in explicit) and None in explicit:
         raise ValueError("--coordinator-address, --num-processes and --process-id go together")

@@ -1,5 +1,6 @@
 """Opens files that others have written: regular files only, and small ones up to a size; quotes them. No jax."""
 
+import json
 import os
 import re
 import stat
@@ -7,6 +8,7 @@ import warnings
 from collections.abc import Mapping
 from typing import IO, Any
 
+MOST_LEVELS = 50  # of JSON; those of a tokenizer.json with every option have less than ten
 SMALL_FILE = 128 << 20  # bytes: of a config, a tokenizer's file, an index. The largest known has 5 MB
 
 
@@ -42,6 +44,31 @@ def read_small(path: os.PathLike, limit: int = SMALL_FILE) -> bytes:
     with open_regular(path) as file:
         _check_size(path, os.fstat(file.fileno()).st_size, limit)
         return file.read(limit)
+
+
+def json_object(content: bytes | str, where: object, levels: int = MOST_LEVELS) -> dict[str, Any]:
+    """The JSON object that a file holds; `where`: what messages call the file.
+
+    Raises:
+      ValueError: it is no JSON, no object, or has objects and lists in each other at more than so many levels. (What
+        walks through them calls itself for each, and Python has an end of that.)
+    """
+    try:
+        value = json.loads(content.decode() if isinstance(content, bytes) else content)
+    except RecursionError:
+        raise ValueError(f"{where} is not valid JSON: it has more than {levels} levels") from None
+    except ValueError as e:
+        raise ValueError(f"{where} is not valid JSON: {e}") from None
+    if not isinstance(value, dict):
+        kind = "null" if value is None else f"a {type(value).__name__}"
+        raise ValueError(f"{where} holds {kind}, not a JSON object")
+    layer: list[Any] = [value]
+    for _ in range(levels):
+        inner = (inside.values() if isinstance(inside, dict) else inside for inside in layer)
+        layer = [value for values in inner for value in values if isinstance(value, dict | list)]
+    if layer:
+        raise ValueError(f"{where} is not valid JSON: it has more than {levels} levels")
+    return value
 
 
 def one_line(text: object, limit: int = 1000) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from opt_jax.system.reading import FieldsWithoutEffect, one_line, read_small, shown
+from opt_jax.system.reading import FieldsWithoutEffect, json_object, one_line, read_small, shown
 
 MOST_GROWTH = 1000  # how many times as long a normalizer may make a text
 # Fields of a tokenizer_config.json; `padding_side`, which HF writes into every one, is not among them.
@@ -41,7 +41,9 @@ def read_as(where: str, load: Callable[[], Any]) -> Any:
     except OSError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise ValueError(f"{where}: not a tokenizer that can be read ({one_line(error)})") from error
+        known = isinstance(error, ValueError) or type(error) is Exception
+        what = one_line(error) if known else "a field is missing, or of another type than it should be"
+        raise ValueError(f"{where}: not a tokenizer that can be read ({what})") from error
 
 
 def check_growth(backend: Tokenizer) -> None:
@@ -91,11 +93,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in the file; {} without one."""
     if not path.is_file():
         return {}
-    text = read_small(path)
-    content = read_as(str(path), lambda: json.loads(text.decode()))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object")
-    return content
+    return json_object(read_small(path), path)
 
 
 def set_prefix_space(backend: Tokenizer, config: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ from opt_jax.parallel import processes
 from opt_jax.parallel.agreement import agree, on_first_process
 from opt_jax.system.disk import disk_errors, without_tracebacks
 from opt_jax.system.interrupts import INTERRUPTED, Signals, say
-from opt_jax.system.reading import one_line, read_small
+from opt_jax.system.reading import json_object, one_line, read_small
 from opt_jax.system.temporary import refuse_links
 from opt_jax.training.step import TrainState, named_leaves
 
@@ -206,10 +206,10 @@ class Checkpoints:
         path, error, data = self._directory / str(step) / "data" / _DATA_FILE, None, None
         try:
             if path.parent.exists():
-                data = json.loads(read_small(path))
+                data = json_object(read_small(path), "it")
                 if data.pop("crc32", None) not in (None, _crc32(data)):  # older ones have none
                     raise ValueError("it does not agree with its checksum")
-        except (ValueError, AttributeError, RecursionError, OSError) as e:
+        except (ValueError, OSError) as e:
             error = e if isinstance(e, OSError) else ValueError(f"{path} cannot be read: {one_line(e)}")
         agree(error)
         return data

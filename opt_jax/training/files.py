@@ -13,7 +13,7 @@ from etils import epath
 
 from opt_jax.checkpoints.hub import as_path, check_array_path, check_remote, is_remote
 from opt_jax.system.disk import disk_errors
-from opt_jax.system.reading import open_regular, read_small
+from opt_jax.system.reading import json_object, open_regular, read_small
 from opt_jax.system.temporary import MARKER, refuse_links, write_file
 
 LOCK = f"{MARKER}.lock"  # see run_lock.py
@@ -67,9 +67,8 @@ def read_record(path: epath.Path) -> dict[str, dict[str, Any]]:
     Raises:
       ValueError: `path` does not hold what `write_record` wrote.
     """
-    with suppress(ValueError, RecursionError):  # also of bytes that are no UTF-8
-        record = json.loads(read_small(path))
-        record = record if isinstance(record, dict) else {}
+    with suppress(ValueError):
+        record = json_object(read_small(path), path)
         if {"options", "model"} <= set(record) and all(isinstance(section, dict) for section in record.values()):
             return record
     raise ValueError(

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import math
 import os
 import re
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import jax
+import numpy as np
 import tyro
 from etils import epath
 from jax.sharding import Mesh
@@ -31,6 +31,9 @@ SMALL = OPTConfig(
     vocab_size=2048, hidden_size=128, num_hidden_layers=4, ffn_dim=512, num_attention_heads=2,
     max_position_embeddings=256, dropout=0.0, init_std=0.02,
 )  # fmt: skip
+
+
+_FLOAT32 = np.finfo(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +168,12 @@ MAY_CHANGE = {
     "distributed", "coordinator_address", "num_processes", "process_id", "heartbeat_seconds", "hang_minutes",
     "plan", "topology", "plan_output", "attention", "remat",
 }  # fmt: skip
+# What the compiled step depends on, and with it a plan.
+PLANNED = {
+    "recipe", "pack", "model", "steps", "batch_size", "accumulate", "seq_len", "learning_rate", "warmup_steps",
+    "final_lr", "weight_decay", "betas", "clip_norm", "dropout", "attention_dropout", "attention", "remat",
+    "grad_dtype", "dtype", "seed", "mesh", "dcn_mesh", "skip_nonfinite", "plan", "topology", "plan_output",
+}  # fmt: skip
 
 
 def parse_options(args: Sequence[str] | None = None) -> Options:
@@ -177,39 +186,50 @@ def parse_options(args: Sequence[str] | None = None) -> Options:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", nargs="?")  # without a name: tyro says what is wrong
     name = first.parse_known_args(args)[0].recipe
-    return tyro.cli(Options, args=args, default=Options(**recipe_options(name)) if name else Options())
+    return tyro.cli(Options, args=args, default=_defaults(name))
+
+
+def _defaults(recipe: str | None) -> Options:
+    return Options(**recipe_options(recipe)) if recipe else Options()
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _in_float32(number: float) -> bool:
+    """Whether float32 has a finite number for it, and not 0 for what is none."""
+    return number == 0 or float(_FLOAT32.tiny) <= abs(number) <= float(_FLOAT32.max)  # False for NaN
 
 
 def check_options(options: Options) -> None:
     for name, value in dataclasses.asdict(options).items():
-        if "" in (value if isinstance(value, tuple) else (value,)):  # as of a shell's variable that is not set
-            raise ValueError(f"--{name.replace('_', '-')} '': the value is empty; leave the option out, or give one")
+        values = value if isinstance(value, tuple) else (value,)
+        if "" in values:  # as of a shell's variable that is not set
+            raise ValueError(f"{_flag(name)} '': the value is empty; leave the option out, or give one")
+        for number in values:
+            if isinstance(number, float) and not _in_float32(number):
+                raise ValueError(f"{_flag(name)} {number}: must be a finite number, and one that float32 holds")
     for name in ("steps", "batch_size", "seq_len", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches",
                  "log_every", "stop_after", "vocab_size", "accumulate", "keep_every", "num_processes",
                  "heartbeat_seconds", "hang_minutes", "lora_rank"):  # fmt: skip
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    for name in ("learning_rate", "weight_decay", "init_std"):
-        value = getattr(options, name)
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be a finite number")
+            raise ValueError(f"{_flag(name)} {value}: must be at least 1")
     for name in ("learning_rate", "clip_norm", "init_std", "checkpoint_minutes"):
         value = getattr(options, name)
         if value is not None and not value > 0:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
+            raise ValueError(f"{_flag(name)} {value}: must be above 0")
     for name in ("weight_decay", "warmup_steps", "process_id", "data_workers", "seed"):
         if (getattr(options, name) or 0) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must not be negative")
+            raise ValueError(f"{_flag(name)} {getattr(options, name)}: must not be negative")
     if options.seed >= 2**32:  # JAX would take the lower bits
         raise ValueError(f"--seed {shown(options.seed)}: must be below 2**32")
     if not 0 <= options.final_lr <= 1:
         raise ValueError(f"--final-lr {options.final_lr}: must be a share of the peak, from 0 to 1")
-    if not all(0 <= beta < 1 for beta in options.betas):
+    if not all(0 <= beta and np.float32(beta) < 1 for beta in options.betas):
         raise ValueError(f"--betas {options.betas[0]} {options.betas[1]}: must be at least 0 and below 1")
-    if options.mixture and (
-        len(options.mixture) != len(options.data) or not all(0 < w < math.inf for w in options.mixture)
-    ):
+    if options.mixture and (len(options.mixture) != len(options.data) or not all(w > 0 for w in options.mixture)):
         raise ValueError(
             f"--mixture {' '.join(map(str, options.mixture))}: needs one weight above 0 for each of the "
             f"{len(options.data)} of --data"
@@ -226,9 +246,13 @@ def check_options(options: Options) -> None:
         raise ValueError("jax_disable_jit is on, but jit is what places a run's arrays: unset JAX_DISABLE_JIT")
     if options.plan and options.topology is None:
         raise ValueError("--plan needs --topology, the TPU slice to compile for, as in v5p:8x8x8")
+    changed = [name for name, value in dataclasses.asdict(_defaults(options.recipe)).items()
+               if getattr(options, name) != value]  # fmt: skip
+    if options.plan and (unused := [_flag(name) for name in changed if name not in PLANNED]):
+        raise ValueError(f"--plan compiles a pretraining step and runs nothing: leave out {', '.join(unused)}")
     for name in ("topology", "plan_output"):
         if getattr(options, name) is not None and not options.plan:
-            raise ValueError(f"--{name.replace('_', '-')} is for --plan: leave it out, or add --plan")
+            raise ValueError(f"{_flag(name)} is for --plan: leave it out, or add --plan")
     if options.plan_output and not Path(options.plan_output).absolute().parent.is_dir():
         raise ValueError(f"--plan-output {options.plan_output}: there is no such directory to write it to")
     if options.plan_output:
@@ -260,16 +284,13 @@ def check_fine_tuning(options: Options) -> None:
             raise ValueError("--eval-batches: with --task all held-out examples are measured; leave it out")
         for name in ("mixture", "pack", "skip_bad_records", "data_workers"):
             if getattr(options, name) != getattr(default, name):
-                raise ValueError(f"--{name.replace('_', '-')} is for pretraining data: leave it out with --task")
+                raise ValueError(f"{_flag(name)} is for pretraining data: leave it out with --task")
     if options.lora_rank is None:
         for name in ("lora_alpha", "lora_targets"):
             if getattr(options, name) != getattr(default, name):
-                raise ValueError(f"--{name.replace('_', '-')} is for --lora-rank: leave it out, or add --lora-rank")
+                raise ValueError(f"{_flag(name)} is for --lora-rank: leave it out, or add --lora-rank")
     elif importlib.util.find_spec("qwix") is None:
         raise ValueError("--lora-rank needs the package qwix: pip install 'opt-jax[lora]'")
-    for option, given in (("--task", options.task), ("--lora-rank", options.lora_rank)):
-        if given and options.plan:
-            raise ValueError(f"--plan is about pretraining: leave out {option} (a run with it needs less)")
 
 
 def profiled_steps(profile: str | None) -> range:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import ml_dtypes
@@ -220,6 +221,7 @@ def test_what_is_not_floating_point_is_no_weight(tmp_path, capsys, form, dtype):
     ("config.json", TINY | {"quantization_config": {"quant_method": "awq"}}, "this is an AWQ checkpoint"),
     ("config.json", TINY | {"quantization_config": {"load_in_8bit": True}}, "this is a bitsandbytes checkpoint"),
     ("config.json", TINY | {"quantization_config": {"quant_method": "hqq"}}, "this is a 'hqq' checkpoint"),
+    ("config.json", TINY | {"quantization_config": {"quant_method": None}}, "a quantized (quant_method None) "),
     ("quantize_config.json", {"bits": 4}, "this is a GPTQ checkpoint (quantize_config.json)"),
     ("quant_config.json", {"w_bit": 4}, "this is an AWQ checkpoint"),
 ])  # fmt: skip
@@ -235,6 +237,15 @@ def test_a_quantized_checkpoint_is_called_one(tmp_path, capsys, file, content, r
     assert recipe in said and "fc1" in said and "take the model that was quantized" in said
     with pytest.raises(ValueError, match=re.escape(recipe)):
         OPTForCausalLM.from_pretrained(source)
+
+
+def test_a_quantization_of_weights_that_are_not_quantized_is_noted(tmp_path, capsys):
+    source = write_hf(tmp_path / "hf", TINY | {"quantization_config": {"bits": 4}}, hf_weights(TINY))
+    with pytest.warns(UserWarning, match=r"without effect: quantization_config=.'bits': 4. .no weight is quantized"):
+        OPTForCausalLM.from_pretrained(source)
+    with warnings.catch_warnings(action="always"):
+        convert(source, tmp_path / "out")
+    assert "without effect: quantization_config={'bits': 4} (no weight is quantized)\n" in capsys.readouterr().err
 
 
 def test_cast_that_would_overflow(tmp_path, capsys):

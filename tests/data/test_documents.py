@@ -91,6 +91,18 @@ def test_other_formats_are_refused_by_name(tmp_path, name):
             read_documents([tmp_path / name], BadRecords(skip))
 
 
+def test_leaving_out_bad_records_needs_text(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(9))
+    (tmp_path / "b.txt").write_text("text")
+    array, text = str(tmp_path / "a.npy"), str(tmp_path / "b.txt")
+    for names in ((array,), (array, array)):
+        with pytest.raises(ValueError, match="--skip-bad-records without effect: all data is token ids"):
+            Corpus([array], names[1:], skip_bad=True)
+    Corpus([array], [text], skip_bad=True)
+    Corpus([text], [array], skip_bad=True)
+    Corpus([array])
+
+
 def test_every_command_refuses_them(tmp_path, tokenizer, capsys):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(RECORDS))
     source = str(tmp_path / "a.jsonl.gz")

@@ -1,5 +1,6 @@
 """Files that others have written: no pipe is waited for, and small files have a largest size, wherever they are."""
 
+import json
 import os
 import shutil
 import types
@@ -8,14 +9,18 @@ import numpy as np
 import pytest
 from support.hf_files import state_dict_pickle, torch_zip
 
+from convert.staging import read_plan
 from opt_jax import GenerationConfig, OPTConfig, OPTForCausalLM, OPTTokenizer
 from opt_jax.checkpoints import hub, pretrained
 from opt_jax.checkpoints.download import read_index
 from opt_jax.checkpoints.formats.torch_files import read_safetensors, read_torch
+from opt_jax.checkpoints.orbax import open_stored
 from opt_jax.data.tokenizers import read_tokenizer
 from opt_jax.data.tokens import Tokens, open_tokens
 from opt_jax.system import reading
 from opt_jax.training.tasks import classification, squad
+
+INDEX = "model.safetensors.index.json"
 
 
 @pytest.fixture
@@ -120,3 +125,50 @@ def test_the_pickle_of_a_torch_file_has_a_limit(tmp_path, monkeypatch):
     torch_zip(tmp_path / "a.bin", state_dict_pickle(weights), {"x": weights["x"].tobytes()})
     with pytest.raises(ValueError, match=r"a\.bin: the pickle in it has [0-9]+ bytes, more than the 100"):
         read_torch(tmp_path / "a.bin")
+
+
+NO_OBJECTS = {
+    b"null": "holds null, not a JSON object", b"[1]": "holds a list, not", b"7": "holds a int, not",
+    b"{": "is not valid",
+    b'{"a": ' * 60 + b"1" + b"}" * 60: "has more than 50 levels", b'{"a": ' * 100_000: "has more than 50 levels",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", NO_OBJECTS, ids=NO_OBJECTS.values())
+def test_files_of_json_hold_an_object_of_few_levels(tmp_path, content):
+    for name in ("config.json", "tokenizer_config.json", "model.safetensors.index.json", "plan.json", "_METADATA"):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "run").mkdir()
+    for name in ("run.json", "config.json", "generation_config.json"):
+        shutil.copy(tmp_path / "config.json", tmp_path / "run" / name)
+    readers = [
+        lambda: OPTConfig.from_hf(tmp_path), lambda: hub.read_config(tmp_path), lambda: read_index(tmp_path / INDEX),
+        lambda: OPTTokenizer.from_pretrained(tmp_path), lambda: GenerationConfig.from_pretrained(tmp_path / "run"),
+        lambda: read_plan(tmp_path), lambda: open_stored(tmp_path), lambda: squad.read_squad([str(tmp_path / INDEX)]),
+    ]  # fmt: skip
+    for read in readers:
+        with pytest.raises(ValueError, match=NO_OBJECTS[content]) as error:
+            read()
+        assert str(tmp_path) in str(error.value) and "NoneType" not in str(error.value)
+
+
+def test_levels_are_counted_to_the_last_one():
+    deepest = b'{"a": [' * 25 + b"1" + b"]}" * 25
+    reading.json_object(deepest, "it")
+    with pytest.raises(ValueError, match="it is not valid JSON: it has more than 50 levels"):
+        reading.json_object(deepest.replace(b"1", b"{}"), "it")
+
+
+def test_a_field_of_another_type_is_no_error_in_words_of_python(tmp_path):
+    shutil.copytree(hub.resolve("tiny"), tmp_path / "tiny")
+    (tmp_path / "tiny" / "tokenizer_config.json").write_text('{"added_tokens_decoder": null}')
+    with pytest.raises(ValueError, match="not a tokenizer that can be read .a field is missing, or of another type"):
+        OPTTokenizer.from_pretrained(tmp_path / "tiny")
+
+
+def test_an_index_names_a_limited_number_of_files(tmp_path):
+    names = [f"model-{i}.safetensors" for i in range(10_001)]
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict(zip(names, names, strict=True))}))
+    with pytest.raises(ValueError, match="it names 10,001 files, more than the 10,000 that a checkpoint may have"):
+        read_index(tmp_path / INDEX)

@@ -1,5 +1,6 @@
 """`train.py --plan`: what is counted in traced and compiled programs, and whole plans for TPUs that are not there."""
 
+import dataclasses
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from opt_jax import OPTConfig
 from opt_jax.model import decoder
 from opt_jax.parallel.hlo import COLLECTIVES, Program, collective_bytes
 from opt_jax.parallel.mesh import batch_sharding, make_mesh, use_mesh
-from opt_jax.training.options import Options
+from opt_jax.training.options import PLANNED, Options
 from opt_jax.training.plan import HBM, hardware_flops, largest_that_fits, make_plan, topology_devices
 from opt_jax.training.step import make_gradients, new_model, state_shardings
 
@@ -101,7 +102,7 @@ def plan(directory, *words):
     )  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config.to_hf()))
     named = ["--model", str(directory / "config.json"), "--plan", "--plan-output", str(directory / "plan.json")]
-    train.main(train.parse_options([*named, "--output", str(directory / "run"), "--seq-len=256", *words]))
+    train.main(train.parse_options([*named, "--seq-len=256", *words]))
     return json.loads((directory / "plan.json").read_text())
 
 
@@ -239,6 +240,11 @@ def test_gradients_are_sent_in_their_dtype():
         ("--plan", "--plan needs --topology"),
         ("--topology v5e:2x4", "--topology is for --plan"),
         ("--plan-output x.json", "--plan-output is for --plan"),
+        (
+            "--plan --topology v5e:2x4 --tensorboard --profile 1:2 --fall-back",
+            "--plan compiles a pretraining step and runs nothing: leave out --fall-back, --tensorboard, --profile$",
+        ),
+        ("--recipe opt-125m --plan --topology v5e:2x4 --output x", "leave out --output$"),
         ("--plan --topology v5e:2x4 --plan-output no/x.json", "--plan-output no/x.json: there is no such directory"),
     ],
 )
@@ -247,3 +253,4 @@ def test_contradictions_are_errors(tmp_path, monkeypatch, words, message):
     with pytest.raises(ValueError, match=message):
         train.main(train.parse_options(words.split()))
     assert not list(tmp_path.iterdir())
+    assert PLANNED <= {field.name for field in dataclasses.fields(Options)}

@@ -1,8 +1,8 @@
 """Extractive question answering: SQuAD's files (v1.1, v2.0), windows over long contexts, exact match and F1. No jax."""
 
+import codecs
 import collections
 import dataclasses
-import json
 import re
 import string
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from opt_jax.system.reading import read_small
+from opt_jax.system.reading import json_object, read_small
 from opt_jax.text.tokenizer import OPTTokenizer
 from opt_jax.text.tokenizer_files import panics_as_errors
 from opt_jax.training.tasks.common import LARGEST_FILE, Batches, evaluate, fingerprint, hold_out, named_files
@@ -50,16 +50,14 @@ def read_squad(paths: Sequence[str]) -> list[Question]:
     questions = []
     for path in named_files(paths):
         text = read_small(path, LARGEST_FILE)
-        try:
-            content = json.loads(text.decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not JSON ({error})") from None
+        content = json_object(text.removeprefix(codecs.BOM_UTF8), path)
         try:
             for article in content["data"]:
                 for paragraph in article["paragraphs"]:
                     questions += [_question(path, paragraph["context"], qa) for qa in paragraph["qas"]]
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not in the form of SQuAD ({type(error).__name__}: {error})") from None
+            what = f"there is no {error}" if isinstance(error, KeyError) else "a value is of another type"
+            raise ValueError(f"{path}: not in the form of SQuAD ({what})") from None
     if not questions:
         raise ValueError(f"{', '.join(paths)}: no questions")
     return questions
