@@ -13,6 +13,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -402,6 +403,11 @@ def train(options: Options, held: ExitStack) -> None:
         say(f"finished: the model is in {output / 'model'}")
 
 
+def run(args: Sequence[str] | None = None, program: str = "train.py") -> None:
+    """`main` as a program: what ends it is one line on stderr, and an exit code."""
+    with processes.last_words(program, at_once=True):
+        main(parse_options(args, program))
+
+
 if __name__ == "__main__":
-    with processes.last_words("train.py", at_once=True):
-        main(parse_options())
+    run()

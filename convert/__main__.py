@@ -26,7 +26,7 @@ from opt_jax.system.disk import describe
 from opt_jax.system.interrupts import Terminated, exit_code, raises
 
 if TYPE_CHECKING:
-    from convert.checkpoint import Checkpoint
+    from .checkpoint import Checkpoint
 
 Src = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
 Files = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SRC...")]
@@ -158,7 +158,7 @@ def to_hf(
       shard_of: i/n: write only the i-th of n parts of the files; the last of the n such commands, run anywhere on the
         same file system and in any order, completes DST.
     """
-    from convert import to_hf
+    from . import to_hf
 
     *names, target = _sources_and_destination(paths)
     if hub.is_remote(target):
@@ -197,9 +197,9 @@ def verify(
       against: The checkpoint it was made from; several names: files of a metaseq checkpoint.
       quiet: No progress.
     """
-    from convert.inspect import compare
-    from convert.progress import Report
-    from convert.source import is_here
+    from .inspect import compare
+    from .progress import Report
+    from .source import is_here
 
     # What says how to find a model is for hub ids only, which DST or SRC may be; the revision is SRC's.
     ours_by = dataclasses.replace(source, revision=None)
@@ -227,8 +227,8 @@ def inspect(src: Files, /, source: Source = SourceOptions(), metaseq: Metaseq = 
     Args:
       src: As for the other commands; several names: files of a metaseq checkpoint.
     """
-    from convert.checkpoint import check_shapes
-    from convert.inspect import describe
+    from .checkpoint import check_shapes
+    from .inspect import describe
 
     opened = _open_source(src, source, metaseq)
     _check_no_verify(source, opened)
@@ -331,7 +331,7 @@ def _open(
 def _open_source(
     names: Sequence[str], source: SourceOptions, metaseq: MetaseqOptions, from_metaseq: bool = False
 ) -> "Checkpoint":
-    from convert.source import open_source
+    from .source import open_source
 
     if metaseq.model is not None and metaseq.config is not None:
         raise UsageError("--model and --config both name the architecture: give one of them")
@@ -353,7 +353,7 @@ def _convert(
     write: WriteOptions,
     from_metaseq: bool = False,
 ) -> None:
-    from convert.to_orbax import convert
+    from .to_orbax import convert
 
     if hub.is_remote(target):
         hub.check_remote(target)
@@ -371,7 +371,7 @@ class _Work:
     def __init__(self, opened, dst: Path, write: WriteOptions, part: tuple[int, int] | None = None) -> None:
         import jax
 
-        from convert.progress import Report
+        from .progress import Report
 
         self.opened, self.dst, self.part, self.first = opened, dst, part, jax.process_index() == 0
         itemsize = None if write.dtype is None else jax.numpy.dtype(write.dtype).itemsize
@@ -390,7 +390,7 @@ class _Work:
 
     def _summary(self) -> str:
         if self.part is not None:
-            from convert.to_hf import unfinished
+            from .to_hf import unfinished
 
             missing = unfinished(self.dst)
             if missing or not self.dst.exists():
@@ -403,12 +403,12 @@ class _Work:
         )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = PROG) -> int:
     """Exit codes: 0 fine, 1 bad checkpoint or destination, 2 bad usage."""
     args = list(sys.argv[1:] if argv is None else argv)
-    command, prog = to_orbax, PROG
+    command, prog = to_orbax, program
     if args and args[0] in COMMANDS:
-        command, prog = COMMANDS[args[0]], f"{PROG} {args.pop(0)}"
+        command, prog = COMMANDS[args[0]], f"{program} {args.pop(0)}"
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
@@ -437,7 +437,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def run(argv: Sequence[str] | None = None, program: str = PROG) -> int:
+    """`main` as a program of its own."""
     sys.unraisablehook = _repeat_lost_signals
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # files to files: leave the accelerators alone
-    sys.exit(main())
+    return main(argv, program)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

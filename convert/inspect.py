@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from convert.checkpoint import Checkpoint
 from opt_jax.checkpoints.arrays import first_difference
 from opt_jax.checkpoints.formats import hf
 from opt_jax.config import OPTConfig
+
+from .checkpoint import Checkpoint
 
 # What makes two models the same besides their tensors; the rates of dropout do not.
 _COMPARED = [

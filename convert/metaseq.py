@@ -18,9 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from convert.checkpoint import Checkpoint, check_shapes
-from convert.metaseq_config import choose_config
-from convert.metaseq_parts import (
+from opt_jax.checkpoints import hub
+from opt_jax.checkpoints.arrays import LazyArray
+from opt_jax.checkpoints.chunks import Index
+from opt_jax.checkpoints.formats import names
+from opt_jax.checkpoints.pretrained import set_dtype
+from opt_jax.checkpoints.source_files import SourceFiles
+from opt_jax.config import OPTConfig
+
+from .checkpoint import Checkpoint, check_shapes
+from .metaseq_config import choose_config
+from .metaseq_parts import (
     EMBEDDING,
     Part,
     Source,
@@ -32,13 +40,6 @@ from convert.metaseq_parts import (
     part_tensors,
     same,
 )
-from opt_jax.checkpoints import hub
-from opt_jax.checkpoints.arrays import LazyArray
-from opt_jax.checkpoints.chunks import Index
-from opt_jax.checkpoints.formats import names
-from opt_jax.checkpoints.pretrained import set_dtype
-from opt_jax.checkpoints.source_files import SourceFiles
-from opt_jax.config import OPTConfig
 
 _NAME = re.compile(r"(.+?)(?:-model_part-(\d+))?(?:-shard(\d+))?(?:\.pt)?", re.DOTALL)
 _HEAD = "decoder.output_projection.weight"

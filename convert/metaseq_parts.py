@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from convert.metaseq_config import TRAINING, read_settings
 from opt_jax.checkpoints.arrays import LazyArray, first_difference
 from opt_jax.checkpoints.chunks import Index, Shape
 from opt_jax.checkpoints.formats.stored import Stored, locate
 from opt_jax.checkpoints.formats.torch_files import TorchFile, TorchTensor, shown
 from opt_jax.checkpoints.formats.unpickle import Stub
 from opt_jax.config import OPTConfig
+
+from .metaseq_config import TRAINING, read_settings
 
 EMBEDDING = "decoder.embed_tokens.weight"
 

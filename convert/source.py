@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from convert import metaseq
-from convert.checkpoint import CLASSES, Checkpoint
 from opt_jax.checkpoints import hub, pretrained
 from opt_jax.checkpoints.arrays import LazyArray
 from opt_jax.checkpoints.formats import hf
 from opt_jax.checkpoints.source_files import files_of_model
 from opt_jax.config import OPTConfig
+
+from . import metaseq
+from .checkpoint import CLASSES, Checkpoint
 
 
 def open_source(

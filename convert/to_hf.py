@@ -22,15 +22,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert import staging
-from convert.checkpoint import Checkpoint
-from convert.to_orbax import cast
 from opt_jax.checkpoints import chunks, directories, hub, orbax, pretrained
 from opt_jax.checkpoints.arrays import LazyArray
 from opt_jax.checkpoints.formats import hf, names
 from opt_jax.parallel import agreement
 from opt_jax.system.disk import disk_errors, write_whole
 from opt_jax.system.temporary import refuse_links
+
+from . import staging
+from .checkpoint import Checkpoint
+from .to_orbax import cast
 
 Progress = Callable[[str, int], None]
 

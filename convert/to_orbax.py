@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 from jax import numpy as jnp
 
-from convert.checkpoint import Checkpoint
 from opt_jax.checkpoints import chunks, directories, hub, orbax, pretrained
 from opt_jax.checkpoints.arrays import LazyArray
 from opt_jax.checkpoints.formats import hf
 from opt_jax.parallel import agreement
 from opt_jax.system.disk import write_whole
+
+from .checkpoint import Checkpoint
 
 
 def convert(

@@ -1,5 +1,6 @@
 """`opt-jax ...` on the command line. Each command imports what it needs when it runs, so that `--help` is quick."""
 
+import importlib.util
 import io
 import os
 import sys
@@ -132,7 +133,19 @@ def tokenize(
     _print(tokenize_sources(sources, array, tokenizer, workers, skip_bad_records) + "\n")
 
 
-COMMANDS = {"generate": generate, "plot": plot, "tokenize": tokenize, "eval": evaluate}
+def convert() -> None:
+    """Convert a checkpoint to Orbax or to Hugging Face's form, inspect one, compare two."""
+
+
+def train() -> None:
+    """Train a model, or fine-tune one."""
+
+
+COMMANDS = {
+    "generate": generate, "convert": convert, "train": train, "eval": evaluate, "tokenize": tokenize, "plot": plot,
+}  # fmt: skip
+# These read their own options. In a wheel they are modules of this package, in a checkout they lie beside it.
+PROGRAMS = {"convert": "convert.__main__", "train": "train"}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -141,6 +154,8 @@ def main(args: Sequence[str] | None = None) -> int:
     if args in (["--version"], ["-V"]):
         print(f"opt-jax {opt_jax.__version__}")
         return 0
+    if args and args[0] in PROGRAMS:
+        return _program(args[0]).run(args[1:], f"opt-jax {args[0]}") or 0
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 gets "?"
     # Amid JAX a KeyboardInterrupt may be lost. Without JAX it clears away files and processes.
@@ -164,6 +179,18 @@ def main(args: Sequence[str] | None = None) -> int:
         print("opt-jax: interrupted", file=sys.stderr)
         return exit_code(interrupt)
     return 0
+
+
+def _program(name: str) -> Any:
+    package = f"opt_jax.{name}"
+    if importlib.util.find_spec(package) is None:
+        beside = Path(__file__).parents[1] / name
+        path = beside / "__init__.py" if beside.is_dir() else beside.with_suffix(".py")
+        spec = importlib.util.spec_from_file_location(package, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[package] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[package])
+    return importlib.import_module(f"opt_jax.{PROGRAMS[name]}")
 
 
 def _print(text: str) -> None:

@@ -24,7 +24,7 @@ def module(path: Path) -> str:
     return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imported(tree: ast.AST, modules: dict[str, ast.AST]) -> Iterator[str]:
+def imported(tree: ast.AST, modules: dict[str, ast.AST], package: str) -> Iterator[str]:
     """The modules of ours that a file imports, at its top and in its functions; not what only type checkers read."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -32,16 +32,19 @@ def imported(tree: ast.AST, modules: dict[str, ast.AST]) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in modules)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module, ast.unparse(node)
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from (name if name in modules else node.module for name in names if node.module in modules)
+            home = ".".join([*([package] if node.level else []), *([node.module] if node.module else [])])
+            names = [f"{home}.{alias.name}" for alias in node.names]
+            yield from (name if name in modules else home for name in names if home in modules)
         else:
-            yield from imported(node, modules)
+            yield from imported(node, modules, package)
 
 
 def arrows(modules: dict[str, ast.AST]) -> dict[str, set[str]]:
     """Module -> modules that it imports, but for the root package, which loads what it names on first use."""
-    return {name: set(imported(tree, modules)) - {name, "opt_jax"} for name, tree in modules.items()}
+    return {
+        name: set(imported(tree, modules, name.rpartition(".")[0])) - {name, "opt_jax"}
+        for name, tree in modules.items()
+    }
 
 
 def room(name: str) -> int:

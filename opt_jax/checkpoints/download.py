@@ -273,6 +273,8 @@ def _fetch(url: str, file: Any, blobs: Path, stop: threading.Event) -> None:
             return
         refuse_links(partial)
         with open(partial, "a+b") as out:
+            if os.fstat(out.fileno()).st_nlink > 1:
+                raise FileExistsError(f"{partial} is a file of another name, too (a hard link): remove it here")
             with tqdm(desc=name, total=size, initial=out.tell(), unit="B", unit_scale=True, disable=None) as bar:
                 _continue(url, file, out, bar, stop)
             if out.tell() < size:

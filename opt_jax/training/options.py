@@ -176,7 +176,7 @@ PLANNED = {
 }  # fmt: skip
 
 
-def parse_options(args: Sequence[str] | None = None) -> Options:
+def parse_options(args: Sequence[str] | None = None, program: str | None = None) -> Options:
     """The options on the command line, over those of its --recipe, over the defaults.
 
     Raises:
@@ -186,7 +186,7 @@ def parse_options(args: Sequence[str] | None = None) -> Options:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", nargs="?")  # without a name: tyro says what is wrong
     name = first.parse_known_args(args)[0].recipe
-    return tyro.cli(Options, args=args, default=_defaults(name))
+    return tyro.cli(Options, args=args, default=_defaults(name), prog=program)
 
 
 def _defaults(recipe: str | None) -> Options:

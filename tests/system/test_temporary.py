@@ -385,12 +385,15 @@ def test_a_checkpoint_with_a_foreign_file_is_not_removed(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "3"]
 
 
-def test_a_download_is_not_continued_through_a_link(tmp_path):
+@pytest.mark.parametrize(
+    "link, refused", [("symlink_to", "a symbolic link"), ("hardlink_to", "a file of another name")]
+)
+def test_a_download_is_not_continued_through_a_link(tmp_path, link, refused):
     file = SimpleNamespace(rfilename="model.safetensors", size=9, lfs=SimpleNamespace(sha256="a" * 64))
     blobs = tmp_path / "hub" / "models--a--b" / "blobs"
     blobs.mkdir(parents=True)
     (tmp_path / "precious").write_text("keep")
-    (blobs / f"{'a' * 64}.opt-jax.incomplete").symlink_to(tmp_path / "precious")
-    with pytest.raises(FileExistsError, match="incomplete is a symbolic link"):
+    getattr(blobs / f"{'a' * 64}.opt-jax.incomplete", link)(tmp_path / "precious")
+    with pytest.raises(FileExistsError, match=f"incomplete is {refused}"):
         _fetch("http://localhost:1/", file, blobs, threading.Event())
     assert (tmp_path / "precious").read_text() == "keep"
