@@ -88,19 +88,26 @@ def check_copies(parts: Sequence[Part]) -> None:
     """Raise ValueError for a file that is a copy of another one, with the name of a third. Reads a little of each.
 
     What is compared is a tensor of which each file holds a piece; pieces of one value, such as padding, are left out.
+    Shards of a part are compared with each other, and of all parts the first ones: a later shard may hold nothing but
+    what all parts have, as LayerNorms.
     """
-    beginnings: dict[bytes, Stored] = {}
+    first_shards: dict[bytes, Stored] = {}
     for part in parts:
+        shards: dict[bytes, Stored] = {}
         split = [stored for name, stored in part.stored.items() if is_flat(name) or name == EMBEDDING]
-        for stored in max(split, key=lambda files: math.prod(files[0].shape), default=[]):
+        for i, stored in enumerate(max(split, key=lambda files: math.prod(files[0].shape), default=[])):
             length, *others = stored.shape or (1,)
             rows = min(length, _COMPARED[len(others) > 0])
             index = (slice(0, rows), *(slice(0, n) for n in others))[: len(stored.shape)]
             values = np.ascontiguousarray(stored.read(index)).reshape(-1).view(f"u{stored.dtype.itemsize}")
             if values.size and (values != values[0]).any():
-                other = beginnings.setdefault(hashlib.sha256(values.tobytes()).digest(), stored)
-                if other is not stored and first_difference(stored.lazy(), other.lazy()) is None:
-                    raise ValueError(f"{stored.path} holds what {other.path} holds, bit for bit: one of them is a copy")
+                digest = hashlib.sha256(values.tobytes()).digest()
+                for known in (shards, first_shards) if i == 0 else (shards,):
+                    other = known.setdefault(digest, stored)
+                    if other is not stored and first_difference(stored.lazy(), other.lazy()) is None:
+                        raise ValueError(
+                            f"{stored.path} holds what {other.path} holds, bit for bit: one of them is a copy"
+                        )
 
 
 def _open_file(path: Path) -> Part:

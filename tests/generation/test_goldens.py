@@ -7,18 +7,20 @@ import jax
 import limits
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from limits import TOLERANCE, gradient_limit, within
 from reference import CASES, PADDINGS, SMALL, case_inputs, our_model
 
 from opt_jax import named_parameters
 
 pytestmark = pytest.mark.slow
+GOLDENS = REPOSITORY / "tests" / "goldens"
 
 
 @pytest.fixture(scope="module", params=SMALL)
 def golden(request):
     """(name, {key: array}) of one configuration."""
-    path = request.path.parent / "goldens" / f"{request.param}.npz"
+    path = GOLDENS / f"{request.param}.npz"
     with np.load(path) as arrays:
         return request.param, dict(arrays)
 
@@ -86,6 +88,5 @@ def test_goldens_are_what_pytorch_computes(golden):
         limits.assert_close(arrays[key], value, 1e-5 * np.abs(value).max() + 1e-12 * summands, what=key)
 
 
-def test_goldens_are_small(request):
-    folder = request.path.parent / "goldens"
-    assert sum(file.stat().st_size for file in folder.iterdir()) < 1e6
+def test_goldens_are_small():
+    assert sum(file.stat().st_size for file in GOLDENS.iterdir()) < 1e6

@@ -18,7 +18,6 @@ from jax.sharding import PartitionSpec as P
 
 import train
 from opt_jax import OPTConfig
-from opt_jax.model import decoder
 from opt_jax.parallel.hlo import COLLECTIVES, Program, collective_bytes
 from opt_jax.parallel.mesh import batch_sharding, make_mesh, use_mesh
 from opt_jax.training.options import PLANNED, Options
@@ -175,7 +174,7 @@ def test_a_plan_is_of_the_runs_own_batches(monkeypatch):
 @needs_libtpu
 def test_what_a_layer_sends(libtpu, monkeypatch):
     layers, parts, rows, length, width, vocab = 3, 2, 4, 1024, 256, 50272
-    monkeypatch.setattr(decoder, "PART_BYTES", 2 * rows // parts * length * width)
+    monkeypatch.setattr("opt_jax.model.remat.PART_BYTES", 2 * rows // parts * length * width)
     config = OPTConfig(
         vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, ffn_dim=4 * width, num_attention_heads=2,
         max_position_embeddings=length, dropout=0.0,
