@@ -69,7 +69,7 @@ def convert(
       progress: called after each slab with the path of its array and its bytes, by several threads, one at a time.
 
     Raises:
-      FileExistsError: see `storage.new_directory`; or another worker writes the same file now.
+      FileExistsError: see `directories.new_directory`; or another worker writes the same file now.
       OSError: the disk is full. With `shard_of`, files that are complete stay for the next run.
       ValueError: damaged data, values out of range for `dtype`, a source that changed meanwhile, a bad `max_shard_size`
         or `shard_of`, or `shard_of` for a destination that was begun from another source or with other options.

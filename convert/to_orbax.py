@@ -33,7 +33,7 @@ def convert(
       progress: called after each piece with the path of its array and its bytes.
 
     Raises:
-      FileExistsError: see `storage.new_directory`.
+      FileExistsError: see `directories.new_directory`.
       OSError: the disk is full.
       ValueError: a tensor too many, too few or misshapen, damaged data, values out of range for `dtype`; names it. A
         source that changed meanwhile; or see `hub.check_array_path`.

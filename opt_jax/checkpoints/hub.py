@@ -205,7 +205,7 @@ def _is_finished_step(path: Path) -> bool:
 
 
 def is_orbax(path: str | os.PathLike) -> bool:
-    """Whether the directory is a model of our own (`checkpoint.save_pretrained`, `python -m convert`)."""
+    """Whether the directory is a model of our own (`pretrained.save_pretrained`, `python -m convert`)."""
     return (as_path(path) / "params" / "_METADATA").is_file()
 
 

@@ -169,7 +169,7 @@ def load_pretrained(
       dtype, param_dtype: of the computation and of the parameters; "auto": as stored, and `dtype="auto"` alone means
         both. Default: float32 on CPU, else as stored, but bfloat16 for float16 on TPU (logged).
       attn_implementation: see `OPTPreTrainedModel`.
-      mesh: put the parameters on it, as `sharding.param_spec` says; every process reads its own shards only.
+      mesh: put the parameters on it, as `rules.param_spec` says; every process reads its own shards only.
       revision, cache_dir, local_files_only: see `hub.resolve`.
       verify: compare what is read of an Orbax directory with its checksums; False reads a damaged one as it is.
 

@@ -1,4 +1,4 @@
-"""Where the drafts of `opt_jax.generation.speculative` come from, and what is checked of that."""
+"""Where the drafts of `speculative.py` come from, and what is checked of that."""
 
 import dataclasses
 from typing import Any

@@ -52,7 +52,7 @@ class Speculation:
 
 
 def run(model: Model, request: Request, drafts: Drafts, options: SamplingOptions, state: DecodeState) -> Speculation:
-    """From the first new token, which `decode.begin` has made, to the last."""
+    """From the first new token, which `loop.begin` has made, to the last."""
     speculation, until = _start(drafts, state, request.copies), request.max_new_tokens
     if request.stops is not None:
         until = 1

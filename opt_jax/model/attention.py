@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from opt_jax.model import flash, int8
 from opt_jax.model.flash import AttentionImplementation
 from opt_jax.model.int8 import Int8Array
-from opt_jax.parallel.collectives import first_part, first_row, over_heads
+from opt_jax.parallel.collectives import batch_offset, over_heads, tensor_offset
 
 # Causal attention is done by blocks of queries, this many at most, and none shorter than so many tokens.
 MOST_BLOCKS, BLOCK = 8, 128
@@ -69,7 +69,7 @@ class DropoutKey(NamedTuple):
         """first: number of the first row that devices share now, of a batch that comes in parts (micro-batches)."""
         if key is None or isinstance(key, DropoutKey):
             return key
-        return cls(key, first + first_row(rows) + jnp.arange(rows, dtype=jnp.int32))
+        return cls(key, first + batch_offset(rows) + jnp.arange(rows, dtype=jnp.int32))
 
 
 def dropout(x: Float[Array, "B N ..."], rate: float, key: DropoutKey | None) -> Float[Array, "B N ..."]:
@@ -79,7 +79,7 @@ def dropout(x: Float[Array, "B N ..."], rate: float, key: DropoutKey | None) -> 
     """
     if key is None or rate == 0.0:
         return x
-    columns = first_part(x.shape[1]) + jnp.arange(x.shape[1], dtype=jnp.int32)
+    columns = tensor_offset(x.shape[1]) + jnp.arange(x.shape[1], dtype=jnp.int32)
 
     def keep(row: jax.Array, column: jax.Array) -> jax.Array:
         own = jax.random.fold_in(jax.random.fold_in(key.key, row), column)

@@ -23,7 +23,13 @@ from opt_jax.model.flash import AttentionImplementation
 from opt_jax.model.outputs import BaseModelOutput
 from opt_jax.model.remat import Remat, count_parts, rematerialise, run_in_parts
 from opt_jax.model.stacking import unstack
-from opt_jax.parallel.collectives import first_part, gather_parameters, gather_tokens, own_tokens, scatter_tokens
+from opt_jax.parallel.collectives import (
+    gather_parameters,
+    gather_sequence,
+    local_tokens,
+    scatter_sequence,
+    tensor_offset,
+)
 from opt_jax.parallel.rules import constrain, is_per_device
 
 _ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -66,10 +72,10 @@ class Embed(nnx.Embed):
         """Rows by id, laid out as the residual stream; a device holds a part of the vocabulary, and of the tokens."""
         # In float32, or the gradients of a token that is frequent would be added up in half precision.
         table = self.embedding.get_value().astype(jnp.float32)
-        own = ids - first_part(table.shape[0])
+        own = ids - tensor_offset(table.shape[0])
         found = (own >= 0) & (own < table.shape[0])
         rows = jnp.take(table, jnp.where(found, own, 0), axis=0)
-        return scatter_tokens(jnp.where(found[..., None], rows, 0).astype(self.dtype))
+        return scatter_sequence(jnp.where(found[..., None], rows, 0).astype(self.dtype))
 
     def attend(self, x: Float[Array, "B T P"]) -> Float[Array, "B T V"]:
         """Logits. Deviation from HF: accumulated and returned in float32, not rounded to the compute dtype."""
@@ -153,15 +159,15 @@ class OPTDecoderLayer(nnx.Module):
         inputs = x
 
         h = self.self_attn_layer_norm(x) if pre_norm else x
-        h, weights, cache = self.self_attn(gather_tokens(h), mask, cache, keys[0])
-        h = checkpoint_name(scatter_tokens(h), "attention_out")
+        h, weights, cache = self.self_attn(gather_sequence(h), mask, cache, keys[0])
+        h = checkpoint_name(scatter_sequence(h), "attention_out")
         x = constrain(x + dropout(h, config.dropout, keys[1]), "residual")
         if not pre_norm:
             x = self.self_attn_layer_norm(x)
 
         h = self.final_layer_norm(x) if pre_norm else x
-        h = checkpoint_name(constrain(self.fc1(gather_tokens(h)), "ffn"), "ffn")
-        h = scatter_tokens(self.fc2(_ACTIVATION[config.activation_function](h)))
+        h = checkpoint_name(constrain(self.fc1(gather_sequence(h)), "ffn"), "ffn")
+        h = scatter_sequence(self.fc2(_ACTIVATION[config.activation_function](h)))
         x = constrain(x + dropout(h, config.dropout, keys[2]), "residual")
         if not pre_norm:
             x = self.final_layer_norm(x)
@@ -277,12 +283,12 @@ class OPTDecoder(nnx.Module):
             assert ids is not None
             x = self.embed_tokens.lookup(ids) if is_per_device() else self.embed_tokens(ids)
             if pad is not None:  # torch's padding_idx: looking up a pad gives its row no gradient
-                x = jnp.where(own_tokens(ids == pad)[..., None], lax.stop_gradient(x), x)
+                x = jnp.where(local_tokens(ids == pad)[..., None], lax.stop_gradient(x), x)
         x = x.astype(self.embed_tokens.dtype)
         if self.project_in is not None:
             x = self.project_in(x)
         positions = _positions(inputs) if inputs.position_ids is None else inputs.position_ids
-        return constrain(x + self.embed_positions(own_tokens(positions) + POSITION_OFFSET), "residual")
+        return constrain(x + self.embed_positions(local_tokens(positions) + POSITION_OFFSET), "residual")
 
     def _run_list(self, x: Float[Array, "B T D"], mask: AttentionMask, inputs: DecoderInputs) -> Outputs:
         """The layers one by one: decoding, and files."""

@@ -125,13 +125,13 @@ class OPTPreTrainedModel(nnx.Module):
 
     @classmethod
     def from_pretrained(cls: type[M], name, **kwargs) -> M:
-        """Load from a hub id, an HF or Orbax directory, or "tiny": see `checkpoint.load_pretrained`."""
+        """Load from a hub id, an HF or Orbax directory, or "tiny": see `pretrained.load_pretrained`."""
         from opt_jax.checkpoints import pretrained
 
         return pretrained.load_pretrained(cls, name, **kwargs)
 
     def save_pretrained(self, directory, **kwargs) -> None:
-        """Write a self-contained Orbax directory: see `checkpoint.save_pretrained`."""
+        """Write a self-contained Orbax directory: see `pretrained.save_pretrained`."""
         from opt_jax.checkpoints import pretrained
 
         pretrained.save_pretrained(self, directory, **kwargs)

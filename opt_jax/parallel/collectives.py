@@ -33,50 +33,50 @@ def per_device(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) ->
 
 
 def _size(axis: str | tuple[str, ...]) -> int:
-    """How many devices share it, inside `per_device`; elsewhere 1."""
+    """Number of devices along the axis, inside `per_device`; 1 elsewhere."""
     shape = jax.sharding.get_abstract_mesh().shape
     return math.prod(shape[name] for name in ((axis,) if isinstance(axis, str) else axis)) if is_per_device() else 1
 
 
-def gather_tokens(x: jax.Array) -> jax.Array:
-    """The residual stream [B, T, D] as column-parallel products need it: every token. Transposed: `scatter_tokens`."""
+def gather_sequence(x: jax.Array) -> jax.Array:
+    """All tokens [B, T, D] of this device's rows, from its part of the sequence. Transpose: `scatter_sequence`."""
     if _size("tensor") == 1:
         return constrain(x, "gathered")
     return lax.all_gather(x, "tensor", axis=1, tiled=True)
 
 
-def scatter_tokens(x: jax.Array) -> jax.Array:
-    """Partial sums [B, T, D] of row-parallel products to the residual: added up; each device keeps its tokens."""
+def scatter_sequence(x: jax.Array) -> jax.Array:
+    """This device's part of the sequence, from partial sums [B, T, D] of all tokens, added up over `tensor`."""
     if _size("tensor") == 1:
         return constrain(x, "residual")
     return lax.psum_scatter(x, "tensor", scatter_dimension=1, tiled=True)
 
 
-def own_tokens(x: jax.Array) -> jax.Array:
-    """This device's part of [B, T, ...] that is the same all over `tensor`."""
+def local_tokens(x: jax.Array) -> jax.Array:
+    """This device's part of the sequence, of x [B, T, ...] which every device along `tensor` holds."""
     if _size("tensor") == 1:
         return x
     count = x.shape[1] // _size("tensor")
     return lax.dynamic_slice_in_dim(x, lax.axis_index("tensor") * count, count, axis=1)
 
 
-def first_row(count: int) -> jax.Array | int:
-    """Number in the whole batch of the first of this device's rows, of which it has so many."""
+def batch_offset(count: int) -> jax.Array | int:
+    """Index in the whole batch of this device's first row, where each device has `count` rows; 0 elsewhere."""
     return lax.axis_index(BATCH_AXES) * count if is_per_device() else 0
 
 
-def first_part(count: int) -> jax.Array | int:
-    """Likewise of what `tensor` splits: tokens, heads or vocabulary."""
+def tensor_offset(count: int) -> jax.Array | int:
+    """Index of the first of this device's `count` tokens, heads or vocabulary rows along `tensor`; 0 elsewhere."""
     return lax.axis_index("tensor") * count if is_per_device() else 0
 
 
 def gather_rows(x: jax.Array) -> jax.Array:
-    """Axis 0 of every device of `tensor`, joined."""
+    """All of axis 0, from this device's part of it along `tensor`."""
     return x if _size("tensor") == 1 else lax.all_gather(x, "tensor", tiled=True)
 
 
 def scatter_rows(x: jax.Array) -> jax.Array:
-    """Partial sums, added up over `tensor`, each device keeps its part of axis 0."""
+    """This device's part of axis 0, from partial sums added up over `tensor`."""
     return x if _size("tensor") == 1 else lax.psum_scatter(x, "tensor", tiled=True)
 
 
@@ -85,9 +85,9 @@ def sum_over_tensor(x: jax.Array) -> jax.Array:
 
 
 def share_of_tensor(x: jax.Array) -> jax.Array:
-    """The same number on every device of `tensor`: each one differentiates a share of it.
+    """x, which is the same on all n devices along `tensor`; its gradient on each of them is (dL/dx) / n.
 
-    Gradients are added up over these devices, by `sum_gradients` and by the transposes of the functions above.
+    `sum_gradients` and the transposes of the functions above add up the gradients of the n devices to dL/dx.
     """
     share = x / _size("tensor")
     return share + lax.stop_gradient(x - share)

@@ -1,9 +1,10 @@
-"""Where things live on a mesh of devices: the one table parameter path -> mesh axes. The only file that names axes.
+"""Where arrays lie on a mesh of devices: one table from parameter path to mesh axes, and one for activations.
 
 Axes: `data` (replicas), `fsdp` (batch and parameters), `tensor` (Megatron-style splits of heads, ffn and vocabulary).
 There are two ways to compute on a mesh, and the model's code is the same for both. As a rule axes are Auto: the
-compiler propagates shardings, and `constrain` pins the few places that matter. A training step runs `per_device`:
-each device sees its own part of every array, and what is sent is written down below, collective by collective.
+compiler propagates shardings, and `constrain` pins the few places that matter. A training step runs inside
+`collectives.per_device`: each device sees its own part of every array, and the functions of `collectives.py` send what
+is sent. `is_per_device` says which of the two holds.
 """
 
 import math
@@ -57,7 +58,7 @@ PARAMETER_AXES |= {
     for suffix, axes in (("_lora_a", (rows, None)), ("_lora_b", (None, columns)))
 }
 
-# Biases of row-parallel products, which are partial sums over `tensor` until `scatter_tokens`: one device adds them.
+# Biases of row-parallel products, which are partial sums over `tensor` until `scatter_sequence`: one device adds them.
 ADDED_ONCE = {"model.decoder.layers.*.self_attn.out_proj.bias", "model.decoder.layers.*.fc2.bias"}
 
 # Names the model gives to its activations -> axes. The residual stream is split along the sequence: for 175B on 512

@@ -9,12 +9,12 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from opt_jax.parallel.collectives import (
-    first_part,
     gather_rows,
+    local_tokens,
     max_over_tensor,
-    own_tokens,
     scatter_rows,
     sum_over_tensor,
+    tensor_offset,
 )
 
 IGNORED = -100
@@ -26,10 +26,10 @@ def next_token_loss(
 ) -> Float[Array, ""]:
     """Sum over the labels that are not -100 of the negative log-likelihood, in float32, of logits `x table^T`.
 
-    Inside `sharding.per_device`, x and table are a device's own tokens and part of the vocabulary; the loss is of all
-    of the batch's tokens on its `tensor` group, and so are the gradients.
+    Inside `collectives.per_device`, x holds this device's tokens and table its part of the vocabulary. The loss is the
+    sum over all tokens of the devices along `tensor`, and so are the gradients.
     """
-    labels = own_tokens(labels).reshape(-1)
+    labels = local_tokens(labels).reshape(-1)
     x = x.reshape(-1, x.shape[-1])
     together = gather_rows(jnp.zeros(1, jnp.float32)).shape[0]  # devices that share the vocabulary work on one chunk
     most = max(1, chunk_bytes // (4 * table.shape[0] * together))
@@ -45,7 +45,7 @@ def _nll(x: Array, table: Array, labels: Array) -> tuple[Array, Array, Array, Ar
     """(sum of the losses, softmax [N, V], one-hot labels [N, V], x gathered [N, P]) of one chunk."""
     x, labels = gather_rows(x), gather_rows(labels)
     logits = jnp.einsum("np,vp->nv", x, table, preferred_element_type=jnp.float32)
-    own = labels - first_part(table.shape[0])
+    own = labels - tensor_offset(table.shape[0])
     hot = own[:, None] == jnp.arange(table.shape[0], dtype=jnp.int32)[None]
     highest = max_over_tensor(logits.max(axis=-1))
     exponentials = jnp.exp(logits - highest[:, None])

@@ -24,7 +24,7 @@ from opt_jax.parallel.rules import param_sharding
 from opt_jax.training.loss import IGNORED, next_token_loss
 
 # "input_ids", "labels" (the next id of each, -100 where none counts) and, for packed documents, "segment_ids"; those of
-# fine-tuning tasks are described in tasks.py. [A, B, T], or [B, T] of one micro-batch.
+# fine-tuning tasks are described in tasks/common.py. [A, B, T], or [B, T] of one micro-batch.
 Batch = dict[str, Int[Array, "..."]]
 # (model, micro-batch, dropout key or None) -> (sum of its losses, how many labels counted), inside `per_device`.
 Loss = Callable[[Any, Batch, DropoutKey | None], tuple[Array, Array]]

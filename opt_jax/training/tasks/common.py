@@ -24,12 +24,12 @@ from opt_jax.model.attention import DropoutKey
 from opt_jax.model.heads import OPTForQuestionAnswering, OPTForSequenceClassification
 from opt_jax.model.ids import as_ids
 from opt_jax.parallel.collectives import (
-    first_part,
-    gather_tokens,
+    gather_sequence,
     per_device,
     share_of_tensor,
     sum_over_batch,
     sum_over_tensor,
+    tensor_offset,
 )
 from opt_jax.parallel.mesh import batch_sharding, replicated
 from opt_jax.training.loss import IGNORED
@@ -53,10 +53,10 @@ def task_logits(model: Any, batch: Batch, key: DropoutKey | None = None) -> Floa
     ids, mask = batch["input_ids"], batch["attention_mask"]
     x = model.model.forward(ids, attention_mask=mask, dropout_key=key).last_hidden_state
     if isinstance(model, OPTForQuestionAnswering):
-        logits = gather_tokens(model.qa_outputs(x))
+        logits = gather_sequence(model.qa_outputs(x))
         return jnp.where(mask[..., None] != 0, logits, jnp.finfo(jnp.float32).min)
     # A row's last token is on one device of `tensor`.
-    last = mask.sum(axis=1, dtype=jnp.int32)[:, None] - 1 - first_part(x.shape[1])
+    last = mask.sum(axis=1, dtype=jnp.int32)[:, None] - 1 - tensor_offset(x.shape[1])
     own = (last >= 0) & (last < x.shape[1])
     pooled = jnp.take_along_axis(x, jnp.where(own, last, 0)[..., None], axis=1)[:, 0]
     return model.score(sum_over_tensor(jnp.where(own, pooled, 0)))
