@@ -25,9 +25,11 @@ from opt_jax.text.streaming import StopStrings
 from opt_jax.text.tokenizer_files import (
     WITHOUT_EFFECT,
     check_added_ids,
+    check_added_lengths,
     check_fields,
     check_growth,
     check_ids_of_tokens,
+    check_lengths,
     contents_of,
     panics_as_errors,
     read_as,
@@ -96,6 +98,7 @@ class OPTTokenizer(Vocabulary):
         self.model_max_length = int(limit) if 0 < limit < 1e9 else None  # HF writes 1e30 for none
 
         ids = {int(i): _added_token(token) for i, token in config.get("added_tokens_decoder", {}).items()}
+        check_added_lengths(token.content for token in ids.values())
         added = sorted(ids.items())
         backend.add_tokens([token for _, token in added])  # at once: each call makes an automaton of all that there are
         for index, token in added:
@@ -176,6 +179,7 @@ class OPTTokenizer(Vocabulary):
         if not fast.is_file():
             return cls.from_file(folder / "vocab.json", folder / "merges.txt", config, **sides)
         text = read_small(fast)
+        read_as(str(fast), lambda: check_lengths(text))
         backend = read_as(str(fast), lambda: Tokenizer.from_buffer(text))
         read_as(str(fast), lambda: check_added_ids(text, backend))
         backend.no_padding()

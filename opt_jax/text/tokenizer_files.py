@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from tokenizers import Tokenizer
 
 from opt_jax.system.reading import FieldsWithoutEffect, json_object, one_line, read_small, shown
 
+MOST_CHARACTERS = 100_000  # of an added token: the library's automaton takes a hundred bytes for each
+MOST_OF_NORMALIZER = 1_000_000  # characters, as JSON; the largest known, SentencePiece's table, has 400,000
 MOST_GROWTH = 1000  # how many times as long a normalizer may make a text
 # Fields of a tokenizer_config.json; `padding_side`, which HF writes into every one, is not among them.
 WITHOUT_EFFECT: FieldsWithoutEffect = {
@@ -44,6 +46,21 @@ def read_as(where: str, load: Callable[[], Any]) -> Any:
         known = isinstance(error, ValueError) or type(error) is Exception
         what = one_line(error) if known else "a field is missing, or of another type than it should be"
         raise ValueError(f"{where}: not a tokenizer that can be read ({what})") from error
+
+
+def check_lengths(text: bytes) -> None:
+    """Refuse a tokenizer.json with an added token or a normalizer of many characters, which cost a multiple of them."""
+    content = json_object(text, "it")
+    check_added_lengths([token["content"] for token in content.get("added_tokens") or ()])
+    if len(json.dumps(content.get("normalizer"))) > MOST_OF_NORMALIZER:
+        raise ValueError(f"its normalizer has more than {MOST_OF_NORMALIZER:,} characters")
+
+
+def check_added_lengths(tokens: Iterable[str]) -> None:
+    if (longest := max(map(len, tokens), default=0)) > MOST_CHARACTERS:
+        raise ValueError(
+            f"an added token has {longest:,} characters, more than the {MOST_CHARACTERS:,} that one may have"
+        )
 
 
 def check_growth(backend: Tokenizer) -> None:

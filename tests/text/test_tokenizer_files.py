@@ -167,3 +167,16 @@ def test_a_normalizer_that_makes_texts_ever_longer_is_refused(saved, tmp_path):
         with pytest.raises(ValueError, match="normalizer can make a text thousands of times as long"):
             OPTTokenizer.from_pretrained(tmp_path / f"many{i}")
         assert len(OPTTokenizer.from_pretrained(tmp_path / f"one{i}").encode("b b", add_special_tokens=False)) > 2
+
+
+LONG = "x" * 100_001
+
+
+@pytest.mark.parametrize("file, changes, error", [
+    ("tokenizer.json", {"added_tokens": [{"id": 9, "content": LONG}]}, "an added token has 100,001 characters"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"9": {"content": LONG}}}, "an added token has 100,001"),
+    ("tokenizer.json", {"normalizer": {"type": "Prepend", "prepend": LONG * 10}}, "its normalizer has more than 1,000"),
+])  # fmt: skip
+def test_tokens_and_normalizers_of_many_characters_are_refused(saved, tmp_path, file, changes, error):
+    with pytest.raises(ValueError, match=f"^{tmp_path}.*: not a tokenizer that can be read .*{error}"):
+        OPTTokenizer.from_pretrained(edited(saved, tmp_path, file=file, **changes))
