@@ -35,6 +35,7 @@ from opt_jax.model.lora import LoRA, is_trained
 from opt_jax.parallel import agreement, processes
 from opt_jax.parallel.agreement import on_first_process
 from opt_jax.parallel.mesh import make_mesh, use_mesh
+from opt_jax.system.disk import keep_standard_descriptors
 from opt_jax.training import finetuning, loggers, plan
 from opt_jax.training.checkpoints import Checkpoints, Due, Termination
 from opt_jax.training.files import begin_run, check_run_directory, run_directory, write_record
@@ -405,6 +406,7 @@ def train(options: Options, held: ExitStack) -> None:
 
 def run(args: Sequence[str] | None = None, program: str = "train.py") -> None:
     """`main` as a program: what ends it is one line on stderr, and an exit code."""
+    keep_standard_descriptors()
     with processes.last_words(program, at_once=True):
         main(parse_options(args, program))
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from opt_jax.checkpoints import hub
-from opt_jax.system.disk import describe
+from opt_jax.system.disk import describe, keep_standard_descriptors
 from opt_jax.system.interrupts import Terminated, exit_code, raises
 
 if TYPE_CHECKING:
@@ -439,6 +439,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROG) -> int:
 
 def run(argv: Sequence[str] | None = None, program: str = PROG) -> int:
     """`main` as a program of its own."""
+    keep_standard_descriptors()
     sys.unraisablehook = _repeat_lost_signals
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # files to files: leave the accelerators alone
     return main(argv, program)

@@ -13,7 +13,7 @@ import tyro
 
 import opt_jax
 from opt_jax.evaluation.command import evaluate
-from opt_jax.system.disk import describe
+from opt_jax.system.disk import describe, keep_standard_descriptors
 from opt_jax.system.interrupts import ends_at_once, exit_code, raises
 from opt_jax.system.reading import one_line
 
@@ -151,6 +151,7 @@ PROGRAMS = {"convert": "convert.__main__", "train": "train"}
 def main(args: Sequence[str] | None = None) -> int:
     """The program: runs a command and returns its exit status. What the user got wrong is one line on stderr."""
     args = sys.argv[1:] if args is None else list(args)
+    keep_standard_descriptors()
     if args in (["--version"], ["-V"]):
         print(f"opt-jax {opt_jax.__version__}")
         return 0

@@ -52,6 +52,16 @@ def disk_errors(path: str | os.PathLike, nbytes: int | None = None) -> Iterator[
         raise
 
 
+def keep_standard_descriptors() -> None:
+    """Open descriptors 0 to 2 on the null device where they are closed (`2>&-`). Otherwise a file that is opened later
+    gets such a number, and what native code logs goes into it."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+
+
 def write_whole(path: Any, content: bytes) -> None:
     """Write a file of a directory that is not there under its final name yet, on a disk or in an object store."""
     with disk_errors(path, len(content)):

@@ -50,17 +50,8 @@ FORBIDDEN = (
 @pytest.mark.slow
 def test_hostile_checkpoints(tmp_path, pytestconfig):
     exhaustive = pytestconfig.getoption("--exhaustive")
-    command = [
-        sys.executable,
-        "-W",
-        "error",
-        "-W",
-        "default::UserWarning",
-        __file__,
-        str(tmp_path),
-        "",
-        "0" if exhaustive else str(HANDFUL),
-    ]
+    warned = ["-W", "error", "-W", "default::UserWarning"]
+    command = [sys.executable, *warned, __file__, str(tmp_path), "", "0" if exhaustive else str(HANDFUL)]
     done = subprocess.run(
         command,
         capture_output=True,

@@ -5,11 +5,14 @@ import errno
 import os
 import resource
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 
 from opt_jax import cli
 from opt_jax.system.disk import describe, disk_errors, without_tracebacks
@@ -178,3 +181,11 @@ def test_a_closed_stdout_is_no_other_error(monkeypatch):
     monkeypatch.setattr("sys.stdout", None)
     assert describe(system(errno.EMFILE)).startswith("Too many open files")
     cli._print("a text")
+
+
+def test_a_closed_descriptor_is_no_file_of_ours(tmp_path):
+    code = "from opt_jax.system.disk import keep_standard_descriptors as keep; import sys; keep()\n"
+    code += "file = open(sys.argv[1], 'w'); file.write(str(file.fileno()))"
+    command = f'exec {sys.executable} -c "$0" "$1" <&- >&- 2>&-'
+    subprocess.run(["sh", "-c", command, code, str(tmp_path / "file")], cwd=REPOSITORY, check=True)
+    assert int((tmp_path / "file").read_text()) > 2
