@@ -27,6 +27,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from opt_jax.data.documents import BLOCK, TEXT_SUFFIXES, BadRecords, HFSource, cut, find_sources, pieces
 from opt_jax.data.tokenizers import tokenizer_from_bytes, tokenizer_to_bytes
 from opt_jax.model.ids import as_ids
+from opt_jax.system.interrupts import WAITING, delayed
 from opt_jax.system.reading import json_object, one_line, open_regular, read_small
 from opt_jax.system.temporary import new_file, refuse_links, unfinished_files
 from opt_jax.text.tokenizer import OPTTokenizer
@@ -265,7 +266,8 @@ def _encode(
         waiting = deque()
         try:
             for task in _tasks(texts):
-                waiting.append(pool.submit(_work, task))
+                with delayed():  # it starts a process, which would get the half of what it is to unpickle
+                    waiting.append(pool.submit(_work, task))
                 if len(waiting) >= 3 * workers:  # else the reader would run ahead and fill the memory
                     yield waiting.popleft().result()
             while waiting:
@@ -306,6 +308,7 @@ _worker: list[OPTTokenizer] = []
 def _begin_worker(tokenizer: bytes) -> None:
     # Ctrl-C reaches all: of a KeyboardInterrupt an idle worker would print a traceback, a busy one make a result.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, WAITING)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
     _worker.append(tokenizer_from_bytes(tokenizer))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 INTERRUPTED = 128 + signal.SIGINT  # the exit code, as shells say of a program that Ctrl-C ended
+WAITING = (signal.SIGINT, signal.SIGTERM)  # in `delayed`
 _PATIENCE_SECONDS = 1.0
 
 
@@ -93,6 +94,29 @@ def raises(where_ignored: bool = True) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not Python's
+
+
+@contextmanager
+def delayed() -> Iterator[None]:
+    """Context of the main thread in which Ctrl-C and SIGTERM wait; they act when it ends.
+
+    A process that is started in it has them blocked, until it unblocks `WAITING` (`signal.pthread_sigmask`).
+    """
+    if threading.current_thread() is not threading.main_thread():  # handlers never run there
+        yield
+        return
+    came: list[int] = []
+    # The mask alone is not enough: another thread may take the signal, and Python calls the handler in this one.
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in WAITING}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, WAITING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # what has waited is recorded here
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def exit_code(interrupt: KeyboardInterrupt) -> int:

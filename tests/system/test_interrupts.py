@@ -16,7 +16,7 @@ from support.processes import environment
 
 from convert.__main__ import _repeat_lost_signals
 from opt_jax.parallel import processes
-from opt_jax.system.interrupts import Signals, Terminated, exit_code, raises, say
+from opt_jax.system.interrupts import Signals, Terminated, delayed, exit_code, raises, say
 from opt_jax.training.checkpoints import Termination
 
 
@@ -52,6 +52,20 @@ def test_a_signal_that_an_extension_module_makes_an_import_error_of_is_not_lost(
     assert interrupt.type is kind and exit_code(interrupt.value) == 128 + number
     with pytest.raises(ImportError), raises():
         raise ImportError("no such module")
+
+
+@pytest.mark.parametrize("number, kind", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_a_signal_waits_for_the_end_of_a_block_that_delays_it(number, kind):
+    reached, before = [], signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt) as interrupt, raises():
+        with delayed():
+            send(number)
+            threading.Thread(target=send, args=(number,)).start()  # one without the mask, which takes it
+            time.sleep(0.05)
+            reached.append("the end of the block")
+        reached.append("behind it")
+    assert interrupt.type is kind and reached == ["the end of the block"]
+    assert signal.getsignal(number) is before and not signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_a_lost_signal_that_is_repeated_too_soon_is_repeated_again(monkeypatch):
