@@ -24,13 +24,13 @@ from opt_jax.model import flash
 from opt_jax.model.heads import OPTForQuestionAnswering, OPTForSequenceClassification
 from opt_jax.model.lora import LoRA, is_trained
 from opt_jax.parallel.mesh import make_mesh, use_mesh
+from opt_jax.parallel.rules import named_leaves
 from opt_jax.training.optimizer import make_optimizer, make_schedule
 from opt_jax.training.options import Options, check_options
 from opt_jax.training.step import (
     batch_loss,
     make_eval_step,
     make_train_step,
-    named_leaves,
     new_model,
     new_state,
     place_batch,

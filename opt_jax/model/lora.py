@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from opt_jax.model.stacking import stack_layers, unstack_layers
+from opt_jax.parallel.rules import named_leaves
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 _HEADS = ("score.", "qa_outputs.")
@@ -60,7 +61,7 @@ class LoRA:
         model.model = jax.eval_shape(apply, model.model)
         model.model.decoder.remat = remat
         model = stack_layers(model)
-        found = {name for name in _named(model) if is_adapter(name)}
+        found = {name for name in named_leaves(model) if is_adapter(name)}
         expected = {
             f"model.decoder.layers.{'' if target.startswith('fc') else 'self_attn.'}{target}.kernel_lora_{part}"
             for target in self.targets for part in "ab"
@@ -75,28 +76,28 @@ class LoRA:
 
         A is he_uniform (qwix's default, and as good as the paper's choice, for B is zero).
         """
-        values, key = dict(_named(plain)), jax.random.key(seed)
-        for i, (name, leaf) in enumerate(_named(adapted).items()):
+        values, key = dict(named_leaves(plain)), jax.random.key(seed)
+        for i, (name, leaf) in enumerate(named_leaves(adapted).items()):
             if name.endswith("_lora_a"):
                 draw = jax.nn.initializers.he_uniform(batch_axis=tuple(range(len(leaf.shape) - 2)))
                 values[name] = draw(jax.random.fold_in(key, i), leaf.shape, leaf.dtype)
             elif name.endswith("_lora_b"):
                 values[name] = jnp.zeros(leaf.shape, leaf.dtype)
-        return jax.tree.unflatten(jax.tree.structure(adapted), [values[name] for name in _named(adapted)])
+        return jax.tree.unflatten(jax.tree.structure(adapted), [values[name] for name in named_leaves(adapted)])
 
     def merge(self, adapted: Any, plain: Any) -> Any:
         """A model with adapters to one without, kernel + alpha / rank * A B, on the mesh as the kernels are.
 
         plain: a model of the result's form, abstract or not. One kernel at a time is changed.
         """
-        values = _named(adapted)
+        values = named_leaves(adapted)
         for name in list(values):
             if not name.endswith("_lora_a"):
                 continue
             kernel = name.removesuffix("_lora_a")
             merged = _merged(values[kernel].sharding, self.alpha / self.rank)
             values[kernel] = merged(values[kernel], values[name], values[f"{kernel}_lora_b"])
-        return jax.tree.unflatten(jax.tree.structure(plain), [values[name] for name in _named(plain)])
+        return jax.tree.unflatten(jax.tree.structure(plain), [values[name] for name in named_leaves(plain)])
 
 
 def _merged(sharding: Any, scale: float) -> Any:
@@ -114,9 +115,3 @@ def is_adapter(name: str) -> bool:
 def is_trained(name: str) -> bool:
     """With LoRA: the adapters, and the head of a task, which is new."""
     return is_adapter(name) or name.startswith(_HEADS)
-
-
-def _named(model: Any) -> dict[str, Any]:
-    """Dotted path -> leaf, in flattening order."""
-    leaves = jax.tree_util.tree_leaves_with_path(model)
-    return {jax.tree_util.keystr(p, simple=True, separator=".").removesuffix(".value"): leaf for p, leaf in leaves}

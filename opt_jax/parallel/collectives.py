@@ -20,6 +20,7 @@ from opt_jax.parallel.rules import (
     PARAMETER_AXES,
     constrain,
     is_per_device,
+    leaf_path,
     table_row,
 )
 
@@ -111,7 +112,7 @@ def gather_parameters(tree: Any, dtype: Any, grad_dtype: Any, prefix: str = "") 
         return tree
 
     def whole(keys: Any, value: jax.Array) -> jax.Array:
-        path = prefix + jax.tree_util.keystr(keys, simple=True, separator=".").removesuffix(".value")
+        path = prefix + leaf_path(keys)
         if not prefix and ".layers." in path:
             return value
         row = table_row(path)
@@ -157,7 +158,7 @@ def sum_gradients(gradients: Any) -> Any:
     """
 
     def summed(keys: Any, value: jax.Array) -> jax.Array:
-        row = table_row(jax.tree_util.keystr(keys, simple=True, separator=".").removesuffix(".value"))
+        row = table_row(leaf_path(keys))
         axes = tuple(axis for axis in AXES if axis not in PARAMETER_AXES[row] and _size(axis) > 1)
         return lax.psum(value, axes) if axes else value
 

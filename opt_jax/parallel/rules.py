@@ -98,6 +98,16 @@ def param_sharding(path: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding
     return NamedSharding(mesh, param_spec(path, shape, mesh))
 
 
+def leaf_path(keys: Any) -> str:
+    """Dotted path of a leaf, from the keys of `jax.tree_util`: `model.decoder.layers.fc1.kernel`."""
+    return jax.tree_util.keystr(keys, simple=True, separator=".").removesuffix(".value")
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Dotted path -> leaf, in flattening order: parameters, and `opt_state.1.count`, ..."""
+    return {leaf_path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def constrain(x: jax.Array, name: str) -> jax.Array:
     """Pin the layout of a named activation; a no-op without a mesh. Axes that do not divide a dimension are left out
     (a decode step has one token, which no axis can split)."""

@@ -28,11 +28,12 @@ from opt_jax.checkpoints.orbax import open_stored
 from opt_jax.checkpoints.pretrained import read_array
 from opt_jax.parallel import processes
 from opt_jax.parallel.agreement import agree, on_first_process
+from opt_jax.parallel.rules import named_leaves
 from opt_jax.system.disk import disk_errors, without_tracebacks
 from opt_jax.system.interrupts import INTERRUPTED, Signals, say
 from opt_jax.system.reading import json_object, one_line, read_small
 from opt_jax.system.temporary import refuse_links
-from opt_jax.training.step import TrainState, named_leaves
+from opt_jax.training.step import TrainState
 
 _DATES = "_CHECKPOINT_METADATA"  # of Orbax, in each step
 _IN_A_STEP = (_DATES, "params", "optimizer", "data")  # any of these: a damaged checkpoint is one, too

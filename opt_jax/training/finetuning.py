@@ -10,9 +10,10 @@ from jax.sharding import Mesh
 from opt_jax.config import OPTConfig
 from opt_jax.model.heads import OPTModel
 from opt_jax.model.stacking import stack_layers
+from opt_jax.parallel.rules import named_leaves
 from opt_jax.text.tokenizer import OPTTokenizer
 from opt_jax.training.options import Options
-from opt_jax.training.step import named_leaves, new_model, state_shardings
+from opt_jax.training.step import new_model, state_shardings
 from opt_jax.training.tasks.classification import Classification, label_config
 from opt_jax.training.tasks.common import TASKS
 from opt_jax.training.tasks.squad import QuestionAnswering

@@ -20,7 +20,7 @@ from opt_jax.model.attention import DropoutKey
 from opt_jax.model.heads import OPTForCausalLM
 from opt_jax.parallel.collectives import gather_parameters, per_device, sum_gradients, sum_over_batch
 from opt_jax.parallel.mesh import batch_sharding, replicated
-from opt_jax.parallel.rules import param_sharding
+from opt_jax.parallel.rules import named_leaves, param_sharding
 from opt_jax.training.loss import IGNORED, next_token_loss
 
 # "input_ids", "labels" (the next id of each, -100 where none counts) and, for packed documents, "segment_ids"; those of
@@ -92,13 +92,6 @@ def new_state(
     model, frozen = (model, None) if trained is None else split(model, trained)
     nothing = dict(step=jnp.zeros((), jnp.int32), halted=jnp.zeros((), bool))
     return TrainState(model=model, opt_state=optimizer.init(model), frozen=frozen, **nothing)
-
-
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """Dotted path -> leaf, in flattening order: `model.decoder.layers.fc1.kernel`, `opt_state.1.count`, ..."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    names = (jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") for path, _ in leaves)
-    return dict(zip(names, (leaf for _, leaf in leaves), strict=True))
 
 
 def checksum(tree: Any) -> int:

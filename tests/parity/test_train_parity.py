@@ -9,8 +9,9 @@ from oracle import canonical, make_exact_pair, run, torch
 from reference import CONFIGS
 
 from opt_jax.parallel.mesh import make_mesh, use_mesh
+from opt_jax.parallel.rules import named_leaves
 from opt_jax.training.optimizer import make_optimizer, make_schedule
-from opt_jax.training.step import make_train_step, named_leaves, new_state, place_batch, state_shardings
+from opt_jax.training.step import make_train_step, new_state, place_batch, state_shardings
 
 STEPS, BATCH, LENGTH, CLIP = 5, 4, 24, 1.0
 SCHEDULE = make_schedule(peak=6e-4, warmup_steps=2, steps=STEPS)

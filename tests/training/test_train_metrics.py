@@ -28,6 +28,7 @@ from opt_jax.data.tokenizers import train_tokenizer
 from opt_jax.data.tokens import tokenize
 from opt_jax.parallel.mesh import use_mesh
 from opt_jax.parallel.processes import last_words
+from opt_jax.parallel.rules import named_leaves
 from opt_jax.training.flops import flops_per_token, peak_flops
 from opt_jax.training.loggers import TensorBoard, WandB
 from opt_jax.training.metrics import MOST_SKIPS_IN_A_ROW, SPIKE_AFTER, Metrics, cut_back
@@ -35,7 +36,7 @@ from opt_jax.training.nonfinite import NonFiniteError
 from opt_jax.training.optimizer import make_optimizer, make_schedule
 from opt_jax.training.options import Options, check_options, model_config, parse_options
 from opt_jax.training.recipes import RECIPES
-from opt_jax.training.step import make_train_step, named_leaves, place_batch
+from opt_jax.training.step import make_train_step, place_batch
 
 assert options and one_device  # fixtures
 

@@ -20,6 +20,7 @@ from opt_jax.data.tokenizers import save_tokenizer, train_tokenizer
 from opt_jax.data.tokens import tokenize
 from opt_jax.data.windows import Windows
 from opt_jax.parallel.mesh import make_mesh, use_mesh
+from opt_jax.parallel.rules import named_leaves
 from opt_jax.training.checkpoints import Checkpoints
 from opt_jax.training.metrics import cut_back
 from opt_jax.training.optimizer import make_optimizer, make_schedule
@@ -27,7 +28,6 @@ from opt_jax.training.step import (
     batch_loss,
     make_gradients,
     make_train_step,
-    named_leaves,
     new_model,
     new_state,
     place_batch,

@@ -12,8 +12,9 @@ import pytest
 from opt_jax import OPTConfig
 from opt_jax.model.outputs import cross_entropy
 from opt_jax.parallel.mesh import make_mesh, use_mesh
+from opt_jax.parallel.rules import named_leaves
 from opt_jax.training.loss import next_token_loss
-from opt_jax.training.step import make_gradients, named_leaves, new_model, state_shardings
+from opt_jax.training.step import make_gradients, new_model, state_shardings
 
 pytestmark = pytest.mark.slow
 
