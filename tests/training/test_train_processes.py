@@ -333,7 +333,7 @@ time.sleep(1000)
 
 def watched(hang_minutes: float) -> list[subprocess.Popen]:
     def begin(process: int, *words: str) -> subprocess.Popen:
-        program = [sys.executable, "-c", WATCHED, str(ROOT / "opt_jax" / "watchdog.py"), str(process)]
+        program = [sys.executable, "-c", WATCHED, str(ROOT / "opt_jax" / "parallel" / "watchdog.py"), str(process)]
         return start([*program, str(hang_minutes), *words], devices=1)
 
     processes = [begin(0)]
