@@ -88,8 +88,8 @@ def check_copies(parts: Sequence[Part]) -> None:
     """Raise ValueError for a file that is a copy of another one, with the name of a third. Reads a little of each.
 
     What is compared is a tensor of which each file holds a piece; pieces of one value, such as padding, are left out.
-    Shards of a part are compared with each other, and of all parts the first ones: a later shard may hold nothing but
-    what all parts have, as LayerNorms.
+    Compares the shards within a part, and the first shards of all parts. Later shards of two parts may be equal: they
+    may hold LayerNorms only, which every part has.
     """
     first_shards: dict[bytes, Stored] = {}
     for part in parts:

@@ -266,7 +266,7 @@ def _encode(
         waiting = deque()
         try:
             for task in _tasks(texts):
-                with delayed():  # it starts a process, which would get the half of what it is to unpickle
+                with delayed():  # a signal while it starts a process would cut off what that unpickles
                     waiting.append(pool.submit(_work, task))
                 if len(waiting) >= 3 * workers:  # else the reader would run ahead and fill the memory
                     yield waiting.popleft().result()

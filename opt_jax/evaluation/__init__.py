@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 __all__ = ["OPTLM", "perplexity"]
 
 
-def __getattr__(name: str) -> Any:  # on first use: `opt-jax --help` needs neither JAX nor the harness
+def __getattr__(name: str) -> Any:  # lazy, so that `opt-jax --help` imports neither JAX nor the harness
     if name == "perplexity":
         from opt_jax.evaluation._perplexity import perplexity
 

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 __all__ = ["stream"]
 
 
-def __getattr__(name: str) -> Any:  # on first use: `GenerationConfig` alone needs no JAX
+def __getattr__(name: str) -> Any:  # lazy, so that `GenerationConfig` alone imports no JAX
     if name == "stream":
         from opt_jax.generation.generate import stream
 

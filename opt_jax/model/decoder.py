@@ -213,7 +213,7 @@ class DecoderInputs:
         return DropoutKey(jax.random.split(key.key, depth), jnp.broadcast_to(key.rows, (depth, batch)))
 
 
-# Of all layers: the residual stream behind them; what goes into each, and out of the last; attention weights; caches.
+# The residual stream after the last layer; the stream before each layer and after the last; attention weights; caches.
 Outputs = tuple[Array, list, list, list]
 
 

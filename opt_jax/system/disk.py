@@ -63,7 +63,7 @@ def keep_standard_descriptors() -> None:
 
 
 def write_whole(path: Any, content: bytes) -> None:
-    """Write a file of a directory that is not there under its final name yet, on a disk or in an object store."""
+    """Write a small file into a directory that gets its final name later. It may be in an object store."""
     with disk_errors(path, len(content)):
         path.write_bytes(content)
 
