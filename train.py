@@ -82,9 +82,13 @@ def train(options: Options, held: ExitStack) -> None:
         make_deterministic()
     absent = plan.topology_devices(options.topology) if options.topology else None  # --plan: TPUs that are not here
     processes.start(
-        "off" if options.plan else options.distributed, options.coordinator_address, options.num_processes,
-        options.process_id, options.heartbeat_seconds, options.hang_minutes,
-    )  # fmt: skip
+        "off" if options.plan else options.distributed,
+        options.coordinator_address,
+        options.num_processes,
+        options.process_id,
+        options.heartbeat_seconds,
+        options.hang_minutes,
+    )
     common = dataclasses.asdict(options) | {"process_id": None}  # what must be the same on all processes
     agreement.check_same({f"--{k.replace('_', '-')}": v for k, v in common.items()})
     agreement.check_same_code(__file__)
@@ -142,9 +146,15 @@ def train(options: Options, held: ExitStack) -> None:
     abstract = jax.eval_shape(begin)
     shardings = state_shardings(abstract, mesh)
     train_step = make_train_step(
-        optimizer, schedule, config, options.seed, shardings, mesh, options.skip_nonfinite,
+        optimizer,
+        schedule,
+        config,
+        options.seed,
+        shardings,
+        mesh,
+        options.skip_nonfinite,
         task_loss if options.task else batch_loss,
-    )  # fmt: skip
+    )
     if options.plan:
         check_grad_dtype(options, mesh)
         with use_mesh(mesh):
@@ -214,9 +224,12 @@ def train(options: Options, held: ExitStack) -> None:
     else:
         streams, held_out = corpus.tokens(tokenizer)
         make_windows = partial(
-            Windows, seq_len=seq_len, batch_size=options.batch_size, vocab_size=config.vocab_size,
+            Windows,
+            seq_len=seq_len,
+            batch_size=options.batch_size,
+            vocab_size=config.vocab_size,
             separator=tokenizer.bos_token_id if options.pack == "segments" else None,
-        )  # fmt: skip
+        )
         windows = make_windows(streams, seed=options.seed, weights=options.mixture or None)
         held_out = [stream for stream in held_out if len(stream) > seq_len]
         if options.validation_data and not held_out:
@@ -304,8 +317,10 @@ def train(options: Options, held: ExitStack) -> None:
         f"attention: {attention}"
     )
     say(f"data: {described}")
-    say(f"run: {output}, steps {first} to {options.steps}, {options.batch_size} x {seq_len} tokens each"
-        + (" at most" if task else ""))  # fmt: skip
+    say(
+        f"run: {output}, steps {first} to {options.steps}, {options.batch_size} x {seq_len} tokens each"
+        + (" at most" if task else "")
+    )
     if validation is None:
         say(f"no validation loss: the held-out documents do not fill one sequence of {seq_len} tokens")
 
@@ -325,12 +340,18 @@ def train(options: Options, held: ExitStack) -> None:
         also.append(loggers.WandB(options.wandb, output, record))
     metrics = Metrics(
         output / "metrics.jsonl" if is_main else None,
-        start=first, steps=options.steps, tokens_per_step=tokens_per_step, log_every=options.log_every,
+        start=first,
+        steps=options.steps,
+        tokens_per_step=tokens_per_step,
+        log_every=options.log_every,
         flops_per_step=flops_per_token(config, counted, seq_len) * tokens_per_step,
-        peak_flops=peak and peak * mesh.size, batch_rows=lambda step: windows.starts(step - 1),
-        skip_nonfinite=options.skip_nonfinite, loggers=also, memory_of=mesh.local_devices,
+        peak_flops=peak and peak * mesh.size,
+        batch_rows=lambda step: windows.starts(step - 1),
+        skip_nonfinite=options.skip_nonfinite,
+        loggers=also,
+        memory_of=mesh.local_devices,
         before_write=lock.check,
-    )  # fmt: skip
+    )
     trace = loggers.Trace(profiled_steps(options.profile), output / "profile", first, last, say)
     kept = kept_before_nonfinite(checkpoints, lambda: state, shardings)
     due = Due(options.checkpoint_every, options.checkpoint_minutes, options.keep_every, first)
@@ -339,9 +360,17 @@ def train(options: Options, held: ExitStack) -> None:
     rows = local_rows(options.batch_size, options.accumulate, mesh)
     reading = windows.reader(rows, first, last, options.data_workers)
     with (
-        Termination() as termination, reading as reader, checkpoints, best, kept, use_mesh(mesh), metrics, trace, guard,
+        Termination() as termination,
+        reading as reader,
+        checkpoints,
+        best,
+        kept,
+        use_mesh(mesh),
+        metrics,
+        trace,
+        guard,
         jax.debug_nans(False),  # a run looks for NaN by itself; JAX's search for the operation cannot run within a step
-    ):  # fmt: skip
+    ):
         step, stopping = first, False
         pending = None  # the numbers of a step are fetched when the next one is already under way
         for step, own_rows in enumerate(reader, start=first + 1):

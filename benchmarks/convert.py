@@ -127,16 +127,20 @@ def main() -> None:
         for _ in range(args.repeats):
             for name, command in commands.items():
                 runs[name].append(measure(command, dst))
-        print(f"\n{args.model}, float16 {args.form}, {total / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB; "
-              f"bound on memory over imports: {(2 * largest + 512e6) / 1e6:.0f} MB\n")  # fmt: skip
+        print(
+            f"\n{args.model}, float16 {args.form}, {total / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB; "
+            f"bound on memory over imports: {(2 * largest + 512e6) / 1e6:.0f} MB\n"
+        )
         print("| | seconds (median) | spread | GB/s | CPU seconds | peak RSS, MB | over imports, MB | speed / cp |")
         print("|---|---|---|---|---|---|---|---|")
         cp = statistics.median(run[0] for run in runs["cp"])
         for name, results in runs.items():
             seconds, cpu, rss = (statistics.median(run[i] for run in results) for i in range(3))
             spread = f"{min(r[0] for r in results):.1f}-{max(r[0] for r in results):.1f}"
-            print(f"| {name} | {seconds:.1f} | {spread} | {total / seconds / 1e9:.2f} | {cpu:.1f} | {rss / 1e6:.0f} | "
-                  f"{(rss - imports[name]) / 1e6:.0f} | {cp / seconds:.2f}x |")  # fmt: skip
+            print(
+                f"| {name} | {seconds:.1f} | {spread} | {total / seconds / 1e9:.2f} | {cpu:.1f} | {rss / 1e6:.0f} | "
+                f"{(rss - imports[name]) / 1e6:.0f} | {cp / seconds:.2f}x |"
+            )
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -138,9 +138,13 @@ def theirs(folder: str, attention: str | None, compiled: bool) -> Generate:
         inputs = torch.from_numpy(ids).long().to(device)
         with torch.inference_mode():
             out = hf.generate(
-                inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=new, min_new_tokens=new,
-                do_sample=False, **settings,
-            )  # fmt: skip
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=new,
+                min_new_tokens=new,
+                do_sample=False,
+                **settings,
+            )
         return out.cpu().numpy()[:, -new:]
 
     return run
@@ -162,8 +166,11 @@ def ctranslate2(folder: str, vocab_size: int, kind: str, threads: int) -> Genera
     def run(ids: np.ndarray, new: int) -> np.ndarray:
         results = generator.generate_batch(
             [[names[i] for i in row] for row in ids],
-            max_length=new, min_length=new, sampling_topk=1, include_prompt_in_result=False,
-        )  # fmt: skip
+            max_length=new,
+            min_length=new,
+            sampling_topk=1,
+            include_prompt_in_result=False,
+        )
         return np.array([result.sequences_ids[0] for result in results])
 
     return run

@@ -37,9 +37,12 @@ def accuracy(path: Path, length: int, windows: int) -> None:
     half = AutoModelForCausalLM.from_pretrained("tiny", dtype="bfloat16", param_dtype="bfloat16")
     small = quantize(exact)
     rows: dict[str, tuple[Any, str]] = {
-        "float32": (exact, "float32"), "bfloat16": (half, "bfloat16"), "int8 weights": (small, "float32"),
-        "int8 cache": (exact, "int8"), "int8 weights and cache": (small, "int8"),
-    }  # fmt: skip
+        "float32": (exact, "float32"),
+        "bfloat16": (half, "bfloat16"),
+        "int8 weights": (small, "float32"),
+        "int8 cache": (exact, "int8"),
+        "int8 weights and cache": (small, "int8"),
+    }
     sums = dict.fromkeys(rows, np.zeros(3))
     for window in np.array_split(ids, -(-len(ids) // 4)):
         reference = None
@@ -83,9 +86,11 @@ def speed(preset: str, batch_sizes: list[int], prompt: int, new: int, repeats: i
     print(f"\nOPT-{preset}-shaped, float32 or int8, prompt {prompt} + {new} new tokens, greedy\n")
     print("| batch | | s (median) | spread | tokens/s | ratio | first call, s |\n|---|---|---|---|---|---|---|")
     rows = {
-        "float32": (False, None), "int8 weights": (True, None), "int8 cache": (False, "int8"),
+        "float32": (False, None),
+        "int8 weights": (True, None),
+        "int8 cache": (False, "int8"),
         "int8 weights and cache": (True, "int8"),
-    }  # fmt: skip
+    }
     runs = {name: Contestant(generator, preset, *row, new) for name, row in rows.items()}
     for batch in batch_sizes:
         ids = np.random.default_rng(0).integers(4, OPTConfig.preset(preset).vocab_size, (batch, prompt))

@@ -69,9 +69,20 @@ def main() -> None:
     if unknown := [size for size in options.sizes if size not in SLICES]:
         parser.error(f"{unknown[0]}: the sizes are {', '.join(SLICES)}")
     columns = (
-        "size", "slice", "chips", "mesh", "sequences at a time", "state, GB/chip", "peak, GB/chip", "of",
-        "sent, GB/chip", "floor, GB/chip", "model PFLOP", "x hardware", "most sequences",
-    )  # fmt: skip
+        "size",
+        "slice",
+        "chips",
+        "mesh",
+        "sequences at a time",
+        "state, GB/chip",
+        "peak, GB/chip",
+        "of",
+        "sent, GB/chip",
+        "floor, GB/chip",
+        "model PFLOP",
+        "x hardware",
+        "most sequences",
+    )
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for size in options.sizes or SLICES:
         for generation in options.generations:

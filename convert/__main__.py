@@ -175,9 +175,14 @@ def to_hf(
         opened = _open(names, dst, source, metaseq, write, hub.is_model if part is None else None)
         with _Work(opened, dst, write, part) as report:
             to_hf.convert(
-                opened, dst, dtype=write.dtype, max_shard_size=max_shard_size, shard_of=part,
-                overwrite=write.overwrite, progress=report,
-            )  # fmt: skip
+                opened,
+                dst,
+                dtype=write.dtype,
+                max_shard_size=max_shard_size,
+                shard_of=part,
+                overwrite=write.overwrite,
+                progress=report,
+            )
 
 
 def verify(

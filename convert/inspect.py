@@ -19,10 +19,20 @@ _COMPARED = [
     if "drop" not in field.name and field.name not in ("extra", "init_std")
 ]
 _SHOWN = (
-    "num_hidden_layers", "hidden_size", "num_attention_heads", "ffn_dim", "word_embed_proj_dim", "vocab_size",
-    "max_position_embeddings", "activation_function", "do_layer_norm_before", "_remove_final_layer_norm",
-    "enable_bias", "layer_norm_elementwise_affine", "tie_word_embeddings",
-)  # fmt: skip
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "ffn_dim",
+    "word_embed_proj_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "activation_function",
+    "do_layer_norm_before",
+    "_remove_final_layer_norm",
+    "enable_bias",
+    "layer_norm_elementwise_affine",
+    "tie_word_embeddings",
+)
 
 
 def describe(opened: Checkpoint) -> Iterator[str]:

@@ -43,8 +43,12 @@ from .metaseq_parts import (
 
 _NAME = re.compile(r"(.+?)(?:-model_part-(\d+))?(?:-shard(\d+))?(?:\.pt)?", re.DOTALL)
 _HEAD = "decoder.output_projection.weight"
-_OTHER_NAMES = {"decoder.layer_norm.": "decoder.final_layer_norm.", "decoder.project_in_dim.": "decoder.project_in.",
-                "decoder.project_out_dim.": "decoder.project_out.", _HEAD: "lm_head.weight"}  # fmt: skip
+_OTHER_NAMES = {
+    "decoder.layer_norm.": "decoder.final_layer_norm.",
+    "decoder.project_in_dim.": "decoder.project_in.",
+    "decoder.project_out_dim.": "decoder.project_out.",
+    _HEAD: "lm_head.weight",
+}
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:

@@ -38,8 +38,11 @@ _LIMITS = {"decoder_layers": 1000}  # a number beyond reason would take the time
 TRAINING = ("dropout", "attention_dropout")  # not of the architecture: what is given counts
 # What OPT has not, and what could be overlooked because it brings no parameters of its own.
 _ONLY: dict[str, Any] = {
-    "no_scale_embedding": True, "decoder_learned_pos": True, "alibi": False, "attn_variant": "default",
-}  # fmt: skip
+    "no_scale_embedding": True,
+    "decoder_learned_pos": True,
+    "alibi": False,
+    "attn_variant": "default",
+}
 _ACTIVATIONS = {"relu": "relu", "tanh": "tanh", "gelu_accurate": "gelu_new", "gelu_fast": "gelu_new"}
 # What a config may say for it besides: metaseq's gelu has been both forms, and the tanh form has two names.
 _ALSO = {"gelu": ("gelu_new", "gelu_pytorch_tanh"), "gelu_new": ("gelu_pytorch_tanh",)}

@@ -38,10 +38,27 @@ Progress = Callable[[str, int], None]
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # in the order of the safetensors library
 # The order of the modules in PyTorch, at every level.
 _ORDER = (
-    "model", "lm_head", "score", "qa_outputs", "embed_tokens", "embed_positions", "project_out", "project_in",
-    "self_attn", "self_attn_layer_norm", "fc1", "fc2", "final_layer_norm", "layers",
-    "k_proj", "v_proj", "q_proj", "out_proj", "weight", "bias",
-)  # fmt: skip
+    "model",
+    "lm_head",
+    "score",
+    "qa_outputs",
+    "embed_tokens",
+    "embed_positions",
+    "project_out",
+    "project_in",
+    "self_attn",
+    "self_attn_layer_norm",
+    "fc1",
+    "fc2",
+    "final_layer_norm",
+    "layers",
+    "k_proj",
+    "v_proj",
+    "q_proj",
+    "out_proj",
+    "weight",
+    "bias",
+)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}I": 1024**i for i, unit in enumerate("KMGT", 1)}
 _THREADS = min(4, os.cpu_count() or 1)  # each holds a slab

@@ -39,10 +39,23 @@ _HOME = {
 }
 
 __all__ = [
-    "OPTConfig", "OPTModel", "OPTForCausalLM", "OPTForSequenceClassification", "OPTForQuestionAnswering",
-    "AutoModelForCausalLM", "OPTTokenizer", "AutoTokenizer", "GenerationConfig",
-    "pipeline", "stream_text", "score_texts", "named_parameters", "stack_layers", "unstack_layers", "quantize",
-]  # fmt: skip
+    "OPTConfig",
+    "OPTModel",
+    "OPTForCausalLM",
+    "OPTForSequenceClassification",
+    "OPTForQuestionAnswering",
+    "AutoModelForCausalLM",
+    "OPTTokenizer",
+    "AutoTokenizer",
+    "GenerationConfig",
+    "pipeline",
+    "stream_text",
+    "score_texts",
+    "named_parameters",
+    "stack_layers",
+    "unstack_layers",
+    "quantize",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -66,9 +66,13 @@ def generate(
 
     language_model = OPTForCausalLM.from_pretrained(model, verify=verify)
     options: dict[str, Any] = dict(
-        do_sample=bool(temperature), top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-        no_repeat_ngram_size=no_repeat_ngram_size, stop_strings=stop or None,
-    )  # fmt: skip
+        do_sample=bool(temperature),
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        stop_strings=stop or None,
+    )
     if temperature:
         options |= dict(temperature=temperature, top_k=50 if top_k is None else top_k)
     for i, prompt in enumerate(prompts):
@@ -142,8 +146,13 @@ def train() -> None:
 
 
 COMMANDS = {
-    "generate": generate, "convert": convert, "train": train, "eval": evaluate, "tokenize": tokenize, "plot": plot,
-}  # fmt: skip
+    "generate": generate,
+    "convert": convert,
+    "train": train,
+    "eval": evaluate,
+    "tokenize": tokenize,
+    "plot": plot,
+}
 # These read their own options. In a wheel they are modules of this package, in a checkout they lie beside it.
 PROGRAMS = {"convert": "convert.__main__", "train": "train"}
 

@@ -24,13 +24,24 @@ _WITHOUT_EFFECT: FieldsWithoutEffect = {
     **dict.fromkeys(("do_sample", "early_stopping"), ((False,), _GENERATION)),
     **dict.fromkeys(("min_length", "no_repeat_ngram_size"), ((0,), _GENERATION)),
     **dict.fromkeys(
-        ("temperature", "top_p", "typical_p", "repetition_penalty", "length_penalty", "num_beams",
-         "num_return_sequences"), ((1,), _GENERATION)),
+        (
+            "temperature",
+            "top_p",
+            "typical_p",
+            "repetition_penalty",
+            "length_penalty",
+            "num_beams",
+            "num_return_sequences",
+        ),
+        ((1,), _GENERATION),
+    ),
     **dict.fromkeys(
         ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id"),
-        ((), _GENERATION)),
-    "top_k": ((0, 50), _GENERATION), "max_length": ((20,), _GENERATION),
-}  # fmt: skip
+        ((), _GENERATION),
+    ),
+    "top_k": ((0, 50), _GENERATION),
+    "max_length": ((20,), _GENERATION),
+}
 
 # Table 1 of the OPT paper (Zhang et al. 2022): layers, heads, width. Every size has ffn = 4 * width.
 _SIZES = {
@@ -86,8 +97,16 @@ class OPTConfig:
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         for field in dataclasses.fields(self):
             self._check_type(field)
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "ffn_dim", "max_position_embeddings",
-                     "word_embed_proj_dim", "num_attention_heads", "num_labels"):  # fmt: skip
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "ffn_dim",
+            "max_position_embeddings",
+            "word_embed_proj_dim",
+            "num_attention_heads",
+            "num_labels",
+        ):
             self._require(0 < getattr(self, name) < 2**31, name, "a positive integer below 2**31")
         self._require(self.num_labels <= MAX_LABELS, "num_labels", f"at most {MAX_LABELS}")  # a config.json names each
         for name in ("dropout", "attention_dropout", "layerdrop"):

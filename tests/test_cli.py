@@ -32,9 +32,14 @@ def folder(tmp_path_factory):
     backend.train_from_iterator([__doc__ or ""] * 3, trainer)
     tokenizer = OPTTokenizer(backend)
     config = OPTConfig(
-        vocab_size=len(tokenizer), hidden_size=24, num_hidden_layers=1, num_attention_heads=3, ffn_dim=40,
-        max_position_embeddings=64, init_std=0.3,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=3,
+        ffn_dim=40,
+        max_position_embeddings=64,
+        init_std=0.3,
+    )
     path = tmp_path_factory.mktemp("cli") / "model"
     OPTForCausalLM(config, rngs=nnx.Rngs(0)).save_pretrained(path, tokenizer=tokenizer)
     return str(path)

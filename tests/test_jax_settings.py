@@ -169,15 +169,36 @@ def test_results_are_those_without_the_setting(values, part, plain, tmp_path):
 # Programs that are traced, not compiled: x64 and the strict rules of promotion act while tracing ----------------------
 
 CONFIG = OPTConfig(
-    vocab_size=48, hidden_size=16, num_hidden_layers=1, ffn_dim=32, num_attention_heads=2, max_position_embeddings=64,
-    word_embed_proj_dim=8, tie_word_embeddings=False, num_labels=3,
-    dropout=0.1, attention_dropout=0.1, layerdrop=0.1,
-)  # fmt: skip
+    vocab_size=48,
+    hidden_size=16,
+    num_hidden_layers=1,
+    ffn_dim=32,
+    num_attention_heads=2,
+    max_position_embeddings=64,
+    word_embed_proj_dim=8,
+    tie_word_embeddings=False,
+    num_labels=3,
+    dropout=0.1,
+    attention_dropout=0.1,
+    layerdrop=0.1,
+)
 PROCESSORS = dict(
-    do_sample=True, top_k=5, top_p=0.9, min_p=0.1, typical_p=0.9, repetition_penalty=1.2, presence_penalty=0.1,
-    frequency_penalty=0.1, no_repeat_ngram_size=2, bad_words_ids=[[3, 4], [5]], suppress_tokens=[7],
-    begin_suppress_tokens=[8], forced_bos_token_id=9, forced_eos_token_id=2, min_new_tokens=2,
-)  # fmt: skip
+    do_sample=True,
+    top_k=5,
+    top_p=0.9,
+    min_p=0.1,
+    typical_p=0.9,
+    repetition_penalty=1.2,
+    presence_penalty=0.1,
+    frequency_penalty=0.1,
+    no_repeat_ngram_size=2,
+    bad_words_ids=[[3, 4], [5]],
+    suppress_tokens=[7],
+    begin_suppress_tokens=[8],
+    forced_bos_token_id=9,
+    forced_eos_token_id=2,
+    min_new_tokens=2,
+)
 LABELS: dict[type, Any] = {
     OPTForCausalLM: dict(labels=IDS),
     OPTForSequenceClassification: dict(labels=np.array([0, 2], np.int32)),
@@ -216,9 +237,13 @@ def drawn_beams():
     request = check_request(model, IDS, options=dict(NEW, num_beams=3, early_stopping="never", **PROCESSORS))
     options = beams._options(model, 3, 1.0, [2], 1, request.options_of(np.arange(1)))
     search = partial(
-        beams._search, num_beams=3, early_stopping="never", process=generation._beam_process(True, 2), capacity=16,
+        beams._search,
+        num_beams=3,
+        early_stopping="never",
+        process=generation._beam_process(True, 2),
+        capacity=16,
         cache_dtype=None,
-    )  # fmt: skip
+    )
     return jax.eval_shape(search, model, request.prompts.ids, request.prompts.mask, options, beams._row_keys(0, 2, 0))
 
 

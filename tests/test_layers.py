@@ -8,10 +8,21 @@ from conftest import REPOSITORY
 
 # From the ground floor up. A room may import those before it.
 ROOMS = (
-    "opt_jax.system", "opt_jax.config", "opt_jax.parallel", "opt_jax.model", "opt_jax.checkpoints",
-    "opt_jax.generation", "opt_jax.text", "opt_jax.data", "opt_jax.training", "opt_jax.evaluation", "opt_jax.cli",
-    "opt_jax.__main__", "convert", "train",
-)  # fmt: skip
+    "opt_jax.system",
+    "opt_jax.config",
+    "opt_jax.parallel",
+    "opt_jax.model",
+    "opt_jax.checkpoints",
+    "opt_jax.generation",
+    "opt_jax.text",
+    "opt_jax.data",
+    "opt_jax.training",
+    "opt_jax.evaluation",
+    "opt_jax.cli",
+    "opt_jax.__main__",
+    "convert",
+    "train",
+)
 EXCEPTIONS = {
     # Methods of the model that hand over to the rooms above, so that `model.generate(...)` works.
     ("opt_jax.model.heads", "opt_jax.checkpoints.pretrained"): "from_pretrained, save_pretrained",

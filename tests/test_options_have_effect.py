@@ -60,9 +60,10 @@ class Refused:
 def names(function: Callable) -> list[str]:
     kinds = inspect.Parameter
     return [
-        name for name, parameter in inspect.signature(function).parameters.items()
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
         if name != "self" and parameter.kind not in (kinds.VAR_KEYWORD, kinds.VAR_POSITIONAL)
-    ]  # fmt: skip
+    ]
 
 
 def check_all(
@@ -197,9 +198,7 @@ def test_options_of_the_optimizer():
         optimizer = make_optimizer(lambda step: 1e-3 * (step + 1), **options)
         return program(optimizer.update, tree, optimizer.init(tree), tree)
 
-    entries = {
-        "schedule": Because("the next check"), "weight_decay": 0.3, "clip_norm": 0.5, "betas": (0.8, 0.9),
-    }  # fmt: skip
+    entries = {"schedule": Because("the next check"), "weight_decay": 0.3, "clip_norm": 0.5, "betas": (0.8, 0.9)}
     check_all(names(make_optimizer), entries, update)
 
     def rates(**options):
@@ -227,11 +226,22 @@ def test_options_of_lora():
 VOCAB = CONFIG.vocab_size
 # All processors that are left out of the program unless asked for, at values that change next to nothing.
 WEAK: dict[str, Any] = dict(
-    do_sample=True, min_p=1e-9, typical_p=1 - 1e-6, repetition_penalty=1 + 1e-6, presence_penalty=1e-6,
-    frequency_penalty=1e-6, no_repeat_ngram_size=7, bad_words_ids=[[90, 91]], suppress_tokens=[92],
-    begin_suppress_tokens=[93], forced_bos_token_id=94, forced_eos_token_id=2, stop_token_ids=[[95, 96]],
-    max_new_tokens=4, min_new_tokens=1,
-)  # fmt: skip
+    do_sample=True,
+    min_p=1e-9,
+    typical_p=1 - 1e-6,
+    repetition_penalty=1 + 1e-6,
+    presence_penalty=1e-6,
+    frequency_penalty=1e-6,
+    no_repeat_ngram_size=7,
+    bad_words_ids=[[90, 91]],
+    suppress_tokens=[92],
+    begin_suppress_tokens=[93],
+    forced_bos_token_id=94,
+    forced_eos_token_id=2,
+    stop_token_ids=[[95, 96]],
+    max_new_tokens=4,
+    min_new_tokens=1,
+)
 # Rows: amid a text, the first token, the first one after a prompt of one token, the last one, one that ends.
 TOKENS = np.array([[5, 6, 7, 5, 6, 7, 5, 6]] * 5, np.int32)
 STEP = np.array([2, 0, 0, 3, 1], np.int32)
@@ -274,10 +284,22 @@ def test_options_of_generation(model):
         "min_new_tokens": 3,
         "min_length": 11,
         "do_sample": dict.fromkeys(WEAK),
-        "temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.5, "typical_p": 0.5,
-        "repetition_penalty": 1.5, "presence_penalty": 1.0, "frequency_penalty": 1.0, "no_repeat_ngram_size": 2,
-        "bad_words_ids": [[6, 9]], "suppress_tokens": [9], "begin_suppress_tokens": [9],
-        "forced_bos_token_id": 9, "forced_eos_token_id": 9, "eos_token_id": 9, "pad_token_id": 9,
+        "temperature": 0.5,
+        "top_k": 3,
+        "top_p": 0.5,
+        "min_p": 0.5,
+        "typical_p": 0.5,
+        "repetition_penalty": 1.5,
+        "presence_penalty": 1.0,
+        "frequency_penalty": 1.0,
+        "no_repeat_ngram_size": 2,
+        "bad_words_ids": [[6, 9]],
+        "suppress_tokens": [9],
+        "begin_suppress_tokens": [9],
+        "forced_bos_token_id": 9,
+        "forced_eos_token_id": 9,
+        "eos_token_id": 9,
+        "pad_token_id": 9,
         "stop_token_ids": [[5, 6]],
         "stop_strings": "x",
         "num_beams": dict(num_beams=2, stop_token_ids=None),
@@ -287,7 +309,7 @@ def test_options_of_generation(model):
         "seed": 7,
         "cache_dtype": "bfloat16",
         "logprobs": 2,
-    }  # fmt: skip
+    }
     more = {  # what needs another option
         "length_penalty": (dict(num_beams=2), dict(length_penalty=2.0)),
         "early_stopping": (dict(num_beams=2), dict(early_stopping=True)),
@@ -325,8 +347,12 @@ def test_arguments_of_generate(model):
     call = lambda **arguments: generate(model, TOKENS, **arguments) if arguments else None  # noqa: E731
     check_all(names(generate), entries, call)
     assert {*names(generate)} - {*names(stream)} == {"batch_size", "progress_bar"}
-    entries = {"model": Because("it"), "input_ids": Because("it"), "attention_mask": Because("test_generate.py"),
-               "cache_dtype": Refused("cache_dtype='int4' must be one of", cache_dtype="int4")}  # fmt: skip
+    entries = {
+        "model": Because("it"),
+        "input_ids": Because("it"),
+        "attention_mask": Because("test_generate.py"),
+        "cache_dtype": Refused("cache_dtype='int4' must be one of", cache_dtype="int4"),
+    }
     call = lambda **arguments: prefill(model, TOKENS[:1], **arguments) if arguments else None  # noqa: E731
     check_all(names(prefill), entries, call)
 
@@ -342,9 +368,11 @@ def test_arguments_of_the_tokenizer():
         return str([tokenizer(texts, truncation=True, max_length=3), tokenizer(texts)])
 
     entries: dict[str, Any] = {
-        "backend": Because("it"), "config": {"config": {"pad_token": "</s>"}}, "padding_side": "right",
+        "backend": Because("it"),
+        "config": {"config": {"pad_token": "</s>"}},
+        "padding_side": "right",
         "truncation_side": "left",
-    }  # fmt: skip
+    }
     check_all(names(OPTTokenizer.__init__), entries, made)
 
     tokenizer = OPTTokenizer.from_pretrained("tiny")
@@ -367,13 +395,16 @@ def test_arguments_of_the_tokenizer():
         "encoded_inputs": [tokenizer("x", return_tensors=None)],
         "padding": dict(padding=False, return_tensors=None),
         "max_length": dict(padding="max_length", max_length=50),
-        "pad_to_multiple_of": 64, "padding_side": "right", "return_tensors": None,
-    }  # fmt: skip
+        "pad_to_multiple_of": 64,
+        "padding_side": "right",
+        "return_tensors": None,
+    }
     check_all(names(OPTTokenizer.pad), entries, lambda **a: str(tokenizer.pad(**a)), dict(encoded_inputs=rows))
     entries = {
-        "token_ids": [3], "skip_special_tokens": True,
+        "token_ids": [3],
+        "skip_special_tokens": True,
         "clean_up_tokenization_spaces": Because("warns: it would damage byte-level BPE, as HF v5 says"),
-    }  # fmt: skip
+    }
     check_all(names(OPTTokenizer.decode), entries, tokenizer.decode, dict(token_ids=tokenizer.encode("x")))
 
 
@@ -389,20 +420,25 @@ def test_arguments_of_text_functions(model):
     with pytest.raises(ValueError, match="dtype: only for a model that is loaded by name"):
         pipeline(model=model, tokenizer=tokenizer, dtype="bfloat16")
     it = Because("the input")
-    entries = {"model": it, "tokenizer": it, "texts": it,
-               "prompts": Refused("2 prompts for 1 texts", prompts=["x", "y"])}  # fmt: skip
+    entries = {
+        "model": it,
+        "tokenizer": it,
+        "texts": it,
+        "prompts": Refused("2 prompts for 1 texts", prompts=["x", "y"]),
+    }
     call = lambda **a: score_texts(model, tokenizer, ["x"], **a) if a else None  # noqa: E731
     check_all(names(score_texts), entries, call)
     assert names(stream_text) == ["model", "tokenizer", "prompt"]
     assert names(score) == ["model", "input_ids", "attention_mask", "return_greedy"]  # the last adds to the result
     entries = {
-        "model": it, "input_ids": it,
+        "model": it,
+        "input_ids": it,
         "protocol": Refused("protocol 'x'", protocol="x"),
         "window": Refused("window 1:", window=1),
         "stride": Refused("only for the sliding protocol", stride=2),
         "batch_size": Refused("batch size 0", batch_size=0),
         "progress": Because("called: test_perplexity.py"),
-    }  # fmt: skip
+    }
     check_all(names(perplexity), entries, lambda **a: perplexity(model, TOKENS[0], **a) if a else None)
 
 
@@ -419,13 +455,17 @@ def test_arguments_of_loading_and_saving(model, tmp_path):
 
     at_hub = Because("of hub ids: test_download.py")
     entries: dict[str, Any] = {
-        "cls": Because("which class comes back"), "name": Refused("no directory", name="nowhere"),
-        "dtype": "bfloat16", "param_dtype": "bfloat16", "attn_implementation": "splash",
+        "cls": Because("which class comes back"),
+        "name": Refused("no directory", name="nowhere"),
+        "dtype": "bfloat16",
+        "param_dtype": "bfloat16",
+        "attn_implementation": "splash",
         "mesh": make_mesh("data=1", jax.devices()[:1]),
         "revision": Refused("revision='x' is for models on the hub", revision="x"),
-        "cache_dir": at_hub, "local_files_only": at_hub,
+        "cache_dir": at_hub,
+        "local_files_only": at_hub,
         "verify": Because("test_checkpoint.test_without_verifying_a_damaged_model_is_read_as_it_is"),
-    }  # fmt: skip
+    }
     check_all(names(load_pretrained), entries, loaded)
 
     def saved(tokenizer=None, overwrite=True):
@@ -433,9 +473,11 @@ def test_arguments_of_loading_and_saving(model, tmp_path):
         return sorted(path.name for path in (tmp_path / "model").iterdir())
 
     entries = {
-        "model": Because("it"), "directory": Because("it"), "tokenizer": OPTTokenizer.from_pretrained("tiny"),
+        "model": Because("it"),
+        "directory": Because("it"),
+        "tokenizer": OPTTokenizer.from_pretrained("tiny"),
         "overwrite": Refused("model", overwrite=False),
-    }  # fmt: skip
+    }
     check_all(names(save_pretrained), entries, saved)
     with pytest.raises(ValueError, match="int4"):
         model.init_cache(1, 8, "int4")
@@ -470,8 +512,11 @@ def test_options_of_commands_are_read():
         variables = {"options", "write", "job"}
         unread = {f.name for f in dataclasses.fields(options)} - attributes(paths, variables)
         assert unread == passed, options.__name__
-    given = {f.name for kind in (convert_command.SourceOptions, convert_command.MetaseqOptions)
-             for f in dataclasses.fields(kind)}  # fmt: skip
+    given = {
+        f.name
+        for kind in (convert_command.SourceOptions, convert_command.MetaseqOptions)
+        for f in dataclasses.fields(kind)
+    }
     assert given - {"no_verify"} | {"verify"} == {*names(source.open_source)} - {"names", "from_metaseq"}
     body = ast.walk(ast.parse(inspect.getsource(source.open_source)))
     loaded = {node.id for node in body if isinstance(node, ast.Name)}

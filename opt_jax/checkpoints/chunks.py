@@ -59,9 +59,14 @@ def write_spec(
 ) -> dict[str, Any]:
     """TensorStore's specification of a new array, of which processes write parts of the shape `part`."""
     spec = ocp.type_handlers.get_json_tspec_write(
-        info, use_ocdbt=True, global_shape=shape, local_shape=part, dtype=dtype,
-        process_index=jax.process_index(), arg=arg,
-    )  # fmt: skip
+        info,
+        use_ocdbt=True,
+        global_shape=shape,
+        local_shape=part,
+        dtype=dtype,
+        process_index=jax.process_index(),
+        arg=arg,
+    )
     # Orbax offers no choice of codecs. Its own have a checksum for the places of chunks only.
     spec["metadata"]["codecs"] = CODECS
     return spec

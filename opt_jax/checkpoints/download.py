@@ -27,17 +27,27 @@ from opt_jax.system.reading import SMALL_FILE, json_object, name_from_outside, o
 from opt_jax.system.temporary import refuse_links
 
 WEIGHT_FILES = (
-    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
-)  # fmt: skip
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 _MOST_FILES = 10_000  # of weights: OPT-175B in files of 100 MB has 3,500
 _PARALLEL = 4  # files at once: one connection seldom fills the line
 _HTTP_LIMIT = 50_000_000_000  # larger files the hub serves over its Xet protocol only
 _OVERLOADED = (408, 429, 500, 502, 503, 504)
 _WAITS = (1, 2, 4, 8)  # seconds before trying again
 _OF_WRONG_SHAPE = (
-    AssertionError, AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError, UnicodeDecodeError,
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    UnicodeDecodeError,
     UnicodeEncodeError,
-)  # fmt: skip
+)
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,13 @@ from opt_jax.checkpoints.download import WEIGHT_FILES, Repository, download
 from opt_jax.system.reading import json_object, read_small, shown
 
 TOKENIZER_FILES = (
-    "vocab.json", "merges.txt", "tokenizer.json",
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-)  # fmt: skip
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 # What travels with a model's weights, besides config.json.
 COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
 _WEIGHTS = re.compile(r"(pytorch_)?model(-[0-9]+(-of-[0-9]+)?)?\.(safetensors|bin)(\.index\.json)?")
@@ -276,9 +280,12 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
 
 
 _QUANTIZERS = {
-    "awq": "an AWQ", "bitsandbytes": "a bitsandbytes", "compressed-tensors": "a compressed-tensors", "fp8": "an FP8",
+    "awq": "an AWQ",
+    "bitsandbytes": "a bitsandbytes",
+    "compressed-tensors": "a compressed-tensors",
+    "fp8": "an FP8",
     "gptq": "a GPTQ",
-}  # fmt: skip
+}
 
 
 _OLD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # AutoGPTQ's and AutoAWQ's

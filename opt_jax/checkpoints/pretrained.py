@@ -185,9 +185,14 @@ def load_pretrained(
     # A tied causal LM must not lose a head that is there, nor an untied one get a random head.
     may_drop = [head for head in _HEADS if not (head == "lm_head." and issubclass(cls, OPTForCausalLM))]
     expected, fresh, dropped = check_parameters(
-        cls, config, arrays, directory,
-        may_lack=("score.", "qa_outputs."), may_drop=may_drop, describe=_describe(directory),
-    )  # fmt: skip
+        cls,
+        config,
+        arrays,
+        directory,
+        may_lack=("score.", "qa_outputs."),
+        may_drop=may_drop,
+        describe=_describe(directory),
+    )
     for path in fresh:
         log.warning("%s has no %s: newly initialised. Train it before use.", directory, path)
     for path in dropped:

@@ -47,9 +47,13 @@ class Tokens:
     """
 
     def __init__(
-        self, name: str, array: np.ndarray | None = None, path: Path | None = None, first: int = 0,
+        self,
+        name: str,
+        array: np.ndarray | None = None,
+        path: Path | None = None,
+        first: int = 0,
         last: int | None = None,
-    ):  # fmt: skip
+    ):
         self.name, self.path, self.first, self._array = name, path, first, array
         self.last = len(self.array) if last is None else last
 
@@ -167,9 +171,14 @@ def tokenize_sources(
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
         about = write_tokens(
-            sources, output, OPTTokenizer.from_pretrained(tokenizer), tokenizer, workers=workers,
-            skip_bad=skip_bad, progress=lambda characters: bar.advance(task, characters),
-        )  # fmt: skip
+            sources,
+            output,
+            OPTTokenizer.from_pretrained(tokenizer),
+            tokenizer,
+            workers=workers,
+            skip_bad=skip_bad,
+            progress=lambda characters: bar.advance(task, characters),
+        )
     left_out = f", {about['left_out']:,} bad records left out" if about["left_out"] else ""
     return (
         f"{output}: {about['tokens']:,} tokens of {about['documents']:,} documents as {about['dtype']}{left_out}, in "
@@ -183,9 +192,15 @@ def _cores() -> int:
 
 
 def write_tokens(
-    sources: Sequence[Path | HFSource], output: Path, tokenizer: OPTTokenizer, name: str, *, workers: int = 1,
-    skip_bad: bool = False, progress: Callable[[int], None] = lambda characters: None,
-) -> dict[str, Any]:  # fmt: skip
+    sources: Sequence[Path | HFSource],
+    output: Path,
+    tokenizer: OPTTokenizer,
+    name: str,
+    *,
+    workers: int = 1,
+    skip_bad: bool = False,
+    progress: Callable[[int], None] = lambda characters: None,
+) -> dict[str, Any]:
     """Tokenise documents into `output` (.npy) with so many processes; returns what `output`.json gets. The array is the
     same for any number of them. Nothing of the name is there until all is written.
 
@@ -223,10 +238,13 @@ def write_tokens(
         if not documents:
             raise ValueError("no documents in the data: every file is empty")
         about = {
-            "tokens": total + 1, "documents": documents, "left_out": bad.count, "dtype": str(dtype),
+            "tokens": total + 1,
+            "documents": documents,
+            "left_out": bad.count,
+            "dtype": str(dtype),
             "tokenizer": {"name": name, "fingerprint": vocabulary_fingerprint(tokenizer)},
             "sources": [str(source) for source in sources],
-        }  # fmt: skip
+        }
         about_file.write(json.dumps(about, indent=2).encode() + b"\n")
         beside.unlink(missing_ok=True)  # of an older array of this name
     return about

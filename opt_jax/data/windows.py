@@ -81,9 +81,16 @@ class Windows(Order):
     """
 
     def __init__(
-        self, streams: np.ndarray | Sequence[Tokens], seq_len: int, batch_size: int, seed: int = 0, *,
-        weights: Sequence[float] | None = None, separator: int | None = None, vocab_size: int | None = None,
-    ):  # fmt: skip
+        self,
+        streams: np.ndarray | Sequence[Tokens],
+        seq_len: int,
+        batch_size: int,
+        seed: int = 0,
+        *,
+        weights: Sequence[float] | None = None,
+        separator: int | None = None,
+        vocab_size: int | None = None,
+    ):
         import grain  # heavy, and nothing to those who only want files read
 
         if isinstance(streams, np.ndarray):
@@ -137,10 +144,14 @@ class Windows(Order):
 
     def description(self) -> dict[str, Any]:
         return {
-            "tokens": self.tokens, "fingerprint": "+".join(self._fingerprints), "seed": self.seed,
-            "batch_size": self.batch_size, "seq_len": self.seq_len, "segments": self._separator is not None,
+            "tokens": self.tokens,
+            "fingerprint": "+".join(self._fingerprints),
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "seq_len": self.seq_len,
+            "segments": self._separator is not None,
             "weights": None if self.weights is None else list(self.weights),
-        }  # fmt: skip
+        }
 
     def reader(self, rows: Sequence[int] | np.ndarray, first: int, last: int, workers: int = 0) -> "Reader":
         return Reader(self, rows, first, last, workers)

@@ -109,9 +109,18 @@ def perplexity(
         error = float(np.sqrt(count / (count - 1) * ((sums - loss * counts) ** 2).sum()) / tokens)
     value = math.exp(loss) if loss < 700 else math.inf
     return Perplexity(
-        protocol, window, stride, count, tokens, len(ids) - tokens, loss, error, value,
-        None if error is None else value * error, seconds,
-    )  # fmt: skip
+        protocol,
+        window,
+        stride,
+        count,
+        tokens,
+        len(ids) - tokens,
+        loss,
+        error,
+        value,
+        None if error is None else value * error,
+        seconds,
+    )
 
 
 def split(tokens: int, window: int, stride: int) -> Iterator[Window]:

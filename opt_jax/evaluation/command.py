@@ -78,9 +78,12 @@ def evaluate(options: Annotated[EvalOptions, tyro.conf.arg(name="")]) -> None:
 
     with processes.last_words(PROGRAM) if _in_job(options) else contextlib.nullcontext():
         processes.start(
-            options.distributed, options.coordinator_address, options.num_processes, options.process_id,
+            options.distributed,
+            options.coordinator_address,
+            options.num_processes,
+            options.process_id,
             hang_minutes=options.hang_minutes,
-        )  # fmt: skip
+        )
         _evaluate(options)
 
 
@@ -174,9 +177,13 @@ def load(options: EvalOptions) -> Any:
     dtype = options.dtype or ("float32" if platform == "cpu" else "bfloat16")
     attention: Any = choose_attention(options.attention, platform, config.head_dim, dtype, 0.0)
     return OPTForCausalLM.from_pretrained(
-        options.model, dtype=options.dtype, param_dtype=options.dtype, mesh=mesh, attn_implementation=attention,
+        options.model,
+        dtype=options.dtype,
+        param_dtype=options.dtype,
+        mesh=mesh,
+        attn_implementation=attention,
         verify=options.verify,
-    )  # fmt: skip
+    )
 
 
 def read_ids(paths: Sequence[str], tokenizer: Any) -> tuple[Any, int]:
@@ -202,10 +209,15 @@ def perplexities(options: EvalOptions, model: Any, ids: Any) -> list[dict[str, A
         with _bar(protocol) as progress:
             results.append(
                 perplexity(
-                    model, ids, protocol, window=options.window, batch_size=options.batch_size, progress=progress,
+                    model,
+                    ids,
+                    protocol,
+                    window=options.window,
+                    batch_size=options.batch_size,
+                    progress=progress,
                     stride=options.stride if protocol == "sliding" else None,
                 )
-            )  # fmt: skip
+            )
     return [dataclasses.asdict(result) for result in results]
 
 
@@ -253,21 +265,26 @@ def text_table(report: dict[str, Any]) -> str:
     heads = ("protocol", "window", "stride", "windows", "tokens", "left out", "loss", "perplexity", "seconds")
     rows: list[tuple[str, ...]] = [heads]
     for r in report["results"]:
-        plus = ["" if r[f"{name}_stderr"] is None else f" ± {r[f'{name}_stderr']:.{d}f}"
-                for name, d in (("loss", 4), ("perplexity", 3))]  # fmt: skip
+        plus = [
+            "" if r[f"{name}_stderr"] is None else f" ± {r[f'{name}_stderr']:.{d}f}"
+            for name, d in (("loss", 4), ("perplexity", 3))
+        ]
         counts = (f"{r[name]:,}" for name in ("window", "stride", "windows", "tokens", "left_out"))
         values = (f"{r['loss']:.4f}{plus[0]}", f"{r['perplexity']:.3f}{plus[1]}", f"{r['seconds']:.1f}")
         rows.append((r["protocol"], *counts, *values))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:], strict=True))])
-             for row in rows]  # fmt: skip
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
     mesh = "" if report["mesh"] is None else ", mesh " + " x ".join(f"{k}={v}" for k, v in report["mesh"].items())
     plural = "s" * (report["documents"] > 1)
     return (
         f"{report['model']}: {report['parameters']:,} parameters, {report['dtype']}, {report['device']}{mesh}\n"
         f"{', '.join(report['data'])}: {report['documents']} document{plural}, {report['tokens']:,} tokens\n\n"
-        + "\n".join(lines) + "\n"
-    )  # fmt: skip
+        + "\n".join(lines)
+        + "\n"
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -191,9 +191,14 @@ class OPTLM(TemplateLM):
         prompts = [self.tok_encode(context)[new - self.max_length :] for context in contexts]
         stops, tokenizer = [text for text in until if text], _NewText(self.tokenizer)
         out = self.model.generate(
-            prompts, max_new_tokens=new, stop_strings=stops, tokenizer=tokenizer, batch_size=self.batch_size,
-            progress_bar=None if progress else False, **options,
-        )  # fmt: skip
+            prompts,
+            max_new_tokens=new,
+            stop_strings=stops,
+            tokenizer=tokenizer,
+            batch_size=self.batch_size,
+            progress_bar=None if progress else False,
+            **options,
+        )
         columns = out.sequences[:, max(map(len, prompts)) :]
         made = [row[:count] for row, count in zip(columns, out.lengths, strict=True)]
         texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
@@ -231,17 +236,28 @@ def find_tasks(names: Sequence[str], include_path: Sequence[str]) -> tuple[TaskM
 
 
 def run(
-    model: OPTForCausalLM, tokenizer: OPTTokenizer, tasks: tuple[TaskManager, list[str]], batch_size: int | None = None,
-    *, num_fewshot: int | None = None, limit: float | None = None, log_samples: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    model: OPTForCausalLM,
+    tokenizer: OPTTokenizer,
+    tasks: tuple[TaskManager, list[str]],
+    batch_size: int | None = None,
+    *,
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    log_samples: bool = False,
+) -> dict[str, Any]:
     """What `lm_eval.simple_evaluate` returns: "results", "samples" (if asked for) and, as "harness", the rest."""
     make: Any = OPTLM
     lm = make(model, tokenizer=tokenizer, batch_size=batch_size)
     evaluate: Any = simple_evaluate
     found = evaluate(
-        model=lm, tasks=tasks[1], task_manager=tasks[0], num_fewshot=num_fewshot, batch_size=lm.batch_size,
-        limit=int(limit) if limit is not None and limit >= 1 else limit, log_samples=log_samples,
-    )  # fmt: skip
+        model=lm,
+        tasks=tasks[1],
+        task_manager=tasks[0],
+        num_fewshot=num_fewshot,
+        batch_size=lm.batch_size,
+        limit=int(limit) if limit is not None and limit >= 1 else limit,
+        log_samples=log_samples,
+    )
     own = ("results", "samples")
     harness = {name: value for name, value in found.items() if name not in own}
     return {name: found[name] for name in own if name in found} | {"harness": harness}

@@ -127,10 +127,17 @@ def beam_search(
     capacity = max_new_tokens if capacity is None else capacity
     _check(model, ids, mask, max_new_tokens, num_beams, num_return_sequences, length_penalty, early_stopping, capacity)
     beams = _search(
-        model, ids, mask, _options(model, max_new_tokens, length_penalty, eos_token_ids, pad_token_id, process_options),
+        model,
+        ids,
+        mask,
+        _options(model, max_new_tokens, length_penalty, eos_token_ids, pad_token_id, process_options),
         _row_keys(seed, len(ids), first_row) if do_sample else None,
-        num_beams=num_beams, early_stopping=early_stopping, process=process, capacity=capacity, cache_dtype=cache_dtype,
-    )  # fmt: skip
+        num_beams=num_beams,
+        early_stopping=early_stopping,
+        process=process,
+        capacity=capacity,
+        cache_dtype=cache_dtype,
+    )
     tokens, scores, lengths = (
         x[:, :num_return_sequences].reshape(-1, *x.shape[2:])
         for x in jax.device_get((beams.tokens, beams.scores, beams.lengths))
@@ -236,9 +243,13 @@ def _advance(
 
 
 def _processed(
-    process: Process, options: Any, ids: Int[Array, "B T"], mask: Bool[Array, "B T"], state: _State,
+    process: Process,
+    options: Any,
+    ids: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    state: _State,
     log_probs: Float[Array, "B N V"],
-) -> Float[Array, "B N V"]:  # fmt: skip
+) -> Float[Array, "B N V"]:
     tokens, step = state.running.tokens, state.step
     width, (beams, capacity) = ids.shape[1], tokens.shape[1:]
     is_new = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32) < step, tokens.shape)

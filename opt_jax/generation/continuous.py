@@ -46,9 +46,14 @@ def generate(model: Model, request: Request, slots: int, progress_bar: bool | No
 
 def _begin(model: Model, request: Request, rows: np.ndarray, capacity: int):
     return begin(
-        model, take_prompts(request.prompts, rows // request.copies), request.options_of(rows), capacity=capacity,
-        do_sample=request.do_sample, logprobs=request.logprobs, cache_dtype=request.cache_dtype,
-    )  # fmt: skip
+        model,
+        take_prompts(request.prompts, rows // request.copies),
+        request.options_of(rows),
+        capacity=capacity,
+        do_sample=request.do_sample,
+        logprobs=request.logprobs,
+        cache_dtype=request.cache_dtype,
+    )
 
 
 def _advance(

@@ -242,12 +242,20 @@ def _search(model: OPTForCausalLM, request: Request, rows: np.ndarray) -> beams.
     if options["seed"].ndim:
         options["seed"] = options["seed"][rows]
     return beams.beam_search(
-        model, request.prompts.ids[rows], request.prompts.mask[rows], max_new_tokens=request.max_new_tokens,
-        num_return_sequences=request.copies, pad_token_id=request.pad_token_id, do_sample=request.do_sample,
+        model,
+        request.prompts.ids[rows],
+        request.prompts.mask[rows],
+        max_new_tokens=request.max_new_tokens,
+        num_return_sequences=request.copies,
+        pad_token_id=request.pad_token_id,
+        do_sample=request.do_sample,
         process=_beam_process(request.do_sample, ends + 1 if request.do_sample else 1),
-        process_options=request.options_of(np.arange(1)), capacity=capacity,
-        cache_dtype=request.cache_dtype, first_row=int(rows[0]), **options,
-    )  # fmt: skip
+        process_options=request.options_of(np.arange(1)),
+        capacity=capacity,
+        cache_dtype=request.cache_dtype,
+        first_row=int(rows[0]),
+        **options,
+    )
 
 
 @memoize
@@ -327,9 +335,15 @@ def _start(model: Model, request: Request, drafts: Drafts | None = None) -> tupl
     options = request.options_of(_padded(np.arange(request.rows), rows * request.copies))
     prompts = take_prompts(request.prompts, _padded(np.arange(count), rows))
     return options, loop.begin(
-        model, prompts, options, capacity=capacity, copies=request.copies,
-        do_sample=request.do_sample, logprobs=request.logprobs, cache_dtype=request.cache_dtype,
-    )  # fmt: skip
+        model,
+        prompts,
+        options,
+        capacity=capacity,
+        copies=request.copies,
+        do_sample=request.do_sample,
+        logprobs=request.logprobs,
+        cache_dtype=request.cache_dtype,
+    )
 
 
 def _advance(model: Model, request: Request, options: SamplingOptions, state: DecodeState, until: int) -> loop.Report:

@@ -164,9 +164,16 @@ def begin(
         records = TokenLogprobs(jnp.zeros(one, jnp.float32), jnp.zeros(top, jnp.int32), jnp.zeros(top, jnp.float32))
     zero = jnp.zeros(rows, jnp.int32)
     state = DecodeState(
-        cache=cache, tokens=jnp.pad(tokens, ((0, 0), (0, capacity))), token=zero, prompt_lengths=lengths, lengths=zero,
-        stopped=zero > 0, step=jnp.zeros((), jnp.int32), logprobs=records, width=width,
-    )  # fmt: skip
+        cache=cache,
+        tokens=jnp.pad(tokens, ((0, 0), (0, capacity))),
+        token=zero,
+        prompt_lengths=lengths,
+        lengths=zero,
+        stopped=zero > 0,
+        step=jnp.zeros((), jnp.int32),
+        logprobs=records,
+        width=width,
+    )
     return _report(_append(state, logits, options, do_sample), options)
 
 

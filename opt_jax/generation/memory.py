@@ -12,9 +12,14 @@ from opt_jax.generation.config import GenerationConfig
 
 # What makes a request large, for messages.
 _SIZES = (
-    "num_return_sequences", "num_beams", "prompt_lookup_num_tokens", "num_assistant_tokens", "max_new_tokens",
-    "max_length", "logprobs",
-)  # fmt: skip
+    "num_return_sequences",
+    "num_beams",
+    "prompt_lookup_num_tokens",
+    "num_assistant_tokens",
+    "max_new_tokens",
+    "max_length",
+    "logprobs",
+)
 
 
 def host_memory() -> int:

@@ -147,16 +147,22 @@ def check_request(
         vocab_size=model.config.vocab_size,
         column_bytes=column_bytes(model.config, given.cache_dtype or model.dtype),
         given=given,
-        beams=None if beams == 1 else dict(
-            num_beams=beams, early_stopping=given.early_stopping or False, eos_token_ids=eos,
+        beams=None
+        if beams == 1
+        else dict(
+            num_beams=beams,
+            early_stopping=given.early_stopping or False,
+            eos_token_ids=eos,
             length_penalty=1.0 if given.length_penalty is None else given.length_penalty,
             seed=np.asarray(0 if given.seed is None else given.seed),
         ),
-        stops=None if given.stop_strings is None else tokenizer.stop_strings(
+        stops=None
+        if given.stop_strings is None
+        else tokenizer.stop_strings(
             given.stop_strings,
             [np.append(before, row[m]) for row, m in zip(ids, mask, strict=True) for _ in range(copies)],
         ),
-    )  # fmt: skip
+    )
 
 
 def check_batch_size(batch_size: Any, progress_bar: Any, request: Request) -> None:

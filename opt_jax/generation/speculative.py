@@ -272,8 +272,9 @@ def _draft(drafts: Drafts, s: Speculation, options: SamplingOptions, wanted: Int
     (tokens, logits, cache), chosen = lax.scan(step, carry, jnp.arange(count - 1, dtype=jnp.int32))
     chosen = jax.tree.map(
         lambda x, y: jnp.moveaxis(jnp.concatenate([x, y[None]]), 0, 1),
-        chosen, choose(tokens, logits, jnp.int32(count - 1)),
-    )  # fmt: skip
+        chosen,
+        choose(tokens, logits, jnp.int32(count - 1)),
+    )
     return *chosen, cache
 
 

@@ -225,9 +225,17 @@ class OPTDecoder(nnx.Module):
     """
 
     def __init__(
-        self, config: OPTConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike, scan_layers: bool,
-        attn_implementation: AttentionImplementation, remat: Remat, grad_dtype: DTypeLike,
-    ):  # fmt: skip
+        self,
+        config: OPTConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        scan_layers: bool,
+        attn_implementation: AttentionImplementation,
+        remat: Remat,
+        grad_dtype: DTypeLike,
+    ):
         if attn_implementation not in (known := get_args(AttentionImplementation)):
             raise ValueError(f"attn_implementation {attn_implementation!r}: choose one of {', '.join(known)}")
         if remat not in (known := get_args(Remat)):

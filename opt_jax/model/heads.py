@@ -221,8 +221,10 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
         return SequenceClassifierOutput(
             logits=logits,
             loss=None if labels is None else classification_loss(self.config, logits, labels),
-            hidden_states=out.hidden_states, attentions=out.attentions, cache=out.cache,
-        )  # fmt: skip
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+            cache=out.cache,
+        )
 
 
 class OPTForQuestionAnswering(OPTPreTrainedModel):
@@ -241,9 +243,13 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
         if start_positions is not None and end_positions is not None:
             loss = question_answering_loss(start, end, start_positions, end_positions)
         return QuestionAnsweringOutput(
-            start_logits=start, end_logits=end, loss=loss,
-            hidden_states=out.hidden_states, attentions=out.attentions, cache=out.cache,
-        )  # fmt: skip
+            start_logits=start,
+            end_logits=end,
+            loss=loss,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+            cache=out.cache,
+        )
 
 
 def named_parameters(model: OPTPreTrainedModel) -> dict[str, nnx.Param]:

@@ -64,8 +64,9 @@ class LoRA:
         found = {name for name in named_leaves(model) if is_adapter(name)}
         expected = {
             f"model.decoder.layers.{'' if target.startswith('fc') else 'self_attn.'}{target}.kernel_lora_{part}"
-            for target in self.targets for part in "ab"
-        }  # fmt: skip
+            for target in self.targets
+            for part in "ab"
+        }
         if found != expected:
             difference = ", ".join(sorted(found ^ expected))
             raise RuntimeError(f"qwix put in {len(found)} adapters, not the {len(expected)} asked for: {difference}")

@@ -62,8 +62,10 @@ def start(
     if mode == "off" or mode == "auto" and not any(v is not None for v in explicit) and not in_cluster():
         if any(v is not None for v in explicit):
             raise ValueError("--distributed off: leave out --coordinator-address, --num-processes and --process-id")
-        for flag, value, default in (("--heartbeat-seconds", heartbeat_seconds, HEARTBEAT_SECONDS),
-                                     ("--hang-minutes", hang_minutes, HANG_MINUTES)):  # fmt: skip
+        for flag, value, default in (
+            ("--heartbeat-seconds", heartbeat_seconds, HEARTBEAT_SECONDS),
+            ("--hang-minutes", hang_minutes, HANG_MINUTES),
+        ):
             if value != default:
                 raise ValueError(f"{flag} {value} without effect: this process waits for no other; leave it out")
         return
@@ -76,9 +78,11 @@ def start(
         # JAX's own time-outs end a process from within C++, without a word of ours: they come second.
         with _all_here_within(seconds, coordinator_address, process_id):
             jax.distributed.initialize(
-                *explicit, initialization_timeout=math.ceil(2 * seconds),
-                heartbeat_timeout_seconds=2 * heartbeat_seconds, shutdown_timeout_seconds=2 * heartbeat_seconds,
-            )  # fmt: skip
+                *explicit,
+                initialization_timeout=math.ceil(2 * seconds),
+                heartbeat_timeout_seconds=2 * heartbeat_seconds,
+                shutdown_timeout_seconds=2 * heartbeat_seconds,
+            )
             jax.devices()  # waits for the others
     except (ValueError, RuntimeError) as e:
         raise ValueError(
@@ -153,17 +157,21 @@ def _watch(coordinator_address: str | None, heartbeat_seconds: int, hang_minutes
         server, address, token = listen(host, jax.process_count())
     address, token = json.loads(from_first(lambda: json.dumps([address, token]).encode()))
     watchdog = Watchdog(
-        jax.process_index(), jax.process_count(), seconds=heartbeat_seconds, hang_minutes=hang_minutes,
+        jax.process_index(),
+        jax.process_count(),
+        seconds=heartbeat_seconds,
+        hang_minutes=hang_minutes,
         exit_code=LOST_PROCESS,
-    )  # fmt: skip
+    )
     problem = None if server else watchdog.connect(address, token)
     connected = multihost_utils.process_allgather(np.asarray(problem is None)).reshape(-1)
     if problem is not None:
         print(
             f"process {jax.process_index()}: no watchdog, since {address} cannot be reached ({problem}): a lost "
             f"process will be noticed by JAX alone, after {2 * heartbeat_seconds} s",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+            file=sys.stderr,
+            flush=True,
+        )
     if server:
         watchdog.accept(server, token, int(connected.sum()) - 1)
     watchdog.start()

@@ -452,10 +452,12 @@ def _as_encoding(columns: dict[str, list], return_tensors: str | None, flat: boo
         raise ValueError('return_tensors="np" with texts of different lengths needs padding=True')
     size = len(columns["input_ids"]), max(map(len, columns["input_ids"]), default=0)
     shapes = {"input_ids": size, "attention_mask": size, "offset_mapping": (*size, 2)}
-    return BatchEncoding({
-        name: np.array(rows, np.int32).reshape(shapes[name]) if name in shapes else as_array(name, rows)
-        for name, rows in columns.items()
-    })  # fmt: skip
+    return BatchEncoding(
+        {
+            name: np.array(rows, np.int32).reshape(shapes[name]) if name in shapes else as_array(name, rows)
+            for name, rows in columns.items()
+        }
+    )
 
 
 def _plain(value: Any) -> Any:

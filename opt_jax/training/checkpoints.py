@@ -52,9 +52,13 @@ class Checkpoints:
     """
 
     def __init__(
-        self, directory: str | os.PathLike, keep: int, keep_every: int | None = None,
-        data_state: Callable[[int], dict[str, Any]] | None = None, before_write: Callable[[], None] = lambda: None,
-    ):  # fmt: skip
+        self,
+        directory: str | os.PathLike,
+        keep: int,
+        keep_every: int | None = None,
+        data_state: Callable[[int], dict[str, Any]] | None = None,
+        before_write: Callable[[], None] = lambda: None,
+    ):
         check_array_path(directory)
         self._data_state, self._before_write = data_state, before_write
         directory = absolute(as_path(directory))
@@ -137,9 +141,14 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def restore_newest(
-        self, abstract: TrainState, shardings: Any, say: Callable[[str], None], *, fall_back: bool = False,
+        self,
+        abstract: TrainState,
+        shardings: Any,
+        say: Callable[[str], None],
+        *,
+        fall_back: bool = False,
         verify: bool = True,
-    ) -> tuple[int, TrainState, dict[str, Any] | None]:  # fmt: skip
+    ) -> tuple[int, TrainState, dict[str, Any] | None]:
         """(step, state, state of the data's iterator or None) of the newest checkpoint; see `restore`.
 
         fall_back: take the newest that is not damaged, and rename those after it, which would be in the way of new

@@ -20,8 +20,16 @@ LOCK = f"{MARKER}.lock"  # see run_lock.py
 _UPLOAD_SECONDS = 60.0
 _MOST_BYTES = 16 << 20  # of a line of metrics.jsonl, which may name the rows of a batch
 _WRITTEN = (
-    "run.json", "metrics.jsonl", "tokenizer", "checkpoints", "best", "model", "tensorboard", "profile", "wandb-id",
-)  # fmt: skip
+    "run.json",
+    "metrics.jsonl",
+    "tokenizer",
+    "checkpoints",
+    "best",
+    "model",
+    "tensorboard",
+    "profile",
+    "wandb-id",
+)
 
 
 def run_directory(name: str) -> epath.Path:

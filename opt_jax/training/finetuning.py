@@ -38,9 +38,14 @@ def make_task(options: Options, tokenizer: OPTTokenizer, seq_len: int, multiple:
     """The data of --task; multiple: of which the lengths of all batches are one."""
     kind: Any = Classification if options.task == "sequence-classification" else QuestionAnswering
     return kind(
-        options.data, options.validation_data, tokenizer, batch_size=options.batch_size, seq_len=seq_len,
-        seed=options.seed, multiple=multiple,
-    )  # fmt: skip
+        options.data,
+        options.validation_data,
+        tokenizer,
+        batch_size=options.batch_size,
+        seq_len=seq_len,
+        seed=options.seed,
+        multiple=multiple,
+    )
 
 
 def load(start: str, before: OPTConfig, plain: Any, seed: int, mesh: Mesh, verify: bool = True) -> Any:

@@ -75,9 +75,13 @@ class WandB:
         try:
             with disk_errors(self._directory):
                 self._run = wandb.init(
-                    project=project, id=run_id, resume="allow", name=output.name, config=config,
+                    project=project,
+                    id=run_id,
+                    resume="allow",
+                    name=output.name,
+                    config=config,
                     dir=None if is_remote(output) else str(output),
-                )  # fmt: skip
+                )
         except wandb.Error as error:  # no key, no network
             raise ValueError(f"--wandb {project}: {error}") from None
 

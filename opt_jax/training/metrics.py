@@ -104,10 +104,14 @@ class Metrics:
         self._last, self._val_loss, self._measures = time.perf_counter(), None, {}
         self._console = Console()
         self._bar = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.fields[line]}"),
-            TimeRemainingColumn(compact=True), console=self._console,
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[line]}"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
             disable=path is None or not self._console.is_terminal,
-        )  # fmt: skip
+        )
         self._task = self._bar.add_task("train", total=steps, completed=start, line="compiling")
 
     def __enter__(self) -> "Metrics":

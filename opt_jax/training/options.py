@@ -28,9 +28,15 @@ from opt_jax.training.recipes import RECIPES, recipe_options
 # The model of a run without --model: 1.1M parameters, minutes on two CPU cores. Deviations from the paper's recipe: no
 # dropout, because so short a run does not overfit, and a wider initialisation, because 0.006 suits wide models.
 SMALL = OPTConfig(
-    vocab_size=2048, hidden_size=128, num_hidden_layers=4, ffn_dim=512, num_attention_heads=2,
-    max_position_embeddings=256, dropout=0.0, init_std=0.02,
-)  # fmt: skip
+    vocab_size=2048,
+    hidden_size=128,
+    num_hidden_layers=4,
+    ffn_dim=512,
+    num_attention_heads=2,
+    max_position_embeddings=256,
+    dropout=0.0,
+    init_std=0.02,
+)
 
 
 _FLOAT32 = np.finfo(np.float32)
@@ -162,18 +168,67 @@ class Options:
 
 
 MAY_CHANGE = {
-    "output", "mesh", "dcn_mesh", "accumulate", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints",
-    "keep_every", "data_workers", "eval_every", "eval_batches", "log_every", "stop_after",
-    "fall_back", "verify", "recipe", "skip_nonfinite", "tensorboard", "wandb", "profile",
-    "distributed", "coordinator_address", "num_processes", "process_id", "heartbeat_seconds", "hang_minutes",
-    "plan", "topology", "plan_output", "attention", "remat",
-}  # fmt: skip
+    "output",
+    "mesh",
+    "dcn_mesh",
+    "accumulate",
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "keep_checkpoints",
+    "keep_every",
+    "data_workers",
+    "eval_every",
+    "eval_batches",
+    "log_every",
+    "stop_after",
+    "fall_back",
+    "verify",
+    "recipe",
+    "skip_nonfinite",
+    "tensorboard",
+    "wandb",
+    "profile",
+    "distributed",
+    "coordinator_address",
+    "num_processes",
+    "process_id",
+    "heartbeat_seconds",
+    "hang_minutes",
+    "plan",
+    "topology",
+    "plan_output",
+    "attention",
+    "remat",
+}
 # What the compiled step depends on, and with it a plan.
 PLANNED = {
-    "recipe", "pack", "model", "steps", "batch_size", "accumulate", "seq_len", "learning_rate", "warmup_steps",
-    "final_lr", "weight_decay", "betas", "clip_norm", "dropout", "attention_dropout", "attention", "remat",
-    "grad_dtype", "dtype", "seed", "mesh", "dcn_mesh", "skip_nonfinite", "plan", "topology", "plan_output",
-}  # fmt: skip
+    "recipe",
+    "pack",
+    "model",
+    "steps",
+    "batch_size",
+    "accumulate",
+    "seq_len",
+    "learning_rate",
+    "warmup_steps",
+    "final_lr",
+    "weight_decay",
+    "betas",
+    "clip_norm",
+    "dropout",
+    "attention_dropout",
+    "attention",
+    "remat",
+    "grad_dtype",
+    "dtype",
+    "seed",
+    "mesh",
+    "dcn_mesh",
+    "skip_nonfinite",
+    "plan",
+    "topology",
+    "plan_output",
+}
 
 
 def parse_options(args: Sequence[str] | None = None, program: str | None = None) -> Options:
@@ -210,9 +265,24 @@ def check_options(options: Options) -> None:
         for number in values:
             if isinstance(number, float) and not _in_float32(number):
                 raise ValueError(f"{_flag(name)} {number}: must be a finite number, and one that float32 holds")
-    for name in ("steps", "batch_size", "seq_len", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches",
-                 "log_every", "stop_after", "vocab_size", "accumulate", "keep_every", "num_processes",
-                 "heartbeat_seconds", "hang_minutes", "lora_rank"):  # fmt: skip
+    for name in (
+        "steps",
+        "batch_size",
+        "seq_len",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "eval_every",
+        "eval_batches",
+        "log_every",
+        "stop_after",
+        "vocab_size",
+        "accumulate",
+        "keep_every",
+        "num_processes",
+        "heartbeat_seconds",
+        "hang_minutes",
+        "lora_rank",
+    ):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"{_flag(name)} {value}: must be at least 1")
@@ -246,8 +316,9 @@ def check_options(options: Options) -> None:
         raise ValueError("jax_disable_jit is on, but jit is what places a run's arrays: unset JAX_DISABLE_JIT")
     if options.plan and options.topology is None:
         raise ValueError("--plan needs --topology, the TPU slice to compile for, as in v5p:8x8x8")
-    changed = [name for name, value in dataclasses.asdict(_defaults(options.recipe)).items()
-               if getattr(options, name) != value]  # fmt: skip
+    changed = [
+        name for name, value in dataclasses.asdict(_defaults(options.recipe)).items() if getattr(options, name) != value
+    ]
     if options.plan and (unused := [_flag(name) for name in changed if name not in PLANNED]):
         raise ValueError(f"--plan compiles a pretraining step and runs nothing: leave out {', '.join(unused)}")
     for name in ("topology", "plan_output"):
@@ -260,8 +331,10 @@ def check_options(options: Options) -> None:
     for name in ("tensorboard", "profile"):
         if getattr(options, name) and "://" in options.output:
             raise ValueError(f"--{name} writes to local disks only, not to {options.output}: leave it out")
-    for option, given, package in (("tensorboard", options.tensorboard, "tensorboardX"),
-                                   ("wandb", options.wandb is not None, "wandb")):  # fmt: skip
+    for option, given, package in (
+        ("tensorboard", options.tensorboard, "tensorboardX"),
+        ("wandb", options.wandb is not None, "wandb"),
+    ):
         if given and importlib.util.find_spec(package) is None:
             raise ValueError(f"--{option} needs the package {package}: pip install 'opt-jax[{option}]'")
 
@@ -362,6 +435,7 @@ def compare_with_first_start(path: epath.Path, record: dict) -> None:
                 differences.append(f"{section}: {name} was {json.dumps(old)}, is now {json.dumps(new)}")
     if differences:
         raise ValueError(
-            f"{path.parent} holds a run that was started differently:\n  " + "\n  ".join(differences)
+            f"{path.parent} holds a run that was started differently:\n  "
+            + "\n  ".join(differences)
             + "\nStart it as it was, or choose another --output."
-        )  # fmt: skip
+        )

@@ -28,8 +28,10 @@ from opt_jax.training.flops import flops_per_token
 
 # device_kind -> HBM that a program may use, bytes: what libtpu 0.0.42 says where a program does not fit. (A device of
 # "TPU v4" is one of the two cores of a chip.)
-HBM = {name: int(gib * 2**30) for name, gib in
-       {"TPU v4": 15.25, "TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25}.items()}  # fmt: skip
+HBM = {
+    name: int(gib * 2**30)
+    for name, gib in {"TPU v4": 15.25, "TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25}.items()
+}
 # Generation in a topology's name -> how the environment of such a machine calls a slice of n chips, and the chips of a
 # whole pod (Google Cloud's page on each): libtpu takes any shape, until memory is used up.
 _PODS = {"v4": ("v4-{2n}", 4096), "v5e": ("v5litepod-{n}", 256), "v5p": ("v5p-{2n}", 8960), "v6e": ("v6e-{n}", 256)}
@@ -166,17 +168,22 @@ def make_plan(
         advice = f"sequences at a time per group of tensor={mesh.shape['tensor']}: --accumulate {rows // largest}"
     return {
         "title": f"{options.model} on {options.topology}: {axes}; {options.batch_size} x {seq_len} tokens a step, "
-                 f"{asked} sequences at a time per group of tensor={mesh.shape['tensor']}",
-        "model": options.model, "topology": options.topology, "mesh": dict(mesh.shape),
+        f"{asked} sequences at a time per group of tensor={mesh.shape['tensor']}",
+        "model": options.model,
+        "topology": options.topology,
+        "mesh": dict(mesh.shape),
         **found[asked],
         "hbm_capacity_bytes": capacity,
         "parameter_bytes_per_chip": on_chip(abstract.model, shardings.model),
         "optimizer_bytes_per_chip": on_chip(abstract.opt_state, shardings.opt_state),
-        "parameters": parameters, "tokens": tokens,
+        "parameters": parameters,
+        "tokens": tokens,
         "model_flops": round(flops_per_token(config, parameters, seq_len) * tokens),
         "floor_bytes": floor_bytes(config, parameters, mesh, options.accumulate, asked, seq_len),
-        "micro_batch": asked, "largest_micro_batch": largest, "advice": advice,
-    }  # fmt: skip
+        "micro_batch": asked,
+        "largest_micro_batch": largest,
+        "advice": advice,
+    }
 
 
 def floor_bytes(config: OPTConfig, parameters: int, mesh: Any, micro_batches: int, rows: int, seq_len: int) -> int:
@@ -213,8 +220,11 @@ def report(plan: dict[str, Any], output: str | None) -> None:
         table.add_section()
         for kind, size in plan["collective_bytes"].items():
             table.add_row(f"sent: {kind}", gigabytes(size), "per chip and step")
-        table.add_row("sent: total", gigabytes(sum(plan["collective_bytes"].values())),
-                      f"floor {gigabytes(plan['floor_bytes'])} (remat full, bfloat16 gradients)")  # fmt: skip
+        table.add_row(
+            "sent: total",
+            gigabytes(sum(plan["collective_bytes"].values())),
+            f"floor {gigabytes(plan['floor_bytes'])} (remat full, bfloat16 gradients)",
+        )
     table.add_section()
     table.add_row("compilation", f"{plan['compile_seconds']:.0f} s", "on this machine")
     table.add_row("largest micro-batch", str(plan["largest_micro_batch"] or "none"), plan["advice"])

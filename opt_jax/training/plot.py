@@ -20,9 +20,10 @@ PANELS: tuple[tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]], ...] = (
 )
 # Instead of tokens/s, where there is a fine-tuning task among the runs.
 MEASURES: tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]] = (
-    "on held-out examples: accuracy, F1, exact match", "linear",
+    "on held-out examples: accuracy, F1, exact match",
+    "linear",
     (("val_accuracy", dict(marker="o")), ("val_f1", dict(marker="o")), ("val_exact_match", dict(marker="x"))),
-)  # fmt: skip
+)
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -42,11 +42,22 @@ OUTSIDE = ("../../../../outside", "/{tmp}/outside", "a" * 39, "A" * 40, "a" * 64
 @pytest.mark.parametrize(
     ("answer", "key"),
     [
-        ("info", "sha"), ("info", "blobId"), ("info", "rfilename"), ("info", "lfs"), ("info", "size"),
-        ("tree", "oid"), ("tree", "path"), ("tree", "xetHash"), ("tree", "lfs"), ("tree", "size"),
-        ("headers", "X-Repo-Commit"), ("headers", "X-Linked-ETag"), ("headers", "ETag"), ("headers", "X-Xet-Hash"),
+        ("info", "sha"),
+        ("info", "blobId"),
+        ("info", "rfilename"),
+        ("info", "lfs"),
+        ("info", "size"),
+        ("tree", "oid"),
+        ("tree", "path"),
+        ("tree", "xetHash"),
+        ("tree", "lfs"),
+        ("tree", "size"),
+        ("headers", "X-Repo-Commit"),
+        ("headers", "X-Linked-ETag"),
+        ("headers", "ETag"),
+        ("headers", "X-Xet-Hash"),
     ],
-)  # fmt: skip
+)
 def test_a_hub_cannot_name_files_outside_the_cache(server, impatient, tmp_path, answer, key):
     cache_dir = tmp_path / "x" / "y" / "z"
     cache_dir.mkdir(parents=True)
@@ -76,10 +87,24 @@ def test_a_hub_cannot_name_files_outside_the_cache(server, impatient, tmp_path, 
 
 @pytest.mark.parametrize(
     "content",
-    [None, 1, "x", [], [1], {}, [[]], {"sha": None}, {"siblings": {}}, {"siblings": [1]}, {"id": 1, "sha": COMMIT},
-     {"siblings": [{"rfilename": "config.json", "lfs": {}}]}, [{"path": "config.json"}],
-     {"id": "x", "sha": COMMIT, "siblings": 1, "createdAt": "never"}, {"id": "x", "sha": COMMIT, "createdAt": "never"}],
-)  # fmt: skip
+    [
+        None,
+        1,
+        "x",
+        [],
+        [1],
+        {},
+        [[]],
+        {"sha": None},
+        {"siblings": {}},
+        {"siblings": [1]},
+        {"id": 1, "sha": COMMIT},
+        {"siblings": [{"rfilename": "config.json", "lfs": {}}]},
+        [{"path": "config.json"}],
+        {"id": "x", "sha": COMMIT, "siblings": 1, "createdAt": "never"},
+        {"id": "x", "sha": COMMIT, "createdAt": "never"},
+    ],
+)
 def test_answers_of_a_wrong_shape_are_one_error(server, impatient, tmp_path, content):
     for answer in ("info", "tree"):
         repository = Repository(DATA)

@@ -251,7 +251,7 @@ def edit_config(directory, **changes):
         ("125m", {"ffn_dim": 32}, "layers.0.fc1.bias has shape (16,), but the config calls for (32,)"),
         ("125m", {"vocab_size": 50}, "embed_tokens.embedding has shape (48, 8), but the config calls for (50, 8)"),
     ],
-)  # fmt: skip
+)
 def test_everything_else_must_fit(tmp_path, variant, changes, message):
     random_model(variant=variant).save_pretrained(tmp_path / "out")
     edit_config(tmp_path / "out", **changes)
@@ -396,9 +396,10 @@ def test_names_are_compared_before_a_model_of_the_config_is_built(tmp_path):
     assert built == [1]
 
 
-@pytest.mark.parametrize("cls, variant", [
-    ("OPTForCausalLM", "untied"), ("OPTForSequenceClassification", "350m"), ("OPTForQuestionAnswering", "galactica"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "cls, variant",
+    [("OPTForCausalLM", "untied"), ("OPTForSequenceClassification", "350m"), ("OPTForQuestionAnswering", "galactica")],
+)
 def test_expected_shapes_are_those_of_the_model(cls, variant):
     config = OPTConfig.from_hf(VARIANTS[variant])
     model = nnx.eval_shape(lambda: getattr(opt_jax, cls)(config, rngs=nnx.Rngs(0)))

@@ -273,15 +273,25 @@ def test_replicas_share_the_chunks(tmp_path, monkeypatch, spec):
 
 
 METADATA = {
-    "zarr_format": 3, "node_type": "array", "shape": [4], "data_type": "float32", "fill_value": 0.0,
+    "zarr_format": 3,
+    "node_type": "array",
+    "shape": [4],
+    "data_type": "float32",
+    "fill_value": 0.0,
     "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [4]}},
     "chunk_key_encoding": {"name": "default"},
     "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
-}  # fmt: skip
+}
 ZARR2 = {
-    "zarr_format": 2, "shape": [4], "chunks": [4], "dtype": "<f4", "compressor": None, "fill_value": None,
-    "filters": None, "order": "C",
-}  # fmt: skip
+    "zarr_format": 2,
+    "shape": [4],
+    "chunks": [4],
+    "dtype": "<f4",
+    "compressor": None,
+    "fill_value": None,
+    "filters": None,
+    "order": "C",
+}
 
 
 def grid(*chunk: Any) -> dict[str, Any]:
@@ -315,7 +325,7 @@ HOSTILE = {
     "dtype zarr2": json.dumps(ZARR2 | {"dtype": [["a", "<f4"]]}).encode(),
     "complex zarr2": json.dumps(ZARR2 | {"dtype": "<c8"}).encode(),
     "wide dtype zarr2": json.dumps(ZARR2 | {"dtype": "|S1000000000"}).encode(),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -71,8 +71,10 @@ def check(answer: dict, repository: Repository, *names: str) -> Path:
 def test_downloads_what_is_needed_and_no_more(server, resolve):
     small = {"config.json": b"{}", "vocab.json": b"v", "generation_config.json": b"g"}
     other = {"README.md": b"r", "flax_model.msgpack": b"f", "tf_model.h5": b"t", "original/model.safetensors": b"o"}
-    torch_files = {"pytorch_model-00001-of-00001.bin": b"t", "pytorch_model.bin.index.json": index(
-        "pytorch_model-00001-of-00001.bin")}  # fmt: skip
+    torch_files = {
+        "pytorch_model-00001-of-00001.bin": b"t",
+        "pytorch_model.bin.index.json": index("pytorch_model-00001-of-00001.bin"),
+    }
     sharded = {name: weights(i) for i, name in enumerate(TWO)} | {"model.safetensors.index.json": index(*TWO)}
     server.repositories |= {
         "org/both": (both := Repository(small | other | torch_files | {"model.safetensors": b"s"})),
@@ -269,7 +271,7 @@ def test_missing_files(server, resolve):
         "index": (Repository(config | bad), "index.json is not an index of weight files"),
         "size": (Repository(config | st, listed={"model.safetensors": 10**15}), "org/size needs 1000000.0 GB, but"),
         "size2": (Repository(config | st, listed={"model.safetensors": 2}), "arrives with 1 bytes, but the hub lists"),
-    }  # fmt: skip
+    }
     for name, (repository, message) in cases.items():
         server.repositories[f"org/{name}"] = repository
         error = resolve(f"org/{name}")["error"]

@@ -38,13 +38,38 @@ HANDFUL = 3  # cases of each kind, without --exhaustive
 
 # What no checkpoint may make the converter do. Its own imports happen while the valid checkpoints are converted.
 FORBIDDEN = (
-    "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "os.kill", "os.putenv",
-    "subprocess.", "pty.",
-    "pickle.find_class", "marshal.", "code.", "function.", "exec", "compile", "import", "ctypes.", "socket.connect",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.fork",
+    "os.forkpty",
+    "os.kill",
+    "os.putenv",
+    "subprocess.",
+    "pty.",
+    "pickle.find_class",
+    "marshal.",
+    "code.",
+    "function.",
+    "exec",
+    "compile",
+    "import",
+    "ctypes.",
+    "socket.connect",
     "socket.bind",
-    "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "urllib.", "webbrowser.",
-    "ftplib.", "smtplib.", "http.", "sys.addaudithook", "builtins.input", "cpython.run",
-)  # fmt: skip
+    "socket.getaddrinfo",
+    "socket.gethostbyname",
+    "socket.sendto",
+    "urllib.",
+    "webbrowser.",
+    "ftplib.",
+    "smtplib.",
+    "http.",
+    "sys.addaudithook",
+    "builtins.input",
+    "cpython.run",
+)
 
 
 @pytest.mark.slow

@@ -303,9 +303,16 @@ def test_an_old_model_with_foreign_files_in_it_is_not_replaced(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["vocab.json/thesis", "model.safetensors/thesis", "params/d/thesis", "params/checkpoint/d/thesis",
-     "params/ocdbt.process_0/thesis", "params/ocdbt.process_0/d/notes.txt", f"params/d/{'0' * 32}/thesis"],
-)  # fmt: skip
+    [
+        "vocab.json/thesis",
+        "model.safetensors/thesis",
+        "params/d/thesis",
+        "params/checkpoint/d/thesis",
+        "params/ocdbt.process_0/thesis",
+        "params/ocdbt.process_0/d/notes.txt",
+        f"params/d/{'0' * 32}/thesis",
+    ],
+)
 def test_a_foreign_file_under_a_name_of_a_model_is_kept(tmp_path, name):
     write_arrays(tmp_path / "out" / "params", {"x": lazy(np.arange(3.0))})
     foreign = tmp_path / "out" / name

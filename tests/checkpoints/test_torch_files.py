@@ -76,9 +76,11 @@ def test_a_transposed_matrix_is_read_in_its_columns(tmp_path, monkeypatch):
     array = np.arange(3000, dtype=np.float32).reshape(60, 50)
     (tmp_path / "x").write_bytes(array.tobytes())
     read = []
-    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at, call=os.preadv: (
-        read.append(sum(map(len, buffers))) or call(fd, buffers, at)
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        os,
+        "preadv",
+        lambda fd, buffers, at, call=os.preadv: read.append(sum(map(len, buffers))) or call(fd, buffers, at),
+    )
     lazy = Stored(tmp_path / "x", 0, (50, 60), (4, 200), np.dtype(np.float32)).lazy()
     for index in ((slice(3, 7), slice(0, 60)), (slice(0, 50), slice(5, 6)), (slice(8, 9), slice(2, 40))):
         read.clear()

@@ -92,8 +92,15 @@ def test_dtype_casts_and_says_so_in_the_config(tmp_path, stored, asked):
 
 def test_companion_files_travel(tmp_path):
     source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
-    files = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-             "added_tokens.json", "generation_config.json")  # fmt: skip
+    files = (
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "generation_config.json",
+    )
     for name in (*files, "flax_model.msgpack"):
         (source / name).write_text(f"content of {name}")
     out = convert(source, tmp_path / "out")
@@ -176,7 +183,7 @@ EMBED = "model.decoder.embed_tokens.weight"
         (TINY | {"model_type": "gpt2"}, {}, "model_type is 'gpt2'"),
         (TINY | {"hidden_size": "8"}, {}, "hidden_size='8'"),
     ],
-)  # fmt: skip
+)
 def test_tensors_that_do_not_fit(tmp_path, capsys, config, changes, message):
     weights = hf_weights(config | {"hidden_size": 8}) | changes
     weights = {name: array for name, array in weights.items() if array is not None}
@@ -202,11 +209,21 @@ def with_integers(directory: Path, form: str, dtype: str) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("form, dtype", [
-    ("safetensors", "int8"), ("safetensors", "uint32"), ("safetensors", "bool"), ("safetensors", "float8_e4m3fn"),
-    ("safetensors-sharded", "int64"), ("bin", "int8"), ("bin-sharded", "int32"), ("orbax", "int8"), ("orbax", "uint8"),
-    ("metaseq", "int8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "form, dtype",
+    [
+        ("safetensors", "int8"),
+        ("safetensors", "uint32"),
+        ("safetensors", "bool"),
+        ("safetensors", "float8_e4m3fn"),
+        ("safetensors-sharded", "int64"),
+        ("bin", "int8"),
+        ("bin-sharded", "int32"),
+        ("orbax", "int8"),
+        ("orbax", "uint8"),
+        ("metaseq", "int8"),
+    ],
+)
 def test_what_is_not_floating_point_is_no_weight(tmp_path, capsys, form, dtype):
     source = with_integers(tmp_path / "source", form, dtype)
     if form != "metaseq":
@@ -216,15 +233,22 @@ def test_what_is_not_floating_point_is_no_weight(tmp_path, capsys, form, dtype):
         assert f"tensor {FC1} is {dtype}, which no weight" in refused(capsys, source, tmp_path / "out", *options)
 
 
-@pytest.mark.parametrize("file, content, recipe", [
-    ("config.json", TINY | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "this is a GPTQ checkpoint"),
-    ("config.json", TINY | {"quantization_config": {"quant_method": "awq"}}, "this is an AWQ checkpoint"),
-    ("config.json", TINY | {"quantization_config": {"load_in_8bit": True}}, "this is a bitsandbytes checkpoint"),
-    ("config.json", TINY | {"quantization_config": {"quant_method": "hqq"}}, "this is a 'hqq' checkpoint"),
-    ("config.json", TINY | {"quantization_config": {"quant_method": None}}, "a quantized (quant_method None) "),
-    ("quantize_config.json", {"bits": 4}, "this is a GPTQ checkpoint (quantize_config.json)"),
-    ("quant_config.json", {"w_bit": 4}, "this is an AWQ checkpoint"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "file, content, recipe",
+    [
+        (
+            "config.json",
+            TINY | {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "this is a GPTQ checkpoint",
+        ),
+        ("config.json", TINY | {"quantization_config": {"quant_method": "awq"}}, "this is an AWQ checkpoint"),
+        ("config.json", TINY | {"quantization_config": {"load_in_8bit": True}}, "this is a bitsandbytes checkpoint"),
+        ("config.json", TINY | {"quantization_config": {"quant_method": "hqq"}}, "this is a 'hqq' checkpoint"),
+        ("config.json", TINY | {"quantization_config": {"quant_method": None}}, "a quantized (quant_method None) "),
+        ("quantize_config.json", {"bits": 4}, "this is a GPTQ checkpoint (quantize_config.json)"),
+        ("quant_config.json", {"w_bit": 4}, "this is an AWQ checkpoint"),
+    ],
+)
 @pytest.mark.parametrize("renamed", [False, True])
 def test_a_quantized_checkpoint_is_called_one(tmp_path, capsys, file, content, recipe, renamed):
     weights = hf_weights(TINY)

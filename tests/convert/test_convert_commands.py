@@ -66,10 +66,14 @@ def test_inspect_shows_every_form_without_loading_it(tmp_path, capsys, monkeypat
         code, out, err = run(capsys, "inspect", source, *given)
         assert (code, err) == (0, "")
         first, cls, config, total, *tensors = out.splitlines()
-        kind = {"safetensors": "Hugging Face safetensors, 1 file", "with-head": "Hugging Face safetensors, 1 file",
-                "bin": "Hugging Face torch .bin, 1 file",
-                "safetensors-sharded": "Hugging Face safetensors, 2 files", "orbax": "Orbax model directory",
-                "metaseq": "metaseq, 2 model parts in 2 files each, flat parameters, with metadata"}[form]  # fmt: skip
+        kind = {
+            "safetensors": "Hugging Face safetensors, 1 file",
+            "with-head": "Hugging Face safetensors, 1 file",
+            "bin": "Hugging Face torch .bin, 1 file",
+            "safetensors-sharded": "Hugging Face safetensors, 2 files",
+            "orbax": "Orbax model directory",
+            "metaseq": "metaseq, 2 model parts in 2 files each, flat parameters, with metadata",
+        }[form]
         assert first.endswith(f": {kind}")
         assert cls == "class: OPTForCausalLM" and "hidden_size=8, num_attention_heads=2," in config
         assert total == f"{len(hf_weights(TINY))} tensors (36 float16), {count:,} parameters, {2 * count:,} bytes"

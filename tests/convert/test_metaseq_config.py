@@ -17,20 +17,20 @@ PLACES = {
     "namespace-of-namespaces": {"cfg": namespace({"model": namespace(VALUES)})},
     "args": {"args": namespace(VALUES)},
     "args-beside-empty-cfg": {"cfg": {"model": None}, "args": namespace(VALUES)},
-    "enum": {
-        "cfg": {"model": VALUES | dict(activation_fn=Foreign("metaseq.dataclass.constants Choices", ("relu",)))}
-    },
+    "enum": {"cfg": {"model": VALUES | dict(activation_fn=Foreign("metaseq.dataclass.constants Choices", ("relu",)))}},
     "interpolation": {
-        "cfg": omega({
-            "model": VALUES | dict(max_target_positions="${task.max_target_positions}"),
-            "task": {"max_target_positions": 16},
-        })
+        "cfg": omega(
+            {
+                "model": VALUES | dict(max_target_positions="${task.max_target_positions}"),
+                "task": {"max_target_positions": 16},
+            }
+        )
     },
     "unset-interpolation": {
         "cfg": {"model": namespace(VALUES | dict(max_target_positions="${task.x}", tokens_per_sample=16))}
     },
     "none": {"cfg": {"model": VALUES | dict(max_target_positions=Foreign("enum X", (None,)), tokens_per_sample=16)}},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -20,9 +20,11 @@ from opt_jax.checkpoints import chunks
 from opt_jax.checkpoints.arrays import LazyArray, first_difference
 
 HEADS = {
-    "lm_head": "OPTForCausalLM", "score": "OPTForSequenceClassification", "qa_outputs": "OPTForQuestionAnswering",
+    "lm_head": "OPTForCausalLM",
+    "score": "OPTForSequenceClassification",
+    "qa_outputs": "OPTForQuestionAnswering",
     "": "OPTModel",
-}  # fmt: skip
+}
 
 
 # What works -----------------------------------------------------------------------------------------------------------
@@ -138,8 +140,11 @@ def test_what_lies_beside_the_weights(tmp_path):
     source = write_hf(tmp_path / "hf", TINY | {"bos_token_id": 7, "eos_token_id": [2, 3]}, hf_weights(TINY))
     made = write(source, tmp_path / "made") / "generation_config.json"
     assert json.loads(made.read_text()) == {
-        "_from_model_config": True, "bos_token_id": 7, "eos_token_id": [2, 3], "pad_token_id": 1,
-    }  # fmt: skip
+        "_from_model_config": True,
+        "bos_token_id": 7,
+        "eos_token_id": [2, 3],
+        "pad_token_id": 1,
+    }
     for name in ("vocab.json", "merges.txt", "generation_config.json", "flax_model.msgpack"):
         (source / name).write_text(f"content of {name}")
     out = write(source, tmp_path / "out")
@@ -158,9 +163,19 @@ def test_what_lies_beside_the_weights(tmp_path):
 
 @pytest.mark.parametrize(
     "text, nbytes",
-    [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("10KB", 10**4), ("5GiB", 5 * 2**30), ("1.5 kib", 1536),
-     ("2TB", 2 * 10**12), ("12345", 12345), (12345, 12345), ("7B", 7), ("3mib", 3 * 2**20)],
-)  # fmt: skip
+    [
+        ("5GB", 5 * 10**9),
+        ("500MB", 5 * 10**8),
+        ("10KB", 10**4),
+        ("5GiB", 5 * 2**30),
+        ("1.5 kib", 1536),
+        ("2TB", 2 * 10**12),
+        ("12345", 12345),
+        (12345, 12345),
+        ("7B", 7),
+        ("3mib", 3 * 2**20),
+    ],
+)
 def test_sizes(text, nbytes):
     assert to_hf.parse_size(text) == nbytes
 

@@ -168,11 +168,14 @@ def test_endings_count_in_capitals_too(tmp_path):
     assert read_documents(find_files([tmp_path / "a.JSONL"])) == ["one", "two"]
 
 
-@pytest.mark.parametrize("content, bad, read", [
-    ('{"content": "one"}\n' * 3, 3, 0),
-    ('{"content": "one"}\n' * 150 + '{"text": "two"}\n' * 149, 150, 149),
-    ("{\n" + '"text": "pretty"\n}\n', 3, 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, bad, read",
+    [
+        ('{"content": "one"}\n' * 3, 3, 0),
+        ('{"content": "one"}\n' * 150 + '{"text": "two"}\n' * 149, 150, 149),
+        ("{\n" + '"text": "pretty"\n}\n', 3, 0),
+    ],
+)
 def test_a_whole_file_is_not_left_out(tmp_path, capsys, content, bad, read):
     (tmp_path / "a.jsonl").write_text(content)
     (tmp_path / "b.txt").write_text("fine")
@@ -229,9 +232,13 @@ def test_documents_are_tokenised_piece_by_piece(tmp_path, tokenizer, monkeypatch
     monkeypatch.setattr("opt_jax.data.tokens.BLOCK", 10)
     longest = []
     call = OPTTokenizer.__call__
-    monkeypatch.setattr(OPTTokenizer, "__call__", lambda self, texts, *args, **kw: (
-        longest.extend(map(len, texts if isinstance(texts, list) else [])) or call(self, texts, *args, **kw)
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        OPTTokenizer,
+        "__call__",
+        lambda self, texts, *args, **kw: (
+            longest.extend(map(len, texts if isinstance(texts, list) else [])) or call(self, texts, *args, **kw)
+        ),
+    )
     ids = tokenize([text, " ", text], tokenizer)
     assert max(longest) < 40
     row = call(tokenizer, text, return_tensors=None, add_special_tokens=False).input_ids

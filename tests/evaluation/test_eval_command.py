@@ -103,31 +103,35 @@ def test_on_a_mesh(file, expected, capsys):
     assert report["mesh"] == dict(data=2, fsdp=4, tensor=1)
     check_results(report, expected)
     assert main([*words, "--batch-size", "4"]) == 1
-    assert capsys.readouterr().err == (
-        "opt-jax: error: batch size 4 must be a multiple of 8, the mesh's data x fsdp\n"
-    )  # fmt: skip
+    assert capsys.readouterr().err == ("opt-jax: error: batch size 4 must be a multiple of 8, the mesh's data x fsdp\n")
 
 
-@pytest.mark.parametrize("words, message", [
-    ([], "give one of --data .* and --tasks"),
-    (["--data", "FILE", "--tasks", "sst2"], "give one of --data .* and --tasks"),
-    (["--data", "FILE", "--limit", "3"], "--limit without effect: it goes with --tasks"),
-    (["--data", "FILE", "--num-fewshot", "0"], "--num-fewshot without effect: it goes with --tasks"),
-    (["--data", "FILE", "--include-path", "."], "--include-path without effect: it goes with --tasks"),
-    (["--tasks", "sst2", "--window", "64"], "--window without effect: it goes with --data"),
-    (["--tasks", "sst2", "--log-samples"], "--log-samples without effect: say where"),
-    (["--tasks", "sst2", "--limit", "0"], "--limit 0.0: must be above 0"),
-    (["--data", "FILE", "--protocol", "non-overlapping", "--stride", "4"], "--stride without effect"),
-    (["--data", "FILE", "--window", "513"], "window 513: it must be at least 2 and at most 512, the model's context"),
-    (["--data", "FILE", "--batch-size", "0"], "batch size 0 must be"),
-    (["--data", "FILE", "--mesh", "rows=2"], "mesh: unknown axis 'rows'"),
-    (["--data", "FILE", "--attention", "splash"], "attention splash needs a TPU"),
-    (["--data", "FILE", "--output", "/no/such/place/x.json"], "--output .*: must be a file in a directory that is"),
-    (["--data", "FILE", "--output", "FILE"], "text.txt is there already, and is not a report of opt-jax eval"),
-    (["--data", "FILE", "--output", "x" * 230], "xxx: File name too long: choose a shorter name"),
-    (["--data", "nowhere.txt"], "nowhere.txt: no such file or directory"),
-    (["--data", "hf:nowhere"], "hf:nowhere: cannot be loaded|hf:nowhere needs the package datasets"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "give one of --data .* and --tasks"),
+        (["--data", "FILE", "--tasks", "sst2"], "give one of --data .* and --tasks"),
+        (["--data", "FILE", "--limit", "3"], "--limit without effect: it goes with --tasks"),
+        (["--data", "FILE", "--num-fewshot", "0"], "--num-fewshot without effect: it goes with --tasks"),
+        (["--data", "FILE", "--include-path", "."], "--include-path without effect: it goes with --tasks"),
+        (["--tasks", "sst2", "--window", "64"], "--window without effect: it goes with --data"),
+        (["--tasks", "sst2", "--log-samples"], "--log-samples without effect: say where"),
+        (["--tasks", "sst2", "--limit", "0"], "--limit 0.0: must be above 0"),
+        (["--data", "FILE", "--protocol", "non-overlapping", "--stride", "4"], "--stride without effect"),
+        (
+            ["--data", "FILE", "--window", "513"],
+            "window 513: it must be at least 2 and at most 512, the model's context",
+        ),
+        (["--data", "FILE", "--batch-size", "0"], "batch size 0 must be"),
+        (["--data", "FILE", "--mesh", "rows=2"], "mesh: unknown axis 'rows'"),
+        (["--data", "FILE", "--attention", "splash"], "attention splash needs a TPU"),
+        (["--data", "FILE", "--output", "/no/such/place/x.json"], "--output .*: must be a file in a directory that is"),
+        (["--data", "FILE", "--output", "FILE"], "text.txt is there already, and is not a report of opt-jax eval"),
+        (["--data", "FILE", "--output", "x" * 230], "xxx: File name too long: choose a shorter name"),
+        (["--data", "nowhere.txt"], "nowhere.txt: no such file or directory"),
+        (["--data", "hf:nowhere"], "hf:nowhere: cannot be loaded|hf:nowhere needs the package datasets"),
+    ],
+)
 def test_errors_are_one_line(file, capsys, words, message):
     assert main(["eval", "tiny", *(file if word == "FILE" else word for word in words)]) == 1
     out, err = capsys.readouterr()

@@ -111,10 +111,13 @@ def test_generation_ends_at_new_stop_strings_which_are_cut_off(lm, model, tokeni
     stop = texts[0][3:5]
     assert stop and stop not in texts[0][:4]
     found = lm.generate_until(
-        requests((TEXTS[0], dict(until=[stop], max_gen_toks=10)), (TEXTS[1], free),
-                 (TEXTS[0], dict(until=stop, max_gen_toks=10, do_sample=False, temperature=0.7, top_p=0.9))),
+        requests(
+            (TEXTS[0], dict(until=[stop], max_gen_toks=10)),
+            (TEXTS[1], free),
+            (TEXTS[0], dict(until=stop, max_gen_toks=10, do_sample=False, temperature=0.7, top_p=0.9)),
+        ),
         disable_tqdm=True,
-    )  # fmt: skip
+    )
     assert found == [texts[0][: texts[0].index(stop)], texts[1], found[0]]
     straddling = TEXTS[0][-1] + texts[0][0]  # begins in the prompt: no end
     assert straddling not in texts[0]
@@ -137,14 +140,17 @@ def test_the_tokenizer_comes_from_where_the_model_does(tmp_path):
         make("no-such/model", cache_dir=tmp_path)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(device="cuda"), "device is not an option of opt-jax"),
-    (dict(batch_size="auto"), "batch_size 'auto' must be a number"),
-    (dict(batch_size=0), "batch size 0"),
-    (dict(max_length=65), "max_length 65: must be at least 1 and at most 64"),
-    (dict(dtype="float32"), "dtype: only for a model that is loaded by name"),
-    (dict(tokenizer=None), "a model object does not know its tokenizer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(device="cuda"), "device is not an option of opt-jax"),
+        (dict(batch_size="auto"), "batch_size 'auto' must be a number"),
+        (dict(batch_size=0), "batch size 0"),
+        (dict(max_length=65), "max_length 65: must be at least 1 and at most 64"),
+        (dict(dtype="float32"), "dtype: only for a model that is loaded by name"),
+        (dict(tokenizer=None), "a model object does not know its tokenizer"),
+    ],
+)
 def test_bad_arguments(model, tokenizer, arguments, message):
     with pytest.raises(ValueError, match=message):
         make(model, **(dict(tokenizer=tokenizer) | arguments))
@@ -159,10 +165,16 @@ def tasks(tmp_path_factory):
     rows = [dict(text=text, label=i % 2) for i, text in enumerate(TEXTS[:5])]
     (path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = dict(
-        task="colours", dataset_path="json", dataset_kwargs={"data_files": {"test": str(path / "data.jsonl")}},
-        test_split="test", output_type="multiple_choice", doc_to_text="{{text}}", doc_to_target="label",
-        doc_to_choice=[" red", " green"], metric_list=[{"metric": "acc"}],
-    )  # fmt: skip
+        task="colours",
+        dataset_path="json",
+        dataset_kwargs={"data_files": {"test": str(path / "data.jsonl")}},
+        test_split="test",
+        output_type="multiple_choice",
+        doc_to_text="{{text}}",
+        doc_to_target="label",
+        doc_to_choice=[" red", " green"],
+        metric_list=[{"metric": "acc"}],
+    )
     (path / "colours.yaml").write_text(json.dumps(task))
     return path
 
@@ -173,9 +185,13 @@ def test_by_its_name_in_python(tasks):
     manager, names = find_tasks(["colours"], [str(tasks)])
     evaluate: Any = lm_eval.simple_evaluate
     found = evaluate(
-        model="opt-jax", model_args=dict(pretrained="tiny", dtype="float32"), tasks=names, task_manager=manager,
-        batch_size=2, bootstrap_iters=0,
-    )  # fmt: skip
+        model="opt-jax",
+        model_args=dict(pretrained="tiny", dtype="float32"),
+        tasks=names,
+        task_manager=manager,
+        batch_size=2,
+        bootstrap_iters=0,
+    )
     assert found["n-samples"]["colours"]["effective"] == 5 and 0 <= found["results"]["colours"]["acc,none"] <= 1
 
 

@@ -91,10 +91,17 @@ def test_windows_score_every_token_but_the_first_once(tokens, window, stride):
     assert all(w.end - w.scored - w.begin >= window - stride for w in windows[1:])  # what every token has before it
 
 
-@pytest.mark.parametrize("protocol, window, stride", [
-    ("non-overlapping", 32, None), ("non-overlapping", 64, None), ("sliding", 32, 8), ("sliding", 64, None),
-    ("sliding", 32, 32), ("sliding", 37, 11),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "protocol, window, stride",
+    [
+        ("non-overlapping", 32, None),
+        ("non-overlapping", 64, None),
+        ("sliding", 32, 8),
+        ("sliding", 64, None),
+        ("sliding", 32, 32),
+        ("sliding", 37, 11),
+    ],
+)
 def test_perplexity_is_that_of_the_definition(model, protocol, window, stride):
     found = perplexity(model, IDS, protocol, window=window, stride=stride, batch_size=3)
     step = window if protocol == "non-overlapping" else stride or window // 2
@@ -150,20 +157,23 @@ def test_on_a_mesh(model, spec):
     assert values[0] == {k: pytest.approx(v, rel=1e-5) if isinstance(v, float) else v for k, v in values[1].items()}
 
 
-@pytest.mark.parametrize("ids, options, message", [
-    (IDS[None], {}, "ids of one text"),
-    (IDS[:1], {}, "1 tokens: perplexity needs at least 2"),
-    (np.uint64(IDS) + 2**32, {}, "input_ids holds 4294967"),
-    (np.float32(IDS), {}, "input_ids must be integers, not float32"),
-    (IDS, dict(window=65), "window 65: it must be at least 2 and at most 64, the model's context"),
-    (IDS, dict(window=1), "window 1: it must be at least 2"),
-    (IDS, dict(stride=4), "stride 4: only for the sliding protocol"),
-    (IDS, dict(protocol="sliding", stride=65), "stride 65: it must be at least 1 and at most the window, 64"),
-    (IDS, dict(protocol="sliding", stride=0), "stride 0: it must be at least 1"),
-    (IDS, dict(protocol="strided"), "protocol 'strided': use 'non-overlapping' or 'sliding'"),
-    (IDS, dict(batch_size=0), "batch size 0 must be a multiple of 1"),
-    (np.where(np.arange(203) == 100, 96, IDS), {}, r"input_ids holds 96, outside \[0, 95\]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "ids, options, message",
+    [
+        (IDS[None], {}, "ids of one text"),
+        (IDS[:1], {}, "1 tokens: perplexity needs at least 2"),
+        (np.uint64(IDS) + 2**32, {}, "input_ids holds 4294967"),
+        (np.float32(IDS), {}, "input_ids must be integers, not float32"),
+        (IDS, dict(window=65), "window 65: it must be at least 2 and at most 64, the model's context"),
+        (IDS, dict(window=1), "window 1: it must be at least 2"),
+        (IDS, dict(stride=4), "stride 4: only for the sliding protocol"),
+        (IDS, dict(protocol="sliding", stride=65), "stride 65: it must be at least 1 and at most the window, 64"),
+        (IDS, dict(protocol="sliding", stride=0), "stride 0: it must be at least 1"),
+        (IDS, dict(protocol="strided"), "protocol 'strided': use 'non-overlapping' or 'sliding'"),
+        (IDS, dict(batch_size=0), "batch size 0 must be a multiple of 1"),
+        (np.where(np.arange(203) == 100, 96, IDS), {}, r"input_ids holds 96, outside \[0, 95\]"),
+    ],
+)
 def test_bad_arguments(model, ids, options, message):
     with pytest.raises(ValueError, match=message):
         perplexity(model, ids, **options)

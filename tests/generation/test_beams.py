@@ -22,9 +22,15 @@ pytestmark = pytest.mark.slow
 
 PAD = 1
 CONFIG = OPTConfig(
-    vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, ffn_dim=40, max_position_embeddings=64,
-    word_embed_proj_dim=16, init_std=0.3,
-)  # fmt: skip
+    vocab_size=61,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    ffn_dim=40,
+    max_position_embeddings=64,
+    word_embed_proj_dim=16,
+    init_std=0.3,
+)
 # Left-padded; the third row has a hole.
 IDS = np.array([[1, 1, 1, 7, 9], [4, 5, 6, 7, 8], [3, 9, 1, 5, 11]], np.int32)
 MASK = IDS != PAD
@@ -69,9 +75,17 @@ def test_wide_search_finds_the_best_of_all_continuations(length_penalty, ends):
     small = OPTForCausalLM(dataclasses.replace(CONFIG, vocab_size=vocabulary), rngs=nnx.Rngs(1))
     prompts = np.array([[1, 1, 4, 2], [3, 0, 2, 4]], np.int32)
     out = beam_search(
-        small, prompts, prompts != 1, max_new_tokens=new, num_beams=vocabulary**2, num_return_sequences=best,
-        length_penalty=length_penalty, early_stopping="never", eos_token_ids=ends, pad_token_id=1,
-    )  # fmt: skip
+        small,
+        prompts,
+        prompts != 1,
+        max_new_tokens=new,
+        num_beams=vocabulary**2,
+        num_return_sequences=best,
+        length_penalty=length_penalty,
+        early_stopping="never",
+        eos_token_ids=ends,
+        pad_token_id=1,
+    )
     every = np.array(list(itertools.product(range(vocabulary), repeat=new)))
     for row, prompt in enumerate(prompts):
         totals, expected = sums(small, prompt[prompt != 1], every), {}
@@ -153,9 +167,17 @@ def test_sampling_draws_without_replacement_by_probability():
     small = OPTForCausalLM(config, rngs=nnx.Rngs(2))
     prompt = np.array([4, 5], np.int32)
     out = beam_search(
-        small, np.tile(prompt, (rows, 1)), np.ones((rows, 2), bool), max_new_tokens=1, num_beams=2,
-        num_return_sequences=2, eos_token_ids=[], pad_token_id=1, do_sample=True, seed=5,
-    )  # fmt: skip
+        small,
+        np.tile(prompt, (rows, 1)),
+        np.ones((rows, 2), bool),
+        max_new_tokens=1,
+        num_beams=2,
+        num_return_sequences=2,
+        eos_token_ids=[],
+        pad_token_id=1,
+        do_sample=True,
+        seed=5,
+    )
     p = np.exp(sums(small, prompt, np.arange(vocabulary)[:, None])[:, 0].astype(np.float64))
     assert p.max() > 2 / vocabulary  # far from uniform
     pairs = out.sequences[:, -1].reshape(rows, 2)
@@ -190,10 +212,15 @@ def test_compiles_once_per_shape_and_kind(model, compiled):
 
     assert run().count("jit(_search)") == 1
     for options in (
-        dict(length_penalty=-2.0), dict(length_penalty=0), dict(max_new_tokens=1), dict(eos_token_ids=[]),
-        dict(eos_token_ids=[5]), dict(pad_token_id=9), dict(num_return_sequences=3),
+        dict(length_penalty=-2.0),
+        dict(length_penalty=0),
+        dict(max_new_tokens=1),
+        dict(eos_token_ids=[]),
+        dict(eos_token_ids=[5]),
+        dict(pad_token_id=9),
+        dict(num_return_sequences=3),
         dict(ids=IDS[::-1], mask=MASK[::-1]),
-    ):  # fmt: skip
+    ):
         assert run(**options) == [], options
     assert run(do_sample=True).count("jit(_search)") == 1
     assert run(do_sample=True, seed=4, length_penalty=0.3) == []
@@ -288,7 +315,7 @@ def test_on_a_mesh():
         (dict(ids=np.uint64(IDS) + 2**32), "ids holds 4294967"),
         (dict(eos_token_ids=[2.5]), "eos_token_ids=.2.5. must be a token id"),
     ],
-)  # fmt: skip
+)
 def test_errors(model, arguments, words):
     with pytest.raises(ValueError, match=words):
         search(model, **arguments)

@@ -16,9 +16,15 @@ from opt_jax.generation.generate import stream
 pytestmark = pytest.mark.slow
 
 CONFIG = OPTConfig(
-    vocab_size=61, hidden_size=24, num_hidden_layers=1, num_attention_heads=3, ffn_dim=40, max_position_embeddings=96,
-    word_embed_proj_dim=16, init_std=0.3,
-)  # fmt: skip
+    vocab_size=61,
+    hidden_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=3,
+    ffn_dim=40,
+    max_position_embeddings=96,
+    word_embed_proj_dim=16,
+    init_std=0.3,
+)
 ENDS: dict[str, Any] = dict(eos_token_id=[2, 5, 9, 11], pad_token_id=1)  # rows end at very different times
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": dict(),

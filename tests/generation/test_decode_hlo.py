@@ -25,11 +25,21 @@ KINDS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "one row": dict(rows=1),
     "sampling": dict(
-        do_sample=True, top_k=5, top_p=0.9, min_p=0.1, typical_p=0.9, repetition_penalty=1.1, presence_penalty=0.1,
-        no_repeat_ngram_size=3, bad_words_ids=[[5, 6]], stop_token_ids=[[7, 8]], logprobs=2, num_return_sequences=2,
+        do_sample=True,
+        top_k=5,
+        top_p=0.9,
+        min_p=0.1,
+        typical_p=0.9,
+        repetition_penalty=1.1,
+        presence_penalty=0.1,
+        no_repeat_ngram_size=3,
+        bad_words_ids=[[5, 6]],
+        stop_token_ids=[[7, 8]],
+        logprobs=2,
+        num_return_sequences=2,
     ),
     "beams": dict(num_beams=3),
-}  # fmt: skip
+}
 HEAD_DIM, WIDTH = CONFIG.head_dim, CONFIG.hidden_size
 POSITIONS = CONFIG.max_position_embeddings + 2
 
@@ -113,12 +123,15 @@ LIBTPU = Path(sys.prefix) / "libtpu"  # put there by make: beside the packages, 
 def test_a_step_on_a_tpu_v5e(tmp_path):
     tests = REPOSITORY / "tests"
     environment = os.environ | dict(
-        PYTHONPATH=os.pathsep.join(map(str, [REPOSITORY, tests, LIBTPU])), JAX_PLATFORMS="cpu",
+        PYTHONPATH=os.pathsep.join(map(str, [REPOSITORY, tests, LIBTPU])),
+        JAX_PLATFORMS="cpu",
         XLA_FLAGS="--xla_force_host_platform_device_count=4",
         # There is no TPU: do not ask the cloud for one, nor keep other processes from using the library.
-        TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost",
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_ACCELERATOR_TYPE="v5litepod-4",
+        TPU_WORKER_HOSTNAMES="localhost",
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-    )  # fmt: skip
+    )
     command = [sys.executable, "-m", "support.decode_loop", tmp_path / "decode.hlo"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

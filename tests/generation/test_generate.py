@@ -19,9 +19,15 @@ from opt_jax.generation.request import bucket, check_request
 
 PAD, EOS = 1, 2
 CONFIG = OPTConfig(
-    vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, ffn_dim=40, max_position_embeddings=64,
-    word_embed_proj_dim=16, init_std=0.3,
-)  # fmt: skip
+    vocab_size=61,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    ffn_dim=40,
+    max_position_embeddings=64,
+    word_embed_proj_dim=16,
+    init_std=0.3,
+)
 # Left-padded; the second row has no pad, the third a hole, which its mask hides.
 IDS = np.array([[1, 1, 1, 7, 9], [4, 5, 6, 7, 8], [3, 9, 1, 5, 11]], np.int32)
 MASK = (IDS != PAD).astype(np.int32)
@@ -213,9 +219,13 @@ def test_compiles_once_per_bucket_batch_and_kind(model, compiled):
 
     assert run(2, 10, max_new_tokens=8, do_sample=True)[0] == both
     for options in (
-        dict(temperature=0.3), dict(top_k=5), dict(top_p=0.7), dict(seed=11), dict(eos_token_id=[7]),
+        dict(temperature=0.3),
+        dict(top_k=5),
+        dict(top_p=0.7),
+        dict(seed=11),
+        dict(eos_token_id=[7]),
         dict(temperature=2, top_k=3, top_p=0.2, seed=2**32 - 1, min_new_tokens=3),
-    ):  # fmt: skip
+    ):
         assert run(2, 11, max_new_tokens=6, do_sample=True, **options)[1] == [], options
     # another kind of decoding is another program, which takes all values
     kind: dict[str, Any] = dict(repetition_penalty=1.2, stop_token_ids=[[5, 6]], suppress_tokens=[9], logprobs=2)

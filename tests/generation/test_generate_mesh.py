@@ -23,10 +23,15 @@ IDS = np.array([[1, 1, 1, 7, 9], [4, 5, 6, 7, 8], [3, 9, 17, 5, 11], [1, 1, 1, 1
 KINDS = {
     "greedy": dict(max_new_tokens=20, eos_token_id=[5, 40]),
     "sampling": dict(
-        max_new_tokens=20, eos_token_id=[5], do_sample=True, seed=3, num_return_sequences=2, top_p=0.9,
+        max_new_tokens=20,
+        eos_token_id=[5],
+        do_sample=True,
+        seed=3,
+        num_return_sequences=2,
+        top_p=0.9,
         repetition_penalty=1.2,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

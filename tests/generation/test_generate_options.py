@@ -243,11 +243,20 @@ def test_errors(model, options, words):
         generate(model, IDS, **options)
 
 
-@pytest.mark.parametrize("options, words", [
-    (dict(do_sample=True, num_return_sequences=10**9), "^num_return_sequences=1000000000.* GB of memory that there"),
-    (dict(num_beams=10**9), "^num_beams=1000000000.* GB of memory that there"),
-    (dict(prompt_lookup_num_tokens=10**9), "prompt_lookup_num_tokens=1000000000 must be at most max_position_embed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (
+            dict(do_sample=True, num_return_sequences=10**9),
+            "^num_return_sequences=1000000000.* GB of memory that there",
+        ),
+        (dict(num_beams=10**9), "^num_beams=1000000000.* GB of memory that there"),
+        (
+            dict(prompt_lookup_num_tokens=10**9),
+            "prompt_lookup_num_tokens=1000000000 must be at most max_position_embed",
+        ),
+    ],
+)
 def test_what_no_machine_has_memory_for(model, options, words):
     with pytest.raises(ValueError, match=words):
         generate(model, IDS, **options)
@@ -267,10 +276,16 @@ def test_drafts_of_an_assistant_have_a_limit(model):
         generate(model, IDS, assistant_model=model, num_assistant_tokens=limit + 1)
 
 
-@pytest.mark.parametrize("options", [
-    dict(max_new_tokens=4), dict(max_new_tokens=4, num_beams=2), dict(max_new_tokens=4, prompt_lookup_num_tokens=2),
-    dict(max_new_tokens=4, logprobs=3), dict(max_new_tokens=4, batch_size=2, progress_bar=False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(max_new_tokens=4),
+        dict(max_new_tokens=4, num_beams=2),
+        dict(max_new_tokens=4, prompt_lookup_num_tokens=2),
+        dict(max_new_tokens=4, logprobs=3),
+        dict(max_new_tokens=4, batch_size=2, progress_bar=False),
+    ],
+)
 def test_memory_is_looked_at_before_anything_is_made(model, options, monkeypatch):
     monkeypatch.setattr("opt_jax.generation.request.host_memory", lambda: 100)
     with pytest.raises(ValueError, match=r"max_new_tokens=4.*: 5 rows at a time need"):
@@ -295,8 +310,10 @@ def test_errors_of_others(model):
     with pytest.raises(ValueError, match="logprobs are not streamed"):
         stream(model, IDS, logprobs=1)
     for ids, words in (
-        ([[PAD, PAD]], "row 0 has no token"), ([[]], "empty"), (np.full((1, 66), 5), "66 tokens are more than"),
-    ):  # fmt: skip
+        ([[PAD, PAD]], "row 0 has no token"),
+        ([[]], "empty"),
+        (np.full((1, 66), 5), "66 tokens are more than"),
+    ):
         with pytest.raises(ValueError, match=words):
             score(model, ids)
     with pytest.raises(ValueError, match="OPTForCausalLM, not an Linear"):

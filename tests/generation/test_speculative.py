@@ -119,10 +119,16 @@ def test_a_row_of_one_wastes_no_column(model, good, compactions):
 PROCESSORS = [
     dict(repetition_penalty=1.3, presence_penalty=0.3, frequency_penalty=0.2, no_repeat_ngram_size=2, logprobs=2),
     dict(
-        bad_words_ids=[[5], [11, 12]], suppress_tokens=[31], begin_suppress_tokens=[9], min_new_tokens=6,
-        forced_bos_token_id=8, forced_eos_token_id=2, stop_token_ids=[[7, 8], 33], eos_token_id=[2, 13, 40],
+        bad_words_ids=[[5], [11, 12]],
+        suppress_tokens=[31],
+        begin_suppress_tokens=[9],
+        min_new_tokens=6,
+        forced_bos_token_id=8,
+        forced_eos_token_id=2,
+        stop_token_ids=[[7, 8], 33],
+        eos_token_id=[2, 13, 40],
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.usefixtures("compactions")

@@ -126,9 +126,14 @@ def test_cudnn_takes_the_head_dims_of_all_sizes(head_dim, segments, monkeypatch)
 def test_cudnn_runs_again_in_the_backward_pass_only_if_nothing_is_kept(remat, runs, monkeypatch):
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 90100)
     config = OPTConfig(
-        vocab_size=64, hidden_size=128, num_attention_heads=2, ffn_dim=96, word_embed_proj_dim=128,
-        num_hidden_layers=3, max_position_embeddings=128,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=128,
+        num_attention_heads=2,
+        ffn_dim=96,
+        word_embed_proj_dim=128,
+        num_hidden_layers=3,
+        max_position_embeddings=128,
+    )
     options: dict[str, Any] = dict(dtype="bfloat16", attn_implementation="cudnn", remat=remat, scan_layers=True)
     model = nnx.eval_shape(lambda: OPTForCausalLM(config, rngs=nnx.Rngs(0), **options))
     ids = jnp.zeros((2, 128), jnp.int32)
@@ -170,9 +175,14 @@ def test_auto_is_chosen_by_platform_dtype_and_dropout():
 
 def test_what_a_flash_model_cannot_do_is_refused():
     config = OPTConfig(
-        vocab_size=32, hidden_size=16, num_hidden_layers=1, ffn_dim=16, num_attention_heads=2,
-        max_position_embeddings=16, attention_dropout=0.1,
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=1,
+        ffn_dim=16,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        attention_dropout=0.1,
+    )
     build = lambda **kwargs: OPTForCausalLM(config, rngs=nnx.Rngs(0), **kwargs)  # noqa: E731
     ids = np.ones((1, 4), np.int32)
     with pytest.raises(ValueError, match="output_attentions needs attn_implementation='xla'"):

@@ -313,9 +313,14 @@ def test_other_cache_dtypes_are_refused():
 def test_the_loop_reads_int8_and_writes_no_float_copy_of_it():
     """Neither weights nor cache appear as float32 in the compiled loop, and the cache is updated in place."""
     config: dict[str, Any] = dict(
-        vocab_size=208, hidden_size=48, ffn_dim=176, num_attention_heads=3, word_embed_proj_dim=48,
-        max_position_embeddings=128, num_hidden_layers=1,
-    )  # fmt: skip
+        vocab_size=208,
+        hidden_size=48,
+        ffn_dim=176,
+        num_attention_heads=3,
+        word_embed_proj_dim=48,
+        max_position_embeddings=128,
+        num_hidden_layers=1,
+    )
     model = quantize(our_model("opt-125m", **config))
     request = check_request(model, IDS, options=dict(max_new_tokens=90, cache_dtype="int8"))
     options, (state, _, _) = module._start(model, request)

@@ -179,9 +179,13 @@ def test_slices_lie_along_the_axes_that_are_asked_for():
     root = Path(opt_jax.__file__).parents[1]
     path = os.pathsep.join([str(Path(sys.prefix) / "libtpu"), str(root)])
     done = subprocess.run(
-        [sys.executable, "-c", SLICES], env=os.environ | tpu | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
-        cwd=root, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", SLICES],
+        env=os.environ | tpu | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first.startswith("mesh data=1 does not divide over data=2 of the 2 slices: ")

@@ -9,10 +9,22 @@ from opt_jax.parallel import watchdog
 from opt_jax.parallel.watchdog import Watchdog, listen
 
 STRANGERS = [
-    b"", b"\n", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\xff\xfe\x80\n", b"\x16\x03\x01" * 30, "ü 1\n".encode(),
-    b"x" * 100_000, b"{token}\n", b"{token} \n", b"{token} x\n", b"{token} 0\n", b"{token} 3\n", b"{token} -1\n",
-    b"{token} " + b"1" * 5000 + b"\n", b"{token} \xb2\n",
-]  # fmt: skip
+    b"",
+    b"\n",
+    b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"\xff\xfe\x80\n",
+    b"\x16\x03\x01" * 30,
+    "ü 1\n".encode(),
+    b"x" * 100_000,
+    b"{token}\n",
+    b"{token} \n",
+    b"{token} x\n",
+    b"{token} 0\n",
+    b"{token} 3\n",
+    b"{token} -1\n",
+    b"{token} " + b"1" * 5000 + b"\n",
+    b"{token} \xb2\n",
+]
 
 
 def make(process: int, seconds: float = 30.0) -> Watchdog:

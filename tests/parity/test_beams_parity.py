@@ -33,9 +33,13 @@ def hf_beams(hf, ids, mask, eos, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice on options
         out = hf.generate(
-            torch.tensor(ids, dtype=torch.int64), attention_mask=torch.tensor(mask), return_dict_in_generate=True,
-            output_scores=True, num_return_sequences=RETURNED, **given,
-        )  # fmt: skip
+            torch.tensor(ids, dtype=torch.int64),
+            attention_mask=torch.tensor(mask),
+            return_dict_in_generate=True,
+            output_scores=True,
+            num_return_sequences=RETURNED,
+            **given,
+        )
     return out.sequences.numpy(), out.sequences_scores.numpy()
 
 
@@ -96,9 +100,15 @@ def test_random_combinations(one_pair, num_beams, slots, early_stopping):
         ids[~mask] = 1
         eos = random.choice(np.arange(3, 99), random.randint(slots - 7, slots + 1), replace=False).tolist()
         compare(
-            one_pair, eos, ids, mask.astype(np.int64), num_beams=num_beams, early_stopping=early_stopping,
-            length_penalty=random.uniform(-0.5, 3), max_new_tokens=int(random.randint(1, NEW + 1)),
-        )  # fmt: skip
+            one_pair,
+            eos,
+            ids,
+            mask.astype(np.int64),
+            num_beams=num_beams,
+            early_stopping=early_stopping,
+            length_penalty=random.uniform(-0.5, 3),
+            max_new_tokens=int(random.randint(1, NEW + 1)),
+        )
 
 
 def _penalise_repetition(penalty, log_probs, tokens, valid, column, step):

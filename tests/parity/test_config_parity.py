@@ -14,12 +14,29 @@ from opt_jax.config import _SIZES
 
 FIELDS = [field.name for field in dataclasses.fields(OPTConfig) if field.name != "extra"]
 UNUSUAL = OPTConfig(
-    vocab_size=200, hidden_size=48, num_hidden_layers=2, ffn_dim=20, max_position_embeddings=30,
-    do_layer_norm_before=False, _remove_final_layer_norm=True, word_embed_proj_dim=24, dropout=0.2,
-    attention_dropout=0.3, num_attention_heads=3, activation_function="gelu", layerdrop=0.4, init_std=0.5,
-    pad_token_id=5, bos_token_id=6, eos_token_id=(7, 8), enable_bias=False, layer_norm_elementwise_affine=False,
-    tie_word_embeddings=False, num_labels=6, problem_type="regression",
-)  # fmt: skip
+    vocab_size=200,
+    hidden_size=48,
+    num_hidden_layers=2,
+    ffn_dim=20,
+    max_position_embeddings=30,
+    do_layer_norm_before=False,
+    _remove_final_layer_norm=True,
+    word_embed_proj_dim=24,
+    dropout=0.2,
+    attention_dropout=0.3,
+    num_attention_heads=3,
+    activation_function="gelu",
+    layerdrop=0.4,
+    init_std=0.5,
+    pad_token_id=5,
+    bos_token_id=6,
+    eos_token_id=(7, 8),
+    enable_bias=False,
+    layer_norm_elementwise_affine=False,
+    tie_word_embeddings=False,
+    num_labels=6,
+    problem_type="regression",
+)
 CONFIG_CASES = {"defaults": OPTConfig(), "unusual": UNUSUAL, **{name: CONFIGS[name] for name in SMALL}}
 
 

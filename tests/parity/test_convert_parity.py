@@ -100,17 +100,32 @@ def write_fixtures() -> None:
     base = torch.arange(24, dtype=torch.float32)
     matrix = base.reshape(4, 6)
     views = {
-        "float32": matrix, "float16": base.half(), "bfloat16": base.bfloat16(),
-        "transposed": matrix.T, "shared_row": matrix[2], "steps": base[1::5], "expanded": base[3:6, None].expand(3, 4),
-        "parameter": torch.nn.Parameter(base[:3].clone()), "scalar": torch.tensor(7.0), "empty": torch.zeros(0, 5),
-    }  # fmt: skip
+        "float32": matrix,
+        "float16": base.half(),
+        "bfloat16": base.bfloat16(),
+        "transposed": matrix.T,
+        "shared_row": matrix[2],
+        "steps": base[1::5],
+        "expanded": base[3:6, None].expand(3, 4),
+        "parameter": torch.nn.Parameter(base[:3].clone()),
+        "scalar": torch.tensor(7.0),
+        "empty": torch.zeros(0, 5),
+    }
     (FIXTURES / "tiny-opt").mkdir(parents=True, exist_ok=True)
     torch.save(views, FIXTURES / "views.bin")
     torch.manual_seed(0)
     config = transformers.OPTConfig(
-        vocab_size=32, hidden_size=8, num_hidden_layers=1, ffn_dim=16, num_attention_heads=2, max_position_embeddings=8,
-        word_embed_proj_dim=4, do_layer_norm_before=False, architectures=["OPTForCausalLM"], dtype="float16",
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=8,
+        num_hidden_layers=1,
+        ffn_dim=16,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        word_embed_proj_dim=4,
+        do_layer_norm_before=False,
+        architectures=["OPTForCausalLM"],
+        dtype="float16",
+    )
     model = transformers.OPTForCausalLM(config).half()
     with torch.no_grad():
         for parameter in model.parameters():

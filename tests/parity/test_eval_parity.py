@@ -75,24 +75,34 @@ def test_sliding_windows(pair, ids, stride):
 
 TASKS: dict[str, dict[str, Any]] = {
     "choice": dict(
-        output_type="multiple_choice", doc_to_text="{{sentence}} It was", doc_to_target="label",
-        doc_to_choice=["terrible", "great"], metric_list=[{"metric": "acc"}, {"metric": "acc_norm"}], num_fewshot=1,
+        output_type="multiple_choice",
+        doc_to_text="{{sentence}} It was",
+        doc_to_target="label",
+        doc_to_choice=["terrible", "great"],
+        metric_list=[{"metric": "acc"}, {"metric": "acc_norm"}],
+        num_fewshot=1,
         fewshot_split="validation",
     ),
     "last_words": dict(  # a continuation of several tokens: its likelihood, and whether it is the greedy one
-        output_type="loglikelihood", doc_to_text="{{sentence[:20]}}", doc_to_target="{{sentence[20:]}}",
+        output_type="loglikelihood",
+        doc_to_text="{{sentence[:20]}}",
+        doc_to_target="{{sentence[20:]}}",
         metric_list=[{"metric": "perplexity"}, {"metric": "acc"}],
     ),
     "rolling": dict(
-        output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{sentence}}",
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="{{sentence}}",
         metric_list=[{"metric": "word_perplexity"}, {"metric": "byte_perplexity"}, {"metric": "bits_per_byte"}],
     ),
     "generation": dict(
-        output_type="generate_until", doc_to_text="{{sentence}}", doc_to_target="{{sentence}}",
+        output_type="generate_until",
+        doc_to_text="{{sentence}}",
+        doc_to_target="{{sentence}}",
         generation_kwargs=dict(until=["\n\n", "a"], max_gen_toks=12, do_sample=False, temperature=0.0),
         metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

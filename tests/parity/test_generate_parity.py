@@ -75,14 +75,17 @@ def test_defaults_of_length_and_mask():
     "options",
     [
         dict(
-            repetition_penalty=0.8, no_repeat_ngram_size=3, min_new_tokens=3, suppress_tokens=[7, 8, 9],
+            repetition_penalty=0.8,
+            no_repeat_ngram_size=3,
+            min_new_tokens=3,
+            suppress_tokens=[7, 8, 9],
             begin_suppress_tokens=[2, 50],
         ),
         dict(bad_words_ids=[[5], [11, 12], [30]], forced_eos_token_id=2, min_length=14),
         dict(max_length=30, forced_eos_token_id=[40, 41], eos_token_id=[3, 4]),
     ],
     ids=lambda o: "-".join(o),
-)  # fmt: skip
+)
 def test_greedy_with_processors(one_pair, options):
     pair = one_pair
     ids, mask = PROMPTS.values()
@@ -103,9 +106,13 @@ def test_stop_strings():
     tok = OPTTokenizer.from_pretrained("tiny")
     folder = hub.resolve("tiny")
     theirs = transformers.GPT2Tokenizer(
-        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), bos_token="</s>", eos_token="</s>",
-        unk_token="</s>", pad_token="<pad>",
-    )  # fmt: skip
+        vocab=str(folder / "vocab.json"),
+        merges=str(folder / "merges.txt"),
+        bos_token="</s>",
+        eos_token="</s>",
+        unk_token="</s>",
+        pad_token="<pad>",
+    )
     random = np.random.RandomState(0)
     rows = random.randint(3, len(tok), (60, 30))
     rows[30:] = random.choice([i for i in range(len(tok)) if len(tok.token_bytes(i)) == 1], (30, 30))
@@ -146,9 +153,12 @@ def test_beams(one_pair, options):
     hf, model = one_pair
     with torch.no_grad():
         theirs = hf.generate(
-            torch.tensor(ids, dtype=torch.int64), attention_mask=torch.tensor(mask), output_scores=True,
-            return_dict_in_generate=True, **options,
-        )  # fmt: skip
+            torch.tensor(ids, dtype=torch.int64),
+            attention_mask=torch.tensor(mask),
+            output_scores=True,
+            return_dict_in_generate=True,
+            **options,
+        )
     ours = model.generate(ids, mask, **options)
     np.testing.assert_array_equal(ours.sequences, theirs.sequences.numpy())
     assert_close(ours.sequences_scores, theirs.sequences_scores.numpy(), atol=1e-4, rtol=5e-7, what="scores")

@@ -129,11 +129,14 @@ def test_alone(name, value):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(top_k=1), dict(top_p=1e-4), dict(min_p=1.0), dict(typical_p=1e-4),
+        dict(top_k=1),
+        dict(top_p=1e-4),
+        dict(min_p=1.0),
+        dict(typical_p=1e-4),
         dict(temperature=0.5, top_k=4, top_p=0.3, min_p=0.9, typical_p=0.2, repetition_penalty=1.3),
     ],
     ids=lambda o: "-".join(o),
-)  # fmt: skip
+)
 def test_of_beams(options):
     """Of the tokens of a beam as many are left that one goes on if all end tokens are among them."""
     options = SAMPLE | options

@@ -54,9 +54,16 @@ def test_transformers_loads_it_and_gives_the_same_outputs(tmp_path, name, cls, d
 
 
 @pytest.mark.parametrize("size", ["8KB", "1GB"])
-@pytest.mark.parametrize("name, cls", [("opt-350m", "OPTForCausalLM"), ("untied", "OPTForCausalLM"),
-                                       ("opt-125m", "OPTModel"), ("galactica", "OPTForQuestionAnswering"),
-                                       ("opt-125m", "OPTForSequenceClassification")])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, cls",
+    [
+        ("opt-350m", "OPTForCausalLM"),
+        ("untied", "OPTForCausalLM"),
+        ("opt-125m", "OPTModel"),
+        ("galactica", "OPTForQuestionAnswering"),
+        ("opt-125m", "OPTForSequenceClassification"),
+    ],
+)
 def test_files_are_those_of_save_pretrained(tmp_path, name, cls, size):
     """Byte for byte: names, shards, header, order; the two configurations as JSON."""
     theirs = saved(make_hf(name, cls), tmp_path / "hf", size)

@@ -18,11 +18,14 @@ FACEBOOK = {
     "errors": "replace",
     "add_prefix_space": False,
     "add_bos_token": True,
-    **{name: {"content": "</s>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
-       | {"__type": "AddedToken"} for name in ("bos_token", "eos_token", "unk_token")},
+    **{
+        name: {"content": "</s>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
+        | {"__type": "AddedToken"}
+        for name in ("bos_token", "eos_token", "unk_token")
+    },
     "pad_token": {"__type": "AddedToken", "content": "<pad>", "single_word": False, "lstrip": False, "rstrip": False}
     | {"normalized": True},
-}  # fmt: skip
+}
 
 HARD = [
     "",
@@ -246,10 +249,12 @@ def test_pairs_and_offsets(pair):
     texts = [text for text in HARD if len(text) < 200]
     pairs = texts[::-1]
     for arguments in (
-        {}, {"return_offsets_mapping": True}, {"add_special_tokens": False, "return_offsets_mapping": True},
+        {},
+        {"return_offsets_mapping": True},
+        {"add_special_tokens": False, "return_offsets_mapping": True},
         {"padding": True, "pad_to_multiple_of": 8, "return_offsets_mapping": True},
         *({"truncation": True, "max_length": n, "return_offsets_mapping": True} for n in range(2, 24)),
-    ):  # fmt: skip
+    ):
         for side in ("left", "right"):
             sides = {"padding_side": side} if "padding" in arguments else {}
             ours.truncation_side = theirs.truncation_side = side

@@ -25,9 +25,14 @@ from opt_jax.parallel.rules import param_sharding
 # All sizes differ, and every weight and cache is larger than any activation, even split four ways.
 LAYERS, HEADS = 2, 8
 CONFIG = OPTConfig(
-    vocab_size=1024, hidden_size=512, num_attention_heads=HEADS, ffn_dim=1536, word_embed_proj_dim=512,
-    num_hidden_layers=LAYERS, max_position_embeddings=638,
-)  # fmt: skip
+    vocab_size=1024,
+    hidden_size=512,
+    num_attention_heads=HEADS,
+    ffn_dim=1536,
+    word_embed_proj_dim=512,
+    num_hidden_layers=LAYERS,
+    max_position_embeddings=638,
+)
 IDS = np.arange(4, 404).reshape(4, 100)
 
 

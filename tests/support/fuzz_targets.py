@@ -42,11 +42,19 @@ class Config(Target):
 
         super().__init__(root)
         config = TINY | {
-            "id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 0, "yes": 1}, "dtype": "float16",
+            "id2label": {"0": "no", "1": "yes"},
+            "label2id": {"no": 0, "yes": 1},
+            "dtype": "float16",
             "eos_token_id": [2, 3],
-            "quantization_config": {"quant_method": "gptq", "bits": 4}, "num_labels": 2, "problem_type": None,
-            "init_std": 0.02, "dropout": 0.1, "bos_token_id": 2, "word_embed_proj_dim": 8, "enable_bias": True,
-        }  # fmt: skip
+            "quantization_config": {"quant_method": "gptq", "bits": 4},
+            "num_labels": 2,
+            "problem_type": None,
+            "init_std": 0.02,
+            "dropout": 0.1,
+            "bos_token_id": 2,
+            "word_embed_proj_dim": 8,
+            "enable_bias": True,
+        }
         options = {
             "do_sample": True,
             "top_k": 5,
@@ -56,10 +64,11 @@ class Config(Target):
             "max_length": 9,
         }
         contents = {
-            "config.json": config, "generation_config.json": options,
+            "config.json": config,
+            "generation_config.json": options,
             "run.json": {"options": {"task": None, "steps": 3}, "model": TINY},
             "model.safetensors.index.json": {"metadata": {}, "weight_map": {"a": "model-1.safetensors", "b": "b.bin"}},
-        }  # fmt: skip
+        }
         for name, content in contents.items():
             (self.base / name).write_text(json.dumps(content))
 
@@ -204,8 +213,17 @@ class Model(Target):
         store = self.database(self.base)
         metadata = [key.decode() for key in store.list().result() if key.endswith(b"zarr.json")]
         used |= {f"{key}@params": store.read(key).result().value for key in metadata}
-        zarr2 = {"zarr_format": 2, "shape": [5], "chunks": [5], "dtype": "<f4", "compressor": {"id": "zlib"},
-                 "fill_value": None, "filters": None, "order": "C", "dimension_separator": "."}  # fmt: skip
+        zarr2 = {
+            "zarr_format": 2,
+            "shape": [5],
+            "chunks": [5],
+            "dtype": "<f4",
+            "compressor": {"id": "zlib"},
+            "fill_value": None,
+            "filters": None,
+            "order": "C",
+            "dimension_separator": ".",
+        }
         return used | {"m.norm/.zarray@params": json.dumps(zarr2).encode()}
 
     def put(self, case: Any) -> None:
@@ -402,9 +420,9 @@ class Hub(Target):
         self.server.repositories["org/model"] = self.repository = repository = Repository(dict(self.contents))
         if kind == "headers":
             repository.headers = what
-            repository.lie = lambda kind, content: [
-                {k: v for k, v in file.items() if k != "oid"} for file in content
-            ] if kind == "tree" else content  # fmt: skip
+            repository.lie = lambda kind, content: (
+                [{k: v for k, v in file.items() if k != "oid"} for file in content] if kind == "tree" else content
+            )
         elif kind == "statuses":
             repository.statuses, repository.busy = list(what[0]), what[1]
         elif kind == "sent":

@@ -27,8 +27,14 @@ CPU_SECONDS = 10
 MEMORY = 256 << 20  # growth of the peak, as in test_hostile.py
 LINE = 2000  # characters of a message
 ERRORS = (
-    ValueError, OSError, FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError,
-)  # fmt: skip
+    ValueError,
+    OSError,
+    FileNotFoundError,
+    PermissionError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+)
 
 
 class Worker:
@@ -51,9 +57,11 @@ class Worker:
         self._log.truncate(0)
         self._process = subprocess.Popen(
             [sys.executable, "-W", "error", "-m", "support.fuzz_worker", str(self._root)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
             env={**self._env, "RUST_BACKTRACE": "0", "PYTHONPATH": os.pathsep.join(map(str, [TESTS.parent, TESTS]))},
-        )  # fmt: skip
+        )
         self._running = True
         try:
             self.bases: dict[str, dict[str, bytes]] = self._answer(10 * SECONDS)

@@ -36,8 +36,10 @@ class Store:
         self.uploads: dict[str, tuple[str, bytes]] = {}  # resumable ones that have begun: id -> (name, content so far)
         self.lock, self.count = threading.RLock(), itertools.count(1)
         self.environment = {
-            "STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",
-        }  # fmt: skip
+            "STORAGE_EMULATOR_HOST": url,
+            "TENSORSTORE_GCS_HTTP_URL": url,
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",
+        }
 
     def names(self, prefix: str) -> list[str]:
         """Those that begin with it, without it, sorted."""
@@ -144,9 +146,15 @@ class _Handler(BaseHTTPRequestHandler):
         (bucket, _, short), (generation, content) = name.partition("/"), self.store.objects[name]
         link = f"http://{self.headers['Host']}/download/storage/v1/b/{bucket}/o/{short.replace('/', '%2F')}?alt=media"
         return {
-            "kind": "storage#object", "bucket": bucket, "name": short, "size": str(len(content)), "mediaLink": link,
-            "generation": str(generation), "metageneration": "1", "updated": "2026-01-01T00:00:00.000Z",
-        }  # fmt: skip
+            "kind": "storage#object",
+            "bucket": bucket,
+            "name": short,
+            "size": str(len(content)),
+            "mediaLink": link,
+            "generation": str(generation),
+            "metageneration": "1",
+            "updated": "2026-01-01T00:00:00.000Z",
+        }
 
     def _list(self, bucket: str) -> None:
         prefix, delimiter = self.query.get("prefix", ""), self.query.get("delimiter")

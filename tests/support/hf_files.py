@@ -14,9 +14,16 @@ import numpy as np
 from safetensors.numpy import save_file
 
 TINY = dict(
-    model_type="opt", architectures=["OPTForCausalLM"], vocab_size=48, hidden_size=8, num_hidden_layers=2, ffn_dim=16,
-    num_attention_heads=2, max_position_embeddings=16, word_embed_proj_dim=8,
-)  # fmt: skip
+    model_type="opt",
+    architectures=["OPTForCausalLM"],
+    vocab_size=48,
+    hidden_size=8,
+    num_hidden_layers=2,
+    ffn_dim=16,
+    num_attention_heads=2,
+    max_position_embeddings=16,
+    word_embed_proj_dim=8,
+)
 VARIANTS = {
     "125m": TINY,
     "350m": TINY | dict(do_layer_norm_before=False, word_embed_proj_dim=4),
@@ -25,9 +32,13 @@ VARIANTS = {
     "no-final-norm": TINY | dict(_remove_final_layer_norm=True),
 }
 _STORAGES = {
-    "float16": "HalfStorage", "bfloat16": "BFloat16Storage", "float32": "FloatStorage", "int8": "CharStorage",
-    "int32": "IntStorage", "uint8": "ByteStorage",
-}  # fmt: skip
+    "float16": "HalfStorage",
+    "bfloat16": "BFloat16Storage",
+    "float32": "FloatStorage",
+    "int8": "CharStorage",
+    "int32": "IntStorage",
+    "uint8": "ByteStorage",
+}
 
 
 def hf_shapes(config: dict, head: str = "lm_head") -> dict[str, tuple[int, ...]]:

@@ -50,18 +50,22 @@ class Program(hlo.Program):
     def large_results(self, computation: str, least: int) -> list[Instruction]:
         """What writes an array of at least so many bytes anew: not in place, and not as the one read of a prefetch."""
         return [
-            i for i in self.written_out(computation)
-            if i.op not in _FREE and not _is_prefetch(i)
+            i
+            for i in self.written_out(computation)
+            if i.op not in _FREE
+            and not _is_prefetch(i)
             and any(size >= least and not kept for (_, size), kept in zip(i.arrays, self._in_place(i), strict=True))
-        ]  # fmt: skip
+        ]
 
     def readers(self, body: str, least: int) -> dict[str, list[Instruction]]:
         """For each array of at least so many bytes that a loop's body is handed: what reads it (passing on is free)."""
         handed = [
-            i for i in self.computations[body].values()
-            if i.op == "get-tuple-element" and self.computations[body][i.operands[0]].op == "parameter"
+            i
+            for i in self.computations[body].values()
+            if i.op == "get-tuple-element"
+            and self.computations[body][i.operands[0]].op == "parameter"
             and i.arrays[0][1] >= least
-        ]  # fmt: skip
+        ]
         by_index: dict[str, list[Instruction]] = {}
         for i in handed:  # XLA may take the same element of the tuple several times
             index = re.search(r"index=(\d+)", i.attributes)

@@ -92,23 +92,65 @@ def safetensors_cases(files: dict[str, bytes]) -> Iterator[Case]:
         return safetensors(header | {FC1: entry | fields}, data)
 
     offsets = [
-        [-1, end], [start, -end], [end, start], [start, end + 1], [start - 4, end - 4], [start + 4, end + 4],
+        [-1, end],
+        [start, -end],
+        [end, start],
+        [start, end + 1],
+        [start - 4, end - 4],
+        [start + 4, end + 4],
         [0, end - start],
-        [start, 2**63], [2**63, 2**63 + end - start], [2**64 + start, 2**64 + end], [10**400, 10**400 + end - start],
+        [start, 2**63],
+        [2**63, 2**63 + end - start],
+        [2**64 + start, 2**64 + end],
+        [10**400, 10**400 + end - start],
         [start],
-        [start, end, end], [], {}, None, "ab", 5, [str(start), str(end)], [float(start), float(end)], [True, False],
-        [[start], [end]], [None, None], [start, [end]],
-    ]  # fmt: skip
+        [start, end, end],
+        [],
+        {},
+        None,
+        "ab",
+        5,
+        [str(start), str(end)],
+        [float(start), float(end)],
+        [True, False],
+        [[start], [end]],
+        [None, None],
+        [start, [end]],
+    ]
     for i, value in enumerate(offsets):
         says = (name, "tensor ") if i == 6 else (name, f"tensor {FC1}")  # another one is found to overlap
         yield case(f"offsets{i}", changed(data_offsets=value), *says)
     shapes = [
-        [8, 16], [128], [16, 9], [16, 8, 1], [1, 16, 8], [4, 32], [], [-16, -8], [16, -8], [0, 8], [2**31, 2**33],
+        [8, 16],
+        [128],
+        [16, 9],
+        [16, 8, 1],
+        [1, 16, 8],
+        [4, 32],
+        [],
+        [-16, -8],
+        [16, -8],
+        [0, 8],
+        [2**31, 2**33],
         [2**32, 2**32],
-        [10**4000, 8], [0, 2**62, 2**62], [16.0, 8.0], [True, 8], ["16", "8"], "", "ab", None, {}, {"16": 8}, 128,
+        [10**4000, 8],
+        [0, 2**62, 2**62],
+        [16.0, 8.0],
+        [True, 8],
+        ["16", "8"],
+        "",
+        "ab",
+        None,
+        {},
+        {"16": 8},
+        128,
         [[16, 8]],
-        [None], [1] * 40 + [16, 8], [1] * 10_000, [2] * 100, [16, 8] + [0] * 70,
-    ]  # fmt: skip
+        [None],
+        [1] * 40 + [16, 8],
+        [1] * 10_000,
+        [2] * 100,
+        [16, 8] + [0] * 70,
+    ]
     for i, value in enumerate(shapes):
         yield case(f"shape{i}", changed(shape=value), *((name,) if i > 5 else ()), FC1)
     for dtype in ("F64", "F16", "BF16", "I8", "F8_E4M3", "f32", "", "\x1b[2J", "x" * 5000, 32, None, ["F32"], {}):
@@ -118,11 +160,25 @@ def safetensors_cases(files: dict[str, bytes]) -> Iterator[Case]:
         yield case(f"entry{i}", safetensors(header | {FC1: value}, data), name, f"tensor {FC1}")
     yield case("more-fields", changed(surprise=1), outcome=EITHER)
     others = {n: e for n, e in header.items() if n != FC1}
-    for i, other in enumerate(("x", "", " ", FC1.upper(), FC1 + "\0", FC1 + "\n", "\x1b[31m", "\ud800", "x" * 100_000,
-    "../x",
-                               "model.decoder.layers.00.fc1.weight",
-                               "model.decoder.layers.999999999999999999999.fc1.weight",
-                               "model.decoder.layers.1.fc1.weight", "lm_head.weight", "__metadata__")):  # fmt: skip
+    for i, other in enumerate(
+        (
+            "x",
+            "",
+            " ",
+            FC1.upper(),
+            FC1 + "\0",
+            FC1 + "\n",
+            "\x1b[31m",
+            "\ud800",
+            "x" * 100_000,
+            "../x",
+            "model.decoder.layers.00.fc1.weight",
+            "model.decoder.layers.999999999999999999999.fc1.weight",
+            "model.decoder.layers.1.fc1.weight",
+            "lm_head.weight",
+            "__metadata__",
+        )
+    ):
         yield case(f"name{i}", safetensors(others | {other: entry}, data))
     twice = raw.rstrip()[:-1] + b"," + json.dumps({FC1: entry})[1:].encode()
     yield case("twice", safetensors(twice, data), name, f"{FC1} is there twice")
@@ -133,15 +189,31 @@ def safetensors_cases(files: dict[str, bytes]) -> Iterator[Case]:
     for i, metadata in enumerate(([], 5, "x", {"a": 1}, {"a": {}}, {"a": None}, None)):
         yield case(f"metadata{i}", safetensors(header | {"__metadata__": metadata}, data), name, "__metadata__")
     yield case("metadata-fine", safetensors(header | {"__metadata__": {"a": "b"}}, data), outcome=HARMLESS)
-    for i, text in enumerate((
-        b"", b"[]", b"null", b"5", b"{", b"\xff\xfe{}", b"\xef\xbb\xbf{}", b"[" * 200_000, b'{"a":' * 200_000,
-        b'{"x":NaN}',
-        b'{"x":Infinity}', b'{"x":' + b"9" * 5000 + b"}", raw + b"{}", raw + b"\0", raw.rstrip()[:-1], b"'" + raw,
-        raw.decode().encode("utf-16"),
-        b'{"x":{"dtype":"F32","shape":[NaN],"data_offsets":[0,Infinity]}}',
-        b'{"x":{"dtype":"F32","shape":[1e400],"data_offsets":[0,4]}}',
-        b"{" + b",".join(b'"%d":0' % i for i in range(20_000)) + b',"7":1}', b"[" + b"[]," * 100_000 + b"[]]",
-    )):  # fmt: skip
+    for i, text in enumerate(
+        (
+            b"",
+            b"[]",
+            b"null",
+            b"5",
+            b"{",
+            b"\xff\xfe{}",
+            b"\xef\xbb\xbf{}",
+            b"[" * 200_000,
+            b'{"a":' * 200_000,
+            b'{"x":NaN}',
+            b'{"x":Infinity}',
+            b'{"x":' + b"9" * 5000 + b"}",
+            raw + b"{}",
+            raw + b"\0",
+            raw.rstrip()[:-1],
+            b"'" + raw,
+            raw.decode().encode("utf-16"),
+            b'{"x":{"dtype":"F32","shape":[NaN],"data_offsets":[0,Infinity]}}',
+            b'{"x":{"dtype":"F32","shape":[1e400],"data_offsets":[0,4]}}',
+            b"{" + b",".join(b'"%d":0' % i for i in range(20_000)) + b',"7":1}',
+            b"[" + b"[]," * 100_000 + b"[]]",
+        )
+    ):
         yield case(f"json{i}", safetensors(text, data), name)
     yield case("padded", safetensors(raw + b" " * 99, data), outcome=HARMLESS)
     for n in (
@@ -175,13 +247,39 @@ def index_cases(form: str, files: dict[str, bytes]) -> Iterator[Case]:
         raw = json.dumps(new).encode() if isinstance(new, dict) else new.encode() if isinstance(new, str) else new
         return Case(f"{form}/{label}", form, {index: raw, **changes}, outcome, says)
 
-    for i, value in enumerate((
-        "absent.bin", "../secret.safetensors", "/etc/passwd", "../../../../../../etc/passwd", "..", ".", "", "a/b",
-        "x\0y", "x\ny",
-        "\x1b[31m", "x" * 300, "\ud800", "./" + shards[0], "//" + shards[0], shards[0] + "/", "config.json", index,
-        "~/x", "..\\x", "/dev/zero",
-        "/proc/self/mem", 5, None, True, [], {}, [shards[0]], 1.5,
-    )):  # fmt: skip
+    for i, value in enumerate(
+        (
+            "absent.bin",
+            "../secret.safetensors",
+            "/etc/passwd",
+            "../../../../../../etc/passwd",
+            "..",
+            ".",
+            "",
+            "a/b",
+            "x\0y",
+            "x\ny",
+            "\x1b[31m",
+            "x" * 300,
+            "\ud800",
+            "./" + shards[0],
+            "//" + shards[0],
+            shards[0] + "/",
+            "config.json",
+            index,
+            "~/x",
+            "..\\x",
+            "/dev/zero",
+            "/proc/self/mem",
+            5,
+            None,
+            True,
+            [],
+            {},
+            [shards[0]],
+            1.5,
+        )
+    ):
         yield case(f"file{i}", content | {"weight_map": weight_map | {FC1: value}})
     for i, value in enumerate(([], {}, None, 5, "x", list(weight_map.items()), {"weight_map": weight_map})):
         yield case(f"map{i}", {"weight_map": value})
@@ -220,31 +318,62 @@ def config_cases() -> Iterator[Case]:
     for field in sizes:
         for value in (10**5, 10**9, 2**31, 10**15, 2**63, 10**40, 0, -1, 1.5, "8", None, [], {}, True):
             yield case(f"{field}={value}", CONFIG | {field: value})
-    for field, value in (("word_embed_proj_dim", 10**9), ("word_embed_proj_dim", 10**30),
+    for field, value in (
+        ("word_embed_proj_dim", 10**9),
+        ("word_embed_proj_dim", 10**30),
         ("activation_function", "os.system"),
-                         ("activation_function", ["relu"]), ("model_type", "gpt2"), ("model_type", {}),
-                         ("architectures", "OPTForCausalLM"),
-                         ("architectures", ["__class__"]), ("architectures", ["OPTForCausalLM", "OPTModel"]),
-                         ("architectures", [[]]),
-                         ("architectures", ["OPTForQuestionAnswering"]), ("architectures", ["x" * 10_000]),
-                         ("enable_bias", True),
-                         ("activation_function", "\x1b[31m\n" * 3000), ("problem_type", {}), ("enable_bias", "no"),
-                         ("eos_token_id", [[2]]),
-                         ("tie_word_embeddings", False), ("do_layer_norm_before", 0),
-                         ("layer_norm_elementwise_affine", True),
-                         ("dropout", "x"), ("pad_token_id", 10**9), ("bos_token_id", -1),
-                         ("init_std", [])):  # fmt: skip
+        ("activation_function", ["relu"]),
+        ("model_type", "gpt2"),
+        ("model_type", {}),
+        ("architectures", "OPTForCausalLM"),
+        ("architectures", ["__class__"]),
+        ("architectures", ["OPTForCausalLM", "OPTModel"]),
+        ("architectures", [[]]),
+        ("architectures", ["OPTForQuestionAnswering"]),
+        ("architectures", ["x" * 10_000]),
+        ("enable_bias", True),
+        ("activation_function", "\x1b[31m\n" * 3000),
+        ("problem_type", {}),
+        ("enable_bias", "no"),
+        ("eos_token_id", [[2]]),
+        ("tie_word_embeddings", False),
+        ("do_layer_norm_before", 0),
+        ("layer_norm_elementwise_affine", True),
+        ("dropout", "x"),
+        ("pad_token_id", 10**9),
+        ("bos_token_id", -1),
+        ("init_std", []),
+    ):
         yield case(f"{field}={str(value)[:30]!r}", CONFIG | {field: value})
-    for field, value in (("auto_map", {"AutoModel": "evil.Evil"}), ("_name_or_path", "../../secret"),
-    ("tokenizer_class", "os.system"),
-                         ("num_labels", 10**12), ("id2label", {"0": "x" * 1000}), ("dtype", "../x"),
-                         ("torch_dtype", {}), ("x", "\ud800"),
-                         ("custom_pipelines", {"x": {"impl": "evil.py"}}),
-                         ("quantization_config", {"a": 1})):  # fmt: skip
+    for field, value in (
+        ("auto_map", {"AutoModel": "evil.Evil"}),
+        ("_name_or_path", "../../secret"),
+        ("tokenizer_class", "os.system"),
+        ("num_labels", 10**12),
+        ("id2label", {"0": "x" * 1000}),
+        ("dtype", "../x"),
+        ("torch_dtype", {}),
+        ("x", "\ud800"),
+        ("custom_pipelines", {"x": {"impl": "evil.py"}}),
+        ("quantization_config", {"a": 1}),
+    ):
         yield case(f"{field}={str(value)[:30]!r}", CONFIG | {field: value}, outcome=EITHER)
-    for i, text in enumerate(("", "{", "[]", "null", "5", "NaN", "[" * 200_000, '{"a":' * 200_000,
-    '{"vocab_size":' + "9" * 5000 + "}",
-                              "\ud800", "\ufeff{}", "{}x")):  # fmt: skip
+    for i, text in enumerate(
+        (
+            "",
+            "{",
+            "[]",
+            "null",
+            "5",
+            "NaN",
+            "[" * 200_000,
+            '{"a":' * 200_000,
+            '{"vocab_size":' + "9" * 5000 + "}",
+            "\ud800",
+            "\ufeff{}",
+            "{}x",
+        )
+    ):
         yield case(f"json{i}", text, "config.json")
     fine = json.dumps(CONFIG)
     paths = {
@@ -299,28 +428,44 @@ def zip_cases(files: dict[str, bytes]) -> Iterator[Case]:
     yield case("appended", whole + bytes(8))
     yield case("comment", whole[:-2] + b"\5\0hello")
     yield case("comment-with-another-end", whole[:-2] + struct.pack("<H", 22) + whole[end:])
-    for field, form, values in ((4, "H", (1, 0xFFFF)), (6, "H", (1,)), (8, "H", (0, 1, 0xFFFF)),
+    for field, form, values in (
+        (4, "H", (1, 0xFFFF)),
+        (6, "H", (1,)),
+        (8, "H", (0, 1, 0xFFFF)),
         (10, "H", (0, 1, 0xFFFF)),
-                                (12, "I", (0, 1, 2**32 - 1)),
-                                (16, "I", (0, directory + 46, len(whole), 2**32 - 1))):  # fmt: skip
+        (12, "I", (0, 1, 2**32 - 1)),
+        (16, "I", (0, directory + 46, len(whole), 2**32 - 1)),
+    ):
         for value in values:
             yield case(f"end{field}={value}", patched((end + field, form, value)))
     for which in (0, 3):  # the pickle and a storage
         entry, header = entries[which], local[which]
         for field, form, values in (
-            (0, "I", (0,)), (8, "H", (1, 8, 64)), (10, "H", (8, 14, 99)), (20, "I", (0, 1, 2**32 - 1)),
+            (0, "I", (0,)),
+            (8, "H", (1, 8, 64)),
+            (10, "H", (8, 14, 99)),
+            (20, "I", (0, 1, 2**32 - 1)),
             (24, "I", (0, 1, 2**32 - 1)),
-            (28, "H", (0, 1, 0xFFFF)), (30, "H", (1, 0xFFFF)), (32, "H", (1, 0xFFFF)), (34, "H", (1,)),
+            (28, "H", (0, 1, 0xFFFF)),
+            (30, "H", (1, 0xFFFF)),
+            (32, "H", (1, 0xFFFF)),
+            (34, "H", (1,)),
             (42, "I", (0, 1, local[1], directory, end, len(whole), 2**32 - 1)),
-        ):  # fmt: skip
+        ):
             for value in values:
                 if field == 42 and value == header:
                     continue
                 yield case(f"entry{which}+{field}={value}", patched((entry + field, form, value)))
-        for field, form, values in ((0, "I", (0,)), (6, "H", (1, 8)), (8, "H", (8,)), (18, "I", (1, 2**32 - 1)),
+        for field, form, values in (
+            (0, "I", (0,)),
+            (6, "H", (1, 8)),
+            (8, "H", (8,)),
+            (18, "I", (1, 2**32 - 1)),
             (22, "I", (1, 2**31)),
-                                    (26, "H", (0, 1, 0xFFFF)), (28, "H", (0xFFFF,)),
-                                    (30, "H", (0x2F2E,))):  # fmt: skip
+            (26, "H", (0, 1, 0xFFFF)),
+            (28, "H", (0xFFFF,)),
+            (30, "H", (0x2F2E,)),
+        ):
             for value in values:
                 yield case(f"local{which}+{field}={value}", patched((header + field, form, value)))
         yield case(f"both{which}-encrypted", patched((entry + 8, "H", 1), (header + 6, "H", 1)))

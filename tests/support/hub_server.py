@@ -294,9 +294,13 @@ for line in sys.stdin:
         self.home = home
         self.process = subprocess.Popen(
             [sys.executable, "-W", "error", "-c", self.CODE, json.dumps(dict(limits))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=environment(endpoint, home, **more), cwd=Path(__file__).parents[2],
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(endpoint, home, **more),
+            cwd=Path(__file__).parents[2],
+        )
 
     def send(self, name: str, **options: Any) -> None:
         assert self.process.stdin is not None

@@ -25,15 +25,23 @@ class Foreign:
 def settings(config: dict, **changes) -> dict[str, Any]:
     """metaseq's settings of the model that HF's config describes; a change to None takes one out."""
     values = dict(
-        decoder_layers=config["num_hidden_layers"], decoder_embed_dim=config["hidden_size"],
-        decoder_ffn_embed_dim=config["ffn_dim"], decoder_attention_heads=config["num_attention_heads"],
-        decoder_input_dim=config["word_embed_proj_dim"], decoder_output_dim=config["word_embed_proj_dim"],
-        max_target_positions=config["max_position_embeddings"], activation_fn="relu",
-        decoder_normalize_before=config.get("do_layer_norm_before", True), share_decoder_input_output_embed=True,
-        no_scale_embedding=True, decoder_learned_pos=True, dropout=0.1, attention_dropout=0.0,
+        decoder_layers=config["num_hidden_layers"],
+        decoder_embed_dim=config["hidden_size"],
+        decoder_ffn_embed_dim=config["ffn_dim"],
+        decoder_attention_heads=config["num_attention_heads"],
+        decoder_input_dim=config["word_embed_proj_dim"],
+        decoder_output_dim=config["word_embed_proj_dim"],
+        max_target_positions=config["max_position_embeddings"],
+        activation_fn="relu",
+        decoder_normalize_before=config.get("do_layer_norm_before", True),
+        share_decoder_input_output_embed=True,
+        no_scale_embedding=True,
+        decoder_learned_pos=True,
+        dropout=0.1,
+        attention_dropout=0.0,
         disable_bias=not config.get("enable_bias", True),
         disable_affine_ln=not config.get("layer_norm_elementwise_affine", True),
-    )  # fmt: skip
+    )
     return {name: value for name, value in (values | changes).items() if value is not None}
 
 

@@ -50,10 +50,15 @@ def test_each_form_of_a_refusal_names_path_bytes_and_advice(tmp_path):
         assert said.endswith(" are free): make room there, then start the same command again"), said
     assert as_said(path, system(errno.EMFILE, "/other")).startswith("/other: Too many open files: raise the limit with")
     for number, words in (
-        (errno.EDQUOT, "(5 bytes are needed): make"), (errno.EFBIG, "`ulimit -f`"), (errno.EROFS, "make it writable"),
-        (errno.EACCES, "permissions"), (errno.ENOENT, "was removed"), (errno.ENOTDIR, "was removed"),
-        (errno.EIO, "failing disk"), (errno.ENAMETOOLONG, "shorter name"),
-    ):  # fmt: skip
+        (errno.EDQUOT, "(5 bytes are needed): make"),
+        (errno.EFBIG, "`ulimit -f`"),
+        (errno.EROFS, "make it writable"),
+        (errno.EACCES, "permissions"),
+        (errno.ENOENT, "was removed"),
+        (errno.ENOTDIR, "was removed"),
+        (errno.EIO, "failing disk"),
+        (errno.ENAMETOOLONG, "shorter name"),
+    ):
         said = as_said(path, system(number), 5)
         assert said.startswith(f"{path}: {os.strerror(number)}") and words in said, said
 

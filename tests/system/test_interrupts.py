@@ -136,7 +136,10 @@ def test_amid_the_imports_ctrl_c_ends_a_program_but_not_a_job_in_the_background(
     (tmp_path / f"{module}.py").write_text(code)  # the first import that takes long
     command = f"exec {sys.executable} {program}"
     run = subprocess.run(
-        ["sh", "-c", f"trap '' INT; {command}" if ignored else command], cwd=REPOSITORY,
-        env=environment(PYTHONPATH=f"{tmp_path}:{REPOSITORY}"), capture_output=True, text=True,
-    )  # fmt: skip
+        ["sh", "-c", f"trap '' INT; {command}" if ignored else command],
+        cwd=REPOSITORY,
+        env=environment(PYTHONPATH=f"{tmp_path}:{REPOSITORY}"),
+        capture_output=True,
+        text=True,
+    )
     assert (run.returncode, run.stderr) == ((1, "went on\n") if ignored else (-signal.SIGINT, ""))

@@ -128,10 +128,13 @@ def test_the_pickle_of_a_torch_file_has_a_limit(tmp_path, monkeypatch):
 
 
 NO_OBJECTS = {
-    b"null": "holds null, not a JSON object", b"[1]": "holds a list, not", b"7": "holds a int, not",
+    b"null": "holds null, not a JSON object",
+    b"[1]": "holds a list, not",
+    b"7": "holds a int, not",
     b"{": "is not valid",
-    b'{"a": ' * 60 + b"1" + b"}" * 60: "has more than 50 levels", b'{"a": ' * 100_000: "has more than 50 levels",
-}  # fmt: skip
+    b'{"a": ' * 60 + b"1" + b"}" * 60: "has more than 50 levels",
+    b'{"a": ' * 100_000: "has more than 50 levels",
+}
 
 
 @pytest.mark.parametrize("content", NO_OBJECTS, ids=NO_OBJECTS.values())
@@ -143,10 +146,15 @@ def test_files_of_json_hold_an_object_of_few_levels(tmp_path, content):
     for name in ("run.json", "config.json", "generation_config.json"):
         shutil.copy(tmp_path / "config.json", tmp_path / "run" / name)
     readers = [
-        lambda: OPTConfig.from_hf(tmp_path), lambda: hub.read_config(tmp_path), lambda: read_index(tmp_path / INDEX),
-        lambda: OPTTokenizer.from_pretrained(tmp_path), lambda: GenerationConfig.from_pretrained(tmp_path / "run"),
-        lambda: read_plan(tmp_path), lambda: open_stored(tmp_path), lambda: squad.read_squad([str(tmp_path / INDEX)]),
-    ]  # fmt: skip
+        lambda: OPTConfig.from_hf(tmp_path),
+        lambda: hub.read_config(tmp_path),
+        lambda: read_index(tmp_path / INDEX),
+        lambda: OPTTokenizer.from_pretrained(tmp_path),
+        lambda: GenerationConfig.from_pretrained(tmp_path / "run"),
+        lambda: read_plan(tmp_path),
+        lambda: open_stored(tmp_path),
+        lambda: squad.read_squad([str(tmp_path / INDEX)]),
+    ]
     for read in readers:
         with pytest.raises(ValueError, match=NO_OBJECTS[content]) as error:
             read()

@@ -162,8 +162,9 @@ def test_scores_of_texts(tok, model):
         np.testing.assert_allclose([token.logprob or 0 for token in result], expected, atol=2e-5)
     assert score_texts(model, tok, []) == []
     for bad, words in (
-        ((["a"], ["b", "c"]), "2 prompts for 1 texts"), ((["a", ""], ["b", "c"]), "text 1 has no token"),
+        ((["a"], ["b", "c"]), "2 prompts for 1 texts"),
+        ((["a", ""], ["b", "c"]), "text 1 has no token"),
         (("abc",), "sequences of strings"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=words):
             score_texts(model, tok, *bad)

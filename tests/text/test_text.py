@@ -278,8 +278,10 @@ def test_offsets_are_of_the_text(tok):
     for text, ids, mask, offsets in zip(texts, out.input_ids, out.attention_mask, out.offset_mapping, strict=True):
         pieces = [text[a:b] for a, b in offsets[mask == 1][1:]]
         assert pieces[0][0] == text[0] and pieces[-1][-1] == text[-1] and not offsets[mask == 0].any()
-        assert all(tok.decode([i]) in (piece, " " + piece, "\ufffd") or "\ufffd" in tok.decode([i])
-                   for i, piece in zip(ids[mask == 1][1:], pieces, strict=True))  # fmt: skip
+        assert all(
+            tok.decode([i]) in (piece, " " + piece, "\ufffd") or "\ufffd" in tok.decode([i])
+            for i, piece in zip(ids[mask == 1][1:], pieces, strict=True)
+        )
     cut = tok("hello world", truncation=True, max_length=2, return_offsets_mapping=True, return_tensors=None)
     assert cut.offset_mapping[0] == (0, 0) and len(cut.offset_mapping) == 2
 

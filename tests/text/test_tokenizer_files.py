@@ -31,24 +31,30 @@ def edited(saved, directory, file="tokenizer.json", **changes):
     return directory
 
 
-@pytest.mark.parametrize("changes", [
-    {"model__continuing_subword_prefix": "##"},
-    {"model__continuing_subword_prefix": "a" * 50},
-    {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}},
-    {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Removed", "invert": False}},
-    {"model__merges": [["a", "not a token"]]},
-    {"model": 3},
-    {"added_tokens": {}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__continuing_subword_prefix": "##"},
+        {"model__continuing_subword_prefix": "a" * 50},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}},
+        {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Removed", "invert": False}},
+        {"model__merges": [["a", "not a token"]]},
+        {"model": 3},
+        {"added_tokens": {}},
+    ],
+)
 def test_a_file_that_cannot_be_loaded_is_named(saved, tmp_path, changes):
     with pytest.raises(ValueError, match=f"^{tmp_path}/tokenizer.json: not a tokenizer that can be read"):
         OPTTokenizer.from_pretrained(edited(saved, tmp_path, **changes))
 
 
-@pytest.mark.parametrize("changes", [
-    {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
-    {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "BAAAAAAAAAA="}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "BAAAAAAAAAA="}},
+    ],
+)
 def test_a_file_that_panics_when_it_is_used_is_an_error(saved, tmp_path, changes):
     tokenizer = OPTTokenizer.from_pretrained(edited(saved, tmp_path, **changes))
     for use in (
@@ -61,19 +67,22 @@ def test_a_file_that_panics_when_it_is_used_is_an_error(saved, tmp_path, changes
             use()
 
 
-@pytest.mark.parametrize("file, content", [
-    ("tokenizer_config.json", "[]"),
-    ("tokenizer_config.json", "[" * 100_000),
-    ("tokenizer_config.json", b"\xff"),
-    ("tokenizer_config.json", '{"added_tokens_decoder": []}'),
-    ("tokenizer_config.json", '{"added_tokens_decoder": {"x": "y"}}'),
-    ("tokenizer_config.json", '{"added_tokens_decoder": {"5000": {"content": 3}}}'),
-    ("tokenizer_config.json", '{"added_tokens_decoder": {"5000": null}}'),
-    ("tokenizer_config.json", '{"model_max_length": "long"}'),
-    ("tokenizer_config.json", '{"added_tokens_decoder": {}, "pad_token": 7}'),
-    ("tokenizer_config.json", '{"extra_special_tokens": 7}'),
-    ("special_tokens_map.json", "3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", "[" * 100_000),
+        ("tokenizer_config.json", b"\xff"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": []}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": "y"}}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"5000": {"content": 3}}}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"5000": null}}'),
+        ("tokenizer_config.json", '{"model_max_length": "long"}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {}, "pad_token": 7}'),
+        ("tokenizer_config.json", '{"extra_special_tokens": 7}'),
+        ("special_tokens_map.json", "3"),
+    ],
+)
 @pytest.mark.parametrize("fast", [False, True])
 def test_what_is_not_of_the_right_shape_is_named(saved, tmp_path, file, content, fast):
     edited(saved, tmp_path)
@@ -96,11 +105,19 @@ class Counting:
         return getattr(self.backend, name)
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("add_bos_token", "false"), ("add_bos_token", 0), ("add_prefix_space", "true"), ("add_prefix_space", 1),
-    ("model_max_length", True), ("model_max_length", 2.5), ("model_max_length", float("nan")),
-    ("model_max_length", "512"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("add_bos_token", "false"),
+        ("add_bos_token", 0),
+        ("add_prefix_space", "true"),
+        ("add_prefix_space", 1),
+        ("model_max_length", True),
+        ("model_max_length", 2.5),
+        ("model_max_length", float("nan")),
+        ("model_max_length", "512"),
+    ],
+)
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_field_of_another_type_is_named(saved, tmp_path, field, value, fast):
     edited(saved, tmp_path, "tokenizer_config.json", **{field: value})
@@ -116,10 +133,13 @@ def test_a_length_limit_as_hf_writes_it_is_read(saved, tmp_path, limit):
     assert OPTTokenizer.from_pretrained(tmp_path).model_max_length == (512 if limit in (512, 512.0) else None)
 
 
-@pytest.mark.parametrize(("token", "index", "error"), [
-    ("the", 5, "two tokens of the vocabulary have the same id"),
-    ("the", 2**31, "has the id 2147483648, which must be below"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("token", "index", "error"),
+    [
+        ("the", 5, "two tokens of the vocabulary have the same id"),
+        ("the", 2**31, "has the id 2147483648, which must be below"),
+    ],
+)
 def test_ids_that_contradict_each_other_or_are_no_int32_are_refused(saved, tmp_path, token, index, error):
     edited(saved, tmp_path, "vocab.json", **{token: index})
     (tmp_path / "tokenizer.json").unlink()
@@ -172,11 +192,18 @@ def test_a_normalizer_that_makes_texts_ever_longer_is_refused(saved, tmp_path):
 LONG = "x" * 100_001
 
 
-@pytest.mark.parametrize("file, changes, error", [
-    ("tokenizer.json", {"added_tokens": [{"id": 9, "content": LONG}]}, "an added token has 100,001 characters"),
-    ("tokenizer_config.json", {"added_tokens_decoder": {"9": {"content": LONG}}}, "an added token has 100,001"),
-    ("tokenizer.json", {"normalizer": {"type": "Prepend", "prepend": LONG * 10}}, "its normalizer has more than 1,000"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "file, changes, error",
+    [
+        ("tokenizer.json", {"added_tokens": [{"id": 9, "content": LONG}]}, "an added token has 100,001 characters"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"9": {"content": LONG}}}, "an added token has 100,001"),
+        (
+            "tokenizer.json",
+            {"normalizer": {"type": "Prepend", "prepend": LONG * 10}},
+            "its normalizer has more than 1,000",
+        ),
+    ],
+)
 def test_tokens_and_normalizers_of_many_characters_are_refused(saved, tmp_path, file, changes, error):
     with pytest.raises(ValueError, match=f"^{tmp_path}.*: not a tokenizer that can be read .*{error}"):
         OPTTokenizer.from_pretrained(edited(saved, tmp_path, file=file, **changes))

@@ -33,9 +33,16 @@ from opt_jax.training.tasks.classification import Classification, label_config, 
 from opt_jax.training.tasks.common import IGNORED, Batches, make_predict_step, task_loss
 
 CONFIG = OPTConfig(
-    vocab_size=64, hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=4, max_position_embeddings=32,
-    dropout=0.1, init_std=0.2, num_labels=3,
-)  # fmt: skip
+    vocab_size=64,
+    hidden_size=32,
+    num_hidden_layers=2,
+    ffn_dim=64,
+    num_attention_heads=4,
+    max_position_embeddings=32,
+    dropout=0.1,
+    init_std=0.2,
+    num_labels=3,
+)
 BATCH = 8
 CLASSES = {"lm": OPTForCausalLM, "classify": OPTForSequenceClassification, "answer": OPTForQuestionAnswering}
 RNG = np.random.default_rng(0)
@@ -99,9 +106,11 @@ def test_the_loss_of_a_task_is_that_of_the_model(kind):
     expected = 0.0
     for ids, mask, label in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
         n = mask.sum()  # one row at a time, without padding
-        targets = {"labels": label[None]} if kind == "classify" else {
-            "start_positions": label[:1], "end_positions": label[1:]
-        }  # fmt: skip
+        targets = (
+            {"labels": label[None]}
+            if kind == "classify"
+            else {"start_positions": label[:1], "end_positions": label[1:]}
+        )
         expected += float(model(ids[None, :n], **targets).loss) * (1 if kind == "classify" else 2)
     assert int(count) == BATCH * (1 if kind == "classify" else 2)
     np.testing.assert_allclose(float(loss), expected, rtol=1e-5)

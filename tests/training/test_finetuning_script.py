@@ -20,9 +20,15 @@ pytestmark = pytest.mark.slow
 def save(directory, seed):
     """A small checkpoint with the tokenizer of "tiny"."""
     config = OPTConfig(
-        vocab_size=4096, hidden_size=16, num_hidden_layers=2, ffn_dim=32, num_attention_heads=2,
-        max_position_embeddings=64, dropout=0.1, init_std=0.1,
-    )  # fmt: skip
+        vocab_size=4096,
+        hidden_size=16,
+        num_hidden_layers=2,
+        ffn_dim=32,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        dropout=0.1,
+        init_std=0.1,
+    )
     new_model(config, seed, "float32").save_pretrained(directory, tokenizer=OPTTokenizer.from_pretrained("tiny"))
 
 
@@ -99,9 +105,15 @@ def test_the_accuracy_on_sst2_is_that_of_the_saved_model(shared_data, tmp_path):
         lines = (shared_data / "sst2" / f"{name}.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
         (tmp_path / f"{name}.tsv").write_text("".join(lines[:count]), encoding="utf-8")
     lines = run(
-        tmp_path / "run", "tiny", task="sequence-classification", data=(str(tmp_path / "train.tsv"),),
-        validation_data=(str(tmp_path / "dev.tsv"),), seq_len=64, eval_every=3, steps=3,
-    )  # fmt: skip
+        tmp_path / "run",
+        "tiny",
+        task="sequence-classification",
+        data=(str(tmp_path / "train.tsv"),),
+        validation_data=(str(tmp_path / "dev.tsv"),),
+        seq_len=64,
+        eval_every=3,
+        steps=3,
+    )
     rows = [line.split("\t") for line in (tmp_path / "dev.tsv").read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if row[1] != "label"]
     model = OPTForSequenceClassification.from_pretrained(tmp_path / "run")

@@ -46,9 +46,15 @@ def place(tmp_path_factory):
     """A directory with a model's configuration, text, and a run on the disk."""
     place = tmp_path_factory.mktemp("gcs")
     config = OPTConfig(
-        vocab_size=304, hidden_size=16, num_hidden_layers=2, ffn_dim=32, num_attention_heads=2,
-        max_position_embeddings=16, dropout=0.1, init_std=0.05,
-    )  # fmt: skip
+        vocab_size=304,
+        hidden_size=16,
+        num_hidden_layers=2,
+        ffn_dim=32,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        dropout=0.1,
+        init_std=0.05,
+    )
     (place / "config.json").write_text(json.dumps(config.to_hf()))
     rng = random.Random(0)
     lines = [json.dumps({"text": " ".join(rng.choices(["def", "self", "x", "(", ")"], k=60))}) for _ in range(40)]
@@ -58,10 +64,21 @@ def place(tmp_path_factory):
 
 
 def words(place: Path, output: str | Path, **changes) -> list[str]:
-    options = dict(
-        data=place / "text.jsonl", model=place / "config.json", output=output, steps=STEPS, batch_size=4,
-        warmup_steps=3, learning_rate=6e-4, checkpoint_every=4, eval_every=6, eval_batches=1,
-    ) | changes  # fmt: skip
+    options = (
+        dict(
+            data=place / "text.jsonl",
+            model=place / "config.json",
+            output=output,
+            steps=STEPS,
+            batch_size=4,
+            warmup_steps=3,
+            learning_rate=6e-4,
+            checkpoint_every=4,
+            eval_every=6,
+            eval_batches=1,
+        )
+        | changes
+    )
     return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
 
 

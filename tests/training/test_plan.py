@@ -96,9 +96,14 @@ def plan(directory, *words):
     """The JSON of `train.py --plan`, with one small layer and short sequences: libtpu takes four times as long for two
     layers of width 256 and sequences of 2048."""
     config = OPTConfig(
-        vocab_size=512, hidden_size=128, num_hidden_layers=1, ffn_dim=256, num_attention_heads=2,
-        max_position_embeddings=256, dropout=0.0,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=128,
+        num_hidden_layers=1,
+        ffn_dim=256,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        dropout=0.0,
+    )
     (directory / "config.json").write_text(json.dumps(config.to_hf()))
     named = ["--model", str(directory / "config.json"), "--plan", "--plan-output", str(directory / "plan.json")]
     train.main(train.parse_options([*named, "--seq-len=256", *words]))
@@ -176,9 +181,14 @@ def test_what_a_layer_sends(libtpu, monkeypatch):
     layers, parts, rows, length, width, vocab = 3, 2, 4, 1024, 256, 50272
     monkeypatch.setattr("opt_jax.model.remat.PART_BYTES", 2 * rows // parts * length * width)
     config = OPTConfig(
-        vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, ffn_dim=4 * width, num_attention_heads=2,
-        max_position_embeddings=length, dropout=0.0,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        ffn_dim=4 * width,
+        num_attention_heads=2,
+        max_position_embeddings=length,
+        dropout=0.0,
+    )
     mesh = make_mesh("fsdp=4,tensor=2", topology_devices("v5p:2x2x2"))
     model = jax.eval_shape(
         lambda: new_model(config, 0, "bfloat16", attn_implementation="splash", remat="full", grad_dtype="bfloat16")
@@ -212,9 +222,14 @@ def test_what_a_layer_sends(libtpu, monkeypatch):
 
 def test_gradients_are_sent_in_their_dtype():
     config = OPTConfig(
-        vocab_size=32, hidden_size=16, num_hidden_layers=1, ffn_dim=16, num_attention_heads=2,
-        max_position_embeddings=16, dropout=0.0,
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=1,
+        ffn_dim=16,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        dropout=0.0,
+    )
     if jax.device_count() < 4:
         pytest.skip("needs four devices")
     mesh = make_mesh("fsdp=4", jax.devices()[:4])

@@ -115,15 +115,34 @@ def test_steps_without_a_line_are_named(directory, steps, last, missing):
 @pytest.mark.parametrize(
     "line",
     [
-        b'{"step": 3, "lo{"step": 4, "loss": 2.5}', b"\0" * 40, b'{"step": 3, "loss": 2\0}', b"", b"a note", b"[3]",
-        b"3", b'{"loss": 2.5}', b'{"step": "3"}', b'{"step": 3.0}', b'{"step": true}', b'{"step": 0}', b'{"step": -3}',
-        b'{"step": 3, "loss": "2.5"}', b'{"step": 3, "loss": NaN}', b'{"step": 3, "loss": {}}',
-        b'{"step": 3, "batch": 1}', b'{"step": 3, "los\xff": 2.5}', b"[" * 100_000, b'{"step": 3}\x85',
-        b'{"step": ' + b"9" * 5000 + b"}", b'{"step": 3, "loss": 1e999}', b'{"step": 3, "val_loss": -1e999}',
-        b'{"step": ' + b"9" * 400 + b"}", b'{"step": 3, "loss": -' + b"9" * 400 + b"}",
+        b'{"step": 3, "lo{"step": 4, "loss": 2.5}',
+        b"\0" * 40,
+        b'{"step": 3, "loss": 2\0}',
+        b"",
+        b"a note",
+        b"[3]",
+        b"3",
+        b'{"loss": 2.5}',
+        b'{"step": "3"}',
+        b'{"step": 3.0}',
+        b'{"step": true}',
+        b'{"step": 0}',
+        b'{"step": -3}',
+        b'{"step": 3, "loss": "2.5"}',
+        b'{"step": 3, "loss": NaN}',
+        b'{"step": 3, "loss": {}}',
+        b'{"step": 3, "batch": 1}',
+        b'{"step": 3, "los\xff": 2.5}',
+        b"[" * 100_000,
+        b'{"step": 3}\x85',
+        b'{"step": ' + b"9" * 5000 + b"}",
+        b'{"step": 3, "loss": 1e999}',
+        b'{"step": 3, "val_loss": -1e999}',
+        b'{"step": ' + b"9" * 400 + b"}",
+        b'{"step": 3, "loss": -' + b"9" * 400 + b"}",
         b'{"step": 3, "\xed\xa0\x80": 2.5}',
     ],
-)  # fmt: skip
+)
 def test_a_damaged_or_foreign_line_is_named(directory, line):
     path = directory / "metrics.jsonl"
     content = lines_of([1, 2]) + line + b"\n" + lines_of(range(4, 9))

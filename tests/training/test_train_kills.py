@@ -115,9 +115,11 @@ for kind, wanted in moments:
             file.write('{"step": 99, "lo')  # a line that was being written
 assert status(fork(killed)) == 0
 assert lines(killed) == expected
-for name in ("checkpoints", "best"):
-    names = [sorted(path.name for path in (output / name).iterdir()) for output in (whole, killed)]
-    assert names[0] == names[1], names
+every = options["checkpoint_every"]  # what the stops saved counts among the last two, and may be of any step
+kept = sorted({*range(every, options["steps"] + 1, every), seen["terminate"], seen["interrupt"]})[-2:]
+assert sorted(saved(killed)) == kept, (saved(killed), kept)
+assert len(list((killed / "checkpoints").iterdir())) == 2
+assert [os.listdir(output / "best") for output in (whole, killed)] == [[str(options["steps"])]] * 2
 print(json.dumps(seen))
 """
 
@@ -137,22 +139,41 @@ def choose(sample) -> list[tuple[str, float]]:
 
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, sample):
     config = OPTConfig(
-        vocab_size=304, hidden_size=16, num_hidden_layers=2, ffn_dim=32, num_attention_heads=2,
-        max_position_embeddings=32, dropout=0.1, init_std=0.05,
-    )  # fmt: skip
+        vocab_size=304,
+        hidden_size=16,
+        num_hidden_layers=2,
+        ffn_dim=32,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        dropout=0.1,
+        init_std=0.05,
+    )
     (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
     rng = random.Random(0)
     texts = [" ".join(rng.choices(["def", "return", "self", "x", "(", ")"], k=60)) for _ in range(40)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     options = dict(
-        data=[str(tmp_path / "text.jsonl")], model=str(tmp_path / "config.json"), mesh="data=1", steps=STEPS,
-        batch_size=4, warmup_steps=5, learning_rate=6e-4, checkpoint_every=4, eval_every=20, eval_batches=1,
-    )  # fmt: skip
+        data=[str(tmp_path / "text.jsonl")],
+        model=str(tmp_path / "config.json"),
+        mesh="data=1",
+        steps=STEPS,
+        batch_size=4,
+        warmup_steps=5,
+        learning_rate=6e-4,
+        checkpoint_every=4,
+        eval_every=20,
+        eval_batches=1,
+    )
     moments = [(kind, part * STEPS) for kind, part in choose(sample)]
     done = subprocess.run(
         [sys.executable, "-c", KILLER, json.dumps(options), str(tmp_path), json.dumps(moments)],
-        capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=500, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment(),
+        timeout=500,
+        check=False,
+    )
     log = (tmp_path / "log").read_text() if (tmp_path / "log").exists() else ""
     assert done.returncode == 0, done.stderr + log[-3000:]
     seen = json.loads(done.stdout)

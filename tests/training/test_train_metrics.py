@@ -61,8 +61,11 @@ def test_recipes_are_the_papers(name, batch_size, peak, steps, warmup):
     options = parse_options(["--recipe", name])
     check_options(options)
     assert (options.batch_size, options.learning_rate, options.steps, options.warmup_steps) == (
-        batch_size, peak, steps, warmup,
-    )  # fmt: skip
+        batch_size,
+        peak,
+        steps,
+        warmup,
+    )
     assert (options.weight_decay, options.betas, options.clip_norm, options.seq_len) == (0.1, (0.9, 0.95), 1.0, 2048)
     config, start = model_config(options)
     size = name.removeprefix("opt-")
@@ -94,12 +97,24 @@ def test_flops_are_palms():
 @pytest.mark.parametrize(
     "kind, peak",
     [
-        ("TPU v4", 275e12), ("TPU v5 lite", 197e12), ("TPU v5e", 197e12), ("TPU v5", 459e12), ("TPU v5p", 459e12),
-        ("TPU v6 lite", 918e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12), ("NVIDIA H200", 989e12), ("NVIDIA B200", 2250e12),
-        ("NVIDIA GB200", 2500e12), ("NVIDIA A10G", None), ("TPU v4 lite", None), ("cpu", None),
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5e", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA A10G", None),
+        ("TPU v4 lite", None),
+        ("cpu", None),
     ],
-)  # fmt: skip
+)
 def test_peaks_by_device_kind(kind, peak):
     assert peak_flops(SimpleNamespace(device_kind=kind)) == peak
 

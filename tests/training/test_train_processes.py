@@ -34,9 +34,15 @@ def place(tmp_path_factory):
     """A directory with a model's configuration, and text."""
     place = tmp_path_factory.mktemp("job")
     config = OPTConfig(
-        vocab_size=304, hidden_size=16, num_hidden_layers=2, ffn_dim=32, num_attention_heads=2,
-        max_position_embeddings=16, dropout=0.1, init_std=0.05,
-    )  # fmt: skip
+        vocab_size=304,
+        hidden_size=16,
+        num_hidden_layers=2,
+        ffn_dim=32,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        dropout=0.1,
+        init_std=0.05,
+    )
     (place / "config.json").write_text(json.dumps(config.to_hf()))
     rng = random.Random(0)
     lines = [json.dumps({"text": " ".join(rng.choices(["def", "self", "x", "(", ")"], k=60))}) for _ in range(40)]
@@ -45,10 +51,21 @@ def place(tmp_path_factory):
 
 
 def command(place: Path, output: str, script: Path = ROOT / "train.py", **changes) -> list[str]:
-    options = dict(
-        data=place / "text.jsonl", model=place / "config.json", output=place / output, steps=STEPS, batch_size=8,
-        warmup_steps=3, learning_rate=6e-4, checkpoint_every=4, eval_every=6, eval_batches=1,
-    ) | changes  # fmt: skip
+    options = (
+        dict(
+            data=place / "text.jsonl",
+            model=place / "config.json",
+            output=place / output,
+            steps=STEPS,
+            batch_size=8,
+            warmup_steps=3,
+            learning_rate=6e-4,
+            checkpoint_every=4,
+            eval_every=6,
+            eval_batches=1,
+        )
+        | changes
+    )
     words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
     lora = ["-W", "ignore::DeprecationWarning"] if "lora_rank" in changes else []  # qwix uses Flax's old names
     return [sys.executable, "-W", "error", *lora, str(script), *words]
@@ -56,9 +73,13 @@ def command(place: Path, output: str, script: Path = ROOT / "train.py", **change
 
 def start(words: list[str], devices: int) -> subprocess.Popen:
     return subprocess.Popen(
-        words, env=environment(devices, TF_CPP_MIN_LOG_LEVEL="2"), cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        words,
+        env=environment(devices, TF_CPP_MIN_LOG_LEVEL="2"),
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-    )  # fmt: skip
+    )
 
 
 def free_address() -> str:
@@ -181,9 +202,16 @@ def test_a_killed_process_ends_the_other_sigterm_to_one_stops_both_and_the_run_g
     rows = [f"{word} {word} x" + " self" * i + f"\t{word}" for i in range(20) for word in ("def", "(")]
     (place / "rows.tsv").write_text("\n".join(rows) + "\n")
     changes: dict[str, Any] = dict(
-        task="sequence-classification", model=place / "alone" / "model", dropout=0.1, data=place / "rows.tsv",
-        lora_rank=2, learning_rate=1e-2, eval_batches=None, steps=40, eval_every=20,
-    )  # fmt: skip
+        task="sequence-classification",
+        model=place / "alone" / "model",
+        dropout=0.1,
+        data=place / "rows.tsv",
+        lora_rank=2,
+        learning_rate=1e-2,
+        eval_batches=None,
+        steps=40,
+        eval_every=20,
+    )
     processes = start_two(place, "tuned", **changes, checkpoint_every=5)
     checkpoints = place / "tuned" / "checkpoints"
     when(lambda: (checkpoints / "5").exists() and recorded(place, "tuned") >= 8, processes)

@@ -44,9 +44,15 @@ def options(tmp_path_factory):
     """Options of a run of seconds: a config file, text that no dictionary has, dropout on."""
     directory = tmp_path_factory.mktemp("train")
     config = OPTConfig(
-        vocab_size=304, hidden_size=16, num_hidden_layers=2, ffn_dim=32, num_attention_heads=2,
-        max_position_embeddings=32, dropout=0.1, init_std=0.05,
-    )  # fmt: skip
+        vocab_size=304,
+        hidden_size=16,
+        num_hidden_layers=2,
+        ffn_dim=32,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        dropout=0.1,
+        init_std=0.05,
+    )
     (directory / "config.json").write_text(json.dumps(config.to_hf()))
     rng = random.Random(0)
     lines = [
@@ -54,9 +60,16 @@ def options(tmp_path_factory):
     ]
     (directory / "text.jsonl").write_text("\n".join(lines) + "\n")
     return dict(
-        data=(str(directory / "text.jsonl"),), model=str(directory / "config.json"), steps=STEPS, batch_size=8,
-        warmup_steps=5, learning_rate=6e-4, checkpoint_every=5, eval_every=10, eval_batches=2,
-    )  # fmt: skip
+        data=(str(directory / "text.jsonl"),),
+        model=str(directory / "config.json"),
+        steps=STEPS,
+        batch_size=8,
+        warmup_steps=5,
+        learning_rate=6e-4,
+        checkpoint_every=5,
+        eval_every=10,
+        eval_batches=2,
+    )
 
 
 def run(options, output, **changes):
@@ -251,8 +264,8 @@ def test_arrays_and_texts_in_a_mixture_go_on_with_other_workers(options, uninter
     words = ["tokenize", text, "--output", str(tmp_path / "a.npy"), "--tokenizer", tokenizer]
     assert main(words) == 0
     mixed = options | dict(
-        data=(str(tmp_path / "a.npy"), text), mixture=(0.25, 0.75), pack="segments", tokenizer=tokenizer,
-    )  # fmt: skip
+        data=(str(tmp_path / "a.npy"), text), mixture=(0.25, 0.75), pack="segments", tokenizer=tokenizer
+    )
     whole = run(mixed, tmp_path / "whole", stop_after=6)
     run(mixed, tmp_path / "run", stop_after=3, data_workers=2)
     state = json.loads(next((tmp_path / "run" / "checkpoints" / "3" / "data").iterdir()).read_text())

@@ -35,9 +35,16 @@ from opt_jax.training.step import (
 )
 
 CONFIG = OPTConfig(
-    vocab_size=64, hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=8, max_position_embeddings=16,
-    dropout=0.1, attention_dropout=0.1, init_std=0.05,
-)  # fmt: skip
+    vocab_size=64,
+    hidden_size=32,
+    num_hidden_layers=2,
+    ffn_dim=64,
+    num_attention_heads=8,
+    max_position_embeddings=16,
+    dropout=0.1,
+    attention_dropout=0.1,
+    init_std=0.05,
+)
 BATCH, SEQ_LEN = 8, 16
 WINDOWS = Windows(np.random.default_rng(0).integers(0, 64, 2000).astype(np.int32), SEQ_LEN, BATCH)
 
@@ -367,8 +374,10 @@ def test_checkpoint_continues_bitwise_and_on_another_mesh(tmp_path, reference):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["8"]
     resumed.state = checkpoints.restore(8, resumed.abstract, resumed.shardings)
     before = jax.tree.leaves(resumed.state)
-    assert all(leaf.is_fully_addressable and leaf.dtype == kept.dtype for leaf, kept in
-               zip(before, jax.tree.leaves(run.state), strict=True))  # fmt: skip
+    assert all(
+        leaf.is_fully_addressable and leaf.dtype == kept.dtype
+        for leaf, kept in zip(before, jax.tree.leaves(run.state), strict=True)
+    )
     addresses = {leaf.unsafe_buffer_pointer() for leaf in before if leaf.size > 100}
     np.testing.assert_array_equal(resumed.losses(8, 9), reference[1][8:9])
     # Restored arrays are donatable: the first resumed step has put its results where they were.

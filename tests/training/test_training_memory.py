@@ -19,9 +19,15 @@ from opt_jax.training.step import make_gradients, new_model, state_shardings
 pytestmark = pytest.mark.slow
 
 CONFIG = OPTConfig(
-    vocab_size=96, hidden_size=32, num_hidden_layers=3, ffn_dim=64, num_attention_heads=4, max_position_embeddings=16,
-    dropout=0.0, init_std=0.05,
-)  # fmt: skip
+    vocab_size=96,
+    hidden_size=32,
+    num_hidden_layers=3,
+    ffn_dim=64,
+    num_attention_heads=4,
+    max_position_embeddings=16,
+    dropout=0.0,
+    init_std=0.05,
+)
 
 
 def test_a_loss_in_chunks_is_the_loss():

@@ -26,15 +26,34 @@ from opt_jax.checkpoints.formats.zip_records import find_records
 from opt_jax.system.reading import SMALL_FILE, open_regular
 
 _SAFETENSORS_DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-    "U64": "uint64", "U32": "uint32", "U16": "uint16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-}  # fmt: skip
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
 _STORAGE_DTYPES = {
-    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
-    "ByteStorage": "uint8", "BoolStorage": "bool",
-}  # fmt: skip
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+}
 _MAX_HEADER = 10_000_000  # bytes: 70,000 tensors. Parsing JSON made to hurt takes thirty times its length
 _MAX_SIZE = 1 << 60  # elements; NumPy counts bytes in 63 bits
 _MAX_DIMENSIONS = 32
@@ -168,10 +187,19 @@ _BUILTIN_TYPES = "bool bytearray bytes complex dict float frozenset int list lon
 _STUB_NAMES = {
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in _BUILTIN_TYPES.split()),
     *(f"torch.{name}" for name in ("bfloat16", "device", "float16", "float32", "float64", "int32", "int64")),
-    "numpy.core.multiarray.scalar", "numpy.core.multiarray._reconstruct", "numpy.dtype", "numpy.ndarray",
-    "numpy._core.multiarray.scalar", "numpy._core.multiarray._reconstruct", "_codecs.encode", "_operator.getitem",
-    "operator.getitem", "collections.Counter", "collections.defaultdict", "collections.deque",
-}  # fmt: skip
+    "numpy.core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy.dtype",
+    "numpy.ndarray",
+    "numpy._core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+    "_codecs.encode",
+    "_operator.getitem",
+    "operator.getitem",
+    "collections.Counter",
+    "collections.defaultdict",
+    "collections.deque",
+}
 
 
 def _rebuild_tensor(storage, offset, size, stride, _requires_grad=False, _hooks=None, metadata=None) -> TorchTensor:

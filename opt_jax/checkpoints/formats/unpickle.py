@@ -14,10 +14,24 @@ from typing import Any, NamedTuple
 _MAX_INSTRUCTIONS = 10_000_000  # 1500 tensors take 48 thousand; one that costs the most makes a dict of 64 bytes
 _MAX_KEY = 1 << 60  # Python hashes larger integers modulo 2^61 - 1, so that keys could be made to collide
 _MAX_ARGUMENTS = 16  # of a function: calling it copies them, and one tuple can be used again and again
-_LITERALS = frozenset((
-    "INT", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
-    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BINSTRING", "SHORT_BINSTRING",
-))  # fmt: skip
+_LITERALS = frozenset(
+    (
+        "INT",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG1",
+        "BINFLOAT",
+        "BINUNICODE",
+        "SHORT_BINUNICODE",
+        "BINUNICODE8",
+        "BINBYTES",
+        "SHORT_BINBYTES",
+        "BINBYTES8",
+        "BINSTRING",
+        "SHORT_BINSTRING",
+    )
+)
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 
 

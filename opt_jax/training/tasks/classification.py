@@ -64,9 +64,16 @@ class Classification:
     """
 
     def __init__(
-        self, data: Sequence[str], held_out: Sequence[str], tokenizer: OPTTokenizer, *, batch_size: int, seq_len: int,
-        seed: int, multiple: int = 1,
-    ):  # fmt: skip
+        self,
+        data: Sequence[str],
+        held_out: Sequence[str],
+        tokenizer: OPTTokenizer,
+        *,
+        batch_size: int,
+        seq_len: int,
+        seed: int,
+        multiple: int = 1,
+    ):
         texts, names = read_tsv(data)
         numbers = label_numbers(names)
         others, other_names = read_tsv(held_out) if held_out else ([], [])

@@ -108,9 +108,15 @@ class Batches(Order):
     """
 
     def __init__(
-        self, examples: Sequence[Sequence[int]], labels: np.ndarray, batch_size: int, longest: int, pad: int,
-        seed: int | None = None, multiple: int = 1,
-    ):  # fmt: skip
+        self,
+        examples: Sequence[Sequence[int]],
+        labels: np.ndarray,
+        batch_size: int,
+        longest: int,
+        pad: int,
+        seed: int | None = None,
+        multiple: int = 1,
+    ):
         self.examples, self.labels, self.batch_size, self.pad = examples, as_ids("labels", labels), batch_size, pad
         self.lengths, self.longest, self._multiple = np.array([len(e) for e in examples]), longest, multiple
         self._seed = seed
@@ -155,9 +161,11 @@ class Batches(Order):
 
     def description(self) -> dict[str, Any]:
         return {
-            "tokens": int(self.lengths.sum()), "fingerprint": fingerprint(self.examples, self.labels),
-            "seed": self._seed, "batch_size": self.batch_size,
-        }  # fmt: skip
+            "tokens": int(self.lengths.sum()),
+            "fingerprint": fingerprint(self.examples, self.labels),
+            "seed": self._seed,
+            "batch_size": self.batch_size,
+        }
 
     @contextlib.contextmanager
     def reader(self, _rows: Any, first: int, last: int, _workers: int = 0) -> Iterator[Any]:

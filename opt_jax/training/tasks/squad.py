@@ -158,9 +158,16 @@ class QuestionAnswering:
     """What `--task question-answering` trains on; see `tasks` for what every task has."""
 
     def __init__(
-        self, data: Sequence[str], held_out: Sequence[str], tokenizer: OPTTokenizer, *, batch_size: int, seq_len: int,
-        seed: int, multiple: int = 1,
-    ):  # fmt: skip
+        self,
+        data: Sequence[str],
+        held_out: Sequence[str],
+        tokenizer: OPTTokenizer,
+        *,
+        batch_size: int,
+        seq_len: int,
+        seed: int,
+        multiple: int = 1,
+    ):
         questions = read_squad(data)
         if held_out:
             self.questions = read_squad(held_out)
