@@ -23,6 +23,8 @@ from benchmarks.contestants import Contestant, alternate, close, machine, spread
 from benchmarks.generate import write_model
 from opt_jax import OPTConfig, OPTForCausalLM
 from opt_jax.generation import beams
+from opt_jax.generation.loop import Prompts
+from opt_jax.generation.request import check_request
 from opt_jax.model.cache import KVCache
 
 Search = Callable[[np.ndarray], np.ndarray]  # prompts [B, T] -> new tokens of the best sequence [B, N]
@@ -45,40 +47,46 @@ class RowsCache:
 
 
 @partial(jax.jit, static_argnames=("num_beams", "capacity"))
-def search_rows(model: OPTForCausalLM, ids, mask, options: beams.BeamOptions, *, num_beams: int, capacity: int):
-    """`beams._search` with a `RowsCache`."""
-    batch, width = ids.shape
-    out = model.forward(ids, mask, cache=model.init_cache(batch, width + capacity), logits_to_keep=1)
+def search_rows(model: OPTForCausalLM, prompts: Prompts, options: beams.BeamOptions, *, num_beams: int, capacity: int):
+    """The search of `BeamEngine` with a `RowsCache`."""
+    batch, width = prompts.ids.shape
+    out = model.forward(prompts.ids, prompts.mask, cache=model.init_cache(batch, width + capacity), logits_to_keep=1)
     assert out.cache is not None
     per_row = (out.cache.k, out.cache.v, out.cache.valid, out.cache.next_position)
     k, v, valid, position = jax.tree.map(lambda x: jnp.repeat(x, num_beams, axis=0), per_row)
     cache: Any = RowsCache(dataclasses.replace(out.cache, k=k, v=v, valid=valid, next_position=position))
-    advance = partial(beams._advance, ids, mask, options, None, False, None)
 
     def step(state):
         token = lax.dynamic_index_in_dim(state.running.tokens, state.step - 1, axis=2, keepdims=False)
         out = model.forward(token.reshape(-1, 1), cache=state.cache.rows)
         assert out.cache is not None
         state = dataclasses.replace(state, cache=RowsCache(out.cache))
-        return advance(state, out.logits.reshape(batch, num_beams, -1))
+        return beams.add_tokens(state, out.logits.reshape(batch, num_beams, -1), options)
 
-    state = beams._start(batch, num_beams, capacity, options.pad_token_id, cache)
+    state = beams.new_state(prompts, cache, options, num_beams, capacity, None)
     logits = jnp.broadcast_to(out.logits, (batch, num_beams, out.logits.shape[-1]))
-    return lax.while_loop(lambda s: ~s.done.all(), step, advance(state, logits)).finished
+    state = beams.add_tokens(state, logits, options)
+    return lax.while_loop(lambda s: ~s.done.all(), step, state).finished
 
 
 def ours(folder: str, num_beams: int, new: int) -> Search:
     model = OPTForCausalLM.from_pretrained(folder)
-    given: Any = dict(max_new_tokens=new, num_beams=num_beams, eos_token_ids=[], pad_token_id=1)
-    return lambda ids: np.asarray(beams.beam_search(model, ids, ids > 0, **given).sequences[:, -new:])
+    given: Any = dict(max_new_tokens=new, num_beams=num_beams, eos_token_id=[], pad_token_id=1)
+    return lambda ids: model.generate(ids, ids > 0, **given).sequences[:, -new:]
 
 
 def reordered(folder: str, num_beams: int, new: int) -> Search:
     model = OPTForCausalLM.from_pretrained(folder)
-    options = beams._options(model, new, 1.0, [], 1, None)
-    return lambda ids: np.asarray(
-        search_rows(model, ids, ids > 0, options, num_beams=num_beams, capacity=new).tokens[:, 0]
-    )
+    given: Any = dict(max_new_tokens=new, num_beams=num_beams, eos_token_id=[], pad_token_id=1)
+
+    def search(ids: np.ndarray) -> np.ndarray:
+        request = check_request(model, ids, ids > 0, options=given)
+        sampling = request.options_of(np.arange(1))
+        options = beams.BeamOptions(sampling, jnp.float32(1), keys=None, early_stopping=False, min_keep=1)
+        finished = search_rows(model, request.prompts, options, num_beams=num_beams, capacity=new)
+        return np.asarray(finished.tokens[:, 0])
+
+    return search
 
 
 def theirs(folder: str, num_beams: int, new: int, attention: str | None) -> Search:

@@ -4,7 +4,7 @@ The whole fast part runs under each with `make test-settings`.
 """
 
 import contextlib
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -235,16 +235,19 @@ def decoded(model, **options):
 def drawn_beams():
     model = half()
     request = check_request(model, IDS, options=dict(NEW, num_beams=3, early_stopping="never", **PROCESSORS))
-    options = beams._options(model, 3, 1.0, [2], 1, request.options_of(np.arange(1)))
-    search = partial(
-        beams._search,
-        num_beams=3,
+    options = beams.BeamOptions(
+        sampling=request.options_of(np.arange(1)),
+        length_penalty=jnp.float32(1),
+        keys=jax.random.split(jax.random.key(0), len(IDS)),
         early_stopping="never",
-        process=generation._beam_process(True, 2),
-        capacity=16,
-        cache_dtype=None,
+        min_keep=2,
     )
-    return jax.eval_shape(search, model, request.prompts.ids, request.prompts.mask, options, beams._row_keys(0, 2, 0))
+
+    def search(model):
+        state, _ = beams._begin(model, request.prompts, options, num_beams=3, capacity=16, logprobs=1, cache_dtype=None)
+        return beams.advance(model, state, options, np.int32(3), np.int32(2))
+
+    return jax.eval_shape(search, model)
 
 
 def trained(cls, lora=None, remat="none"):

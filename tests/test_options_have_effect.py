@@ -26,9 +26,11 @@ from opt_jax.checkpoints.pretrained import load_pretrained, save_pretrained
 from opt_jax.evaluation import command
 from opt_jax.evaluation._perplexity import perplexity
 from opt_jax.generation import sampling
+from opt_jax.generation.beams import BeamEngine
 from opt_jax.generation.config import FIELDS
 from opt_jax.generation.drafts import check_drafts
 from opt_jax.generation.generate import generate, prefill, stream
+from opt_jax.generation.loop import FlatModel
 from opt_jax.generation.processors import History, completes
 from opt_jax.generation.request import check_request
 from opt_jax.generation.scoring import score
@@ -270,9 +272,13 @@ def test_options_of_generation(model):
         on_host = {
             field.name: getattr(request, field.name)
             for field in dataclasses.fields(request)
-            if field.name not in ("input_ids", "prompts", "options", "given", "stops", "column_bytes")
+            if field.name not in ("input_ids", "prompts", "options", "given", "column_bytes")
         }
-        on_host |= dict(stops=request.stops is not None, drafts=drafts and (drafts.count, int(drafts.ngram)))
+        on_host |= dict(stops=request.options.stop_strings is not None, beams=request.num_beams)
+        on_host |= dict(drafts=drafts and (drafts.count, int(drafts.ngram)))
+        if request.num_beams > 1:
+            beams = BeamEngine(FlatModel.of(model), request).options_of(np.arange(1))
+            on_host |= dict(penalty=float(beams.length_penalty), early=beams.early_stopping)
         # In one program, for all processors are on; what is not about them has no other tokens to show.
         chosen = choose(request.options) if request.options.stop_sequences is not None and request.copies == 1 else ()
         rounded = lambda x: np.round(np.asarray(x, np.float64), 3).tolist() if hasattr(x, "dtype") else x  # noqa: E731

@@ -211,8 +211,8 @@ class _NewText:
     def __init__(self, tokenizer: OPTTokenizer):
         self._tokenizer = tokenizer
 
-    def stop_strings(self, strings: Sequence[str], prompts: Sequence[Any]) -> Any:
-        return self._tokenizer.stop_strings(strings, [np.zeros(0, np.int32)] * len(prompts))
+    def stop_strings(self, strings: Sequence[str], prompts: Sequence[Any], vocab_size: int) -> Any:
+        return self._tokenizer.stop_strings(strings, [np.zeros(0, np.int32)] * len(prompts), vocab_size)
 
 
 # The command --------------------------------------------------------------------------------------------------

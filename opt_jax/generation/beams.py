@@ -5,13 +5,13 @@ The cache is not: there beams are rows of the cache, copied at every step. Here 
 its columns hold the prompt once and then, for every step, the token of each beam. Which columns a beam descends from is
 a table of booleans (`KVCache.branch`), and this table is the attention mask. Beams change places by reordering the
 table; keys and values stay where they were written, and each is read once for all the beams of a prompt.
+
+B prompts, N beams of each, M columns for new tokens, V tokens in the vocabulary.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,38 +19,28 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from opt_jax.generation.config import check_ids
+from opt_jax.generation import sampling
+from opt_jax.generation.engines import NewTokens, Slots, check_fits, padded
+from opt_jax.generation.loop import FlatModel, Model, Prompts, Report, TokenLogprobs, as_module
+from opt_jax.generation.processors import History
+from opt_jax.generation.request import Request, batch_bucket, bucket, take_prompts
+from opt_jax.generation.sampling import SamplingOptions
 from opt_jax.model.cache import KVCache
-from opt_jax.model.heads import OPTForCausalLM
-from opt_jax.model.ids import as_ids, as_mask
 
 _NEVER = -1e9  # HF's score of what must not be chosen: finite, since sums of it are compared
-_EOS_SLOTS = 8  # more end tokens than this compile anew
-
-# (options, log_probs [B * N, V], tokens [B * N, L], which of them are real [B * N, L], column of the next token
-# [B * N], number of new tokens so far [B * N]) -> log_probs
-Process = Callable[[Any, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class BeamOutput:
-    """The R best sequences of each prompt, best first; row b * R + r is sequence r of prompt b."""
-
-    sequences: np.ndarray  # int32 [B * R, T + new]: the prompt, the new tokens with the end token, then pads
-    sequences_scores: np.ndarray  # float32 [B * R]: sum of log-probabilities / (number of new tokens) ** length_penalty
-    lengths: np.ndarray  # int32 [B * R]: number of new tokens, the end token included
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class BeamOptions:
-    """What the compiled search is told; every value is traced: other values compile nothing."""
+    """What the compiled search is told. Every value but the static ones is traced: other values compile nothing."""
 
-    max_new_tokens: Int[Array, ""]
-    length_penalty: Float[Array, ""]
-    eos_token_ids: Int[Array, " E"]  # filled up with ids no token has
-    pad_token_id: Int[Array, ""]
-    process: Any = None  # the first argument of `process`
+    sampling: SamplingOptions  # for all beams; seeds and samples are not used
+    length_penalty: Float[Array, ""]  # scores are divided by length ** length_penalty
+    keys: Key[Array, " B"] | None  # draw candidates at random; None: take the best
+    early_stopping: bool | Literal["never"] = dataclasses.field(metadata=dict(static=True))
+    # What HF's processors of sampling leave at least, so that there are beams left when one ends.
+    min_keep: int = dataclasses.field(metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass
@@ -61,6 +51,9 @@ class _Beams:
     tokens: Int[Array, "B N M"]
     scores: Float[Array, "B N"]  # running: sum of log-probabilities; finished: the final score
     lengths: Int[Array, "B N"]  # 0: none yet
+    stopped: Bool[Array, "B N"]  # ended by an end token, stop sequence or stop string
+    matched: Int[Array, "B N"] | None  # state of `SamplingOptions.stop_strings` behind the last token
+    logprobs: TokenLogprobs | None  # [B, N, M] and [B, N, M, n]
 
     def select(self, index: Int[Array, "B n"]) -> "_Beams":
         return jax.tree.map(lambda x: _take(x, index), self)
@@ -68,199 +61,246 @@ class _Beams:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _State:
+class BeamState:
     """Between two steps. The last token of a running beam is not in the cache yet."""
 
     cache: KVCache
+    prompts: Int[Array, "B W"]  # real tokens last
+    prompt_lengths: Int[Array, " B"]
     running: _Beams
     finished: _Beams
     step: Int[Array, ""]  # new tokens so far
     done: Bool[Array, " B"]  # prompts whose finished beams are final
 
 
-def beam_search(
-    model: OPTForCausalLM,
-    ids: Int[np.ndarray, "B T"],
-    mask: Bool[np.ndarray, "B T"],
-    *,
-    max_new_tokens: int,
-    num_beams: int,
-    num_return_sequences: int = 1,
-    length_penalty: float = 1.0,
-    early_stopping: bool | Literal["never"] = False,
-    eos_token_ids: Sequence[int],
-    pad_token_id: int,
-    do_sample: bool = False,
-    seed: int | Sequence[int] | np.ndarray = 0,
-    first_row: int = 0,
-    process: Process | None = None,
-    process_options: Any = None,
-    capacity: int | None = None,
-    cache_dtype: str | None = None,
-) -> BeamOutput:
-    """The most likely continuations found by following the `num_beams` best ones at every step.
+class BeamEngine:
+    """The most likely continuations of each prompt, found by following the `num_beams` best ones at every step.
 
-    Args:
-      ids, mask: prompts padded on the left; mask is true at real tokens.
-      max_new_tokens: the most tokens to add.
-      num_beams: sequences kept per prompt.
-      num_return_sequences: of these, how many are returned; at most num_beams.
-      length_penalty: scores are divided by length ** length_penalty: above 0 favours long sequences.
-      early_stopping: when a prompt is done. True: when it has num_beams finished sequences. False: when the best
-        running beam, scored at its present length, is worse than the worst finished one. "never": when no continuation
-        of it up to max_new_tokens can be better.
-      eos_token_ids: end tokens, maybe none.
-      pad_token_id: fills sequences that have ended.
-      do_sample: draw the candidates of a step at random, without replacement, by their accumulated probability.
-      seed: in [0, 2**32). One number: what row i draws depends on it and on i; or one number per row, which alone then
-        decides what that row draws.
-      first_row: the row i of the first prompt, for a part of a batch with one seed.
-      process: changes log-probabilities before they are added up (HF: logits processors); a module-level function, as
-        each new function compiles anew. `process_options` is its first argument, a pytree of traced values.
-      capacity: compile for this many new tokens, so that any max_new_tokens up to it needs no other compilation.
-      cache_dtype: of keys and values; None: the compute dtype.
-
-    Raises:
-      ValueError: arguments outside of these ranges, more positions than the model has.
+    A job is a prompt, whose rows are its `num_return_sequences` best continuations. All prompts of a batch are at the
+    same step, so none can be placed beside others that have begun.
     """
-    ids, mask = as_ids("ids", ids, 0, model.config.vocab_size - 1), as_mask("mask", mask)
-    capacity = max_new_tokens if capacity is None else capacity
-    _check(model, ids, mask, max_new_tokens, num_beams, num_return_sequences, length_penalty, early_stopping, capacity)
-    beams = _search(
-        model,
-        ids,
-        mask,
-        _options(model, max_new_tokens, length_penalty, eos_token_ids, pad_token_id, process_options),
-        _row_keys(seed, len(ids), first_row) if do_sample else None,
-        num_beams=num_beams,
-        early_stopping=early_stopping,
-        process=process,
-        capacity=capacity,
-        cache_dtype=cache_dtype,
-    )
-    tokens, scores, lengths = (
-        x[:, :num_return_sequences].reshape(-1, *x.shape[2:])
-        for x in jax.device_get((beams.tokens, beams.scores, beams.lengths))
-    )
-    prompts = np.repeat(ids, num_return_sequences, axis=0)
-    return BeamOutput(np.concatenate([prompts, tokens[:, : lengths.max()]], axis=1), scores, lengths)
+
+    refills = False
+
+    def __init__(self, model: FlatModel, request: Request):
+        self._model, self._request = model, request
+        self.jobs, self.rows_per_job = len(request.input_ids), request.copies
+
+    def begin(self, jobs: np.ndarray) -> tuple[Slots, Report]:
+        request = self._request
+        jobs = padded(jobs, batch_bucket(len(jobs)))
+        capacity = bucket(request.max_new_tokens)
+        check_fits(self._model, request, len(jobs), request.num_beams * capacity, request.num_beams)
+        options = self.options_of(jobs)
+        state, report = _begin(
+            self._model,
+            take_prompts(request.prompts, jobs),
+            options,
+            num_beams=request.num_beams,
+            capacity=capacity,
+            logprobs=request.logprobs,
+            cache_dtype=request.cache_dtype,
+        )
+        return Slots(state, options, jobs), report
+
+    def options_of(self, jobs: np.ndarray) -> BeamOptions:
+        request, given = self._request, self._request.given
+        ends = int((np.asarray(request.options.eos_token_ids) < request.vocab_size).sum())
+        return BeamOptions(
+            sampling=request.options_of(np.arange(1)),
+            length_penalty=jax.device_put(np.float32(1 if given.length_penalty is None else given.length_penalty)),
+            keys=self._keys(jobs) if request.do_sample else None,
+            early_stopping=given.early_stopping or False,
+            min_keep=1 + max(1, ends) if request.do_sample else 1,  # HF: two at least where no token ends
+        )
+
+    def _keys(self, jobs: np.ndarray) -> Key[Array, " B"]:
+        """One seed: what prompt i draws depends on it and on i. A seed for each prompt: on its seed alone."""
+        seeds = np.asarray(self._request.options.seeds)[jobs * self._request.copies]
+        keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
+        if np.ndim(self._request.given.seed) > 0:
+            return keys
+        return jax.vmap(jax.random.fold_in)(keys, jnp.asarray(jobs, jnp.int32))
+
+    def advance(self, slots: Slots, steps: int, enough: int) -> tuple[Slots, Report]:
+        state, report = advance(self._model, slots.state, slots.options, np.int32(steps), np.int32(enough))
+        return dataclasses.replace(slots, state=state), report
+
+    def place(self, slots: Slots, jobs: np.ndarray, places: np.ndarray, size: int) -> Slots:
+        raise NotImplementedError("beams of other prompts are at another step")
+
+    def results(self, slots: Slots) -> NewTokens:
+        count, finished = self.rows_per_job, jax.device_get(slots.state.finished)
+        best = jax.tree.map(lambda x: x[:, :count].reshape(-1, *x.shape[2:]), finished)
+        return NewTokens(best.tokens, best.lengths, best.stopped, best.logprobs, scores=best.scores)
 
 
 # Compiled -----------------------------------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnames=("num_beams", "early_stopping", "process", "capacity", "cache_dtype"))
-def _search(
-    model: OPTForCausalLM,
-    ids: Int[Array, "B T"],
-    mask: Bool[Array, "B T"],
+@partial(jax.jit, static_argnames=("num_beams", "capacity", "logprobs", "cache_dtype"))
+def _begin(
+    model: Model,
+    prompts: Prompts,
     options: BeamOptions,
-    keys: Key[Array, " B"] | None,
     *,
     num_beams: int,
-    early_stopping: bool | Literal["never"],
-    process: Process | None,
     capacity: int,
+    logprobs: int | None,
     cache_dtype: str | None,
-) -> _Beams:
-    """The finished beams. `keys`: draw at random."""
-    batch, width = ids.shape
-    cache = model.init_cache(batch, width + num_beams * capacity, cache_dtype)
-    out = model.forward(ids, mask, cache=cache, logits_to_keep=1)
+) -> tuple[BeamState, Report]:
+    """Read the prompts and choose the first token of each beam. capacity: M."""
+    model, (batch, length) = as_module(model), prompts.ids.shape
+    if prompts.prefix is None:
+        cache = model.init_cache(batch, length + num_beams * capacity, cache_dtype)
+    else:
+        cache = prompts.prefix.extend(batch, prompts.prefix.max_length + length + num_beams * capacity)
+    out = model.forward(prompts.ids, prompts.mask, cache=cache, logits_to_keep=1)
     assert out.cache is not None
-    advance = partial(_advance, ids, mask, options, keys, early_stopping, process)
+    state = new_state(prompts, out.cache.branch(num_beams), options, num_beams, capacity, logprobs)
+    logits = jnp.broadcast_to(out.logits, (batch, num_beams, out.logits.shape[-1]))
+    return _report(add_tokens(state, logits, options))
 
-    def step(state: _State) -> _State:
+
+@partial(jax.jit, donate_argnames="state")
+def advance(
+    model: Model, state: BeamState, options: BeamOptions, steps: Int[Array, ""], enough: Int[Array, ""]
+) -> tuple[BeamState, Report]:
+    """Make `steps` steps, or fewer if `enough` prompts are done before."""
+    model, until = as_module(model), state.step + steps
+
+    def step(state: BeamState) -> BeamState:
         token = lax.dynamic_index_in_dim(state.running.tokens, state.step - 1, axis=2, keepdims=False)
         positions = jnp.broadcast_to(state.cache.next_position[:, None], token.shape)
         out = model.forward(token, position_ids=positions, cache=state.cache)
-        return advance(dataclasses.replace(state, cache=out.cache), out.logits)
+        assert out.cache is not None
+        return add_tokens(dataclasses.replace(state, cache=out.cache), out.logits, options)
 
-    state = _start(batch, num_beams, capacity, options.pad_token_id, out.cache.branch(num_beams))
-    logits = jnp.broadcast_to(out.logits, (batch, num_beams, out.logits.shape[-1]))
-    return lax.while_loop(lambda s: ~s.done.all(), step, advance(state, logits)).finished
+    def go_on(state: BeamState) -> Bool[Array, ""]:
+        return (state.step < until) & (state.done.sum(dtype=jnp.int32) < enough)
+
+    return _report(lax.while_loop(go_on, step, state))
 
 
-def _start(batch: int, beams: int, capacity: int, pad_token_id: Int[Array, ""], cache: KVCache) -> _State:
+def new_state(
+    prompts: Prompts, cache: KVCache, options: BeamOptions, num_beams: int, capacity: int, logprobs: int | None
+) -> BeamState:
+    """Before the first token. cache: of the prompts, branched."""
+    shape, matched, records = (len(prompts.ids), num_beams), prompts.matched, None
+    if matched is not None:
+        matched = jnp.broadcast_to(matched[:, None], shape)
+    if logprobs is not None:
+        one, top = (*shape, capacity), (*shape, capacity, logprobs)
+        records = TokenLogprobs(jnp.zeros(one, jnp.float32), jnp.zeros(top, jnp.int32), jnp.zeros(top, jnp.float32))
     # All the beams of a prompt begin as one: the first counts, the others must not repeat it.
-    scores = jnp.where(jnp.arange(beams) == 0, 0.0, _NEVER).astype(jnp.float32)
+    first = jnp.where(jnp.arange(num_beams) == 0, 0.0, _NEVER).astype(jnp.float32)
     running = _Beams(
-        tokens=jnp.full((batch, beams, capacity), pad_token_id, jnp.int32),
-        scores=jnp.broadcast_to(scores, (batch, beams)),
-        lengths=jnp.zeros((batch, beams), jnp.int32),
+        tokens=jnp.full((*shape, capacity), options.sampling.pad_token_id, jnp.int32),
+        scores=jnp.broadcast_to(first, shape),
+        lengths=jnp.zeros(shape, jnp.int32),
+        stopped=jnp.zeros(shape, bool),
+        matched=matched,
+        logprobs=records,
     )
-    finished = dataclasses.replace(running, scores=jnp.full((batch, beams), _NEVER, jnp.float32))
-    return _State(cache, running, finished, jnp.zeros((), jnp.int32), jnp.zeros((batch,), bool))
+    return BeamState(
+        cache=cache,
+        prompts=prompts.tokens,
+        prompt_lengths=prompts.lengths,
+        running=running,
+        finished=dataclasses.replace(running, scores=jnp.full(shape, _NEVER, jnp.float32)),
+        step=jnp.zeros((), jnp.int32),
+        done=jnp.zeros(shape[0], bool),
+    )
 
 
-def _advance(
-    ids: Int[Array, "B T"],
-    mask: Bool[Array, "B T"],
-    options: BeamOptions,
-    keys: Key[Array, " B"] | None,
-    early_stopping: bool | Literal["never"],
-    process: Process | None,
-    state: _State,
-    logits: Float[Array, "B N V"],
-) -> _State:
-    """One step: candidates, which of them go on, which are finished, and whether a prompt is done."""
+def _report(state: BeamState) -> tuple[BeamState, Report]:
+    """Of the best running beams, in the place of rows."""
+    token = lax.dynamic_index_in_dim(state.running.tokens[:, 0], state.step - 1, axis=1)
+    return state, Report(token, jnp.copy(state.running.lengths[:, 0]), jnp.copy(state.done))
+
+
+def add_tokens(state: BeamState, logits: Float[Array, "B N V"], options: BeamOptions) -> BeamState:
+    """The state with one more token of each beam: candidates, which of them go on, which are finished."""
     beams, vocabulary = logits.shape[1:]
+    eos, penalty = options.sampling.eos_token_ids, options.length_penalty
     log_probs = jax.nn.log_softmax(logits, axis=-1)
-    if process is not None:
-        log_probs = _processed(process, options.process, ids, mask, state, log_probs)
-    totals = (log_probs + state.running.scores[:, :, None]).reshape(len(ids), -1)
+    totals = _processed(state, log_probs, options) + state.running.scores[:, :, None]
+    totals = totals.reshape(len(totals), -1)
 
     # So many that `beams` of them are left to go on if each beam proposes all the end tokens.
-    most = min((1 + options.eos_token_ids.size) * beams, totals.shape[1])
-    count = jnp.maximum(2, 1 + (options.eos_token_ids < vocabulary).sum(dtype=jnp.int32)) * beams
-    index = _candidates(totals, most, count, keys, state.step)
-    parent, token = index // vocabulary, index % vocabulary
-    length = state.step + 1
-    tokens = _take(state.running.tokens, parent)
-    candidates = _Beams(
-        tokens=lax.dynamic_update_slice_in_dim(tokens, token[:, :, None], state.step, axis=2),
-        scores=_take(totals, index),
-        lengths=jnp.full_like(index, length),
-    )
-    ends = (token[:, :, None] == options.eos_token_ids[None, None]).any(-1) | (length >= options.max_new_tokens)
+    most = min((1 + eos.size) * beams, totals.shape[1])
+    count = jnp.maximum(2, 1 + (eos < vocabulary).sum(dtype=jnp.int32)) * beams
+    index = _candidates(totals, most, count, options.keys, state.step)
+    candidates = _grown(state, index, _take(totals, index), log_probs, options.sampling)
+    most_new = options.sampling.max_new_tokens[0]  # the same for all
+    ends = candidates.stopped | (candidates.lengths >= most_new)
 
     # Ended ones stay behind, unless there are no others; the best `beams` candidates only may finish (HF's rules).
     counted = jnp.arange(most, dtype=jnp.int32)[None] < count
     going_on = jnp.where(counted, candidates.scores + jnp.where(ends, _NEVER, 0.0), -jnp.inf)
     scores, chosen = lax.top_k(going_on, beams)
     running = dataclasses.replace(candidates.select(chosen), scores=scores)
-    finished = _finish(state.finished, candidates, ends & ~state.done[:, None], options.length_penalty)
+    finished = _finish(state.finished, candidates, ends & ~state.done[:, None], penalty)
 
-    if early_stopping == "never":
-        best_length = jnp.where(options.length_penalty > 0, options.max_new_tokens, length)
-    else:
-        best_length = length
-    done = state.done | ~_can_improve(running, finished, best_length, options.length_penalty)
+    best_length = length = state.step + 1
+    if options.early_stopping == "never":
+        best_length = jnp.where(penalty > 0, most_new, length)
+    done = state.done | ~_can_improve(running, finished, best_length, penalty)
     done |= (ends | ~counted).all(1)
-    if early_stopping is True:
+    if options.early_stopping is True:
         done |= (finished.lengths > 0).all(1)
-    return _State(state.cache.select(_take(parent, chosen)), running, finished, length, done)
+    cache = state.cache.select(_take(index // vocabulary, chosen))
+    return dataclasses.replace(state, cache=cache, running=running, finished=finished, step=length, done=done)
 
 
-def _processed(
-    process: Process,
-    options: Any,
-    ids: Int[Array, "B T"],
-    mask: Bool[Array, "B T"],
-    state: _State,
+def _grown(
+    state: BeamState,
+    index: Int[Array, "B C"],
+    scores: Float[Array, "B C"],
     log_probs: Float[Array, "B N V"],
-) -> Float[Array, "B N V"]:
-    tokens, step = state.running.tokens, state.step
-    width, (beams, capacity) = ids.shape[1], tokens.shape[1:]
-    is_new = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32) < step, tokens.shape)
+    options: SamplingOptions,
+) -> _Beams:
+    """The candidates, longer by a token than the beams that they continue. index: beam * V + token."""
+    parent, token = index // log_probs.shape[-1], index % log_probs.shape[-1]
+    beams, step = state.running.select(parent), state.step
+    tokens = lax.dynamic_update_slice_in_dim(beams.tokens, token[:, :, None], step, axis=2)
+    matched = None if beams.matched is None else beams.matched.reshape(-1)
+    stopped, matched = sampling.stops(token.reshape(-1), _history(state, tokens, step + 1), matched, options)
+    records = beams.logprobs
+    if records is not None:
+        top, ids = (_take(x, parent) for x in lax.top_k(log_probs, records.top.shape[-1]))
+        chosen = _take(log_probs.reshape(len(log_probs), -1), index)
+        write = partial(lax.dynamic_update_slice_in_dim, start_index=step, axis=2)
+        records = TokenLogprobs(
+            chosen=write(records.chosen, chosen[:, :, None]),
+            top_ids=write(records.top_ids, ids[:, :, None]),
+            top=write(records.top, top[:, :, None]),
+        )
+    return _Beams(
+        tokens=tokens,
+        scores=scores,
+        lengths=jnp.full_like(index, step + 1),
+        stopped=stopped.reshape(index.shape),
+        matched=None if matched is None else matched.reshape(index.shape),
+        logprobs=records,
+    )
 
-    def joined(prompt, new):
-        prompt = jnp.repeat(prompt[:, None], beams, axis=1)
-        return jnp.concatenate([prompt, new], axis=2).reshape(-1, width + capacity)
 
+def _history(state: BeamState, tokens: Int[Array, "B n M"], step: Int[Array, ""]) -> History:
+    """Of B * n rows, `step` new tokens each."""
+    (batch, n, capacity), width = tokens.shape, state.prompts.shape[1]
+    prompts, lengths = (jnp.repeat(x, n, axis=0) for x in (state.prompts, state.prompt_lengths))
+    columns = jnp.arange(width + capacity, dtype=jnp.int32)[None]
+    valid = (columns >= width - lengths[:, None]) & (columns < width + step)
+    joined = jnp.concatenate([prompts, tokens.reshape(batch * n, capacity)], axis=1)
+    column, new = (jnp.full(batch * n, x, jnp.int32) for x in (width + step, step))
+    return History(joined, valid, column, new)
+
+
+def _processed(state: BeamState, log_probs: Float[Array, "B N V"], options: BeamOptions) -> Float[Array, "B N V"]:
+    history = _history(state, state.running.tokens, state.step)
     flat = log_probs.reshape(-1, log_probs.shape[-1])
-    column, new = (jnp.full(len(flat), x, jnp.int32) for x in (width + step, step))
-    flat = process(options, flat, joined(ids, tokens), joined(mask, is_new), column, new)
+    flat = sampling.process(flat, history, options.sampling, options.keys is not None, options.min_keep)
     return flat.reshape(log_probs.shape)
 
 
@@ -299,63 +339,3 @@ def _power(length: Int[Array, "..."], exponent: Float[Array, ""]) -> Float[Array
 def _take(x: Array, index: Int[Array, "B n"]) -> Array:
     """x[b, index[b]] for every prompt b."""
     return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
-
-
-# Arguments ----------------------------------------------------------------------------------------------------
-
-
-def _check(
-    model, ids, mask, max_new_tokens, num_beams, num_return_sequences, length_penalty, early_stopping, capacity
-) -> None:
-    if not isinstance(model, OPTForCausalLM):
-        raise ValueError(f"beam search needs an OPTForCausalLM, not an {type(model).__name__}")
-    config = model.config
-    if ids.ndim != 2 or mask.shape != ids.shape or not mask[:, -1:].all():
-        raise ValueError(f"ids {ids.shape} and mask {mask.shape} must be [batch, tokens], padded on the left")
-    if num_beams < 1:
-        raise ValueError(f"num_beams={num_beams} must be at least 1")
-    if not 1 <= num_return_sequences <= num_beams:
-        raise ValueError(
-            f"num_return_sequences={num_return_sequences} must be in [1, {num_beams}], as num_beams={num_beams}"
-        )
-    if not math.isfinite(length_penalty):
-        raise ValueError(f"length_penalty={length_penalty} must be a finite number")
-    if not isinstance(early_stopping, bool) and early_stopping != "never":
-        raise ValueError(f'early_stopping={early_stopping!r} must be True, False or "never"')
-    if not 1 <= max_new_tokens <= capacity:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be in [1, {capacity}]")
-    prompt, limit = int(mask.sum(1).max()), config.max_position_embeddings
-    if prompt + max_new_tokens > limit:
-        raise ValueError(
-            f"a prompt of {prompt} tokens and {max_new_tokens} new ones are more than "
-            f"max_position_embeddings={limit}: shorten the prompt, or ask for fewer"
-        )
-
-
-def _options(model, max_new_tokens, length_penalty, eos_token_ids, pad_token_id, process_options) -> BeamOptions:
-    vocabulary = model.config.vocab_size
-    eos = list(dict.fromkeys(check_ids("eos_token_ids", eos_token_ids, vocabulary)))
-    (pad_token_id,) = check_ids("pad_token_id", [pad_token_id], vocabulary)
-    slots = math.ceil(max(len(eos), 1) / _EOS_SLOTS) * _EOS_SLOTS
-    return BeamOptions(
-        max_new_tokens=jax.device_put(np.int32(max_new_tokens)),
-        length_penalty=jax.device_put(np.float32(length_penalty)),
-        eos_token_ids=jax.device_put(np.array(eos + [vocabulary] * (slots - len(eos)), np.int32)),
-        pad_token_id=jax.device_put(np.int32(pad_token_id)),
-        process=process_options,
-    )
-
-
-def _row_keys(seed: int | Sequence[int] | np.ndarray, batch: int, first_row: int) -> Key[Array, " B"]:
-    seeds = np.atleast_1d(np.asarray(seed))
-    if (
-        seeds.dtype.kind not in "iu"
-        or seeds.shape not in ((1,), (batch,))
-        or (seeds < 0).any()
-        or (seeds >= 2**32).any()
-    ):
-        raise ValueError(f"seed={seed} must be a number in [0, 2**32), or one for each of the {batch} rows")
-    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
-    if np.ndim(seed) > 0:
-        return keys
-    return jax.vmap(lambda row: jax.random.fold_in(keys[0], row))(first_row + jnp.arange(batch, dtype=jnp.int32))

@@ -68,9 +68,8 @@ _UNSUPPORTED: dict[str, tuple] = {
 }
 # Only of use with do_sample=True, and the values that are of no use even then.
 _SAMPLING: dict[str, tuple] = {"temperature": (1,), "top_k": (0,), "top_p": (1,), "min_p": (0,), "typical_p": (1,)}
-# Only of use with num_beams, likewise; and what beams cannot do yet.
+# Only of use with num_beams, likewise.
 _BEAMS: dict[str, tuple] = {"length_penalty": (1,), "early_stopping": (False,)}
-_NOT_WITH_BEAMS = ("stop_token_ids", "stop_strings", "logprobs")
 _CACHE_DTYPES = ("int8", "float16", "bfloat16", "float32")
 # Only of use with drafts (`opt_jax.generation.speculative`).
 _DRAFTS = ("num_assistant_tokens", "max_matching_ngram_size")
@@ -332,8 +331,6 @@ def _check_values(config: GenerationConfig) -> None:
     if beams > 1:
         if copies > beams:
             raise ValueError(f"num_return_sequences={copies} is more than num_beams={beams}")
-        if unable := [name for name in _NOT_WITH_BEAMS if getattr(config, name) is not None]:
-            raise ValueError(f"{', '.join(unable)} are not supported with num_beams={beams}: leave one of them out")
     elif unused := _asked_for(config, _BEAMS):  # HF warns
         raise ValueError(f"{', '.join(unused)} without effect: pass num_beams above 1 as well")
     if not config.do_sample:  # HF warns

@@ -26,7 +26,7 @@ class Drafts:
     ngram: Int[Any, ""]  # the most last tokens to look for
     count: int = dataclasses.field(metadata=dict(static=True))  # k
 
-    def spare(self, rows: int) -> int:
+    def more_columns(self, rows: int) -> int:
         """Columns that the cache needs besides those of the tokens: for drafts, and for holes, which one row has not.
 
         For every draft of every token it would be k times the cache, all of which is read at every step.
@@ -46,9 +46,12 @@ def check_drafts(model: OPTForCausalLM, request: Request, assistant: Any) -> Dra
         raise ValueError("max_matching_ngram_size without effect: pass prompt_lookup_num_tokens as well")
     if assistant is None and lookup is None:
         return None
-    if request.beams is not None:
+    if request.num_beams > 1:
         name = "assistant_model" if lookup is None else "prompt_lookup_num_tokens"
-        raise ValueError(f"{name} is not supported with num_beams: leave one of them out")
+        raise ValueError(
+            f"{name} is not supported with num_beams: drafts continue one sequence, beams compare the continuations "
+            "of several; leave one of them out"
+        )
     limit = model.config.max_position_embeddings
     if lookup is not None:
         _check_count("prompt_lookup_num_tokens", lookup, limit)

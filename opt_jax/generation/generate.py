@@ -1,42 +1,33 @@
 """Prompts to continuations: generation, streaming. Ids only, no text.
 
-Two compiled functions do the work (`loop.py`): `begin` reads the prompts and chooses the first token, `advance`
-makes steps until told to stop. Prompts are padded on the left to a few fixed lengths, and batches to a few sizes
-(`bucket`), so that each is compiled once per bucket of both and kind of decoding (which processors are on); everything
-else is a traced value.
+An engine (`engines.py`) does the work: `begin` reads the prompts and chooses the first token, `advance` makes steps
+until told to stop. Here is the one loop on the host that runs an engine to its end, and the one that streams.
+Prompts are padded on the left to a few fixed lengths, and batches to a few sizes (`bucket`), so that each is compiled
+once per bucket of both and kind of decoding (which processors are on); everything else is a traced value.
 """
 
 import dataclasses
 from collections.abc import Generator, Iterator
-from functools import cache as memoize
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Int
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from opt_jax.generation import beams, continuous, loop, sampling, speculative
+from opt_jax.generation.beams import BeamEngine
 from opt_jax.generation.config import GenerationConfig
 from opt_jax.generation.drafts import Drafts, check_drafts
-from opt_jax.generation.loop import DecodeState, FlatModel, Model, NewTokens, new_tokens
-from opt_jax.generation.memory import check_memory, device_memory
-from opt_jax.generation.processors import History
-from opt_jax.generation.request import (
-    Prefix,
-    Request,
-    batch_bucket,
-    bucket,
-    check_batch_size,
-    check_request,
-    check_score,
-    take_prompts,
-)
-from opt_jax.generation.sampling import SamplingOptions
+from opt_jax.generation.engines import Engine, NewTokens, PlainEngine
+from opt_jax.generation.loop import FlatModel
+from opt_jax.generation.request import Prefix, Request, check_batch_size, check_request, check_score
+from opt_jax.generation.speculative import DraftingEngine
 from opt_jax.model.cache import KVCache
 from opt_jax.model.heads import OPTForCausalLM
 
-_CHECK_EVERY = 8  # steps between two looks for stop strings
+_NO_LIMIT = 1 << 30  # steps
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,46 +112,94 @@ def generate_requested(
     assistant_model: OPTForCausalLM | None = None,
 ) -> GenerateOutput:
     """What `generate` does once its arguments are checked."""
-    check_batch_size(batch_size, progress_bar, request)
-    drafts = check_drafts(model, request, assistant_model)
+    check_batch_size(batch_size, progress_bar)
+    engine = _engine(model, request, check_drafts(model, request, assistant_model), batch_size)
+    shown = False if batch_size is None or progress_bar is None and batch_size >= engine.jobs else progress_bar
+    return _output(request, _run(engine, min(batch_size or engine.jobs, engine.jobs), request, shown))
+
+
+def _engine(model: OPTForCausalLM, request: Request, drafts: Drafts | None, batch_size: int | None) -> Engine:
+    if request.num_beams > 1:
+        return BeamEngine(FlatModel.of(model), request)
     if drafts is not None:
-        if batch_size is not None:
-            raise ValueError(f"batch_size={batch_size} is not supported with drafts: leave one of them out")
-        return _generate_with_drafts(FlatModel.of(model), request, drafts)
-    if request.beams is not None:
-        return _generate_with_beams(model, request, batch_size or len(request.input_ids))
-    flat = FlatModel.of(model)
-    if batch_size is not None and (batch_size < request.rows or progress_bar):
-        _check_fits(flat, request, min(batch_size, request.rows), request.capacity)
-        return output(request, continuous.generate(flat, request, min(batch_size, request.rows), progress_bar))
-    sampling_options, (state, _, ended) = _start(flat, request)
-    if request.stops is None:
-        state, _, _ = _advance(flat, request, sampling_options, state, request.max_new_tokens)
-    else:
-        step = 1
-        while not (np.asarray(ended) | _look(request, state)).all() and step < request.max_new_tokens:
-            step = min(step + _CHECK_EVERY, request.max_new_tokens)
-            state, _, ended = _advance(flat, request, sampling_options, state, step)
-    return output(request, new_tokens(state))
+        return DraftingEngine(FlatModel.of(model), request, drafts, min(batch_size or request.rows, request.rows))
+    return PlainEngine(FlatModel.of(model), request)
 
 
-def _check_fits(model: Model, request: Request, rows: int, new_columns: int, branches: int = 1) -> None:
-    """ValueError unless the devices have the memory for so many rows at a time.
+def _run(engine: Engine, size: int, request: Request, progress_bar: bool | None) -> NewTokens:
+    """All jobs of an engine, `size` of them at work at a time.
 
-    branches: continuations of a row that are looked at together (beams, drafts): one distribution over the vocabulary
-    each, and the columns that each of them sees.
+    A job that has ended makes room for the next one (continuous batching), if the engine can place one beside others.
     """
-    columns = request.width + new_columns
-    nbytes = columns * (request.column_bytes + branches) + branches * request.vocab_size * 4
-    nbytes += request.capacity * (request.logprobs or 0) * 8  # token and value
-    check_memory(rows * nbytes, device_memory(model), rows, request.given)
+    jobs: np.ndarray = np.arange(engine.jobs)
+    result: Any = None
+    if engine.refills and size < len(jobs):  # long prompts first: the last to end are short, and neighbours as long
+        jobs = np.argsort(-request.prompts.lengths.repeat(request.copies), kind="stable")
+    batches = [jobs] if engine.refills else np.split(jobs, range(size, len(jobs), size))
+    chunk = max(1, size // 8)  # prompts read at a time: few enough that slots hardly wait for each other
+    with _progress(progress_bar) as bar:
+        task = bar.add_task("generating", total=request.rows)
+        for batch in batches:
+            first, waiting = batch[:size], batch[size:].tolist()[::-1]
+            slots, report = engine.begin(first)
+            working = np.full(len(report.ended), -1)  # the job of each slot; -1: none
+            working[: len(first)] = first
+            while (working >= 0).any():
+                enough = min(chunk, len(waiting)) or len(working)
+                slots, report = engine.advance(slots, _NO_LIMIT, enough)
+                ended = np.asarray(report.ended) | (working < 0)
+                if ended.sum() < enough:
+                    continue
+                done = np.flatnonzero(ended & (working >= 0))
+                result = _collect(result, engine, working, done, engine.results(slots))
+                bar.advance(task, len(done) * engine.rows_per_job)
+                working, free = np.where(ended, -1, working), np.flatnonzero(ended)
+                while waiting and len(free) >= min(chunk, len(waiting)):
+                    places, free = free[: min(chunk, len(waiting))], free[chunk:]
+                    working[places] = [waiting.pop() for _ in places]
+                    slots = engine.place(slots, working[places], places, chunk)
+    return result
 
 
-def _generate_with_drafts(model: FlatModel, request: Request, drafts: Drafts) -> GenerateOutput:
-    options, (state, _, _) = _start(model, request, drafts)
-    result = speculative.run(model, request, drafts, options, state)
-    drafted, accepted = (np.asarray(x)[: request.rows] for x in (result.drafted, result.accepted))
-    return dataclasses.replace(output(request, new_tokens(result.state)), drafted=drafted, accepted=accepted)
+def _collect(result: Any, engine: Engine, jobs: np.ndarray, slots: np.ndarray, new: NewTokens) -> Any:
+    """A `NewTokens` of all jobs (None: not yet) with the rows of these slots written into it."""
+    count, each = engine.jobs * engine.rows_per_job, np.arange(engine.rows_per_job)
+    if result is None:
+        result = jax.tree.map(lambda x: np.zeros((count, *x.shape[1:]), x.dtype), new)
+    into, rows = ((x[:, None] * len(each) + each).ravel() for x in (jobs[slots], slots))
+    for x, y in zip(jax.tree.leaves(result), jax.tree.leaves(new), strict=True):
+        x[into] = y[rows]
+    return result
+
+
+def _progress(wanted: bool | None) -> Progress:
+    console = Console(stderr=True)
+    shown = console.is_terminal if wanted is None else wanted
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not shown)
+
+
+def _output(request: Request, new: NewTokens) -> GenerateOutput:
+    shown = np.s_[:, : new.lengths.max()]
+    ended = np.arange(new.lengths.max()) >= new.lengths[:, None]
+    prompts = np.repeat(request.input_ids, request.copies, axis=0)
+    tokens = np.where(ended, request.pad_token_id, new.tokens[shown]).astype(np.int32)
+    result = GenerateOutput(
+        sequences=np.concatenate([prompts, tokens], axis=1),
+        lengths=new.lengths,
+        finish_reasons=["stop" if stop else "length" for stop in new.stopped],
+        sequences_scores=new.scores,
+        drafted=new.drafted,
+        accepted=new.accepted,
+    )
+    if new.logprobs is None:
+        return result
+    return dataclasses.replace(
+        result,
+        logprobs=np.where(ended, np.nan, new.logprobs.chosen[shown]),
+        top_token_ids=new.logprobs.top_ids[shown],
+        top_logprobs=np.where(ended[:, :, None], np.nan, new.logprobs.top[shown]),
+    )
 
 
 def prefill(
@@ -182,95 +221,6 @@ def prefill(
     return Prefix(ids[mask][None], _read_prefix(model, padded_ids, padded_mask, cache_dtype))
 
 
-def _look(request: Request, state: DecodeState) -> np.ndarray:
-    """Which rows have completed a stop string."""
-    tokens, lengths = jax.device_get((state.tokens, state.lengths))
-    return _padded(request.stops.look(tokens[: request.rows, state.width :], lengths[: request.rows]), len(tokens))
-
-
-def output(request: Request, new: NewTokens) -> GenerateOutput:
-    lengths, stopped = new.lengths[: request.rows], new.stopped[: request.rows]
-    if request.stops is not None:
-        stopped = stopped | (request.stops.lengths <= lengths)
-        lengths = np.minimum(lengths, request.stops.lengths)
-    shown = np.s_[: request.rows, : lengths.max()]
-    ended = np.arange(lengths.max()) >= lengths[:, None]
-    prompts = np.repeat(request.input_ids, request.copies, axis=0)
-    tokens = np.where(ended, request.pad_token_id, new.tokens[shown]).astype(np.int32)
-    result = GenerateOutput(
-        sequences=np.concatenate([prompts, tokens], axis=1),
-        lengths=lengths,
-        finish_reasons=["stop" if stop else "length" for stop in stopped],
-    )
-    if new.logprobs is None:
-        return result
-    return dataclasses.replace(
-        result,
-        logprobs=np.where(ended, np.nan, new.logprobs.chosen[shown]),
-        top_token_ids=new.logprobs.top_ids[shown],
-        top_logprobs=np.where(ended[:, :, None], np.nan, new.logprobs.top[shown]),
-    )
-
-
-def _generate_with_beams(model: OPTForCausalLM, request: Request, batch_size: int) -> GenerateOutput:
-    """`batch_size` prompts after the other; filled up to a bucket with copies of the last one."""
-    eos = request.beams["eos_token_ids"] if request.beams else []
-    count, parts = len(request.input_ids), []
-    for start in range(0, count, batch_size):
-        rows = np.arange(start, min(start + batch_size, count))
-        part = _search(model, request, _padded(rows, batch_bucket(len(rows))))
-        parts.append([x[: len(rows) * request.copies] for x in (part.sequences, part.lengths, part.sequences_scores)])
-    lengths, scores = (np.concatenate([part[i] for part in parts]) for i in (1, 2))
-    tokens = np.full((request.rows, lengths.max()), request.pad_token_id, np.int32)
-    for start, (sequences, *_) in zip(range(0, request.rows, batch_size * request.copies), parts, strict=True):
-        new = sequences[:, request.width :][:, : lengths.max()]
-        tokens[start : start + len(new), : new.shape[1]] = new
-    last = tokens[np.arange(len(tokens)), lengths - 1]
-    return GenerateOutput(
-        sequences=np.concatenate([np.repeat(request.input_ids, request.copies, axis=0), tokens], axis=1),
-        lengths=lengths,
-        finish_reasons=["stop" if token in eos else "length" for token in last.tolist()],
-        sequences_scores=scores,
-    )
-
-
-def _search(model: OPTForCausalLM, request: Request, rows: np.ndarray) -> beams.BeamOutput:
-    options: dict[str, Any] = dict(request.beams or {})
-    capacity = bucket(request.max_new_tokens)
-    _check_fits(model, request, len(rows), options["num_beams"] * capacity, options["num_beams"])
-    ends = max(1, len(options["eos_token_ids"]))  # HF: at least two tokens are kept where no token ends
-    if options["seed"].ndim:
-        options["seed"] = options["seed"][rows]
-    return beams.beam_search(
-        model,
-        request.prompts.ids[rows],
-        request.prompts.mask[rows],
-        max_new_tokens=request.max_new_tokens,
-        num_return_sequences=request.copies,
-        pad_token_id=request.pad_token_id,
-        do_sample=request.do_sample,
-        process=_beam_process(request.do_sample, ends + 1 if request.do_sample else 1),
-        process_options=request.options_of(np.arange(1)),
-        capacity=capacity,
-        cache_dtype=request.cache_dtype,
-        first_row=int(rows[0]),
-        **options,
-    )
-
-
-@memoize
-def _beam_process(do_sample: bool, min_keep: int) -> beams.Process:
-    """The processors for `beams.beam_search`: the same function for the same arguments, or each call would compile.
-
-    min_keep: what HF's processors of sampling leave at least, so that there are beams left when one ends.
-    """
-
-    def process(options, log_probs, tokens, valid, column, step):
-        return sampling.process(log_probs, History(tokens, valid, column, step), options, do_sample, min_keep)
-
-    return process
-
-
 def stream(
     model: OPTForCausalLM,
     input_ids: Any,
@@ -288,76 +238,31 @@ def stream(
     works on the next token while the caller works with this one.
     """
     request = check_request(model, input_ids, attention_mask, generation_config, tokenizer, cache, options)
-    if request.logprobs is not None or request.beams is not None:
-        what = "logprobs" if request.beams is None else "beams, which are known at the end only,"
+    if request.logprobs is not None or request.num_beams > 1:
+        what = "logprobs" if request.num_beams == 1 else "beams, which are known at the end only,"
         raise ValueError(f"{what} are not streamed: use generate")
-    return _stream(FlatModel.of(model), request, check_drafts(model, request, assistant_model))
+    return _stream(_engine(model, request, check_drafts(model, request, assistant_model), None), request)
 
 
-def _stream(model: FlatModel, request: Request, drafts: Drafts | None) -> Generator[np.ndarray, None, None]:
-    if drafts is None:
-        steps = _steps(model, request)
-    else:
-        options, (state, _, _) = _start(model, request, drafts)
-        steps = speculative.steps(model, request, drafts, options, state)
-    stops, new = request.stops, np.zeros((request.rows, request.max_new_tokens), np.int32)
-    for step, (token, ended) in enumerate(steps, 1):
-        token, ended = token[: request.rows], ended[: request.rows]
-        if stops is not None:
-            token = np.where(stops.lengths < step, request.pad_token_id, token).astype(np.int32)
-            new[:, step - 1] = token
-            ended = ended | stops.look(new, np.full(request.rows, step))
-        yield token
-        if ended.all():
+def _stream(engine: Engine, request: Request) -> Generator[np.ndarray, None, None]:
+    rows = request.rows
+    new = np.full((rows, request.max_new_tokens), request.pad_token_id, np.int32)
+    known, told = np.zeros(rows, np.int32), 0  # tokens in each row of `new`; steps that were yielded
+    slots, report = engine.begin(np.arange(rows))
+    while True:
+        # The next step is dispatched before waiting for this one. It does nothing if all rows have ended.
+        following = engine.advance(slots, 1, len(report.ended)) if told + 1 < request.max_new_tokens else None
+        tokens, lengths, ended = (np.asarray(x)[:rows] for x in report)
+        for row, count in enumerate(lengths - known):
+            new[row, known[row] : lengths[row]] = tokens[row, tokens.shape[1] - count :]
+        known = lengths
+        ready = int(known.max() if ended.all() else known[~ended].min())
+        for column in range(told, ready):
+            yield new[:, column].copy()
+        told = ready
+        if ended.all() or following is None:
             return
-
-
-def _steps(model: FlatModel, request: Request) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The tokens of each step, and which rows have ended."""
-    options, following = _start(model, request)
-    for step in range(1, request.max_new_tokens + 1):
-        state, token, ended = following
-        if step < request.max_new_tokens:  # dispatched before waiting for this token; does nothing if that was the last
-            following = _advance(model, request, options, state, step + 1)
-        yield np.asarray(token), np.asarray(ended)
-
-
-def _start(model: Model, request: Request, drafts: Drafts | None = None) -> tuple[SamplingOptions, loop.Report]:
-    """The options of all rows, and what `begin` returns. Rows are filled up to a bucket, with copies of the last.
-
-    On a GPU to two at least: XLA makes of a product with one row a multiplication of the whole matrix, which it writes
-    to memory and adds up after that (`xla_gpu_enable_dot_strength_reduction`), and three kernels of each LayerNorm.
-    """
-    count = len(request.input_ids)
-    rows = batch_bucket(2 if request.rows == 1 and _platform(model) == "gpu" else count)
-    capacity = request.capacity_with(0 if drafts is None else drafts.spare(request.rows))
-    _check_fits(model, request, rows * request.copies, capacity, 1 if drafts is None else drafts.count + 1)
-    options = request.options_of(_padded(np.arange(request.rows), rows * request.copies))
-    prompts = take_prompts(request.prompts, _padded(np.arange(count), rows))
-    return options, loop.begin(
-        model,
-        prompts,
-        options,
-        capacity=capacity,
-        copies=request.copies,
-        do_sample=request.do_sample,
-        logprobs=request.logprobs,
-        cache_dtype=request.cache_dtype,
-    )
-
-
-def _advance(model: Model, request: Request, options: SamplingOptions, state: DecodeState, until: int) -> loop.Report:
-    rows = np.int32(len(state.lengths))
-    return loop.advance(model, state, options, np.int32(until), rows, do_sample=request.do_sample)
-
-
-def _platform(model: Model) -> str:
-    return next(iter(jax.tree.leaves(model)[0].devices())).platform
-
-
-def _padded(x: np.ndarray, size: int) -> np.ndarray:
-    """Rows up to `size`, copies of the last one."""
-    return np.pad(x, [(0, size - len(x)), *[(0, 0)] * (x.ndim - 1)], mode="edge")
+        slots, report = following
 
 
 # Compiled -----------------------------------------------------------------------------------------------------

@@ -3,15 +3,14 @@
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from opt_jax.generation import processors, sampling
+from opt_jax.generation import sampling
 from opt_jax.generation.processors import History
 from opt_jax.generation.sampling import SamplingOptions
 from opt_jax.model.cache import KVCache
@@ -48,7 +47,7 @@ class FlatModel:
 Model = OPTForCausalLM | FlatModel
 
 
-def whole(model: Model) -> OPTForCausalLM:
+def as_module(model: Model) -> OPTForCausalLM:
     return model.model() if isinstance(model, FlatModel) else model
 
 
@@ -62,6 +61,7 @@ class Prompts:
     tokens: Int[Any, "B W"]  # all tokens before the new ones, those of the prefix too
     lengths: Int[Any, " B"]  # real ones of these
     prefix: KVCache | None = None
+    matched: Int[Any, " B"] | None = None  # state of `SamplingOptions.stop_strings` behind the prompt
 
 
 @jax.tree_util.register_dataclass
@@ -100,6 +100,7 @@ class DecodeState:
     stopped: Bool[Array, " R"]  # rows that have ended before being as long as allowed
     step: Int[Array, ""]  # steps so far
     logprobs: TokenLogprobs | None
+    matched: Int[Array, " R"] | None  # state of `SamplingOptions.stop_strings` behind the last token
     width: int = dataclasses.field(metadata=dict(static=True))
 
     def history(self) -> History:
@@ -111,23 +112,12 @@ class DecodeState:
         return self.stopped | (self.lengths >= options.max_new_tokens)
 
 
-@dataclasses.dataclass
-class NewTokens:
-    """What generation has made, on the host; rows may be more than asked for."""
+class Report(NamedTuple):
+    """What a call tells the host. Copies: the state itself is donated to the next call."""
 
-    tokens: np.ndarray  # int32 [R, N]
-    lengths: np.ndarray  # int32 [R]
-    stopped: np.ndarray  # bool [R]
-    logprobs: TokenLogprobs | None  # of NumPy arrays
-
-
-def new_tokens(state: DecodeState) -> NewTokens:
-    tokens, *others = jax.device_get((state.tokens, state.lengths, state.stopped, state.logprobs))
-    return NewTokens(tokens[:, state.width :], *others)
-
-
-# The state, for the next call to consume, and two arrays to keep: the last tokens, and which rows have ended.
-Report = tuple[DecodeState, Int[Array, " R"], Bool[Array, " R"]]
+    tokens: Int[Array, "R n"]  # the last tokens of each row
+    lengths: Int[Array, " R"]  # new tokens of each row so far
+    ended: Bool[Array, " R"]
 
 
 @partial(jax.jit, static_argnames=("capacity", "do_sample", "copies", "logprobs", "cache_dtype"))
@@ -141,21 +131,21 @@ def begin(
     copies: int = 1,
     logprobs: int | None = None,
     cache_dtype: str | None = None,
-) -> Report:
+) -> tuple[DecodeState, Report]:
     """Read the prompts, once, and choose the first token of `copies` rows for each.
 
     capacity: columns of the cache for new tokens.
     """
-    model = whole(model)
+    model = as_module(model)
     batch, length = prompts.ids.shape
     if prompts.prefix is None:
         cache = model.init_cache(batch, length + capacity, cache_dtype)
     else:
         cache = prompts.prefix.extend(batch, prompts.prefix.max_length + length + capacity)
     out = model.forward(prompts.ids, prompts.mask, cache=cache, logits_to_keep=1)
-    cache, tokens, lengths, logits = jax.tree.map(
+    cache, tokens, lengths, matched, logits = jax.tree.map(
         lambda x: jnp.repeat(x, copies, axis=0) if x.ndim and copies > 1 else x,
-        (out.cache, prompts.tokens, prompts.lengths, out.logits[:, -1]),
+        (out.cache, prompts.tokens, prompts.lengths, prompts.matched, out.logits[:, -1]),
     )
     rows, width = tokens.shape
     records = None
@@ -172,6 +162,7 @@ def begin(
         stopped=zero > 0,
         step=jnp.zeros((), jnp.int32),
         logprobs=records,
+        matched=matched,
         width=width,
     )
     return _report(_append(state, logits, options, do_sample), options)
@@ -182,13 +173,13 @@ def advance(
     model: Model,
     state: DecodeState,
     options: SamplingOptions,
-    until: Int[Array, ""],
+    steps: Int[Array, ""],
     enough: Int[Array, ""],
     *,
     do_sample: bool,
-) -> Report:
-    """Steps until there were `until` of them or `enough` rows have ended."""
-    model = whole(model)
+) -> tuple[DecodeState, Report]:
+    """Make `steps` steps, or fewer if `enough` rows have ended before."""
+    model, until = as_module(model), state.step + steps
 
     def step(state: DecodeState) -> DecodeState:
         out = model.forward(state.token[:, None], cache=state.cache.wrap())
@@ -215,14 +206,12 @@ def _append(state: DecodeState, logits: Float[Array, "R V"], options: SamplingOp
         step=state.step + 1,
         logprobs=None if records is None else records.record(logits, token, column),
     )
-    stops = (token[:, None] == options.eos_token_ids[None]).any(-1)
-    if options.stop_sequences is not None:
-        stops |= processors.completes(state.history(), options.stop_sequences)
-    return dataclasses.replace(state, stopped=state.stopped | stops & ~ended)
+    stops, matched = sampling.stops(token, state.history(), state.matched, options)
+    return dataclasses.replace(state, stopped=state.stopped | stops & ~ended, matched=matched)
 
 
-def _report(state: DecodeState, options: SamplingOptions) -> Report:
-    return state, jnp.copy(state.token), state.ended(options)  # the state's own will be donated
+def _report(state: DecodeState, options: SamplingOptions) -> tuple[DecodeState, Report]:
+    return state, Report(state.token[:, None], jnp.copy(state.lengths), state.ended(options))
 
 
 def _write(buffer: Array, new: Array, column: Int[Array, " R"]) -> Array:

@@ -45,11 +45,14 @@ class Request:
     copies: int  # rows for each prompt
     logprobs: int | None
     cache_dtype: str | None
-    stops: Any  # the tokenizer's `StopStrings` of all rows, or None
     vocab_size: int
     column_bytes: int  # of the keys and values of a row, for each of its columns
     given: GenerationConfig  # the options as they were asked for, all layers together
-    beams: dict[str, Any] | None  # arguments of `beams.beam_search` that nothing else here says; None: no beams
+
+    @property
+    def num_beams(self) -> int:
+        """1: no beams."""
+        return self.given.num_beams or 1
 
     @property
     def rows(self) -> int:
@@ -65,14 +68,14 @@ class Request:
         """Columns for new tokens."""
         return self.capacity_with(0)
 
-    def capacity_with(self, spare: int) -> int:
-        """Columns for new tokens and at least `spare` more."""
+    def capacity_with(self, more: int) -> int:
+        """Columns for new tokens and at least `more` others."""
         prefix = self.prompts.prefix
         width = self.prompts.ids.shape[1] + (0 if prefix is None else prefix.max_length)
-        return bucket(width + self.max_new_tokens + spare) - width
+        return bucket(width + self.max_new_tokens + more) - width
 
     def options_of(self, rows: np.ndarray) -> SamplingOptions:
-        """The options of some of the R rows, on the device."""
+        """The options of rows `rows`, on the device."""
         names = ("seeds", "samples", "min_new_tokens", "max_new_tokens")
         chosen = {name: jax.device_put(np.asarray(getattr(self.options, name))[rows]) for name in names}
         return dataclasses.replace(self.options, **chosen)
@@ -121,24 +124,25 @@ def check_request(
     beams = given.num_beams or 1
     if prefix is not None and given.cache_dtype is not None:
         raise ValueError(f"cache_dtype={given.cache_dtype} is what the prefix has or not: pass it to prefill")
-    if prefix is not None and beams > 1:
-        raise ValueError(f"cache is not supported with num_beams={beams}: put the prefix into input_ids")
     used = before.size + mask.sum(1)
     widths = before.size + (np.full(len(ids), ids.shape[1]) if ragged is None else ragged.sum(1))  # an array's own (HF)
     most, least = _check_lengths(widths, used, model.config, given, default_new_tokens)
-    if given.stop_strings is not None and not hasattr(tokenizer, "stop_strings"):
-        wrong = "" if tokenizer is None else f", an opt_jax.OPTTokenizer, not a {type(tokenizer).__name__}"
-        raise ValueError(f"stop_strings need the tokenizer: pass tokenizer={wrong}")
     if beams > 1 and (len(set(most.tolist())) > 1 or len(set(least.tolist())) > 1):
         raise ValueError("num_beams and prompts of different lengths: give max_new_tokens, and no min_length")
     copies = given.num_return_sequences or 1
     rows = len(ids) * copies
     check_memory(rows * int(widths.max() + most.max()) * 16, host_memory(), rows, given)  # ids, and work with them
+    prompts, table = _prompts(ids, mask, prefix, model.config.max_position_embeddings), None
+    if given.stop_strings is not None:
+        texts = [np.append(before, row[m]) for row, m in zip(ids, mask, strict=True)]
+        stops = _stop_strings(tokenizer, given.stop_strings, texts, model.config.vocab_size)
+        prompts, table = dataclasses.replace(prompts, matched=stops.states), jax.device_put(stops.table)
+    sampling_options = _sampling_options(model.config.vocab_size, given, most, least, eos, pad)
     return Request(
         input_ids=ids,
-        prompts=_prompts(ids, mask, prefix, model.config.max_position_embeddings),
+        prompts=prompts,
         max_new_tokens=int(most.max()),
-        options=_sampling_options(model.config.vocab_size, given, most, least, eos, pad),
+        options=dataclasses.replace(sampling_options, stop_strings=table),
         do_sample=bool(given.do_sample),
         pad_token_id=pad,
         copies=copies,
@@ -147,25 +151,18 @@ def check_request(
         vocab_size=model.config.vocab_size,
         column_bytes=column_bytes(model.config, given.cache_dtype or model.dtype),
         given=given,
-        beams=None
-        if beams == 1
-        else dict(
-            num_beams=beams,
-            early_stopping=given.early_stopping or False,
-            eos_token_ids=eos,
-            length_penalty=1.0 if given.length_penalty is None else given.length_penalty,
-            seed=np.asarray(0 if given.seed is None else given.seed),
-        ),
-        stops=None
-        if given.stop_strings is None
-        else tokenizer.stop_strings(
-            given.stop_strings,
-            [np.append(before, row[m]) for row, m in zip(ids, mask, strict=True) for _ in range(copies)],
-        ),
     )
 
 
-def check_batch_size(batch_size: Any, progress_bar: Any, request: Request) -> None:
+def _stop_strings(tokenizer: Any, strings: Any, prompts: list[np.ndarray], vocab_size: int) -> Any:
+    """What `OPTTokenizer.stop_strings` returns."""
+    if not hasattr(tokenizer, "stop_strings"):
+        wrong = "" if tokenizer is None else f", an opt_jax.OPTTokenizer, not a {type(tokenizer).__name__}"
+        raise ValueError(f"stop_strings need the tokenizer: pass tokenizer={wrong}")
+    return tokenizer.stop_strings(strings, prompts, vocab_size)
+
+
+def check_batch_size(batch_size: Any, progress_bar: Any) -> None:
     """ValueError for what `generate` cannot do."""
     if batch_size is None:
         if progress_bar:
@@ -173,8 +170,6 @@ def check_batch_size(batch_size: Any, progress_bar: Any, request: Request) -> No
         return
     if not is_integer(batch_size) or batch_size < 1:
         raise ValueError(f"batch_size={shown(batch_size)} must be an integer of at least 1")
-    if request.beams is not None and progress_bar:
-        raise ValueError("progress_bar is not supported with num_beams: leave it out")
 
 
 def check_score(model: OPTForCausalLM, input_ids: Any, attention_mask: Any, unread: int = 0) -> tuple[np.ndarray, ...]:
@@ -237,7 +232,8 @@ def _prompts(ids: np.ndarray, mask: np.ndarray, prefix: Prefix | None, limit: in
 def take_prompts(prompts: Prompts, rows: np.ndarray) -> Prompts:
     """Some of the rows; no more columns are read than these need."""
     ids, mask = _align(prompts.ids[rows], prompts.mask[rows], prompts.ids.shape[1])
-    return Prompts(ids, mask, prompts.tokens[rows], prompts.lengths[rows], prompts.prefix)
+    matched = None if prompts.matched is None else prompts.matched[rows]
+    return Prompts(ids, mask, prompts.tokens[rows], prompts.lengths[rows], prompts.prefix, matched)
 
 
 def _check_model(model: Any) -> None:
@@ -279,7 +275,7 @@ def _special_ids(model: OPTForCausalLM, given: GenerationConfig) -> tuple[list[i
     """(end tokens, pad)."""
     config, hint = model.config, "; for no end token use []"
     eos = config.eos_token_id if given.eos_token_id is None else given.eos_token_id
-    eos = [] if eos is None else check_ids("eos_token_id", eos, config.vocab_size, hint)
+    eos = [] if eos is None else list(dict.fromkeys(check_ids("eos_token_id", eos, config.vocab_size, hint)))
     pad = config.pad_token_id if given.pad_token_id is None else given.pad_token_id
     pad = (eos or [0])[0] if pad is None else pad
     return eos, check_ids("pad_token_id", [pad], config.vocab_size)[0]
@@ -347,7 +343,7 @@ def _sampling_options(
         """None if the processor is off. (jnp.asarray would compile something for every dtype.)"""
         return None if value is None or value == off else jax.device_put(dtype(value))
 
-    def some(name):
+    def token_ids(name):
         values = check_ids(name, given_ids, vocab_size) if (given_ids := getattr(given, name)) is not None else []
         return _slots(values, vocab_size) if values else None
 
@@ -377,10 +373,10 @@ def _sampling_options(
         frequency_penalty=scalar(np.float32, given.frequency_penalty, 0),
         no_repeat_ngram_size=scalar(np.int32, given.no_repeat_ngram_size, 0),
         bad_words=_sequences("bad_words_ids", [word for word in bad_words or [] if word not in ends], vocab_size),
-        suppress_tokens=some("suppress_tokens"),
-        begin_suppress_tokens=some("begin_suppress_tokens"),
-        forced_bos_token_id=some("forced_bos_token_id"),
-        forced_eos_token_id=some("forced_eos_token_id"),
+        suppress_tokens=token_ids("suppress_tokens"),
+        begin_suppress_tokens=token_ids("begin_suppress_tokens"),
+        forced_bos_token_id=token_ids("forced_bos_token_id"),
+        forced_eos_token_id=token_ids("forced_eos_token_id"),
         stop_sequences=_sequences("stop_token_ids", stops or [], vocab_size),
     )
 

@@ -44,6 +44,8 @@ class SamplingOptions:
     forced_bos_token_id: Int[Array, " 1"] | None = None
     forced_eos_token_id: Int[Array, " E"] | None = None
     stop_sequences: Sequences | None = None
+    # [state, token] -> state: how much of a stop string the text behind it ends with; the last state: all of one.
+    stop_strings: Int[Array, "S V"] | None = None
 
 
 def choose(logits: Logits, history: History, options: SamplingOptions, do_sample: bool) -> Int[Array, " B"]:
@@ -85,6 +87,19 @@ def process(logits: Logits, history: History, options: SamplingOptions, do_sampl
         begins = (step == after_bos.astype(jnp.int32))[:, None]
         logits = jnp.where(begins, processors.suppress(logits, o.begin_suppress_tokens), logits)
     return truncate(logits, options, min_keep) if do_sample else logits
+
+
+def stops(
+    token: Int[Array, " B"], history: History, matched: Int[Array, " B"] | None, options: SamplingOptions
+) -> tuple[Bool[Array, " B"], Int[Array, " B"] | None]:
+    """Whether a row ends with `token`, the last one of its history; and `matched`, the state of its stop strings."""
+    ends = (token[:, None] == options.eos_token_ids[None]).any(-1)
+    if options.stop_sequences is not None:
+        ends |= processors.completes(history, options.stop_sequences)
+    if options.stop_strings is not None:
+        matched = options.stop_strings[matched, token].astype(jnp.int32)
+        ends |= matched == len(options.stop_strings) - 1
+    return ends, matched
 
 
 def truncate(logits: Logits, options: SamplingOptions, min_keep: int = 1) -> Logits:

@@ -10,7 +10,7 @@ does not see. Without columns to go on, the compiled loop ends, and holes are re
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -19,16 +19,16 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from opt_jax.generation import processors, sampling
+from opt_jax.generation import sampling
 from opt_jax.generation.drafts import Drafts
-from opt_jax.generation.loop import DecodeState, Model, whole
+from opt_jax.generation.engines import NewTokens, PlainEngine, Slots, new_tokens, place_rows
+from opt_jax.generation.loop import DecodeState, FlatModel, Model, Report, as_module
 from opt_jax.generation.processors import History
 from opt_jax.generation.request import Request
 from opt_jax.generation.sampling import SamplingOptions
 from opt_jax.model.cache import KVCache
 from opt_jax.model.heads import OPTForCausalLM
 
-_CHECK_EVERY = 8  # new tokens between two looks for stop strings
 _DRAFT, _ACCEPT, _CORRECT = range(3)  # what a row draws for at one of its steps
 
 
@@ -41,6 +41,7 @@ class Speculation:
     cache: KVCache | None  # the assistant's; without the last two tokens of each row
     drafted: Int[Array, " R"]  # tokens that the model has looked at
     accepted: Int[Array, " R"]  # those of them that have become new tokens
+    full: Bool[Array, ""]  # whether `compact` must make room before the next step
 
     def with_caches(self, change: Callable[[KVCache], KVCache]) -> "Speculation":
         cache, state = self.cache, self.state
@@ -48,58 +49,46 @@ class Speculation:
         return dataclasses.replace(self, state=state, cache=None if cache is None else change(cache))
 
 
-# On the host --------------------------------------------------------------------------------------------------
+class DraftingEngine(PlainEngine):
+    """Several tokens of each row for each step of the model."""
 
+    def __init__(self, model: FlatModel, request: Request, drafts: Drafts, rows: int):
+        """
+        rows: how many are at work at a time.
+        """
+        super().__init__(model, request, drafts.more_columns(rows), drafts.count + 1)
+        self._drafts = drafts
 
-def run(model: Model, request: Request, drafts: Drafts, options: SamplingOptions, state: DecodeState) -> Speculation:
-    """From the first new token, which `loop.begin` has made, to the last."""
-    speculation, until = _start(drafts, state, request.copies), request.max_new_tokens
-    if request.stops is not None:
-        until = 1
-    while True:
-        speculation, ended = _advance_to(model, drafts, speculation, options, until, request.do_sample)
-        if request.stops is not None:
-            tokens, lengths = jax.device_get((speculation.state.tokens, speculation.state.lengths))
-            new = tokens[: request.rows, speculation.state.width :]
-            ended[: request.rows] |= request.stops.look(new, lengths[: request.rows])
-        if ended[: request.rows].all():
-            return speculation
-        until += _CHECK_EVERY
+    def begin(self, jobs: np.ndarray) -> tuple[Slots, Report]:
+        slots, report = super().begin(jobs)
+        copies = self.request.copies if len(jobs) == self.jobs else 1
+        return dataclasses.replace(slots, state=self._start(slots.state, copies)), report
 
+    def advance(self, slots: Slots, steps: int, enough: int) -> tuple[Slots, Report]:
+        speculation = slots.state
+        if np.asarray(speculation.full):
+            speculation = compact(speculation)
+        speculation, report = advance(
+            self.model,
+            self._drafts,
+            speculation,
+            slots.options,
+            np.int32(steps),
+            np.int32(enough),
+            do_sample=self.request.do_sample,
+        )
+        return dataclasses.replace(slots, state=speculation), report
 
-def steps(
-    model: Model, request: Request, drafts: Drafts, options: SamplingOptions, state: DecodeState
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The tokens of each step, int32 [R], and which rows have ended with it; for `generate.stream`."""
-    speculation, known = _start(drafts, state, request.copies), 0
-    tokens, lengths, ended = np.zeros((0, 0), np.int32), np.zeros(0, np.int32), np.zeros(0, bool)
-    for step in range(1, request.max_new_tokens + 1):
-        if step > known:  # of the row that has the fewest
-            speculation, ended = _advance_to(model, drafts, speculation, options, step, request.do_sample)
-            tokens, lengths = jax.device_get((speculation.state.tokens, speculation.state.lengths))
-            known = lengths[~ended].min(initial=request.max_new_tokens)
-        token = tokens[:, speculation.state.width + step - 1]
-        yield np.where(step <= lengths, token, request.pad_token_id).astype(np.int32), ended & (lengths <= step)
+    def place_state(self, state: Speculation, jobs: np.ndarray, places: np.ndarray) -> Speculation:
+        return _place(state, self._start(self.new_rows(jobs), 1), places, count=self._drafts.count)
 
+    def results(self, slots: Slots) -> NewTokens:
+        drafted, accepted = jax.device_get((slots.state.drafted, slots.state.accepted))
+        return dataclasses.replace(new_tokens(slots.state.state), drafted=drafted, accepted=accepted)
 
-def _start(drafts: Drafts, state: DecodeState, copies: int) -> Speculation:
-    return Speculation(state, *_begin(drafts, state.tokens, state.prompt_lengths, width=state.width, copies=copies))
-
-
-def _advance_to(
-    model: Model,
-    drafts: Drafts,
-    speculation: Speculation,
-    options: SamplingOptions,
-    until: int,
-    do_sample: bool,
-) -> tuple[Speculation, np.ndarray]:
-    """Until each row has ended or has so many new tokens; the rows that have ended."""
-    while True:
-        speculation, ended, full = advance(model, drafts, speculation, options, np.int32(until), do_sample=do_sample)
-        if not full:
-            return speculation, np.array(ended)
-        speculation = compact(speculation)
+    def _start(self, state: DecodeState, copies: int) -> Speculation:
+        tokens, lengths = state.tokens, state.prompt_lengths
+        return Speculation(state, *_begin(self._drafts, tokens, lengths, width=state.width, copies=copies))
 
 
 # Compiled -----------------------------------------------------------------------------------------------------
@@ -108,17 +97,18 @@ def _advance_to(
 @partial(jax.jit, static_argnames=("width", "copies"))
 def _begin(
     drafts: Drafts, tokens: Int[Array, "R L"], prompt_lengths: Int[Array, " R"], *, width: int, copies: int
-) -> tuple[KVCache | None, Int[Array, " R"], Int[Array, " R"]]:
-    """The assistant's cache of all of a prompt but its last token, and the counts."""
-    zero = jnp.zeros_like(prompt_lengths)
+) -> tuple[KVCache | None, Int[Array, " R"], Int[Array, " R"], Bool[Array, ""]]:
+    """What a `Speculation` begins with: the assistant's cache of all of a prompt but its last token, and the counts."""
+    zero, full = jnp.zeros_like(prompt_lengths), jnp.zeros((), bool)
     if drafts.assistant is None:
-        return None, zero, zero
+        return None, zero, zero, full
     ids, lengths = tokens[::copies, : width - 1], prompt_lengths[::copies]
     mask = jnp.arange(width - 1, dtype=jnp.int32)[None] >= width - lengths[:, None]
-    assistant = whole(drafts.assistant)
+    assistant = as_module(drafts.assistant)
     cache = assistant.init_cache(ids.shape[0], tokens.shape[1])
     cache = assistant.forward(ids, mask, cache=cache, logits_to_keep=1).cache
-    return jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0) if x.ndim and copies > 1 else x, cache), zero, zero
+    cache = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0) if x.ndim and copies > 1 else x, cache)
+    return cache, zero, zero, full
 
 
 @partial(jax.jit, static_argnames="do_sample", donate_argnames="speculation")
@@ -127,31 +117,59 @@ def advance(
     drafts: Drafts,
     speculation: Speculation,
     options: SamplingOptions,
-    until: Int[Array, ""],
+    steps: Int[Array, ""],
+    enough: Int[Array, ""],
     *,
     do_sample: bool,
-) -> tuple[Speculation, Bool[Array, " R"], Bool[Array, ""]]:
-    """Steps until each row has ended or has `until` new tokens, or the columns are used up.
-
-    Returns the rows that have ended, and whether there is need for `compact`.
-    """
+) -> tuple[Speculation, Report]:
+    """Make `steps` steps, or fewer if `enough` rows have ended before, or if there is no room left in the caches."""
+    until = speculation.state.step + steps
 
     def wanted(s: Speculation) -> Bool[Array, ""]:
-        return (~s.state.ended(options) & (s.state.lengths < until)).any()
+        return (s.state.step < until) & (s.state.ended(options).sum(dtype=jnp.int32) < enough)
 
-    def room(s: Speculation) -> Bool[Array, ""]:
-        caches = [s.state.cache] if s.cache is None else [s.state.cache, s.cache]
-        return jnp.array([cache.column + drafts.count < cache.max_length for cache in caches]).all()
-
-    step = partial(_step, whole(model), drafts, options, do_sample)
-    speculation = lax.while_loop(lambda s: wanted(s) & room(s), step, speculation.with_caches(KVCache.squeeze))
-    speculation = speculation.with_caches(KVCache.unsqueeze)
-    return speculation, speculation.state.ended(options), wanted(speculation) & ~room(speculation)
+    step = partial(_step, as_module(model), drafts, options, do_sample)
+    s = lax.while_loop(lambda s: wanted(s) & ~_is_full(s, drafts.count), step, speculation.with_caches(KVCache.squeeze))
+    s = dataclasses.replace(s.with_caches(KVCache.unsqueeze), full=_is_full(s, drafts.count))
+    columns = s.state.width + s.state.lengths[:, None] - jnp.arange(drafts.count + 1, 0, -1, dtype=jnp.int32)[None]
+    last = jnp.take_along_axis(s.state.tokens, jnp.maximum(columns, 0), axis=1)
+    return s, Report(last, jnp.copy(s.state.lengths), s.state.ended(options))
 
 
 @partial(jax.jit, donate_argnums=0)
 def compact(s: Speculation) -> Speculation:
     return s.with_caches(KVCache.compact)
+
+
+def _is_full(s: Speculation, count: int) -> Bool[Array, ""]:
+    """Whether a cache has no columns left for a step."""
+    caches = [s.state.cache] if s.cache is None else [s.state.cache, s.cache]
+    return jnp.array([cache.column + count >= cache.max_length for cache in caches]).any()
+
+
+@partial(jax.jit, static_argnames="count", donate_argnames="s")
+def _place(s: Speculation, new: Speculation, places: Int[Array, " r"], *, count: int) -> Speculation:
+    """As `place_rows`. Columns behind the one that is written next are free here, so that one goes to where all columns
+    of the new rows have room before it; what other rows have there becomes a hole."""
+
+    def put(x: Array, y: Array) -> Array:
+        return x.at[places].set(y, mode="drop")
+
+    def behind(cache: KVCache, other: KVCache) -> KVCache:
+        return dataclasses.replace(cache, column=jnp.maximum(cache.column, other.column))
+
+    state = dataclasses.replace(s.state, cache=behind(s.state.cache, new.state.cache))
+    cache = s.cache
+    if cache is not None and new.cache is not None:
+        cache = behind(cache, new.cache).replace_rows(places, new.cache)
+    s = Speculation(
+        state=place_rows(state, new.state, places),
+        cache=cache,
+        drafted=put(s.drafted, new.drafted),
+        accepted=put(s.accepted, new.accepted),
+        full=s.full,
+    )
+    return dataclasses.replace(s, full=_is_full(s, count))
 
 
 def _step(
@@ -166,21 +184,27 @@ def _step(
     mask = (columns <= wanted[:, None]) & ~ended[:, None]
     out = model.forward(jnp.concatenate([state.token[:, None], tokens], axis=1), mask, cache=state.cache)
     emitted, accepted = _verify(out.logits, state, tokens, probabilities, wanted, options, do_sample)
-    stops = _stops(state, emitted, options) & (columns <= accepted[:, None])
+    stops, matched = _stops(state, emitted, options)
+    stops &= columns <= accepted[:, None]
     new = jnp.where(stops.any(-1), jnp.argmax(stops, axis=-1).astype(jnp.int32), accepted) + 1
     new = jnp.where(ended, 0, new)
 
     assert out.cache is not None
-    last = jnp.take_along_axis(emitted, jnp.maximum(new - 1, 0)[:, None], axis=1)[:, 0]
+
+    def last(x: Int[Array, "R n"]) -> Int[Array, " R"]:
+        return jnp.take_along_axis(x, jnp.maximum(new - 1, 0)[:, None], axis=1)[:, 0]
+
     state = dataclasses.replace(
         _written(state, out.logits, emitted, new),
         cache=out.cache.rewind(size, new),
-        token=jnp.where(ended, options.pad_token_id, last),
+        token=jnp.where(ended, options.pad_token_id, last(emitted)),
         lengths=state.lengths + new,
         stopped=state.stopped | (stops.any(-1) & ~ended),
+        matched=None if matched is None else last(matched),  # of rows that have ended nobody asks
         step=state.step + 1,
     )
-    return Speculation(
+    return dataclasses.replace(
+        s,
         state=state,
         cache=None if cache is None else cache.rewind(size, new),  # which is one token behind
         drafted=s.drafted + wanted,
@@ -202,14 +226,18 @@ def _written(
     return dataclasses.replace(state, tokens=_put(state.tokens, emitted, state.width + column), logprobs=records)
 
 
-def _stops(state: DecodeState, emitted: Int[Array, "R n"], options: SamplingOptions) -> Bool[Array, "R n"]:
-    """Which of the tokens would end their row."""
-    stops = (emitted[..., None] == options.eos_token_ids[None, None]).any(-1)
-    if options.stop_sequences is None:
-        return stops
+def _stops(
+    state: DecodeState, emitted: Int[Array, "R n"], options: SamplingOptions
+) -> tuple[Bool[Array, "R n"], Int[Array, "R n"] | None]:
+    """Which of the tokens would end their row, and the state of the stop strings behind each."""
     tokens = _put(state.tokens, emitted, _behind(state, emitted.shape[1]))
     history = _histories(state, tokens, 1 + jnp.arange(emitted.shape[1], dtype=jnp.int32))
-    return stops | processors.completes(history, options.stop_sequences).reshape(stops.shape)
+    before, table = state.matched, options.stop_strings
+    if before is not None and table is not None:
+        follow = lambda matched, token: (table[matched, token].astype(jnp.int32), matched)  # noqa: E731
+        before = lax.scan(follow, before, emitted.T)[1].T.reshape(-1)
+    stops, matched = sampling.stops(emitted.reshape(-1), history, before, options)
+    return stops.reshape(emitted.shape), None if matched is None else matched.reshape(emitted.shape)
 
 
 # Drafts -------------------------------------------------------------------------------------------------------
@@ -218,8 +246,8 @@ def _stops(state: DecodeState, emitted: Int[Array, "R n"], options: SamplingOpti
 def _propose(drafts: Drafts, s: Speculation, options: SamplingOptions, wanted: Int[Array, " R"], do_sample: bool):
     """Tokens [R, k], their distributions [R, k, V] (None: there is none), how many they are, the assistant's cache."""
     if drafts.assistant is None:
-        tokens, found = _look_up(s.state.history(), drafts.ngram, drafts.count)
-        return tokens, None, jnp.minimum(wanted, found), None
+        tokens, counts = _look_up(s.state.history(), drafts.ngram, drafts.count)
+        return tokens, None, jnp.minimum(wanted, counts), None
     tokens, probabilities, cache = _draft(drafts, s, options, wanted, do_sample)
     return tokens, probabilities, wanted, cache
 
@@ -238,9 +266,9 @@ def _look_up(history: History, ngram: Int[Array, ""], count: int) -> tuple[Int[A
 
     _, length = lax.fori_loop(1, ngram + 1, compare, (history.valid, jnp.zeros_like(tokens)))
     first = jnp.argmax(length, axis=1).astype(jnp.int32)
-    found = jnp.where(length.any(-1), jnp.minimum(history.column - first, count), 0)
+    counts = jnp.where(length.any(-1), jnp.minimum(history.column - first, count), 0)
     padded = jnp.pad(tokens, ((0, 0), (0, count)))
-    return jnp.take_along_axis(padded, first[:, None] + jnp.arange(count, dtype=jnp.int32)[None], axis=1), found
+    return jnp.take_along_axis(padded, first[:, None] + jnp.arange(count, dtype=jnp.int32)[None], axis=1), counts
 
 
 def _draft(drafts: Drafts, s: Speculation, options: SamplingOptions, wanted: Int[Array, " R"], do_sample: bool):
@@ -249,7 +277,7 @@ def _draft(drafts: Drafts, s: Speculation, options: SamplingOptions, wanted: Int
     The last two tokens come first: after a step that has accepted everything neither of them is in the cache.
     """
     assert drafts.assistant is not None
-    state, assistant, count = s.state, whole(drafts.assistant), drafts.count
+    state, assistant, count = s.state, as_module(drafts.assistant), drafts.count
     end = state.width + state.lengths
 
     def choose(tokens, logits, i):
@@ -289,18 +317,19 @@ def _verify(
 ) -> tuple[Int[Array, "R n"], Int[Array, " R"]]:
     """The accepted drafts of each row and one more token, n = k + 1; what follows is of no use. And how many accepted.
 
-    `count`: of the drafts, those that are some. Each logits are processed as if all tokens before had been accepted.
+    count: how many of a row's drafts are tokens; those behind are padding. The logits of each position are processed
+    as if all tokens before it had been accepted.
     """
     rows, size, vocab = logits.shape
     history = _histories(state, _put(state.tokens, drafts, _behind(state, size - 1)), jnp.arange(size, dtype=jnp.int32))
     processed = sampling.process(logits.reshape(-1, vocab), history, _repeated(options, rows, size), do_sample).reshape(
         logits.shape
     )
-    some = jnp.arange(size - 1, dtype=jnp.int32)[None] < count[:, None]
+    real = jnp.arange(size - 1, dtype=jnp.int32)[None] < count[:, None]
     if do_sample:
-        return _accept_or_correct(processed, state, drafts, probabilities, some, options)
+        return _accept_or_correct(processed, state, drafts, probabilities, real, options)
     chosen = jnp.argmax(processed, axis=-1).astype(jnp.int32)
-    return chosen, _leading(some & (drafts == chosen[:, :-1]))
+    return chosen, _leading(real & (drafts == chosen[:, :-1]))
 
 
 def _accept_or_correct(
@@ -308,7 +337,7 @@ def _accept_or_correct(
     state: DecodeState,
     drafts: Int[Array, "R k"],
     probabilities: Float[Array, "R k V"] | None,
-    some: Bool[Array, "R k"],
+    real: Bool[Array, "R k"],
     options: SamplingOptions,
 ) -> tuple[Int[Array, "R n"], Int[Array, " R"]]:
     """A draft drawn from q is accepted with probability min(1, p / q); the first that is not is replaced by a draw from
@@ -322,17 +351,17 @@ def _accept_or_correct(
     steps = state.lengths[:, None] + jnp.arange(drafts.shape[1], dtype=jnp.int32)[None]
     uniform = jax.vmap(partial(jax.random.uniform, dtype=p.dtype))
     chance = uniform(_keys(options_of_drafts, steps.reshape(-1), _ACCEPT)).reshape(drafts.shape)
-    accepted = _leading(some & (chance * q_draft < p_draft))
+    accepted = _leading(real & (chance * q_draft < p_draft))
 
-    q = jnp.where(some[..., None], probabilities, 0)  # behind the drafts: a draw from p itself
+    q = jnp.where(real[..., None], probabilities, 0)  # behind the drafts: a draw from p itself
     q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))
     p, q = (jnp.take_along_axis(x, accepted[:, None, None], axis=1)[:, 0] for x in (p, q))
     rest = jnp.maximum(p - q, 0)
     rest = jnp.where(rest.sum(-1, keepdims=True) > 0, rest, p)  # p = q but for rounding
-    own = sampling.draw(jnp.log(rest), _keys(options, state.lengths + accepted, _CORRECT))
+    correction = sampling.draw(jnp.log(rest), _keys(options, state.lengths + accepted, _CORRECT))
     drafts = jnp.pad(drafts, ((0, 0), (0, 1)))
     columns = jnp.arange(drafts.shape[1], dtype=jnp.int32)[None]
-    return jnp.where(columns < accepted[:, None], drafts, own[:, None]), accepted
+    return jnp.where(columns < accepted[:, None], drafts, correction[:, None]), accepted
 
 
 # Small things -------------------------------------------------------------------------------------------------

@@ -98,8 +98,7 @@ class TextGenerationPipeline:
         )
         if request.logprobs is not None:
             raise ValueError("logprobs are no part of a pipeline's result: use model.generate")
-        if size is None and assistant is None and not request.given.prompt_lookup_num_tokens:
-            size = DEFAULT_BATCH_SIZE  # with drafts, all prompts are at work at a time
+        size = DEFAULT_BATCH_SIZE if size is None else size
         output = generate_requested(self.model, request, size, bar, assistant)
         texts = self.tokenizer.batch_decode(output.sequences[:, request.input_ids.shape[1] :], skip_special_tokens=skip)
         results = [

@@ -373,9 +373,9 @@ class OPTTokenizer(Vocabulary):
         """The texts of several rows of ids, as `decode` gives them."""
         return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in sequences]
 
-    def stop_strings(self, strings: str | Sequence[str], prompts: Sequence[Any]) -> StopStrings:
-        """What looks for `strings` while rows of tokens grow; `prompts`: the ids before each of them."""
-        return StopStrings(self, strings, prompts)
+    def stop_strings(self, strings: str | Sequence[str], prompts: Sequence[Any], vocab_size: int) -> StopStrings:
+        """What finds `strings` while rows of tokens grow. See `StopStrings.of`."""
+        return StopStrings.of(self, strings, prompts, vocab_size)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 of one token, which may be part of a character only; b"" for ids outside the vocabulary."""

@@ -12,8 +12,7 @@ import pytest
 from flax import nnx
 
 from opt_jax import OPTConfig, OPTForCausalLM, OPTModel, stack_layers
-from opt_jax.generation import generate as module
-from opt_jax.generation import loop
+from opt_jax.generation import engines, loop
 from opt_jax.generation.generate import generate, stream
 from opt_jax.generation.request import bucket, check_request
 
@@ -246,16 +245,21 @@ def test_buckets(model):
         assert check_request(model, ids).prompts.ids.shape[1] <= 64
 
 
+def plain_engine(model, request):
+    return engines.PlainEngine(loop.FlatModel.of(model), request)
+
+
 @pytest.mark.slow
 def test_a_gpu_decodes_one_row_as_two(model, monkeypatch):
     ids = IDS[1:2]
     options: dict[str, Any] = dict(max_new_tokens=10, do_sample=True, seed=[3], logprobs=2)
     alone = generate(model, ids, **options)
-    monkeypatch.setattr(module, "_platform", lambda model: "gpu")
+    monkeypatch.setattr(engines, "_platform", lambda model: "gpu")
 
     def rows(**more):
         request = check_request(model, ids, options=options | more)
-        return len(jax.eval_shape(lambda: module._start(model, request))[1][0].lengths)
+        slots, _ = plain_engine(model, request).begin(np.arange(request.rows))
+        return len(slots.state.lengths)
 
     assert rows() == 2 and rows(num_return_sequences=3) == 3
     out = generate(model, ids, **options)
@@ -275,8 +279,9 @@ PROCESSORS = dict(repetition_penalty=1.3, no_repeat_ngram_size=2, bad_words_ids=
 def test_the_loop_updates_the_cache_in_place(model, options):
     do_sample = "do_sample" in options
     request = check_request(model, IDS, MASK, options=dict(max_new_tokens=30) | options)
-    settings, (state, _, _) = module._start(model, request)
-    arguments = model, state, settings, np.int32(30), np.int32(len(IDS))
+    slots, _ = plain_engine(model, request).begin(np.arange(len(IDS)))
+    state = slots.state
+    arguments = model, state, slots.options, np.int32(30), np.int32(len(IDS))
     lowered = loop.advance.lower(*arguments, do_sample=do_sample)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a donated buffer that cannot be used

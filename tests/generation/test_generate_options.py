@@ -291,7 +291,7 @@ def test_memory_is_looked_at_before_anything_is_made(model, options, monkeypatch
     with pytest.raises(ValueError, match=r"max_new_tokens=4.*: 5 rows at a time need"):
         generate(model, IDS, **options)
     monkeypatch.setattr("opt_jax.generation.request.host_memory", lambda: 10**9)
-    monkeypatch.setattr("opt_jax.generation.generate.device_memory", lambda model: 1000)
+    monkeypatch.setattr("opt_jax.generation.engines.device_memory", lambda model: 1000)
     rows = options.get("batch_size", 6)  # 6: the bucket of 5 rows
     with pytest.raises(ValueError, match=f"max_new_tokens=4.*: {rows} rows at a time need 0.0 GB, more than the 0.0"):
         generate(model, IDS, **options)
@@ -327,7 +327,7 @@ def test_beams(model):
     out = model.generate(IDS, **options)
     assert len(out) == 2 * len(IDS) and out.sequences_scores is not None
     assert (np.diff(out.sequences_scores.reshape(-1, 2), axis=1) <= 0).all()  # best first
-    search: Any = beams._search
+    search: Any = beams.advance
     size = search._cache_size()
     assert len(model.generate(IDS, **options | dict(length_penalty=2.0, max_new_tokens=6))) == 2 * len(IDS)
     assert search._cache_size() == size

@@ -108,11 +108,6 @@ def test_what_has_no_effect_in_a_file_is_noted_and_left_out(checkpoint, options,
         ({}, dict(num_beams=2, num_return_sequences=3), "num_return_sequences=3 is more than num_beams=2"),
         (
             {},
-            dict(num_beams=2, logprobs=1, stop_strings="x"),
-            "stop_strings, logprobs are not supported with num_beams=2",
-        ),
-        (
-            {},
             dict(length_penalty=2.0, early_stopping=True),
             "length_penalty, early_stopping without effect: .*num_beams",
         ),

@@ -15,8 +15,8 @@ from support.small_models import first_layers
 
 from opt_jax import OPTConfig, OPTForCausalLM, OPTModel, named_parameters, stack_layers
 from opt_jax.generation import drafts, speculative
-from opt_jax.generation import generate as module
 from opt_jax.generation.generate import generate, stream
+from opt_jax.generation.loop import FlatModel
 from opt_jax.generation.processors import History
 from opt_jax.generation.request import check_request
 from opt_jax.parallel.mesh import make_mesh
@@ -220,6 +220,27 @@ def test_stop_strings():
     np.testing.assert_array_equal(np.stack(steps, axis=1), plain.sequences[:, width:])
 
 
+@pytest.mark.parametrize("kind", ["assistant", "lookup", "sampling"])
+def test_rows_make_room(model, good, compactions, kind):
+    """Continuous batching: what each prompt gives beside others that have begun before, holes or not."""
+    random = np.random.RandomState(4)
+    prompts = [random.randint(3, 61, random.randint(1, 10)).tolist() for _ in range(14)]
+    options: dict[str, Any] = dict(max_new_tokens=40, eos_token_id=list(range(3, 64, 6)), logprobs=1)
+    options |= dict(prompt_lookup_num_tokens=3) if kind == "lookup" else dict(assistant_model=good)
+    if kind == "sampling":
+        options |= dict(do_sample=True, num_return_sequences=2, seed=list(range(14)))
+    everything = model.generate(prompts, **options)
+    assert len(set(everything.lengths.tolist())) > 5
+    for slots in (1, 5):
+        del compactions[:]
+        out = model.generate(prompts, batch_size=slots, **options)
+        assert_equal(out, everything)
+        np.testing.assert_allclose(out.logprobs, everything.logprobs, atol=1e-4)
+        np.testing.assert_array_equal(out.accepted, everything.accepted)
+        np.testing.assert_array_equal(out.drafted, everything.drafted)
+        assert compactions or slots == 1
+
+
 # The same distribution ----------------------------------------------------------------------------------------
 
 TOKENS, NEW, ROWS = 6, 4, 24576
@@ -338,9 +359,9 @@ def test_the_loop_updates_both_caches_in_place(model, good, kind):
     request = check_request(model, IDS, options=FREE | how)
     source = drafts.check_drafts(model, request, good if kind == "assistant" else None)
     assert source is not None
-    options, (state, _, _) = module._start(model, request, source)
-    speculation = speculative._start(source, state, 1)
-    arguments = model, source, speculation, options, np.int32(30)
+    slots, _ = speculative.DraftingEngine(FlatModel.of(model), request, source, len(IDS)).begin(np.arange(len(IDS)))
+    speculation, state = slots.state, slots.state.state
+    arguments = model, source, speculation, slots.options, np.int32(30), np.int32(len(IDS))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a donated buffer that cannot be used
         program = speculative.advance.lower(*arguments, do_sample=False).compile()
@@ -394,7 +415,6 @@ def other(**changes: Any):
         (dict(assistant_model=other(), prompt_lookup_num_tokens=3), "prompt_lookup_num_tokens=3, not both"),
         (dict(assistant_model=other(), num_beams=2), "assistant_model is not supported with num_beams"),
         (dict(prompt_lookup_num_tokens=3, num_beams=2), "prompt_lookup_num_tokens is not supported with num_beams"),
-        (dict(assistant_model=other(), batch_size=2), "batch_size=2 is not supported with drafts"),
         (dict(num_assistant_tokens=3), "num_assistant_tokens without effect: pass assistant_model"),
         (dict(prompt_lookup_num_tokens=3, num_assistant_tokens=3), "num_assistant_tokens without effect"),
         (dict(max_matching_ngram_size=3), "max_matching_ngram_size without effect: pass prompt_lookup_num_tokens"),

@@ -26,8 +26,7 @@ from opt_jax import (
     quantize,
     stack_layers,
 )
-from opt_jax.generation import generate as module
-from opt_jax.generation import loop
+from opt_jax.generation import engines, loop
 from opt_jax.generation.request import check_request
 from opt_jax.model import int8
 from opt_jax.model.cache import init_cache
@@ -323,8 +322,9 @@ def test_the_loop_reads_int8_and_writes_no_float_copy_of_it():
     )
     model = quantize(our_model("opt-125m", **config))
     request = check_request(model, IDS, options=dict(max_new_tokens=90, cache_dtype="int8"))
-    options, (state, _, _) = module._start(model, request)
-    arguments = model, state, options, np.int32(9), np.int32(3)
+    slots, _ = engines.PlainEngine(loop.FlatModel.of(model), request).begin(np.arange(3))
+    state = slots.state
+    arguments = model, state, slots.options, np.int32(9), np.int32(3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a donated buffer that cannot be used
         program = loop.advance.lower(*arguments, do_sample=False).compile()

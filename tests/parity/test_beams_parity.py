@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.stats
+import transformers
 from limits import assert_close
 from oracle import make_hf, talkative_pair, to_jax, torch
 from reference import SMALL, batch
-
-from opt_jax.generation.beams import beam_search
 
 # Mixed lengths, padded on the left: 10, 7, 4, 1 real tokens.
 PROMPTS = {k: v for k, v in batch("opt-125m", "left", rows=4).items() if k != "labels"}
@@ -44,8 +43,8 @@ def hf_beams(hf, ids, mask, eos, **options):
 
 
 def our_beams(model, ids, mask, eos, **options):
-    given: dict[str, Any] = dict(max_new_tokens=NEW, pad_token_id=1, capacity=NEW) | options
-    return beam_search(model, ids, mask, eos_token_ids=eos, num_return_sequences=RETURNED, **given)
+    given: dict[str, Any] = dict(max_new_tokens=NEW, pad_token_id=1) | options
+    return model.generate(ids, mask, eos_token_id=eos, num_return_sequences=RETURNED, **given)
 
 
 def compare(pair, eos, ids=PROMPTS["input_ids"], mask=PROMPTS["attention_mask"], **options):
@@ -111,15 +110,6 @@ def test_random_combinations(one_pair, num_beams, slots, early_stopping):
         )
 
 
-def _penalise_repetition(penalty, log_probs, tokens, valid, column, step):
-    """HF `RepetitionPenaltyLogitsProcessor`, by a loop over the columns that are in use."""
-    rows = np.arange(log_probs.shape[0])
-    seen = (log_probs * 0).astype(bool)
-    for c in range(tokens.shape[1]):
-        seen = seen.at[rows, tokens[:, c]].max(valid[:, c] & (c < column))
-    return log_probs * (1 + (penalty - 1) * seen)
-
-
 def test_process(one_pair):
     """Processors see log-probabilities, not logits, and all tokens so far of the beam they are for."""
     ids = PROMPTS["input_ids"][:2, 3:]  # without pads, which HF counts as tokens
@@ -127,11 +117,34 @@ def test_process(one_pair):
     plain = hf_beams(one_pair[0], ids, np.ones_like(ids), MANY, num_beams=3)
     sequences, scores = hf_beams(one_pair[0], ids, np.ones_like(ids), MANY, num_beams=3, repetition_penalty=1.7)
     assert plain[0].shape != sequences.shape or (plain[0] != sequences).any()
-    ours = our_beams(
-        one_pair[1], ids, np.ones_like(ids), MANY, num_beams=3, process=_penalise_repetition, process_options=1.7
-    )
+    ours = our_beams(one_pair[1], ids, np.ones_like(ids), MANY, num_beams=3, repetition_penalty=1.7)
     np.testing.assert_array_equal(ours.sequences, sequences)
     assert_close(ours.sequences_scores, scores, atol=1e-4, rtol=5e-7, what="scores")
+
+
+def test_stop_strings():
+    """A beam that completes a stop string has ended, as with an end token."""
+    from opt_jax import OPTTokenizer
+    from opt_jax.checkpoints import hub
+
+    tok = OPTTokenizer.from_pretrained("tiny")
+    folder = hub.resolve("tiny")
+    files: dict[str, Any] = dict(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
+    names: dict[str, Any] = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "</s>") | dict(pad_token="<pad>")
+    theirs = transformers.GPT2Tokenizer(**files, **names)
+    hf, model = talkative_pair("opt-125m", vocab_size=len(tok))
+    ids = np.random.RandomState(0).randint(3, len(tok), (3, 6))
+    plain = our_beams(model, ids, np.ones_like(ids), [], num_beams=3)
+    texts = [tok.decode(row[6:]) for row in plain.sequences]
+    strings = [texts[0][3:5], texts[3][4:7], texts[4][6:8]]
+    sequences, scores = hf_beams(
+        hf, ids, np.ones_like(ids), [], num_beams=3, stop_strings=strings, tokenizer=theirs, max_new_tokens=NEW
+    )
+    ours = our_beams(model, ids, np.ones_like(ids), [], num_beams=3, stop_strings=strings, tokenizer=tok)
+    assert plain.sequences.shape != ours.sequences.shape or (plain.sequences != ours.sequences).any()
+    np.testing.assert_array_equal(ours.sequences, sequences)
+    assert_close(ours.sequences_scores, scores, atol=1e-4, rtol=5e-7, what="scores")
+    assert "stop" in ours.finish_reasons
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def make_model(mesh: Mesh | None = None, **kwargs) -> OPTForCausalLM:
 def arguments(
     compiled: str, model: OPTForCausalLM, rows: int = len(IDS), **options: Any
 ) -> tuple[tuple, dict[str, Any]]:
-    """What `generate` calls a compiled function with, "loop.advance" or "beams._search"; it is not called.
+    """What `generate` calls a compiled function with, "loop.advance" or "beams.advance"; it is not called.
 
     Without a mesh shapes are enough, and the prompts are not read for them.
     """

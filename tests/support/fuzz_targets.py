@@ -156,7 +156,7 @@ class Tokenizers(Target):
             for index in ids[:5]:
                 tokenizer.token_bytes(index)
             _ = repr(tokenizer), len(tokenizer), tokenizer.all_special_ids
-            tokenizer.stop_strings(["b"], [])
+            tokenizer.stop_strings(["b"], [], 16)
         except ValueError as e:
             raise ValueError(f"{self.directory}: {e}") from None  # which files, its caller knows
         return None if all(type(i) is int and i >= 0 for i in ids) else f"ids {ids}"
@@ -367,15 +367,15 @@ class Generation(Target):
 
     def read(self, case: Any) -> str | None:
         from opt_jax.generation.drafts import check_drafts
-        from opt_jax.generation.generate import _check_fits
+        from opt_jax.generation.engines import check_fits
         from opt_jax.generation.request import check_batch_size, check_request
 
         case = {"tokenizer": self.tokenizer} | case
         batch_size, assistant = case.pop("batch_size", None), case.pop("assistant_model", None)
         request = check_request(self.model, **case)
-        check_batch_size(batch_size, None, request)
+        check_batch_size(batch_size, None)
         check_drafts(self.model, request, assistant)
-        _check_fits(self.model, request, request.rows, request.capacity)
+        check_fits(self.model, request, request.rows, request.capacity)
         return None if 1 <= request.max_new_tokens <= self.model.config.max_position_embeddings else "too many tokens"
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.small_models import first_layers
+from support.stop_strings import stop_lengths
 
 from opt_jax import GenerationConfig, OPTTokenizer, pipeline, score_texts, stream_text
 from opt_jax.text.streaming import StopStrings
@@ -69,9 +70,8 @@ def test_stop_strings_straddle_tokens_and_characters(tok):
         for start, stop in itertools.combinations(range(0, len(text) + 1, 3), 2):
             string = text[start:stop]
             at = text.encode().find(string.encode()) + len(string.encode())
-            search = StopStrings(tok, string, [np.array([], np.int32)])
-            found = search.look(np.array([ids]), np.array([len(ids)]))[0]
-            assert found and search.lengths[0] == 1 + next(n for n, end in enumerate(ends) if end >= at)
+            stops = StopStrings.of(tok, string, [np.array([], np.int32)], len(tok))
+            assert stop_lengths(stops, np.array([ids])) == [1 + next(n for n, end in enumerate(ends) if end >= at)]
 
 
 def _byte_tokens(text):
@@ -89,12 +89,9 @@ def test_stop_strings_may_begin_in_the_prompt_and_not_end_there(tok):
         ([": st", "a longer one"], None),
         ("it", 2),
     ):
-        search = StopStrings(tok, strings, [prompt])
         pieces = [tok.decode([i]) for i in new]
         assert pieces[0] == "op" and "".join(pieces) == "op it"
-        for n in range(1, len(new) + 1):  # as they come
-            search.look(new[None], np.array([n]))
-        assert (search.lengths[0] if search.lengths[0] <= len(new) else None) == length, strings
+        assert stop_lengths(StopStrings.of(tok, strings, [prompt], len(tok)), new[None]) == [length], strings
 
 
 @pytest.mark.slow
