@@ -27,7 +27,7 @@ from opt_jax.parallel.agreement import from_first
 from opt_jax.parallel.watchdog import Watchdog, listen
 from opt_jax.system.disk import describe, without_tracebacks
 from opt_jax.system.interrupts import Signals, say
-from opt_jax.system.reading import one_line
+from opt_jax.system.messages import one_line
 
 # Exit codes, besides 0 and 1: what a launcher may want to treat differently.
 PREEMPTED = 143  # SIGTERM came, a checkpoint was written: as if the signal had ended it (128 + 15)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from opt_jax.system.reading import shown
+from opt_jax.system.messages import shown
 from opt_jax.text.vocabulary import check_ids, to_list
 
 
