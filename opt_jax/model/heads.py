@@ -171,9 +171,7 @@ class OPTForCausalLM(OPTPreTrainedModel):
         out = self.model.forward(input_ids, attention_mask, **inputs)
         logits = self.logits(out.last_hidden_state[:, -logits_to_keep:])
         loss = None if labels is None else causal_lm_loss(logits, labels)
-        return CausalLMOutput(
-            logits=logits, loss=loss, hidden_states=out.hidden_states, attentions=out.attentions, cache=out.cache
-        )
+        return CausalLMOutput.with_head(out, logits=logits, loss=loss)
 
     def logits(self, x: Float[Array, "B T P"]) -> Float[Array, "B T V"]:
         """The LM head, tied to the token embedding unless the config says otherwise."""
@@ -218,13 +216,8 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
             last = jnp.argmax(jnp.where(input_ids != pad, columns, 0), axis=-1)
             x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
         logits = self.score(x)
-        return SequenceClassifierOutput(
-            logits=logits,
-            loss=None if labels is None else classification_loss(self.config, logits, labels),
-            hidden_states=out.hidden_states,
-            attentions=out.attentions,
-            cache=out.cache,
-        )
+        loss = None if labels is None else classification_loss(self.config, logits, labels)
+        return SequenceClassifierOutput.with_head(out, logits=logits, loss=loss)
 
 
 class OPTForQuestionAnswering(OPTPreTrainedModel):
@@ -242,14 +235,7 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = question_answering_loss(start, end, start_positions, end_positions)
-        return QuestionAnsweringOutput(
-            start_logits=start,
-            end_logits=end,
-            loss=loss,
-            hidden_states=out.hidden_states,
-            attentions=out.attentions,
-            cache=out.cache,
-        )
+        return QuestionAnsweringOutput.with_head(out, start_logits=start, end_logits=end, loss=loss)
 
 
 def named_parameters(model: OPTPreTrainedModel) -> dict[str, nnx.Param]:

@@ -1,6 +1,7 @@
 """What the models return, and the losses of their heads. Names and meanings follow `transformers`."""
 
 import dataclasses
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,11 @@ class ModelOutput:
     hidden_states: tuple[Float[Array, "B T _"], ...] | None = None
     attentions: tuple[Float[Array, "B H T S"], ...] | None = None
     cache: KVCache | None = None
+
+    @classmethod
+    def with_head(cls, base: "BaseModelOutput", **fields: Array | None) -> Self:
+        """A head's output: `fields` are its own, the rest comes from the base model."""
+        return cls(hidden_states=base.hidden_states, attentions=base.attentions, cache=base.cache, **fields)
 
 
 @jax.tree_util.register_dataclass
