@@ -22,7 +22,6 @@ from opt_jax.model.cache import KVCache, LayerCache
 from opt_jax.model.flash import AttentionImplementation
 from opt_jax.model.outputs import BaseModelOutput
 from opt_jax.model.remat import Remat, count_parts, rematerialise, run_in_parts
-from opt_jax.model.stacking import unstack
 from opt_jax.parallel.collectives import (
     gather_parameters,
     gather_sequence,
@@ -353,3 +352,27 @@ def _positions(inputs: DecoderInputs) -> Int[Array, "b T"]:
         begins = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
         before -= lax.cummax(jnp.where(begins, before, 0), axis=1)
     return jnp.where(mask, before, -1)
+
+
+def unstack(stacked: nnx.Module, depth: int) -> nnx.List:
+    """The `depth` layers of a stacked one, whose arrays are released one by one."""
+    structure = jax.tree.structure(stacked)
+    leaves: list[list] = [[] for _ in range(depth)]
+    for _, param in parameters(stacked):
+        value = param.get_value()
+        param.set_value(None)
+        for i in range(depth):
+            leaves[i].append(_slice(value, i))
+        del value
+    return nnx.List([jax.tree.unflatten(structure, leaf) for leaf in leaves])
+
+
+def _slice(stacked: Any, i: int) -> Any:
+    if isinstance(stacked, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(stacked.shape[1:], stacked.dtype)
+    return stacked[i]
+
+
+def parameters(module: nnx.Module) -> list[tuple[tuple, nnx.Param]]:
+    """(path, Param) in the order in which `jax.tree` flattens the module."""
+    return [(path, node) for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Param)]

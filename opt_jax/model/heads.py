@@ -5,7 +5,7 @@ A model's `forward` is the plain function; calling the model checks the inputs a
 """
 
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from opt_jax.config import OPTConfig
 from opt_jax.model import cache as kv
-from opt_jax.model.decoder import DecoderInputs, OPTDecoder, linear
+from opt_jax.model.decoder import DecoderInputs, OPTDecoder, linear, parameters
 from opt_jax.model.flash import AttentionImplementation
 from opt_jax.model.inputs import check_inputs
 from opt_jax.model.outputs import (
@@ -29,8 +29,6 @@ from opt_jax.model.outputs import (
 )
 from opt_jax.model.remat import Remat
 from opt_jax.parallel.rules import constrain
-
-M = TypeVar("M", bound="OPTPreTrainedModel")
 
 
 class OPTPreTrainedModel(nnx.Module):
@@ -124,7 +122,7 @@ class OPTPreTrainedModel(nnx.Module):
         return kv.init_cache(*shape, dtype or self.dtype)
 
     @classmethod
-    def from_pretrained(cls: type[M], name, **kwargs) -> M:
+    def from_pretrained(cls, name, **kwargs) -> Self:
         """Load from a hub id, an HF or Orbax directory, or "tiny": see `pretrained.load_pretrained`."""
         from opt_jax.checkpoints import pretrained
 
@@ -245,5 +243,4 @@ def named_parameters(model: OPTPreTrainedModel) -> dict[str, nnx.Param]:
     leading axis L: `model.decoder.layers.fc1.kernel`.
     """
     prefix = "model." if isinstance(model, OPTModel) else ""
-    nodes = nnx.iter_graph(model)
-    return {prefix + ".".join(map(str, path)): node for path, node in nodes if isinstance(node, nnx.Param)}
+    return {prefix + ".".join(map(str, path)): param for path, param in parameters(model)}
