@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from opt_jax.model import flash, int8
 from opt_jax.model.flash import AttentionImplementation
 from opt_jax.model.int8 import Int8Array
-from opt_jax.parallel.collectives import batch_offset, over_heads, tensor_offset
+from opt_jax.parallel.collectives import batch_offset, shard_over_heads, tensor_offset
 
 # Causal attention is done by blocks of queries, this many at most, and none shorter than so many tokens.
 MOST_BLOCKS, BLOCK = 8, 128
@@ -98,7 +98,7 @@ def flash_attend(
 ) -> Float[Array, "B H T K"]:
     """`attend` by a kernel that never holds the weights. Only the output at pads differs: pads see pads."""
     segments = mask.segments()
-    kernel = over_heads(flash.KERNELS[implementation], segments=segments is not None)
+    kernel = shard_over_heads(flash.KERNELS[implementation], segments=segments is not None)
     return kernel(q, k, v) if segments is None else kernel(q, k, v, segments)
 
 

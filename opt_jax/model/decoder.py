@@ -67,14 +67,14 @@ def _matmul(x: jax.Array, kernel: jax.Array, _dimension_numbers: Any, **kwargs) 
 class Embed(nnx.Embed):
     """`nnx.Embed` whose `attend` is the tied LM head."""
 
-    def lookup(self, ids: Int[Array, "B T"]) -> Float[Array, "B t P"]:
-        """Rows by id, laid out as the residual stream; a device holds a part of the vocabulary, and of the tokens."""
+    def lookup_and_scatter(self, ids: Int[Array, "B T"]) -> Float[Array, "B t P"]:
+        """Rows by id, of this device's tokens, where each device has the ids of all tokens and a part of the table."""
         # In float32, or the gradients of a token that is frequent would be added up in half precision.
         table = self.embedding.get_value().astype(jnp.float32)
-        own = ids - tensor_offset(table.shape[0])
-        found = (own >= 0) & (own < table.shape[0])
-        rows = jnp.take(table, jnp.where(found, own, 0), axis=0)
-        return scatter_sequence(jnp.where(found[..., None], rows, 0).astype(self.dtype))
+        local_ids = ids - tensor_offset(table.shape[0])
+        is_local = (local_ids >= 0) & (local_ids < table.shape[0])
+        rows = jnp.take(table, jnp.where(is_local, local_ids, 0), axis=0)
+        return scatter_sequence(jnp.where(is_local[..., None], rows, 0).astype(self.dtype))
 
     def attend(self, x: Float[Array, "B T P"]) -> Float[Array, "B T V"]:
         """Logits. Deviation from HF: accumulated and returned in float32, not rounded to the compute dtype."""
@@ -288,7 +288,7 @@ class OPTDecoder(nnx.Module):
         x, ids, pad = inputs.inputs_embeds, inputs.input_ids, self.config.pad_token_id
         if x is None:
             assert ids is not None
-            x = self.embed_tokens.lookup(ids) if is_per_device() else self.embed_tokens(ids)
+            x = self.embed_tokens.lookup_and_scatter(ids) if is_per_device() else self.embed_tokens(ids)
             if pad is not None:  # torch's padding_idx: looking up a pad gives its row no gradient
                 x = jnp.where(local_tokens(ids == pad)[..., None], lax.stop_gradient(x), x)
         x = x.astype(self.embed_tokens.dtype)
