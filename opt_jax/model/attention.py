@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from opt_jax.model import flash, int8
-from opt_jax.model.flash import AttentionImplementation
+from opt_jax.model.flash import AttentionImplementation, Heads
 from opt_jax.model.int8 import Int8Array
 from opt_jax.parallel.collectives import batch_offset, shard_over_heads, tensor_offset
 
+Keys = Float[Array, "B H S K"] | Int8Array  # or values, of all the tokens to attend to
 # Causal attention is done by blocks of queries, this many at most, and none shorter than so many tokens.
 MOST_BLOCKS, BLOCK = 8, 128
 
@@ -57,7 +58,7 @@ class AttentionMask:
 
 
 class DropoutKey(NamedTuple):
-    """A key, and the numbers in the whole batch of the rows at hand: bits depend on neither mesh nor chunks."""
+    """A key and the global row index of each local row: random bits depend on neither the mesh nor micro-batches."""
 
     key: jax.Array
     rows: Int[Array, " B"]
@@ -66,7 +67,7 @@ class DropoutKey(NamedTuple):
     def of(
         cls, key: "jax.Array | DropoutKey | None", rows: int, first: Int[Array, ""] | int = 0
     ) -> "DropoutKey | None":
-        """first: number of the first row that devices share now, of a batch that comes in parts (micro-batches)."""
+        """`key` with the global indices of `rows` local rows; `first`: index of the first row of this micro-batch."""
         if key is None or isinstance(key, DropoutKey):
             return key
         return cls(key, first + batch_offset(rows) + jnp.arange(rows, dtype=jnp.int32))
@@ -82,20 +83,14 @@ def dropout(x: Float[Array, "B N ..."], rate: float, key: DropoutKey | None) -> 
     columns = tensor_offset(x.shape[1]) + jnp.arange(x.shape[1], dtype=jnp.int32)
 
     def keep(row: jax.Array, column: jax.Array) -> jax.Array:
-        own = jax.random.fold_in(jax.random.fold_in(key.key, row), column)
-        return jax.random.bernoulli(own, jnp.float32(1.0 - rate), x.shape[2:])
+        column_key = jax.random.fold_in(jax.random.fold_in(key.key, row), column)
+        return jax.random.bernoulli(column_key, jnp.float32(1.0 - rate), x.shape[2:])
 
     kept = jax.vmap(jax.vmap(keep, (None, 0)), (0, None))(key.rows, columns)
     return jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))
 
 
-def flash_attend(
-    implementation: AttentionImplementation,
-    q: Float[Array, "B H T K"],
-    k: Float[Array, "B H T K"],
-    v: Float[Array, "B H T K"],
-    mask: AttentionMask,
-) -> Float[Array, "B H T K"]:
+def flash_attend(implementation: AttentionImplementation, q: Heads, k: Heads, v: Heads, mask: AttentionMask) -> Heads:
     """`attend` by a kernel that never holds the weights. Only the output at pads differs: pads see pads."""
     segments = mask.segments()
     kernel = shard_over_heads(flash.KERNELS[implementation], segments=segments is not None)
@@ -103,14 +98,8 @@ def flash_attend(
 
 
 def attend(
-    q: Float[Array, "B H T K"],
-    k: Float[Array, "B H S K"] | Int8Array,
-    v: Float[Array, "B H S K"] | Int8Array,
-    mask: AttentionMask,
-    *,
-    dropout_rate: float = 0.0,
-    dropout_key: DropoutKey | None = None,
-) -> tuple[Float[Array, "B H T K"], Float[Array, "B H T S"]]:
+    q: Heads, k: Keys, v: Keys, mask: AttentionMask, *, dropout_rate: float = 0.0, dropout_key: DropoutKey | None = None
+) -> tuple[Heads, Float[Array, "B H T S"]]:
     """softmax(q k^T) v and its weights; `q` comes scaled. Weights nobody uses are dropped by the compiler.
 
     Follows HF's `eager_attention_forward`: softmax in float32, cast back to the inputs' dtype before the product
@@ -125,20 +114,15 @@ def attend(
     # Without the keys that all queries of a block are too early to see: little more than half of the work and memory.
     outputs, weights = [], []
     for start, end in itertools.pairwise(queries * i // blocks for i in range(blocks + 1)):
-        out, some = _attend(q[:, :, start:end], k[:, :, :end], v[:, :, :end], visible[:, :, start:end, :end], 0.0, None)
+        out, part = _attend(q[:, :, start:end], k[:, :, :end], v[:, :, :end], visible[:, :, start:end, :end], 0.0, None)
         outputs.append(out)
-        weights.append(jnp.pad(some, ((0, 0), (0, 0), (0, 0), (0, keys - end))))
+        weights.append(jnp.pad(part, ((0, 0), (0, 0), (0, 0), (0, keys - end))))
     return jnp.concatenate(outputs, axis=2), jnp.concatenate(weights, axis=2)
 
 
 def _attend(
-    q: Float[Array, "B H T K"],
-    k: Float[Array, "B H S K"] | Int8Array,
-    v: Float[Array, "B H S K"] | Int8Array,
-    visible: Bool[Array, "b 1 T S"],
-    dropout_rate: float,
-    dropout_key: DropoutKey | None,
-) -> tuple[Float[Array, "B H T K"], Float[Array, "B H T S"]]:
+    q: Heads, k: Keys, v: Keys, visible: Bool[Array, "b 1 T S"], dropout_rate: float, dropout_key: DropoutKey | None
+) -> tuple[Heads, Float[Array, "B H T S"]]:
     if isinstance(k, Int8Array):
         scores = int8.einsum("bhtk,bhsk->bhts", q, k.values) * k.scale.mT
     else:

@@ -63,10 +63,10 @@ def run_in_parts(
 
     @partial(jax.checkpoint, prevent_cse=False)
     def run(wide: Layer, rows: tuple) -> Array:
-        own = jax.tree.map(lambda weight, like: weight.astype(like.dtype), wide, layer)
-        x, key_mask, segment_ids, numbers = rows
-        own_key = None if key is None else DropoutKey(key.key, numbers)
-        return own(x, AttentionMask(key_mask, segment_ids, 0), None, own_key)[0]
+        narrow = jax.tree.map(lambda weight, like: weight.astype(like.dtype), wide, layer)
+        x, key_mask, segment_ids, indices = rows
+        part_key = None if key is None else DropoutKey(key.key, indices)
+        return narrow(x, AttentionMask(key_mask, segment_ids, 0), None, part_key)[0]
 
     rows = (x, mask.key_mask, mask.segment_ids, None if key is None else key.rows)
     rows = jax.tree.map(lambda value: value.reshape(parts, -1, *value.shape[1:]), rows)
@@ -75,5 +75,5 @@ def run_in_parts(
 
 def _all_but_weights(primitive: Any, *_: Any, **params: Any) -> bool:
     # Not the gathered weights, nor what they are made of: the argument of a name would be kept in its place.
-    made = {"all_gather", "convert_element_type", "select_n", "ne"}
-    return primitive.name not in made and params.get("name") != "weights"
+    steps = {"all_gather", "convert_element_type", "select_n", "ne"}  # of `gather_parameters`
+    return primitive.name not in steps and params.get("name") != "weights"
