@@ -58,7 +58,7 @@ class OPTConfig:
     num_labels: int = 2
     problem_type: str | None = None
     # Fields of a config.json that do not change the architecture (architectures, dtype, id2label, ...): carried along.
-    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any], hash=False)
 
     def __post_init__(self):
         if self.word_embed_proj_dim is None:
@@ -95,7 +95,7 @@ class OPTConfig:
         if not ok:
             raise ValueError(f"OPTConfig: {name}={shown(getattr(self, name))} must be {what}")
 
-    def _check_type(self, field: dataclasses.Field) -> None:
+    def _check_type(self, field: dataclasses.Field[Any]) -> None:
         value, kind = getattr(self, field.name), field.type
         if kind is bool:
             self._require(isinstance(value, bool), field.name, "true or false")
@@ -116,6 +116,11 @@ class OPTConfig:
         """Width of the token embeddings and of what the heads see: `word_embed_proj_dim`, never None."""
         return self.word_embed_proj_dim or self.hidden_size
 
+    @property
+    def has_final_layer_norm(self) -> bool:
+        """Whether a LayerNorm follows the last layer."""
+        return self.do_layer_norm_before and not self._remove_final_layer_norm
+
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "OPTConfig":
         """One of the nine published sizes ("125m" ... "175b"), as in Table 1 of the paper and HF's configs.
@@ -135,7 +140,7 @@ class OPTConfig:
         return cls(**(fields | overrides))
 
     @classmethod
-    def from_hf(cls, source: str | os.PathLike | Mapping[str, Any], *, where: str = "config") -> "OPTConfig":
+    def from_hf(cls, source: str | os.PathLike[str] | Mapping[str, Any], *, where: str = "config") -> "OPTConfig":
         """From a `config.json` of `transformers`: its path, the directory it is in, or its content as a dict.
 
         Fields that are not OPT's architecture are kept in `extra` and come back out of `to_hf`. A warning names those

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -135,7 +135,7 @@ def _attend(
     return _product("bhts,bhsk->bhtk", weights, v), weights
 
 
-def _product(spec: str, x: Array, cached: Array, **kwargs) -> Array:
+def _product(spec: str, x: Array, cached: Array, **kwargs: Any) -> Array:
     """`jnp.einsum` under the standard promotion of dtypes: a cache may be of another dtype than the computation."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.einsum(spec, x, cached, **kwargs)

@@ -23,10 +23,10 @@ _KEPT: dict[str, tuple[str, ...]] = {
 }
 # Most bytes of one array [B, T, D] within a layer, with remat "full" in a training step: more rows run in parts.
 PART_BYTES = 2**26
-Layer = Callable[..., tuple]  # an `OPTDecoderLayer`
+Layer = Callable[..., tuple[Any, ...]]  # an `OPTDecoderLayer`
 
 
-def rematerialise(body: Callable, remat: Remat, prevent_cse: bool = False) -> Callable:
+def rematerialise(body: Callable[..., Any], remat: Remat, prevent_cse: bool = False) -> Callable[..., Any]:
     """A layer's function, or the scan's body, with the policy by which its backward pass keeps or computes again."""
     if remat == "none":
         # All is kept but what `gather_parameters` makes, or each device would come to hold the whole model.
@@ -62,7 +62,7 @@ def run_in_parts(
     wide = jax.tree.map(lambda weight: weight.astype(jnp.float32), layer)
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def run(wide: Layer, rows: tuple) -> Array:
+    def run(wide: Layer, rows: tuple[Any, ...]) -> Array:
         narrow = jax.tree.map(lambda weight, like: weight.astype(like.dtype), wide, layer)
         x, key_mask, segment_ids, indices = rows
         part_key = None if key is None else DropoutKey(key.key, indices)

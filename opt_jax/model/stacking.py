@@ -35,7 +35,7 @@ def unstack_layers(model: Any) -> Any:
     return model
 
 
-def _stacked(leaves: list) -> Any:
+def _stacked(leaves: list[Any]) -> Any:
     if isinstance(leaves[0], jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
     return jnp.stack(leaves)

@@ -92,29 +92,29 @@ def gather_parameters(tree: Any, dtype: Any, grad_dtype: Any, prefix: str = "") 
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _gather_over_fsdp(x: jax.Array, axis: int, dtype: Any, _grad_dtype: Any, _parameter_dtype: Any) -> jax.Array:
+def _gather_over_fsdp(x: jax.Array, axis: int, dtype: Any, _grad_dtype: Any, _param_dtype: Any) -> jax.Array:
     # `where` changes nothing, but is not moved: the compiler for TPUs would take the cast alone out of the loop over
     # layers, through a barrier too, and hold all layers' weights in both dtypes (0.7 GB per chip for 175B on 512).
     return lax.all_gather(jnp.where(jnp.isnan(x), jnp.nan, x).astype(dtype), "fsdp", axis=axis, tiled=True)
 
 
-def _gather_forward(x, axis, dtype, grad_dtype, parameter_dtype):
-    return _gather_over_fsdp(x, axis, dtype, grad_dtype, parameter_dtype), None
+def _gather_forward(x: jax.Array, axis: int, dtype: Any, grad_dtype: Any, param_dtype: Any):
+    return _gather_over_fsdp(x, axis, dtype, grad_dtype, param_dtype), None
 
 
-def _gather_backward(axis, _dtype, grad_dtype, parameter_dtype, _, gradient):
+def _gather_backward(axis: int, _dtype: Any, grad_dtype: Any, param_dtype: Any, _: None, gradient: jax.Array) -> Any:
     # With the parts along an axis of their own, the first. Parts that are not whole tiles of a TPU's memory (of 128
     # numbers, along the last axis) would be scattered by adding all up on every chip, which sends twice as much.
     shape = gradient.shape
     gradient = gradient.astype(grad_dtype).reshape(*shape[:axis], axis_size("fsdp"), -1, *shape[axis + 1 :])
     local = lax.psum_scatter(jnp.moveaxis(gradient, axis, 0), "fsdp", scatter_dimension=0)
-    return (local.astype(parameter_dtype),)
+    return (local.astype(param_dtype),)
 
 
 _gather_over_fsdp.defvjp(_gather_forward, _gather_backward)
 
 
-def shard_over_heads(function: Callable, *, segments: bool) -> Callable:
+def shard_over_heads(function: Callable[..., Any], *, segments: bool) -> Callable[..., Any]:
     """`function(q, k, v[, segment_ids])` over [B, H, T, K], one call for each device's own rows and heads.
 
     For kernels, which the compiler cannot split. Rows and heads must divide over the mesh.

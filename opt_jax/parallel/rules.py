@@ -55,11 +55,13 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
 
 # Adapters of LoRA beside a layer's kernel: A [inputs, rank] is split as the kernel's rows are, B [rank, outputs] as its
 # columns. (Of a row-parallel product A leaves partial sums over `tensor`, and B, being linear, passes them on.)
-PARAMETER_AXES |= {
-    path + suffix: axes
-    for path, (rows, columns) in ((p, a) for p, a in PARAMETER_AXES.items() if re.search(r"layers.*kernel", p))
-    for suffix, axes in (("_lora_a", (rows, None)), ("_lora_b", (None, columns)))
-}
+PARAMETER_AXES.update(
+    {
+        path + suffix: axes
+        for path, (rows, columns) in ((p, a) for p, a in PARAMETER_AXES.items() if re.search(r"layers.*kernel", p))
+        for suffix, axes in (("_lora_a", (rows, None)), ("_lora_b", (None, columns)))
+    }
+)
 
 # Biases of row-parallel products, which are partial sums over `tensor` until `scatter_sequence`: one device adds them.
 ADDED_ONCE = {"model.decoder.layers.*.self_attn.out_proj.bias", "model.decoder.layers.*.fc2.bias"}
@@ -117,14 +119,14 @@ def constrain(x: jax.Array, name: str) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or is_per_device():
         return x
-    axes = []
+    axes: list[Any] = []
     for size, axis in zip(x.shape, ACTIVATION_AXES[name], strict=True):
         names = (axis,) if isinstance(axis, str) else axis or ()
         axes.append(axis if size % math.prod(mesh.shape[n] for n in names) == 0 else None)
     return jax.lax.with_sharding_constraint(x, P(*axes))
 
 
-def per_device(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
+def per_device(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """`function` of each device's own parts of the arguments. A part of the batch is rows; of the residual stream, rows
     and tokens.
 

@@ -40,7 +40,7 @@ _WITHOUT_EFFECT: FieldsWithoutEffect = {
 }
 
 
-def from_hf(cls: type[OPTConfig], source: str | os.PathLike | Mapping[str, Any], where: str) -> OPTConfig:
+def from_hf(cls: type[OPTConfig], source: str | os.PathLike[str] | Mapping[str, Any], where: str) -> OPTConfig:
     """See `OPTConfig.from_hf`."""
     if isinstance(source, Mapping):
         content = dict(source)
