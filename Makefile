@@ -65,6 +65,7 @@ lint: .venv/.installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
+	.venv/bin/pyright -p .ci/pyright-core.json
 
 # For .ci/run, which makes both at once: pip uses one core.
 environments: $(foreach venv,.venv .venv-latest,$(venv)/.installed-test $(addprefix $(venv)/,$(LIBTPU)))

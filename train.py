@@ -30,7 +30,7 @@ from opt_jax.data.tokenizers import (
     train_tokenizer,
 )
 from opt_jax.data.windows import Windows
-from opt_jax.model.attention import choose_attention
+from opt_jax.model.attention_choice import choose_attention
 from opt_jax.model.lora import LoRA, is_trained
 from opt_jax.parallel import agreement, processes
 from opt_jax.parallel.agreement import on_first_process

@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks.contestants import Contestant, alternate, close, machine, spread
 from opt_jax import OPTConfig
-from opt_jax.model.attention import choose_attention
+from opt_jax.model.attention_choice import choose_attention
 from opt_jax.model.remat import Remat
 from opt_jax.parallel.mesh import make_mesh, use_mesh
 from opt_jax.training.flops import flops_per_token, peak_flops

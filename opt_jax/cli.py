@@ -15,7 +15,7 @@ import opt_jax
 from opt_jax.evaluation.command import evaluate
 from opt_jax.system.disk import describe, keep_standard_descriptors
 from opt_jax.system.interrupts import ends_at_once, exit_code, raises
-from opt_jax.system.reading import one_line
+from opt_jax.system.messages import one_line
 
 DEFAULT_NEW_TOKENS = 200
 

@@ -24,7 +24,8 @@ ROOMS = (
     "train",
 )
 EXCEPTIONS = {
-    # Methods of the model that hand over to the rooms above, so that `model.generate(...)` works.
+    # Methods that hand over to the rooms above, so that `model.generate(...)` and `OPTConfig.from_hf(...)` work.
+    ("opt_jax.config", "opt_jax.checkpoints.formats.config_json"): "from_hf, to_hf",
     ("opt_jax.model.heads", "opt_jax.checkpoints.pretrained"): "from_pretrained, save_pretrained",
     ("opt_jax.model.heads", "opt_jax.generation.generate"): "generate, prefill",
     ("opt_jax.model.heads", "opt_jax.generation.scoring"): "score",

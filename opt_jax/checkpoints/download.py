@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from opt_jax.checkpoints.answers import NO_HUB, guarded
-from opt_jax.system.reading import SMALL_FILE, json_object, name_from_outside, one_line, read_small
+from opt_jax.system.messages import one_line
+from opt_jax.system.reading import SMALL_FILE, json_object, name_from_outside, read_small
 from opt_jax.system.temporary import refuse_links
 
 WEIGHT_FILES = (

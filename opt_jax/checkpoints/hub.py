@@ -11,7 +11,8 @@ from urllib.parse import quote
 from etils import epath
 
 from opt_jax.checkpoints.download import WEIGHT_FILES, Repository, download
-from opt_jax.system.reading import json_object, read_small, shown
+from opt_jax.system.messages import shown
+from opt_jax.system.reading import json_object, read_small
 
 TOKENIZER_FILES = (
     "vocab.json",

@@ -23,7 +23,8 @@ from opt_jax.checkpoints.arrays import LazyArray
 from opt_jax.checkpoints.chunks import Index, pieces
 from opt_jax.parallel.agreement import agree
 from opt_jax.system.disk import disk_errors, without_tracebacks
-from opt_jax.system.reading import json_object, one_line, read_small
+from opt_jax.system.messages import one_line
+from opt_jax.system.reading import json_object, read_small
 
 _MAX_LAYERS = 10_000  # more are damage, not depth
 _THREADS = 4  # each holds a chunk or two; while some wait for the disk, others transpose

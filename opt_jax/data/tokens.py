@@ -28,7 +28,8 @@ from opt_jax.data.documents import BLOCK, TEXT_SUFFIXES, BadRecords, HFSource, c
 from opt_jax.data.tokenizers import tokenizer_from_bytes, tokenizer_to_bytes
 from opt_jax.model.ids import as_ids
 from opt_jax.system.interrupts import WAITING, delayed
-from opt_jax.system.reading import json_object, one_line, open_regular, read_small
+from opt_jax.system.messages import one_line
+from opt_jax.system.reading import json_object, open_regular, read_small
 from opt_jax.system.temporary import new_file, refuse_links, unfinished_files
 from opt_jax.text.tokenizer import OPTTokenizer
 

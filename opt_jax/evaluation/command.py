@@ -166,7 +166,7 @@ def load(options: EvalOptions) -> Any:
     import jax
 
     from opt_jax.checkpoints import hub, pretrained
-    from opt_jax.model.attention import choose_attention
+    from opt_jax.model.attention_choice import choose_attention
     from opt_jax.model.heads import OPTForCausalLM
     from opt_jax.parallel.mesh import make_mesh
 

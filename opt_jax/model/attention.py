@@ -2,17 +2,18 @@
 
 import dataclasses
 import itertools
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from opt_jax.model import flash, int8
-from opt_jax.model.flash import AttentionImplementation
+from opt_jax.model.flash import AttentionImplementation, Heads
 from opt_jax.model.int8 import Int8Array
-from opt_jax.parallel.collectives import batch_offset, over_heads, tensor_offset
+from opt_jax.parallel.collectives import batch_offset, shard_over_heads, tensor_offset
 
+Keys = Float[Array, "B H S K"] | Int8Array  # or values, of all the tokens to attend to
 # Causal attention is done by blocks of queries, this many at most, and none shorter than so many tokens.
 MOST_BLOCKS, BLOCK = 8, 128
 
@@ -57,7 +58,7 @@ class AttentionMask:
 
 
 class DropoutKey(NamedTuple):
-    """A key, and the numbers in the whole batch of the rows at hand: bits depend on neither mesh nor chunks."""
+    """A key and the global row index of each local row: random bits depend on neither the mesh nor micro-batches."""
 
     key: jax.Array
     rows: Int[Array, " B"]
@@ -66,7 +67,7 @@ class DropoutKey(NamedTuple):
     def of(
         cls, key: "jax.Array | DropoutKey | None", rows: int, first: Int[Array, ""] | int = 0
     ) -> "DropoutKey | None":
-        """first: number of the first row that devices share now, of a batch that comes in parts (micro-batches)."""
+        """`key` with the global indices of `rows` local rows; `first`: index of the first row of this micro-batch."""
         if key is None or isinstance(key, DropoutKey):
             return key
         return cls(key, first + batch_offset(rows) + jnp.arange(rows, dtype=jnp.int32))
@@ -82,64 +83,23 @@ def dropout(x: Float[Array, "B N ..."], rate: float, key: DropoutKey | None) -> 
     columns = tensor_offset(x.shape[1]) + jnp.arange(x.shape[1], dtype=jnp.int32)
 
     def keep(row: jax.Array, column: jax.Array) -> jax.Array:
-        own = jax.random.fold_in(jax.random.fold_in(key.key, row), column)
-        return jax.random.bernoulli(own, jnp.float32(1.0 - rate), x.shape[2:])
+        column_key = jax.random.fold_in(jax.random.fold_in(key.key, row), column)
+        return jax.random.bernoulli(column_key, jnp.float32(1.0 - rate), x.shape[2:])
 
     kept = jax.vmap(jax.vmap(keep, (None, 0)), (0, None))(key.rows, columns)
     return jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))
 
 
-def choose_attention(requested: str, platform: str, head_dim: int, dtype: str, attention_dropout: float) -> str:
-    """The implementation that "auto" stands for on this platform, or the one asked for where it can run.
-
-    Flash attention has no dropout on its weights: with it, "auto" is "xla".
-
-    Raises:
-      ValueError: an implementation that is unknown, or cannot run here.
-    """
-    if requested not in ("auto", *get_args(AttentionImplementation)):
-        raise ValueError(f"attention {requested!r}: choose one of auto, {', '.join(get_args(AttentionImplementation))}")
-    fits_cudnn = dtype in ("bfloat16", "float16") and head_dim <= 128 and head_dim % 8 == 0
-    if requested == "auto":
-        here = {"tpu": "splash", "gpu": "cudnn" if fits_cudnn else "xla", "cuda": "cudnn" if fits_cudnn else "xla"}
-        return "xla" if attention_dropout > 0 else here.get(platform, "xla")
-    if requested != "xla" and attention_dropout > 0:
-        raise ValueError(
-            f"attention {requested} has no dropout on attention weights: set attention_dropout 0 (it is "
-            f"{attention_dropout}), or choose xla"
-        )
-    if requested == "splash" and platform != "tpu":
-        raise ValueError(f"attention splash needs a TPU, but this is a {platform}: choose auto or xla")
-    if requested == "cudnn" and (platform not in ("gpu", "cuda") or not fits_cudnn):
-        raise ValueError(
-            f"attention cudnn needs a GPU, bfloat16 or float16, and head_dim <= 128 divisible by 8, but this is a "
-            f"{platform} with {dtype} and head_dim {head_dim}: choose auto or xla"
-        )
-    return requested
-
-
-def flash_attend(
-    implementation: AttentionImplementation,
-    q: Float[Array, "B H T K"],
-    k: Float[Array, "B H T K"],
-    v: Float[Array, "B H T K"],
-    mask: AttentionMask,
-) -> Float[Array, "B H T K"]:
+def flash_attend(implementation: AttentionImplementation, q: Heads, k: Heads, v: Heads, mask: AttentionMask) -> Heads:
     """`attend` by a kernel that never holds the weights. Only the output at pads differs: pads see pads."""
     segments = mask.segments()
-    kernel = over_heads(flash.KERNELS[implementation], segments=segments is not None)
+    kernel = shard_over_heads(flash.KERNELS[implementation], segments=segments is not None)
     return kernel(q, k, v) if segments is None else kernel(q, k, v, segments)
 
 
 def attend(
-    q: Float[Array, "B H T K"],
-    k: Float[Array, "B H S K"] | Int8Array,
-    v: Float[Array, "B H S K"] | Int8Array,
-    mask: AttentionMask,
-    *,
-    dropout_rate: float = 0.0,
-    dropout_key: DropoutKey | None = None,
-) -> tuple[Float[Array, "B H T K"], Float[Array, "B H T S"]]:
+    q: Heads, k: Keys, v: Keys, mask: AttentionMask, *, dropout_rate: float = 0.0, dropout_key: DropoutKey | None = None
+) -> tuple[Heads, Float[Array, "B H T S"]]:
     """softmax(q k^T) v and its weights; `q` comes scaled. Weights nobody uses are dropped by the compiler.
 
     Follows HF's `eager_attention_forward`: softmax in float32, cast back to the inputs' dtype before the product
@@ -154,20 +114,15 @@ def attend(
     # Without the keys that all queries of a block are too early to see: little more than half of the work and memory.
     outputs, weights = [], []
     for start, end in itertools.pairwise(queries * i // blocks for i in range(blocks + 1)):
-        out, some = _attend(q[:, :, start:end], k[:, :, :end], v[:, :, :end], visible[:, :, start:end, :end], 0.0, None)
+        out, part = _attend(q[:, :, start:end], k[:, :, :end], v[:, :, :end], visible[:, :, start:end, :end], 0.0, None)
         outputs.append(out)
-        weights.append(jnp.pad(some, ((0, 0), (0, 0), (0, 0), (0, keys - end))))
+        weights.append(jnp.pad(part, ((0, 0), (0, 0), (0, 0), (0, keys - end))))
     return jnp.concatenate(outputs, axis=2), jnp.concatenate(weights, axis=2)
 
 
 def _attend(
-    q: Float[Array, "B H T K"],
-    k: Float[Array, "B H S K"] | Int8Array,
-    v: Float[Array, "B H S K"] | Int8Array,
-    visible: Bool[Array, "b 1 T S"],
-    dropout_rate: float,
-    dropout_key: DropoutKey | None,
-) -> tuple[Float[Array, "B H T K"], Float[Array, "B H T S"]]:
+    q: Heads, k: Keys, v: Keys, visible: Bool[Array, "b 1 T S"], dropout_rate: float, dropout_key: DropoutKey | None
+) -> tuple[Heads, Float[Array, "B H T S"]]:
     if isinstance(k, Int8Array):
         scores = int8.einsum("bhtk,bhsk->bhts", q, k.values) * k.scale.mT
     else:
@@ -180,7 +135,7 @@ def _attend(
     return _product("bhts,bhsk->bhtk", weights, v), weights
 
 
-def _product(spec: str, x: Array, cached: Array, **kwargs) -> Array:
+def _product(spec: str, x: Array, cached: Array, **kwargs: Any) -> Array:
     """`jnp.einsum` under the standard promotion of dtypes: a cache may be of another dtype than the computation."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.einsum(spec, x, cached, **kwargs)

@@ -103,9 +103,9 @@ class KVCache:
         return dataclasses.replace(self, column=self.column % self.max_length)
 
     def rewind(self, width: int, kept: Int[Array, " B"]) -> "KVCache":
-        """Forget the last `width` columns, real or not, but the first `kept` of each row, which are.
+        """Drop the last `width` columns. Row b keeps the first `kept[b]` of them, which hold real tokens.
 
-        The next token goes behind the last column that any row keeps; what other rows had there becomes a hole.
+        The next token goes behind the last column that any row keeps. What other rows had there becomes a hole.
         """
         start = self.column - width
         window = lax.dynamic_slice_in_dim(self.valid, start, width, axis=1)
@@ -139,24 +139,24 @@ class KVCache:
             x = jnp.pad(x, [(0, max_length - n if i == axis else 0) for i, n in enumerate(x.shape)])
             return jnp.broadcast_to(x, (batch, *x.shape[1:]))
 
-        return KVCache(
+        return dataclasses.replace(
+            self,
             k=jax.tree.map(lambda x: grown(x, 2), self.k),
             v=jax.tree.map(lambda x: grown(x, 2), self.v),
             valid=grown(self.valid, 1),
             next_position=jnp.broadcast_to(self.next_position, (batch,)),
-            column=self.column,
-            fresh=self.fresh,
         )
 
     def replace_rows(self, rows: Int[Array, " b"], new: "KVCache") -> "KVCache":
-        """The cache with other rows in some places; a row outside [0, B) is dropped. `new` may be shorter.
+        """The cache with row `rows[i]` replaced by row i of `new`; nothing is written for a row outside [0, B).
 
-        The columns of `new` move to where its last one is the last one written here; before column 0 comes the end.
+        `new` may have fewer columns. Rotates them so that its last written column lands on `self.column - 1` (columns
+        wrap around).
         """
-        spare = self.max_length - new.max_length
+        missing = self.max_length - new.max_length
 
         def put(x: Array, y: Array, axis: int) -> Array:
-            y = jnp.pad(y, [(0, spare if i == axis else 0) for i in range(y.ndim)])
+            y = jnp.pad(y, [(0, missing if i == axis else 0) for i in range(y.ndim)])
             return x.at[rows].set(jnp.roll(y, self.column - new.column, axis), mode="drop")
 
         return dataclasses.replace(

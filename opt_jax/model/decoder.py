@@ -22,7 +22,6 @@ from opt_jax.model.cache import KVCache, LayerCache
 from opt_jax.model.flash import AttentionImplementation
 from opt_jax.model.outputs import BaseModelOutput
 from opt_jax.model.remat import Remat, count_parts, rematerialise, run_in_parts
-from opt_jax.model.stacking import unstack
 from opt_jax.parallel.collectives import (
     gather_parameters,
     gather_sequence,
@@ -53,13 +52,13 @@ class Linear(nnx.Linear):
             return super().__call__(x)
 
 
-def linear(config: OPTConfig, inputs: int, outputs: int, use_bias: bool, **kwargs) -> Linear:
+def linear(config: OPTConfig, inputs: int, outputs: int, use_bias: bool, **kwargs: Any) -> Linear:
     """kernel [inputs, outputs] from normal(0, init_std), bias zero: HF `OPTPreTrainedModel._init_weights`."""
     init = nnx.initializers.normal(config.init_std)
     return Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, dot_general=_matmul, **kwargs)
 
 
-def _matmul(x: jax.Array, kernel: jax.Array, _dimension_numbers: Any, **kwargs) -> jax.Array:
+def _matmul(x: jax.Array, kernel: jax.Array, _dimension_numbers: Any, **kwargs: Any) -> jax.Array:
     """x @ kernel as a product of two matrices: XLA on CPU is slow where a gradient contracts two dimensions at once."""
     y = lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **kwargs)
     return y.reshape(*x.shape[:-1], -1)
@@ -68,16 +67,16 @@ def _matmul(x: jax.Array, kernel: jax.Array, _dimension_numbers: Any, **kwargs) 
 class Embed(nnx.Embed):
     """`nnx.Embed` whose `attend` is the tied LM head."""
 
-    def lookup(self, ids: Int[Array, "B T"]) -> Float[Array, "B t P"]:
-        """Rows by id, laid out as the residual stream; a device holds a part of the vocabulary, and of the tokens."""
+    def lookup_and_scatter(self, ids: Int[Array, "B T"]) -> Float[Array, "B t P"]:
+        """Rows by id, of this device's tokens, where each device has the ids of all tokens and a part of the table."""
         # In float32, or the gradients of a token that is frequent would be added up in half precision.
         table = self.embedding.get_value().astype(jnp.float32)
-        own = ids - tensor_offset(table.shape[0])
-        found = (own >= 0) & (own < table.shape[0])
-        rows = jnp.take(table, jnp.where(found, own, 0), axis=0)
-        return scatter_sequence(jnp.where(found[..., None], rows, 0).astype(self.dtype))
+        local_ids = ids - tensor_offset(table.shape[0])
+        is_local = (local_ids >= 0) & (local_ids < table.shape[0])
+        rows = jnp.take(table, jnp.where(is_local, local_ids, 0), axis=0)
+        return scatter_sequence(jnp.where(is_local[..., None], rows, 0).astype(self.dtype))
 
-    def attend(self, x: Float[Array, "B T P"]) -> Float[Array, "B T V"]:
+    def attend(self, x: Float[Array, "B T P"]) -> Float[Array, "B T V"]:  # type: ignore[reportIncompatibleMethodOverride]
         """Logits. Deviation from HF: accumulated and returned in float32, not rounded to the compute dtype."""
         table = self.embedding.get_value().astype(x.dtype)
         return jnp.einsum("btp,vp->btv", x, table, preferred_element_type=jnp.float32)
@@ -91,7 +90,7 @@ class LayerNorm(nnx.LayerNorm):
             return super().__call__(x)
 
 
-def _layer_norm(config: OPTConfig, **kwargs) -> LayerNorm:
+def _layer_norm(config: OPTConfig, **kwargs: Any) -> LayerNorm:
     """LayerNorm with PyTorch's epsilon and two-pass variance (Flax defaults: 1e-6 and E[x^2] - E[x]^2)."""
     affine = config.layer_norm_elementwise_affine
     return LayerNorm(
@@ -102,7 +101,7 @@ def _layer_norm(config: OPTConfig, **kwargs) -> LayerNorm:
 class OPTAttention(nnx.Module):
     """Multi-head self-attention: HF `OPTAttention`."""
 
-    def __init__(self, config: OPTConfig, attn_implementation: AttentionImplementation, **kwargs):
+    def __init__(self, config: OPTConfig, attn_implementation: AttentionImplementation, **kwargs: Any):
         project = partial(linear, config, config.hidden_size, config.hidden_size, config.enable_bias, **kwargs)
         self.k_proj, self.v_proj, self.q_proj, self.out_proj = project(), project(), project(), project()
         self.config = config
@@ -138,7 +137,7 @@ class OPTDecoderLayer(nnx.Module):
     """Attention and feed-forward blocks, LayerNorm before each (all sizes) or after (350M): HF `OPTDecoderLayer`."""
 
     def __init__(
-        self, config: OPTConfig, key: jax.Array, attn_implementation: AttentionImplementation = "xla", **kwargs
+        self, config: OPTConfig, key: jax.Array, attn_implementation: AttentionImplementation = "xla", **kwargs: Any
     ):
         kwargs |= dict(rngs=nnx.Rngs(key))
         self.self_attn = OPTAttention(config, attn_implementation, **kwargs)
@@ -177,14 +176,18 @@ class OPTDecoderLayer(nnx.Module):
         return x, weights, cache
 
 
+Ids = Int[Array, "B T"] | None  # one integer for each token
+Mask = Bool[Array, "B T"] | Int[Array, "B T"] | None
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderInputs:
     """What `forward` of all models takes; see `OPTPreTrainedModel.__call__`."""
 
-    input_ids: Int[Array, "B T"] | None = None
-    attention_mask: Bool[Array, "B T"] | Int[Array, "B T"] | None = None
-    position_ids: Int[Array, "B T"] | None = None
-    segment_ids: Int[Array, "B T"] | None = None
+    input_ids: Ids = None
+    attention_mask: Mask = None
+    position_ids: Ids = None
+    segment_ids: Ids = None
     inputs_embeds: Float[Array, "B T P"] | None = None
     cache: KVCache | None = None
     output_hidden_states: bool = False
@@ -214,7 +217,7 @@ class DecoderInputs:
 
 
 # The residual stream after the last layer; the stream before each layer and after the last; attention weights; caches.
-Outputs = tuple[Array, list, list, list]
+Outputs = tuple[Array, list[Array], list[Any], list[Any]]
 
 
 class OPTDecoder(nnx.Module):
@@ -254,7 +257,7 @@ class OPTDecoder(nnx.Module):
         if embed_dim != width:
             self.project_in = linear(config, embed_dim, width, False, rngs=rngs, **kwargs)
             self.project_out = linear(config, width, embed_dim, False, rngs=rngs, **kwargs)
-        if config.do_layer_norm_before and not config._remove_final_layer_norm:
+        if config.has_final_layer_norm:
             self.final_layer_norm = _layer_norm(config, rngs=rngs, **kwargs)
         layer = partial(OPTDecoderLayer, config, attn_implementation=attn_implementation, **kwargs)
         keys = jax.random.split(rngs.params(), config.num_hidden_layers)
@@ -289,7 +292,7 @@ class OPTDecoder(nnx.Module):
         x, ids, pad = inputs.inputs_embeds, inputs.input_ids, self.config.pad_token_id
         if x is None:
             assert ids is not None
-            x = self.embed_tokens.lookup(ids) if is_per_device() else self.embed_tokens(ids)
+            x = self.embed_tokens.lookup_and_scatter(ids) if is_per_device() else self.embed_tokens(ids)
             if pad is not None:  # torch's padding_idx: looking up a pad gives its row no gradient
                 x = jnp.where(local_tokens(ids == pad)[..., None], lax.stop_gradient(x), x)
         x = x.astype(self.embed_tokens.dtype)
@@ -322,7 +325,7 @@ class OPTDecoder(nnx.Module):
         in_parts = self.remat == "full" and not inputs.output_attentions
         parts = count_parts(x, inputs.shape[1]) if in_parts else 1
 
-        def body(x, layer_and_key):
+        def body(x: Array, layer_and_key: tuple[OPTDecoderLayer, DropoutKey | None]) -> tuple[Array, tuple[Any, Any]]:
             layer, key = layer_and_key
             layer = gather_parameters(layer, layer.fc1.dtype, self.grad_dtype, "model.decoder.layers.")
             if parts > 1:
@@ -353,3 +356,27 @@ def _positions(inputs: DecoderInputs) -> Int[Array, "b T"]:
         begins = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
         before -= lax.cummax(jnp.where(begins, before, 0), axis=1)
     return jnp.where(mask, before, -1)
+
+
+def unstack(stacked: nnx.Module, depth: int) -> nnx.List[Any]:
+    """The `depth` layers of a stacked one, whose arrays are released one by one."""
+    structure = jax.tree.structure(stacked)
+    leaves: list[list[Any]] = [[] for _ in range(depth)]
+    for _, param in parameters(stacked):
+        value = param.get_value()
+        param.set_value(None)
+        for i in range(depth):
+            leaves[i].append(_slice(value, i))
+        del value
+    return nnx.List([jax.tree.unflatten(structure, leaf) for leaf in leaves])
+
+
+def _slice(stacked: Any, i: int) -> Any:
+    if isinstance(stacked, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(stacked.shape[1:], stacked.dtype)
+    return stacked[i]
+
+
+def parameters(module: nnx.Module) -> list[tuple[tuple[Any, ...], nnx.Param[Any]]]:
+    """(path, Param) in the order in which `jax.tree` flattens the module."""
+    return [(path, node) for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Param)]

@@ -1,6 +1,6 @@
 """Causal attention by kernels that never hold the [T, T] weights: splash attention on TPUs, cuDNN's on GPUs.
 
-Shapes [B, H, T, K], queries scaled already, queries = keys; `segment_ids` [B, T]: a token sees its own segment only.
+Queries are scaled already, and are those of the keys' tokens; a token sees its own segment of `segment_ids` only.
 """
 
 from typing import Any, Literal
@@ -11,16 +11,13 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jaxtyping import Array, Float, Int
 
 AttentionImplementation = Literal["xla", "cudnn", "splash"]
+Heads = Float[Array, "B H T K"]  # queries, keys, values, or what comes of them: one vector for each head and token
 _LANES = 128  # of a TPU: the least block
 
 
 def splash(
-    q: Float[Array, "B H T K"],
-    k: Float[Array, "B H T K"],
-    v: Float[Array, "B H T K"],
-    segment_ids: Int[Array, "B T"] | None = None,
-    interpret: bool = False,
-) -> Float[Array, "B H T K"]:
+    q: Heads, k: Heads, v: Heads, segment_ids: Int[Array, "B T"] | None = None, interpret: bool = False
+) -> Heads:
     """Splash attention, for any length: the sequence is filled up to a multiple of 128, which no token before can see.
 
     interpret: emulate the kernel where there is no TPU (slow; for tests).
@@ -45,12 +42,7 @@ def splash(
     return out[:, :, :length].astype(q.dtype)
 
 
-def cudnn(
-    q: Float[Array, "B H T K"],
-    k: Float[Array, "B H T K"],
-    v: Float[Array, "B H T K"],
-    segment_ids: Int[Array, "B T"] | None = None,
-) -> Float[Array, "B H T K"]:
+def cudnn(q: Heads, k: Heads, v: Heads, segment_ids: Int[Array, "B T"] | None = None) -> Heads:
     """cuDNN's flash attention. Segments become a mask [B, 1, T, T], which it reads from memory."""
     mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))

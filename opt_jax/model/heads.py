@@ -4,6 +4,7 @@ Modules hold parameters and nothing else, so a model is a pytree: pass it throug
 A model's `forward` is the plain function; calling the model checks the inputs and runs `forward` under `jax.jit`.
 """
 
+import os
 from functools import partial
 from typing import Any, TypeVar
 
@@ -11,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from opt_jax.config import OPTConfig
 from opt_jax.model import cache as kv
-from opt_jax.model.decoder import DecoderInputs, OPTDecoder, linear
+from opt_jax.model.decoder import DecoderInputs, Ids, Mask, OPTDecoder, linear, parameters
 from opt_jax.model.flash import AttentionImplementation
 from opt_jax.model.inputs import check_inputs
 from opt_jax.model.outputs import (
@@ -30,7 +31,8 @@ from opt_jax.model.outputs import (
 from opt_jax.model.remat import Remat
 from opt_jax.parallel.rules import constrain
 
-M = TypeVar("M", bound="OPTPreTrainedModel")
+Model = TypeVar("Model", bound="OPTPreTrainedModel")
+Labels = Int[Array, "..."] | Float[Array, "..."] | None
 
 
 class OPTPreTrainedModel(nnx.Module):
@@ -82,11 +84,11 @@ class OPTPreTrainedModel(nnx.Module):
             self.config, self.config.embed_dim, outputs, use_bias, preferred_element_type=jnp.float32, **kwargs
         )
 
-    def forward(self, *args, **kwargs):  # noqa: ARG002
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
         """The model as a plain function of its inputs (see `__call__`), for use inside your own `jax.jit`."""
         raise TypeError("OPTPreTrainedModel is abstract: use OPTModel or one of the OPTFor... classes")
 
-    def __call__(self, input_ids=None, attention_mask=None, **kwargs):
+    def __call__(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
         """Check the inputs, then run `forward`, compiled once per combination of shapes and options.
 
         Args (all optional but one of the first two):
@@ -124,13 +126,13 @@ class OPTPreTrainedModel(nnx.Module):
         return kv.init_cache(*shape, dtype or self.dtype)
 
     @classmethod
-    def from_pretrained(cls: type[M], name, **kwargs) -> M:
+    def from_pretrained(cls: type[Model], name: str | os.PathLike[str], **kwargs: Any) -> Model:
         """Load from a hub id, an HF or Orbax directory, or "tiny": see `pretrained.load_pretrained`."""
         from opt_jax.checkpoints import pretrained
 
         return pretrained.load_pretrained(cls, name, **kwargs)
 
-    def save_pretrained(self, directory, **kwargs) -> None:
+    def save_pretrained(self, directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write a self-contained Orbax directory: see `pretrained.save_pretrained`."""
         from opt_jax.checkpoints import pretrained
 
@@ -138,7 +140,7 @@ class OPTPreTrainedModel(nnx.Module):
 
 
 @partial(jax.jit, static_argnums=2)
-def _call(model: OPTPreTrainedModel, inputs: dict[str, Any], static: tuple[tuple[str, Any], ...]):
+def _call(model: OPTPreTrainedModel, inputs: dict[str, Any], static: tuple[tuple[str, Any], ...]) -> Any:
     return model.forward(**inputs, **dict(static))
 
 
@@ -152,9 +154,9 @@ class OPTModel(OPTPreTrainedModel):
     def base_model(self) -> "OPTModel":
         return self
 
-    def forward(self, input_ids=None, attention_mask=None, **inputs) -> BaseModelOutput:
-        """`inputs`: the other fields of `DecoderInputs`."""
-        return self.decoder(DecoderInputs(input_ids, attention_mask, **inputs))
+    def forward(self, input_ids: Ids = None, attention_mask: Mask = None, **rest: Any) -> BaseModelOutput:
+        """`rest`: the other fields of `DecoderInputs`."""
+        return self.decoder(DecoderInputs(input_ids, attention_mask, **rest))
 
 
 class OPTForCausalLM(OPTPreTrainedModel):
@@ -166,33 +168,37 @@ class OPTForCausalLM(OPTPreTrainedModel):
         self.lm_head = nnx.data(None) if tied else self._head(self.config.vocab_size, False, rngs)
 
     def forward(
-        self, input_ids=None, attention_mask=None, *, labels=None, logits_to_keep=0, **inputs
+        self,
+        input_ids: Ids = None,
+        attention_mask: Mask = None,
+        *,
+        labels: Ids = None,
+        logits_to_keep: int = 0,
+        **rest: Any,
     ) -> CausalLMOutput:
-        out = self.model.forward(input_ids, attention_mask, **inputs)
+        out = self.model.forward(input_ids, attention_mask, **rest)
         logits = self.logits(out.last_hidden_state[:, -logits_to_keep:])
         loss = None if labels is None else causal_lm_loss(logits, labels)
-        return CausalLMOutput(
-            logits=logits, loss=loss, hidden_states=out.hidden_states, attentions=out.attentions, cache=out.cache
-        )
+        return CausalLMOutput.with_head(out, logits=logits, loss=loss)
 
     def logits(self, x: Float[Array, "B T P"]) -> Float[Array, "B T V"]:
         """The LM head, tied to the token embedding unless the config says otherwise."""
         head = self.model.decoder.embed_tokens.attend if self.lm_head is None else self.lm_head
         return constrain(head(x), "logits")
 
-    def generate(self, input_ids, attention_mask=None, **kwargs):
+    def generate(self, input_ids: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
         """Continue prompts: see `opt_jax.generation.generate.generate`."""
         from opt_jax.generation.generate import generate
 
         return generate(self, input_ids, attention_mask, **kwargs)
 
-    def prefill(self, input_ids, attention_mask=None, **kwargs):
+    def prefill(self, input_ids: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
         """Read the common beginning of many prompts once: see `opt_jax.generation.generate.prefill`."""
         from opt_jax.generation.generate import prefill
 
         return prefill(self, input_ids, attention_mask, **kwargs)
 
-    def score(self, input_ids, attention_mask=None, **kwargs) -> Any:
+    def score(self, input_ids: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
         """The log-probability of each token: see `opt_jax.generation.scoring.score`."""
         from opt_jax.generation.scoring import score
 
@@ -206,8 +212,10 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
         super()._build(rngs, **options)
         self.score = self._head(self.config.num_labels, False, rngs)
 
-    def forward(self, input_ids=None, attention_mask=None, *, labels=None, **inputs) -> SequenceClassifierOutput:
-        out = self.model.forward(input_ids, attention_mask, **inputs)
+    def forward(
+        self, input_ids: Ids = None, attention_mask: Mask = None, *, labels: Labels = None, **rest: Any
+    ) -> SequenceClassifierOutput:
+        out = self.model.forward(input_ids, attention_mask, **rest)
         x, pad = out.last_hidden_state, self.config.pad_token_id
         if pad is None and x.shape[0] > 1:
             raise ValueError("classification of several rows needs config.pad_token_id, to find each row's last token")
@@ -218,13 +226,8 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
             last = jnp.argmax(jnp.where(input_ids != pad, columns, 0), axis=-1)
             x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
         logits = self.score(x)
-        return SequenceClassifierOutput(
-            logits=logits,
-            loss=None if labels is None else classification_loss(self.config, logits, labels),
-            hidden_states=out.hidden_states,
-            attentions=out.attentions,
-            cache=out.cache,
-        )
+        loss = None if labels is None else classification_loss(self.config, logits, labels)
+        return SequenceClassifierOutput.with_head(out, logits=logits, loss=loss)
 
 
 class OPTForQuestionAnswering(OPTPreTrainedModel):
@@ -235,29 +238,27 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
         self.qa_outputs = self._head(2, True, rngs)
 
     def forward(
-        self, input_ids=None, attention_mask=None, *, start_positions=None, end_positions=None, **inputs
+        self,
+        input_ids: Ids = None,
+        attention_mask: Mask = None,
+        *,
+        start_positions: Int[Array, "..."] | None = None,
+        end_positions: Int[Array, "..."] | None = None,
+        **rest: Any,
     ) -> QuestionAnsweringOutput:
-        out = self.model.forward(input_ids, attention_mask, **inputs)
+        out = self.model.forward(input_ids, attention_mask, **rest)
         start, end = jnp.moveaxis(self.qa_outputs(out.last_hidden_state), -1, 0)
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = question_answering_loss(start, end, start_positions, end_positions)
-        return QuestionAnsweringOutput(
-            start_logits=start,
-            end_logits=end,
-            loss=loss,
-            hidden_states=out.hidden_states,
-            attentions=out.attentions,
-            cache=out.cache,
-        )
+        return QuestionAnsweringOutput.with_head(out, start_logits=start, end_logits=end, loss=loss)
 
 
-def named_parameters(model: OPTPreTrainedModel) -> dict[str, nnx.Param]:
+def named_parameters(model: OPTPreTrainedModel) -> dict[str, nnx.Param[Any]]:
     """Canonical path -> parameter, the names used in every table and file, such as `model.decoder.layers.0.fc1.kernel`.
 
     The base model's paths get the same `model.` in front. In a stacked model a layer parameter has no number and a
     leading axis L: `model.decoder.layers.fc1.kernel`.
     """
     prefix = "model." if isinstance(model, OPTModel) else ""
-    nodes = nnx.iter_graph(model)
-    return {prefix + ".".join(map(str, path)): node for path, node in nodes if isinstance(node, nnx.Param)}
+    return {prefix + ".".join(map(str, path)): param for path, param in parameters(model)}

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from opt_jax.system.reading import one_line
+from opt_jax.system.messages import one_line
 
 LEAST, MOST = -(2**31), 2**31 - 1  # of int32, which models compute with
 

@@ -50,8 +50,8 @@ def check_inputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     if "attention_mask" in inputs:
         inputs["attention_mask"] = _check_mask(inputs["attention_mask"], batch, length, cache)
     for name in ("position_ids", "segment_ids"):
-        if name in inputs and inputs[name].shape != (batch, length):
-            raise ValueError(f"{name} must be [batch={batch}, tokens={length}], not of shape {inputs[name].shape}")
+        if name in inputs:
+            _check_shape(name, inputs[name], batch, length)
     if "position_ids" in inputs:
         inputs["position_ids"] = _within("position_ids", inputs["position_ids"], -1, config.max_position_embeddings - 1)
     if "labels" in inputs:
@@ -73,7 +73,8 @@ def _array(name: str, value: Any) -> jax.Array:
     if name in _INTEGERS:
         check_integers(name, array)
     if name in _INTEGERS or (name == "labels" and np.issubdtype(array.dtype, np.integer)):
-        _check_range(name, array)
+        if _is_known(array):
+            check_range(name, array)
         if isinstance(array, np.ndarray):  # cast here, because jnp.asarray compiles a conversion for every shape
             array = array.astype(np.int32)
         elif not _is_known(array):
@@ -91,7 +92,7 @@ def _within(name: str, x: jax.Array, low: int, high: int) -> jax.Array:
     """Checked; under `jax.jit`, what is below `low` becomes the greatest int32, which gives NaN: a table is indexed
     with a negative number from its end. (What is above `high` gives NaN as it is.)"""
     if _is_known(x):
-        _check_range(name, x, low, high)
+        check_range(name, x, low, high)
         return x
     return jnp.where(x < low, jnp.int32(MOST), x)
 
@@ -110,25 +111,22 @@ def _is_known(x: Any) -> bool:
     return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
 
 
-def _check_range(name: str, x: jax.Array | np.ndarray, low: int = LEAST, high: int = MOST) -> None:
-    if _is_known(x) and x.size:
-        check_range(name, x, low, high)
+def _check_shape(name: str, array: jax.Array, batch: int, length: int) -> None:
+    if array.shape != (batch, length):
+        raise ValueError(f"{name} must be [batch={batch}, tokens={length}], not of shape {array.shape}")
 
 
 def _check_mask(mask: jax.Array, batch: int, length: int, cache: KVCache | None) -> jax.Array:
     """Nonzero as bool [B, T]; with a cache HF's [B, past + T] is cut to the new tokens (the cache knows the past)."""
-    expected = f"[batch={batch}, tokens={length}]"
-    if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < length:
-        raise ValueError(f"attention_mask must be {expected}, not of shape {mask.shape}")
-    if mask.shape[1] > length:
-        if cache is None:
-            raise ValueError(f"attention_mask must be {expected}, not of shape {mask.shape}")
+    if cache is not None and mask.ndim == 2 and mask.shape[0] == batch and mask.shape[1] > length:
         if _is_known(cache.column) and mask.shape[1] != int(cache.column) + length:
             raise ValueError(
                 f"attention_mask covers {mask.shape[1]} tokens, but the cache holds {int(cache.column)} and "
                 f"{length} are new"
             )
-    return mask[:, -length:].astype(bool)
+        mask = mask[:, -length:]
+    _check_shape("attention_mask", mask, batch, length)
+    return mask.astype(bool)
 
 
 def _check_labels(model: Any, inputs: dict[str, Any], batch: int, length: int) -> None:
@@ -136,24 +134,24 @@ def _check_labels(model: Any, inputs: dict[str, Any], batch: int, length: int) -
     if hasattr(model, "lm_head"):
         if inputs.get("logits_to_keep"):
             raise ValueError("labels need all logits: leave logits_to_keep at 0")
-        if labels.shape != (batch, length):
-            raise ValueError(f"labels must be [batch={batch}, tokens={length}], not of shape {labels.shape}")
-        if not jnp.issubdtype(labels.dtype, jnp.integer):
-            raise ValueError(f"labels must be integers, not {labels.dtype}")
-        if _is_known(labels):
-            _check_range("labels", np.where(np.asarray(labels) == -100, 0, labels), 0, config.vocab_size - 1)
+        _check_shape("labels", labels, batch, length)
+        _check_classes("labels", labels, config.vocab_size)
     elif hasattr(model, "score"):
-        shapes, dtype, kind = [(batch,), (batch, 1)], labels.dtype, problem_type(config, labels.dtype)
+        shapes, kind = [(batch,), (batch, 1)], problem_type(config, labels.dtype)
         if kind != "single_label_classification":
             shapes = [(batch, config.num_labels)] + (shapes[:1] if config.num_labels == 1 else [])
         if labels.shape not in shapes:
             expected = " or ".join(map(str, shapes))
             raise ValueError(f"labels for {kind} must be of shape {expected}, not {labels.shape}")
         if kind == "single_label_classification":
-            if not jnp.issubdtype(dtype, jnp.integer):
-                raise ValueError(f"labels for {kind} must be integers, not {dtype}")
-            if _is_known(labels):
-                _check_range("labels", np.where(np.asarray(labels) == -100, 0, labels), 0, config.num_labels - 1)
+            _check_classes(f"labels for {kind}", labels, config.num_labels)
+
+
+def _check_classes(name: str, labels: jax.Array, count: int) -> None:
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers, not {labels.dtype}")
+    if _is_known(labels):
+        check_range("labels", np.where(np.asarray(labels) == -100, 0, labels), 0, count - 1)
 
 
 def _check_answers(inputs: dict[str, Any], batch: int) -> None:

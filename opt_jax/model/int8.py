@@ -3,6 +3,7 @@
 import dataclasses
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def einsum(spec: str, x: Float[Array, "*batch T K"], values: Int8[Array, "..."])
 
 
 @einsum.defjvp
-def _(_spec, _primals, _tangents):
+def _(_spec: Any, _primals: Any, _tangents: Any):
     raise ValueError("int8 weights and caches have no gradients: train the model that was quantized")
 
 

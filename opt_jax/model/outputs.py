@@ -1,6 +1,7 @@
 """What the models return, and the losses of their heads. Names and meanings follow `transformers`."""
 
 import dataclasses
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from opt_jax.config import OPTConfig
 from opt_jax.model.cache import KVCache
+
+Output = TypeVar("Output", bound="ModelOutput")
 
 
 @jax.tree_util.register_dataclass
@@ -26,6 +29,11 @@ class ModelOutput:
     hidden_states: tuple[Float[Array, "B T _"], ...] | None = None
     attentions: tuple[Float[Array, "B H T S"], ...] | None = None
     cache: KVCache | None = None
+
+    @classmethod
+    def with_head(cls: type[Output], base: "BaseModelOutput", **fields: Array | None) -> Output:
+        """A head's output: `fields` are its own, the rest comes from the base model."""
+        return cls(hidden_states=base.hidden_states, attentions=base.attentions, cache=base.cache, **fields)
 
 
 @jax.tree_util.register_dataclass
@@ -105,7 +113,7 @@ def question_answering_loss(
     """Mean of the start and the end loss; positions past the end are not counted, negative ones count as 0 (HF)."""
     length = start_logits.shape[1]
 
-    def loss(logits, positions):
+    def loss(logits: Float[Array, "B T"], positions: Int[Array, "..."]) -> Float[Array, ""]:
         return cross_entropy(logits, jnp.clip(positions.reshape(-1), 0, length), ignore_index=length)
 
     return (loss(start_logits, start_positions) + loss(end_logits, end_positions)) / 2

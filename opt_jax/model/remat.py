@@ -23,10 +23,10 @@ _KEPT: dict[str, tuple[str, ...]] = {
 }
 # Most bytes of one array [B, T, D] within a layer, with remat "full" in a training step: more rows run in parts.
 PART_BYTES = 2**26
-Layer = Callable[..., tuple]  # an `OPTDecoderLayer`
+Layer = Callable[..., tuple[Any, ...]]  # an `OPTDecoderLayer`
 
 
-def rematerialise(body: Callable, remat: Remat, prevent_cse: bool = False) -> Callable:
+def rematerialise(body: Callable[..., Any], remat: Remat, prevent_cse: bool = False) -> Callable[..., Any]:
     """A layer's function, or the scan's body, with the policy by which its backward pass keeps or computes again."""
     if remat == "none":
         # All is kept but what `gather_parameters` makes, or each device would come to hold the whole model.
@@ -62,11 +62,11 @@ def run_in_parts(
     wide = jax.tree.map(lambda weight: weight.astype(jnp.float32), layer)
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def run(wide: Layer, rows: tuple) -> Array:
-        own = jax.tree.map(lambda weight, like: weight.astype(like.dtype), wide, layer)
-        x, key_mask, segment_ids, numbers = rows
-        own_key = None if key is None else DropoutKey(key.key, numbers)
-        return own(x, AttentionMask(key_mask, segment_ids, 0), None, own_key)[0]
+    def run(wide: Layer, rows: tuple[Any, ...]) -> Array:
+        narrow = jax.tree.map(lambda weight, like: weight.astype(like.dtype), wide, layer)
+        x, key_mask, segment_ids, indices = rows
+        part_key = None if key is None else DropoutKey(key.key, indices)
+        return narrow(x, AttentionMask(key_mask, segment_ids, 0), None, part_key)[0]
 
     rows = (x, mask.key_mask, mask.segment_ids, None if key is None else key.rows)
     rows = jax.tree.map(lambda value: value.reshape(parts, -1, *value.shape[1:]), rows)
@@ -75,5 +75,5 @@ def run_in_parts(
 
 def _all_but_weights(primitive: Any, *_: Any, **params: Any) -> bool:
     # Not the gathered weights, nor what they are made of: the argument of a name would be kept in its place.
-    made = {"all_gather", "convert_element_type", "select_n", "ne"}
-    return primitive.name not in made and params.get("name") != "weights"
+    steps = {"all_gather", "convert_element_type", "select_n", "ne"}  # of `gather_parameters`
+    return primitive.name not in steps and params.get("name") != "weights"

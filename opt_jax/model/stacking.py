@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from opt_jax.model.decoder import parameters, unstack
+
 
 def stack_layers(model: Any) -> Any:
     """Turn a model's separate layers into the one stacked layer that runs under `lax.scan` (see `OPTDecoder`).
@@ -16,7 +18,7 @@ def stack_layers(model: Any) -> Any:
     decoder = model.base_model.decoder
     if isinstance(decoder.layers, nnx.List):
         layers = list(decoder.layers)
-        params = [dict(_params(layer)) for layer in layers]
+        params = [dict(parameters(layer)) for layer in layers]
         for path, first in params[0].items():
             first.set_value(_stacked([p[path].get_value() for p in params]))
             for p in params[1:]:
@@ -33,31 +35,7 @@ def unstack_layers(model: Any) -> Any:
     return model
 
 
-def unstack(stacked: nnx.Module, depth: int) -> nnx.List:
-    """The `depth` layers of a stacked one, whose arrays are released one by one."""
-    structure = jax.tree.structure(stacked)
-    leaves: list[list] = [[] for _ in range(depth)]
-    for _, param in _params(stacked):
-        value = param.get_value()
-        param.set_value(None)
-        for i in range(depth):
-            leaves[i].append(_slice(value, i))
-        del value
-    return nnx.List([jax.tree.unflatten(structure, leaf) for leaf in leaves])
-
-
-def _params(module: nnx.Module) -> list[tuple[tuple, nnx.Param]]:
-    """(path, Param) in the order in which `jax.tree` flattens the module."""
-    return [(path, node) for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Param)]
-
-
-def _stacked(leaves: list) -> Any:
+def _stacked(leaves: list[Any]) -> Any:
     if isinstance(leaves[0], jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
     return jnp.stack(leaves)
-
-
-def _slice(stacked: Any, i: int) -> Any:
-    if isinstance(stacked, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(stacked.shape[1:], stacked.dtype)
-    return stacked[i]

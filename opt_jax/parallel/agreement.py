@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -97,7 +96,7 @@ def _gather(data: bytes) -> list[bytes]:
     return [np.asarray(row, np.uint8).tobytes() for row in rows]
 
 
-def check_same_code(*files: str | os.PathLike) -> None:
+def check_same_code(*files: str | os.PathLike[str]) -> None:
     """`check_same` of what runs here: hashes of this library's sources and of `files`, versions of packages, variables
     that change what is compiled."""
     if jax.process_count() == 1:

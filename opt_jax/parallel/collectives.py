@@ -1,4 +1,7 @@
-"""What each device sends and receives inside a training step: the collectives, written down one by one."""
+"""What each device sends and receives while a model runs in a training step: the collectives, one by one.
+
+Outside of `rules.per_device` these functions leave their argument as it is, but for its layout (`rules.constrain`).
+"""
 
 import math
 from collections.abc import Callable
@@ -9,13 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from opt_jax.parallel.rules import (
     ACTIVATION_AXES,
     ADDED_ONCE,
-    AXES,
     BATCH_AXES,
     PARAMETER_AXES,
     constrain,
@@ -25,39 +26,31 @@ from opt_jax.parallel.rules import (
 )
 
 
-def per_device(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
-    """`function` of each device's own parts of the arguments; inside, only the functions below send anything.
-
-    Differentiate within `function`. Parts of the batch are rows; of the residual stream, rows and tokens.
-    """
-    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-
-def _size(axis: str | tuple[str, ...]) -> int:
-    """Number of devices along the axis, inside `per_device`; 1 elsewhere."""
+def axis_size(axis: str | tuple[str, ...]) -> int:
+    """Number of devices along the axis, inside `rules.per_device`; 1 elsewhere."""
     shape = jax.sharding.get_abstract_mesh().shape
     return math.prod(shape[name] for name in ((axis,) if isinstance(axis, str) else axis)) if is_per_device() else 1
 
 
 def gather_sequence(x: jax.Array) -> jax.Array:
     """All tokens [B, T, D] of this device's rows, from its part of the sequence. Transpose: `scatter_sequence`."""
-    if _size("tensor") == 1:
+    if axis_size("tensor") == 1:
         return constrain(x, "gathered")
     return lax.all_gather(x, "tensor", axis=1, tiled=True)
 
 
 def scatter_sequence(x: jax.Array) -> jax.Array:
     """This device's part of the sequence, from partial sums [B, T, D] of all tokens, added up over `tensor`."""
-    if _size("tensor") == 1:
+    if axis_size("tensor") == 1:
         return constrain(x, "residual")
     return lax.psum_scatter(x, "tensor", scatter_dimension=1, tiled=True)
 
 
 def local_tokens(x: jax.Array) -> jax.Array:
     """This device's part of the sequence, of x [B, T, ...] which every device along `tensor` holds."""
-    if _size("tensor") == 1:
+    if axis_size("tensor") == 1:
         return x
-    count = x.shape[1] // _size("tensor")
+    count = x.shape[1] // axis_size("tensor")
     return lax.dynamic_slice_in_dim(x, lax.axis_index("tensor") * count, count, axis=1)
 
 
@@ -71,101 +64,57 @@ def tensor_offset(count: int) -> jax.Array | int:
     return lax.axis_index("tensor") * count if is_per_device() else 0
 
 
-def gather_rows(x: jax.Array) -> jax.Array:
-    """All of axis 0, from this device's part of it along `tensor`."""
-    return x if _size("tensor") == 1 else lax.all_gather(x, "tensor", tiled=True)
-
-
-def scatter_rows(x: jax.Array) -> jax.Array:
-    """This device's part of axis 0, from partial sums added up over `tensor`."""
-    return x if _size("tensor") == 1 else lax.psum_scatter(x, "tensor", tiled=True)
-
-
-def sum_over_tensor(x: jax.Array) -> jax.Array:
-    return x if _size("tensor") == 1 else lax.psum(x, "tensor")
-
-
-def share_of_tensor(x: jax.Array) -> jax.Array:
-    """x, which is the same on all n devices along `tensor`; its gradient on each of them is (dL/dx) / n.
-
-    `sum_gradients` and the transposes of the functions above add up the gradients of the n devices to dL/dx.
-    """
-    share = x / _size("tensor")
-    return share + lax.stop_gradient(x - share)
-
-
-def max_over_tensor(x: jax.Array) -> jax.Array:
-    return x if _size("tensor") == 1 else lax.pmax(x, "tensor")
-
-
-def sum_over_batch(x: jax.Array) -> jax.Array:
-    return x if _size(BATCH_AXES) == 1 else lax.psum(x, BATCH_AXES)
-
-
 def gather_parameters(tree: Any, dtype: Any, grad_dtype: Any, prefix: str = "") -> Any:
-    """The parameters whole along `fsdp`, cast to `dtype` before they are sent; gradients are added up in `grad_dtype`.
+    """All of each parameter, from parts along `fsdp`, cast to `dtype` before they are sent. Gradients are added up in
+    `grad_dtype`.
 
-    Does nothing outside `per_device`. Layers are left alone unless `prefix` is their path, for the model gathers one
-    at a time; what is made here has the checkpoint name "weights".
+    Does nothing outside `rules.per_device`. Layers are left alone unless `prefix` is their path, for the model gathers
+    one at a time. What is gathered has the checkpoint name "weights".
     """
     if not is_per_device():
         return tree
 
-    def whole(keys: Any, value: jax.Array) -> jax.Array:
+    def gathered(keys: Any, value: jax.Array) -> jax.Array:
         path = prefix + leaf_path(keys)
         if not prefix and ".layers." in path:
             return value
         row = table_row(path)
-        if row in ADDED_ONCE and _size("tensor") > 1:
+        if row in ADDED_ONCE and axis_size("tensor") > 1:
             value = jnp.where(lax.axis_index("tensor") == 0, value, 0)
         if row.endswith(("_lora_a", "_lora_b")):  # qwix does not cast them
             value = value.astype(dtype)
-        if "fsdp" not in PARAMETER_AXES[row] or _size("fsdp") == 1:
+        if "fsdp" not in PARAMETER_AXES[row] or axis_size("fsdp") == 1:
             return value  # its module casts it
         axis = PARAMETER_AXES[row].index("fsdp")
-        return checkpoint_name(_gather(value, axis, dtype, grad_dtype, value.dtype), "weights")
+        return checkpoint_name(_gather_over_fsdp(value, axis, dtype, grad_dtype, value.dtype), "weights")
 
-    return jax.tree_util.tree_map_with_path(whole, tree)
+    return jax.tree_util.tree_map_with_path(gathered, tree)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _gather(x: jax.Array, axis: int, dtype: Any, _grad_dtype: Any, _own_dtype: Any) -> jax.Array:
+def _gather_over_fsdp(x: jax.Array, axis: int, dtype: Any, _grad_dtype: Any, _param_dtype: Any) -> jax.Array:
     # `where` changes nothing, but is not moved: the compiler for TPUs would take the cast alone out of the loop over
     # layers, through a barrier too, and hold all layers' weights in both dtypes (0.7 GB per chip for 175B on 512).
     return lax.all_gather(jnp.where(jnp.isnan(x), jnp.nan, x).astype(dtype), "fsdp", axis=axis, tiled=True)
 
 
-def _gather_forward(x, axis, dtype, grad_dtype, own_dtype):
-    return _gather(x, axis, dtype, grad_dtype, own_dtype), None
+def _gather_forward(x: jax.Array, axis: int, dtype: Any, grad_dtype: Any, param_dtype: Any):
+    return _gather_over_fsdp(x, axis, dtype, grad_dtype, param_dtype), None
 
 
-def _gather_backward(axis, _dtype, grad_dtype, own_dtype, _, gradient):
+def _gather_backward(axis: int, _dtype: Any, grad_dtype: Any, param_dtype: Any, _: None, gradient: jax.Array) -> Any:
     # With the parts along an axis of their own, the first. Parts that are not whole tiles of a TPU's memory (of 128
     # numbers, along the last axis) would be scattered by adding all up on every chip, which sends twice as much.
     shape = gradient.shape
-    gradient = gradient.astype(grad_dtype).reshape(*shape[:axis], _size("fsdp"), -1, *shape[axis + 1 :])
-    own = lax.psum_scatter(jnp.moveaxis(gradient, axis, 0), "fsdp", scatter_dimension=0)
-    return (own.astype(own_dtype),)
+    gradient = gradient.astype(grad_dtype).reshape(*shape[:axis], axis_size("fsdp"), -1, *shape[axis + 1 :])
+    local = lax.psum_scatter(jnp.moveaxis(gradient, axis, 0), "fsdp", scatter_dimension=0)
+    return (local.astype(param_dtype),)
 
 
-_gather.defvjp(_gather_forward, _gather_backward)
+_gather_over_fsdp.defvjp(_gather_forward, _gather_backward)
 
 
-def sum_gradients(gradients: Any) -> Any:
-    """Gradients added up over every axis that does not split their parameter (over `fsdp` where it does, that is done).
-
-    What `tensor` does not split has been used on parts of the sequence, or by one device of it.
-    """
-
-    def summed(keys: Any, value: jax.Array) -> jax.Array:
-        row = table_row(leaf_path(keys))
-        axes = tuple(axis for axis in AXES if axis not in PARAMETER_AXES[row] and _size(axis) > 1)
-        return lax.psum(value, axes) if axes else value
-
-    return jax.tree_util.tree_map_with_path(summed, gradients)
-
-
-def over_heads(function: Callable, *, segments: bool) -> Callable:
+def shard_over_heads(function: Callable[..., Any], *, segments: bool) -> Callable[..., Any]:
     """`function(q, k, v[, segment_ids])` over [B, H, T, K], one call for each device's own rows and heads.
 
     For kernels, which the compiler cannot split. Rows and heads must divide over the mesh.

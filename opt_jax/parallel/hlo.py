@@ -119,7 +119,7 @@ def collective_bytes(program: Program) -> dict[str, int]:
     """
     sent: dict[str, int] = dict.fromkeys(COLLECTIVES, 0)
     fusions = {i.called["calls"]: i for c in program.computations.values() for i in c.values() if i.op == "fusion"}
-    seen = set()
+    seen: set[tuple[str, str]] = set()
     for computation, instruction, times in program.executed():
         kind = instruction.op.removesuffix("-start")
         if kind not in sent:

@@ -4,7 +4,6 @@ A process alone may call all of this: it starts nothing, waits for nobody and ag
 """
 
 import glob
-import importlib.metadata
 import importlib.util
 import json
 import math
@@ -16,7 +15,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 
 import jax
@@ -27,7 +26,7 @@ from opt_jax.parallel.agreement import from_first
 from opt_jax.parallel.watchdog import Watchdog, listen
 from opt_jax.system.disk import describe, without_tracebacks
 from opt_jax.system.interrupts import Signals, say
-from opt_jax.system.reading import one_line
+from opt_jax.system.messages import one_line
 
 # Exit codes, besides 0 and 1: what a launcher may want to treat differently.
 PREEMPTED = 143  # SIGTERM came, a checkpoint was written: as if the signal had ended it (128 + 15)
@@ -94,7 +93,9 @@ def start(
 
 
 @contextmanager
-def _all_here_within(seconds: float, coordinator_address: str | None, process_id: int | None) -> Iterator[None]:
+def _all_here_within(
+    seconds: float, coordinator_address: str | None, process_id: int | None
+) -> Generator[None, None, None]:
     """End this process with one line if what is inside, which waits for all of them, takes longer."""
     who = "" if process_id is None else f"process {process_id}: "
     where = "" if coordinator_address is None else f", or that does not reach {coordinator_address}"
@@ -191,7 +192,7 @@ def reached(where: str) -> None:
 
 
 @contextmanager
-def last_words(program: str, at_once: bool = False) -> Iterator[None]:
+def last_words(program: str, at_once: bool = False) -> Generator[None, None, None]:
     """Around a whole program: an error that a user can mend is one line, and no process of a job waits for a dead one.
 
     ValueError and OSError become `PROGRAM: error: ...` and exit code 1, warnings `PROGRAM: warning: ...`. In a job any

@@ -1,15 +1,18 @@
 """Where arrays lie on a mesh of devices: one table from parameter path to mesh axes, and one for activations.
 
 Axes: `data` (replicas), `fsdp` (batch and parameters), `tensor` (Megatron-style splits of heads, ffn and vocabulary).
-There are two ways to compute on a mesh, and the model's code is the same for both. As a rule axes are Auto: the
-compiler propagates shardings, and `constrain` pins the few places that matter. A training step runs inside
-`collectives.per_device`: each device sees its own part of every array, and the functions of `collectives.py` send what
-is sent. `is_per_device` says which of the two holds.
+
+There are two ways to compute on a mesh, and the model's code is the same for both. `is_per_device` says which holds.
+
+- Compiler-propagated, the rule: axes are Auto, an array is the whole array, the compiler chooses what is sent, and
+  `constrain` pins the few layouts that matter.
+- Per device, a training step: inside `per_device` an array is this device's part, and nothing is sent but by the
+  functions of `collectives.py` and `reductions.py`.
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -52,11 +55,13 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
 
 # Adapters of LoRA beside a layer's kernel: A [inputs, rank] is split as the kernel's rows are, B [rank, outputs] as its
 # columns. (Of a row-parallel product A leaves partial sums over `tensor`, and B, being linear, passes them on.)
-PARAMETER_AXES |= {
-    path + suffix: axes
-    for path, (rows, columns) in ((p, a) for p, a in PARAMETER_AXES.items() if re.search(r"layers.*kernel", p))
-    for suffix, axes in (("_lora_a", (rows, None)), ("_lora_b", (None, columns)))
-}
+PARAMETER_AXES.update(
+    {
+        path + suffix: axes
+        for path, (rows, columns) in ((p, a) for p, a in PARAMETER_AXES.items() if re.search(r"layers.*kernel", p))
+        for suffix, axes in (("_lora_a", (rows, None)), ("_lora_b", (None, columns)))
+    }
+)
 
 # Biases of row-parallel products, which are partial sums over `tensor` until `scatter_sequence`: one device adds them.
 ADDED_ONCE = {"model.decoder.layers.*.self_attn.out_proj.bias", "model.decoder.layers.*.fc2.bias"}
@@ -114,16 +119,23 @@ def constrain(x: jax.Array, name: str) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or is_per_device():
         return x
-    axes = []
+    axes: list[Any] = []
     for size, axis in zip(x.shape, ACTIVATION_AXES[name], strict=True):
         names = (axis,) if isinstance(axis, str) else axis or ()
         axes.append(axis if size % math.prod(mesh.shape[n] for n in names) == 0 else None)
     return jax.lax.with_sharding_constraint(x, P(*axes))
 
 
-# What one device computes, and sends --------------------------------------------------------------------------------
+def per_device(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`function` of each device's own parts of the arguments. A part of the batch is rows; of the residual stream, rows
+    and tokens.
+
+    Differentiate within `function`.
+    """
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def is_per_device() -> bool:
+    """Whether this is traced inside `per_device`, where an array is one device's part."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.are_all_axes_manual

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from opt_jax.system.reading import one_line
+from opt_jax.system.messages import one_line
 
 _REMOVED = "it, or a directory above it, was removed or moved: put it back, or choose another place"
 _ROOM = "make room there, then start the same command again"

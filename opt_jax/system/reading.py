@@ -1,4 +1,4 @@
-"""Opens files that others have written: regular files only, and small ones up to a size; quotes them. No jax."""
+"""Opens files that others have written: regular files only, and small ones up to a size. No jax."""
 
 import json
 import os
@@ -7,6 +7,8 @@ import stat
 import warnings
 from collections.abc import Mapping
 from typing import IO, Any
+
+from opt_jax.system.messages import shown
 
 MOST_LEVELS = 50  # of JSON; those of a tokenizer.json with every option have less than ten
 SMALL_FILE = 128 << 20  # bytes: of a config, a tokenizer's file, an index. The largest known has 5 MB
@@ -69,22 +71,6 @@ def json_object(content: bytes | str, where: object, levels: int = MOST_LEVELS) 
     if layer:
         raise ValueError(f"{where} is not valid JSON: it has more than {levels} levels")
     return value
-
-
-def one_line(text: object, limit: int = 1000) -> str:
-    """`text` as one printable line of at most `limit` characters: for messages, which may quote foreign files."""
-    line = " ".join(str(text).split())
-    if not line.isprintable():
-        line = line.encode("unicode_escape").decode()
-    return line if len(line) <= limit else f"{line[: limit * 2 // 3]} ... {line[-(limit // 4) :]}"
-
-
-def shown(value: object, limit: int = 100) -> str:
-    """`repr(value)` for messages, see `one_line`."""
-    try:
-        return one_line(repr(value), limit)
-    except ValueError:  # an integer of thousands of digits
-        return f"a very large {type(value).__name__}"
 
 
 def _check_size(path: os.PathLike, size: int, limit: int) -> None:

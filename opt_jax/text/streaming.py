@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from opt_jax.system.reading import shown
+from opt_jax.system.messages import shown
 from opt_jax.text.vocabulary import check_ids, to_list
 
 _MOST_BYTES = 1000  # of all stop strings: 100 MB of states for OPT's vocabulary

@@ -9,7 +9,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from opt_jax.system.reading import FieldsWithoutEffect, json_object, one_line, read_small, shown
+from opt_jax.system.messages import one_line, shown
+from opt_jax.system.reading import FieldsWithoutEffect, json_object, read_small
 
 MOST_CHARACTERS = 100_000  # of an added token: the library's automaton takes a hundred bytes for each
 MOST_OF_NORMALIZER = 1_000_000  # characters, as JSON; the largest known, SentencePiece's table, has 400,000

@@ -31,7 +31,8 @@ from opt_jax.parallel.agreement import agree, on_first_process
 from opt_jax.parallel.rules import named_leaves
 from opt_jax.system.disk import disk_errors, without_tracebacks
 from opt_jax.system.interrupts import INTERRUPTED, Signals, say
-from opt_jax.system.reading import json_object, one_line, read_small
+from opt_jax.system.messages import one_line
+from opt_jax.system.reading import json_object, read_small
 from opt_jax.system.temporary import refuse_links
 from opt_jax.training.step import TrainState
 

@@ -8,14 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from opt_jax.parallel.collectives import (
-    gather_rows,
-    local_tokens,
-    max_over_tensor,
-    scatter_rows,
-    sum_over_tensor,
-    tensor_offset,
-)
+from opt_jax.parallel.collectives import local_tokens, tensor_offset
+from opt_jax.parallel.reductions import gather_rows, max_over_tensor, scatter_rows, sum_over_tensor
 
 IGNORED = -100
 CHUNK_BYTES = 2**28  # of a chunk's float32 logits on one device
@@ -26,7 +20,7 @@ def next_token_loss(
 ) -> Float[Array, ""]:
     """Sum over the labels that are not -100 of the negative log-likelihood, in float32, of logits `x table^T`.
 
-    Inside `collectives.per_device`, x holds this device's tokens and table its part of the vocabulary. The loss is the
+    Inside `rules.per_device`, x holds this device's tokens and table its part of the vocabulary. The loss is the
     sum over all tokens of the devices along `tensor`, and so are the gradients.
     """
     labels = local_tokens(labels).reshape(-1)

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from opt_jax.checkpoints import hub, pretrained
 from opt_jax.config import OPTConfig
 from opt_jax.model.remat import Remat
-from opt_jax.system.reading import shown
+from opt_jax.system.messages import shown
 from opt_jax.system.temporary import refuse_links
 from opt_jax.training.files import read_record
 from opt_jax.training.recipes import RECIPES, recipe_options

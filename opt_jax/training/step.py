@@ -18,9 +18,10 @@ from jaxtyping import Array, Bool, Int
 from opt_jax.config import OPTConfig
 from opt_jax.model.attention import DropoutKey
 from opt_jax.model.heads import OPTForCausalLM
-from opt_jax.parallel.collectives import gather_parameters, per_device, sum_gradients, sum_over_batch
+from opt_jax.parallel.collectives import gather_parameters
 from opt_jax.parallel.mesh import batch_sharding, replicated
-from opt_jax.parallel.rules import named_leaves, param_sharding
+from opt_jax.parallel.reductions import sum_gradients, sum_over_batch
+from opt_jax.parallel.rules import named_leaves, param_sharding, per_device
 from opt_jax.training.loss import IGNORED, next_token_loss
 
 # "input_ids", "labels" (the next id of each, -100 where none counts) and, for packed documents, "segment_ids"; those of

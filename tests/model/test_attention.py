@@ -11,7 +11,7 @@ from flax import nnx
 
 from opt_jax import OPTConfig, OPTForCausalLM
 from opt_jax.model import attention, flash
-from opt_jax.model.attention import AttentionMask, DropoutKey, attend, choose_attention, flash_attend
+from opt_jax.model.attention import AttentionMask, DropoutKey, attend, flash_attend
 from opt_jax.parallel.mesh import make_mesh, use_mesh
 
 
@@ -154,23 +154,6 @@ def test_cudnn_is_attention(head_dim, kind):
     for name, a, b in zip("qkv", got, plain, strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         np.testing.assert_allclose(a, b, atol=0.03 * np.abs(b).max(), err_msg=name)
-
-
-def test_auto_is_chosen_by_platform_dtype_and_dropout():
-    choose = lambda requested="auto", platform="tpu", head_dim=64, dtype="bfloat16", dropout=0.0: choose_attention(  # noqa: E731
-        requested, platform, head_dim, dtype, dropout
-    )
-    assert [choose(), choose(platform="gpu"), choose(platform="cpu")] == ["splash", "cudnn", "xla"]
-    assert choose(platform="gpu", dtype="float32") == choose(platform="gpu", head_dim=36) == "xla"
-    assert choose(dropout=0.1) == choose("xla", dropout=0.1) == "xla"
-    for wrong, words in [
-        (dict(requested="splash", dropout=0.1), "attention_dropout 0"),
-        (dict(requested="splash", platform="cpu"), "needs a TPU, but this is a cpu"),
-        (dict(requested="cudnn"), "needs a GPU"),
-        (dict(requested="flash"), "choose one of auto, xla, cudnn, splash"),
-    ]:
-        with pytest.raises(ValueError, match=words):
-            choose(**wrong)
 
 
 def test_what_a_flash_model_cannot_do_is_refused():

@@ -12,7 +12,7 @@ from reference import CLASSES, CONFIGS, SMALL, batch, our_model, values
 
 import opt_jax
 from opt_jax import OPTConfig, OPTForCausalLM, named_parameters, stack_layers, unstack_layers
-from opt_jax.model.stacking import _stacked
+from opt_jax.model import decoder, stacking
 
 
 def build(name: str, cls: str, scan_layers: bool = False):
@@ -105,8 +105,8 @@ def test_changing_the_form_never_holds_two_copies(scan_layers, monkeypatch):
 
         return watched
 
-    monkeypatch.setattr(opt_jax.model.stacking, "_stacked", watch(_stacked))
-    monkeypatch.setattr(opt_jax.model.stacking, "_slice", watch(opt_jax.model.stacking._slice))
+    monkeypatch.setattr(stacking, "_stacked", watch(stacking._stacked))
+    monkeypatch.setattr(decoder, "_slice", watch(decoder._slice))
     (unstack_layers if scan_layers else stack_layers)(model)
     largest = 16 * 128 * 512 * 4
     assert len(seen) >= 16 and max(seen) <= size + largest

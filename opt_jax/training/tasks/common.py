@@ -23,15 +23,10 @@ from opt_jax.data.windows import Order
 from opt_jax.model.attention import DropoutKey
 from opt_jax.model.heads import OPTForQuestionAnswering, OPTForSequenceClassification
 from opt_jax.model.ids import as_ids
-from opt_jax.parallel.collectives import (
-    gather_sequence,
-    per_device,
-    share_of_tensor,
-    sum_over_batch,
-    sum_over_tensor,
-    tensor_offset,
-)
+from opt_jax.parallel.collectives import gather_sequence, tensor_offset
 from opt_jax.parallel.mesh import batch_sharding, replicated
+from opt_jax.parallel.reductions import divide_gradient_over_tensor, sum_over_batch, sum_over_tensor
+from opt_jax.parallel.rules import per_device
 from opt_jax.training.loss import IGNORED
 from opt_jax.training.step import Batch, gathered
 
@@ -77,7 +72,7 @@ def task_loss(model: Any, batch: Batch, dropout_key: DropoutKey | None = None) -
     batch: see `task_logits`, and labels [B], the classes, or [B, 2], first and last token of the answer.
     """
     loss, count = _losses(task_logits(model, batch, dropout_key), batch)
-    return share_of_tensor(loss), count
+    return divide_gradient_over_tensor(loss), count
 
 
 def make_predict_step(shardings: Any, mesh: Mesh) -> Callable[[Any, Batch], tuple[Array, Array, Array]]:

@@ -1,0 +1,34 @@
+"""Which implementation of attention a command uses: what "auto" stands for, and what cannot run here. On the host."""
+
+from typing import get_args
+
+from opt_jax.model.flash import AttentionImplementation
+
+
+def choose_attention(requested: str, platform: str, head_dim: int, dtype: str, attention_dropout: float) -> str:
+    """The implementation that "auto" stands for on this platform, or the one asked for where it can run.
+
+    Flash attention has no dropout on its weights: with it, "auto" is "xla".
+
+    Raises:
+      ValueError: an implementation that is unknown, or cannot run here.
+    """
+    if requested not in ("auto", *get_args(AttentionImplementation)):
+        raise ValueError(f"attention {requested!r}: choose one of auto, {', '.join(get_args(AttentionImplementation))}")
+    fits_cudnn = dtype in ("bfloat16", "float16") and head_dim <= 128 and head_dim % 8 == 0
+    if requested == "auto":
+        here = {"tpu": "splash", "gpu": "cudnn" if fits_cudnn else "xla", "cuda": "cudnn" if fits_cudnn else "xla"}
+        return "xla" if attention_dropout > 0 else here.get(platform, "xla")
+    if requested != "xla" and attention_dropout > 0:
+        raise ValueError(
+            f"attention {requested} has no dropout on attention weights: set attention_dropout 0 (it is "
+            f"{attention_dropout}), or choose xla"
+        )
+    if requested == "splash" and platform != "tpu":
+        raise ValueError(f"attention splash needs a TPU, but this is a {platform}: choose auto or xla")
+    if requested == "cudnn" and (platform not in ("gpu", "cuda") or not fits_cudnn):
+        raise ValueError(
+            f"attention cudnn needs a GPU, bfloat16 or float16, and head_dim <= 128 divisible by 8, but this is a "
+            f"{platform} with {dtype} and head_dim {head_dim}: choose auto or xla"
+        )
+    return requested

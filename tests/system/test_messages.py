@@ -1,0 +1,15 @@
+"""Messages quote what comes from outside in one printable line of limited length."""
+
+from opt_jax.system.messages import one_line, shown
+
+
+def test_texts_become_one_printable_line():
+    assert one_line("two\nlines\tand  spaces") == "two lines and spaces"
+    assert one_line("a bell \x07") == "a bell \\x07"
+    line = one_line("a" * 700 + "b" * 700, limit=120)
+    assert line == "a" * 80 + " ... " + "b" * 30 and len(line) <= 120
+
+
+def test_values_are_quoted_whatever_they_are():
+    assert shown("x\n") == "'x\\n'" and len(shown(["y"] * 1000)) <= 100
+    assert shown(10**5000) == "a very large int"  # Python refuses to write out its digits
