@@ -20,7 +20,7 @@ from opt_jax.system.reading import one_line
 DEFAULT_NEW_TOKENS = 200
 
 
-def generate(
+def generate(  # noqa: PLR0913  (the options of a command)
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT ...")] = (),
     /,
     *,

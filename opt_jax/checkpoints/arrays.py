@@ -36,7 +36,7 @@ class LazyArray:
         return self.size * self.dtype.itemsize
 
     @property
-    def T(self) -> "LazyArray":
+    def T(self) -> "LazyArray":  # noqa: N802  (as numpy.ndarray.T)
         return LazyArray(self.shape[::-1], self.dtype, lambda index: self.read(index[::-1]).T, self.in_chunks)
 
     def load(self, index: Sequence[slice] | None = None, buffer: np.ndarray | None = None) -> np.ndarray:

@@ -152,7 +152,7 @@ def set_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 # Reading ----------------------------------------------------------------------------------------------------
 
 
-def load_pretrained(
+def load_pretrained(  # noqa: PLR0913  (options, by keyword)
     cls: type[M],
     name: str | os.PathLike,
     *,

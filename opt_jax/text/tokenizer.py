@@ -204,7 +204,7 @@ class OPTTokenizer(Vocabulary):
     def __repr__(self) -> str:
         return f"OPTTokenizer(vocab_size={self.vocab_size}, bos={self.bos_token!r}, pad={self.pad_token!r})"
 
-    def __call__(
+    def __call__(  # noqa: PLR0913  (options, by keyword)
         self,
         text: str | Sequence[str],
         text_pair: str | Sequence[str] | None = None,

@@ -116,19 +116,7 @@ def read_safetensors(path: Path) -> Tensors:
       ValueError: the file is truncated or malformed; the message names the file and, if possible, the tensor.
     """
     mapped = map_file(path)
-    length = int.from_bytes(mapped[:8], "little")
-    if len(mapped) < 8 or length > min(len(mapped) - 8, _MAX_HEADER):
-        raise ValueError(f"{path} is truncated or not a safetensors file: its header does not fit")
-    try:
-        header = json.loads(mapped[8 : 8 + length].decode("utf-8"), object_pairs_hook=_unique)
-        if not isinstance(header, dict):
-            raise ValueError("not a JSON object")
-        metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError("its __metadata__ is not an object of strings")
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: the safetensors header is damaged: {shown(e)}") from None
-
+    header, length = _read_header(path, mapped)
     tensors, spans = Tensors(mapped), []
     for name, entry in header.items():
         try:
@@ -157,6 +145,23 @@ def read_safetensors(path: Path) -> Tensors:
     if position != size:
         raise ValueError(f"{path}: {size - position} bytes after the last tensor belong to none")
     return tensors
+
+
+def _read_header(path: Path, mapped: mmap.mmap) -> tuple[dict[str, Any], int]:
+    """(name -> unchecked entry of each tensor, length of the header in bytes)."""
+    length = int.from_bytes(mapped[:8], "little")
+    if len(mapped) < 8 or length > min(len(mapped) - 8, _MAX_HEADER):
+        raise ValueError(f"{path} is truncated or not a safetensors file: its header does not fit")
+    try:
+        header = json.loads(mapped[8 : 8 + length].decode("utf-8"), object_pairs_hook=_unique)
+        if not isinstance(header, dict):
+            raise ValueError("not a JSON object")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its __metadata__ is not an object of strings")
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: the safetensors header is damaged: {shown(e)}") from None
+    return header, length
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
