@@ -112,6 +112,7 @@ class OPTPreTrainedModel(nnx.Module):
 
     @property
     def base_model(self) -> "OPTModel":
+        """The model without its head."""
         return self.model
 
     def init_cache(self, batch_size: int, max_length: int, dtype: DTypeLike | None = None) -> kv.KVCache:
@@ -150,6 +151,7 @@ class OPTModel(OPTPreTrainedModel):
 
     @property
     def base_model(self) -> "OPTModel":
+        """The model itself, which has no head."""
         return self
 
     def forward(self, input_ids=None, attention_mask=None, **inputs) -> BaseModelOutput:
@@ -168,6 +170,7 @@ class OPTForCausalLM(OPTPreTrainedModel):
     def forward(
         self, input_ids=None, attention_mask=None, *, labels=None, logits_to_keep=0, **inputs
     ) -> CausalLMOutput:
+        """As a call, without its checks, inside of `jax.jit`; `inputs`: the other fields of `DecoderInputs`."""
         out = self.model.forward(input_ids, attention_mask, **inputs)
         logits = self.logits(out.last_hidden_state[:, -logits_to_keep:])
         loss = None if labels is None else causal_lm_loss(logits, labels)
@@ -207,6 +210,7 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
         self.score = self._head(self.config.num_labels, False, rngs)
 
     def forward(self, input_ids=None, attention_mask=None, *, labels=None, **inputs) -> SequenceClassifierOutput:
+        """As a call, without its checks, inside of `jax.jit`; `inputs`: the other fields of `DecoderInputs`."""
         out = self.model.forward(input_ids, attention_mask, **inputs)
         x, pad = out.last_hidden_state, self.config.pad_token_id
         if pad is None and x.shape[0] > 1:
@@ -237,6 +241,7 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
     def forward(
         self, input_ids=None, attention_mask=None, *, start_positions=None, end_positions=None, **inputs
     ) -> QuestionAnsweringOutput:
+        """As a call, without its checks, inside of `jax.jit`; `inputs`: the other fields of `DecoderInputs`."""
         out = self.model.forward(input_ids, attention_mask, **inputs)
         start, end = jnp.moveaxis(self.qa_outputs(out.last_hidden_state), -1, 0)
         loss = None

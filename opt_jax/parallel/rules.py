@@ -109,8 +109,10 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def constrain(x: jax.Array, name: str) -> jax.Array:
-    """Pin the layout of a named activation; a no-op without a mesh. Axes that do not divide a dimension are left out
-    (a decode step has one token, which no axis can split)."""
+    """Pin the layout of a named activation. Does nothing without a mesh.
+
+    Axes that do not divide a dimension are left out. (A decode step has one token, which no axis can split.)
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or is_per_device():
         return x
