@@ -211,8 +211,10 @@ class _Writer:
         }
 
     def _sample(self) -> str:
-        """A hash of the description, of the files' sizes and times, of some vectors and of a row of a few matrices: to
-        read all would take too long."""
+        """A hash of the description, the files' sizes and times, some vectors, and one row of a few matrices.
+
+        Reading all data would take too long.
+        """
         described = [self.cls, dict(self.source.raw_config), self.source.files.fingerprint()]
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
         arrays = self.source.arrays

@@ -1,8 +1,9 @@
 """opt-jax in a minute on a CPU: convert a PyTorch checkpoint, restore it, generate, train, resume. `make demo` runs it.
 
-    python examples/demo.py [DIRECTORY]     a new one; default: runs/demo, made anew every time
+    python examples/demo.py [DIRECTORY]
 
-Every step is a command that you can type yourself; the script prints each before it runs it.
+DIRECTORY must not exist. The default is runs/demo, which is removed first. Every step is a command that you can type
+yourself; the script prints it and then runs it.
 """
 
 import asyncio
@@ -28,7 +29,7 @@ def heading(text: str) -> None:
 
 
 def run(program: str, *arguments: str) -> None:
-    """Print a command as one would type it, then run it with this interpreter's environment."""
+    """Print a command as you would type it, then run it in this interpreter's environment."""
     print("$", shlex.join([program, *arguments]), flush=True)
     tools = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"}
@@ -48,7 +49,7 @@ def main(directory: str = OURS) -> None:
     heading("2. Generate: restore the Orbax checkpoint, and print the text as it is produced")
     run("opt-jax", "generate", "--model", f"{directory}/tiny", "--max-new-tokens", "64", *PROMPTS)
 
-    heading("3. Train it further on sources of the standard library: 20 steps, stopping at 10")
+    heading("3. Continue its training on sources of the standard library: 20 steps, stopping after 10")
     sources = Path(asyncio.__file__).parent
     train = ["python", "train.py", "--model", f"{directory}/tiny", "--output", f"{directory}/training", "--steps", "20"]
     train += ["--data", str(sources), *"--batch-size 8 --seq-len 64 --learning-rate 1e-4".split()]
@@ -61,7 +62,7 @@ def main(directory: str = OURS) -> None:
     suggestions = {
         'opt-jax generate "def "': "a prompt of your own (--help: sampling, length, ...)",
         f'opt-jax generate --model {directory}/training "def "': "the model just trained",
-        "python train.py": "one trained from scratch, in about three minutes",
+        "python train.py": "a model trained from scratch, in about three minutes",
         "python -m convert facebook/opt-125m opt-125m": "Meta's own weights (downloads 250 MB)",
         'opt-jax generate --model opt-125m "In the city of"': "",
         "examples/quickstart.ipynb": "logits, hidden states, gradients, attention",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from opt_jax.text.pipelines import pipeline, score_texts, stream_text
     from opt_jax.text.tokenizer import AutoTokenizer, OPTTokenizer
 
-# Loaded on first use, so that `import opt_jax` costs little and text processing needs no JAX.
+# The names are imported on first use, so that `import opt_jax` is fast and text processing needs no JAX.
 _HOME = {
     "OPTModel": "model.heads",
     "OPTForCausalLM": "model.heads",

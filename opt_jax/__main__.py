@@ -1,9 +1,10 @@
-"""The program `opt-jax`, which is `python -m opt_jax` as well."""
+"""The program `opt-jax`, and `python -m opt_jax`."""
 
 import signal
 import sys
 
-# Ctrl-C ends the process: a KeyboardInterrupt amid the imports is a traceback. (A job in the background may ignore it.)
+# Ctrl-C ends the process. A KeyboardInterrupt during the imports would print a traceback. (A shell starts a background
+# job with Ctrl-C ignored, which stays so.)
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -1,4 +1,4 @@
-"""`opt-jax ...` on the command line. Each command imports what it needs when it runs, so that `--help` is quick."""
+"""The command line `opt-jax ...`. Each command imports what it needs when it runs, so that `--help` is quick."""
 
 import importlib.util
 import io
@@ -20,7 +20,7 @@ from opt_jax.system.messages import one_line
 DEFAULT_NEW_TOKENS = 200
 
 
-def generate(
+def generate(  # noqa: PLR0913  (the options of a command)
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT ...")] = (),
     /,
     *,
@@ -36,20 +36,20 @@ def generate(
     seed: int = 0,
     verify: bool = True,
 ) -> None:
-    """Continue prompts; the text is printed as it is produced.
+    """Continue prompts. The text is printed as it is generated.
 
     Args:
-      prompts: The texts to continue, one after the other. Without any, standard input is one prompt.
+      prompts: The texts to continue, one after the other. Without a prompt, standard input is the prompt.
       model: "tiny" (the model inside this package), a directory, or a Hugging Face hub id such as facebook/opt-125m.
-      max_new_tokens: The most tokens to add to a prompt; None: 200, or what the context has room for.
-      temperature: How random: 0 always takes the most likely token.
-      top_k: Draw from this many of the most likely tokens; 0: from all; None: 50.
-      top_p: Draw from the fewest most likely tokens with this much of the probability.
-      min_p: Draw from tokens at least so likely, as a share of the most likely one's probability.
-      repetition_penalty: Above 1: tokens that were there are less likely.
-      no_repeat_ngram_size: No sequence of so many tokens appears twice; 0: they may.
+      max_new_tokens: The most tokens to add to a prompt; None: 200, or as many as fit into the context.
+      temperature: Randomness; 0: always the most likely token.
+      top_k: Sample from this many of the most likely tokens; 0: from all; None: 50.
+      top_p: Sample from the fewest most likely tokens that have this probability together.
+      min_p: Sample from tokens with at least this share of the most likely token's probability.
+      repetition_penalty: Above 1: tokens that have occurred become less likely.
+      no_repeat_ngram_size: No sequence of this many tokens occurs twice; 0: no such limit.
       stop: Texts at which to stop.
-      seed: Another seed, another text.
+      seed: Seed of the samples.
       verify: Compare the weights of an Orbax directory with their checksums.
     """
     for option, given in (("top-k", top_k), ("top-p", top_p != 1), ("min-p", min_p), ("seed", seed)):
@@ -125,10 +125,10 @@ def tokenize(
 
     Args:
       sources: Text or .jsonl files (key "text"), directories or globs of them, hf:NAME[,CONFIG][:SPLIT].
-      output: The array; FILE.npy.json beside it says what is in it.
+      output: The array. FILE.npy.json beside it describes it.
       tokenizer: "tiny" (the one inside this package), a directory, or a Hugging Face hub id such as facebook/opt-125m.
-      workers: Processes. None: one for each core.
-      skip_bad_records: Leave out broken lines, bytes that are no UTF-8 and empty files, and count them.
+      workers: Processes. None: one for each core, fewer for a small text.
+      skip_bad_records: Leave out broken lines, bytes that are not UTF-8 and empty files, and count them.
     """
     from opt_jax.checkpoints import hub
     from opt_jax.data.tokens import tokenize_sources
@@ -138,7 +138,7 @@ def tokenize(
 
 
 def convert() -> None:
-    """Convert a checkpoint to Orbax or to Hugging Face's form, inspect one, compare two."""
+    """Convert a checkpoint to Orbax or Hugging Face safetensors; inspect one; compare two."""
 
 
 def train() -> None:
@@ -153,12 +153,12 @@ COMMANDS = {
     "tokenize": tokenize,
     "plot": plot,
 }
-# These read their own options. In a wheel they are modules of this package, in a checkout they lie beside it.
+# These parse their own options. In a wheel they are modules of this package; in a checkout they are beside it.
 PROGRAMS = {"convert": "convert.__main__", "train": "train"}
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """The program: runs a command and returns its exit status. What the user got wrong is one line on stderr."""
+    """Runs a command and returns its exit code. An error of the user is one line on stderr."""
     args = sys.argv[1:] if args is None else list(args)
     keep_standard_descriptors()
     if args in (["--version"], ["-V"]):
@@ -168,7 +168,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return _program(args[0]).run(args[1:], f"opt-jax {args[0]}") or 0
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 gets "?"
-    # Amid JAX a KeyboardInterrupt may be lost. Without JAX it clears away files and processes.
+    # Inside of JAX a KeyboardInterrupt may be lost. The commands without JAX clean up files and processes with it.
     interruption = raises() if args[:1] in (["plot"], ["tokenize"]) else ends_at_once("opt-jax: interrupted")
     try:
         with interruption, warnings.catch_warnings():
@@ -179,9 +179,9 @@ def main(args: Sequence[str] | None = None) -> int:
                 description="OPT language models in JAX. --version shows the version.",
                 args=args,
             )
-    except BrokenPipeError:  # the reader of a pipe has left; Python would complain again when it flushes at exit
+    except BrokenPipeError:  # the pipe has no reader any more; Python would print an error when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # as a program that the signal ended
+        return 141  # as after SIGPIPE
     except (ValueError, OSError) as error:
         print(f"opt-jax: error: {describe(error)}", file=sys.stderr)
         return 1
@@ -204,7 +204,7 @@ def _program(name: str) -> Any:
 
 
 def _print(text: str) -> None:
-    print(text, end="", flush=True)  # nothing if stdout was closed (`>&-`)
+    print(text, end="", flush=True)  # does nothing if stdout is closed (`>&-`)
 
 
 def _read_stdin() -> str:

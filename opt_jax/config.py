@@ -109,6 +109,7 @@ class OPTConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of an attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @property

@@ -1,1 +1,1 @@
-"""Models on disk: arrays in chunks with checksums, directories that appear all at once, and names of the hub."""
+"""Models on disk: arrays in chunks with checksums, directories that appear complete or not at all, names of the hub."""

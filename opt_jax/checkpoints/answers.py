@@ -1,7 +1,8 @@
-"""Limits on what a hub, or a mirror, answers: time, size, and what `huggingface_hub` would turn into paths. No jax.
+"""Limits on the answers of a hub or mirror: time, size, and names that `huggingface_hub` turns into paths. No jax.
 
-`huggingface_hub` believes its server. So requests that carry a header of ours (which is never sent) go through
-`_Guard`, in the one client that all of `huggingface_hub` shares. Other requests of the process are not touched.
+`huggingface_hub` trusts its server. So requests with a header of ours, which is removed before sending, go through
+`_Guard`. It is installed in the one client that all of `huggingface_hub` shares. Other requests of the process are
+unaffected.
 """
 
 import contextvars
@@ -19,9 +20,9 @@ from typing import Any
 
 from opt_jax.system.reading import SMALL_FILE, name_from_outside
 
-ANSWER_SECONDS = 60.0  # for an answer that is no file, and for the headers of one that is
-ANSWERS_SECONDS = 300.0  # for all answers of one call together, however many pages a list has; for one small file
-STALL_SECONDS = 60.0  # without a byte
+ANSWER_SECONDS = 60.0  # for an answer that is not a file, and for the headers of a file
+ANSWERS_SECONDS = 300.0  # for all answers of one call together (a list may have many pages), and for one small file
+STALL_SECONDS = 60.0  # without receiving a byte
 LONGEST_WAIT = 60  # seconds that a server may ask us to wait
 NO_HUB = "the answer is not that of a hub; is HF_ENDPOINT right?"
 _HEADER, _EXTENSION = "x-opt-jax-guard", "opt_jax"
@@ -34,14 +35,14 @@ _installing = threading.Lock()
 
 @contextmanager
 def guarded(file_bytes: int = SMALL_FILE, file_seconds: float | None = None) -> Iterator[dict[str, str]]:
-    """Headers for calls of huggingface_hub, whose answers then have limits.
+    """A context with headers for calls of huggingface_hub, which then limit the answers.
+
+    In such a call, an answer that is too large, too slow, or holds malformed ids or names raises OSError.
 
     Args:
-      file_bytes: how large a file may be.
-      file_seconds: how long one may take; default: ANSWERS_SECONDS. `math.inf` for weights, which may only not stall.
-
-    Raises (the calls):
-      OSError: an answer is too large, too slow, or holds ids or names that are none.
+      file_bytes: the most bytes of a file.
+      file_seconds: the most seconds of a file; default: ANSWERS_SECONDS. `math.inf` for weights, which have only the
+        limit STALL_SECONDS.
     """
     from huggingface_hub import get_session
 
@@ -74,10 +75,10 @@ def _install(client: Any) -> None:
         def close(self) -> None:
             self.stream.close()
 
-    def limit(response: Any) -> None:  # of redirects, too
+    def limit(response: Any) -> None:  # also for redirects
         if (answer := response.request.extensions.get(_EXTENSION)) is not None:
             _check_headers(response)
-            if "set-cookie" in response.headers:  # one that is long or no ASCII would spoil all later requests
+            if "set-cookie" in response.headers:  # a long or non-ASCII cookie would break all later requests
                 client.cookies.clear()
             response.stream = Limited(response.stream, answer)
 
@@ -87,7 +88,7 @@ def _install(client: Any) -> None:
             return send(request, stream=stream, **options)
         try:
             return guard.ask(send, request, stream, options)
-        except http.ConnectError as e:  # after which huggingface_hub would go on with a new client, without limits
+        except http.ConnectError as e:  # huggingface_hub would continue with a new client, which has no limits
             raise http.ConnectTimeout(str(e), request=request) from e
 
     client.event_hooks["response"].append(limit)
@@ -95,7 +96,7 @@ def _install(client: Any) -> None:
 
 
 class _Answer:
-    """How much one answer may still bring, and until when."""
+    """The size that one answer may still have, and its deadline."""
 
     def __init__(self, url: str, seconds: float, size: int):
         self.url, self.end, self.limit, self.size = url, time.monotonic() + seconds, size, 0
@@ -114,7 +115,7 @@ class _Answer:
 class _Guard:
     def __init__(self, file_bytes: int, file_seconds: float):
         self.file_bytes, self.file_seconds = file_bytes, file_seconds
-        self.bytes, self.seconds = SMALL_FILE, ANSWERS_SECONDS  # left for answers that are no files
+        self.bytes, self.seconds = SMALL_FILE, ANSWERS_SECONDS  # left for answers that are not files
 
     def ask(self, send: Callable, request: Any, stream: bool, options: dict[str, Any]) -> Any:
         seconds = min(ANSWER_SECONDS, self.seconds)
@@ -127,7 +128,7 @@ class _Guard:
         limits = dict.fromkeys(("connect", "read", "write", "pool"), STALL_SECONDS)
         limits |= {key: min(value, STALL_SECONDS) for key, value in times.items() if value is not None}
         request.extensions = request.extensions | {"timeout": limits, _EXTENSION: answer}
-        request.headers["Accept-Encoding"] = "identity"  # a little that comes would be any amount otherwise
+        request.headers["Accept-Encoding"] = "identity"  # compressed, a small answer could grow to any size
         start = time.monotonic()
         try:
             response = _in_time(lambda: send(request, stream=stream, **options), seconds, answer)
@@ -141,7 +142,7 @@ class _Guard:
 
 
 def _in_time(call: Callable[[], Any], seconds: float, answer: _Answer) -> Any:
-    """The call's result. (A time-out of the HTTP library is one for each byte.)"""
+    """The call's result, or OSError after `seconds`: the HTTP library's own time-out starts again with each byte."""
     results: queue.SimpleQueue = queue.SimpleQueue()
 
     def run() -> None:
@@ -155,7 +156,7 @@ def _in_time(call: Callable[[], Any], seconds: float, answer: _Answer) -> Any:
     try:
         result, error = results.get(timeout=max(seconds, 0))
     except queue.Empty:
-        answer.end = 0  # ends the thread with the next byte
+        answer.end = 0  # the thread ends at the next byte
         raise answer.late() from None
     if error is not None:
         raise error
@@ -171,7 +172,7 @@ def _check_headers(response: Any) -> None:
         _check_id("ETag", etag and etag.removeprefix("W/").strip('"'), _ETAG)
     if headers.get("content-encoding", "identity") != "identity":
         raise OSError(f"the server sends {headers['content-encoding'][:40]!r} data, though it was asked for plain ones")
-    headers.pop("ratelimit", None)  # another way to say Retry-After
+    headers.pop("ratelimit", None)  # another form of Retry-After
     wait = headers.get("retry-after", "").strip()
     if wait.isdecimal() and (len(wait) > 9 or int(wait) > LONGEST_WAIT):
         headers["retry-after"] = str(LONGEST_WAIT)
@@ -209,7 +210,7 @@ def _check_content(response: Any) -> None:
         sizes = [part.get("size", 0 if lfs is None else None) for part in (file, lfs or file)]
         if not all(type(size) is int and 0 <= size < 1 << 53 for size in sizes):
             raise _wrong("size", sizes)
-    response.links  # noqa: B018  (raises for what is none)
+    response.links  # noqa: B018  (raises if malformed)
 
 
 def _check_id(what: str, value: Any, pattern: re.Pattern) -> None:

@@ -1,4 +1,4 @@
-"""Lazy arrays: shape, dtype, and how to read any part of an array that is somewhere else."""
+"""Lazy arrays: shape, dtype, and a function that reads any part of an array that is not in memory."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,17 +9,17 @@ import numpy as np
 from opt_jax.checkpoints import chunks
 from opt_jax.checkpoints.chunks import Index, Shape, pieces
 
-Checks = tuple[Callable[[], object], ...]  # comparisons put off because they read data; each raises ValueError
+Checks = tuple[Callable[[], object], ...]  # comparisons that are run later because they read data; raise ValueError
 
 
 @dataclass(frozen=True)
 class LazyArray:
-    """An array that is somewhere else: in a file, in an Orbax directory, in parts to be joined.
+    """An array that is not in memory: in a file, in an Orbax directory, or in parts to be joined.
 
     Attributes:
-      read: the part at an index with one slice (start and stop, step 1) per dimension. May be a view of any strides
-        and alignment, of memory that changes later: use `load`, which copies.
-      in_chunks: it is stored as a grid of chunks, and reading any part of one reads all of it.
+      read: returns the part at an index with one slice (start and stop, step 1) per dimension. It may be a view with
+        any strides and alignment, of memory that changes later. `load` returns a copy.
+      in_chunks: the array is stored as a grid of chunks, and reading a part of a chunk reads the complete chunk.
     """
 
     shape: Shape
@@ -36,13 +36,15 @@ class LazyArray:
         return self.size * self.dtype.itemsize
 
     @property
-    def T(self) -> "LazyArray":
+    def T(self) -> "LazyArray":  # noqa: N802  (as numpy.ndarray.T)
         return LazyArray(self.shape[::-1], self.dtype, lambda index: self.read(index[::-1]).T, self.in_chunks)
 
     def load(self, index: Sequence[slice] | None = None, buffer: np.ndarray | None = None) -> np.ndarray:
-        """A C-contiguous copy, in native byte order, of the whole or of the part at `index`.
+        """A C-contiguous copy, in native byte order, of the array or of the part at `index`.
 
-        buffer: uint8 [at least as many bytes]; the copy is made there (new memory costs as much time as copying).
+        Args:
+          index: one slice per dimension; None: the complete array.
+          buffer: uint8 [at least the bytes of the part] to copy into. (Allocating takes as long as copying.)
         """
         index = (slice(None),) * len(self.shape) if index is None else index
         view = self.read(tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, self.shape, strict=True)))
@@ -62,7 +64,7 @@ def copy_blocked(out: np.ndarray, view: np.ndarray) -> None:
 
 
 def first_difference(a: LazyArray, b: LazyArray) -> tuple[int, ...] | None:
-    """The index of the first element whose bits differ (a NaN equals itself); () if shape or dtype do; None: equal."""
+    """The index of the first element whose bits differ (equal NaNs do not); () if shape or dtype differ; else None."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return ()
     row = max(1, math.prod(a.shape[1:])) * a.dtype.itemsize

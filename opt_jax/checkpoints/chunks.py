@@ -1,8 +1,8 @@
-"""How arrays lie in a directory: in chunks with checksums; what is checked before TensorStore opens one.
+"""The form of arrays in a directory: chunks with checksums; and the checks before TensorStore opens one.
 
 Each chunk is a value of an OCDBT database and ends with its CRC-32C (zarr3's codec `crc32c`), which TensorStore
-compares whenever it reads the chunk. The metadata of the arrays lie in nodes of the database, which have checksums of
-their own.
+compares whenever it reads the chunk. The metadata of the arrays are in nodes of the database, which have their own
+checksums.
 """
 
 import asyncio
@@ -28,12 +28,12 @@ CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "cr
 _CHECKSUM_BYTES = 4
 _BATCH_BYTES = 1 << 30  # of chunks that are encoded, and then committed, together
 
-# What a foreign file may say. Orbax writes less than 1 kB of metadata and no chunk above 2 GiB.
+# Limits on a foreign file. Orbax writes less than 1 kB of metadata and no chunk above 2 GiB.
 _MAX_METADATA_BYTES = 64 << 10
 _MAX_MANIFEST_BYTES = 1 << 20
 _MAX_DEPTH = 12
 _MAX_RANK = 8
-CHUNK_BYTES = 32 << 20  # of one stored chunk at most: what a process must read at least to fill its shard
+CHUNK_BYTES = 32 << 20  # the most of one stored chunk: a process reads at least one chunk to fill its shard
 _MAX_CHUNK_BYTES = 2 << 30
 _MAX_FOLDERS = 6  # inside each other
 _WIDTHS = {"bool": 1, "bfloat16": 2} | {
@@ -45,7 +45,7 @@ _LETTERS = {"b": "bool", "i": "int", "u": "uint", "f": "float"}  # of zarr2's dt
 
 
 def pieces(shape: Shape, piece: Sequence[int]) -> Iterator[Index]:
-    """The indices of the parts of an array that are at most `piece` large; () has one."""
+    """The indices that split an array into parts of at most the shape `piece`; a scalar has one part."""
     starts = (range(0, n, step) for n, step in zip(shape, piece, strict=True))
     for corner in product(*starts):
         yield tuple(slice(i, min(i + step, n)) for i, step, n in zip(corner, piece, shape, strict=True))
@@ -57,7 +57,7 @@ def pieces(shape: Shape, piece: Sequence[int]) -> Iterator[Index]:
 def write_spec(
     info: ocp.type_handlers.ParamInfo, arg: ocp.SaveArgs, shape: Shape, part: Shape, dtype
 ) -> dict[str, Any]:
-    """TensorStore's specification of a new array, of which processes write parts of the shape `part`."""
+    """TensorStore's specification of a new array of shape `shape`; each process writes parts of the shape `part`."""
     spec = ocp.type_handlers.get_json_tspec_write(
         info,
         use_ocdbt=True,
@@ -67,21 +67,23 @@ def write_spec(
         process_index=jax.process_index(),
         arg=arg,
     )
-    # Orbax offers no choice of codecs. Its own have a checksum for the places of chunks only.
+    # Orbax offers no choice of codecs. Its default has checksums for the index of chunks only.
     spec["metadata"]["codecs"] = CODECS
     return spec
 
 
 def pytree_handler(*handlers: tuple[type, ocp.type_handlers.TypeHandler]) -> ocp.PyTreeCheckpointHandler:
-    """Writes trees whose leaves are of types that `handlers` write, in the form of this module."""
+    """A handler that writes trees in the form of this module; `handlers` are (leaf type, its handler)."""
     registry = ocp.type_handlers.create_type_handler_registry(*handlers)
     # Weights do not compress: zstd makes writing several times slower for a few percent.
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_zarr3=True, use_compression=False)
 
 
 class ShardHandler(ocp.type_handlers.ArrayHandler):
-    """Writes `jax.Array`s: each process the chunks of its shards, replicas share theirs. On disk they are what
-    NumpyHandler writes, so that any Orbax reads them, on any devices."""
+    """Writes `jax.Array`s: each process writes the chunks of its shards, and replicas divide theirs among them.
+
+    On disk they have the form that NumpyHandler writes, so any Orbax reads them, on any devices.
+    """
 
     def typestr(self) -> str:
         return ocp.type_handlers.NumpyHandler().typestr()
@@ -111,14 +113,14 @@ class ShardHandler(ocp.type_handlers.ArrayHandler):
                 if size + values.nbytes > _BATCH_BYTES:
                     await _all(batch)
                     batch, size = [], 0
-                # Nobody changes `values`, which are a copy.
+                # `values` is a copy that nothing changes.
                 batch.append(store[index].write(values, can_reference_source_data_indefinitely=True))
                 size += values.nbytes
         await _all(batch)
 
 
 async def _all(futures: Sequence[Any]) -> list[Any]:
-    """Their results, when all have ended: what goes on behind an error would call a loop that is closed."""
+    """The results, once all have ended: a future that went on after an error would call a closed event loop."""
     results = await asyncio.gather(*futures, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):
@@ -127,7 +129,7 @@ async def _all(futures: Sequence[Any]) -> list[Any]:
 
 
 def chunks_of_process(array: jax.Array, chunk: Sequence[int]) -> list[tuple[jax.Shard, list[Index]]]:
-    """The shards of which this process is to write chunks, each with these chunks' indices inside the shard."""
+    """(shard, indices of chunks inside the shard) that this process writes."""
     shape = array.sharding.shard_shape(array.shape)
     replicas = len(array.sharding.device_set) * math.prod(shape) // max(1, array.size)
     shares = ((s, list(pieces(shape, chunk))[s.replica_id :: replicas]) for s in array.addressable_shards)
@@ -135,9 +137,9 @@ def chunks_of_process(array: jax.Array, chunk: Sequence[int]) -> list[tuple[jax.
 
 
 def on_host(shards: Sequence[tuple[jax.Shard, list[Index]]]) -> Iterator[tuple[Index, np.ndarray]]:
-    """Index in the whole array, and values, of each chunk."""
+    """(index in the global array, values) of each chunk."""
     for shard, indices in shards:
-        # On a CPU the host's copy is the array itself, which the next step, donated it, may overwrite.
+        # On a CPU the host's copy shares its buffer with the array, which the next step may overwrite (donation).
         values = np.array(shard.data) if shard.device.platform == "cpu" else np.asarray(shard.data)
         corner = [s.start or 0 for s in shard.index]
         for index in indices:
@@ -148,17 +150,17 @@ def on_host(shards: Sequence[tuple[jax.Shard, list[Index]]]) -> Iterator[tuple[I
 
 
 def check_files(directory: Path) -> None:
-    """
+    """Check that the local `directory` holds only regular files and directories; links are followed.
+
     Raises:
-      ValueError: something below the local `directory` is neither a regular file nor a directory (links are followed),
-        or its manifest is larger than Orbax writes. (Reading a pipe would wait for ever.)
+      ValueError: it holds anything else (reading a pipe would wait for ever), or a manifest larger than Orbax writes.
     """
     folders = [(directory, 0)]
     while folders:
         folder, depth = folders.pop()
         for path in folder.iterdir():
             if path.is_dir():
-                if depth < _MAX_FOLDERS:  # deeper is nothing that we read, or a circle of links
+                if depth < _MAX_FOLDERS:  # we read nothing deeper, and links may form a circle
                     folders.append((path, depth + 1))
             elif not path.is_file():
                 raise ValueError(f"{path} is not a regular file")
@@ -167,11 +169,12 @@ def check_files(directory: Path) -> None:
 
 
 def array_specs(database: Mapping[str, Any], context: ts.Context) -> tuple[dict[str, dict[str, Any]], bool]:
-    """The arrays of an OCDBT database, name -> specification to read it with; and whether all have checksums. A chunk
-    that is missing will be an error, not zeros.
+    """The arrays of an OCDBT database: name -> TensorStore's specification to read it; and whether all have checksums.
+
+    Reading a missing chunk will be an error; TensorStore's default is zeros.
 
     Raises:
-      ValueError: there is no array, or metadata beyond what Orbax writes; TensorStore would crash on some.
+      ValueError: there is no array, or metadata that Orbax does not write. (Some of these would crash TensorStore.)
     """
     store = ts.KvStore.open(dict(database), context=context).result()
     kinds = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
@@ -191,7 +194,11 @@ def array_specs(database: Mapping[str, Any], context: ts.Context) -> tuple[dict[
 
 
 def _check_metadata(key: str, content: bytes, driver: str) -> bool:
-    """Whether the array's chunks have checksums. ValueError: no metadata of an array, or none that Orbax writes."""
+    """Whether the array's chunks have checksums.
+
+    Raises:
+      ValueError: the content is not an array's metadata, or not as Orbax writes it.
+    """
     if len(content) > _MAX_METADATA_BYTES:
         raise ValueError(f"{key}: {len(content):,} bytes of metadata are more than an array has")
     try:
@@ -224,11 +231,12 @@ def _zarr2_dtype(name: str) -> str:
 
 
 def read_unverified(store: ts.TensorStore, index: Index) -> np.ndarray:
-    """The part of an array at `index`, whatever its chunks' checksums say. (TensorStore always compares them, so this
-    reads the chunks' bytes.)
+    """The part of an array at `index`, without comparing checksums.
+
+    TensorStore always compares them, so this function reads the chunks' bytes itself.
 
     Raises:
-      ValueError: a chunk is missing or has another size, or the array is not in our form.
+      ValueError: a chunk is missing or has another size, or the array does not have the form of this module.
     """
     metadata = store.spec().to_json()["metadata"]
     assert store.kvstore is not None
@@ -243,7 +251,7 @@ def read_unverified(store: ts.TensorStore, index: Index) -> np.ndarray:
         key = "/".join(["c", *map(str, place)])
         content = store.kvstore.read(key).result()
         if content.state != "value" or len(content.value) != math.prod(chunk) * dtype.itemsize + _CHECKSUM_BYTES:
-            raise ValueError(f"chunk {key} is missing, or not of its size")
+            raise ValueError(f"chunk {key} is missing, or has another size")
         values = np.frombuffer(content.value, dtype, math.prod(chunk)).reshape(chunk)
         first = [i * c for i, c in zip(place, chunk, strict=True)]
         inside = [(max(s.start, f), min(s.stop, f + c)) for s, f, c in zip(index, first, chunk, strict=True)]

@@ -1,4 +1,4 @@
-"""Directories that appear all at once, on this machine or in an object store."""
+"""Directories that appear complete or not at all, on this machine or in an object store."""
 
 import errno
 import os
@@ -19,16 +19,17 @@ from opt_jax.system.temporary import MARKER, TemporaryPlace, refuse_links
 def new_directory(
     path: str | os.PathLike, overwrite: bool = False, replaceable: Callable[[Path], bool] = hub.is_orbax
 ) -> Iterator[Path]:
-    """A temporary directory beside `path` that becomes `path` when the block ends, and vanishes if it raises. In an
-    object store, which renames no directories, `path` itself: what is there is a model once it has its config.json,
-    which is to be written last, and what `overwrite` replaces goes at the start.
+    """A context whose temporary directory becomes `path` when the block ends, and is removed if it raises.
 
-    What a killed process has left behind is cleaned up by the next one with the same `path`, and nothing else is (see
-    `temporary.py`). All processes of a `jax.distributed` job enter and leave together.
+    An object store renames no directories, so there the block gets `path` itself. It is a model once it has its
+    config.json, which must be written last. The directory that `overwrite` replaces is removed at the start.
+
+    The next call with the same `path` removes the files of a killed process, and nothing else (see `temporary.py`). All
+    processes of a `jax.distributed` job enter and leave together.
 
     Raises:
       FileExistsError: `path` exists and `overwrite` is false, or it is not `replaceable`; it or the temporary directory
-        is a link; the latter holds what is not ours; or another process is writing it now.
+        is a link; the latter holds files that we did not write; or another process is writing it now.
     """
     if hub.is_remote(path):
         remote = epath.Path(path)
@@ -62,11 +63,11 @@ def new_directory(
             if path.exists():
                 path.rename(old)
             new.rename(path)
-        finally:  # whatever went wrong, Ctrl-C included
+        finally:  # after any error, also Ctrl-C
             if old.exists() and not path.exists():
                 old.rename(path)
 
-    with ExitStack() as held:  # of process 0: the lock, until nothing is left to do
+    with ExitStack() as held:  # process 0 has the lock until the end
         on_first_process(begin)
         yield new
         on_first_process(publish)
@@ -74,7 +75,7 @@ def new_directory(
 
 def _begin_remote(path: epath.Path, overwrite: bool) -> None:
     _check_remote(path, overwrite)
-    (path / MARKER).write_bytes(b"")  # now all that is here may be cleared, also by the next one if this one is killed
+    (path / MARKER).write_bytes(b"")  # from now on the directory may be cleared, also by the next process
     (path / "config.json").unlink(missing_ok=True)
     _clear_remote(path, but=MARKER)
 
@@ -83,7 +84,7 @@ def _check_remote(path: epath.Path, overwrite: bool) -> None:
     names = [entry.name for entry in path.iterdir()] if path.exists() else []
     if "config.json" in names and not overwrite:
         raise FileExistsError(f"{path} exists already: choose another name, or pass overwrite=True (--overwrite)")
-    if MARKER in names:  # of a process that was killed
+    if MARKER in names:  # a killed process left it
         parts = {name.partition(".orbax-checkpoint-tmp")[0] for name in names} - {MARKER}
         foreign = next((name for name in parts if not hub.is_model_file(name)), None)
     elif names and not ("config.json" in names and hub.is_orbax(path)):
@@ -118,7 +119,7 @@ def check_destination(path: Path, overwrite: bool, replaceable: Callable[[Path],
 
 
 def check_space(path: Path, nbytes: int) -> None:
-    """Raise OSError unless `nbytes` more fit on the disk where `path` is to be, if it is on one."""
+    """Raise OSError unless the disk of `path` has room for `nbytes` more. Does nothing for an object store."""
     if hub.is_remote(path):
         return
     if (free := free_bytes(path)) < nbytes:

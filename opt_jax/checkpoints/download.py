@@ -1,9 +1,9 @@
-"""A model of the Hugging Face hub, or of a mirror that speaks its API, to a directory in Hugging Face's cache.
+"""Downloads a model from the Hugging Face hub, or a mirror with its API, to a directory in Hugging Face's cache.
 
-`huggingface_hub` does the talking, keeps the cache, and honours HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and
-HF_HUB_OFFLINE. Here is what it lacks: the choice of files; large files that continue where an interrupted run stopped
-(since 1.19 it begins each anew: huggingface_hub#4196), compared with the hub's SHA-256; limits on what a server may
-answer (answers.py); and errors of one line.
+`huggingface_hub` makes the requests, keeps the cache, and honours HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and
+HF_HUB_OFFLINE. This module adds what it lacks: the choice of files; large files that resume after an interruption
+(since 1.19 it restarts each: huggingface_hub#4196) and are compared with the hub's SHA-256; limits on a server's
+answers (answers.py); and errors of one line.
 """
 
 import errno
@@ -33,9 +33,9 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_MOST_FILES = 10_000  # of weights: OPT-175B in files of 100 MB has 3,500
-_PARALLEL = 4  # files at once: one connection seldom fills the line
-_HTTP_LIMIT = 50_000_000_000  # larger files the hub serves over its Xet protocol only
+_MOST_FILES = 10_000  # weight files: OPT-175B in files of 100 MB has 3,500
+_PARALLEL = 4  # files at once, because one connection seldom uses the full bandwidth
+_HTTP_LIMIT = 50_000_000_000  # the hub serves larger files over its Xet protocol only
 _OVERLOADED = (408, 429, 500, 502, 503, 504)
 _WAITS = (1, 2, 4, 8)  # seconds before trying again
 _OF_WRONG_SHAPE = (
@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository as the caller named it; `offline`: only what the cache has."""
+    """A repository as the caller named it. With `offline`, only the cache is read."""
 
     name: str
     revision: str | None = None
@@ -64,16 +64,18 @@ class Repository:
 
 
 def download(repository: Repository, small_files: Iterable[str], weights: bool) -> Path:
-    """The cache's directory of the repository at that revision, with those of the small files that there are.
+    """The cache's directory of the repository at its revision, with config.json and the small files that exist.
 
     Args:
-      weights: with config.json and the weights as well: the first of WEIGHT_FILES, and what it names if it is an index.
+      repository: the repository.
+      small_files: names of small files to download if the repository has them.
+      weights: also download the weights: the first of WEIGHT_FILES, and the files that it names if it is an index.
 
     Raises:
       FileNotFoundError: no such repository, revision or file; or the hub cannot be reached and the cache lacks it.
       PermissionError: a gated repository, or a token that the hub refuses.
       OSError: a file arrived with a wrong size or content, or does not fit on the disk; or see `guarded`.
-      ValueError: an index of weight files that is none.
+      ValueError: an index of weight files is malformed.
     """
     from huggingface_hub import constants  # in functions, because it is slow to import
 
@@ -92,14 +94,14 @@ def download(repository: Repository, small_files: Iterable[str], weights: bool) 
 
 
 def missing_file(folder: Path) -> str | None:
-    """What a Hugging Face directory lacks to be loaded: a file's name, or the names of those of which it needs one.
+    """The file that a Hugging Face directory lacks to be loaded, or a list of alternatives; None if it is complete.
 
     Raises:
-      ValueError: its index of weight files is none.
+      ValueError: its index of weight files is malformed.
     """
     if not (folder / "config.json").is_file():
         return "config.json"
-    # A link to what is gone is one of them, too.
+    # `lexists`, so that a broken link counts and is named.
     weights = next((name for name in WEIGHT_FILES if os.path.lexists(folder / name)), None)
     if weights is not None and not (folder / weights).is_file():
         return weights
@@ -109,15 +111,15 @@ def missing_file(folder: Path) -> str | None:
 
 
 def _needed(path: Path) -> list[str]:
-    """The names of the files with the weights: this one, or those that it names if it is an index."""
+    """The names of the weight files: `path` itself, or the files that it names if it is an index."""
     return sorted(set(read_index(path).values())) if path.suffix == ".json" else [path.name]
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> name of the file beside `path`, an index of weight files.
+    """Tensor name -> name of its file, from the index of weight files `path`.
 
     Raises:
-      ValueError: it is none.
+      ValueError: the index is malformed.
     """
     try:
         weight_map = json_object(read_small(path), "it").get("weight_map")
@@ -131,7 +133,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def _complete(repository: Repository, folder: Path) -> None:
-    """Download the weights into the snapshot, as far as it lacks them."""
+    """Download the weights that the snapshot lacks."""
     missing = missing_file(folder)
     if repository.offline:
         if missing:
@@ -154,7 +156,7 @@ def _complete(repository: Repository, folder: Path) -> None:
     if chosen.endswith(".json"):
         _snapshot(at_commit, [chosen])
     names = _needed(folder / chosen)
-    if absent := [name for name in names if name not in files]:  # said before anything large is downloaded
+    if absent := [name for name in names if name not in files]:  # before anything large is downloaded
         raise FileNotFoundError(f"{_where(repository)} has no {absent[0]}, but {chosen} names it")
     all_there = _fetch_all(at_commit, folder, [files[name] for name in names if not (folder / name).is_file()])
     largest = max(files[name].size or 0 for name in names)
@@ -170,10 +172,12 @@ def _snapshot(
     largest: int = SMALL_FILE,
     seconds: float | None = None,
 ) -> Path:
-    """The snapshot's directory, with those of the named files that there are.
+    """The snapshot's directory, with the named files that the repository has.
 
     Args:
-      silent: without progress bars.
+      repository: the repository.
+      names: names of files.
+      silent: show no progress bars.
       largest, seconds: see `guarded`.
     """
     from huggingface_hub import snapshot_download
@@ -198,20 +202,20 @@ def _list(repository: Repository, commit: str) -> Mapping[str, Any]:
 
 
 def _ask(call: Callable[[dict[str, str]], T], largest: int = SMALL_FILE, seconds: float | None = None) -> T:
-    """The result of a call of huggingface_hub, which passes on the headers."""
+    """The result of a call of huggingface_hub, which must pass on the headers."""
     with guarded(largest, seconds) as headers:
         try:
             return _patiently(lambda: call(headers))
-        except Exception as e:  # huggingface_hub does not look at the shape of what it takes apart
+        except Exception as e:  # huggingface_hub does not check the structure of an answer
             if type(e) in _OF_WRONG_SHAPE:
                 raise OSError(f"{NO_HUB} ({type(e).__name__}: {e})") from e
             raise
 
 
 def _patiently(call: Callable[[], T]) -> T:
-    """The call's result, tried again where not all of huggingface_hub does: an overloaded server, a broken connection.
+    """The call's result, with retries if the server is overloaded or the connection breaks.
 
-    Not if there is no connection at all: then the cache is next.
+    (Only parts of huggingface_hub retry.) There is no retry without any connection, because then the cache is used.
     """
     for wait in _WAITS:
         try:
@@ -229,7 +233,7 @@ def _patiently(call: Callable[[], T]) -> T:
 
 
 def _fetch_all(repository: Repository, folder: Path, files: list[Any]) -> bool:
-    """Put large files into the cache, where `snapshot_download` finds them. False: some are left to it."""
+    """Download large files into the cache, where `snapshot_download` finds them. False: it must download the rest."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 
     blobs = folder.parents[1] / "blobs"
@@ -237,11 +241,11 @@ def _fetch_all(repository: Repository, folder: Path, files: list[Any]) -> bool:
     _check_room(repository, blobs, files)
     urls = {file.rfilename: hf_hub_url(repository.name, file.rfilename, revision=folder.name) for file in files}
     large = []
-    for file in files:  # all of them, before anything large is downloaded
+    for file in files:  # all are checked before anything large is downloaded
         about = _ask(lambda headers, file=file: get_hf_file_metadata(urls[file.rfilename], headers=headers))
         if file.size is not None and about.size is not None and file.size != about.size:
             raise _wrong_size(file, about.size)
-        # Xet cannot continue either, and how much memory it takes is not ours to bound: for those who ask for it.
+        # Xet cannot resume, and we cannot limit its memory, so it is used on request only.
         by_xet = about.xet_file_data is not None and constants.HF_XET_HIGH_PERFORMANCE or (file.size or 0) > _HTTP_LIMIT
         if file.lfs is not None and about.etag == file.lfs.sha256 and not by_xet:
             large.append(file)
@@ -252,7 +256,7 @@ def _fetch_all(repository: Repository, folder: Path, files: list[Any]) -> bool:
             for job in as_completed(jobs):
                 job.result()
         finally:
-            stop.set()  # after an error or Ctrl-C; what the others have by then is kept
+            stop.set()  # after an error or Ctrl-C; the partial files of the others are kept
     return len(large) == len(files)
 
 
@@ -272,7 +276,7 @@ def _partial(blobs: Path, file: Any) -> Path:
 
 
 def _fetch(url: str, file: Any, blobs: Path, stop: threading.Event) -> None:
-    """One file into the cache, under its SHA-256, as huggingface_hub keeps it and with its lock."""
+    """Download one file into the cache, under its SHA-256 and with the lock of huggingface_hub, as that does."""
     from huggingface_hub.utils import WeakFileLock, tqdm
 
     name, size, sha256 = file.rfilename, file.size, file.lfs.sha256
@@ -285,7 +289,9 @@ def _fetch(url: str, file: Any, blobs: Path, stop: threading.Event) -> None:
         refuse_links(partial)
         with open(partial, "a+b") as out:
             if os.fstat(out.fileno()).st_nlink > 1:
-                raise FileExistsError(f"{partial} is a file of another name, too (a hard link): remove it here")
+                raise FileExistsError(
+                    f"{partial} is a hard link: the file has another name, so it is not written; remove this name"
+                )
             with tqdm(desc=name, total=size, initial=out.tell(), unit="B", unit_scale=True, disable=None) as bar:
                 _continue(url, file, out, bar, stop)
             if out.tell() < size:
@@ -299,13 +305,13 @@ def _fetch(url: str, file: Any, blobs: Path, stop: threading.Event) -> None:
 
 
 def _continue(url: str, file: Any, out: BinaryIO, bar: Any, stop: threading.Event) -> None:
-    """Append to `out` what it lacks, over as many connections as it takes while they bring something."""
+    """Append the missing bytes to `out`. Reconnects after errors, and gives up after several without a new byte."""
     failures = 0
     while (start := out.tell()) < file.size and not stop.is_set():
         try:
             _stream(url, file, out, bar, stop)
         except Exception as e:
-            if not _of_connection(e):  # a full disk, or an answer of the server that asking again does not change
+            if not _of_connection(e):  # a full disk, or an answer that a retry does not change
                 raise
             failures = 0 if out.tell() > start else failures + 1
             state = f"{_public(e)} ({type(e).__name__}); {out.tell():,} of {file.size:,} bytes are there"
@@ -316,20 +322,20 @@ def _continue(url: str, file: Any, out: BinaryIO, bar: Any, stop: threading.Even
 
 
 def _stream(url: str, file: Any, out: BinaryIO, bar: Any, stop: threading.Event) -> None:
-    """Append one answer of the server to `out`, which is emptied if the answer is not this file."""
+    """Append one answer of the server to `out`. If the answer is not this file, empty `out`."""
     from huggingface_hub import constants, hf_raise_for_status
     from huggingface_hub.utils import build_hf_headers, http_stream_backoff
 
     start = out.tell()
     headers = build_hf_headers() | ({"Range": f"bytes={start}-"} if start else {})
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    # Every time from the hub's own address: where it redirects to expires.
+    # Always from the hub's own address, because the address that it redirects to expires.
     with (
         guarded(math.inf, math.inf) as guard,  # type: ignore[reportArgumentType]  (stops by itself)
         http_stream_backoff("GET", url, headers=headers | guard, timeout=timeout, retry_on_exceptions=()) as response,
     ):
         hf_raise_for_status(response)
-        if start and response.status_code != 206:  # a server without ranges sends it all
+        if start and response.status_code != 206:  # a server without ranges sends the complete file
             bar.update(-start)
             _empty(out)
         total = response.headers.get("Content-Range", response.headers.get("Content-Length", "")).rpartition("/")[2]
@@ -341,7 +347,7 @@ def _stream(url: str, file: Any, out: BinaryIO, bar: Any, stop: threading.Event)
             bar.update(len(chunk))
             if stop.is_set():
                 return
-            if out.tell() > file.size:  # of an answer without its length, too
+            if out.tell() > file.size:  # also for an answer without a length
                 break
     if (size := out.tell()) != file.size:
         _empty(out)
@@ -354,7 +360,7 @@ def _empty(file: BinaryIO) -> None:
 
 
 def _of_connection(e: BaseException | None) -> bool:
-    """Whether it is an error of the HTTP library: httpx, or another name with which huggingface_hub replaces it."""
+    """Whether it is an error of the HTTP library of huggingface_hub: httpx, or a module whose name begins so."""
     return type(e).__module__.startswith("httpx")
 
 
@@ -377,18 +383,18 @@ def _go_online() -> str:
 
 
 def _public(text: object) -> str:
-    """One line without what is secret: the token, a mirror's password, the query with which an address is signed."""
+    """One line without secrets: the token, a mirror's password, the signature in an address's query."""
     from huggingface_hub import get_token
 
     line = " ".join(str(text).split())
     if token := get_token():
         line = line.replace(token, "***")
     line = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", re.sub(r"//[^/@\s]+@", "//", line))
-    return one_line(line)  # a server's words may be long, or steer a terminal
+    return one_line(line)  # a server's message may be long, or contain control characters
 
 
 def _explain(repository: Repository, e: Exception) -> Exception:
-    """The same error in one line that says what, where and what to do; an error of our own or of the disk as it is."""
+    """The error as one line: what, where and what to do. Our own errors and those of the disk are unchanged."""
     from huggingface_hub import constants, errors, get_token
 
     name, where, endpoint = repository.name, _where(repository), _public(constants.ENDPOINT)

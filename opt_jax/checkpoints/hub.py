@@ -1,4 +1,4 @@
-"""A model's name (hub id, directory, "tiny") to a directory, which is on this machine or in an object store (`gs://...`)."""
+"""From a model's name (hub id, directory, "tiny") to a directory on this machine or in an object store (`gs://...`)."""
 
 import importlib.resources
 import os
@@ -22,10 +22,10 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-# What travels with a model's weights, besides config.json.
+# Files that are copied along with a model's weights, besides config.json.
 COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
 _WEIGHTS = re.compile(r"(pytorch_)?model(-[0-9]+(-of-[0-9]+)?)?\.(safetensors|bin)(\.index\.json)?")
-# What Orbax and TensorStore put into the directory of a tree.
+# Files that Orbax and TensorStore write into the directory of a tree.
 _IN_PARAMS = re.compile(
     r"params/(_[A-Z_]*METADATA|_sharding|array_metadatas/process_\d+|checkpoint|commit_success\.txt|"
     r"(ocdbt\.process_\d+/)?(manifest\.ocdbt|d/[0-9a-f]{32}))"
@@ -39,8 +39,7 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def as_path(name: str | os.PathLike) -> Path:
-    """With the methods of `pathlib` for objects in a store, too; `~` at its beginning is the home directory, also where
-    no shell has put that.
+    """A path with the methods of `pathlib`, also for objects in a store. A leading `~` is the home directory.
 
     Raises:
       ValueError: `~NAME`, and there is no user of this name.
@@ -54,33 +53,32 @@ def as_path(name: str | os.PathLike) -> Path:
 
 
 def disk_path(name: str | os.PathLike) -> Path:
-    """The same of what is written to disks only.
+    """As `as_path`, for files that are written to a disk only.
 
     Raises:
-      ValueError: it is not on one.
+      ValueError: the path is in an object store.
     """
     if is_remote(name):
-        raise ValueError(f"{name}: this is written to disks only: name a file on one, and copy it there")
+        raise ValueError(f"{name}: this can only be written to a disk: name a path on one, and copy it from there")
     return as_path(name)
 
 
 def absolute(path: Path) -> Path:
-    return path if is_remote(path) else path.absolute()  # (epath makes /here/gs:/... of gs://...)
+    return path if is_remote(path) else path.absolute()  # (epath's own `absolute` turns gs://... into /here/gs:/...)
 
 
-# What the libraries below us take for something else in a path: Orbax looks for its files with a glob (* ? [),
-# TensorStore takes a backslash for /, Orbax makes gs:// of gs:/ anywhere, epath s3://x of /s3/x, and gcsfs a version of
-# the object a of a#b.
+# Paths that other libraries misread: Orbax looks for its files with a glob (* ? [), TensorStore reads a backslash as /,
+# Orbax reads gs:/ anywhere as gs://, epath reads /s3/x as s3://x, and gcsfs reads a#b as version b of the object a.
 _MISREAD = re.compile(r"[*?\[\\]|gs:/|^/(?:gs|s3|az|hf)/")
 _MISREAD_REMOTE = re.compile(r"[*?\[\\#]")
 
 
 def check_array_path(path: str | os.PathLike) -> None:
-    """Raise ValueError for a directory in which arrays would be written, but not found again."""
+    """Raise ValueError for a directory in which Orbax would not find arrays again after writing them."""
     name = os.fspath(path)
     if is_remote(name):
         names, misread = [name], _MISREAD_REMOTE
-    else:  # the model of a run is written by its real path
+    else:  # a run's model is written to its real path
         names, misread = [os.path.abspath(name), os.path.realpath(name)], _MISREAD
     for full in names:
         if (match := misread.search(f"{full}/")) or not _is_unicode(full):
@@ -97,7 +95,7 @@ def array_url(path: Path) -> str:
     """The URL of a directory for TensorStore.
 
     Raises:
-      ValueError: it would take the path for another one.
+      ValueError: TensorStore would misread the path.
     """
     name = os.fspath(absolute(path))
     if "\\" in name or not _is_unicode(name):
@@ -107,10 +105,10 @@ def array_url(path: Path) -> str:
 
 
 def check_remote(name: str) -> None:
-    """
+    """Check that a path in an object store can be used here.
+
     Raises:
-      ValueError: a kind of place that epath does not know, one that needs a package which is not installed, or that is
-        not open to this user.
+      ValueError: epath does not know its scheme, a package for it is not installed, or this user has no access.
     """
     scheme = name.partition("://")[0]
     try:
@@ -143,8 +141,8 @@ def resolve(
 
     Raises:
       FileNotFoundError, PermissionError, OSError: no such directory or repository, or see `download.download`.
-      ValueError: a file, `revision` of something that is not on the hub, a name in the directory that is a broken link
-        or no file, or see `check_remote`.
+      ValueError: `name` is a file; `revision` is given for a directory; a name in the directory is a broken link or not
+        a file; or see `check_remote`.
     """
     name = os.fspath(name)
     if is_remote(name):
@@ -168,11 +166,12 @@ def resolve(
 
 
 def _without_broken_names(directory: Path, weights: bool) -> Path:
-    """The directory, if each name in it that would be read is a file. (To pass over a broken link, or a pipe, would be
-    to read other weights than were meant, or a tokenizer without its settings.)
+    """The directory, after checking that each name in it that would be read is a regular file.
+
+    (Ignoring a broken link or a pipe would load other weights than intended, or a tokenizer without its settings.)
 
     Raises:
-      ValueError: one is not.
+      ValueError: a name is not a regular file.
     """
     names = ("config.json", *COMPANION_FILES, *((*WEIGHT_FILES, "params/_METADATA") if weights else ()))
     for folder in () if is_remote(directory) else companion_directories(directory):
@@ -184,7 +183,7 @@ def _without_broken_names(directory: Path, weights: bool) -> Path:
 
 
 def _in_run(path: Path) -> Path:
-    """The model of a run directory of train.py; any other directory stands for itself."""
+    """The model in a run directory of train.py; any other directory is returned unchanged."""
     if (path / "model" / "config.json").is_file():
         return path / "model"
     if (path / "run.json").is_file() and not (path / "config.json").is_file():
@@ -201,8 +200,10 @@ def _in_run(path: Path) -> Path:
 
 
 def _is_finished_step(path: Path) -> bool:
-    """Other names are Orbax's temporary ones: checkpoints that were never finished. In an object store, where nothing
-    can be renamed, it writes a file at the end. An empty directory is of a process that was killed while it removed it.
+    """Whether the directory is a finished checkpoint, named by its step.
+
+    Orbax renames a finished checkpoint to this name; in an object store, where it cannot, it writes a file at the end.
+    An empty directory is left by a process that was killed while removing it.
     """
     if not path.name.isdecimal() or not path.is_dir():
         return False
@@ -210,12 +211,12 @@ def _is_finished_step(path: Path) -> bool:
 
 
 def is_orbax(path: str | os.PathLike) -> bool:
-    """Whether the directory is a model of our own (`pretrained.save_pretrained`, `python -m convert`)."""
+    """Whether the directory is an Orbax model directory (of `save_pretrained`, `python -m convert`)."""
     return (as_path(path) / "params" / "_METADATA").is_file()
 
 
 def is_model(path: str | os.PathLike) -> bool:
-    """Whether the directory is a model in one of the two forms that this project writes."""
+    """Whether the directory is a model in one of the two forms that this project writes, Orbax and Hugging Face."""
     path = as_path(path)
     has_weights = any((path / name).is_file() for name in WEIGHT_FILES)
     return is_orbax(path) or has_weights and (path / "config.json").is_file()
@@ -227,8 +228,10 @@ def is_model_file(name: str) -> bool:
 
 
 def foreign_file(path: Any) -> str | None:
-    """The name of something in a model directory that is no part of the model, if there is any. So is a directory
-    where a model has a file, and the other way round."""
+    """The name of an entry in a model directory that is not part of the model, or None.
+
+    A directory under the name of a model's file counts as one, and a file under the name of a directory.
+    """
     return min(_foreign_below(path), default=None)
 
 
@@ -236,7 +239,7 @@ def _foreign_below(folder: Any, prefix: str = "") -> Iterator[str]:
     for entry in folder.iterdir():
         name = prefix + entry.name
         is_file = _IN_PARAMS.fullmatch(name) is not None or name != "params" and is_model_file(name)
-        # Of an object store the thousands of chunks are not asked, each with a request, whether they are directories.
+        # In an object store `is_dir` takes a request, and there are thousands of chunks.
         if is_file and (is_remote(entry) or not entry.is_dir()):
             continue
         if _DIRECTORIES.fullmatch(name) and entry.is_dir():
@@ -254,7 +257,7 @@ def _run_of(directory: str | os.PathLike) -> Path | None:
 
 
 def config_file(directory: str | os.PathLike) -> Path:
-    """Where the configuration of a model directory is; that of a checkpoint of train.py is in the run's `run.json`."""
+    """The file with the configuration of a model directory; for a checkpoint of train.py, the run's `run.json`."""
     run = _run_of(directory)
     return as_path(directory) / "config.json" if run is None else run / "run.json"
 
@@ -263,8 +266,8 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     """The content of the configuration in `config_file`.
 
     Raises:
-      FileNotFoundError: there is neither.
-      ValueError: not JSON, not an object, or see `read_small`.
+      FileNotFoundError: there is no such file.
+      ValueError: the file is not a JSON object, or see `read_small`.
     """
     path = config_file(directory)
     if not path.is_file():
@@ -293,7 +296,7 @@ _OLD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # Aut
 
 
 def quantization_hint(directory: str | os.PathLike) -> str:
-    """For an error message about a tensor of the model in `directory`: what its quantization says; "" without one."""
+    """A hint for error messages about the model in `directory`: the kind of its quantization; "" without one."""
     for name in ("config.json", *_OLD_FILES):
         path = as_path(directory) / name
         try:
@@ -303,7 +306,7 @@ def quantization_hint(directory: str | os.PathLike) -> str:
         found = content.get("quantization_config") if name == "config.json" else content
         if not isinstance(found, dict) or not found:
             continue
-        old = any(key in found for key in ("load_in_8bit", "load_in_4bit"))  # files of old versions do not say
+        old = any(key in found for key in ("load_in_8bit", "load_in_4bit"))  # old versions wrote no quant_method
         method = found.get("quant_method", "bitsandbytes" if old else _OLD_FILES.get(name))
         known = _QUANTIZERS.get(method.lower(), f"a {method[:40]!r}") if isinstance(method, str) else None
         kind = known or f"a quantized (quant_method {shown(method, 40)})"
@@ -315,6 +318,6 @@ def quantization_hint(directory: str | os.PathLike) -> str:
 
 
 def companion_directories(directory: str | os.PathLike) -> tuple[Path, ...]:
-    """Where COMPANION_FILES of a model may be, the first one first: a run of train.py keeps its tokenizer apart."""
+    """The directories with COMPANION_FILES of a model, in order of preference. A run of train.py has `tokenizer/`."""
     run = _run_of(directory)
     return (as_path(directory),) if run is None else (as_path(directory), run / "tokenizer")

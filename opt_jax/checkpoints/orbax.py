@@ -1,8 +1,7 @@
 """Arrays on disk: reads and writes Orbax pytrees piece by piece.
 
-A tensor is a `LazyArray`: shape, dtype, and how to read any part of it. A few pieces of
-`chunks.CHUNK_BYTES` are in memory at a time, whatever the size of the tensors. In a `jax.distributed` job each process
-writes its part of the pieces.
+A tensor is a `LazyArray`. A few pieces of `chunks.CHUNK_BYTES` are in memory at a time, whatever the size of the
+tensors. In a `jax.distributed` job each process writes its part of the pieces.
 """
 
 import threading
@@ -26,9 +25,9 @@ from opt_jax.system.disk import disk_errors, without_tracebacks
 from opt_jax.system.messages import one_line
 from opt_jax.system.reading import json_object, read_small
 
-_MAX_LAYERS = 10_000  # more are damage, not depth
-_THREADS = 4  # each holds a chunk or two; while some wait for the disk, others transpose
-# Chunks that end together share a commit, of which an object store does one in a second. (A gigabyte of buffers.)
+_MAX_LAYERS = 10_000  # a file that claims more is damaged
+_THREADS = 4  # each holds one or two chunks; some transpose while others wait for the disk
+# Chunks that end together share a commit, and an object store commits once a second. (Takes a gigabyte of buffers.)
 _REMOTE_THREADS = 32
 
 
@@ -36,8 +35,10 @@ _REMOTE_THREADS = 32
 
 
 class _LazyHandler(ocp.type_handlers.NumpyHandler):
-    """Writes `LazyArray`s chunk by chunk (Orbax alone starts all arrays at once, on copies). On disk they are what
-    NumpyHandler writes: any Orbax reads them."""
+    """Writes `LazyArray`s chunk by chunk, where Orbax itself would start all arrays at once, on copies.
+
+    On disk they have the form that NumpyHandler writes, so any Orbax reads them.
+    """
 
     def __init__(self, threads: int, progress: Callable[[str, int], None]) -> None:
         super().__init__(deepcopy_host_arrays=False)
@@ -65,9 +66,9 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
             error = e
         finally:
             for store in opening:
-                store.exception()  # waits: TensorStore goes on with what it has begun
+                store.exception()  # waits, because TensorStore continues what it has begun
             pool.shutdown(cancel_futures=True)
-        agree(error)  # here, or the other processes would go on and wait for this one
+        agree(error)  # otherwise the other processes would continue and wait for this one
         return []
 
     def _open(self, value: LazyArray, info, arg) -> Any:
@@ -80,7 +81,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         if not hasattr(self._local, "buffer"):
             self._local.buffer = np.empty(chunks.CHUNK_BYTES, np.uint8)
         piece = value.load(index, self._local.buffer)
-        # The buffer is free again when the write has been committed, which is what `result` waits for.
+        # `result` waits for the commit, after which the buffer is free again.
         store[index].write(piece, can_reference_source_data_indefinitely=True).result()
         with self._lock:
             self._progress(name, piece.nbytes)
@@ -109,8 +110,8 @@ def write_arrays(
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(hub.absolute(directory), args=ocp.args.PyTreeSave(tree, save_args=save_args))
 
-    # In a thread, because Ctrl-C is for the main one: amid TensorStore's work it would leave writes behind that go on,
-    # in a directory that is being removed. So it waits here for the chunks at hand.
+    # In a thread, because Python raises KeyboardInterrupt in the main thread. Raised inside of `save`, it would leave
+    # TensorStore writing into a directory that is being removed. Here it waits for the current chunks.
     nbytes = sum(array.nbytes for array in arrays.values())
     with without_tracebacks(), disk_errors(directory, nbytes), ThreadPoolExecutor(1) as thread:
         try:
@@ -120,29 +121,28 @@ def write_arrays(
             raise
 
 
-# Directories ------------------------------------------------------------------------------------------------
-
-
 # Reading ----------------------------------------------------------------------------------------------------
 
 
 def open_stored(directory: Path, verify: bool = True) -> dict[str, LazyArray]:
     """The arrays of an Orbax pytree, dotted path -> array, as `write_arrays` or a training run's checkpoint wrote them.
 
-    verify: compare each chunk that is read with its checksum. Where there are none, a warning says so.
+    Args:
+      directory: the directory of the pytree, with `_METADATA`.
+      verify: compare each chunk that is read with its checksum. If there are none, warn.
 
     Raises:
-      ValueError: the directory is damaged, or has a form that is not ours. So does reading an array whose data are.
+      ValueError: the directory is damaged, or has another form. Reading a damaged array raises it too.
     """
     directory = hub.absolute(directory)
-    # With a cache for the index of chunks, or every array would read it anew.
+    # The cache is for the index of chunks, which otherwise every array would read again.
     context = ts.Context({"cache_pool#index": {"total_bytes_limit": 100_000_000}})
     try:
         base = {"driver": "ocdbt", "base": hub.array_url(directory), "cache_pool": "cache_pool#index"}
         if not hub.is_remote(directory):
             chunks.check_files(directory)
-        # Not by way of Orbax's own metadata: it reads them all at once and, when one is damaged, its threads print
-        # tracebacks. The names are what it makes of a tree's keys.
+        # Without Orbax's own metadata reader: it reads all arrays at once and, if one is damaged, its threads print
+        # tracebacks. Orbax derives the names from the tree's keys.
         if "tree_metadata" not in json_object(read_small(directory / "_METADATA"), "_METADATA"):
             raise ValueError("_METADATA describes no tree")
         specs, checked = chunks.array_specs(base, context)
@@ -164,8 +164,10 @@ def open_stored(directory: Path, verify: bool = True) -> dict[str, LazyArray]:
 
 
 def open_arrays(directory: Path, verify: bool = True) -> dict[str, LazyArray]:
-    """`open_stored`, where layers that a training run has stacked (`....layers.fc1.kernel`, [L, ...]) appear one by one
-    (`....layers.0.fc1.kernel`)."""
+    """As `open_stored`, with the stacked layers of a training run unstacked.
+
+    `....layers.fc1.kernel` [L, ...] becomes `....layers.0.fc1.kernel` [...], and so on.
+    """
     arrays: dict[str, LazyArray] = {}
     for path, stored in open_stored(directory, verify).items():
         shape = stored.shape

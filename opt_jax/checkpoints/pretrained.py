@@ -1,7 +1,8 @@
 """Models on disk: reads and writes Orbax model directories, and loads Hugging Face directories.
 
-A model directory holds `config.json` (HF's form), the tokenizer's files, and `params/`: an Orbax pytree, nested by the
-parts of `named_parameters`' paths, with one array per layer and parameter, in the dtype of its source.
+A model directory holds `config.json` (in HF's format), the tokenizer's files, and `params/`. The latter is an Orbax
+pytree, nested by the parts of `named_parameters`' paths, with one array per layer and parameter, in the dtype of its
+source.
 """
 
 import dataclasses
@@ -53,7 +54,7 @@ _HEADS = ("lm_head.", "score.", "qa_outputs.")
 
 
 def read_companions(sources: Iterable[Path]) -> dict[str, bytes]:
-    """The tokenizer's files and generation_config.json by name, those that are in one of `sources` (the first wins)."""
+    """Name -> content of the tokenizer's files and generation_config.json; of two `sources` the earlier one counts."""
     found: dict[str, bytes] = {}
     for source in sources:
         for name in hub.COMPANION_FILES:
@@ -73,15 +74,18 @@ def save_pretrained(
     """Write the model, stacked or not, to a self-contained directory that `load_pretrained` reads.
 
     `directory` appears complete or not at all. Parameters keep their dtype. In a `jax.distributed` job all processes
-    must call this together, with a directory that they share: each writes its part.
+    must call this together, with a directory that they share. Each writes its part.
 
     Args:
-      overwrite: replace a model directory that is there.
-      tokenizer: an `OPTTokenizer` to save along; default: the files of the directory the model was loaded from.
+      model: the model.
+      directory: where to write; may be in an object store.
+      overwrite: replace an existing model directory.
+      tokenizer: an `OPTTokenizer` to save with the model; default: the files of the directory that the model was loaded
+        from.
 
     Raises:
-      FileExistsError: `directory` exists (see `overwrite`), or is something other than a model directory.
-      ValueError: an abstract model (`nnx.eval_shape`), or a quantised one; or see `hub.check_array_path`.
+      FileExistsError: `directory` exists (see `overwrite`), or is not a model directory.
+      ValueError: the model is abstract (`nnx.eval_shape`) or quantized; or see `hub.check_array_path`.
     """
     hub.check_array_path(directory)
     arrays: dict[str, LazyArray | jax.Array] = {}
@@ -91,7 +95,7 @@ def save_pretrained(
             raise ValueError(f"cannot save parameter {path}: it is not an array, but abstract")
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(f"cannot save parameter {path}: it is {value.dtype}; save the model that was quantized")
-        if re.search(r"\.layers\.\D", path):  # stacked: written layer by layer
+        if re.search(r"\.layers\.\D", path):  # stacked layers are written one by one
             for i in range(value.shape[0]):
                 arrays[path.replace(".layers.", f".layers.{i}.")] = _lazy(value, i)
         else:
@@ -116,16 +120,17 @@ def save_pretrained(
             write_whole(new / name, content)
         write_whole(new / "config.json", json.dumps(config, indent=2).encode() + b"\n")
 
-    on_first_process(read_small_files)  # now, for in a bucket what is overwritten goes first
+    on_first_process(read_small_files)  # before `new_directory`, which in a bucket removes the old model first
     with new_directory(directory, overwrite) as new:
         write_arrays(new / "params", arrays)
         on_first_process(lambda: write_small_files(new))
 
 
 def _lazy(value: jax.Array, *layer: int) -> LazyArray | jax.Array:
-    """The array, or one layer of it. (`dynamic_slice` compiles once for all indices and leaves no copy on the host.)
+    """The array, or one layer of it, as an array that is read in parts.
 
-    Of an array spread over several processes each can only read its own parts, which Orbax knows how to share out.
+    (`dynamic_slice` compiles once for all indices and leaves no copy on the host.) An array that is sharded over
+    several processes stays a `jax.Array`: each process can read its own shards only, and Orbax writes those.
     """
     if not value.is_fully_addressable:
         return jax.lax.dynamic_index_in_dim(value, layer[0], keepdims=False) if layer else value
@@ -139,7 +144,7 @@ def _lazy(value: jax.Array, *layer: int) -> LazyArray | jax.Array:
 
 
 def set_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The content of a config.json with its one note of the stored dtype changed (both spellings of HF are known)."""
+    """The content of a config.json with another stored dtype, under the key that it has: `dtype` or `torch_dtype`."""
     key = "dtype" if "dtype" in config else "torch_dtype"
     return {**config, key: dtype}
 
@@ -147,7 +152,7 @@ def set_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 # Reading ----------------------------------------------------------------------------------------------------
 
 
-def load_pretrained(
+def load_pretrained(  # noqa: PLR0913  (options, by keyword)
     cls: type[M],
     name: str | os.PathLike,
     *,
@@ -160,29 +165,32 @@ def load_pretrained(
     local_files_only: bool = False,
     verify: bool = True,
 ) -> M:
-    """A model of class `cls` with unstacked layers from what `hub.resolve` finds: an Orbax or an HF directory.
+    """A model of class `cls`, with unstacked layers, from an Orbax or a Hugging Face directory.
 
-    A classification or QA head that the checkpoint lacks is newly initialised, a head that `cls` lacks is ignored; both
-    are logged. Every other missing, left-over or misshapen tensor is an error.
+    A classification or QA head that the checkpoint lacks is newly initialised, and a head that `cls` lacks is ignored;
+    both are logged. Any other missing, left-over or misshapen tensor is an error.
 
     Args:
-      dtype, param_dtype: of the computation and of the parameters; "auto": as stored, and `dtype="auto"` alone means
+      cls: the class of the model.
+      name: what `hub.resolve` takes: a directory, a hub id or "tiny".
+      dtype, param_dtype: of the computation and of the parameters. "auto" means as stored; `dtype="auto"` alone sets
         both. Default: float32 on CPU, else as stored, but bfloat16 for float16 on TPU (logged).
       attn_implementation: see `OPTPreTrainedModel`.
-      mesh: put the parameters on it, as `rules.param_spec` says; every process reads its own shards only.
+      mesh: shard the parameters over it, as `rules.param_spec` says. Each process reads its own shards only.
       revision, cache_dir, local_files_only: see `hub.resolve`.
-      verify: compare what is read of an Orbax directory with its checksums; False reads a damaged one as it is.
+      verify: compare the chunks of an Orbax directory with their checksums. False reads damaged chunks as they are.
 
     Raises:
       FileNotFoundError: no such model, or an incomplete one.
-      ValueError: a bad config or checkpoint, one that changed meanwhile, or a dtype that is not floating point.
+      ValueError: a bad config or checkpoint, a checkpoint that changed while it was read, or a dtype that is not
+        floating point.
     """
     directory = hub.resolve(name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
     files = files_of_model(directory)
     config, _ = read_config(directory)
     arrays, checks = open_parameters(directory, config, verify)
 
-    # A tied causal LM must not lose a head that is there, nor an untied one get a random head.
+    # A causal LM may neither lose a stored lm_head nor get a random one.
     may_drop = [head for head in _HEADS if not (head == "lm_head." and issubclass(cls, OPTForCausalLM))]
     expected, fresh, dropped = check_parameters(
         cls,
@@ -198,7 +206,7 @@ def load_pretrained(
     for path in dropped:
         log.warning("%s: %s is not used by %s", directory, path, cls.__name__)
 
-    for check in checks:  # in a job by one process: each reads only what it needs
+    for check in checks:  # in a job one process checks, because the others read only their shards
         check() if mesh is None else on_first_process(check)
 
     default = jnp.zeros(()).sharding  # honours jax.default_device
@@ -230,14 +238,14 @@ def load_pretrained(
 
 
 def expected_shapes(cls: type[OPTPreTrainedModel], config: OPTConfig) -> Iterator[tuple[str, Shape]]:
-    """(path, shape) of every parameter of the (unstacked) model. Only one layer of it is thought through."""
+    """(path, shape) of every parameter of the unstacked model. Only one layer is traced."""
     shapes = _shapes_of_one_layer(cls, dataclasses.replace(config, num_hidden_layers=1))
     for i in range(config.num_hidden_layers):
         yield from ((path.replace(_LAYER, f".layers.{i}.", 1), shapes[path]) for path in shapes if _LAYER in path)
     yield from ((path, shapes[path]) for path in shapes if _LAYER not in path)
 
 
-@lru_cache(maxsize=16)  # tracing takes a tenth of a second: a conversion asks twice, a notebook often
+@lru_cache(maxsize=16)  # tracing takes 0.1 s; a conversion calls this twice, a notebook often
 def _shapes_of_one_layer(cls: type[OPTPreTrainedModel], config: OPTConfig) -> dict[str, Shape]:
     model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))
     return {path: param.get_value().shape for path, param in named_parameters(model).items()}
@@ -256,11 +264,15 @@ def check_parameters(
     """Compare a checkpoint's parameters with the model's.
 
     Args:
-      may_lack, may_drop: prefixes of heads that may be missing as a whole, or left over.
+      cls, config: the model.
+      arrays: the checkpoint's parameters, path -> array.
+      where: the checkpoint, for messages.
+      may_lack: prefixes of heads that may be missing, all parameters of a head together.
+      may_drop: prefixes of heads that may be left over.
       describe: our path and shape -> name and shape in the checkpoint, for messages.
 
     Returns:
-      The model's parameters, path -> shape; those that are missing, and those left over, of the heads that may be.
+      The model's parameters, path -> shape; the paths that are missing; the paths that are left over.
 
     Raises:
       ValueError: a tensor is missing, left over, has another shape or is not floating point; the message names it.
@@ -276,7 +288,7 @@ def check_parameters(
     found = {path: array.shape for path, array in arrays.items()}
     lacking = tuple(head for head in may_lack if not any(path.startswith(head) for path in found))
     expected, fresh = {}, []
-    for path, shape in expected_shapes(cls, config):  # no further than to the first that is missing
+    for path, shape in expected_shapes(cls, config):  # stops at the first that is missing, for configs of many layers
         expected[path] = shape
         if path not in found:
             fresh.append(path)
@@ -315,7 +327,7 @@ def _choose_dtypes(
             raise ValueError(f"{where}: {chosen} is not a dtype for models ({', '.join(PARAM_DTYPES)})")
         return chosen
 
-    if param_dtype is None and isinstance(dtype, str) and dtype == "auto":  # as HF's one option: all as stored
+    if param_dtype is None and isinstance(dtype, str) and dtype == "auto":  # HF's option `dtype` means both
         param_dtype = dtype
     chosen = choose(dtype, stored[_EMBEDDING]), {path: choose(param_dtype, dt) for path, dt in stored.items()}
     if platform == "tpu" and stored[_EMBEDDING] == jnp.float16 and jnp.bfloat16 in (chosen[0], chosen[1][_EMBEDDING]):
@@ -326,7 +338,7 @@ def _choose_dtypes(
 def _initialise(
     cls: type[OPTPreTrainedModel], config: OPTConfig, targets: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """Some parameters of a new model; the compiler leaves out all others."""
+    """New values for the parameters `targets`; the compiler removes the computation of all others."""
 
     def init() -> dict[str, jax.Array]:
         params = named_parameters(cls(config, rngs=nnx.Rngs(0)))
@@ -336,7 +348,7 @@ def _initialise(
 
 
 def read_config(directory: Path) -> tuple[OPTConfig, dict[str, Any]]:
-    """(configuration, content of the config.json) of a directory that `hub.resolve` found.
+    """(configuration, content of the config.json) of a model directory, as `hub.resolve` returns it.
 
     Raises:
       FileNotFoundError, ValueError: as `hub.read_config` and `OPTConfig.from_hf`.
@@ -346,11 +358,19 @@ def read_config(directory: Path) -> tuple[OPTConfig, dict[str, Any]]:
 
 
 def open_parameters(directory: Path, config: OPTConfig, verify: bool = True) -> tuple[dict[str, LazyArray], Checks]:
-    """Parameter path -> array, of a model directory of ours, a checkpoint of train.py or a Hugging Face directory; and
-    what is left to compare before using them (`formats.hf.open_parameters`). verify: see `load_pretrained`."""
+    """Parameter path -> array, and comparisons to run before using the arrays (`formats.hf.open_parameters`).
+
+    Args:
+      directory: an Orbax model directory, a checkpoint of train.py or a Hugging Face directory.
+      config: its configuration.
+      verify: see `load_pretrained`.
+
+    Raises:
+      ValueError: the directory holds LoRA adapters only; or see `open_arrays` and `formats.hf.open_parameters`.
+    """
     if hub.is_orbax(directory):
         arrays = open_arrays(directory / "params", verify)
-        if any(path.startswith("model.model.") for path in arrays):  # a training state: its model is one field of it
+        if any(path.startswith("model.model.") for path in arrays):  # a training state, whose field `model` this is
             arrays = {path.removeprefix("model."): array for path, array in arrays.items()}
         if any(path.endswith("_lora_a") for path in arrays):
             raise ValueError(
@@ -369,13 +389,13 @@ def _describe(directory: Path) -> Callable[[str, Shape], tuple[str, Shape]]:
 
 
 def read_array(lazy: LazyArray, target: jax.ShapeDtypeStruct) -> jax.Array:
-    """The array in the sharding and dtype of `target`; this process reads only what its devices hold, and once."""
+    """The array in the sharding and dtype of `target`. This process reads only the shards of its devices, each once."""
     parts: dict[Any, np.ndarray] = {}
 
     def part(index: Any) -> np.ndarray:
         key = tuple((s.start, s.stop) for s in index)
         if key in parts:
-            return parts[key].copy()  # for another replica: buffers that JAX may donate are never shared
+            return parts[key].copy()  # for another replica, because JAX may donate a buffer
         parts[key] = lazy.load(index).astype(target.dtype, copy=False)
         return parts[key]
 

@@ -1,4 +1,4 @@
-"""Whether the files of a checkpoint stay as they are while it is read."""
+"""Notices if the files of a checkpoint change while it is read."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ from opt_jax.checkpoints.download import WEIGHT_FILES, read_index
 
 
 class SourceFiles:
-    """Remembers files as they are now, before they are read; `check` compares when all has been read."""
+    """Records the state of files before they are read; `check` compares it after reading."""
 
     def __init__(self, paths: Iterable[Path] = ()) -> None:
         self._states = {path: _state(path) for path in paths}
@@ -20,25 +20,26 @@ class SourceFiles:
         self._states |= {path: _state(path) for path in paths}
 
     def check(self) -> None:
-        """
+        """Compare the files with their recorded state.
+
         Raises:
-          ValueError: a file was rewritten, replaced, removed or added since: what was read may be a mixture.
+          ValueError: a file was rewritten, replaced, removed or added since, so the data read may be inconsistent.
         """
         for path, state in self._states.items():
             if _state(path) != state:
                 raise ValueError(f"{path} has changed while it was read: run again when nothing writes to it")
 
     def fingerprint(self) -> str:
-        """Equal for equal files on all machines that share their file system."""
+        """A hash of the recorded state, the same on all machines that share the file system."""
         states = sorted((str(path), state and state[:2]) for path, state in self._states.items())
         return hashlib.sha256(repr(states).encode(errors="surrogateescape")).hexdigest()
 
 
 def files_of_model(directory: Path) -> SourceFiles:
-    """All that is read of a directory that `hub.resolve` found.
+    """All files that are read of a model directory, as `hub.resolve` returns it.
 
     Raises:
-      ValueError: its index of weight files is none.
+      ValueError: its index of weight files is malformed.
     """
     files = SourceFiles([hub.config_file(directory)])
     for place in () if hub.is_remote(directory) else hub.companion_directories(directory):
@@ -54,7 +55,7 @@ def files_of_model(directory: Path) -> SourceFiles:
 
 
 def _files_below(directory: Path) -> Iterator[Path]:
-    if hub.is_remote(directory):  # objects of data have names of their own; these two say which ones count
+    if hub.is_remote(directory):  # these two files name the data objects in use
         yield from (directory / "_METADATA", directory / "manifest.ocdbt")
     else:
         for folder, _, names in os.walk(directory):
@@ -62,9 +63,9 @@ def _files_below(directory: Path) -> Iterator[Path]:
 
 
 def _state(path: Path) -> tuple[int, ...] | None:
-    """Size and time first; in a store, where times are in seconds, size and checksum. None: no file is there.
+    """(size, time, ...) of a file; (size, checksum) in a store, whose times are in seconds; None without a file.
 
-    A directory is no file: nothing is read of it, and its time changes with what others put into it.
+    A directory counts as no file, because its time changes when others put files into it.
     """
     try:
         if hub.is_remote(path):
@@ -75,6 +76,5 @@ def _state(path: Path) -> tuple[int, ...] | None:
         stat = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    # Its last time is of any change, and nobody can set it: a tool that sets the time of a file to that of another
-    # one, as `rsync --times` does, is seen.
+    # st_ctime cannot be set. So it also shows a change by a tool that sets st_mtime, such as `rsync --times`.
     return stat.st_size, stat.st_mtime_ns, stat.st_dev, stat.st_ino, stat.st_ctime_ns

@@ -1,1 +1,1 @@
-"""Training data: files, documents, streams of token ids, windows in an order fixed by (seed, step). No jax."""
+"""Training data: files, documents, streams of token ids, windows whose order is fixed by (seed, step). No jax."""

@@ -1,7 +1,7 @@
-"""Training data: files -> documents -> streams of token ids -> windows in an order fixed by (seed, step). No jax.
+"""The corpus of a training run: reads documents, holds some out, and tokenises them. No jax.
 
-`documents.py` reads, `tokens.py` keeps ids, `windows.py` orders and batches them; here: what splits and tokenises, and
-what puts it all together for train.py.
+Training data goes files -> documents (`documents.py`) -> streams of token ids (`tokens.py`) -> windows in an order
+fixed by (seed, step) (`windows.py`).
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ HELD_OUT = 0.05
 
 
 def split_documents(documents: list[str], fraction: float = HELD_OUT) -> tuple[list[str], list[str]]:
-    """(training documents, held-out ones): a fixed random `fraction` of the documents, whatever the run's seed.
+    """(training documents, held-out documents). The split is random, but the same for every seed of a run.
 
-    With too few documents to spare any (fewer than 1 / fraction) the tail of each one is held out instead.
+    With fewer than 1 / fraction documents, the end of each document is held out instead.
     """
     count = int(len(documents) * fraction)
     if count == 0:
@@ -38,13 +38,20 @@ def _is_array(source: Path | HFSource) -> TypeGuard[Path]:
 
 
 class Corpus:
-    """What `--data`, `--validation-data` and `--mixture` name: text is read at once, .npy memory-mapped.
+    """The data of `--data`, `--validation-data` and `--mixture`. Text is read at once; .npy files are memory-mapped.
 
-    training: all documents to train on (and to train a tokenizer on). The last 5 % of each .npy file are held out; of
-    text, what `split_documents` chooses; with `valid`, nothing. mixed: each of `names` becomes one stream.
+    Args:
+      names: training data; default: the standard library of Python.
+      valid: validation data. Without it, the last 5 % of each .npy file are held out, and of text the documents that
+        `split_documents` selects.
+      mixed: make one stream of each of `names`.
+      skip_bad: leave out records that cannot be read, and count them.
+
+    Attributes:
+      training: all documents to train on, and to train a tokenizer on.
 
     Raises:
-      ValueError, FileNotFoundError: as `find_sources` and `read_documents` do; or `skip_bad` without any text.
+      ValueError, FileNotFoundError: as `find_sources` and `read_documents`; or `skip_bad` without any text.
     """
 
     def __init__(self, names: Sequence[str], valid: Sequence[str] = (), mixed: bool = False, skip_bad: bool = False):
@@ -63,7 +70,7 @@ class Corpus:
     def _read(
         self, name: str, sources: Sequence[Path | HFSource], held_out: bool
     ) -> tuple[str, list[str], list[str], list[Path]]:
-        """(name, training documents, held-out ones, arrays)"""
+        """(name, training documents, held-out documents, .npy files)."""
         arrays = [source for source in sources if _is_array(source)]
         texts = [source for source in sources if source not in arrays]
         documents = read_documents(texts, self.bad) if texts else []
@@ -71,12 +78,12 @@ class Corpus:
         return name, training, rest, arrays
 
     def describe(self, training: int, held_out: int) -> str:
-        """For the log; of so many tokens."""
+        """A line for the log, with these numbers of tokens."""
         bad = f"; {self.bad.count:,} bad records were left out (--skip-bad-records)" if self.bad.count else ""
         return f"{self.files} files, {training:,} tokens to train on, {held_out:,} for validation{bad}"
 
     def tokens(self, tokenizer: OPTTokenizer) -> tuple[list[Tokens], list[Tokens]]:
-        """(streams to train on, held-out ones). In a mixture, a stream for each name."""
+        """(streams to train on, held-out streams). A mixture has one stream for each name."""
         training, held_out = [], []
         for name, documents, rest, arrays in self._parts:
             if self._mixed and len(arrays) + bool(documents) != 1:

@@ -1,5 +1,7 @@
-"""What `--data` names -> documents: text and .jsonl files, directories, globs, Hugging Face datasets; and what is wrong
-in them, by file and line. No jax, no tokens."""
+"""Reads the documents that `--data` names: text and .jsonl files, directories, globs, Hugging Face datasets.
+
+Errors name file and line. No jax, no tokens.
+"""
 
 import codecs
 import glob
@@ -18,24 +20,28 @@ from opt_jax.data.formats import check_format
 from opt_jax.system.reading import open_regular
 
 TEXT_SUFFIXES = (".jsonl", ".md", ".py", ".rst", ".txt")
-# Not prose and not what anybody wants to imitate: tests, charmap tables, other people's packages.
+# Poor training data: tests, tables of character encodings, installed packages.
 STDLIB_SKIP = {"__pycache__", "encodings", "idle_test", "site-packages", "dist-packages", "test", "tests"}
-BLOCK = 1 << 16  # characters of a text file that are tokenised at once, about
+BLOCK = 1 << 16  # about so many characters of a text file are tokenised at once
 _SHOWN = 20
-_FEW = 100  # bad records that a source may have whatever their share
+_FEW = 100  # bad records that a source may have, whatever their share
 _PART = 16 << 20  # bytes of a line of text that are read at once
-_RECORD = 256 << 20  # of a line of a .jsonl file at most
-_LONGEST = 32 << 20  # characters of text without a place to cut them at most: they are tokenised at once
+_RECORD = 256 << 20  # the most bytes of a line of a .jsonl file
+_LONGEST = 32 << 20  # the most characters of text without a place to cut, because they are tokenised at once
 _BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")
 
 
 class BadRecords:
-    """Counts what cannot be read. Without `skip` the first one is an error, as ValueError with file and line (None: of
-    a program that has no --skip-bad-records); with it, each is left out, and the first 20 are printed."""
+    """Counts records that cannot be read.
+
+    Args:
+      skip: True: leave them out, and print the first 20. False: the first one is a ValueError with file and line. None:
+        the same, for a program without --skip-bad-records.
+    """
 
     def __init__(self, skip: bool | None = False):
         self.skip, self.count = skip, 0
-        self.read = 0  # records, or lines of text, that could be
+        self.read = 0  # records, or lines of text, that could be read
 
     def report(self, where: str, problem: str) -> None:
         if not self.skip:
@@ -48,7 +54,7 @@ class BadRecords:
             print("left out: further ones are counted only", file=sys.stderr, flush=True)
 
     def check(self, source: Any, bad: int, read: int) -> None:
-        """ValueError unless records that can be read are left of a source: else it is no damage, but another format."""
+        """Raise ValueError if too many records of a source are bad: then it is not damaged, but has another format."""
         if bad and not read or bad > max(read, _FEW):
             raise ValueError(
                 f"{source}: {bad:,} of its {bad + read:,} records cannot be read, too many for --skip-bad-records: it "
@@ -63,11 +69,13 @@ def stdlib_files() -> list[Path]:
 
 
 def find_files(paths: Sequence[str | os.PathLike], suffixes: tuple[str, ...] = (*TEXT_SUFFIXES, ".npy")) -> list[Path]:
-    """Files as given, globs (`**` too) expanded, directories searched for `suffixes`; sorted within each of them. What
-    is left out of a directory is printed, by its endings.
+    """The files at `paths`: files, globs (also with `**`), and the files with `suffixes` below directories.
 
-    Raises FileNotFoundError for a path that is not there, ValueError for a directory without such files and for a file
-    of another format (`check_format`).
+    The files of a glob or directory are sorted. The endings of files that are left out of a directory are printed.
+
+    Raises:
+      FileNotFoundError: a path does not exist.
+      ValueError: a directory has no such files, or a file has another format (`check_format`).
     """
     files: list[Path] = []
     for path in map(Path, paths):
@@ -103,7 +111,7 @@ def find_files(paths: Sequence[str | os.PathLike], suffixes: tuple[str, ...] = (
 
 
 def _walk(root: Path, skip: set[str], suffixes: tuple[str, ...], left_out: Counter[str]) -> Iterator[Path]:
-    """The files with these endings; counts those with others, and links to directories: they may lead in a circle.
+    """The files with these endings. Counts other files, and links to directories, which could form a circle.
 
     Raises:
       OSError: a directory cannot be read.
@@ -120,7 +128,7 @@ def _walk(root: Path, skip: set[str], suffixes: tuple[str, ...], left_out: Count
 
 
 def _check_readable(pattern: Path) -> None:
-    """Raise OSError for a directory that a glob would look into, but that cannot be read: it passes over such ones."""
+    """Raise OSError for a directory that the pattern searches and that cannot be read. `glob` ignores such ones."""
     for i, part in enumerate(pattern.parts):
         if glob.has_magic(part):
             looked_into = Path(*pattern.parts[: i + (part == "**")])
@@ -133,10 +141,12 @@ def _raise(error: OSError) -> NoReturn:
 
 
 def read_documents(sources: Iterable["Path | HFSource"], bad: BadRecords | None = None) -> list[str]:
-    """A text file is one document; a `.jsonl` file has one per line, under the key "text". Blank ones are left out.
+    """The documents of the sources: one per text file, and one per line of a `.jsonl` file, under the key "text".
 
-    Raises ValueError naming file and line for bytes that are not UTF-8, for lines that are not {"text": "..."}, and for
-    empty files.
+    Blank documents are left out.
+
+    Raises:
+      ValueError: bytes that are not UTF-8, a line that is not {"text": "..."}, or an empty file; with file and line.
     """
     documents, parts = [], []
     for text, last in pieces(sources, bad or BadRecords(None)):
@@ -153,12 +163,16 @@ def read_documents(sources: Iterable["Path | HFSource"], bad: BadRecords | None 
 def pieces(
     sources: Iterable["Path | HFSource"], bad: BadRecords, block: int | None = None
 ) -> Iterator[tuple[str, bool]]:
-    """(text, whether it ends its document), in order, never a whole large file at once.
+    """(text, whether it ends its document), in order, without holding a large file in memory.
 
-    block: cut texts about so long, and only where GPT-2's pattern cuts in any case: between a line and the next,
-    neither of them blank there; in a line that is longer, before a space between words. Default: not at all.
+    Args:
+      sources: what to read.
+      bad: counts bad records.
+      block: cut texts to about this length, only at places where GPT-2's pattern always splits: between two lines, if
+        there is no blank on either side; in a longer line, before a space between words. None: do not cut.
 
-    Raises ValueError, with --skip-bad-records too, for a source that has too many bad records (`BadRecords.check`).
+    Raises:
+      ValueError: a bad record, if they are not skipped; a source with too many of them (`BadRecords.check`).
     """
     for source in sources:
         count, read = bad.count, bad.read
@@ -172,7 +186,7 @@ def pieces(
 
 
 def cut(texts: Iterable[str], block: int | None, source: Any) -> Iterator[tuple[str, bool]]:
-    """(text, whether it ends its document) of whole documents, cut as in `pieces`. source: for messages."""
+    """(text, whether it ends its document) of documents, cut as in `pieces`. `source` is for messages."""
     for text in texts:
         before = None
         for part in _parts(text, block):
@@ -185,17 +199,21 @@ def cut(texts: Iterable[str], block: int | None, source: Any) -> Iterator[tuple[
 
 def _check_length(size: int, block: int | None, source: Any) -> None:
     if block is not None and size > _LONGEST:
-        raise ValueError(f"{source}: {_LONGEST >> 20} Mi characters without a space between words, where to cut them")
+        raise ValueError(f"{source}: {_LONGEST >> 20} Mi characters without a space between words, so no place to cut")
 
 
 def _lines(path: Path, bad: BadRecords, most: int, in_parts: bool) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line with its end); reports lines that are not UTF-8.
+    """(line number from 1, line with its end). Reports lines that are not UTF-8.
 
-    in_parts: a line of more than `most` bytes comes in parts; else it is reported.
+    Args:
+      path: the file.
+      bad: gets the reports.
+      most: bytes to read at once.
+      in_parts: yield a line of more than `most` bytes in parts; otherwise report it.
     """
     check_format(path)
     number, offset, ended, skipped, empty = 0, 0, True, False, True
-    decoder = codecs.getincrementaldecoder("utf-8")()  # of a line in parts; what it keeps is half a character
+    decoder = codecs.getincrementaldecoder("utf-8")()  # for a line in parts; its state is an incomplete character
     with open_regular(path) as file:
         while line := file.readline(most):
             if len(line) == most and line.endswith(b"\r"):
@@ -205,7 +223,7 @@ def _lines(path: Path, bad: BadRecords, most: int, in_parts: bool) -> Iterator[t
             begins, ended = ended, line.endswith(b"\n") or len(line) < most
             begin = offset - (0 if begins else len(decoder.getstate()[0]))
             offset += len(line)
-            if number == 1 and begins and line.startswith(codecs.BOM_UTF8):  # as programs of Windows begin their files
+            if number == 1 and begins and line.startswith(codecs.BOM_UTF8):  # Windows programs write one
                 begin, line = len(codecs.BOM_UTF8), line.removeprefix(codecs.BOM_UTF8)
             empty = empty and not line.strip()
             if skipped:
@@ -226,7 +244,7 @@ def _lines(path: Path, bad: BadRecords, most: int, in_parts: bool) -> Iterator[t
         bad.report(f"{path}:{number}", "not UTF-8 text (it ends within a character)")
     if empty:
         bad.report(f"{path}:1", "an empty file")
-        bad.read += 1  # which is another fault than that of records
+        bad.read += 1  # so that `check` does not count the file as a bad record
 
 
 def _text(path: Path, bad: BadRecords, block: int | None) -> Iterator[tuple[str, bool]]:
@@ -250,7 +268,7 @@ def _may_be_apart(line: str, following: str) -> bool:
 
 
 def _parts(line: str, block: int | None) -> Iterator[str]:
-    """A line, which may be all of a corpus, in parts of at least `block` characters."""
+    """A line, which may be a complete corpus, in parts of at least `block` characters."""
     begin = 0
     while block is not None and (space := _BETWEEN_WORDS.search(line, begin + block)):
         yield line[begin : space.start()]
@@ -282,7 +300,7 @@ def _jsonl(path: Path, bad: BadRecords) -> Iterator[str]:
 
 
 def _is_unicode(text: str) -> bool:
-    """JSON can write half of a surrogate pair, of a text that was cut within a character; no tokenizer takes it."""
+    """Whether the text has no lone surrogate. JSON can contain one, but no tokenizer accepts it."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -291,11 +309,12 @@ def _is_unicode(text: str) -> bool:
 
 
 class HFSource:
-    """The column "text" of a Hugging Face dataset: `hf:NAME[,CONFIG][:SPLIT]`, split "train" where none is given; NAME
-    is a hub id, or a directory that `save_to_disk` has written.
+    """The column "text" of a Hugging Face dataset: `hf:NAME[,CONFIG][:SPLIT]`.
+
+    NAME is a hub id, or a directory that `save_to_disk` has written. The default split is "train".
 
     Raises:
-      ValueError: the extra is missing, there is no such dataset or split, or it has no column "text".
+      ValueError: the extra is not installed, there is no such dataset or split, or it has no column "text".
     """
 
     suffix = ""
@@ -346,7 +365,7 @@ class HFSource:
 def find_sources(
     paths: Sequence[str | os.PathLike], suffixes: tuple[str, ...] = (*TEXT_SUFFIXES, ".npy")
 ) -> list["Path | HFSource"]:
-    """`find_files`, and datasets for what begins with `hf:`."""
+    """As `find_files`, but names that begin with `hf:` become datasets."""
     sources: list[Path | HFSource] = []
     for path in map(str, paths):
         sources += [HFSource(path)] if path.startswith("hf:") else find_files([path], suffixes)

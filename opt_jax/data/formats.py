@@ -1,4 +1,4 @@
-"""Files that are neither text nor JSON lines: told by their endings and first bytes, and refused by name. No jax."""
+"""Refuses files that are neither text nor JSON lines, by their endings and first bytes. No jax."""
 
 import re
 from pathlib import Path
@@ -63,14 +63,15 @@ _FIRST_BYTES = (
     (rb"version https://git-lfs\.", "a Git LFS pointer", "fetch the file that it stands for: git lfs pull"),
     (rb"(\xef\xbb\xbf)?\s*\[\s*(\{\s*\"|\"([^\"\\]|\\.)*\"\s*,\s*[\"\d])", "JSON", _EXPORT),
 )
-_OBJECT = re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*"([^"\\]|\\.)*"\s*:', re.DOTALL)  # JSON; no prose begins so
+_OBJECT = re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*"([^"\\]|\\.)*"\s*:', re.DOTALL)  # JSON; prose does not begin so
 _HEAD = 4096
 
 
 def check_format(path: Path) -> None:
-    """
+    """Check that a file is text or, if named .jsonl, JSON lines.
+
     Raises:
-      ValueError: the ending or the first bytes say that the file is neither text nor, if named .jsonl, JSON lines.
+      ValueError: its ending or its first bytes say that it has another format.
       OSError: it cannot be read.
     """
     ending = path.suffix.lower()

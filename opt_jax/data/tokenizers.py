@@ -1,4 +1,4 @@
-"""Trains a tokenizer, and brings one to other processes and file systems."""
+"""Trains a tokenizer, and copies one to other processes and file systems."""
 
 import json
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> OPTTokenizer:
-    """A byte-level BPE tokenizer learned from the documents, with OPT's special ids."""
+    """A byte-level BPE tokenizer trained on the documents, with OPT's special ids."""
     if vocab_size < len(SPECIAL_TOKENS) + 256:
         raise ValueError(
             f"a vocabulary of {vocab_size} does not hold {len(SPECIAL_TOKENS)} special tokens and 256 bytes"
@@ -38,7 +38,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> OPTTokenizer:
 
 
 def tokenizer_to_bytes(tokenizer: OPTTokenizer) -> bytes:
-    """All of a tokenizer, for another process or another file system."""
+    """The complete tokenizer as bytes, for another process or another file system."""
     with TemporaryDirectory() as directory:
         tokenizer.save_pretrained(directory)
         files = {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(directory).iterdir())}
@@ -53,7 +53,7 @@ def tokenizer_from_bytes(data: bytes) -> OPTTokenizer:
 
 
 def save_tokenizer(tokenizer: OPTTokenizer, directory: epath.Path) -> None:
-    """Write the tokenizer's files, in place of those of a start that was killed before it had begun."""
+    """Write the tokenizer's files. Replaces those of an earlier start that was killed before its first step."""
     if directory.exists():
         directory.rmtree()
     directory.mkdir(parents=True)
@@ -62,7 +62,7 @@ def save_tokenizer(tokenizer: OPTTokenizer, directory: epath.Path) -> None:
 
 
 def read_tokenizer(directory: epath.Path) -> OPTTokenizer:
-    """What `save_tokenizer` has written."""
+    """The tokenizer that `save_tokenizer` has written."""
     return tokenizer_from_bytes(
         json.dumps({path.name: read_small(path).decode() for path in directory.iterdir()}).encode()
     )

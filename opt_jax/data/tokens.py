@@ -1,8 +1,8 @@
 """Streams of token ids: in memory, or in a NumPy file that is memory-mapped and may be larger than memory. No jax.
 
-FILE.npy is a plain array of one dimension, uint16 where the vocabulary fits, else int32, with `</s>` before,
-between and after documents; FILE.npy.json says what made it. Any .npy of integers will do; without the second file
-there is nothing to check it against.
+FILE.npy is a one-dimensional array, uint16 if the vocabulary fits, else int32, with `</s>` before, between and after
+documents. FILE.npy.json describes how it was made. Any .npy of integers works too; without the second file its
+tokenizer cannot be checked.
 """
 
 import hashlib
@@ -35,13 +35,13 @@ from opt_jax.text.tokenizer import OPTTokenizer
 
 _TASK = 1 << 20  # characters that a worker takes at once
 _SAMPLES, _SAMPLE = 4096, 1024
-_HEADER_BYTES = 1024  # NumPy writes 118; what it takes to parse a damaged one grows with their square
+_HEADER_BYTES = 1024  # NumPy writes 118; parsing a damaged header takes time that grows with the square of its length
 
 
 class Tokens:
-    """int32 slices of a stream in memory (`array`) or of a .npy file (`path`), of which [first:last] counts.
+    """The part [first:last] of a token stream in memory (`array`) or in a .npy file (`path`); read as int32.
 
-    A file is opened where it is read: to another process goes its name, not its content.
+    A file is opened when it is read, so pickling copies its name and not its content to another process.
 
     Raises:
       ValueError: not a .npy file of integers with one dimension.
@@ -67,7 +67,7 @@ class Tokens:
                 self._array = np.lib.format.open_memmap(self.path, mode="r", max_header_size=_HEADER_BYTES)
             except OSError:
                 raise
-            except Exception as error:  # NumPy takes the header for Python, and has errors of several kinds
+            except Exception as error:  # NumPy parses the header as Python, which raises several types of errors
                 raise ValueError(f"{self.path}: not an array of token ids ({one_line(error)})") from None
             if self._array.ndim != 1 or self._array.dtype.kind not in "iu":
                 what = f"{self._array.dtype} {list(self._array.shape)}"
@@ -81,20 +81,20 @@ class Tokens:
         return self.last - self.first
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """`length` ids from `start`, int32; ValueError if one of them is no int32."""
+        """The `length` ids from `start`, int32. Raises ValueError if one does not fit into int32."""
         start += self.first
         return as_ids(f"{self.name or 'the array'} from token {start}", self.array[start : start + length])
 
     def split(self, fraction: float, separator: int) -> tuple["Tokens", "Tokens"]:
-        """(all but the end, the end): of about this share, from where a document begins if one does in there."""
+        """(beginning, end). The end has about this fraction of the tokens, and starts with a document if possible."""
         cut = self.first + int(len(self) * (1 - fraction))
         near = np.flatnonzero(self.array[cut : min(self.last, cut + (1 << 20))] == separator)
         cut += int(near[0]) if len(near) else 0
         part = lambda first, last: Tokens(self.name, self._array, self.path, first, last)  # noqa: E731
-        return part(self.first, cut + 1), part(cut, self.last)  # both have the `</s>` that is between them
+        return part(self.first, cut + 1), part(cut, self.last)  # both include the `</s>` between them
 
     def fingerprint(self) -> str:
-        """Of everything up to 4M ids, else of the length and of 4096 places: a corpus may be terabytes."""
+        """A hash of all ids, up to 4M of them; else of the length and of 4096 samples, as a corpus may be terabytes."""
         if len(self) <= _SAMPLES * _SAMPLE:
             return fingerprint(self.read(0, len(self)))
         digest = hashlib.sha256(str(len(self)).encode())
@@ -104,7 +104,7 @@ class Tokens:
 
 
 def fingerprint(tokens: np.ndarray) -> str:
-    """A short hash of a token stream: tells a resumed run that the files or the tokenizer have changed."""
+    """A short hash of token ids, by which a resumed run notices that the files or the tokenizer have changed."""
     return hashlib.sha256(as_ids("tokens", tokens).tobytes()).hexdigest()[:16]
 
 
@@ -114,10 +114,10 @@ def vocabulary_fingerprint(tokenizer: OPTTokenizer) -> str:
 
 
 def open_tokens(path: Path, tokenizer: OPTTokenizer | None = None) -> Tokens:
-    """A .npy file.
+    """The tokens in a .npy file.
 
     Raises:
-      ValueError: it is not one, or FILE.npy.json says that another tokenizer made it, or cannot be read.
+      ValueError: it is not a .npy file; or FILE.npy.json cannot be read, or names another tokenizer.
     """
     about = Path(f"{path}.json")
     if tokenizer is not None and about.exists():
@@ -130,7 +130,7 @@ def open_tokens(path: Path, tokenizer: OPTTokenizer | None = None) -> Tokens:
 
 
 def _made_by(about: Path) -> tuple[str, str]:
-    """(name, fingerprint) of the tokenizer. ValueError: the file is not ours."""
+    """(name, fingerprint) of the tokenizer. Raises ValueError if `opt-jax tokenize` did not write the file."""
     text = read_small(about)
     try:
         made_by = json_object(text, about)["tokenizer"]
@@ -145,10 +145,10 @@ def _made_by(about: Path) -> tuple[str, str]:
 def tokenize_sources(
     names: Sequence[str], output: Path | None, tokenizer: str, workers: int | None, skip_bad: bool
 ) -> str:
-    """`opt-jax tokenize`: `write_tokens` with a progress bar; returns what to tell the user.
+    """The command `opt-jax tokenize`: `write_tokens` with a progress bar. Returns a line for the user.
 
     Raises:
-      ValueError, FileNotFoundError: as `find_sources` and `write_tokens`; and options that make no sense.
+      ValueError, FileNotFoundError: as `find_sources` and `write_tokens`; or a bad option.
     """
     if not names or output is None:
         raise ValueError("name what to read and where to write: opt-jax tokenize texts/ --output texts.npy")
@@ -161,10 +161,10 @@ def tokenize_sources(
         raise ValueError(f"{arrays[0]}: is tokenised already")
     output.parent.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
-    # Characters are fewer than bytes in some languages: the bar then ends early, and the sum is right all the same.
+    # The bar counts characters against bytes, so for many languages it ends before its end.
     sizes = [source.stat().st_size for source in sources if isinstance(source, Path)]
     total = sum(sizes) if len(sizes) == len(sources) else None
-    if workers is None:  # a process takes seconds to start, and reads megabytes in these
+    if workers is None:  # a process takes seconds to start, in which another one tokenises megabytes
         cores = _cores()
         workers = cores if total is None else max(1, min(cores, total // (16 * _TASK)))
     columns = (TextColumn("tokenising"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
@@ -188,7 +188,7 @@ def tokenize_sources(
 
 
 def _cores() -> int:
-    """Those that this process may use: under SLURM or taskset not all that the machine has."""
+    """The number of cores that this process may use; under SLURM or taskset not all of the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -202,14 +202,23 @@ def write_tokens(
     skip_bad: bool = False,
     progress: Callable[[int], None] = lambda characters: None,
 ) -> dict[str, Any]:
-    """Tokenise documents into `output` (.npy) with so many processes; returns what `output`.json gets. The array is the
-    same for any number of them. Nothing of the name is there until all is written.
+    """Tokenise documents into `output` (.npy). Returns the content of `output`.json.
 
-    name: of the tokenizer, for that file; progress: called with characters done.
+    The array is the same for any number of workers. Both files appear when they are complete.
+
+    Args:
+      sources: what to read.
+      output: the array.
+      tokenizer: the tokenizer.
+      name: its name, for `output`.json.
+      workers: processes that tokenise; 1: this one.
+      skip_bad: leave out bad records.
+      progress: called with the number of characters of each task when it is done.
 
     Raises:
-      ValueError: a bad record without `skip_bad`, no documents, or a failed worker; or `output`.json is not ours.
-      FileExistsError: `output` is there, and is not ours; or see `new_file`.
+      ValueError: a bad record without `skip_bad`, no documents, or a failed worker; or an `output`.json that
+        `opt-jax tokenize` did not write.
+      FileExistsError: `output` exists without such a file; or see `new_file`.
     """
     beside = Path(f"{output}.json")
     for path in (output, beside):
@@ -225,7 +234,7 @@ def write_tokens(
     most = max(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).values())  # a vocabulary may have holes
     dtype = np.dtype(np.uint16 if most < 1 << 16 else np.int32)
     total = documents = 0
-    # The description is published last, and its temporary file keeps others from writing the array until then.
+    # The description is published last. Until then its temporary file is the lock on the array.
     with new_file(beside) as about_file, new_file(output) as file:
         begin = _write_header(file, dtype, 0)
         file.write(np.array([tokenizer.bos_token_id], dtype).tobytes())
@@ -252,7 +261,7 @@ def write_tokens(
 
 
 def tokenize(documents: Sequence[str], tokenizer: OPTTokenizer) -> np.ndarray:
-    """One int32 stream: `</s>` document `</s>` document ... `</s>`. Documents start behind `</s>`, as prompts do."""
+    """One int32 stream: `</s>` document `</s>` document ... `</s>`. A document follows `</s>`, as a prompt does."""
     texts = cut(documents, _block(tokenizer), "a document")
     parts = [_encode_task(tokenizer, task)[0] for task in _tasks(texts, blank_ones=True)]
     return np.concatenate([np.array([tokenizer.bos_token_id], np.int32), *parts])
@@ -265,7 +274,7 @@ def _write_header(file: Any, dtype: np.dtype, length: int) -> int:
 
 
 def _block(tokenizer: OPTTokenizer) -> int | None:
-    """How long pieces of a text file may be: None, not cut at all, for a tokenizer that would see the cuts."""
+    """The length of the pieces of a text file; None (do not cut) for a tokenizer whose ids the cuts would change."""
     texts = ("a\n", "b1\n", "-c", " d", " e")
     apart = [i for text in texts for i in tokenizer.encode(text, add_special_tokens=False)]
     return BLOCK if tokenizer.encode("".join(texts), add_special_tokens=False) == apart else None
@@ -278,16 +287,16 @@ def _encode(
     if workers == 1:
         yield from (_encode_task(tokenizer, task) for task in _tasks(texts))
         return
-    # spawn: a fork of a process with threads (the tokenizer has some, JAX too) may hang.
+    # spawn, because a fork of a process with threads (those of the tokenizer and of JAX) may hang.
     with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=_begin_worker, initargs=(tokenizer_to_bytes(tokenizer),)
     ) as pool:
         waiting = deque()
         try:
             for task in _tasks(texts):
-                with delayed():  # a signal while it starts a process would cut off what that unpickles
+                with delayed():  # a signal while a process is started would truncate the data that it unpickles
                     waiting.append(pool.submit(_work, task))
-                if len(waiting) >= 3 * workers:  # else the reader would run ahead and fill the memory
+                if len(waiting) >= 3 * workers:  # otherwise the reader would fill the memory
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -301,7 +310,7 @@ def _tasks(texts: Iterator[tuple[str, bool]], blank_ones: bool = False) -> Itera
     task, size, blank = [], 0, True
     for text, last in texts:
         blank = blank and not blank_ones and not text.strip()
-        if last and blank:  # a document of nothing, as `read_documents` leaves it out
+        if last and blank:  # a blank document, which `read_documents` leaves out too
             continue
         blank = last
         task.append((text, last))
@@ -325,7 +334,7 @@ _worker: list[OPTTokenizer] = []
 
 
 def _begin_worker(tokenizer: bytes) -> None:
-    # Ctrl-C reaches all: of a KeyboardInterrupt an idle worker would print a traceback, a busy one make a result.
+    # Ctrl-C reaches all processes. An idle worker would print its traceback, a busy one return it as a result.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, WAITING)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -334,7 +343,7 @@ def _begin_worker(tokenizer: bytes) -> None:
 
 
 def _end_with_parent() -> None:
-    """Workers have the queue of the pool open themselves, and would wait at it for ever when the command is killed."""
+    """End this worker with its parent. Otherwise it would wait for ever at the queue, which it holds open itself."""
     parent = parent_process()
     assert parent is not None
     parent.join()

@@ -1,7 +1,7 @@
-"""Token streams -> windows in an order fixed by (seed, step) -> batches, read ahead by threads or processes. No jax.
+"""Token streams -> windows in an order fixed by (seed, step) -> batches, prefetched by threads or processes. No jax.
 
-Grain does the order (`shuffle`: a permutation by index, nothing is stored), the mixture (`mix`: also by index) and
-reading ahead. The row r of step n is element n * batch_size + r of one global dataset, whoever asks.
+Grain computes the order (`shuffle`: a permutation by index, which is not stored) and the mixture (`mix`: also by
+index), and prefetches. Row r of step n is element n * batch_size + r of one global dataset, on every process.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from opt_jax.data.tokens import Tokens
 
 
 class _Source:
-    """Windows of one stream, for Grain: item i is {"ids": int32 [seq_len + 1], "start": where it begins}."""
+    """The windows of one stream, for Grain: item i is {"ids": int32 [seq_len + 1], "start": its first position}."""
 
     def __init__(self, tokens: Tokens, seq_len: int, base: int, vocab_size: int | None):
         self._tokens, self._seq_len, self._base, self._vocab_size = tokens, seq_len, base, vocab_size
@@ -21,7 +21,7 @@ class _Source:
         if self._count < 1:
             where = f"{tokens.name}: " if tokens.name else ""
             raise ValueError(
-                f"{where}{len(tokens)} tokens do not fill one sequence and the token behind it, {seq_len + 1}: "
+                f"{where}{len(tokens)} tokens do not fill one sequence and the token after it, {seq_len + 1}: "
                 "take more data, or a smaller --seq-len"
             )
 
@@ -34,7 +34,7 @@ class _Source:
     def __getitem__(self, index: int) -> dict[str, Any]:
         start = int(index) * self._seq_len
         ids = self._tokens.read(start, self._seq_len + 1)
-        # JAX would take the nearest row of the embedding, without a word.
+        # For an id out of range JAX would silently use the nearest row of the embedding.
         if self._vocab_size is not None and not (0 <= ids.min() and ids.max() < self._vocab_size):
             bad = int(ids[(ids < 0) | (ids >= self._vocab_size)][0])
             raise ValueError(
@@ -45,21 +45,24 @@ class _Source:
 
 
 class Order:
-    """Batches in an order that follows from what `description` says, and the step's number."""
+    """Batches whose order is a function of `description` and the step number."""
 
     def description(self) -> dict[str, Any]:
         raise NotImplementedError
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint keeps after `step` steps. Not Grain's own state, which counts what each worker process has
-        read and so fits only as many workers and hosts again; here the position is one number, and the rest is what
-        the order of the data follows from."""
+        """The state of the data in a checkpoint after `step` steps.
+
+        It holds the position, which is one number, and everything that the order depends on. Grain's own state counts
+        what each worker process has read, so it would fit the same number of workers and hosts only.
+        """
         return {"step": step} | self.description()
 
     def check_state(self, saved: Mapping[str, Any] | None, step: int) -> None:
-        """
+        """Compare the state of the data in a checkpoint with this one.
+
         Raises:
-          ValueError: the checkpoint of `step` was made with other data or another order; says what differs.
+          ValueError: the checkpoint of `step` was made with other data or another order; names the differences.
         """
         if saved is None:
             raise ValueError(f"checkpoint {step} has no state of the data: it was written by an older train.py")
@@ -70,14 +73,24 @@ class Order:
 
 
 class Windows(Order):
-    """Contiguous windows of `seq_len + 1` ids over streams: `seq_len` inputs, and each one's next id as target.
+    """Contiguous windows of `seq_len + 1` ids over streams: `seq_len` inputs, and the next id of each as target.
 
-    Neighbours share one id, so an epoch predicts every id once, in another order each time (but for those at the very
-    end of a stream that fill no window). `batch(step)` is the global batch of that step, whoever asks.
+    Neighbouring windows share one id, so an epoch predicts every id once, except those at the end of a stream that fill
+    no window. Each epoch has another order. `batch(step)` is the global batch of that step, on every process.
 
-    streams: one or several; weights: how many windows of each, relatively; each is then repeated when it is through.
-    Without weights they are one. separator: the id of `</s>`, for batches with "segment_ids": attention stays within a
-    document, positions restart. vocab_size: ids beyond it are an error when they are read.
+    Args:
+      streams: one or more streams.
+      seq_len: tokens of a row.
+      batch_size: rows of a global batch.
+      seed: of the order.
+      weights: relative numbers of windows from each stream; a stream is repeated when it ends. None: the streams are
+        concatenated.
+      separator: the id of `</s>`; adds "segment_ids" to batches, so that attention stays within a document and
+        positions restart. None: no segments.
+      vocab_size: reading an id beyond it is an error.
+
+    Raises:
+      ValueError: a stream does not fill one window.
     """
 
     def __init__(
@@ -91,7 +104,7 @@ class Windows(Order):
         separator: int | None = None,
         vocab_size: int | None = None,
     ):
-        import grain  # heavy, and nothing to those who only want files read
+        import grain  # slow to import, and not needed to read files
 
         if isinstance(streams, np.ndarray):
             streams = [Tokens("", streams)]
@@ -110,12 +123,12 @@ class Windows(Order):
         self._fingerprints = [stream.fingerprint() for stream in streams]
 
     def _ordered(self, dataset: Any, number: int) -> Any:
-        # Grain adds the epoch to the seed: from seeds as they are, epoch 1 of a run would be epoch 0 of the next.
+        # Grain adds the epoch to the seed. Unhashed, epoch 1 of seed s would have the order of epoch 0 of s + 1.
         seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
         return dataset.shuffle(seed=seed).repeat()
 
     def elements(self, step: int, rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """{"ids": int32 [r, seq_len + 1], "start": int64 [r]} of these rows of the step's batch."""
+        """{"ids": int32 [r, seq_len + 1], "start": int64 [r]} for the given rows of the step's batch."""
         found: list[Any] = [self._rows[step * self.batch_size + int(row)] for row in rows]
         return {
             "ids": np.stack([element["ids"] for element in found]),
@@ -123,22 +136,21 @@ class Windows(Order):
         }
 
     def starts(self, step: int) -> np.ndarray:
-        """[batch_size] where the rows of this step's batch begin, counted through all streams."""
+        """The position of each row of this step's batch, int64 [batch_size], counted over all streams."""
         return self.elements(step, range(self.batch_size))["start"]
 
     def rows(self, step: int, rows: slice = slice(None)) -> np.ndarray:
-        """[batch_size, seq_len + 1] int32, or only the given rows of it (what one host of many needs)."""
+        """The ids of this step's batch, int32 [batch_size, seq_len + 1], or of the given rows only."""
         return self.elements(step, range(self.batch_size)[rows])["ids"]
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
-        """The rows as inputs and labels, [rows, seq_len] each: the last id of a row is a label only, the first an input
-        only."""
+        """The rows as inputs and labels, [rows, seq_len] each; labels are the ids one position later."""
         return self.as_batch(self.rows(step, rows))
 
     def as_batch(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
         if self._separator is not None:
-            # `</s>` ends a document as a label and begins the next as an input, so no label crosses over.
+            # `</s>` is the last label of a document and the first input of the next, so no label crosses documents.
             batch["segment_ids"] = np.cumsum(batch["input_ids"] == self._separator, axis=1, dtype=np.int32)
         return batch
 
@@ -158,7 +170,7 @@ class Windows(Order):
 
 
 class _Batches:
-    """For Grain: item i is the rows `rows` of step `first + i`."""
+    """The batches of steps, for Grain: item i is the given rows of step `first + i`."""
 
     def __init__(self, windows: Windows, rows: np.ndarray, first: int, last: int):
         self._windows, self._rows, self._first, self._count = windows, rows, first, last - first
@@ -174,10 +186,13 @@ class _Batches:
 
 
 class Reader:
-    """Reads the batches of steps `first` to `last` - 1 ahead, of each only `rows`, this process's own. A context.
+    """A context that prefetches the given rows of the batches of steps `first` to `last` - 1.
 
-    workers: processes that read; 0: threads of this one, enough for arrays on a disk that keeps up. The batches are the
-    same.
+    Args:
+      windows: the batches.
+      rows: the rows of the global batch that this process needs.
+      first, last: the steps.
+      workers: reader processes; 0: threads of this process. The batches are the same.
     """
 
     def __init__(self, windows: Windows, rows: Sequence[int] | np.ndarray, first: int, last: int, workers: int = 0):
@@ -189,7 +204,7 @@ class Reader:
         if workers:
             from absl import flags
 
-            if not flags.FLAGS.is_parsed():  # Grain's processes are told its flags, which absl.app would have parsed
+            if not flags.FLAGS.is_parsed():  # Grain passes absl's flags to its processes; absl.app would parse them
                 flags.FLAGS.mark_as_parsed()
             dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
         self._iterator = iter(dataset) if last > first else None
@@ -202,9 +217,9 @@ class Reader:
             self._iterator.close()
 
     def __iter__(self) -> Iterator[Callable[[slice], dict[str, np.ndarray]]]:
-        """For each step, what `place_batch` asks for rows of the global batch."""
+        """For each step, a function from a slice of the global batch's rows to these rows, for `place_batch`."""
         while self._iterator is not None and (ids := next(self._iterator, None)) is not None:
-            # A copy: what Grain's processes have put into shared memory is to be freed now, not when the program ends.
+            # A copy, which frees the shared memory of Grain's processes now and not when the program ends.
             ids = np.array(ids)
             yield lambda rows, ids=ids: self._windows.as_batch(ids[self._positions(rows)])
 

@@ -1,4 +1,4 @@
-"""Perplexity of long texts, and tasks of EleutherAI's lm-evaluation-harness."""
+"""Evaluation: perplexity of long texts, and tasks of EleutherAI's lm-evaluation-harness."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,4 +1,4 @@
-"""Perplexity of a long text, by windows that fit into the context. Ids only, no text."""
+"""Perplexity of a long text, in windows that fit into the context. Ids only, no text."""
 
 import dataclasses
 import math
@@ -13,24 +13,24 @@ from opt_jax.model.ids import as_ids
 from opt_jax.parallel.mesh import mesh_of, row_groups
 
 PROTOCOLS = ("non-overlapping", "sliding")
-DEFAULT_WINDOW = 2048  # that of the published numbers
+DEFAULT_WINDOW = 2048  # as for the published numbers
 DEFAULT_BATCH_SIZE = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """What `perplexity` returns. Losses are nats per scored token; `seconds` includes compilation.
+    """The result of `perplexity`. Losses are in nats per scored token. `seconds` includes compilation.
 
-    The standard errors are those of a mean over windows, of which each counts by its tokens: neighbouring tokens depend
-    on each other, so that treating every token as one more sample would promise too much. None with a single window.
+    The standard errors are those of a mean over windows, weighted by their tokens. (Neighbouring tokens are correlated,
+    so a standard error over tokens would be too small.) They are None for a single window.
     """
 
     protocol: str
     window: int
     stride: int
     windows: int
-    tokens: int  # scored: each once
-    left_out: int  # not scored: those that nothing predicts, and those of a last window that is not full
+    tokens: int  # scored tokens; each is scored once
+    left_out: int  # tokens that are not scored: without a token before them, or in a last window that is not full
     loss: float
     loss_stderr: float | None
     perplexity: float
@@ -56,27 +56,29 @@ def perplexity(
     batch_size: int | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Perplexity:
-    """exp of the mean negative log-likelihood of a text's tokens, in windows of at most `window` tokens.
+    """The perplexity of a text: exp of the mean negative log-likelihood of its tokens.
 
-    protocol:
-      "non-overlapping": windows end to end; the first token of each is not scored, and a last window that is not full
-        is left out unless it is the only one. So made are the published WikiText-2 numbers of OPT (GPTQ,
-        https://arxiv.org/abs/2210.17323), with windows of 2048.
-      "sliding": windows begin `stride` tokens apart, and each scores the tokens that are new in it, so that a token but
-        for those of the first window has at least `window - stride` others before it
-        (https://huggingface.co/docs/transformers/perplexity). Every token but the first is scored, and counts the same.
-        Deviation: the code on that page weighs windows behind the first by one token less than they have scored.
+    With the protocol "non-overlapping", each window starts where the one before ends. The first token of a window is
+    not scored. A last window that is not full is left out, unless it is the only one. The published WikiText-2 numbers
+    of OPT are computed in this way, with windows of 2048 (GPTQ, https://arxiv.org/abs/2210.17323).
+
+    With the protocol "sliding", a window starts `stride` tokens after the one before, and scores the tokens that no
+    earlier window contains. So each token, except in the first window, has at least `window - stride` tokens before it
+    (https://huggingface.co/docs/transformers/perplexity). Every token but the first is scored, with the same weight.
+    Deviation: the code on that page weighs each window after the first by one token less than it scores.
 
     Args:
-      input_ids: int [N], of all the text; documents one after the other, as training has them.
-      window: default: 2048, or the model's context if that is less.
+      model: the model.
+      input_ids: int [N], the ids of the complete text; documents are joined as in training.
+      protocol: "non-overlapping" or "sliding".
+      window: tokens of a window; default: 2048, or the model's context if that is less.
       stride: of "sliding" only; default: half the window.
-      batch_size: windows at a time; default 8. On a mesh a multiple of the parts that rows are split into (default: the
-        least one that is at least 8).
+      batch_size: windows at a time; default: 8. On a mesh it is a multiple of the parts that rows are sharded into; the
+        default is then the least such number that is at least 8.
       progress: called with (windows done, windows) after each batch.
 
     Raises:
-      ValueError: too few tokens, or an argument out of range; a log-probability that is not finite.
+      ValueError: too few tokens, an argument out of range, or a log-probability that is not finite.
     """
     ids = as_ids("input_ids", input_ids, 0, model.config.vocab_size - 1)
     if ids.ndim != 1:
@@ -96,7 +98,7 @@ def perplexity(
     sums = np.zeros(len(windows))
     for first in range(0, len(windows), size):
         some = windows[first : first + size]
-        # One shape for all batches: rows are filled up with the first window, which is as long as any.
+        # All batches have one shape: a last batch is filled with the first window, which is as long as any.
         sums[first : first + len(some)] = _losses(model, ids, some + windows[:1] * (size - len(some)))[: len(some)]
         if progress is not None:
             progress(first + len(some), len(windows))
@@ -105,7 +107,7 @@ def perplexity(
     counts = np.array([w.scored for w in windows])
     tokens, count = int(counts.sum()), len(windows)
     loss, error = float(sums.sum() / tokens), None
-    if count > 1:  # of a ratio of two sums over windows
+    if count > 1:  # the standard error of a ratio of two sums over windows
         error = float(np.sqrt(count / (count - 1) * ((sums - loss * counts) ** 2).sum()) / tokens)
     value = math.exp(loss) if loss < 700 else math.inf
     return Perplexity(
@@ -124,8 +126,10 @@ def perplexity(
 
 
 def split(tokens: int, window: int, stride: int) -> Iterator[Window]:
-    """Windows `stride` tokens apart, until one reaches the end; each scores what none before it has, but not its first
-    token, which nothing in it predicts."""
+    """Windows that start `stride` tokens apart, until one reaches the end.
+
+    Each scores the tokens that no earlier window has scored, but not its own first token, which has no token before it.
+    """
     done = 0
     for begin in range(0, tokens, stride):
         end = min(begin + window, tokens)
@@ -137,13 +141,13 @@ def split(tokens: int, window: int, stride: int) -> Iterator[Window]:
 
 
 def row_groups_of(model: OPTForCausalLM) -> int:
-    """Parts that its mesh splits rows into; 1 without a mesh."""
+    """The number of parts that the model's mesh shards rows into; 1 without a mesh."""
     mesh = mesh_of(model)
     return 1 if mesh is None else row_groups(mesh)
 
 
 def check_batch_size(model: OPTForCausalLM, batch_size: int | None) -> int:
-    """The batch size, or the default one; ValueError if it does not divide over the model's mesh."""
+    """The batch size, or the default. Raises ValueError if it cannot be sharded over the model's mesh."""
     parts = row_groups_of(model)
     if batch_size is None:
         return -(-DEFAULT_BATCH_SIZE // parts) * parts
@@ -153,7 +157,7 @@ def check_batch_size(model: OPTForCausalLM, batch_size: int | None) -> int:
 
 
 def _check(model: OPTForCausalLM, protocol: str, window: int | None, stride: int | None) -> tuple[int, int]:
-    """Window and stride."""
+    """(window, stride), with defaults; raises ValueError for a bad one."""
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol {protocol!r}: use {' or '.join(map(repr, PROTOCOLS))}")
     limit = model.config.max_position_embeddings
@@ -171,7 +175,7 @@ def _check(model: OPTForCausalLM, protocol: str, window: int | None, stride: int
 
 
 def _losses(model: OPTForCausalLM, ids: np.ndarray, windows: list[Window]) -> np.ndarray:
-    """The sum of the negative log-likelihoods that each window scores, float64."""
+    """The sum of the negative log-likelihoods of each window's scored tokens, float64 [windows]."""
     width = max(w.end - w.begin for w in windows)
     rows, mask = np.zeros((len(windows), width), np.int32), np.zeros((len(windows), width), bool)
     for row, real, w in zip(rows, mask, windows, strict=True):

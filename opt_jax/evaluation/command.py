@@ -1,4 +1,4 @@
-"""`opt-jax eval`: what a model makes of a text (perplexity), or of tasks of the lm-evaluation-harness."""
+"""`opt-jax eval`: the perplexity of texts, or the results of tasks of the lm-evaluation-harness."""
 
 import contextlib
 import dataclasses
@@ -26,49 +26,49 @@ class EvalOptions:
     model: Annotated[str, tyro.conf.Positional]
     """"tiny" (the model inside this package), a directory, or a Hugging Face hub id such as facebook/opt-125m."""
     data: tuple[str, ...] = ()
-    """Texts, jsonl files with a document per line (its "text"), hf:NAME[,CONFIG][:SPLIT]; directories and globs of such
-    files. All documents make one text, each with </s> in front."""
+    """Text files, jsonl files with a document per line (under "text"), directories and globs of these, and
+    hf:NAME[,CONFIG][:SPLIT]. All documents are joined into one text, each with </s> in front."""
     protocol: Literal["both", "non-overlapping", "sliding"] | None = None
-    """With --data. non-overlapping: windows end to end, as for the published numbers; sliding: windows that overlap, so
-    that every token has others before it. Default: both."""
+    """With --data. non-overlapping: each window starts where the one before ends, as for the published numbers.
+    sliding: windows overlap, so that every token has others before it. Default: both."""
     window: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """With --data: tokens per window. Default: 2048, or the model's context if that is less."""
     stride: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """With --data: tokens from one sliding window to the next. Default: half a window."""
+    """With --data: tokens from the start of a sliding window to the start of the next. Default: half a window."""
     tasks: tuple[str, ...] = ()
     """Tasks of the lm-evaluation-harness, by name; needs pip install "opt-jax[eval]"."""
     include_path: tuple[str, ...] = ()
     """With --tasks: directories with more tasks (yaml files)."""
     num_fewshot: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """With --tasks: examples in front of each question. Default: what the task says."""
+    """With --tasks: examples in front of each question. Default: that of the task."""
     limit: Annotated[float | None, tyro.conf.arg(metavar="NUMBER")] = None
-    """With --tasks: only the first so many documents of each; below 1: such a share of them."""
+    """With --tasks: only so many documents of each task, the first ones; below 1: this share of them."""
     log_samples: bool = False
-    """With --tasks and --output: write every document with its answers, too."""
+    """With --tasks and --output: also write every document with its answers."""
     batch_size: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Windows or requests at a time. Default: 8, or the next multiple of the mesh's data x fsdp."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of computation and parameters. Default: float32 on a CPU, else as stored (bfloat16 for float16 on a TPU)."""
+    """Of computation and parameters. Default: float32 on a CPU, else as stored (on a TPU bfloat16 for float16)."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """auto: cudnn on GPUs and splash on TPUs, where they can run; else xla."""
+    """auto: cudnn on GPUs and splash on TPUs, if they support the model; else xla."""
     mesh: str | None = None
-    """Spread the model over devices: as in data=2,fsdp=4 or fsdp=-1,tensor=8 (-1: the rest). Default: one device; with
-    several processes, all of their devices on fsdp."""
+    """Shard the model over devices, as in data=2,fsdp=4 or fsdp=-1,tensor=8 (-1: all other devices). Default: one
+    device; with several processes, all devices on fsdp."""
     verify: bool = True
     """Compare the weights of an Orbax directory with their checksums."""
     json: bool = False
     """Print JSON instead of tables."""
     output: Path | None = None
-    """Write the JSON to this file."""
+    """Also write the JSON to this file."""
     distributed: Literal["auto", "on", "off"] = "auto"
-    """One evaluation on several hosts, as in train.py. auto: if a TPU pod, SLURM, Open MPI or a Kubernetes job, or the
-    next three, say so."""
+    """One evaluation on several hosts, as in train.py. auto: on a TPU pod, under SLURM, Open MPI or in a Kubernetes
+    job, or if the next three options are given."""
     coordinator_address: str | None = None
     """host:port of process 0."""
     num_processes: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     process_id: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     hang_minutes: int = 60
-    """With several processes: end when loading, or a batch, takes longer."""
+    """With several processes: end the job if loading, or a batch, takes longer."""
 
 
 def evaluate(options: Annotated[EvalOptions, tyro.conf.arg(name="")]) -> None:
@@ -94,7 +94,7 @@ def _in_job(options: EvalOptions) -> bool:
 
 
 def check(options: EvalOptions) -> None:
-    """ValueError for options that contradict each other, before anything is loaded."""
+    """Raise ValueError for options that contradict each other, before anything is loaded."""
     if bool(options.data) == bool(options.tasks):
         raise ValueError("give one of --data (a text, for perplexity) and --tasks (of the lm-evaluation-harness)")
     for name in _TASKS_ONLY if options.data else _TEXT_ONLY:
@@ -110,7 +110,7 @@ def check(options: EvalOptions) -> None:
     if options.limit is not None and not options.limit > 0:
         raise ValueError(f"--limit {options.limit}: must be above 0")
     if options.output is not None and (options.output.is_dir() or not options.output.absolute().parent.is_dir()):
-        raise ValueError(f"--output {options.output}: must be a file in a directory that is there")
+        raise ValueError(f"--output {options.output}: must be a file in an existing directory")
     if options.output is not None:
         check_new_file(options.output, _is_report, "a report of opt-jax eval")
 
@@ -162,7 +162,7 @@ def _evaluate(options: EvalOptions) -> None:
 
 
 def load(options: EvalOptions) -> Any:
-    """The model, spread over the mesh."""
+    """The model, sharded over the mesh."""
     import jax
 
     from opt_jax.checkpoints import hub, pretrained
@@ -187,20 +187,21 @@ def load(options: EvalOptions) -> Any:
 
 
 def read_ids(paths: Sequence[str], tokenizer: Any) -> tuple[Any, int]:
-    """(the ids of all documents, each behind `</s>`, int32 [N]; how many documents)."""
+    """(ids of all documents, each after `</s>`, int32 [N]; number of documents)."""
     from opt_jax.data.documents import TEXT_SUFFIXES, find_sources, read_documents
     from opt_jax.data.tokens import tokenize
 
     sources = find_sources(paths, TEXT_SUFFIXES)
     if arrays := [source for source in sources if source.suffix == ".npy"]:
         raise ValueError(
-            f"--data {arrays[0]}: holds tokens; name the texts, which are tokenised as the model wants them"
+            f"--data {arrays[0]}: holds token ids: name the texts, which the model's tokenizer then tokenises"
         )
     documents = read_documents(sources)
-    return tokenize(documents, tokenizer)[:-1], len(documents)  # none behind the last
+    return tokenize(documents, tokenizer)[:-1], len(documents)  # without the last `</s>`
 
 
 def perplexities(options: EvalOptions, model: Any, ids: Any) -> list[dict[str, Any]]:
+    """The fields of a `Perplexity` for each protocol of the options."""
     from opt_jax.evaluation._perplexity import PROTOCOLS, perplexity
 
     asked = PROTOCOLS if options.protocol in (None, "both") else (options.protocol,)
@@ -223,7 +224,7 @@ def perplexities(options: EvalOptions, model: Any, ids: Any) -> list[dict[str, A
 
 @contextlib.contextmanager
 def _bar(title: str) -> Iterator[Any]:
-    """On a terminal, on stderr, of process 0; and, in a job, a sign of life."""
+    """A progress bar, if stderr of process 0 is a terminal. In a job it also reports progress to the watchdog."""
     import jax
     from rich.console import Console
     from rich.progress import Progress
@@ -242,7 +243,7 @@ def _bar(title: str) -> Iterator[Any]:
 
 
 def describe(options: EvalOptions, model: Any) -> dict[str, Any]:
-    """What was measured, and with what."""
+    """The part of the report that describes model, data and versions."""
     import jax
 
     from opt_jax.parallel.mesh import mesh_of
@@ -261,7 +262,7 @@ def describe(options: EvalOptions, model: Any) -> dict[str, Any]:
 
 
 def text_table(report: dict[str, Any]) -> str:
-    """The results of --data for a reader."""
+    """The results of --data as a table for the terminal."""
     heads = ("protocol", "window", "stride", "windows", "tokens", "left out", "loss", "perplexity", "seconds")
     rows: list[tuple[str, ...]] = [heads]
     for r in report["results"]:
@@ -288,12 +289,12 @@ def text_table(report: dict[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A scalar of NumPy as Python's; a function or another object of a task as its name."""
+    """A NumPy scalar as a Python scalar; any other object, such as a function of a task, as a string."""
     return value.item() if hasattr(value, "item") else str(value)
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity and no NaN: null."""
+    """The value with None for infinities and NaN, which JSON does not have."""
     if isinstance(value, dict):
         return {str(k): _finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,7 +1,7 @@
-"""EleutherAI's lm-evaluation-harness over our models: `lm_eval.simple_evaluate(model=OPTLM("tiny"), tasks=[...])`.
+"""The adapter to EleutherAI's lm-evaluation-harness: `lm_eval.simple_evaluate(model=OPTLM("tiny"), tasks=[...])`.
 
-What the harness asks is answered as its own `hf` model does: the same tokens, windows, truncation and post-processing,
-so that numbers can be compared. Importing this module also registers the name "opt-jax" with the harness.
+It answers the harness as its own `hf` model does, with the same tokens, windows, truncation and post-processing, so
+that results can be compared. Importing this module also registers the name "opt-jax" with the harness.
 """
 
 import json
@@ -29,25 +29,25 @@ from opt_jax.model.heads import OPTForCausalLM
 from opt_jax.parallel import processes
 from opt_jax.text.tokenizer import OPTTokenizer
 
-# What only draws need: without effect in a task that is greedy, where `generate` would refuse it.
+# Options of sampling. A greedy task may have them; `hf` ignores them there, and `generate` would refuse them.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
-Pair = tuple[Any, list[int], list[int]]  # what the harness calls it (its cache's key), context, continuation
+Pair = tuple[Any, list[int], list[int]]  # the harness's key of the request in its cache, context, continuation
 
 
 @register_model("opt-jax")
 class OPTLM(TemplateLM):
-    """A model as the harness sees it.
+    """A model for the harness.
 
     Args:
-      pretrained: what `OPTForCausalLM.from_pretrained` takes, or such a model, on a mesh or not.
-      tokenizer: what `OPTTokenizer.from_pretrained` takes, or an `OPTTokenizer`; default: the one of a named model.
-      batch_size: requests at a time. Default: 8; on a mesh a multiple of the parts that rows are split into.
-      max_length: the most tokens the model reads; default: its context.
-      max_gen_toks: the most new tokens of tasks that do not say.
-      **loading: `from_pretrained`'s `dtype`, `param_dtype`, `mesh`, `revision`, ..., for a model that is named.
+      pretrained: a name for `OPTForCausalLM.from_pretrained`, or a model, on a mesh or not.
+      tokenizer: a name for `OPTTokenizer.from_pretrained`, or an `OPTTokenizer`; default: that of a named model.
+      batch_size: requests at a time. Default: 8; on a mesh, a multiple of the parts that rows are sharded into.
+      max_length: the most tokens that the model reads; default: its context.
+      max_gen_toks: the most new tokens, for tasks that do not set it.
+      **loading: for a named model, `from_pretrained`'s `dtype`, `param_dtype`, `mesh`, `revision`, ...
 
     Raises:
-      ValueError: an argument that does not fit, or that has no effect.
+      ValueError: a bad argument, or one without effect.
     """
 
     def __init__(
@@ -87,29 +87,31 @@ class OPTLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """The end token."""
         return self.tokenizer.eos_token_id
 
     @property
     def tokenizer_name(self) -> str:
+        """The tokenizer in the harness's cache keys."""
         return repr(self.tokenizer)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
-        """The ids of a text, behind one `</s>`, whether the text begins with it or not, unless told otherwise."""
+        """The ids of a text. By default `</s>` is added unless the text begins with it."""
         special = not string.startswith(self.tokenizer.bos_token) if add_special_tokens is None else add_special_tokens
         return self.tokenizer(string, return_tensors=None, add_special_tokens=special)["input_ids"]
 
     def _loglikelihood_tokens(self, requests: Sequence[Pair], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation, whether greedy decoding would give it) of each request.
+        """(log-probability of the continuation, whether it is the greedy continuation) of each request.
 
-        Requests of about one length share a batch, and batches have few shapes: `batch_size` rows (the last one of its
-        bucket) of a bucket of tokens. A context that is too long loses its beginning.
+        Requests of similar lengths share a batch. Batches have few shapes: `batch_size` rows (a bucket for the last
+        batch) and a bucket of columns. A context that is too long is truncated at its beginning.
         """
         rows = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
         for (_, context, continuation), row in zip(requests, rows, strict=True):
             if not context or not 0 < len(continuation) < len(row):
                 raise ValueError(
                     f"a context of {len(context)} and a continuation of {len(continuation)} tokens: neither may be "
-                    f"empty, and the latter has room for {self.max_length}"
+                    f"empty, and the continuation may have at most {self.max_length}"
                 )
         results: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
@@ -129,7 +131,7 @@ class OPTLM(TemplateLM):
         return results
 
     def _score(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """`model.score` of rows of different lengths, which end in the last column."""
+        """`model.score` of rows of different lengths, padded on the left."""
         count = min(batch_bucket(len(rows)), self.batch_size)
         ids, mask = np.zeros((count, len(rows[0])), np.int32), np.zeros((count, len(rows[0])), bool)
         for row, real, tokens in zip(ids, mask, rows + rows[:1] * (count - len(rows)), strict=True):
@@ -138,9 +140,9 @@ class OPTLM(TemplateLM):
         return logprobs[: len(rows)], greedy[: len(rows)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of whole texts, in windows of `max_length`; the windows of all texts share batches.
+        """The log-likelihood of complete texts, in windows of `max_length`. Windows of all texts share batches.
 
-        As with `hf`, the text comes behind a prefix `</s>` and with its own one, which is so predicted, too.
+        As in `hf`, a prefix `</s>` is added even if the text begins with `</s>`, which is then scored too.
         """
         texts = [request.args[0] for request in requests]
         windows: list[Pair] = []
@@ -158,10 +160,10 @@ class OPTLM(TemplateLM):
         return sums
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to a stop string, which is cut off; options of a task are those of `model.generate`.
+        """Continuations up to a stop string, which is cut off. A task's options are those of `model.generate`.
 
         Raises:
-          ValueError: an option that `generate` does not know; in a job of several processes.
+          ValueError: an option that `generate` does not have; or there are several processes.
         """
         if jax.process_count() > 1:
             raise ValueError("tasks that generate text are for a single process: choose others for a job of several")
@@ -180,7 +182,7 @@ class OPTLM(TemplateLM):
         options: dict[str, Any] = dict(normalize_gen_kwargs(given, self.max_gen_toks))
         until = handle_stop_sequences(options.pop("until"), eos=self.tokenizer.eos_token)
         new = options.pop("max_gen_toks")
-        if not options["do_sample"]:  # tasks say such things beside it; HF warns
+        if not options["do_sample"]:  # tasks have such options nevertheless; HF warns
             for name in {*_SAMPLING} & set(options):
                 options.pop(name)
         if new >= self.max_length:
@@ -206,7 +208,7 @@ class OPTLM(TemplateLM):
 
 
 class _NewText:
-    """A tokenizer whose stop strings do not begin in the prompt: the harness looks at new text only."""
+    """A tokenizer whose stop strings may not begin in the prompt, because the harness searches only new text."""
 
     def __init__(self, tokenizer: OPTTokenizer):
         self._tokenizer = tokenizer
@@ -219,10 +221,10 @@ class _NewText:
 
 
 def find_tasks(names: Sequence[str], include_path: Sequence[str]) -> tuple[TaskManager, list[str]]:
-    """What `run` takes. The harness's own 14,000 tasks are only looked through (13 s) for names not found before.
+    """The tasks for `run`. The harness's own 14,000 tasks are read (13 s) only if a name is not in `include_path`.
 
     Raises:
-      ValueError, FileNotFoundError: a name that nobody has; no such directory.
+      ValueError, FileNotFoundError: there is no such task, or no such directory.
     """
     if absent := [path for path in include_path if not Path(path).is_dir()]:
         raise FileNotFoundError(f"--include-path {absent[0]}: no such directory")
@@ -245,7 +247,7 @@ def run(
     limit: float | None = None,
     log_samples: bool = False,
 ) -> dict[str, Any]:
-    """What `lm_eval.simple_evaluate` returns: "results", "samples" (if asked for) and, as "harness", the rest."""
+    """The results of `lm_eval.simple_evaluate`: "results", "samples" (with `log_samples`), all else as "harness"."""
     make: Any = OPTLM
     lm = make(model, tokenizer=tokenizer, batch_size=batch_size)
     evaluate: Any = simple_evaluate
@@ -264,6 +266,6 @@ def run(
 
 
 def tables(report: dict[str, Any]) -> str:
-    """The results of `run` for a reader: the harness's own tables."""
+    """The results of `run` as the harness's own tables, for the terminal."""
     found = report["harness"] | report
     return "\n".join(make_table(found, kind) for kind in ("results", "groups") if found.get(kind))

@@ -160,6 +160,7 @@ class GenerationConfig:
     logprobs: int | None = None
 
     def __new__(cls, **options):
+        """Refuses options that do not exist or change nothing."""
         _check_names(options, "GenerationConfig")
         if others := [name for name in options if name not in FIELDS]:
             raise ValueError(f"GenerationConfig: {', '.join(others)} change nothing: leave them out, or use from_dict")
@@ -167,7 +168,7 @@ class GenerationConfig:
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any], where: str = "generation config") -> "GenerationConfig":
-        """From HF's names and values; what changes nothing, such as num_beams=1, is left out.
+        """From HF's names and values. Neutral values, such as num_beams=1, are left out.
 
         Raises:
           ValueError: names `where`, the option and what is wrong with it.
@@ -279,6 +280,7 @@ def _check_names(options: Mapping[str, Any], where: str) -> None:
 
 
 def is_integer(value: Any) -> bool:
+    """Whether the value is an integer of Python or NumPy, and not a boolean."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 

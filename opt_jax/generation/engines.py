@@ -71,9 +71,7 @@ class PlainEngine:
     rows_per_job, refills = 1, True
 
     def __init__(self, model: FlatModel, request: Request, more_columns: int = 0, branches: int = 1):
-        """
-        more_columns, branches: see `Request.capacity_with` and `check_fits`; more than the defaults for drafts.
-        """
+        # more_columns, branches: see `Request.capacity_with` and `check_fits`; more than the defaults for drafts.
         self.model, self.request, self.jobs = model, request, request.rows
         self._more_columns, self._branches = more_columns, branches
 

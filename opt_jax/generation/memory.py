@@ -42,7 +42,8 @@ def column_bytes(config: OPTConfig, dtype: DTypeLike) -> int:
 
 
 def check_memory(nbytes: int, limit: int, rows: int, given: GenerationConfig) -> None:
-    """
+    """Check that an allocation is within a limit.
+
     Raises:
       ValueError: so many bytes are more than `limit`; names the options that ask for them.
     """

@@ -340,7 +340,8 @@ def _sampling_options(
     vocab_size: int, given: GenerationConfig, most: np.ndarray, least: np.ndarray, eos: list[int], pad: int
 ) -> SamplingOptions:
     def scalar(dtype, value, off=None):
-        """None if the processor is off. (jnp.asarray would compile something for every dtype.)"""
+        """The value as a scalar array, or None if the processor is off."""
+        # Not jnp.asarray, which would compile a program for every dtype.
         return None if value is None or value == off else jax.device_put(dtype(value))
 
     def token_ids(name):

@@ -149,8 +149,10 @@ def keep_min_p(logits: Logits, p: Float[Array, ""] | float, min_keep: int = 1) -
 
 
 def keep_typical(logits: Logits, mass: Float[Array, ""] | float, min_keep: int = 1) -> Logits:
-    """-inf for all but the fewest tokens with `mass` of the probability, those first whose information is closest to
-    the mean (locally typical sampling, Meister et al. 2022; HF `TypicalLogitsWarper`)."""
+    """-inf for all but the fewest tokens that have the probability `mass` together (HF `TypicalLogitsWarper`).
+
+    Tokens whose information is closest to the mean come first: locally typical sampling, Meister et al. 2022.
+    """
     information = -jax.nn.log_softmax(logits, axis=-1)
     probabilities = jnp.exp(-information)
     entropy = jnp.where(probabilities > 0, information * probabilities, 0).sum(-1, keepdims=True)

@@ -67,8 +67,10 @@ def _compiled(mesh: Mesh | None) -> Any:
 def _score(
     model: OPTForCausalLM, ids: Int[Array, "B T+1"], mask: Bool[Array, "B T+1"]
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """(log-probability, whether no other is more likely) of each id but the first given those before; the logits of a
-    few columns at a time, for they are large."""
+    """(log-probability, whether no token is more likely) of each id but the first, given the ids before it.
+
+    Computes the logits of a few columns at a time, because the logits of all would be large.
+    """
     hidden = model.model.forward(ids[:, :-1], mask[:, :-1]).last_hidden_state
     batch, length = hidden.shape[:2]
     size = min(length & -length, 128)

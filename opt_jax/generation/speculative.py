@@ -53,9 +53,7 @@ class DraftingEngine(PlainEngine):
     """Several tokens of each row for each step of the model."""
 
     def __init__(self, model: FlatModel, request: Request, drafts: Drafts, rows: int):
-        """
-        rows: how many are at work at a time.
-        """
+        """`rows`: how many run at a time."""
         super().__init__(model, request, drafts.more_columns(rows), drafts.count + 1)
         self._drafts = drafts
 
@@ -149,8 +147,10 @@ def _is_full(s: Speculation, count: int) -> Bool[Array, ""]:
 
 @partial(jax.jit, static_argnames="count", donate_argnames="s")
 def _place(s: Speculation, new: Speculation, places: Int[Array, " r"], *, count: int) -> Speculation:
-    """As `place_rows`. Columns behind the one that is written next are free here, so that one goes to where all columns
-    of the new rows have room before it; what other rows have there becomes a hole."""
+    """As `place_rows`, but the write column may move forward, because the columns after it are free.
+
+    It moves to where all columns of the new rows fit before it. The columns that this adds to other rows are holes.
+    """
 
     def put(x: Array, y: Array) -> Array:
         return x.at[places].set(y, mode="drop")
@@ -253,8 +253,10 @@ def _propose(drafts: Drafts, s: Speculation, options: SamplingOptions, wanted: I
 
 
 def _look_up(history: History, ngram: Int[Array, ""], count: int) -> tuple[Int[Array, "R k"], Int[Array, " R"]]:
-    """What followed where the last tokens were before: as many of them as possible, at most `ngram`; of several places
-    the first (as HF). And how many tokens that is."""
+    """The tokens that followed an earlier occurrence of the row's last tokens, and their number.
+
+    The longest match counts, of at most `ngram` tokens; of equally long ones the first, as in HF.
+    """
     tokens, columns = history.tokens, jnp.arange(history.tokens.shape[1], dtype=jnp.int32)[None]
 
     def compare(i, state):  # the token i before each column is the i-th last token
@@ -340,8 +342,10 @@ def _accept_or_correct(
     real: Bool[Array, "R k"],
     options: SamplingOptions,
 ) -> tuple[Int[Array, "R n"], Int[Array, " R"]]:
-    """A draft drawn from q is accepted with probability min(1, p / q); the first that is not is replaced by a draw from
-    max(p - q, 0), normalised. So each token is drawn from p (theorem 1 of Chen et al.). Looked up: q is 1 at the draft.
+    """Accept a draft from q with probability min(1, p / q); replace the first rejected one by a new draw.
+
+    The new draw is from max(p - q, 0), normalised. So each token is distributed as p (theorem 1 of Chen et al.). For a
+    draft of prompt lookup, q is 1 at the draft.
     """
     p = jax.nn.softmax(logits, axis=-1)
     if probabilities is None:
@@ -387,8 +391,10 @@ def _repeated(options: SamplingOptions, rows: int, n: int) -> SamplingOptions:
 
 
 def _keys(options: SamplingOptions, step: Int[Array, " R"], purpose: int) -> Key[Array, " R"]:
-    """A key of its own for all that a row draws. What is drawn for a step after a rejected draft is thrown away, before
-    anything depended on it; so that the same keys may be used again."""
+    """A key for each row, step and kind of draw.
+
+    Draws for steps after a rejected draft are discarded before anything depends on them, so their keys are used again.
+    """
     keys = sampling.row_keys(options.seeds, options.samples, step)
     return jax.vmap(jax.random.fold_in, (0, None))(keys, purpose)
 

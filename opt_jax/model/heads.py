@@ -114,6 +114,7 @@ class OPTPreTrainedModel(nnx.Module):
 
     @property
     def base_model(self) -> "OPTModel":
+        """The model without its head."""
         return self.model
 
     def init_cache(self, batch_size: int, max_length: int, dtype: DTypeLike | None = None) -> kv.KVCache:
@@ -152,6 +153,7 @@ class OPTModel(OPTPreTrainedModel):
 
     @property
     def base_model(self) -> "OPTModel":
+        """The model itself, which has no head."""
         return self
 
     def forward(self, input_ids: Ids = None, attention_mask: Mask = None, **rest: Any) -> BaseModelOutput:
@@ -176,6 +178,7 @@ class OPTForCausalLM(OPTPreTrainedModel):
         logits_to_keep: int = 0,
         **rest: Any,
     ) -> CausalLMOutput:
+        """As a call, without its checks, inside of `jax.jit`; `rest`: the other fields of `DecoderInputs`."""
         out = self.model.forward(input_ids, attention_mask, **rest)
         logits = self.logits(out.last_hidden_state[:, -logits_to_keep:])
         loss = None if labels is None else causal_lm_loss(logits, labels)
@@ -215,6 +218,7 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
     def forward(
         self, input_ids: Ids = None, attention_mask: Mask = None, *, labels: Labels = None, **rest: Any
     ) -> SequenceClassifierOutput:
+        """As a call, without its checks, inside of `jax.jit`; `rest`: the other fields of `DecoderInputs`."""
         out = self.model.forward(input_ids, attention_mask, **rest)
         x, pad = out.last_hidden_state, self.config.pad_token_id
         if pad is None and x.shape[0] > 1:
@@ -246,6 +250,7 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
         end_positions: Int[Array, "..."] | None = None,
         **rest: Any,
     ) -> QuestionAnsweringOutput:
+        """As a call, without its checks, inside of `jax.jit`; `rest`: the other fields of `DecoderInputs`."""
         out = self.model.forward(input_ids, attention_mask, **rest)
         start, end = jnp.moveaxis(self.qa_outputs(out.last_hidden_state), -1, 0)
         loss = None

@@ -89,8 +89,10 @@ def _array(name: str, value: Any) -> jax.Array:
 
 
 def _within(name: str, x: jax.Array, low: int, high: int) -> jax.Array:
-    """Checked; under `jax.jit`, what is below `low` becomes the greatest int32, which gives NaN: a table is indexed
-    with a negative number from its end. (What is above `high` gives NaN as it is.)"""
+    """The ids, checked. Under `jax.jit` an id below `low` becomes the largest int32, for which the result is NaN.
+
+    (A negative id would index the table from its end. An id above `high` gives NaN by itself.)
+    """
     if _is_known(x):
         check_range(name, x, low, high)
         return x
@@ -98,8 +100,10 @@ def _within(name: str, x: jax.Array, low: int, high: int) -> jax.Array:
 
 
 def _cap(x: jax.Array) -> jax.Array:
-    """Under `jax.jit`, values outside int32 become the greatest int32, which gives NaN: a cast would wrap them to other
-    ids. A dtype whose values all fit into int32 is returned as it is."""
+    """The ids as int32. Under `jax.jit` a value outside of int32 becomes the largest int32, which gives NaN.
+
+    (A cast would wrap it to another id.) A dtype whose values all fit into int32 is returned unchanged.
+    """
     limits = jnp.iinfo(x.dtype)
     if LEAST <= limits.min and limits.max <= MOST:
         return x

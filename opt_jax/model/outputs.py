@@ -39,24 +39,32 @@ class ModelOutput:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaseModelOutput(ModelOutput):
+    """The output of `OPTModel`."""
+
     last_hidden_state: Float[Array, "B T P"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CausalLMOutput(ModelOutput):
+    """The output of `OPTForCausalLM`."""
+
     logits: Float[Array, "B T V"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SequenceClassifierOutput(ModelOutput):
+    """The output of `OPTForSequenceClassification`."""
+
     logits: Float[Array, "B num_labels"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuestionAnsweringOutput(ModelOutput):
+    """The output of `OPTForQuestionAnswering`."""
+
     start_logits: Float[Array, "B T"]
     end_logits: Float[Array, "B T"]
 

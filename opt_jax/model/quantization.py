@@ -24,6 +24,8 @@ class Int8Linear(nnx.Module):
         self.dtype = linear.preferred_element_type or linear.dtype
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+        """The product with the dequantized weights, in the compute dtype."""
+        """The product with the dequantized weights, in the compute dtype."""
         out = int8.einsum("btd,fd->btf", x, self.weight.get_value()) * self.scale.get_value().mT[None]
         if self.bias is not None:
             out += self.bias.get_value().astype(jnp.float32)[None, None]
@@ -39,10 +41,13 @@ class Int8Embed(nnx.Module):
         self.dtype = embed.dtype
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T P"]:
+        """Rows of the table by id."""
+        """Rows of the table by id."""
         rows = Int8Array(self.weight.get_value()[ids], self.scale.get_value()[ids])
         return rows.dequantize().astype(self.dtype)
 
     def attend(self, x: Float[Array, "B T P"]) -> Float[Array, "B T V"]:
+        """Logits in float32, as `decoder.Embed.attend`."""
         return int8.einsum("btp,vp->btv", x, self.weight.get_value()) * self.scale.get_value().mT[None]
 
 

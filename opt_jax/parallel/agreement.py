@@ -97,8 +97,11 @@ def _gather(data: bytes) -> list[bytes]:
 
 
 def check_same_code(*files: str | os.PathLike[str]) -> None:
-    """`check_same` of what runs here: hashes of this library's sources and of `files`, versions of packages, variables
-    that change what is compiled."""
+    """`check_same` of the code of each process.
+
+    Compares hashes of this library's sources and of `files`, versions of packages, and environment variables that
+    change what is compiled.
+    """
     if jax.process_count() == 1:
         return
     root = Path(__file__).parents[1]

@@ -73,8 +73,10 @@ class Program:
                 self.computations[current][instruction.name] = instruction
 
     def executed(self, computation: str | None = None, times: int = 1) -> Iterator[tuple[str, Instruction, int]]:
-        """(computation, instruction, how often it runs) of the whole program, fusions included; a branch of a
-        conditional, and a loop whose trip count nobody can tell, counts once."""
+        """(computation, instruction, how often it runs) of the program, fusions included.
+
+        A branch of a conditional, and a loop whose trip count is unknown, count once.
+        """
         name = computation or self.entry
         for instruction in self.computations[name].values():
             yield name, instruction, times

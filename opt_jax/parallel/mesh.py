@@ -86,6 +86,7 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds completely."""
     return NamedSharding(mesh, P())
 
 

@@ -114,8 +114,10 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def constrain(x: jax.Array, name: str) -> jax.Array:
-    """Pin the layout of a named activation; a no-op without a mesh. Axes that do not divide a dimension are left out
-    (a decode step has one token, which no axis can split)."""
+    """Pin the layout of a named activation. Does nothing without a mesh.
+
+    Axes that do not divide a dimension are left out. (A decode step has one token, which no axis can split.)
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or is_per_device():
         return x
@@ -127,10 +129,9 @@ def constrain(x: jax.Array, name: str) -> jax.Array:
 
 
 def per_device(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`function` of each device's own parts of the arguments. A part of the batch is rows; of the residual stream, rows
-    and tokens.
+    """`function` of each device's own parts of the arguments.
 
-    Differentiate within `function`.
+    A part of the batch is rows; of the residual stream, rows and tokens. Differentiate within `function`.
     """
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 

@@ -1,1 +1,1 @@
-"""What the operating system gives and refuses: files, temporary names, signals. No jax."""
+"""The operating system: files, temporary names, signals, and its errors. No jax."""

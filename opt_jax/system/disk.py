@@ -1,7 +1,7 @@
-"""What the operating system refuses, in one line: what failed, the path, what to do about it. No jax.
+"""Errors of the operating system in one line: the path, what failed, what to do. No jax.
 
-Python, TensorStore, Orbax and XLA each report a full disk in a form of their own. `disk_errors` makes one OSError of
-them, and `describe` is what the commands print.
+Python, TensorStore, Orbax and XLA each report a full disk in another form. `disk_errors` turns all of these into an
+OSError, and `describe` returns the line that the commands print.
 """
 
 import errno
@@ -40,9 +40,11 @@ _TENSORSTORE = re.compile(r"os_error_code='(\d+)'|\[OS error (\d+):")
 
 @contextmanager
 def disk_errors(path: str | os.PathLike, nbytes: int | None = None) -> Iterator[None]:
-    """Around writing `path`: what the operating system refuses becomes an OSError that says what to do.
+    """A context for writing `path`: an error of the operating system becomes an OSError that says what to do.
 
-    nbytes: so many are to be written.
+    Args:
+      path: what is written.
+      nbytes: the number of bytes to be written, for the message.
     """
     try:
         yield
@@ -53,8 +55,10 @@ def disk_errors(path: str | os.PathLike, nbytes: int | None = None) -> Iterator[
 
 
 def keep_standard_descriptors() -> None:
-    """Open descriptors 0 to 2 on the null device where they are closed (`2>&-`). Otherwise a file that is opened later
-    gets such a number, and what native code logs goes into it."""
+    """Open those of the descriptors 0 to 2 that are closed (`2>&-`) on the null device.
+
+    Otherwise a file that is opened later would get such a number, and logs of native code would go into it.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -63,7 +67,7 @@ def keep_standard_descriptors() -> None:
 
 
 def write_whole(path: Any, content: bytes) -> None:
-    """Write a small file into a directory that gets its final name later. It may be in an object store."""
+    """Write a small file into a directory that gets its final name later. May be in an object store."""
     with disk_errors(path, len(content)):
         path.write_bytes(content)
 
@@ -81,7 +85,7 @@ def _explained(error: BaseException, path: str, nbytes: int | None) -> OSError |
 
 
 def _number(error: BaseException) -> int | None:
-    """The errno, which Orbax and TensorStore pass on in a cause or in the text."""
+    """The errno of an error. Orbax and TensorStore have it in a cause or in the message."""
     while True:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno
@@ -107,7 +111,7 @@ def _room(number: int, path: str, nbytes: int | None) -> str:
 
 
 def free_bytes(path: str | os.PathLike) -> int:
-    """Free on the disk where `path` is, or is to be."""
+    """The number of free bytes on the disk of `path`, which need not exist."""
     place = Path(path).absolute()
     while not place.exists():
         place = place.parent
@@ -115,9 +119,9 @@ def free_bytes(path: str | os.PathLike) -> int:
 
 
 def describe(error: BaseException) -> str:
-    """`error` as the commands print it: of what the operating system refuses path, reason, and what to do.
+    """The error as one line for a command that ends: for an OSError the path, the reason, and what to do.
 
-    They end then. If it was stdout that could not be written, the rest of it is given up.
+    If stdout could not be written, stdout is replaced by the null device, because Python would flush it again at exit.
     """
     if not isinstance(error, OSError) or not error.strerror:
         return one_line(error)
@@ -126,14 +130,14 @@ def describe(error: BaseException) -> str:
         try:
             print(end="", flush=True)
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at its exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             where = "standard output"
         if number == errno.ENOENT:
             try:
                 os.getcwd()
-            except FileNotFoundError:  # then this is what failed before: os.getcwd names no file
+            except FileNotFoundError:  # then os.getcwd failed before, too, whose error has no file name
                 where = "the current directory"
-    # A name that does not exist was most often mistyped.
+    # No advice for a name that does not exist, because most often it was mistyped.
     if what == os.strerror(number) and number in _ADVICE and _ADVICE[number] != _REMOVED:
         what = f"{what}{_room(number, str(where), None) if error.filename else ''}: {_ADVICE[number]}"
     return one_line(f"{where}: {what}" if where else what)
@@ -143,8 +147,11 @@ def describe(error: BaseException) -> str:
 def without_tracebacks(
     wanted: Callable[[logging.LogRecord], bool] = lambda record: not record.exc_info,
 ) -> Iterator[None]:
-    """Orbax logs, with a traceback, what its threads raise, which is raised again where it is waited for: only there
-    is it to be said. `wanted`: which records to log instead."""
+    """A context in which Orbax does not log tracebacks of its threads. The same errors are raised by the waiting call.
+
+    Args:
+      wanted: whether a record is logged.
+    """
     logger = logging.getLogger("absl")
     logger.addFilter(wanted)
     try:

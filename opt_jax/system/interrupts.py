@@ -1,7 +1,8 @@
 """Ctrl-C and SIGTERM that act at once and are not lost, whatever the main thread does. No jax.
 
-Python calls a handler in the main thread, when that is back in Python: after XLA's computation, or never. A
-KeyboardInterrupt is swallowed or wrapped in a callback, in a destructor, amid JAX's tracing. Here a thread is told.
+Python calls a signal handler in the main thread when that returns to Python: after XLA's computation, or never. A
+KeyboardInterrupt is swallowed or wrapped in a callback, in a destructor, or while JAX traces. So here another thread
+receives the signals.
 """
 
 import os
@@ -11,13 +12,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-INTERRUPTED = 128 + signal.SIGINT  # the exit code, as shells say of a program that Ctrl-C ended
-WAITING = (signal.SIGINT, signal.SIGTERM)  # in `delayed`
+INTERRUPTED = 128 + signal.SIGINT  # the exit code that shells report for a program ended by Ctrl-C
+WAITING = (signal.SIGINT, signal.SIGTERM)  # the signals that `delayed` delays
 _PATIENCE_SECONDS = 1.0
 
 
 class Signals:
-    """Context of the main thread in which another thread calls `act` with the number of each of these signals."""
+    """A context of the main thread in which another thread calls `act` with the number of each of these signals."""
 
     def __init__(self, act: Callable[[int], None], *numbers: int):
         self._act, self._numbers = act, numbers
@@ -46,15 +47,17 @@ class Signals:
 
 
 def say(line: str) -> None:
-    """To stderr, without the locks of Python's, which the main thread may hold. If that is a pipe which nobody reads,
-    the line is given up: waiting, this thread would learn of no other signal."""
+    """Write a line to stderr without Python's lock of it, which the main thread may hold.
+
+    If stderr is a full pipe, the line is dropped after a moment, because a thread that waits receives no other signal.
+    """
     with suppress(OSError, ValueError):
         if select.select([], [2], [], _PATIENCE_SECONDS)[1]:
             os.write(2, f"{line}\n".encode())
 
 
 def ends_at_once(line: str) -> Signals:
-    """Context in which Ctrl-C prints the line and ends the process."""
+    """A context in which Ctrl-C prints the line and ends the process."""
 
     def act(_: int) -> None:
         say(line)
@@ -64,17 +67,18 @@ def ends_at_once(line: str) -> Signals:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, of `timeout`, SLURM or a container's end: cleans up as after Ctrl-C."""
+    """SIGTERM, as sent by `timeout`, SLURM or the end of a container. Code cleans up as after Ctrl-C."""
 
 
 @contextmanager
 def raises(where_ignored: bool = True) -> Iterator[None]:
-    """Context in which Ctrl-C raises KeyboardInterrupt, and SIGTERM `Terminated`.
+    """A context in which Ctrl-C raises KeyboardInterrupt, and SIGTERM raises `Terminated`.
 
-    An extension module makes an ImportError of one that comes while it is imported. So once a signal has come, that is
-    what the block raises, whatever else ends it.
+    An extension module that is being imported turns these into an ImportError. So after a signal the context raises
+    the signal's exception in place of any other.
 
-    where_ignored: Ctrl-C does so even where a shell has started us with it ignored.
+    Args:
+      where_ignored: Ctrl-C acts even if this process was started with Ctrl-C ignored.
     """
     kinds = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
     came: list[int] = []
@@ -98,21 +102,21 @@ def raises(where_ignored: bool = True) -> Iterator[None]:
 
 @contextmanager
 def delayed() -> Iterator[None]:
-    """Context of the main thread in which Ctrl-C and SIGTERM wait; they act when it ends.
+    """A context of the main thread that delays Ctrl-C and SIGTERM to its end.
 
-    A process that is started in it has them blocked, until it unblocks `WAITING` (`signal.pthread_sigmask`).
+    In a process that is started in it, they are blocked until it unblocks `WAITING` (`signal.pthread_sigmask`).
     """
-    if threading.current_thread() is not threading.main_thread():  # handlers never run there
+    if threading.current_thread() is not threading.main_thread():  # handlers run in the main thread only
         yield
         return
     came: list[int] = []
-    # The mask alone is not enough: another thread may take the signal, and Python calls the handler in this one.
+    # The mask alone is not enough: another thread may receive the signal, and Python calls the handler in this one.
     before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in WAITING}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, WAITING)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # what has waited is recorded here
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # now the handler records the blocked signals
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         for number in came:
@@ -120,5 +124,5 @@ def delayed() -> Iterator[None]:
 
 
 def exit_code(interrupt: KeyboardInterrupt) -> int:
-    """As shells say it of a program that the signal ended."""
+    """The exit code that shells report for a program ended by the signal."""
     return 128 + (signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Opens files that others have written: regular files only, and small ones up to a size. No jax."""
+"""Reads files that others have written: regular files only, small files up to a limit. No jax."""
 
 import json
 import os
@@ -10,22 +10,22 @@ from typing import IO, Any
 
 from opt_jax.system.messages import shown
 
-MOST_LEVELS = 50  # of JSON; those of a tokenizer.json with every option have less than ten
-SMALL_FILE = 128 << 20  # bytes: of a config, a tokenizer's file, an index. The largest known has 5 MB
+MOST_LEVELS = 50  # of JSON; a tokenizer.json with every option has less than ten
+SMALL_FILE = 128 << 20  # the most bytes of a config, a tokenizer file or an index. The largest known has 5 MB
 
 
 def open_regular(path: str | os.PathLike) -> IO[bytes]:
-    """The file on this machine, opened for reading, links followed.
+    """The local file, opened for reading. Links are followed.
 
     Raises:
-      ValueError: a pipe, a device, a directory, ...: reading could wait for ever, or never end.
+      ValueError: it is a pipe, a device, a directory, ...: reading could wait for ever, or never end.
       OSError: it cannot be opened.
     """
     return open(path, "rb", opener=_open)
 
 
 def _open(path: str, flags: int) -> int:
-    descriptor = os.open(path, flags | os.O_NONBLOCK)  # a pipe waits for its writer otherwise
+    descriptor = os.open(path, flags | os.O_NONBLOCK)  # otherwise opening a pipe waits for its writer
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise ValueError(f"{path} is not a regular file")
@@ -33,7 +33,7 @@ def _open(path: str, flags: int) -> int:
 
 
 def read_small(path: os.PathLike, limit: int = SMALL_FILE) -> bytes:
-    """The content of a file of at most `limit` bytes; it may be in an object store, as one of `epath`'s paths.
+    """The content of a file of at most `limit` bytes. It may be in an object store, as an `epath` path.
 
     Raises:
       ValueError: it is larger, or see `open_regular`.
@@ -49,11 +49,15 @@ def read_small(path: os.PathLike, limit: int = SMALL_FILE) -> bytes:
 
 
 def json_object(content: bytes | str, where: object, levels: int = MOST_LEVELS) -> dict[str, Any]:
-    """The JSON object that a file holds; `where`: what messages call the file.
+    """The JSON object in the content of a file.
+
+    Args:
+      content: the content.
+      where: the file, for messages.
+      levels: the most levels of nested objects and lists. (Recursive code would otherwise exceed Python's limit.)
 
     Raises:
-      ValueError: it is no JSON, no object, or has objects and lists in each other at more than so many levels. (What
-        walks through them calls itself for each, and Python has an end of that.)
+      ValueError: it is not JSON, not an object, or has more levels.
     """
     try:
         value = json.loads(content.decode() if isinstance(content, bytes) else content)
@@ -78,17 +82,17 @@ def _check_size(path: os.PathLike, size: int, limit: int) -> None:
         raise ValueError(f"{path} has {size:,} bytes, more than the {limit:,} that such a file may have")
 
 
-# Field of a file -> the values that ask for nothing, and what to do instead of any other.
+# Field of a file -> its neutral values, and what to do instead of setting any other.
 FieldsWithoutEffect = Mapping[str, tuple[tuple, str]]
 
 
 def asks_for_nothing(value: object, harmless: tuple) -> bool:
-    """Whether the value is None or one of the harmless ones. A sequence never is: NumPy would compare its elements."""
+    """Whether the value is None or one of `harmless`. False for a sequence, whose elements NumPy would compare."""
     return value is None or not hasattr(value, "__len__") and value in harmless
 
 
 def note_without_effect(where: object, content: Mapping[str, Any], fields: FieldsWithoutEffect) -> None:
-    """Warn of the fields of a file that have no effect. (Python shows a warning once, and so once for each file.)"""
+    """Warn of the fields of a file that have no effect. Python shows the warning once for each file."""
     noted = [name for name in content if name in fields and not asks_for_nothing(content[name], fields[name][0])]
     if noted:
         what = ", ".join(f"{name}={shown(content[name], 60)} ({fields[name][1]})" for name in noted)
@@ -96,13 +100,14 @@ def note_without_effect(where: object, content: Mapping[str, Any], fields: Field
 
 
 def name_from_outside(name: object, directories: bool = False) -> str:
-    """The name, if a file of this name lies inside the directory that it is put into or looked for in.
+    """The name, after checking that it is the name of a file inside of a directory.
 
     Args:
-      directories: whether it may lie in a directory there.
+      name: a name from a foreign file or server.
+      directories: whether the name may contain directories.
 
     Raises:
-      ValueError: it is no name, an absolute one, or leads outside.
+      ValueError: it is not a name, is absolute, or leads out of the directory.
     """
     parts = name.split("/") if isinstance(name, str) and directories else [name]
     pattern = r"[^\\\x00-\x1f\x7f]+" if directories else r"[\w-][\w.-]*"

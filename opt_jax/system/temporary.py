@@ -1,7 +1,7 @@
-"""Files and directories that are written beside their final name; only these are ever cleared. No jax.
+"""Files and directories that are written under a temporary name and then renamed. No jax.
 
-What a killed process has left behind is cleared by the next one that writes the same thing. It is known by what no
-other program leaves there: a directory by the file `MARKER` in it, which is its lock as well; a file by its name.
+The next process that writes the same file or directory removes what a killed process has left, and nothing else. It
+recognises such a directory by the file `MARKER` in it, which is also its lock, and such a file by its name.
 """
 
 import errno
@@ -25,8 +25,8 @@ _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def refuse_links(*paths: str | os.PathLike) -> None:
-    """Raise FileExistsError if a name to be written or cleared is a symbolic link: what it points to is not ours."""
-    for path in map(Path, paths):  # without a slash at the end, behind which lies what the link points to
+    """Raise FileExistsError if a name to be written or cleared is a symbolic link, whose target may not be ours."""
+    for path in map(Path, paths):  # Path removes a trailing slash, with which the link would be followed
         if path.is_symlink():
             raise FileExistsError(
                 f"{path} is a symbolic link to {os.readlink(path)}, and links are neither written nor cleared: "
@@ -39,10 +39,11 @@ def refuse_links(*paths: str | os.PathLike) -> None:
 
 @dataclass(frozen=True)
 class TemporaryPlace:
-    """A directory that comes and goes.
+    """A temporary directory.
 
     Attributes:
-      names: pattern of all that is put into it. With anything else in it, the directory is left alone.
+      path: the directory.
+      names: pattern of the names that we put into it. A directory with any other name in it is left alone.
     """
 
     path: Path
@@ -50,13 +51,13 @@ class TemporaryPlace:
 
     @contextmanager
     def locked(self, wait: bool = True) -> Iterator[None]:
-        """Create the directory, or take it over from a process that has ended; no other has the lock until the block
-        ends.
+        """A context that has the lock of the directory. Creates the directory, or takes it over from an ended process.
 
-        wait: for a process that has the lock.
+        Args:
+          wait: wait for a process that has the lock.
 
         Raises:
-          FileExistsError: the directory is a link, or holds what is not ours; or, without `wait`, is in use.
+          FileExistsError: the directory is a link, or holds other files than ours; or it is in use, without `wait`.
         """
         lock = self._lock(wait)
         try:
@@ -73,7 +74,7 @@ class TemporaryPlace:
                 self._check_content()
                 if (lock := lock_file(marker, wait)) is not None:
                     return lock
-            except FileNotFoundError:  # removed by its last owner in this moment
+            except FileNotFoundError:  # its last owner has just removed it
                 continue
             except BlockingIOError:
                 raise FileExistsError(f"{self.path} is in use: another process is writing this now") from None
@@ -92,17 +93,17 @@ class TemporaryPlace:
         return known and not os.path.islink(self.path / name)
 
     def clear(self) -> None:
-        """Remove what is in the directory; for who has the lock."""
+        """Remove our files in the directory. The caller has the lock."""
         for name in os.listdir(self.path):
             if name != MARKER and self._is_ours(name):
                 path = self.path / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def remove(self) -> None:
-        """Remove the directory, for who has the lock. What cannot be removed, or is not ours, stays."""
+        """Remove the directory. The caller has the lock. Files that cannot be removed, or are not ours, stay."""
         with suppress(OSError):
             self.clear()
-            (self.path / MARKER).unlink()  # last: while anything is left, it carries the marker
+            (self.path / MARKER).unlink()  # last, so that a directory with files in it has the marker
             self.path.rmdir()
 
 
@@ -110,9 +111,10 @@ class TemporaryPlace:
 
 
 def lock_file(path: str | os.PathLike, wait: bool = False) -> int | None:
-    """A descriptor of the file, created if need be. It has the lock until it is closed, or this process ends.
+    """A descriptor of the file, which is created if necessary. It has the lock until it is closed or the process ends.
 
-    None: the file was removed by who had the lock, so it is of no use.
+    Returns:
+      The descriptor; None if the last owner of the lock has removed the file.
 
     Raises:
       BlockingIOError: another process has the lock, and `wait` is false.
@@ -131,7 +133,7 @@ def lock_file(path: str | os.PathLike, wait: bool = False) -> int | None:
 
 
 def is_same(fd: int, path: str | os.PathLike) -> bool:
-    """Whether the open file is still the one of this name."""
+    """Whether the open file is still the file at `path`."""
     try:
         return os.path.samestat(os.fstat(fd), os.lstat(path))
     except FileNotFoundError:
@@ -139,13 +141,13 @@ def is_same(fd: int, path: str | os.PathLike) -> bool:
 
 
 def _lock(fd: int, wait: bool = False) -> bool:
-    """Whether the lock could be had."""
+    """Whether the lock was acquired."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError as e:
-        # Some Lustre and NFS mounts have no locks; NFS has none of directories (EBADF).
+        # Some Lustre and NFS mounts have no locks, and NFS has no locks of directories (EBADF).
         if e.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF):
             raise
     return True
@@ -156,18 +158,20 @@ def _lock(fd: int, wait: bool = False) -> bool:
 
 @contextmanager
 def new_file(path: str | os.PathLike, nbytes: int | None = None) -> Iterator[BinaryIO]:
-    """A file whose content becomes `path` when the block ends, in place of what is there, and vanishes if it raises.
+    """A context with a file that replaces `path` when the block ends, and is removed if it raises.
 
-    nbytes: how many it will have, for the error of a full disk.
+    Args:
+      path: the final name.
+      nbytes: the size that the file will have, for the error of a full disk.
 
     Raises:
-      FileExistsError: `path` is a link, or no regular file; or another process is writing it now.
-      IsADirectoryError: it is a directory.
+      FileExistsError: `path` is a link, or not a regular file; or another process is writing it now.
+      IsADirectoryError: `path` is a directory.
     """
     path = Path(path)
     _refuse_no_file(path)
     part = _part_of(path)
-    # Of two that begin in the same moment one sees the other, which has its lock.
+    # If two processes start at the same time, one of them sees the other's file, which is locked.
     with disk_errors(path, nbytes), _alone_in(path.parent):
         for left in unfinished_files(path.parent, re.escape(path.name)):
             if in_use(left):
@@ -179,7 +183,7 @@ def new_file(path: str | os.PathLike, nbytes: int | None = None) -> Iterator[Bin
         try:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # who sees the name, after a crash of the machine too, sees all of the content
+            os.fsync(file.fileno())  # so that even after a crash of the machine the name has the complete content
             refuse_links(path)
             os.rename(part, path)
         finally:
@@ -187,7 +191,7 @@ def new_file(path: str | os.PathLike, nbytes: int | None = None) -> Iterator[Bin
 
 
 def write_file(path: str | os.PathLike, content: bytes) -> None:
-    """Write the file as a whole. If that fails, what was there before stays.
+    """Replace the file by one with this content. On failure the old file stays.
 
     Raises:
       FileExistsError, IsADirectoryError, OSError: see `new_file`.
@@ -197,13 +201,16 @@ def write_file(path: str | os.PathLike, content: bytes) -> None:
 
 
 def check_new_file(path: str | os.PathLike, is_ours: Callable[[bytes], bool], what: str) -> None:
-    """Raise before the work what `new_file` would raise behind it.
+    """Check, before the work whose result it will hold, that a file can be written.
 
-    is_ours: of the content of a file that is there; it is replaced by `what` only if it is one itself, or empty.
+    Args:
+      path: the file.
+      is_ours: whether the content of an existing file may be replaced. An empty file always may.
+      what: what such a file is, for messages.
 
     Raises:
-      FileExistsError: there is another file.
-      FileExistsError, IsADirectoryError, OSError: see `new_file`.
+      FileExistsError: a file exists that may not be replaced; or see `new_file`.
+      IsADirectoryError, OSError: see `new_file`.
     """
     path = Path(path)
     _refuse_no_file(path)
@@ -220,18 +227,20 @@ def _refuse_no_file(path: Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if path.exists() and not path.is_file():
-        raise FileExistsError(f"{path} is a pipe or a device, which no file takes the place of: choose another name")
+        raise FileExistsError(f"{path} is a pipe or a device, which is never replaced by a file: choose another name")
 
 
 def _part_of(path: Path) -> Path:
-    # A name of its own: even where locks do not reach across machines, two writers never share a file.
+    # A unique name, so that two writers never share a file, even if locks do not work across machines.
     return path.with_name(f"{path.name}.opt-jax-{uuid.uuid4().hex}.part")
 
 
 @contextmanager
 def _alone_in(directory: Path) -> Iterator[None]:
-    """For a moment: no other process is in such a block for this directory. Who keeps the lock for long is not one of
-    ours, and is not waited for."""
+    """A context that no other of our processes enters for this directory at the same time.
+
+    It waits for two seconds at most. (Our processes hold the lock briefly; another program might keep it.)
+    """
     lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for _ in range(200):
@@ -244,14 +253,19 @@ def _alone_in(directory: Path) -> Iterator[None]:
 
 
 def unfinished_files(directory: Path, name: str = ".*") -> list[Path]:
-    """What `new_file` was writing in the directory, for files whose names match, when it was killed; or is writing."""
+    """The temporary files of `new_file` in the directory, of killed and of running processes.
+
+    Args:
+      directory: the directory.
+      name: a regular expression for the final names.
+    """
     pattern = re.compile(f"{name}\\.opt-jax-[0-9a-f]{{32}}\\.part", re.DOTALL)
     names = [entry for entry in os.listdir(directory) if pattern.fullmatch(entry)]
     return [directory / entry for entry in sorted(names) if not os.path.islink(directory / entry)]
 
 
 def in_use(part: Path) -> bool:
-    """Whether a process is writing this unfinished file."""
+    """Whether a process is writing this temporary file."""
     try:
         fd = os.open(part, os.O_RDWR | os.O_NOFOLLOW)
     except FileNotFoundError:

@@ -20,14 +20,14 @@ DEFAULT_BATCH_SIZE = 8
 def pipeline(
     task: str = "text-generation", model: Any = "tiny", tokenizer: Any = None, **options
 ) -> "TextGenerationPipeline":
-    """A text generator, called and answering like `transformers.pipeline("text-generation", ...)`.
+    """A text generator with the interface of `transformers.pipeline("text-generation", ...)`.
 
     Args:
       task: "text-generation".
-      model: what `OPTForCausalLM.from_pretrained` takes, or such a model.
-      tokenizer: what `OPTTokenizer.from_pretrained` takes, or an `OPTTokenizer`; by default the one of the named model.
+      model: a name for `OPTForCausalLM.from_pretrained`, or a model.
+      tokenizer: a name for `OPTTokenizer.from_pretrained`, or an `OPTTokenizer`; default: that of the named model.
       **options: for a named model, `from_pretrained`'s `dtype`, `param_dtype`, `mesh`, `revision`, `cache_dir`,
-        `local_files_only`; the others become defaults of every call.
+        `local_files_only`. All others become defaults of every call.
 
     Raises:
       ValueError: another task; a model object without a tokenizer, or with options for loading.
@@ -51,30 +51,30 @@ def pipeline(
 
 
 class TextGenerationPipeline:
-    """What `pipeline` returns. By default it samples as HF's does: temperature 0.7, top_k 50, 256 new tokens.
+    """A text generator, as `pipeline` returns it. By default it samples like HF's: temperature 0.7, top_k 50.
 
-    Deviations from HF: those 256 shrink to what the context leaves; of a list `batch_size` prompts are at work at a
-    time (HF: one), and one that has ended makes room for the next; the same call gives the same text unless `seed`
-    changes.
+    The default is 256 new tokens, as in HF. Deviations from HF: the 256 are reduced to the room that the context has.
+    Of a list, `batch_size` prompts run at a time (HF: one), with continuous batching. The same call returns the same
+    text unless `seed` changes.
     """
 
     def __init__(self, model: Any, tokenizer: OPTTokenizer, **defaults):
         self.task, self.model, self.tokenizer, self._defaults = "text-generation", model, tokenizer, defaults
 
     def __call__(self, text_inputs: str | Sequence[str], **options) -> list:
-        """Continues one prompt or several.
+        """Continues one or more prompts.
 
         Args:
           text_inputs: a string, or a sequence of strings.
           **options: `return_full_text` (True: the prompt is part of the result), `skip_special_tokens` (True),
-            `add_special_tokens` (True), `batch_size` (8), `progress_bar` (on a terminal, for more than `batch_size`
-            prompts); everything else goes to `model.generate`.
+            `add_special_tokens` (True), `batch_size` (8), `progress_bar` (default: on a terminal, for more than
+            `batch_size` prompts). All others are passed to `model.generate`.
 
         Returns:
           `[{"generated_text": str}]` for a string; a list of such lists for a sequence.
 
         Raises:
-          ValueError: the input is not text; what `generate` raises.
+          ValueError: the input is not text; or as `generate` raises it.
         """
         options = override(_flat(self._defaults), _flat(options))
         full, skip = options.pop("return_full_text", True), options.pop("skip_special_tokens", True)
@@ -109,18 +109,25 @@ class TextGenerationPipeline:
 
 
 def _flat(options: dict[str, Any]) -> dict[str, Any]:
-    """The options, over those of a `generation_config` among them."""
+    """The options, merged over those of an option `generation_config`."""
     others = {name: value for name, value in options.items() if name != "generation_config"}
     return override(options_of(options.get("generation_config")), others)
 
 
 def stream_text(model: Any, tokenizer: OPTTokenizer, prompt: str | BatchEncoding, **options: Any) -> Iterator[str]:
-    """The continuation of a prompt, in pieces of whole characters as they are made; options as in `model.generate`.
+    """The continuation of a prompt, piece by piece as it is generated. A piece never ends inside of a character.
 
-    prompt: a text, or what the tokenizer made of one, [1, T]. What generation refuses is raised at once.
+    Args:
+      model: an `OPTForCausalLM`.
+      tokenizer: its tokenizer.
+      prompt: a text, or the tokenizer's output for one text, [1, T].
+      **options: those of `model.generate`.
+
+    Raises:
+      ValueError: as `model.generate`, when this function is called and not when the first piece is read.
     """
     if _flat(options).get("num_return_sequences", 1) != 1:
-        raise ValueError("stream_text gives one text: leave num_return_sequences alone")
+        raise ValueError("stream_text returns one text: leave out num_return_sequences")
     options["num_return_sequences"] = 1  # whatever the checkpoint says
     inputs = tokenizer(prompt, return_tensors="np") if isinstance(prompt, str) else prompt
     if len(inputs["input_ids"]) != 1:
@@ -139,20 +146,20 @@ def stream_text(model: Any, tokenizer: OPTTokenizer, prompt: str | BatchEncoding
 
 
 class TokenScore(NamedTuple):
-    """A token of a text and its log-probability after those before it; None for the first, which nothing predicts."""
+    """A token of a text, and its log-probability after the tokens before it (None for the first token)."""
 
     token_id: int
-    text: str  # U+FFFD for parts of characters
+    text: str  # U+FFFD for an incomplete character
     logprob: float | None
 
 
 def score_texts(
     model: Any, tokenizer: OPTTokenizer, texts: Sequence[str], prompts: Sequence[str] | None = None
 ) -> list[list[TokenScore]]:
-    """How likely the model finds each text, token by token; with `prompts`, as the continuation of each of them.
+    """The log-probability of each token of each text; with `prompts`, of text i as the continuation of prompt i.
 
     Raises:
-      ValueError: not as many prompts as texts, an empty text after a prompt, or more tokens than the context has.
+      ValueError: the numbers of prompts and texts differ, a text is empty, or a row is longer than the context.
     """
     if isinstance(texts, str) or isinstance(prompts, str):
         raise ValueError("score_texts takes sequences of strings")

@@ -1,6 +1,6 @@
-"""Text while its tokens come: decoding one by one, and stop strings. No jax.
+"""Decoding token by token, and stop strings. No jax.
 
-`tokenizer`: an `opt_jax.OPTTokenizer`, everywhere here.
+In this module `tokenizer` is an `opt_jax.OPTTokenizer`.
 """
 
 import codecs
@@ -14,13 +14,13 @@ import numpy as np
 from opt_jax.system.messages import shown
 from opt_jax.text.vocabulary import check_ids, to_list
 
-_MOST_BYTES = 1000  # of all stop strings: 100 MB of states for OPT's vocabulary
+_MOST_BYTES = 1000  # of all stop strings together: their states take 100 MB for OPT's vocabulary
 
 
 class TextStream:
-    """Text from ids as they come, never half a character; in total equal to `tokenizer.decode` of all ids.
+    """Decodes ids one after the other into complete characters. The total is `tokenizer.decode` of all ids.
 
-    Each id costs the bytes of its own token: nothing is decoded twice.
+    No id is decoded twice, so the cost of an id does not depend on the ids before it.
     """
 
     def __init__(self, tokenizer: Any, skip_special_tokens: bool = True):
@@ -29,11 +29,11 @@ class TextStream:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def put(self, token_ids: Any) -> str:
-        """Takes one id or several; returns the text that they complete, possibly ""."""
+        """The characters that one or more further ids complete, possibly ""."""
         return self._utf8.decode(b"".join(map(self._bytes, check_ids(to_list(token_ids)))))
 
     def end(self) -> str:
-        """What is left over: U+FFFD where the last character is incomplete, else "". The stream starts afresh."""
+        """The rest: U+FFFD if the last character is incomplete, else "". Resets the stream."""
         return self._utf8.decode(b"", final=True)
 
     def _bytes(self, token_id: int) -> bytes:
@@ -42,39 +42,47 @@ class TextStream:
 
 @dataclasses.dataclass(frozen=True)
 class StopStrings:
-    """When rows of tokens complete one of some strings, as arrays: compiled code looks while it decodes.
+    """Arrays with which compiled code finds the token that completes a stop string (Aho and Corasick, 1975).
 
-    A string may end anywhere in a token and straddle many. Bytes are compared, and special tokens count as their text.
-    A string may begin in the prompt, but not end there (all as in HF's `StopStringCriteria`).
+    A string may span tokens, and may end inside of a token. Bytes are compared, and special tokens count as their text.
+    A string may begin in the prompt, but not end there. All of this is as in HF's `StopStringCriteria`.
+
+    A state is the longest prefix of a string with which the text so far ends. State 0 is the empty prefix. The last
+    state means that a string was completed.
+
+    Attributes:
+      table: int16 [S, V], the state after each token, for each state before it. The number of states S is rounded up to
+        a multiple of 16, so that few sizes are compiled.
+      states: int32 [B], the state after each prompt.
     """
 
-    # [S, V]: the state behind each token in each state. A state says which beginning of a string the text so far ends
-    # with; 0: of none; the last one: a whole string was there (Aho and Corasick, 1975). The number of states is rounded
-    # up to a multiple of 16, so that few sizes are compiled.
-    table: np.ndarray  # int16
-    states: np.ndarray  # int32 [B]: behind each prompt
+    table: np.ndarray
+    states: np.ndarray
 
     @classmethod
     def of(cls, tokenizer: Any, strings: str | Sequence[str], prompts: Sequence[Any], vocab_size: int) -> "StopStrings":
-        """
+        """The arrays for stop strings and prompts.
+
         Args:
+          tokenizer: the tokenizer.
+          strings: one or more strings.
           prompts: the ids before each row's new tokens.
-          vocab_size: of the model; ids that the tokenizer does not know have no text.
+          vocab_size: that of the model. Ids that the tokenizer does not have count as empty texts.
 
         Raises:
-          ValueError: no string, an empty one, or something else; strings too long for a table.
+          ValueError: there is no string, one is empty or not a string, or they are too long for a table.
         """
         given: Any = strings.tolist() if hasattr(strings, "tolist") else strings  # type: ignore[reportAttributeAccessIssue]
         strings = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else []
         if not strings or not all(isinstance(string, str) and string for string in strings):
-            raise ValueError(f"stop_strings={shown(given)} must be a string or several, and none of them empty")
+            raise ValueError(f"stop_strings={shown(given)} must be a string or a list of strings, none of them empty")
         try:
             sought = tuple(sorted({string.encode() for string in strings}))
         except UnicodeEncodeError:
-            raise ValueError(f"stop_strings={shown(given)} has a lone surrogate, which is no Unicode") from None
+            raise ValueError(f"stop_strings={shown(given)} has a lone surrogate, which is not valid Unicode") from None
         if (length := sum(map(len, sought))) > _MOST_BYTES:
             raise ValueError(f"stop_strings have {length:,} bytes together, more than {_MOST_BYTES:,}: shorten them")
-        version = id(tokenizer.backend_tokenizer), len(tokenizer)  # others, once tokens are added
+        version = id(tokenizer.backend_tokenizer), len(tokenizer)  # changes when tokens are added
         states = _states(sought)
         tails = (b"".join(map(tokenizer.token_bytes, ids[-length:].tolist())) for ids in prompts)
         behind = [states[_longest_end(tail[-length:], states)] for tail in tails]
@@ -82,23 +90,23 @@ class StopStrings:
 
 
 def _states(sought: Sequence[bytes]) -> dict[bytes, int]:
-    """The beginnings of the strings, short ones first."""
+    """Prefix of a string -> its state, short prefixes first. Complete strings are not among them."""
     beginnings = {string[:i] for string in sought for i in range(len(string))}
     return {text: i for i, text in enumerate(sorted(beginnings, key=lambda text: (len(text), text)))}
 
 
 def _longest_end(text: bytes, states: Mapping[bytes, int]) -> bytes:
-    """The longest end of a text that is a state."""
+    """The longest suffix of a text that is a state."""
     return next(text[i:] for i in range(len(text) + 1) if text[i:] in states)
 
 
 @lru_cache(maxsize=4)
 def _table(sought: tuple[bytes, ...], tokenizer: Any, _version: Hashable, vocab_size: int) -> np.ndarray:
-    """int16 [S, V]: the state behind each token in each state."""
+    """The state after each token, for each state before it, int16 [S, V]."""
     states = _states(sought)
     last = -(-(len(states) + 1) // 16) * 16 - 1
-    table = np.zeros((len(states), 256), np.int16)  # behind each byte
-    for text, state in states.items():  # short ones first: what a byte does to a text it does to the text's end
+    table = np.zeros((len(states), 256), np.int16)  # the state after each byte
+    for text, state in states.items():  # short ones first, because a text's row starts as that of its longest suffix
         if text:
             table[state] = table[states[_longest_end(text[1:], states)]]
         for byte in range(256):
@@ -120,7 +128,7 @@ def _table(sought: tuple[bytes, ...], tokenizer: Any, _version: Hashable, vocab_
 
 @lru_cache(maxsize=2)
 def _token_bytes(tokenizer: Any, _version: Hashable, vocab_size: int) -> tuple[np.ndarray, list[int], np.ndarray]:
-    """Byte i of each token, uint8 [L, V], long tokens first; how many tokens have a byte i; the ids in this order."""
+    """(byte i of each token, uint8 [L, V], long tokens first; number of tokens with a byte i; ids in this order)."""
     texts = [tokenizer.token_bytes(i) for i in range(vocab_size)]
     lengths = np.array([len(text) for text in texts])
     order = np.argsort(-lengths, kind="stable")

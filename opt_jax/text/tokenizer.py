@@ -1,7 +1,7 @@
 """Text in and out: the tokenizer. No jax.
 
 OPT's tokenizer is GPT-2's byte-level BPE with RoBERTa's ids and `</s>` in front of every text. Ids and decoded text are
-those of Hugging Face's `AutoTokenizer` for facebook/opt-*; deviations are named in the docstrings.
+those of Hugging Face's `AutoTokenizer` for facebook/opt-*. Docstrings name the deviations.
 """
 
 import json
@@ -45,7 +45,7 @@ _BYTE |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not i
 
 
 class BatchEncoding(dict):
-    """What the tokenizer returns: a dict of `input_ids` and `attention_mask` that also has them as attributes."""
+    """What the tokenizer returns: a dict with `input_ids` and `attention_mask`, which are attributes too."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -55,19 +55,21 @@ class BatchEncoding(dict):
 
 
 class OPTTokenizer(Vocabulary):
-    """OPT's byte-level BPE tokenizer, called and read like `transformers.GPT2Tokenizer`. Its tokens: `Vocabulary`.
+    """OPT's byte-level BPE tokenizer, with the interface of `transformers.GPT2Tokenizer`.
 
-    Deviations from HF: arrays come back unless `return_tensors=None` asks for lists (HF's default). `padding_side` is
-    "left" (what generation needs) whatever the files say. With `vocab.json` and `merges.txt` a BOS is added unless
-    `tokenizer_config.json` says `"add_bos_token": false`; with `tokenizer.json`, if
-    that file adds one or the config says `true`. Setting an attribute that does not exist is an error.
+    The base class `Vocabulary` has the tokens and special tokens.
+
+    Deviations from HF: a call returns arrays unless `return_tensors=None` asks for lists, which is HF's default.
+    `padding_side` is "left", which generation needs, whatever the files say. With `vocab.json` and `merges.txt` a BOS
+    is added unless `tokenizer_config.json` says `"add_bos_token": false`; with `tokenizer.json`, if that file adds one
+    or the config says `true`. Setting an attribute that does not exist is an error.
 
     Args:
-      backend: a byte-level BPE of the `tokenizers` library; taken over and changed, not copied.
-      config: the content of `tokenizer_config.json` (special tokens, `add_bos_token`, `add_prefix_space`, ...); where
-        silent, OPT's.
-      padding_side, truncation_side: "left" or "right"; the latter by default what `config` says, else "right".
-        Truncation never removes the BOS.
+      backend: a byte-level BPE of the `tokenizers` library. It is changed, not copied.
+      config: the content of `tokenizer_config.json` (special tokens, `add_bos_token`, `add_prefix_space`, ...). Missing
+        fields have OPT's values.
+      padding_side: "left" or "right".
+      truncation_side: "left" or "right"; default: that of `config`, else "right". Truncation never removes the BOS.
 
     Raises:
       ValueError: the backend is not a byte-level BPE, or a special token is not in its vocabulary.
@@ -100,7 +102,7 @@ class OPTTokenizer(Vocabulary):
         ids = {int(i): _added_token(token) for i, token in config.get("added_tokens_decoder", {}).items()}
         check_added_lengths(token.content for token in ids.values())
         added = sorted(ids.items())
-        backend.add_tokens([token for _, token in added])  # at once: each call makes an automaton of all that there are
+        backend.add_tokens([token for _, token in added])  # in one call, because each builds an automaton of all
         for index, token in added:
             if backend.token_to_id(token.content) != index:
                 raise ValueError(f"added token {token.content!r} cannot get the id {index} that the files ask for")
@@ -129,13 +131,18 @@ class OPTTokenizer(Vocabulary):
     def from_file(
         cls, vocab: str | os.PathLike, merges: str | os.PathLike, config: dict | None = None, **sides
     ) -> "OPTTokenizer":
-        """The tokenizer of a `vocab.json` and a `merges.txt`; FileNotFoundError or ValueError if they are not."""
-        _check_sides(**sides)  # here: what fails below is said of the files
+        """The tokenizer of a `vocab.json` and a `merges.txt`.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: a file is malformed, or a side is not "left" or "right".
+        """
+        _check_sides(**sides)  # here, because errors below are reported as errors of the files
         for path in (vocab, merges):
             if not Path(path).is_file():
                 raise FileNotFoundError(f"{path}: no such tokenizer file")
         for path in (vocab, merges):
-            read_small(Path(path))  # once more by the library, which knows no limit
+            read_small(Path(path))  # checks the size; the library reads the file again, without a limit
 
         def load() -> "OPTTokenizer":
             backend: Any = Tokenizer(BPE.from_file(str(vocab), str(merges)))
@@ -152,9 +159,16 @@ class OPTTokenizer(Vocabulary):
     ) -> "OPTTokenizer":
         """The tokenizer of a hub id, a directory (`tokenizer.json`, or `vocab.json` and `merges.txt`) or "tiny".
 
-        Takes `padding_side` and `truncation_side`, too. FileNotFoundError or ValueError where there is no tokenizer.
+        Args:
+          name: the hub id, directory or "tiny".
+          revision, cache_dir, local_files_only: see `hub.resolve`.
+          **sides: `padding_side`, `truncation_side`.
+
+        Raises:
+          FileNotFoundError: there is no tokenizer.
+          ValueError: a file is malformed, or a side is not "left" or "right"; or see `hub.resolve`.
         """
-        _check_sides(**sides)  # here: what fails below is said of the files
+        _check_sides(**sides)  # here, because errors below are reported as errors of the files
         found = hub.resolve(
             name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, weights=False
         )
@@ -170,7 +184,7 @@ class OPTTokenizer(Vocabulary):
                     write_whole(Path(copy, file.name), read_small(file))
                 return cls.from_pretrained(copy, **sides)
         config = read_json(folder / "tokenizer_config.json")
-        if "added_tokens_decoder" not in config:  # else the other two files are leftovers of old versions, as in HF
+        if "added_tokens_decoder" not in config:  # otherwise the other two files are from old versions, as in HF
             config |= read_json(folder / "special_tokens_map.json")
             added = {} if fast.is_file() else read_json(folder / "added_tokens.json")
             if added:
@@ -184,13 +198,13 @@ class OPTTokenizer(Vocabulary):
         read_as(str(fast), lambda: check_added_ids(text, backend))
         backend.no_padding()
         backend.no_truncation()
-        config = {"add_bos_token": False} | config  # where silent, tokenizer.json knows
+        config = {"add_bos_token": False} | config  # by default tokenizer.json decides
         return read_as(str(folder), lambda: cls(backend, config, **sides))
 
     def __repr__(self) -> str:
         return f"OPTTokenizer(vocab_size={self.vocab_size}, bos={self.bos_token!r}, pad={self.pad_token!r})"
 
-    def __call__(
+    def __call__(  # noqa: PLR0913  (options, by keyword)
         self,
         text: str | Sequence[str],
         text_pair: str | Sequence[str] | None = None,
@@ -204,23 +218,26 @@ class OPTTokenizer(Vocabulary):
         pad_to_multiple_of: int | None = None,
         return_offsets_mapping: bool = False,
     ) -> BatchEncoding:
-        """Ids and mask (0 on pads) of one text or of a batch. May be called from several threads at once.
+        """Ids and mask (0 on padding) of one text or of a batch. Threads may call it at the same time.
 
         Args:
-          text_pair: as many second texts; each follows its first one, behind a BOS of its own.
+          text: one text, or a batch of texts.
+          text_pair: as many second texts. Each follows its first text, after another BOS.
           padding: False, True (or "longest"), or "max_length". Default: True for arrays, False for lists.
-          truncation: cut to `max_length` (default: `model_max_length`, where there is one); of a pair the longer text.
-          return_tensors: "np" for int32 arrays [B, T], ready for a model, None for lists (flat for one string).
-          add_special_tokens: False leaves the BOS out: for pieces of a text, not for what a model is to continue.
-          padding_side: "left" or "right", instead of `self.padding_side`.
-          pad_to_multiple_of: pads to a length that is a multiple of this.
-          return_offsets_mapping: also "offset_mapping", (start, end) of each token in its text, (0, 0) of BOS and pads.
+          truncation: truncate to `max_length`; of a pair, the longer text.
+          max_length: default: `model_max_length`, if it is set.
+          return_tensors: "np" for int32 arrays [B, T], ready for a model; None for lists (flat for one string).
+          add_special_tokens: False leaves out the BOS. Use that for parts of a text, not for prompts.
+          padding_side: "left" or "right"; default: `self.padding_side`.
+          pad_to_multiple_of: pad to a length that is a multiple of this.
+          return_offsets_mapping: also return "offset_mapping": (start, end) of each token in its text, (0, 0) for BOS
+            and padding.
 
         Raises:
-          ValueError: an argument that is not one of these, or rows of different lengths for "np" without padding.
+          ValueError: a bad argument, or rows of different lengths for "np" without padding.
 
         Warns:
-          UserWarning: the BOS is there twice, because a text begins with it, or, with "np", not at all.
+          UserWarning: a row begins with two BOS, because its text begins with one; or, with "np", with none.
         """
         padding = return_tensors == "np" if padding is None else padding
         switches = dict(add_special_tokens=add_special_tokens, return_offsets_mapping=return_offsets_mapping)
@@ -230,7 +247,9 @@ class OPTTokenizer(Vocabulary):
         max_length = self._check_lengths(padding, truncation, max_length, return_tensors, padding_side)
         texts, pairs = _texts("text", text), None if text_pair is None else _texts("text_pair", text_pair)
         if pairs is not None and (isinstance(text, str) != isinstance(text_pair, str) or len(texts) != len(pairs)):
-            raise ValueError(f"text_pair must be a string or a list as text is: {len(pairs)} for {len(texts)} texts")
+            raise ValueError(
+                f"text_pair must be a string if text is one, else a list of as many: {len(pairs)} for {len(texts)}"
+            )
 
         encodings = self._encode(
             texts, pairs, add_special_tokens, max_length if truncation else None, return_offsets_mapping
@@ -256,12 +275,12 @@ class OPTTokenizer(Vocabulary):
         padding_side: str | None = None,
         return_tensors: str | None = "np",
     ) -> BatchEncoding:
-        """Pads what was tokenized before: a row, a batch, or a list of rows. Arguments as in `__call__`.
+        """Pads rows that are already tokenized: one row, a batch, or a list of rows. Arguments as in `__call__`.
 
-        What a row holds beside `input_ids`, `attention_mask` and `offset_mapping` (labels, say) comes back as it is.
+        Other entries than `input_ids`, `attention_mask` and `offset_mapping`, such as labels, are returned unchanged.
 
         Raises:
-          ValueError: as `__call__`; no `input_ids`.
+          ValueError: as `__call__`; or a row without `input_ids`.
         """
         max_length = self._check_lengths(padding, False, max_length, return_tensors, padding_side)
         given = [encoded_inputs] if isinstance(encoded_inputs, Mapping) else list(encoded_inputs)
@@ -281,7 +300,7 @@ class OPTTokenizer(Vocabulary):
     def _check_lengths(
         self, padding: Any, truncation: bool, max_length: int | None, return_tensors: Any, padding_side: str | None
     ) -> int | None:
-        """The length to pad or to cut to, if there is one."""
+        """The length to pad or to truncate to, or None."""
         if return_tensors not in (None, "np"):
             raise ValueError(f'return_tensors={return_tensors!r}: use "np"; JAX takes NumPy arrays as they are')
         if padding not in (False, True, "longest", "max_length"):
@@ -320,7 +339,7 @@ class OPTTokenizer(Vocabulary):
     def _encode(
         self, texts: list[str], pairs: list[str] | None, add_special_tokens: bool, limit: int | None, offsets: bool
     ) -> list[Encoding]:
-        # The backend's own truncation is a setting of the shared object; truncating results keeps threads independent.
+        # The backend's own truncation is a setting of an object that threads share, so the results are truncated here.
         backend = self.backend_tokenizer
         encode = backend.encode_batch if offsets else backend.encode_batch_fast
         try:
@@ -330,7 +349,7 @@ class OPTTokenizer(Vocabulary):
             room = limit - backend.num_special_tokens_to_add(pairs is not None) * add_special_tokens
             first = encode(texts, add_special_tokens=False)
             second = [None] * len(first) if pairs is None else encode(pairs, add_special_tokens=False)
-        except TypeError as error:  # what the tokenizers library makes of a failing UTF-8 encoding
+        except TypeError as error:  # the tokenizers library raises it if a text cannot be encoded as UTF-8
             raise ValueError("a text has a lone surrogate (no Unicode); read it with errors='replace'") from error
         rows = []
         for encoding, pair in zip(first, second, strict=True):
@@ -342,7 +361,7 @@ class OPTTokenizer(Vocabulary):
         return rows
 
     def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False) -> list[str]:
-        """The tokens of a text, whose bytes are written in GPT-2's alphabet ("Ġ" is a blank)."""
+        """The tokens of a text, in GPT-2's alphabet for bytes ("Ġ" is a blank)."""
         pairs = None if pair is None else _texts("pair", pair)
         return self._encode(_texts("text", text), pairs, add_special_tokens, None, True)[0].tokens
 
@@ -355,8 +374,9 @@ class OPTTokenizer(Vocabulary):
     ) -> Any:
         """The text of a row of ids (list, NumPy or JAX array, or one id); a batch [B, T] gives a list of texts.
 
-        Bytes that are no UTF-8, as half a character at the end, become U+FFFD; ids outside the vocabulary are skipped.
-        `clean_up_tokenization_spaces=True` warns and changes nothing: it would damage byte-level BPE (so in HF v5).
+        Bytes that are not UTF-8, such as an incomplete character at the end, become U+FFFD. Ids outside the vocabulary
+        are skipped. `clean_up_tokenization_spaces=True` warns and has no effect, as in HF v5: it would damage
+        byte-level BPE.
         """
         if clean_up_tokenization_spaces:
             warnings.warn("clean_up_tokenization_spaces=True does not apply to byte-level BPE", stacklevel=2)
@@ -374,30 +394,30 @@ class OPTTokenizer(Vocabulary):
         return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in sequences]
 
     def stop_strings(self, strings: str | Sequence[str], prompts: Sequence[Any], vocab_size: int) -> StopStrings:
-        """What finds `strings` while rows of tokens grow. See `StopStrings.of`."""
+        """The table with which compiled code finds stop strings in growing rows of tokens: see `StopStrings.of`."""
         return StopStrings.of(self, strings, prompts, vocab_size)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The UTF-8 of one token, which may be part of a character only; b"" for ids outside the vocabulary."""
+        """The bytes of one token, which may be an incomplete UTF-8 character; b"" for ids outside the vocabulary."""
         token = self.backend_tokenizer.id_to_token(token_id) or ""
         try:
             return bytes(_BYTE[char] for char in token)
-        except KeyError:  # an added token outside GPT-2's alphabet is its own text
+        except KeyError:  # an added token that is not in GPT-2's alphabet is plain text
             return token.encode()
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Writes `tokenizer.json` and the files of facebook/opt-*, for `from_pretrained` and HF's `AutoTokenizer`.
 
         Raises:
-          FileExistsError: one of the files is a symbolic link, or no regular file.
+          FileExistsError: one of the files is a symbolic link, or not a regular file.
           ValueError: see `hub.disk_path`.
         """
         folder = hub.disk_path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        refuse_links(*(folder / name for name in hub.TOKENIZER_FILES))  # in the hub's cache they are
+        refuse_links(*(folder / name for name in hub.TOKENIZER_FILES))  # the hub's cache consists of links
         contents = contents_of(self.backend_tokenizer)
         named = self.special_tokens_map
-        # Added tokens are in tokenizer.json; the other two fields are where HF once found its files.
+        # Added tokens are in tokenizer.json. The other two fields are paths from which HF once loaded the tokenizer.
         gone = {"added_tokens_decoder", "name_or_path", "special_tokens_map_file"}
         if [_added_token(token).content for token in _extra_tokens(self._config)] != self._extra:
             gone |= {"additional_special_tokens", "extra_special_tokens"}
@@ -415,7 +435,7 @@ class OPTTokenizer(Vocabulary):
 
 
 AutoTokenizer = OPTTokenizer
-_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")  # of an AddedToken; it prints others
+_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")  # AddedToken prints unknown ones
 
 
 def _check_sides(padding_side: str = "left", truncation_side: str | None = None) -> None:
@@ -438,7 +458,7 @@ def _texts(name: str, text: Any) -> list[str]:
 
 
 def _share(room: int, first: int, second: int) -> tuple[int, int]:
-    """The lengths of two texts that have to fit: the longer one is cut, or both if neither fits into its half (HF)."""
+    """The lengths of two texts that share `room` tokens: the longer is cut, or both if neither fits in half (as HF)."""
     if first + second <= room:
         return first, second
     shorter = min(first, second, room // 2)
@@ -468,12 +488,12 @@ def _plain(value: Any) -> Any:
 
 
 def _added_token(value: str | dict[str, Any]) -> AddedToken:
-    """An added token as HF writes it: its text, or a dict of the fields of `tokenizers.AddedToken`."""
+    """The added token that HF writes as its text, or as a dict of the fields of `tokenizers.AddedToken`."""
     fields: Any = {"content": value} if isinstance(value, str) else {k: v for k, v in value.items() if k in _FIELDS}
     return AddedToken(**fields)
 
 
 def _extra_tokens(config: dict[str, Any]) -> list:
-    """Special tokens without a name, as the files have them."""
+    """The special tokens without a name, as they are in the files."""
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    return list(extra.values() if isinstance(extra, dict) else extra)  # a dict: names of one model's own
+    return list(extra.values() if isinstance(extra, dict) else extra)  # a dict: HF's model-specific names

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer
 from opt_jax.system.messages import one_line, shown
 from opt_jax.system.reading import FieldsWithoutEffect, json_object, read_small
 
-MOST_CHARACTERS = 100_000  # of an added token: the library's automaton takes a hundred bytes for each
-MOST_OF_NORMALIZER = 1_000_000  # characters, as JSON; the largest known, SentencePiece's table, has 400,000
+MOST_CHARACTERS = 100_000  # of an added token: the library's automaton takes a hundred bytes for each character
+MOST_OF_NORMALIZER = 1_000_000  # characters of JSON; the largest known, SentencePiece's table, has 400,000
 MOST_GROWTH = 1000  # how many times as long a normalizer may make a text
-# Fields of a tokenizer_config.json; `padding_side`, which HF writes into every one, is not among them.
+# Fields of a tokenizer_config.json. `padding_side` has no effect either, but HF writes it into every file.
 WITHOUT_EFFECT: FieldsWithoutEffect = {
     "add_eos_token": ((False,), "append tokenizer.eos_token to the text"),
     "split_special_tokens": ((False,), "special tokens in a text are special"),
@@ -24,8 +24,10 @@ WITHOUT_EFFECT: FieldsWithoutEffect = {
 
 @contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """An error of the tokenizers library (Rust) as ValueError: it raises bare Exception, and in Python a panic is a
-    BaseException, which nobody expects."""
+    """A context that turns errors of the tokenizers library (Rust) into ValueError.
+
+    The library raises bare Exceptions, and a panic in it is a BaseException in Python.
+    """
     try:
         yield
     except BaseException as error:
@@ -37,7 +39,7 @@ def panics_as_errors() -> Iterator[None]:
 
 
 def read_as(where: str, load: Callable[[], Any]) -> Any:
-    """`load()`; what fails in it, other than opening files, is a ValueError that names `where`."""
+    """The result of `load()`. All its errors but OSError become a ValueError that names `where`."""
     try:
         with panics_as_errors():
             return load()
@@ -50,7 +52,7 @@ def read_as(where: str, load: Callable[[], Any]) -> Any:
 
 
 def check_lengths(text: bytes) -> None:
-    """Refuse a tokenizer.json with an added token or a normalizer of many characters, which cost a multiple of them."""
+    """Refuse a tokenizer.json with a very long added token or normalizer; each takes a multiple of its length."""
     content = json_object(text, "it")
     check_added_lengths([token["content"] for token in content.get("added_tokens") or ()])
     if len(json.dumps(content.get("normalizer"))) > MOST_OF_NORMALIZER:
@@ -65,11 +67,11 @@ def check_added_lengths(tokens: Iterable[str]) -> None:
 
 
 def check_growth(backend: Tokenizer) -> None:
-    """Refuse a normalizer of steps that each make a text longer: 24 that write "aa" for "a" make 16 million of one."""
+    """Refuse a normalizer whose steps make a text much longer: 24 steps "a" -> "aa" turn one "a" into 16 million."""
 
     def growth(step: dict[str, Any]) -> int:
         steps = step.get("normalizers", [])
-        pattern = step.get("pattern", {}).get("String", "")  # a regular expression may match nothing, at every place
+        pattern = step.get("pattern", {}).get("String", "")  # a regular expression may match "" at every place
         own = 1 + len(step["content"]) // max(1, len(pattern)) if step["type"] == "Replace" else 1
         return own * math.prod(map(growth, steps))
 
@@ -78,7 +80,7 @@ def check_growth(backend: Tokenizer) -> None:
 
 
 def check_fields(config: dict[str, Any]) -> None:
-    """Refuse values of a tokenizer_config.json that would count as others: "false" is true, and true is 1."""
+    """Refuse values of a tokenizer_config.json that Python would misread: the string "false" is true, and true is 1."""
     for name in ("add_bos_token", "add_prefix_space"):
         if not isinstance(value := config.get(name), bool | None):
             raise ValueError(f"{name}={shown(value)} must be true or false")
@@ -89,8 +91,10 @@ def check_fields(config: dict[str, Any]) -> None:
 
 
 def check_ids_of_tokens(backend: Tokenizer) -> None:
-    """Refuse a vocabulary with one id for two tokens, of which one would be read back as the other, or with an id that
-    is no int32."""
+    """Refuse a vocabulary in which two tokens have the same id, or an id does not fit into int32.
+
+    Of two tokens with one id, one would be decoded as the other.
+    """
     ids = backend.get_vocab(with_added_tokens=True).values()
     if len(set(ids)) < len(ids):
         raise ValueError("two tokens of the vocabulary have the same id")
@@ -99,7 +103,7 @@ def check_ids_of_tokens(backend: Tokenizer) -> None:
 
 
 def check_added_ids(text: bytes, backend: Tokenizer) -> None:
-    """Refuse a tokenizer.json whose added tokens did not get the ids that it says: the library only logs that."""
+    """Refuse a tokenizer.json whose added tokens did not get the ids in the file. The library only logs this."""
     for token in json.loads(text).get("added_tokens") or ():
         if (index := backend.token_to_id(token["content"])) != token["id"]:
             raise ValueError(
@@ -108,15 +112,18 @@ def check_added_ids(text: bytes, backend: Tokenizer) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in the file; {} without one."""
+    """The JSON object in the file; {} if there is no file."""
     if not path.is_file():
         return {}
     return json_object(read_small(path), path)
 
 
 def set_prefix_space(backend: Tokenizer, config: dict[str, Any]) -> None:
-    """Whether texts get a blank in front: as in HF what tokenizer_config.json says of a GPT2Tokenizer (no, where it is
-    silent), and what tokenizer.json says of any other class."""
+    """Set whether texts get a blank in front, as HF does.
+
+    For a GPT2Tokenizer, tokenizer_config.json decides, and the default is no. For any other class, tokenizer.json
+    decides.
+    """
     kind, splitter = config.get("tokenizer_class"), backend.pre_tokenizer
     if kind is not None and not str(kind).startswith("GPT2Tokenizer"):
         return
@@ -131,7 +138,7 @@ def set_prefix_space(backend: Tokenizer, config: dict[str, Any]) -> None:
 
 
 def contents_of(backend: Tokenizer) -> dict[str, bytes]:
-    """What `backend.save` and `backend.model.save` write, by file. (Those write in place, through what is there.)"""
+    """File name -> the content that `backend.save` and `backend.model.save` write, which overwrite files in place."""
     whole = backend.to_str(pretty=True)
     model = json.loads(whole)["model"]
     vocab = json.dumps(model["vocab"], ensure_ascii=False, separators=(",", ":"))

@@ -1,17 +1,17 @@
-"""The tokens of a tokenizer: ids and back, special ones by name, added ones. No jax."""
+"""The tokens of a tokenizer: ids and back, special tokens by name, added tokens. No jax."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, processors
 
-# facebook/opt-*/tokenizer_config.json. The unknown token is </s> too, so a literal "<unk>" in a text is ordinary text.
+# From facebook/opt-*/tokenizer_config.json. The unknown token is </s> too, so "<unk>" in a text is ordinary text.
 OPT_SPECIAL_TOKENS = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
 SPECIAL_TOKENS = (*OPT_SPECIAL_TOKENS, "sep_token", "cls_token", "mask_token")
 
 
 class _Token:
-    """A special token; `tokenizer.pad_token = tokenizer.eos_token` changes its id as well."""
+    """A special token. Setting it (`tokenizer.pad_token = tokenizer.eos_token`) changes its id as well."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -24,7 +24,7 @@ class _Token:
 
 
 class _TokenId(_Token):
-    """Its id; setting it changes the token as well."""
+    """The id of a special token. Setting it changes the token as well."""
 
     def __get__(self, tokenizer: Any, owner: type) -> Any:
         if tokenizer is None:
@@ -40,11 +40,12 @@ class _TokenId(_Token):
 
 
 class Vocabulary:
-    """What `OPTTokenizer` knows of its tokens, with the names and the meaning of `transformers.GPT2Tokenizer`.
+    """The tokens of an `OPTTokenizer`, with the names and meanings of `transformers.GPT2Tokenizer`.
 
-    Deviations from HF: a special token must be in the vocabulary (HF takes the unknown token's id for one that is not),
-    and it is special from then on, as it is in HF once saved and loaded. A new `bos_token` is put in front of texts at
-    once (HF: when `add_bos_token` is set, or once saved and loaded). `all_special_ids` are those that decoding skips.
+    Deviations from HF: a special token must be in the vocabulary (HF uses the unknown token's id for one that is not).
+    A token that becomes a special token is special at once, in HF after saving and loading. A new `bos_token` is put in
+    front of texts at once, in HF after setting `add_bos_token` or saving and loading. `all_special_ids` are the ids
+    that decoding skips.
     """
 
     bos_token, eos_token, unk_token, pad_token = _Token(), _Token(), _Token(), _Token()
@@ -58,18 +59,18 @@ class Vocabulary:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens without those added later; `len(tokenizer)` counts them all."""
+        """Number of tokens without added tokens. `len(tokenizer)` counts all tokens."""
         return self.backend_tokenizer.get_vocab_size(with_added_tokens=False)
 
     def __len__(self) -> int:
         return self.backend_tokenizer.get_vocab_size(with_added_tokens=True)
 
     def get_vocab(self) -> dict[str, int]:
-        """Token -> id, added ones included."""
+        """Token -> id, with added tokens."""
         return self.backend_tokenizer.get_vocab(with_added_tokens=True)
 
     def get_added_vocab(self) -> dict[str, int]:
-        """Token -> id of the added tokens, special ones included."""
+        """Token -> id of the added tokens, special tokens included."""
         return {token.content: index for index, token in self.added_tokens_decoder.items()}
 
     @property
@@ -78,14 +79,14 @@ class Vocabulary:
         return dict(sorted(self.backend_tokenizer.get_added_tokens_decoder().items()))
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
-        """The id of a token, or a list of them; `unk_token_id` for what is no token."""
+        """The id of a token, or the ids of a list of tokens; `unk_token_id` for an unknown token."""
         if not isinstance(tokens, str):
             return [self.convert_tokens_to_ids(token) for token in tokens]
         index = self.backend_tokenizer.token_to_id(tokens)
         return self.unk_token_id if index is None else index
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
-        """The token of an id, or a list of them; None for ids outside the vocabulary."""
+        """The token of an id, or the tokens of a list of ids; None for ids outside the vocabulary."""
         one, rows = not hasattr(ids, "__len__") or getattr(ids, "ndim", 1) == 0, check_ids(to_list(ids))
         skipped = set(self.all_special_ids) if skip_special_tokens and not one else ()
         tokens = [self.backend_tokenizer.id_to_token(i) for i in rows if i not in skipped]
@@ -104,22 +105,24 @@ class Vocabulary:
 
     @property
     def extra_special_tokens(self) -> list[str]:
-        """Special tokens without a name."""
+        """The special tokens without a name."""
         return list(self._extra)
 
     additional_special_tokens = extra_special_tokens  # HF's name before version 5
 
     @property
     def all_special_ids(self) -> list[int]:
+        """The ids of all special tokens, which decoding can skip."""
         return [index for index, token in self.added_tokens_decoder.items() if token.special]
 
     @property
     def all_special_tokens(self) -> list[str]:
+        """All special tokens, with and without a name."""
         return [token.content for token in self.added_tokens_decoder.values() if token.special]
 
     @property
     def add_bos_token(self) -> bool:
-        """Whether texts get the BOS in front; can be set."""
+        """Whether texts get the BOS in front. Can be set."""
         return self.backend_tokenizer.encode("").ids[:1] == [self.bos_token_id]
 
     @add_bos_token.setter
@@ -130,12 +133,13 @@ class Vocabulary:
             self._set_template(value)
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        """The number of special tokens that a call adds to a text, or to a pair of texts."""
         return self.backend_tokenizer.num_special_tokens_to_add(pair)
 
     def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
-        """Adds tokens (str or `tokenizers.AddedToken`, one or several) behind the vocabulary; returns how many are new.
+        """Adds tokens (str or `tokenizers.AddedToken`, one or more) after the vocabulary. Returns how many are new.
 
-        A model needs a row of its embedding for each: `len(tokenizer)` may not exceed the config's `vocab_size`.
+        The embedding of the model needs a row for each: `len(tokenizer)` may not exceed the config's `vocab_size`.
         """
         tokens = [new_tokens] if isinstance(new_tokens, (str, AddedToken)) else list(new_tokens)
         for token in tokens:
@@ -147,9 +151,9 @@ class Vocabulary:
     def add_special_tokens(
         self, special_tokens_dict: Mapping[str, Any], replace_extra_special_tokens: bool = True
     ) -> int:
-        """Adds special tokens by their names ("pad_token", ..., "extra_special_tokens": a list), and sets them.
+        """Adds and sets special tokens by their names ("pad_token", ..., "extra_special_tokens": a list).
 
-        Returns how many are new. What the list replaces stays a token, and stays special when texts are decoded.
+        Returns how many are new. Extra special tokens that are replaced remain special tokens for decoding.
         """
         named = dict(special_tokens_dict)
         extra = named.pop("additional_special_tokens", None)
@@ -187,7 +191,7 @@ class Vocabulary:
     def _set_template(self, add_bos: bool) -> None:
         bos, first, second = self.bos_token, "", ""
         if add_bos:
-            # A template is split at blanks and colons: a token that has some gets another name there.
+            # A template is split at blanks and colons, so a token with one of these gets another name in it.
             name = "BOS" if any(c in bos for c in ":$") or bos.split() != [bos] else bos
             first, second = f"{name}:0 ", f" {name}:1"
         special: list = [{"id": name, "ids": [self.bos_token_id], "tokens": [bos]}] if add_bos else []
@@ -205,7 +209,7 @@ def _special(token: Any) -> Any:
 
 
 def to_list(ids: Any) -> list:
-    """A list of numbers, or of such lists, from one id or anything array-like."""
+    """A list of numbers, or of lists of numbers, from one id or anything array-like."""
     ids = ids.tolist() if hasattr(ids, "tolist") else ids  # NumPy and JAX, scalars too
     rows = list(ids) if _is_row(ids) else [ids]
     rows = [row.tolist() if hasattr(row, "tolist") else row for row in rows]
@@ -213,11 +217,12 @@ def to_list(ids: Any) -> list:
 
 
 def _is_row(value: Any) -> bool:
-    """Not a text: its characters are no ids, and each is a text again."""
+    """Whether it is a sequence of ids. A text is not, although it is iterable."""
     return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
 
 
 def check_ids(ids: list) -> list[int]:
+    """The ids; raises ValueError if one is not an integer in [0, 2**32)."""
     if wrong := [i for i in ids if type(i) is not int or not 0 <= i < 2**32]:
         hint = "; replace ignored labels by pad_token_id before decoding" if wrong[0] == -100 else ""
         raise ValueError(f"{wrong[0]!r} is not a token id, an integer in [0, 2**32){hint}")

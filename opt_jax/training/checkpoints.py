@@ -1,5 +1,7 @@
-"""Checkpoints of a training state: atomic, written while training goes on, restored onto whatever mesh the run has now;
-when to write one, and what to do about SIGTERM and Ctrl-C."""
+"""Checkpoints of a training state: atomic, written while training continues, restored onto any mesh.
+
+Also when to write one, and what SIGTERM and Ctrl-C do.
+"""
 
 import dataclasses
 import json
@@ -44,12 +46,17 @@ _READERS = 8  # arrays that are read at once
 
 
 class Checkpoints:
-    """`directory/<step>/` holds `params` (by parameter path, layers stacked), `optimizer` and `data`. A directory
-    half-written when the process was killed has a temporary name and is never taken for a checkpoint.
+    """The checkpoints of a run: `directory/<step>/` holds `params`, `optimizer` and `data`.
 
-    keep: so many of the newest stay; keep_every: those of steps that it divides stay as well. data_state: gives the
-    state of the data's iterator after a step, for JSON. before_write: called on process 0 before each checkpoint; if it
-    raises, none is written.
+    `params` has parameter paths with stacked layers. A half-written directory has a temporary name and is never taken
+    for a checkpoint.
+
+    Args:
+      directory: the directory of the checkpoints.
+      keep: so many of the newest are kept.
+      keep_every: checkpoints of steps that it divides are kept too.
+      data_state: returns the state of the data after a step, for JSON.
+      before_write: called on process 0 before each checkpoint; if it raises, none is written.
     """
 
     def __init__(
@@ -93,8 +100,10 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState) -> None:
-        """Begin to write; returns when `state` may be donated. Waits for the last checkpoint to be finished, and raises
-        what went wrong with it."""
+        """Begin to write; returns when `state` may be donated.
+
+        Waits for the last checkpoint to be finished, and raises its error if it failed.
+        """
         self._save(step, _items(state))
 
     def save_model(self, step: int, state: TrainState) -> None:
@@ -186,8 +195,14 @@ class Checkpoints:
             (self._directory / str(step)).rename(next(free))
 
     def restore(self, step: int, abstract: TrainState, shardings: Any, verify: bool = True) -> TrainState:
-        """The state of `step`, each array read straight into its shards. `abstract`: shapes and dtypes of a state.
-        What is frozen is in no checkpoint: None in the result. verify: compare what is read with its checksums.
+        """The state of `step`, each array read into its shards.
+
+        Frozen parameters are in no checkpoint, and None in the result.
+
+        Args:
+          step: the step.
+          abstract: shapes, dtypes and shardings of a state.
+          verify: compare the data with their checksums.
 
         Raises:
           ValueError, OSError: the checkpoint is damaged, or of another shape. If it is so for one process of a job,
@@ -301,8 +316,10 @@ def _crc32(data: dict[str, Any]) -> int:
 
 
 class Due:
-    """When a checkpoint is due: after so many steps, at a multiple of `keep_every`, after so many minutes. All
-    processes get the same answers: process 0 looks at the clock."""
+    """When a checkpoint is due: after so many steps, at a multiple of `keep_every`, after so many minutes.
+
+    All processes get the same answer, because process 0 reads the clock.
+    """
 
     def __init__(self, every: int, minutes: float | None, keep_every: int | None, first: int):
         self._every, self._minutes, self._keep_every = every, minutes, keep_every or every
@@ -331,11 +348,12 @@ class Due:
 
 
 class Termination:
-    """Context in which SIGTERM or Ctrl-C asks for a checkpoint and a clean end; a second one ends the process at once,
-    and so does a Ctrl-C before the first step, when there is nothing to save.
+    """A context in which SIGTERM or Ctrl-C requests a checkpoint and a clean end.
+
+    A second signal ends the process at once, and so does a Ctrl-C before the first step, when there is nothing to save.
 
     Attributes:
-      came: the first of these signals; None: none did.
+      came: the first of these signals, or None.
     """
 
     def __enter__(self) -> "Termination":
@@ -367,5 +385,5 @@ class Termination:
         return self.came is not None
 
     def describe(self) -> tuple[str, int]:
-        """(what asked, the exit code)"""
+        """(name of the signal, exit code)."""
         return ("Ctrl-C", INTERRUPTED) if self.came == signal.SIGINT else ("SIGTERM", processes.PREEMPTED)

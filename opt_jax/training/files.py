@@ -42,10 +42,11 @@ def run_directory(name: str) -> epath.Path:
 
 
 def check_run_directory(output: epath.Path) -> None:
-    """
+    """Check that `output` is new or the directory of a run.
+
     Raises:
-      FileExistsError: what a run would write or clear is a link, or there already, but not a run's: `output` has no
-        run.json, nor is it of a start that was killed before it wrote one.
+      FileExistsError: a name that a run would write or clear is a link, or exists and is not a run's: `output` has no
+        run.json, and is not of a start that was killed before it wrote one.
     """
     if not is_remote(output):
         refuse_links(*(output / name for name in (*_WRITTEN, ".model.new", MARKER, LOCK)))
@@ -71,7 +72,8 @@ def write_record(output: epath.Path, record: dict[str, Any]) -> None:
 
 
 def read_record(path: epath.Path) -> dict[str, dict[str, Any]]:
-    """
+    """The record of a run.
+
     Raises:
       ValueError: `path` does not hold what `write_record` wrote.
     """
@@ -95,8 +97,9 @@ def write_text(path: epath.Path, text: str) -> None:
 
 
 def read_metrics(path: epath.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each line of a run's `metrics.jsonl` and its values, in order; there is none without the file. A line without its
-    end is being written, or its writer was killed: it is left out.
+    """Each line of a run's `metrics.jsonl` and its values, in order; none without the file.
+
+    An incomplete last line is being written, or its writer was killed. It is left out.
 
     Raises:
       ValueError: a line is not one of a run's metrics (numbered), once it is reached; or it is not a regular file.
@@ -148,10 +151,13 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 class Lines:
-    """Appends lines to a text file. A local one has each line at once, whatever happens to this process afterwards. An
-    object cannot be appended to: it is written anew by `flush`, and otherwise at most once a minute.
+    """Appends lines to a text file.
 
-    before_write: called before each write; what it raises ends the writing.
+    A local file has each line at once, whatever happens to this process afterwards. An object in a store cannot be
+    appended to: it is rewritten by `flush`, and otherwise at most once a minute.
+
+    Args:
+      before_write: called before each write; if it raises, there is no write.
     """
 
     def __init__(self, path: epath.Path, before_write: Callable[[], None] = lambda: None):

@@ -57,11 +57,12 @@ class TensorBoard:
 
 
 class WandB:
-    """One run of Weights & Biases for all starts: its id is in `output`. Of steps that a resumed run does once more,
-    the service keeps what it was told first (on the same mesh the same numbers).
+    """One run of Weights & Biases for all starts of a run; its id is in `output`.
+
+    For steps that a resumed run repeats, the service keeps the first numbers. (On the same mesh they are equal.)
 
     Raises:
-      ValueError: the service does not let us in.
+      ValueError: the service refuses the login.
     """
 
     def __init__(self, project: str, output: epath.Path, config: dict[str, Any]):

@@ -44,8 +44,7 @@ def machine(mesh: Mesh) -> str:
 
 
 def cut_back(path: epath.Path, step: int, say: Callable[[str], Any]) -> None:
-    """Keep the lines of `metrics.jsonl` up to `step`; a line that a kill left half-written goes, too. `say` tells of
-    which steps there are none.
+    """Keep the lines of `metrics.jsonl` up to `step`, without an incomplete one. `say` gets the steps without a line.
 
     Raises:
       ValueError: one of these lines is damaged, or foreign. (What follows the line of `step` goes unread.)
@@ -68,13 +67,16 @@ def best_validation(path: epath.Path) -> tuple[int, float] | tuple[None, None]:
 
 
 class Metrics:
-    """Appends one JSON object per step to `path`, shows progress, and looks for numbers that are not finite, and for
-    spikes. With path None (every process but 0) it only looks for the former.
+    """Appends one JSON object per step to `path`, shows progress, and finds spikes and numbers that are not finite.
 
-    log_every: steps between lines where the output is not a terminal. flops_per_step, peak_flops: of all devices; with
-    both, MFU is among the numbers. batch_rows: where in the data the rows of a step's batch begin, for errors.
-    loggers: anything with `write(values)` and `close()`, of process 0. memory_of: devices whose memory is reported.
-    before_write: see `Lines`.
+    Args:
+      path: the file; None (on every process but 0): only find numbers that are not finite.
+      log_every: steps between lines if the output is not a terminal.
+      flops_per_step, peak_flops: of all devices. With both, MFU is among the numbers.
+      batch_rows: returns the positions in the data of a step's batch, for errors.
+      loggers: objects with `write(values)` and `close()`, on process 0.
+      memory_of: devices whose memory is reported.
+      before_write: see `Lines`.
     """
 
     def __init__(

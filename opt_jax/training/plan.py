@@ -91,8 +91,12 @@ def hardware_flops(jaxpr: Any, times: int = 1) -> int:
 
 
 def compile_step(train_step: Any, state: Any, batch: Any, capacity: int) -> dict[str, Any]:
-    """Compile, and measure: {"fits", "hbm_bytes_per_chip", "temporary_bytes", "collective_bytes", "hardware_flops",
-    "compile_seconds"}; of a step that does not fit, what the compiler says it needs, and no collectives."""
+    """Compile a step and measure the program.
+
+    Returns:
+      {"fits", "hbm_bytes_per_chip", "temporary_bytes", "collective_bytes", "hardware_flops", "compile_seconds"}. For a
+      step that does not fit, the memory that the compiler reports, without collectives.
+    """
     start = time.perf_counter()
     traced = train_step.trace(state, batch)
     lowered = traced.lower()
@@ -187,9 +191,14 @@ def make_plan(
 
 
 def floor_bytes(config: OPTConfig, parameters: int, mesh: Any, micro_batches: int, rows: int, seq_len: int) -> int:
-    """What a device has to send in a step with full rematerialisation, at least: for each micro-batch three passes over
-    the weights in bfloat16 (gathered twice, their gradients scattered) along `fsdp`, and 11 gathers or scatters of the
-    activations of each layer along `tensor`. rows: sequences at a time that one group of chips shares."""
+    """The least number of bytes that a device sends in a step with full rematerialisation.
+
+    For each micro-batch these are three passes over the weights in bfloat16 along `fsdp` (gathered twice, their
+    gradients scattered), and 11 gathers or scatters of the activations of each layer along `tensor`.
+
+    Args:
+      rows: sequences at a time that one group of chips shares.
+    """
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     weights = 3 * 2 * parameters / tensor * (fsdp - 1) / fsdp
     activations = 11 * config.num_hidden_layers * 2 * rows * seq_len * config.hidden_size * (tensor - 1) / tensor

@@ -45,12 +45,13 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 
 
 def plot_runs(runs: Sequence[Path], output: Path) -> None:
-    """Loss and perplexity, learning rate, gradient norm and tokens/s of runs over their steps, as a PNG at `output`; of
-    tasks their measures, instead of perplexity and tokens/s.
+    """Draw the curves of runs as a PNG: loss and perplexity, learning rate, gradient norm, tokens/s.
+
+    For tasks, their measures replace perplexity and tokens/s.
 
     Raises:
       FileNotFoundError, ValueError: see `metrics_of`; or matplotlib is missing.
-      FileExistsError: `output` is there, and is no PNG; or see `new_file`.
+      FileExistsError: `output` exists and is not a PNG; or see `new_file`.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -18,8 +18,9 @@ _MOST_BYTES = 1000  # that are read of a lock
 
 
 class RunLock:
-    """What a process holds while it writes a run directory; of several processes of a job, process 0. No file is
-    touched before `take`, and `take` ends with the `with` block.
+    """The lock that a process holds while it writes a run directory; in a job, process 0 holds it.
+
+    No file is touched before `take`. The `with` block releases the lock.
 
     The file `LOCK` names the holder, and is locked while that process lives: another one is refused. An object store
     has no locks, and a lease would keep a run waiting after a preemption. There the newest start takes the run over,
@@ -44,8 +45,9 @@ class RunLock:
         self._name = self._descriptor = None
 
     def take(self, create: bool = True) -> None:
-        """Hold the run from now on. Without `create` only if an earlier start has left its lock, or has it now: in a
-        new directory nothing is written.
+        """Take the lock.
+
+        Without `create`, take it only if an earlier start has left its lock file, so that a new directory stays empty.
 
         Raises:
           FileExistsError: another process holds it; or the lock is a link.

@@ -70,10 +70,13 @@ def join(one: Any, other: Any) -> Any:
 
 
 def new_model(config: OPTConfig, seed: int, dtype: DTypeLike, cls: type = OPTForCausalLM, **options: Any) -> Any:
-    """The paper's initialisation: normal(0, config.init_std), the attention's `out_proj` and `fc2` times 1/sqrt(2L),
-    biases zero, the pad's row zero in both embeddings. (The bare constructor initialises as HF does.)
+    """A model with the paper's initialisation. The constructor alone initialises as HF does.
 
-    cls, options: a class of model with a head, and its attn_implementation, remat, grad_dtype.
+    Kernels and embeddings are normal(0, config.init_std), `out_proj` of the attention and `fc2` times 1/sqrt(2L).
+    Biases are zero, and so are the rows of the pad in both embeddings.
+
+    Args:
+      cls, options: a class of model with a head, and its attn_implementation, remat, grad_dtype.
     """
     model = cls(config, rngs=nnx.Rngs(jax.random.key(seed)), dtype=dtype, scan_layers=True, **options)
     decoder, pad = model.model.decoder, config.pad_token_id

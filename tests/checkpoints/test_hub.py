@@ -50,7 +50,7 @@ def test_places_that_nobody_has_are_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.txt").write_text("text\n")
     for name in ("~nobody-of-this-name/x", "gs://bucket/x"):
         for write in (OPTTokenizer.from_pretrained("tiny").save_pretrained, hub.disk_path):
-            with pytest.raises(ValueError, match=f"{name}: (no user of this name|this is written to disks only)"):
+            with pytest.raises(ValueError, match=f"{name}: (no user of this name|this can only be written to a disk)"):
                 write(name)
         assert main(["tokenize", "a.txt", f"--output={name}.npy"]) == 1
         assert f"error: {name}.npy: " in capsys.readouterr().err

@@ -18,6 +18,7 @@ from convert import to_hf, to_orbax
 from convert.source import open_directory
 from opt_jax.checkpoints import chunks
 from opt_jax.checkpoints.arrays import LazyArray, first_difference
+from opt_jax.checkpoints.formats import names
 
 HEADS = {
     "lm_head": "OPTForCausalLM",
@@ -286,3 +287,9 @@ def test_what_is_on_disk_is_compared(tmp_path, monkeypatch):
         with pytest.raises((OSError, ValueError), match=r"truncated|bytes, not|do not have"):
             write(source, tmp_path / "out", shard_of=shard_of)
         assert not (tmp_path / "out").exists()
+
+
+def test_every_parameter_has_its_place_in_the_order():
+    """Else the conversion of a model variant ends in an error about tuples."""
+    parts = {part for name, _ in names.TABLE.values() for part in name.split(".")} - {"decoder", "*"}
+    assert parts <= set(to_hf._ORDER)

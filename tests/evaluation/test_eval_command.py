@@ -91,7 +91,7 @@ def test_documents_stand_behind_an_end_of_text_each(tmp_path, capsys):
 def test_tokens_are_no_text(tmp_path, capsys):
     np.save(tmp_path / "a.npy", np.arange(9))
     assert main(["eval", "tiny", "--data", str(tmp_path / "a.npy")]) == 1
-    assert "a.npy: holds tokens; name the texts" in capsys.readouterr().err
+    assert "a.npy: holds token ids: name the texts" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -125,7 +125,7 @@ def test_on_a_mesh(file, expected, capsys):
         (["--data", "FILE", "--batch-size", "0"], "batch size 0 must be"),
         (["--data", "FILE", "--mesh", "rows=2"], "mesh: unknown axis 'rows'"),
         (["--data", "FILE", "--attention", "splash"], "attention splash needs a TPU"),
-        (["--data", "FILE", "--output", "/no/such/place/x.json"], "--output .*: must be a file in a directory that is"),
+        (["--data", "FILE", "--output", "/no/such/place/x.json"], "--output .*: must be a file in an existing"),
         (["--data", "FILE", "--output", "FILE"], "text.txt is there already, and is not a report of opt-jax eval"),
         (["--data", "FILE", "--output", "x" * 230], "xxx: File name too long: choose a shorter name"),
         (["--data", "nowhere.txt"], "nowhere.txt: no such file or directory"),

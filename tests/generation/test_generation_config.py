@@ -1,6 +1,8 @@
 """Which options there are, which layer wins, and what is refused, by name; HF's list of names is in tests/parity."""
 
+import ast
 import dataclasses
+import inspect
 import json
 import pickle
 
@@ -8,7 +10,8 @@ import numpy as np
 import pytest
 
 from opt_jax import GenerationConfig
-from opt_jax.generation.config import FIELDS, check_ids, check_sequences, combine
+from opt_jax.generation import sampling
+from opt_jax.generation.config import _SAMPLING, FIELDS, check_ids, check_sequences, combine
 
 
 def test_names_come_from_files_and_dicts(tmp_path):
@@ -174,3 +177,14 @@ def test_ids():
 def test_every_option_is_documented():
     documented = (GenerationConfig.__doc__ or "").partition("Args:")[2]
     assert [name for name in FIELDS if name not in documented] == []
+
+
+def test_what_only_draws_use_is_refused_without_them():
+    """Of every option that `sampling.truncate` reads: it must be in this table, or it would be accepted and ignored."""
+    tree = ast.parse(inspect.getsource(sampling.truncate))
+    read = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "options"
+    }
+    assert read == set(_SAMPLING)

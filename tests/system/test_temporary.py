@@ -385,9 +385,7 @@ def test_a_checkpoint_with_a_foreign_file_is_not_removed(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "3"]
 
 
-@pytest.mark.parametrize(
-    "link, refused", [("symlink_to", "a symbolic link"), ("hardlink_to", "a file of another name")]
-)
+@pytest.mark.parametrize("link, refused", [("symlink_to", "a symbolic link"), ("hardlink_to", "a hard link")])
 def test_a_download_is_not_continued_through_a_link(tmp_path, link, refused):
     file = SimpleNamespace(rfilename="model.safetensors", size=9, lfs=SimpleNamespace(sha256="a" * 64))
     blobs = tmp_path / "hub" / "models--a--b" / "blobs"

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoint directories: finds the weight files and presents their tensors under our paths, lazily."""
+"""Hugging Face checkpoint directories: finds the weight files and opens their tensors, lazily, under our paths."""
 
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from opt_jax.config import OPTConfig
 
 
 def open_checkpoint(directory: Path) -> dict[str, LazyArray]:
-    """All tensors of the first of WEIGHT_FILES that is in `directory`, shards joined, by their HF names.
+    """HF name -> tensor, for the first of WEIGHT_FILES that is in `directory`, with all shards of an index.
 
     Raises:
       FileNotFoundError: there is no weight file, or a shard that the index names is missing.
@@ -40,7 +40,7 @@ def open_checkpoint(directory: Path) -> dict[str, LazyArray]:
 
 
 def weight_file(directory: Path) -> Path | None:
-    """The weights of the directory, or the index of their shards."""
+    """The weight file of the directory, or the index of its shards; None without either."""
     return next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
 
 
@@ -50,16 +50,16 @@ def _read(path: Path) -> dict[str, LazyArray]:
 
 
 def open_parameters(directory: Path, config: OPTConfig) -> tuple[dict[str, LazyArray], Checks]:
-    """The checkpoint's tensors under our paths and in our orientation, and what is left to compare before using them.
+    """The checkpoint's tensors under our paths and in our orientation, and comparisons to run before using them.
 
-    An `lm_head.weight` that repeats the tied embedding is left out, and so is `decoder.version`, a number that HF's
-    classes ignore as well (`_keys_to_ignore_on_load_unexpected`).
+    An `lm_head.weight` that repeats the tied embedding is left out. So is `decoder.version`, a number that HF's classes
+    ignore too (`_keys_to_ignore_on_load_unexpected`).
 
     Returns:
-      The arrays; functions that read what is stored twice and raise ValueError if it differs.
+      The arrays; functions that compare tensors which are stored twice, and raise ValueError if they differ.
 
     Raises:
-      FileNotFoundError, ValueError: as `open_checkpoint`; a tensor no OPT model has.
+      FileNotFoundError, ValueError: as `open_checkpoint`; or a tensor that no OPT model has.
     """
     arrays: dict[str, LazyArray] = {}
     for name, array in open_checkpoint(directory).items():
@@ -88,13 +88,13 @@ def _check_tied(directory: Path, head: LazyArray, embedding: LazyArray) -> None:
 
 
 def describe(path: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    """A parameter's name and shape as they are in an HF file, for messages."""
+    """A parameter's name and shape in an HF file, for messages."""
     name, transposed = names.to_hf(path)
     return name, shape[::-1] if transposed else shape
 
 
 def describe_files(directory: Path) -> str:
-    """The form of the directory's weights, for people."""
+    """The form of the directory's weights in words, such as "Hugging Face safetensors, 3 files"."""
     first = weight_file(directory)
     if first is None:
         return "no weights"

@@ -1,7 +1,7 @@
-"""The one table of parameter names: ours (`opt_jax.named_parameters`) <-> those of Hugging Face's OPT classes.
+"""The table of parameter names: ours (`opt_jax.named_parameters`) <-> those of Hugging Face's OPT classes.
 
-Ours differ in the last part (Flax says kernel, embedding and scale where PyTorch says weight), and a linear layer's
-kernel is [in, out] where PyTorch's weight is [out, in].
+The last part differs: Flax says kernel, embedding and scale where PyTorch says weight. A linear layer's kernel is
+[in, out], and PyTorch's weight is [out, in].
 """
 
 import re
@@ -16,7 +16,7 @@ def _norm(name: str) -> dict[str, tuple[str, bool]]:
 
 
 _LAYER = "model.decoder.layers.*"
-# Our path -> (HF name, whether the matrix is transposed); "*" is the number of the layer.
+# Our path -> (HF name, whether the matrix is transposed); "*" stands for the number of the layer.
 TABLE: dict[str, tuple[str, bool]] = {
     "model.decoder.embed_tokens.embedding": ("model.decoder.embed_tokens.weight", False),
     "model.decoder.embed_positions.embedding": ("model.decoder.embed_positions.weight", False),
@@ -39,12 +39,12 @@ _FROM_HF = {name: (path, transposed) for path, (name, transposed) in TABLE.items
 
 
 def to_hf(path: str) -> tuple[str, bool]:
-    """Our path -> (HF name, transposed). KeyError: not a parameter of any OPT model."""
+    """Our path -> (HF name, transposed). Raises KeyError for a path that no OPT model has."""
     return _look_up(TABLE, path)
 
 
 def from_hf(name: str) -> tuple[str, bool]:
-    """HF name -> (our path, transposed). Base-model saves lack the leading `model.`; KeyError as for `to_hf`."""
+    """HF name, with or without the leading `model.` -> (our path, transposed). Raises KeyError as `to_hf`."""
     return _look_up(_FROM_HF, f"model.{name}" if name.startswith("decoder.") else name)
 
 

@@ -1,7 +1,7 @@
-"""A tensor in a file: where it is, and how to read any part of it.
+"""A tensor in a file: its offset and strides, and how to read any part of it.
 
-By `pread`, not through a mapping: if a mapped file is truncated meanwhile, or its disk fails, the process dies without
-a word (SIGBUS), and the pages that were looked at count as its memory.
+It is read by `pread` and not through a memory map. If a mapped file is truncated, or its disk fails, SIGBUS kills the
+process without a message; and mapped pages that were read count as the process's memory.
 """
 
 import math
@@ -17,7 +17,7 @@ from opt_jax.system.reading import open_regular
 
 
 class Stored(NamedTuple):
-    """Offset and strides in bytes."""
+    """A tensor in a file. `offset` and `strides` are in bytes."""
 
     path: Path
     offset: int
@@ -29,10 +29,10 @@ class Stored(NamedTuple):
         return LazyArray(self.shape, self.dtype, self.read)
 
     def read(self, index: Index) -> np.ndarray:
-        """A copy of the part at the index; of a matrix in rows or columns exactly its bytes are read.
+        """A copy of the part at the index. Of rows or columns of a matrix exactly their bytes are read.
 
         Raises:
-          ValueError: the file is shorter than when it was opened, or no regular file any more.
+          ValueError: the file is shorter than when it was opened, or is no longer a regular file.
           OSError: it cannot be read.
         """
         shape = tuple(s.stop - s.start for s in index)
@@ -48,14 +48,14 @@ class Stored(NamedTuple):
                 out = np.empty(shape, self.dtype)
                 if steps == dense:
                     self._fill(file, out, start)
-                else:  # some columns: row by row
+                else:  # some columns: read row by row
                     for i in range(shape[0]):
                         self._fill(file, out[i], start + i * steps[0])
                 return out
-            if len(shape) == 2 and steps[0] < steps[1]:  # stored in columns: as the transposed matrix's rows
+            if len(shape) == 2 and steps[0] < steps[1]:  # stored by columns: read as rows of the transposed matrix
                 return self._replace(shape=self.shape[::-1], strides=self.strides[::-1]).read(index[::-1]).T
             extent = sum((n - 1) * step for n, step in zip(shape, self.strides, strict=True)) + item
-            run = np.empty(extent, np.uint8)  # transposed, expanded, ...: all from its first to its last byte
+            run = np.empty(extent, np.uint8)  # any other strides: read all bytes from the first to the last
             self._fill(file, run, start)
             return np.ndarray(shape, self.dtype, run.data, 0, self.strides)
 
@@ -69,7 +69,7 @@ class Stored(NamedTuple):
 
 
 def locate(path: Path, mapped, view: np.ndarray) -> Stored:
-    """Where a view of the mapped file lies in it."""
+    """The place in the file of `view`, an array that is a view of the file's memory map `mapped`."""
     base = np.frombuffer(mapped, np.uint8).ctypes.data
     offset = view.ctypes.data - base if view.size else 0
     return Stored(path, offset, view.shape, view.strides, view.dtype)

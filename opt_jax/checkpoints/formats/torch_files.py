@@ -1,6 +1,6 @@
 """Reads safetensors and torch zip files without torch: memory-mapped, lazily, and without running code.
 
-Both readers give `Tensors`: a dict of numpy views into the mapped file. Nothing is read before a view is used.
+Both readers return `Tensors`: a dict of NumPy views into the mapped file. No data is read before a view is used.
 
 Formats: https://github.com/huggingface/safetensors#format; torch's zip as written by `torch.save` since 1.6
 (torch/serialization.py, `_save`).
@@ -54,13 +54,13 @@ _STORAGE_DTYPES = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
 }
-_MAX_HEADER = 10_000_000  # bytes: 70,000 tensors. Parsing JSON made to hurt takes thirty times its length
+_MAX_HEADER = 10_000_000  # bytes: 70,000 tensors. Parsing malicious JSON takes memory of thirty times its length
 _MAX_SIZE = 1 << 60  # elements; NumPy counts bytes in 63 bits
 _MAX_DIMENSIONS = 32
 
 
 class Tensors(dict[str, np.ndarray]):
-    """Tensor name -> read-only view into the mapped file, of any strides and alignment. `stored.locate` says where."""
+    """Tensor name -> read-only view into the mapped file, with any strides and alignment. See `stored.locate`."""
 
     def __init__(self, mapped: mmap.mmap) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def map_file(path: Path) -> mmap.mmap:
     """The file's bytes, read-only.
 
     Raises:
-      ValueError: the file is empty, a Git LFS pointer or none at all (`open_regular`).
+      ValueError: the file is empty, a Git LFS pointer or not a regular file (`open_regular`).
       OSError: it cannot be read.
     """
     with open_regular(path) as file:
@@ -92,14 +92,14 @@ def _is_size(*numbers: Any) -> bool:
 
 
 def _is_shape(shape: Any) -> bool:
-    """Whether NumPy can have an array of this shape, as far as its length goes."""
+    """Whether it is a shape that a NumPy array can have."""
     if type(shape) not in (list, tuple) or len(shape) > _MAX_DIMENSIONS or not _is_size(*shape):
         return False
     return math.prod(n or 1 for n in shape) < _MAX_SIZE
 
 
 def shown(what: Any) -> str:
-    """A name or message from a file, for a message: no control characters, and not endless."""
+    """A name or text from a file for use in a message: no control characters, at most 160 characters."""
     text = str(what)
     if not text.isprintable():
         text = text.encode("unicode_escape").decode()
@@ -113,22 +113,10 @@ def read_safetensors(path: Path) -> Tensors:
     """The tensors of a `.safetensors` file.
 
     Raises:
-      ValueError: the file is truncated or malformed; names the file and, where there is one, the tensor.
+      ValueError: the file is truncated or malformed; the message names the file and, if possible, the tensor.
     """
     mapped = map_file(path)
-    length = int.from_bytes(mapped[:8], "little")
-    if len(mapped) < 8 or length > min(len(mapped) - 8, _MAX_HEADER):
-        raise ValueError(f"{path} is truncated or not a safetensors file: its header does not fit")
-    try:
-        header = json.loads(mapped[8 : 8 + length].decode("utf-8"), object_pairs_hook=_unique)
-        if not isinstance(header, dict):
-            raise ValueError("not a JSON object")
-        metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError("its __metadata__ is not an object of strings")
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: the safetensors header is damaged: {shown(e)}") from None
-
+    header, length = _read_header(path, mapped)
     tensors, spans = Tensors(mapped), []
     for name, entry in header.items():
         try:
@@ -144,7 +132,7 @@ def read_safetensors(path: Path) -> Tensors:
             raise ValueError(f"{path}: {what} does not fill its {end - start} bytes")
         spans.append((start, end, name, dtype, shape))
 
-    # The format allows neither gaps nor overlaps, so walking the tensors in order accounts for every byte.
+    # The format allows neither gaps nor overlaps, so the tensors in order must account for every byte.
     position, size = 0, len(mapped) - 8 - length
     for start, end, name, dtype, shape in sorted(spans):
         if start != position:
@@ -157,6 +145,23 @@ def read_safetensors(path: Path) -> Tensors:
     if position != size:
         raise ValueError(f"{path}: {size - position} bytes after the last tensor belong to none")
     return tensors
+
+
+def _read_header(path: Path, mapped: mmap.mmap) -> tuple[dict[str, Any], int]:
+    """(name -> unchecked entry of each tensor, length of the header in bytes)."""
+    length = int.from_bytes(mapped[:8], "little")
+    if len(mapped) < 8 or length > min(len(mapped) - 8, _MAX_HEADER):
+        raise ValueError(f"{path} is truncated or not a safetensors file: its header does not fit")
+    try:
+        header = json.loads(mapped[8 : 8 + length].decode("utf-8"), object_pairs_hook=_unique)
+        if not isinstance(header, dict):
+            raise ValueError("not a JSON object")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its __metadata__ is not an object of strings")
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: the safetensors header is damaged: {shown(e)}") from None
+    return header, length
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -172,16 +177,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class TorchTensor(NamedTuple):
-    """A tensor as the pickle describes it, unchecked; sizes, offset and strides count elements."""
+    """A tensor as the pickle describes it, not yet checked. Sizes, offset and strides count elements."""
 
     storage: Any  # ("storage", dtype name, key, location, number of elements)
     offset: Any
     size: Any
     stride: Any
-    bits: Any = None  # None, or {"neg": ..., "conj": ...}: what torch does to the stored numbers when it reads them
+    bits: Any = None  # None, or {"neg": ..., "conj": ...}: operations that torch applies to the numbers on reading
 
 
-# What the training code keeps beside tensors: settings with their types, enums, meters, numbers of NumPy.
+# What training code stores beside tensors: settings with their types, enums, meters, NumPy scalars.
 _STUB_MODULES = ("metaseq", "fairseq", "fairscale", "omegaconf", "argparse", "enum", "typing", "pathlib")
 _BUILTIN_TYPES = "bool bytearray bytes complex dict float frozenset int list long object set str tuple type unicode"
 _STUB_NAMES = {
@@ -239,13 +244,14 @@ def _find_global_or_stub(name: str) -> Any:
 
 
 class TorchFile:
-    """A torch zip file: `content` is the saved object, with a `TorchTensor` for each tensor; `view` gives its array.
+    """A torch zip file. `content` is the saved object, with a `TorchTensor` for each tensor; `view` returns its array.
 
     Args:
-      stubs: read objects of the training code's classes as a `Stub`, instead of refusing the file.
+      path: the file.
+      stubs: read objects of the training code's classes as `Stub`s, instead of refusing the file.
 
     Raises:
-      ValueError: truncated, another format, or a pickle that asks for anything but tensors (names what it asked for).
+      ValueError: the file is truncated, has another format, or its pickle asks for anything but tensors (named).
     """
 
     def __init__(self, path: Path, stubs: bool = False):
@@ -288,8 +294,11 @@ class TorchFile:
         return content
 
     def view(self, tensor: TorchTensor) -> np.ndarray:
-        """The tensor's elements in the mapped file. Raises ValueError where they would lie outside their storage, or
-        are not the tensor's values."""
+        """The tensor as a view into the mapped file.
+
+        Raises:
+          ValueError: its elements would lie outside of its storage, or the stored numbers are not its values.
+        """
         if tensor.bits is not None and tensor.bits != {}:
             raise ValueError(
                 "torch's neg or conj bit is set, so its values are not the numbers stored: "
@@ -315,7 +324,7 @@ class TorchFile:
             return np.zeros(size, dtype)
         if offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) >= numel:
             raise ValueError(f"it reaches beyond its storage {shown(key)} of {numel} elements")
-        if math.prod(size) > len(self.map):  # strides of 0 repeat elements: legal, but not to make much of nothing
+        if math.prod(size) > len(self.map):  # strides of 0 repeat elements, so a small file could claim any size
             raise ValueError(f"shape {tuple(size)} is larger than the whole file")
         flat = np.frombuffer(self.map, dtype, numel - offset, start + offset * dtype.itemsize)
         strides = [step * dtype.itemsize if n > 1 else 0 for n, step in zip(size, stride, strict=True)]
@@ -326,7 +335,7 @@ def read_torch(path: Path) -> Tensors:
     """The tensors of a state dict saved by `torch.save` (`pytorch_model.bin`).
 
     Raises:
-      ValueError: as `TorchFile`, or the file holds something other than a flat dictionary of tensors.
+      ValueError: as `TorchFile`, or the file does not hold a flat dictionary of tensors.
     """
     file = TorchFile(path)
     if not isinstance(file.content, dict):

@@ -1,9 +1,9 @@
-"""Reads the pickles of torch files without the power of pickle: an interpreter of the few instructions they need.
+"""Reads the pickles of torch files safely: an interpreter of the few instructions that they need.
 
-Python's own unpickler cannot be made safe by an allow-list of globals alone: it sets aside the memory that an
-instruction asks for (a memo index of 4 billion), hashes keys made to take forever, and hands BUILD whatever object is
-there. Here nothing is imported, nothing is called but the functions that the caller gives, and what a pickle costs is
-proportional to its length. Instructions: pickletools.py; those of protocols 2 to 5 that `torch.save` writes for
+An allow-list of globals alone does not make Python's own unpickler safe: it allocates the memory that an instruction
+asks for (a memo index of 4 billion), hashes keys that are made to collide, and applies BUILD to any object. This
+interpreter imports nothing and calls only the functions that the caller passes. Its time and memory are proportional to
+the length of the pickle. It knows those instructions of protocols 2 to 5 (pickletools.py) that `torch.save` writes for
 dictionaries, lists, tensors and plain objects.
 """
 
@@ -11,9 +11,9 @@ import pickletools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-_MAX_INSTRUCTIONS = 10_000_000  # 1500 tensors take 48 thousand; one that costs the most makes a dict of 64 bytes
-_MAX_KEY = 1 << 60  # Python hashes larger integers modulo 2^61 - 1, so that keys could be made to collide
-_MAX_ARGUMENTS = 16  # of a function: calling it copies them, and one tuple can be used again and again
+_MAX_INSTRUCTIONS = 10_000_000  # 1500 tensors take 48 thousand; the most expensive instruction makes a 64-byte dict
+_MAX_KEY = 1 << 60  # Python hashes larger integers modulo 2^61 - 1, so keys could be made to collide
+_MAX_ARGUMENTS = 16  # of a function: each call copies its arguments, and a pickle can use one tuple many times
 _LITERALS = frozenset(
     (
         "INT",
@@ -36,21 +36,23 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 
 
 class Refused(ValueError):
-    """The pickle asks for a global that it may not have: the message is its name."""
+    """The pickle asks for a global that is not allowed. The message is the global's name."""
 
 
 class StubClass(NamedTuple):
-    """Stands for a foreign class, which is never imported; `name`: its module and name. Calling it makes a `Stub`."""
+    """Stands for a foreign class, which is never imported. `name` is its module and name. An instance is a `Stub`."""
 
     name: str
 
 
 class Stub:
-    """Stands for an object of a foreign class: what the pickle says of it, as plain data.
+    """Stands for an object of a foreign class: the content of the pickle as plain data.
 
     Attributes:
-      name: module and class. args: what it is made with. state: what it is restored to, usually a dict (None: nothing).
-      items: what is put into it as a container: values, or pairs of key and value.
+      name: module and class.
+      args: the arguments that it is created with.
+      state: its state, usually a dict, or None.
+      items: the items that it holds as a container: values, or pairs of key and value.
     """
 
     __slots__ = ("args", "items", "name", "state")
@@ -60,13 +62,14 @@ class Stub:
 
 
 def loads(data: bytes, find_global: Callable[[str], Any]) -> Any:
-    """The object in the pickle `data`; OrderedDicts are dicts, persistent ids stand for the objects they name.
+    """The object in a pickle. An OrderedDict becomes a dict, and a persistent id stands for the object that it names.
 
     Args:
-      find_global: "module.name" -> what stands for it: a `StubClass`, plain data, or a function for REDUCE to call.
+      data: the pickle.
+      find_global: "module.name" -> its replacement: a `StubClass`, plain data, or a function for REDUCE to call.
 
     Raises:
-      ValueError: damaged, or not a pickle as torch.save writes it; what `find_global` and its functions raise.
+      ValueError: damaged, or not a pickle as torch.save writes it; or as `find_global` and its functions raise it.
     """
     return _Machine(find_global).run(data)
 

@@ -1,7 +1,7 @@
-"""Finds the records of a zip file as torch.save writes it: whole, stored as they are, none sharing a byte with another.
+"""Finds the records of a zip file as torch.save writes it: uncompressed, and without overlaps.
 
-Python's zipfile is made to get at something in nearly any file, and for that takes the central directory's word: here
-the two descriptions of a record must agree, so that no record can pose as another or overlap it.
+Python's zipfile accepts nearly any file, and trusts the central directory. Here the central directory and a record's
+own header must agree, so that no record can pass for another one or overlap it.
 
 Format: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT, sections 4.3.7, 4.3.12 and 4.3.14 to 4.3.16.
 """
@@ -15,12 +15,12 @@ _END64 = struct.Struct("<4sQHHIIQQQQ")
 _LOCATOR64 = struct.Struct("<4sIQI")
 _ENTRY = struct.Struct("<4s4xHH4xIIIHHHH6xI")
 _LOCAL = struct.Struct("<4s2xHH8xIIHH")
-# Flags. With the latter, the local header may leave the sizes 0: a descriptor behind the data has them.
+# Flags. With the latter, the local header may have sizes of 0, and a descriptor after the data has them.
 _ENCRYPTED, _SIZES_FOLLOW = 1, 8
 
 
 class Record(NamedTuple):
-    """Where the bytes of a record are in the file, and their CRC-32 (torch may leave it 0)."""
+    """The place of a record's bytes in the file, and their CRC-32 (torch may write 0)."""
 
     start: int
     length: int
@@ -28,7 +28,7 @@ class Record(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """What the central directory says of a record."""
+    """A record's entry in the central directory."""
 
     name: bytes
     offset: int
@@ -38,10 +38,10 @@ class _Entry(NamedTuple):
 
 
 def find_records(mapped: mmap.mmap) -> dict[str, Record]:
-    """The records by their names.
+    """Name -> record.
 
     Raises:
-      ValueError: not a zip file from the first byte to the last, or one with records that torch.save does not write.
+      ValueError: the file is not one complete zip file, or has records that torch.save does not write.
     """
     position, count, end = _find_directory(mapped)
     records, spans, limit = {}, [], position
@@ -92,12 +92,12 @@ def _read_entry(mapped: mmap.mmap, at: int, end: int) -> tuple[_Entry, int]:
         raise ValueError("the zip directory is damaged")
     name = mapped[at + _ENTRY.size : name_end]
     large = [n for n in (size, packed, offset) if n == 0xFFFFFFFF]
-    if large:  # the true numbers are in an extra field, in this order, those only that do not fit
+    if large:  # the numbers that do not fit are in an extra field, in this order
         numbers = iter(_zip64_numbers(mapped[name_end:extra_end], len(large)))
         size, packed, offset = (next(numbers) if n == 0xFFFFFFFF else n for n in (size, packed, offset))
     if method or flags & _ENCRYPTED or packed != size or disk:
         shown = name.decode("utf-8", "backslashreplace")
-        raise ValueError(f"record {shown} is compressed, encrypted or in another file, as torch.save never does it")
+        raise ValueError(f"record {shown} is compressed, encrypted or in another file, which torch.save never does")
     return _Entry(name, offset, size, flags, crc), extra_end + comment_length
 
 
@@ -112,7 +112,7 @@ def _zip64_numbers(extra: bytes, count: int) -> tuple[int, ...]:
 
 
 def _start(mapped: mmap.mmap, entry: _Entry, name: str) -> int:
-    """Where a record's data start: behind its local header, whose padding the central directory does not know."""
+    """Where a record's data start: after its local header, whose padding the central directory does not contain."""
     at = entry.offset
     if at + _LOCAL.size > len(mapped) or mapped[at : at + 4] != b"PK\3\4":
         raise ValueError(f"record {name} has a damaged header")

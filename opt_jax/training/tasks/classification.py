@@ -26,8 +26,9 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
 
 
 def read_tsv(paths: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(texts, labels) of lines `text TAB label`; a first line `sentence TAB label` or `label TAB sentence` says which
-    is which, and is passed over.
+    """(texts, labels) of lines `text TAB label`.
+
+    A header `sentence TAB label` or `label TAB sentence` gives the order of the columns, and is skipped.
 
     Raises:
       FileNotFoundError: no such file.

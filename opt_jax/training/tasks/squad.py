@@ -109,8 +109,10 @@ def _answer_tokens(offsets: list[tuple[int, int] | None], answer: tuple[str, int
 
 
 def best_answer(question: Question, found: Sequence[tuple[Window, np.ndarray]], may_lack: bool) -> str:
-    """The most likely span of all windows of a question (logits [T, 2] each), or "" where `may_lack` and that of `</s>`
-    is more likely still."""
+    """The most likely span of all windows of a question (logits [T, 2] each).
+
+    It is "" if the question may lack an answer and the span of `</s>` is more likely.
+    """
     best, text = -np.inf, ""
     for window, logits in found:
         starts, ends = (np.argsort(-logits[: len(window.ids), i], kind="stable")[:N_BEST] for i in (0, 1))
