@@ -67,8 +67,8 @@ def tensor_offset(count: int) -> jax.Array | int:
 def gather_parameters(tree: Any, dtype: Any, grad_dtype: Any, prefix: str = "") -> Any:
     """All of each parameter, from parts along `fsdp`, cast to `dtype` before they are sent.
 
-    Gradients are added up in `grad_dtype`. Does nothing outside `rules.per_device`. Layers are left alone unless `prefix` is their path, for the model gathers
-    one at a time. What is gathered has the checkpoint name "weights".
+    Gradients are added up in `grad_dtype`. Does nothing outside `rules.per_device`. Layers are left alone unless
+    `prefix` is their path, for the model gathers one at a time. What is gathered has the checkpoint name "weights".
     """
     if not is_per_device():
         return tree
