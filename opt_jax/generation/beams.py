@@ -316,7 +316,7 @@ def _candidates(
     return _take(drawn, lax.top_k(scores, most)[1])
 
 
-def _finish(finished: _Beams, candidates: _Beams, ends: Bool[Array, "B C"], length_penalty) -> _Beams:
+def _finish(finished: _Beams, candidates: _Beams, ends: Bool[Array, "B C"], length_penalty: Float[Array, ""]) -> _Beams:
     """The best of what was finished before and the best N candidates, where these have ended."""
     beams = finished.scores.shape[1]
     new = jax.tree.map(lambda x: x[:, :beams], candidates)
@@ -325,7 +325,9 @@ def _finish(finished: _Beams, candidates: _Beams, ends: Bool[Array, "B C"], leng
     return both.select(lax.top_k(both.scores, beams)[1])
 
 
-def _can_improve(running: _Beams, finished: _Beams, best_length, length_penalty) -> Bool[Array, " B"]:
+def _can_improve(
+    running: _Beams, finished: _Beams, best_length: Int[Array, ""], length_penalty: Float[Array, ""]
+) -> Bool[Array, " B"]:
     """Whether the best running beam may end better than the worst finished one (HF's heuristic)."""
     best = running.scores[:, :1] / _power(best_length, length_penalty)
     worst = jnp.where(finished.lengths > 0, finished.scores.min(1, keepdims=True), _NEVER)

@@ -12,7 +12,7 @@ from opt_jax.system.reading import asks_for_nothing, json_object, note_without_e
 # HF's options that never have an effect on tokens. (Empty prompts, which HF starts with BOS, are errors.)
 _INERT = {"bos_token_id", "transformers_version", "_from_model_config", "return_dict_in_generate"}
 # HF's options that are not supported, and the values that are fine because they change nothing (None always is).
-_UNSUPPORTED: dict[str, tuple] = {
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "num_beam_groups": (1,),
     "diversity_penalty": (0,),
     "constraints": (),
@@ -67,13 +67,19 @@ _UNSUPPORTED: dict[str, tuple] = {
     "inputs_embeds": (),
 }
 # Only of use with do_sample=True, and the values that are of no use even then.
-_SAMPLING: dict[str, tuple] = {"temperature": (1,), "top_k": (0,), "top_p": (1,), "min_p": (0,), "typical_p": (1,)}
+_SAMPLING: dict[str, tuple[Any, ...]] = {
+    "temperature": (1,),
+    "top_k": (0,),
+    "top_p": (1,),
+    "min_p": (0,),
+    "typical_p": (1,),
+}
 # Only of use with num_beams, likewise.
-_BEAMS: dict[str, tuple] = {"length_penalty": (1,), "early_stopping": (False,)}
+_BEAMS: dict[str, tuple[Any, ...]] = {"length_penalty": (1,), "early_stopping": (False,)}
 _CACHE_DTYPES = ("int8", "float16", "bfloat16", "float32")
 # Only of use with drafts (`opt_jax.generation.speculative`).
 _DRAFTS = ("num_assistant_tokens", "max_matching_ngram_size")
-_LOOKUP: dict[str, tuple] = {"max_matching_ngram_size": (2,)}
+_LOOKUP: dict[str, tuple[Any, ...]] = {"max_matching_ngram_size": (2,)}
 _LENGTHS = ({"max_length", "max_new_tokens"}, {"min_length", "min_new_tokens"})
 
 
@@ -159,7 +165,7 @@ class GenerationConfig:
     cache_dtype: str | None = None
     logprobs: int | None = None
 
-    def __new__(cls, **options):
+    def __new__(cls, **options: Any):
         """Refuses options that do not exist or change nothing."""
         _check_names(options, "GenerationConfig")
         if others := [name for name in options if name not in FIELDS]:
@@ -178,7 +184,12 @@ class GenerationConfig:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | os.PathLike, *, revision=None, cache_dir=None, local_files_only=False
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
     ) -> "GenerationConfig":
         """That of a checkpoint (hub id, directory or "tiny"); FileNotFoundError where it has none."""
         folder = hub.resolve(
@@ -227,7 +238,7 @@ def combine(
     merged = override(checkpoint, given)
     _check_names({k: v for k, v in merged.items() if k not in given}, where)
     _check_each({k: merged[k] for k in merged.keys() & {"do_sample", "num_beams", "prompt_lookup_num_tokens"}})
-    unused: dict[str, tuple[tuple, str]] = {}
+    unused: dict[str, tuple[tuple[Any, ...], str]] = {}
     for names, is_used, hint in (
         (_SAMPLING, merged.get("do_sample"), "needs do_sample=True"),
         (_BEAMS, (merged.get("num_beams") or 1) > 1, "needs num_beams"),
@@ -342,7 +353,7 @@ def _check_values(config: GenerationConfig) -> None:
             raise ValueError(f"num_return_sequences={copies} would return equal rows: pass do_sample=True or num_beams")
 
 
-def _asked_for(config: GenerationConfig, options: Mapping[str, tuple]) -> list[str]:
+def _asked_for(config: GenerationConfig, options: Mapping[str, tuple[Any, ...]]) -> list[str]:
     """Those that are given and are not at one of their harmless values."""
     return [name for name, harmless in options.items() if not asks_for_nothing(getattr(config, name), harmless)]
 

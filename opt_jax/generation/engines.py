@@ -93,7 +93,9 @@ class PlainEngine:
         state, report = self._read(prompts, options, capacity, copies)
         return Slots(state, options, jobs), report
 
-    def _read(self, prompts: np.ndarray, options: SamplingOptions, capacity: int, copies: int = 1):
+    def _read(
+        self, prompts: np.ndarray, options: SamplingOptions, capacity: int, copies: int = 1
+    ) -> tuple[DecodeState, Report]:
         request = self.request
         return loop.begin(
             self.model,
@@ -124,7 +126,8 @@ class PlainEngine:
         state = self.place_state(slots.state, padded(jobs, size), places)
         return Slots(state, self.request.options_of(all_jobs), all_jobs)
 
-    def place_state(self, state: DecodeState, jobs: np.ndarray, places: np.ndarray) -> DecodeState:
+    def place_state(self, state: Any, jobs: np.ndarray, places: np.ndarray) -> Any:
+        """The engine's state with new jobs in some places."""
         return place_rows(state, self.new_rows(jobs), places)
 
     def new_rows(self, jobs: np.ndarray) -> DecodeState:

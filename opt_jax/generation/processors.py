@@ -63,7 +63,8 @@ def no_repeat_ngram(logits: Logits, history: History, size: Int[Array, ""]) -> L
     tokens, valid, column = history.tokens, history.valid, history.column[:, None]
     columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
 
-    def agree(i, match):  # the token i before each column is the i-th last token (real: there is a whole n-gram)
+    def agree(i: Int[Array, ""], match: Bool[Array, "B L"]) -> Bool[Array, "B L"]:
+        # The token i before each column is the i-th last token (real: there is a whole n-gram)
         before, known = (jnp.roll(x, i, axis=1) for x in (tokens, valid))
         last = jnp.take_along_axis(tokens, column - i, axis=1)
         return match & known & (columns >= i) & (before == last)

@@ -339,12 +339,12 @@ def _check_lengths(
 def _sampling_options(
     vocab_size: int, given: GenerationConfig, most: np.ndarray, least: np.ndarray, eos: list[int], pad: int
 ) -> SamplingOptions:
-    def scalar(dtype, value, off=None):
+    def scalar(dtype: Any, value: Any, off: Any = None) -> jax.Array | None:
         """The value as a scalar array, or None if the processor is off."""
         # Not jnp.asarray, which would compile a program for every dtype.
         return None if value is None or value == off else jax.device_put(dtype(value))
 
-    def token_ids(name):
+    def token_ids(name: str) -> jax.Array | None:
         values = check_ids(name, given_ids, vocab_size) if (given_ids := getattr(given, name)) is not None else []
         return _slots(values, vocab_size) if values else None
 

@@ -181,7 +181,7 @@ def _keep_largest(
     bits = lax.bitcast_convert_type(merit.astype(jnp.float32), jnp.uint32)
     ordered = jnp.where(bits >> 31 == 1, -bits, bits | jnp.uint32(1 << 31))  # in the floats' order; -0 equals 0
 
-    def try_bit(i, threshold):
+    def try_bit(i: Int[Array, ""], threshold: UInt[Array, "B 1"]) -> UInt[Array, "B 1"]:
         higher = threshold | (jnp.uint32(1 << 31) >> jnp.asarray(i, jnp.uint32))
         return jnp.where(enough(ordered >= higher), higher, threshold)
 
@@ -192,7 +192,7 @@ def _keep_largest(
 def row_keys(seeds: UInt[Array, " B"], samples: Int[Array, " B"], step: Int[Array, " B"]) -> Key[Array, " B"]:
     """A key per row and step: what a row draws does not depend on the rows beside it."""
 
-    def key(seed, sample, step):
+    def key(seed: UInt[Array, ""], sample: Int[Array, ""], step: Int[Array, ""]) -> Key[Array, ""]:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), sample)
 
     return jax.vmap(key)(seeds, samples, step)

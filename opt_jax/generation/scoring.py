@@ -75,7 +75,7 @@ def _score(
     batch, length = hidden.shape[:2]
     size = min(length & -length, 128)
 
-    def column(chunk):
+    def column(chunk: tuple[Any, Any]) -> tuple[Any, Any]:
         x, following = chunk
         logprobs = jax.nn.log_softmax(model.logits(x), axis=-1)
         chosen = jnp.take_along_axis(logprobs, following[..., None], axis=-1)[..., 0]

@@ -12,6 +12,7 @@ does not see. Without columns to go on, the compiled loop ends, and holes are re
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,7 @@ class DraftingEngine(PlainEngine):
         )
         return dataclasses.replace(slots, state=speculation), report
 
-    def place_state(self, state: Speculation, jobs: np.ndarray, places: np.ndarray) -> Speculation:
+    def place_state(self, state: Any, jobs: np.ndarray, places: np.ndarray) -> Any:
         return _place(state, self._start(self.new_rows(jobs), 1), places, count=self._drafts.count)
 
     def results(self, slots: Slots) -> NewTokens:
@@ -259,7 +260,9 @@ def _look_up(history: History, ngram: Int[Array, ""], count: int) -> tuple[Int[A
     """
     tokens, columns = history.tokens, jnp.arange(history.tokens.shape[1], dtype=jnp.int32)[None]
 
-    def compare(i, state):  # the token i before each column is the i-th last token
+    def compare(
+        i: Int[Array, ""], state: tuple[Any, Any]
+    ) -> tuple[Any, Any]:  # the token i before each column is the i-th last token
         agree, length = state
         before, known = (jnp.roll(x, i, axis=1) for x in (tokens, history.valid))
         last = jnp.take_along_axis(tokens, history.column[:, None] - i, axis=1)
@@ -282,14 +285,14 @@ def _draft(drafts: Drafts, s: Speculation, options: SamplingOptions, wanted: Int
     state, assistant, count = s.state, as_module(drafts.assistant), drafts.count
     end = state.width + state.lengths
 
-    def choose(tokens, logits, i):
+    def choose(tokens: Int[Array, "R L"], logits: Float[Array, "R V"], i: Int[Array, ""]) -> tuple[Any, Any]:
         history = _histories(state, tokens, i[None])
         logits = sampling.process(logits, history, options, do_sample)
         if do_sample:
             return sampling.draw(logits, _keys(options, history.step, _DRAFT)), jax.nn.softmax(logits, axis=-1)
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), None
 
-    def step(carry, i):
+    def step(carry: tuple[Any, ...], i: Int[Array, ""]) -> tuple[Any, Any]:
         tokens, logits, cache = carry
         token, probabilities = choose(tokens, logits, i)
         out = assistant.forward(token[:, None], (i + 1 < wanted)[:, None], cache=cache)
