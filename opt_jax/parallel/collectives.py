@@ -1,6 +1,6 @@
 """What each device sends and receives while a model runs in a training step: the collectives, one by one.
 
-Outside of `rules.per_device` these functions leave their argument as it is, but for its layout (`rules.constrain`).
+Outside of `rules.per_device` these functions send nothing: they return their argument, or pin its layout.
 """
 
 import math
@@ -65,8 +65,7 @@ def tensor_offset(count: int) -> jax.Array | int:
 
 
 def gather_parameters(tree: Any, dtype: Any, grad_dtype: Any, prefix: str = "") -> Any:
-    """All of each parameter, from parts along `fsdp`, cast to `dtype` before they are sent. Gradients are added up in
-    `grad_dtype`.
+    """Parameters gathered over `fsdp`, cast to `dtype` before. Their gradients are added up in `grad_dtype`.
 
     Does nothing outside `rules.per_device`. Layers are left alone unless `prefix` is their path, for the model gathers
     one at a time. What is gathered has the checkpoint name "weights".
