@@ -127,8 +127,7 @@ def constrain(x: jax.Array, name: str) -> jax.Array:
 
 
 def per_device(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`function` of each device's own parts of the arguments. A part of the batch is rows; of the residual stream, rows
-    and tokens.
+    """`function` of each device's part of the arguments: rows of the batch, rows and tokens of the residual stream.
 
     Differentiate within `function`.
     """
