@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from opt_jax.checkpoints import hub
-from opt_jax.system.reading import asks_for_nothing, json_object, note_without_effect, read_small, shown
+from opt_jax.system.messages import shown
+from opt_jax.system.reading import asks_for_nothing, json_object, note_without_effect, read_small
 
 # HF's options that never have an effect on tokens. (Empty prompts, which HF starts with BOS, are errors.)
 _INERT = {"bos_token_id", "transformers_version", "_from_model_config", "return_dict_in_generate"}

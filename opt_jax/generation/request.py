@@ -17,7 +17,7 @@ from opt_jax.model.cache import KVCache
 from opt_jax.model.heads import OPTForCausalLM
 from opt_jax.model.ids import as_ids, as_mask
 from opt_jax.model.inputs import check_inputs
-from opt_jax.system.reading import shown
+from opt_jax.system.messages import shown
 
 DEFAULT_NEW_TOKENS = 20  # HF's
 _LARGEST_TABLE = 1 << 24  # places for bad words or stop sequences, each as long as the longest

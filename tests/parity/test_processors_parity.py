@@ -79,7 +79,7 @@ def ours(options: dict[str, Any], logits, prompts, new) -> np.ndarray:
     tokens[~valid] = np.tile(3 + np.arange(COLUMNS) % 5, (len(ids), 1))[~valid]  # pads and the future must not count
     counts = (np.full(len(ids), x, np.int32) for x in (used, step))
     history = History(tokens, valid, *counts)  # type: ignore[reportArgumentType]
-    kept = {} if request.beams is None else {"min_keep": len(ENDS) + 1}
+    kept = {} if request.num_beams == 1 else {"min_keep": len(ENDS) + 1}
     return np.asarray(process(logits, history, request.options, do_sample=request.do_sample, **kept))
 
 
