@@ -24,13 +24,13 @@ except ImportError as error:
 from tqdm import tqdm
 
 from opt_jax.evaluation._perplexity import check_batch_size
+from opt_jax.generation.config import SAMPLING
 from opt_jax.generation.request import batch_bucket
 from opt_jax.model.heads import OPTForCausalLM
 from opt_jax.parallel import processes
 from opt_jax.text.tokenizer import OPTTokenizer
 
 # Options of sampling. A greedy task may have them; `hf` ignores them there, and `generate` would refuse them.
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 Pair = tuple[Any, list[int], list[int]]  # the harness's key of the request in its cache, context, continuation
 
 
@@ -95,12 +95,16 @@ class OPTLM(TemplateLM):
         """The tokenizer in the harness's cache keys."""
         return repr(self.tokenizer)
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
+    def tok_encode(  # type: ignore[reportIncompatibleMethodOverride]  # the base class takes any keywords
+        self, string: str, add_special_tokens: bool | None = None
+    ) -> list[int]:
         """The ids of a text. By default `</s>` is added unless the text begins with it."""
         special = not string.startswith(self.tokenizer.bos_token) if add_special_tokens is None else add_special_tokens
         return self.tokenizer(string, return_tensors=None, add_special_tokens=special)["input_ids"]
 
-    def _loglikelihood_tokens(self, requests: Sequence[Pair], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(  # type: ignore[reportIncompatibleMethodOverride]  # likewise
+        self, requests: Sequence[Pair], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
         """(log-probability of the continuation, whether it is the greedy continuation) of each request.
 
         Requests of similar lengths share a batch. Batches have few shapes: `batch_size` rows (a bucket for the last
@@ -183,7 +187,7 @@ class OPTLM(TemplateLM):
         until = handle_stop_sequences(options.pop("until"), eos=self.tokenizer.eos_token)
         new = options.pop("max_gen_toks")
         if not options["do_sample"]:  # tasks have such options nevertheless; HF warns
-            for name in {*_SAMPLING} & set(options):
+            for name in {*SAMPLING} & set(options):
                 options.pop(name)
         if new >= self.max_length:
             raise ValueError(

@@ -68,7 +68,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "inputs_embeds": (),
 }
 # Only of use with do_sample=True, and the values that are of no use even then.
-_SAMPLING: dict[str, tuple[Any, ...]] = {
+SAMPLING: dict[str, tuple[Any, ...]] = {
     "temperature": (1,),
     "top_k": (0,),
     "top_p": (1,),
@@ -241,7 +241,7 @@ def combine(
     _check_each({k: merged[k] for k in merged.keys() & {"do_sample", "num_beams", "prompt_lookup_num_tokens"}})
     unused: dict[str, tuple[tuple[Any, ...], str]] = {}
     for names, is_used, hint in (
-        (_SAMPLING, merged.get("do_sample"), "needs do_sample=True"),
+        (SAMPLING, merged.get("do_sample"), "needs do_sample=True"),
         (_BEAMS, (merged.get("num_beams") or 1) > 1, "needs num_beams"),
         (_LOOKUP, merged.get("prompt_lookup_num_tokens"), "needs prompt_lookup_num_tokens"),
     ):
@@ -271,7 +271,7 @@ def override(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, An
     upper = {k: v for k, v in upper.items() if v is not None}
     dropped = {name for names in _LENGTHS if names & upper.keys() for name in names}
     if upper.get("do_sample") is False:
-        dropped |= {*_SAMPLING, "num_return_sequences"}
+        dropped |= {*SAMPLING, "num_return_sequences"}
     for name, off, options in (("num_beams", 1, _BEAMS), ("prompt_lookup_num_tokens", 0, _LOOKUP)):
         if name in upper and asks_for_nothing(upper[name], (off,)):  # any value: they are checked later
             dropped |= {*options}
@@ -348,7 +348,7 @@ def _check_values(config: GenerationConfig) -> None:
     elif unused := _asked_for(config, _BEAMS):  # HF warns
         raise ValueError(f"{', '.join(unused)} without effect: pass num_beams above 1 as well")
     if not config.do_sample:  # HF warns
-        if unused := _asked_for(config, _SAMPLING):
+        if unused := _asked_for(config, SAMPLING):
             raise ValueError(f"{', '.join(unused)} without effect: pass do_sample=True as well")
         if copies > 1 and beams == 1:
             raise ValueError(f"num_return_sequences={copies} would return equal rows: pass do_sample=True or num_beams")

@@ -190,11 +190,12 @@ class Vocabulary:
 
     def _set_template(self, add_bos: bool) -> None:
         bos, first, second = self.bos_token, "", ""
+        special: list[dict[str, Any]] = []
         if add_bos:
             # A template is split at blanks and colons, so a token with one of these gets another name in it.
             name = "BOS" if any(c in bos for c in ":$") or bos.split() != [bos] else bos
             first, second = f"{name}:0 ", f" {name}:1"
-        special: list = [{"id": name, "ids": [self.bos_token_id], "tokens": [bos]}] if add_bos else []
+            special = [{"id": name, "ids": [self.bos_token_id], "tokens": [bos]}]
         self.backend_tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[reportAttributeAccessIssue]
             single=f"{first}$A:0", pair=f"{first}$A:0{second} $B:1", special_tokens=special
         )

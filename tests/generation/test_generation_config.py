@@ -11,7 +11,7 @@ import pytest
 
 from opt_jax import GenerationConfig
 from opt_jax.generation import sampling
-from opt_jax.generation.config import _SAMPLING, FIELDS, check_ids, check_sequences, combine
+from opt_jax.generation.config import FIELDS, SAMPLING, check_ids, check_sequences, combine
 
 
 def test_names_come_from_files_and_dicts(tmp_path):
@@ -187,4 +187,4 @@ def test_what_only_draws_use_is_refused_without_them():
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "options"
     }
-    assert read == set(_SAMPLING)
+    assert read == set(SAMPLING)

@@ -14,6 +14,7 @@ from oracle import make_hf, torch, transformers
 from reference import our_model
 
 from opt_jax.generation import sampling
+from opt_jax.generation.config import SAMPLING
 from opt_jax.generation.processors import History
 from opt_jax.generation.request import check_request
 
@@ -116,7 +117,7 @@ CHOICES: dict[str, list[Any]] = {
     "forced_eos_token_id": [2, [2, 17]],
 }
 ALONE = [(name, value) for name, values in CHOICES.items() for value in values]
-OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+OF_SAMPLING = tuple(SAMPLING)
 
 
 @pytest.mark.parametrize(("name", "value"), ALONE, ids=lambda x: str(x)[:24])
