@@ -17,8 +17,9 @@ import numpy as np
 
 from opt_jax.checkpoints.arrays import LazyArray, first_difference
 from opt_jax.checkpoints.chunks import Index, Shape
+from opt_jax.checkpoints.formats.mapped_files import shown
 from opt_jax.checkpoints.formats.stored import Stored, locate
-from opt_jax.checkpoints.formats.torch_files import TorchFile, TorchTensor, shown
+from opt_jax.checkpoints.formats.torch_files import TorchFile, TorchTensor
 from opt_jax.checkpoints.formats.unpickle import Stub
 from opt_jax.config import OPTConfig
 

@@ -17,8 +17,9 @@ from support.hf_files import TINY, global_, hf_weights, state_dict_pickle, tenso
 
 from convert import to_orbax
 from convert.source import open_directory
+from opt_jax.checkpoints.formats.safetensors import read_safetensors
 from opt_jax.checkpoints.formats.stored import Stored, locate
-from opt_jax.checkpoints.formats.torch_files import read_safetensors, read_torch
+from opt_jax.checkpoints.formats.torch_files import read_torch
 
 
 def test_files_written_by_torch(tmp_path):

@@ -220,7 +220,7 @@ GLOBALS = (
     "collections OrderedDict.__class__", "collections namedtuple",
     "torch Size.__new__", "torch FloatStorage.__init__.__globals__", "torch._utils _rebuild_tensor_v2.__globals__",
     "torch ", " Size", " ",
-    "opt_jax.checkpoints.formats.torch_files map_file", "opt_jax.checkpoints.formats.unpickle loads",
+    "opt_jax.checkpoints.formats.mapped_files map_file", "opt_jax.checkpoints.formats.unpickle loads",
     "opt_jax.checkpoints.hub resolve", "__main__ main", "sys modules",
     "os\x00 system", "\x1b[31mos system",
     "OS SYSTEM", "x" * 10_000 + " y", "..os system", "os.path os.system", "torch._utils _rebuild_tensor",

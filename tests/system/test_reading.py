@@ -13,7 +13,8 @@ from convert.staging import read_plan
 from opt_jax import GenerationConfig, OPTConfig, OPTForCausalLM, OPTTokenizer
 from opt_jax.checkpoints import hub, pretrained
 from opt_jax.checkpoints.download import read_index
-from opt_jax.checkpoints.formats.torch_files import read_safetensors, read_torch
+from opt_jax.checkpoints.formats.safetensors import read_safetensors
+from opt_jax.checkpoints.formats.torch_files import read_torch
 from opt_jax.checkpoints.orbax import open_stored
 from opt_jax.data.tokenizers import read_tokenizer
 from opt_jax.data.tokens import Tokens, open_tokens

@@ -7,8 +7,10 @@ from opt_jax.checkpoints import hub
 from opt_jax.checkpoints.arrays import Checks, LazyArray, first_difference
 from opt_jax.checkpoints.download import WEIGHT_FILES, read_index
 from opt_jax.checkpoints.formats import names
+from opt_jax.checkpoints.formats.mapped_files import shown
+from opt_jax.checkpoints.formats.safetensors import read_safetensors
 from opt_jax.checkpoints.formats.stored import locate
-from opt_jax.checkpoints.formats.torch_files import read_safetensors, read_torch, shown
+from opt_jax.checkpoints.formats.torch_files import read_torch
 from opt_jax.config import OPTConfig
 
 

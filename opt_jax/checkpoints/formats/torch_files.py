@@ -1,47 +1,26 @@
-"""Reads safetensors and torch zip files without torch: memory-mapped, lazily, and without running code.
+"""Reads torch's zip files without torch: memory-mapped, lazily, and without running code.
 
-Both readers return `Tensors`: a dict of NumPy views into the mapped file. No data is read before a view is used.
+`read_torch` returns `Tensors`: a dict of NumPy views into the mapped file. No data is read before a view is used.
 
-Formats: https://github.com/huggingface/safetensors#format; torch's zip as written by `torch.save` since 1.6
-(torch/serialization.py, `_save`).
+Format: torch's zip as written by `torch.save` since 1.6 (torch/serialization.py, `_save`).
 """
 
-import json
 import math
-import mmap
-import os
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from opt_jax.checkpoints.formats import unpickle
+from opt_jax.checkpoints.formats.mapped_files import Tensors, is_shape, is_size, little_endian, map_file, shown
 from opt_jax.checkpoints.formats.unpickle import (
     Refused,
     StubClass,
 )
 from opt_jax.checkpoints.formats.zip_records import find_records
-from opt_jax.system.reading import SMALL_FILE, open_regular
+from opt_jax.system.reading import SMALL_FILE
 
-_SAFETENSORS_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-}
 _STORAGE_DTYPES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -54,126 +33,6 @@ _STORAGE_DTYPES = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
 }
-_MAX_HEADER = 10_000_000  # bytes: 70,000 tensors. Parsing malicious JSON takes memory of thirty times its length
-_MAX_SIZE = 1 << 60  # elements; NumPy counts bytes in 63 bits
-_MAX_DIMENSIONS = 32
-
-
-class Tensors(dict[str, np.ndarray]):
-    """Tensor name -> read-only view into the mapped file, with any strides and alignment. See `stored.locate`."""
-
-    def __init__(self, mapped: mmap.mmap) -> None:
-        super().__init__()
-        self.map = mapped
-
-
-def map_file(path: Path) -> mmap.mmap:
-    """The file's bytes, read-only.
-
-    Raises:
-      ValueError: the file is empty, a Git LFS pointer or not a regular file (`open_regular`).
-      OSError: it cannot be read.
-    """
-    with open_regular(path) as file:
-        if not os.fstat(file.fileno()).st_size:
-            raise ValueError(f"{path} is empty")
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if mapped[:24] == b"version https://git-lfs.":
-        raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository")
-    return mapped
-
-
-def _dtype(name: str) -> np.dtype:
-    return np.dtype(getattr(ml_dtypes, name, name)).newbyteorder("<")
-
-
-def _is_size(*numbers: Any) -> bool:
-    return all(type(n) is int and 0 <= n < _MAX_SIZE for n in numbers)
-
-
-def _is_shape(shape: Any) -> bool:
-    """Whether it is a shape that a NumPy array can have."""
-    if type(shape) not in (list, tuple) or len(shape) > _MAX_DIMENSIONS or not _is_size(*shape):
-        return False
-    return math.prod(n or 1 for n in shape) < _MAX_SIZE
-
-
-def shown(what: Any) -> str:
-    """A name or text from a file for use in a message: no control characters, at most 160 characters."""
-    text = str(what)
-    if not text.isprintable():
-        text = text.encode("unicode_escape").decode()
-    return text if len(text) <= 160 else f"{text[:100]}...{text[-50:]}"
-
-
-# safetensors ------------------------------------------------------------------------------------------------
-
-
-def read_safetensors(path: Path) -> Tensors:
-    """The tensors of a `.safetensors` file.
-
-    Raises:
-      ValueError: the file is truncated or malformed; the message names the file and, if possible, the tensor.
-    """
-    mapped = map_file(path)
-    header, length = _read_header(path, mapped)
-    tensors, spans = Tensors(mapped), []
-    for name, entry in header.items():
-        try:
-            dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        except (TypeError, KeyError, ValueError):
-            raise ValueError(f"{path}: tensor {shown(name)} has a malformed header entry") from None
-        if not (isinstance(dtype, str) and _is_shape(shape) and _is_size(start, end)):
-            raise ValueError(f"{path}: tensor {shown(name)} has a malformed header entry")
-        if dtype not in _SAFETENSORS_DTYPES:
-            raise ValueError(f"{path}: tensor {shown(name)} has dtype {shown(dtype)}, which is not supported")
-        if end - start != math.prod(shape) * _dtype(_SAFETENSORS_DTYPES[dtype]).itemsize:
-            what = f"tensor {shown(name)} ({dtype}, shape {shape})"
-            raise ValueError(f"{path}: {what} does not fill its {end - start} bytes")
-        spans.append((start, end, name, dtype, shape))
-
-    # The format allows neither gaps nor overlaps, so the tensors in order must account for every byte.
-    position, size = 0, len(mapped) - 8 - length
-    for start, end, name, dtype, shape in sorted(spans):
-        if start != position:
-            raise ValueError(f"{path}: tensor {shown(name)} overlaps another or leaves a gap before it")
-        if end > size:
-            raise ValueError(f"{path} is truncated: tensor {shown(name)} ends at byte {end} of {size}")
-        flat = np.frombuffer(mapped, _dtype(_SAFETENSORS_DTYPES[dtype]), math.prod(shape), 8 + length + start)
-        tensors[name] = flat.reshape(shape)
-        position = end
-    if position != size:
-        raise ValueError(f"{path}: {size - position} bytes after the last tensor belong to none")
-    return tensors
-
-
-def _read_header(path: Path, mapped: mmap.mmap) -> tuple[dict[str, Any], int]:
-    """(name -> unchecked entry of each tensor, length of the header in bytes)."""
-    length = int.from_bytes(mapped[:8], "little")
-    if len(mapped) < 8 or length > min(len(mapped) - 8, _MAX_HEADER):
-        raise ValueError(f"{path} is truncated or not a safetensors file: its header does not fit")
-    try:
-        header = json.loads(mapped[8 : 8 + length].decode("utf-8"), object_pairs_hook=_unique)
-        if not isinstance(header, dict):
-            raise ValueError("not a JSON object")
-        metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError("its __metadata__ is not an object of strings")
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: the safetensors header is damaged: {shown(e)}") from None
-    return header, length
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in unique:
-            raise ValueError(f"{name} is there twice")
-        unique[name] = value
-    return unique
-
-
-# torch zip --------------------------------------------------------------------------------------------------
 
 
 class TorchTensor(NamedTuple):
@@ -310,11 +169,11 @@ class TorchFile:
         except (TypeError, ValueError):
             raise ValueError("malformed tensor description") from None
         known = kind == "storage" and dtype_name in _STORAGE_DTYPES.values() and isinstance(key, str)
-        if not (known and _is_shape(size) and _is_size(numel, offset) and type(stride) in (tuple, list)):
+        if not (known and is_shape(size) and is_size(numel, offset) and type(stride) in (tuple, list)):
             raise ValueError("malformed tensor description")
-        if len(stride) != len(size) or not _is_size(*stride):
+        if len(stride) != len(size) or not is_size(*stride):
             raise ValueError("malformed tensor description")
-        dtype = _dtype(dtype_name)
+        dtype = little_endian(dtype_name)
         if f"{self._prefix}data/{key}" not in self._records:
             raise ValueError(f"record data/{shown(key)} is not in the file")
         start, length, _ = self._records[f"{self._prefix}data/{key}"]  # a checksum of all data would cost a reading
