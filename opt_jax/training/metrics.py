@@ -5,6 +5,7 @@ import json
 import math
 import platform
 import statistics
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -27,6 +28,17 @@ from opt_jax.training.nonfinite import NonFiniteError
 SPIKE_DEVIATIONS, SPIKE_AFTER, SPIKE_WINDOW = 6.0, 20, 100
 # With --skip-nonfinite: after so many in a row it is the weights that are bad, not the data.
 MOST_SKIPS_IN_A_ROW = 20
+
+
+def say(line: str) -> None:
+    """Print a line, on process 0."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+def complain(line: str) -> None:
+    """Print a line to stderr, on every process: what is wrong may be so for one of them only."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def machine(mesh: Mesh) -> str:
