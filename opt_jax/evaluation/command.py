@@ -76,21 +76,10 @@ def evaluate(options: Annotated[EvalOptions, tyro.conf.arg(name="")]) -> None:
     check(options)
     from opt_jax.parallel import processes
 
-    with processes.last_words(PROGRAM) if _in_job(options) else contextlib.nullcontext():
-        processes.start(
-            options.distributed,
-            options.coordinator_address,
-            options.num_processes,
-            options.process_id,
-            hang_minutes=options.hang_minutes,
-        )
+    job = options.distributed, options.coordinator_address, options.num_processes, options.process_id
+    with processes.last_words(PROGRAM) if processes.is_job(*job) else contextlib.nullcontext():
+        processes.start(*job, hang_minutes=options.hang_minutes)
         _evaluate(options)
-
-
-def _in_job(options: EvalOptions) -> bool:
-    from opt_jax.parallel import processes
-
-    return options.distributed != "off" and (options.num_processes is not None or processes.in_cluster())
 
 
 def check(options: EvalOptions) -> None:

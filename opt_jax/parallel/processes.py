@@ -58,7 +58,7 @@ def start(
       ValueError: incomplete values, no cluster to be found, or limits of waiting for a process alone.
     """
     explicit = (coordinator_address, num_processes, process_id)
-    if mode == "off" or mode == "auto" and not any(v is not None for v in explicit) and not in_cluster():
+    if not is_job(mode, *explicit):
         if any(v is not None for v in explicit):
             raise ValueError("--distributed off: leave out --coordinator-address, --num-processes and --process-id")
         for flag, value, default in (
@@ -90,6 +90,21 @@ def start(
         ) from None
     if jax.process_count() > 1:
         _watch(coordinator_address, heartbeat_seconds, hang_minutes)
+
+
+def is_job(
+    mode: str,
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> bool:
+    """Whether `start` with these arguments makes this process one of a job, or fails to.
+
+    Raises:
+      ValueError: see `in_cluster`.
+    """
+    explicit = any(value is not None for value in (coordinator_address, num_processes, process_id))
+    return mode == "on" or mode == "auto" and (explicit or in_cluster())
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import pytest
 from conftest import REPOSITORY
 from support.processes import environment
 
-from convert.__main__ import _repeat_lost_signals
+from convert.job import repeat_lost_signals
 from opt_jax.parallel import processes
 from opt_jax.system.interrupts import Signals, Terminated, delayed, exit_code, raises, say
 from opt_jax.training.checkpoints import Termination
@@ -81,7 +81,7 @@ def test_a_lost_signal_that_is_repeated_too_soon_is_repeated_again(monkeypatch):
 
     monkeypatch.setattr(threading, "Timer", Busy)
     with pytest.raises(KeyboardInterrupt), raises():
-        _repeat_lost_signals(SimpleNamespace(exc_type=KeyboardInterrupt))
+        repeat_lost_signals(SimpleNamespace(exc_type=KeyboardInterrupt))
         time.sleep(10)
     assert Busy.count == 2
 
