@@ -264,7 +264,7 @@ def fit(
             if stopping:
                 break
     if stopping or termination.came and jax.process_count() == 1:  # it may come while the last checkpoint is written
-        what, code = termination.describe()
+        what, code = termination.reason_and_exit_code()
         say(f"{what}: stopped after step {step} of {options.steps}, and saved it: the same command goes on from there")
         sys.exit(code)
     return state
@@ -272,7 +272,7 @@ def fit(
 
 def export(setup: Setup, run: RunDirectory, data: TrainingData, state: TrainState) -> None:
     """Write the model to the run directory and show a first sample of it."""
-    model = setup.lora.merge(state.whole, setup.saved_model) if setup.lora else state.model
+    model = setup.lora.merge(state.full_model, setup.saved_model) if setup.lora else state.model
     on_first_process(run.check_lock)
     model.save_pretrained(run.path / "model", tokenizer=data.tokenizer)
     if setup.lora:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from opt_jax.checkpoints import hub
-from opt_jax.system.disk import describe, keep_standard_descriptors
+from opt_jax.system.disk import error_line, keep_standard_descriptors
 from opt_jax.system.interrupts import exit_code
 
 from .job import UsageError, leave_accelerators_alone, repeat_lost_signals, started
@@ -258,13 +258,13 @@ def inspect(src: Files, /, source: Source = SourceOptions(), metaseq: Metaseq = 
       src: As for the other commands; several names: files of a metaseq checkpoint.
     """
     from .checkpoint import check_shapes
-    from .inspect import describe
+    from .inspect import summary
 
     metaseq.check()
     leave_accelerators_alone()
     opened = _open_source(src, source, metaseq)
     _check_no_verify(source, opened)
-    for line in describe(opened):
+    for line in summary(opened):
         print(line)
     check_shapes(opened)
 
@@ -423,7 +423,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROG) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, ValueError) as e:
-        print(f"error: {describe(e)}", file=sys.stderr)
+        print(f"error: {error_line(e)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as e:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends at once

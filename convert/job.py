@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
-from opt_jax.system.disk import describe
+from opt_jax.system.disk import error_line
 from opt_jax.system.interrupts import Signals, Terminated, raises
 
 
@@ -49,7 +49,7 @@ def started(
                 stack.enter_context(raises(where_ignored=False))
                 processes.start(*arguments, hang_minutes=hang_minutes)
         except ValueError as e:
-            raise UsageError(describe(e)) from None
+            raise UsageError(error_line(e)) from None
         processes.reached("opening SRC")
         yield
 

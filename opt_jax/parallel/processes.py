@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from opt_jax.parallel.agreement import from_first
 from opt_jax.parallel.watchdog import Watchdog, listen
-from opt_jax.system.disk import describe, without_tracebacks
+from opt_jax.system.disk import error_line, without_tracebacks
 from opt_jax.system.interrupts import Signals, say
 from opt_jax.system.messages import one_line
 
@@ -223,14 +223,14 @@ def last_words(program: str, at_once: bool = False) -> Generator[None, None, Non
             yield
     except (ValueError, OSError) as error:
         if not jax.distributed.is_initialized():
-            message = f"{program}: error: {describe(error)}"
+            message = f"{program}: error: {error_line(error)}"
             if not at_once:
                 sys.exit(message)
             print(message, file=sys.stderr, flush=True)
             with suppress(OSError):
                 print(end="", flush=True)
             os._exit(1)
-        _leave(f"{program}: error: process {jax.process_index()}: {describe(error)}")
+        _leave(f"{program}: error: process {jax.process_index()}: {error_line(error)}")
     except Exception as error:
         if not jax.distributed.is_initialized():
             raise

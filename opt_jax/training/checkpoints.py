@@ -400,6 +400,6 @@ class Termination:
             return multihost_utils.reached_preemption_sync_point(step)
         return self.came is not None
 
-    def describe(self) -> tuple[str, int]:
+    def reason_and_exit_code(self) -> tuple[str, int]:
         """(name of the signal, exit code)."""
         return ("Ctrl-C", INTERRUPTED) if self.came == signal.SIGINT else ("SIGTERM", processes.PREEMPTED)

@@ -99,7 +99,7 @@ def _task_data(setup: Setup, tokenizer: OPTTokenizer) -> TrainingData:
         training=task.training,
         held_out=task.held_out,
         task=task,
-        summary=task.describe(),
+        summary=task.summary(),
         tokens_per_step=round(setup.options.batch_size * task.training.lengths.mean()),
         sample_from=None,
     )
@@ -127,7 +127,7 @@ def _pretraining_data(setup: Setup, tokenizer: OPTTokenizer, corpus: Corpus) -> 
         training=training,
         held_out=held_out,
         task=None,
-        summary=corpus.describe(training.tokens, held_out.tokens if held_out else 0),
+        summary=corpus.summary(training.tokens, held_out.tokens if held_out else 0),
         tokens_per_step=options.batch_size * seq_len,
         sample_from=(held_out_streams or streams)[0],
     )
@@ -136,19 +136,19 @@ def _pretraining_data(setup: Setup, tokenizer: OPTTokenizer, corpus: Corpus) -> 
 def make_validation(setup: Setup, data: TrainingData) -> Callable[[TrainState], dict[str, float] | float | None]:
     """A function state -> the loss on held-out data, or the measures of a task; None: there is no such data."""
     make_step = make_predict_step if data.task else make_eval_step
-    eval_step = make_step(setup.shardings.whole, setup.mesh)
+    eval_step = make_step(setup.shardings.full_model, setup.mesh)
     place = partial(place_batch, batch_size=setup.options.batch_size, accumulate=1, mesh=setup.mesh)
 
     def validate(state: TrainState) -> dict[str, float] | float | None:
         held_out = data.held_out
         if data.task:
-            return data.task.evaluate(lambda rows: eval_step(state.whole, place(rows)))
+            return data.task.evaluate(lambda rows: eval_step(state.full_model, place(rows)))
         if held_out is None:
             return None
         assert isinstance(held_out, Windows)
         count = max(1, min(setup.options.eval_batches, held_out.count // setup.options.batch_size))
         batches = (place(partial(held_out.batch, i)) for i in range(count))
-        sums, counts = zip(*(jax.device_get(eval_step(state.whole, batch)) for batch in batches), strict=True)
+        sums, counts = zip(*(jax.device_get(eval_step(state.full_model, batch)) for batch in batches), strict=True)
         return float(sum(sums) / sum(counts))
 
     return validate

@@ -171,12 +171,13 @@ class Metrics:
             self._look_for_spike(values)
         if val_loss is not None and (measurement := val_loss()) is not None:
             if isinstance(measurement, dict):
-                found = measurement
+                measures = measurement
             else:  # no NaN, no infinity
                 perplexity = math.exp(measurement) if measurement < 700 else math.nan
-                found = {"val_loss": measurement, "val_perplexity": perplexity}
-            self._val_loss, self._measures = found["val_loss"], {k: v for k, v in found.items() if k != "val_loss"}
-            values |= {name: value if math.isfinite(value) else None for name, value in found.items()}
+                measures = {"val_loss": measurement, "val_perplexity": perplexity}
+            self._val_loss = measures["val_loss"]
+            self._measures = {name: value for name, value in measures.items() if name != "val_loss"}
+            values |= {name: value if math.isfinite(value) else None for name, value in measures.items()}
         self._write(values)
         self._show(values)
         self._last = time.perf_counter()

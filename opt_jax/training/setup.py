@@ -90,7 +90,7 @@ class Setup:
 
     def parameter_counts(self) -> tuple[int, int]:
         """The numbers of (trained parameters, all parameters)."""
-        models = self.state.model, self.state.whole
+        models = self.state.model, self.state.full_model
         trained, total = (sum(leaf.size for leaf in jax.tree.leaves(model)) for model in models)
         return trained, total
 

@@ -97,7 +97,7 @@ def test_ctrl_c_ends_at_once_before_the_first_step_then_saves_and_the_second_end
         send()
         while not termination.asked(2):
             pass
-        assert termination.describe() == ("Ctrl-C", 130)
+        assert termination.reason_and_exit_code() == ("Ctrl-C", 130)
         send()
         assert calls.acquire(timeout=20) and ended == [signal.SIGINT] * 2
     assert capfd.readouterr().err.startswith("Ctrl-C: saving a checkpoint; a second Ctrl-C ends at once")
@@ -105,7 +105,7 @@ def test_ctrl_c_ends_at_once_before_the_first_step_then_saves_and_the_second_end
         send(signal.SIGTERM)  # before the first step: a preemption loses nothing
         while not termination.asked(1):
             pass
-        assert termination.describe() == ("SIGTERM", 143)
+        assert termination.reason_and_exit_code() == ("SIGTERM", 143)
 
 
 def test_a_line_for_a_pipe_that_nobody_reads_is_given_up():
