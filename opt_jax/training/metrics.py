@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import opt_jax
-from opt_jax.training.files import Lines, ranges, read_metrics, write_text
+from opt_jax.system.temporary import write_file
+from opt_jax.training.files import Lines, ranges, read_metrics
 from opt_jax.training.nonfinite import NonFiniteError
 
 # A loss is a spike if it lies so many deviations above the median of the recent ones: at least SPIKE_AFTER and at most
@@ -69,7 +70,7 @@ def cut_back(path: epath.Path, step: int, say: Callable[[str], Any]) -> None:
     if missing := [i for i in range(1, step + 1) if i not in lines]:
         say(f"{path} has no line for {len(missing)} of {step} steps ({ranges(missing)}): their numbers are lost")
     if path.exists():
-        write_text(path, b"".join(line for i, line in lines.items() if i <= step).decode())
+        write_file(path, b"".join(line for i, line in lines.items() if i <= step))
 
 
 def best_validation(path: epath.Path) -> tuple[int, float] | tuple[None, None]:
