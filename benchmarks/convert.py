@@ -58,7 +58,7 @@ def write_checkpoint(directory: Path, model: str, form: str) -> tuple[int, int]:
     content = config.to_hf() | {"architectures": ["OPTForCausalLM"], "torch_dtype": "float16"}
     (directory / "config.json").write_text(json.dumps(content))
     noise = np.random.default_rng(0).integers(0, 0x7000, 1 << 24, np.uint16).view(np.float16)  # finite float16s
-    shapes = [hf.describe(path, shape) for path, shape in expected_shapes(OPTForCausalLM, config)]
+    shapes = [hf.stored_as(path, shape) for path, shape in expected_shapes(OPTForCausalLM, config)]
     weight_map: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
     suffix, stem = (".bin", "pytorch_model") if form == "bin" else (".safetensors", "model")

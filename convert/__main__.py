@@ -10,11 +10,9 @@ import dataclasses
 import os
 import resource
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -22,8 +20,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from opt_jax.checkpoints import hub
-from opt_jax.system.disk import describe, keep_standard_descriptors
-from opt_jax.system.interrupts import Terminated, exit_code, raises
+from opt_jax.system.disk import error_line, keep_standard_descriptors
+from opt_jax.system.interrupts import exit_code
+
+from .job import UsageError, leave_accelerators_alone, repeat_lost_signals, started
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -59,6 +59,15 @@ class MetaseqOptions:
     config: Path | None = None
     """A config.json of any other architecture."""
 
+    def check(self) -> None:
+        """Refuse two answers to one question.
+
+        Raises:
+          UsageError: both name the architecture.
+        """
+        if self.model is not None and self.config is not None:
+            raise UsageError("--model and --config both name the architecture: give one of them")
+
 
 @dataclass(frozen=True)
 class WriteOptions:
@@ -76,13 +85,28 @@ class WriteOptions:
 class JobOptions:
     """Several processes that convert one checkpoint together."""
 
-    distributed: bool = False
-    """Start `jax.distributed`: on a TPU pod or under SLURM it finds the others by itself, elsewhere through the three
-    options below."""
+    distributed: Literal["auto", "on", "off"] = "auto"
+    """One conversion on several hosts, as in train.py. auto: if a TPU pod, SLURM, Open MPI or a Kubernetes job, or the
+    next three, say so."""
     coordinator_address: str | None = None
     """host:port of process 0."""
     num_processes: int | None = None
     process_id: int | None = None
+    hang_minutes: int = 60
+    """With several processes: end when opening or downloading SRC, or a piece of it, takes longer."""
+
+    def for_one_shard(self) -> "JobOptions":
+        """The options of a process that works alone with --shard-of, whatever its environment says.
+
+        Raises:
+          UsageError: it is to be one of a job.
+        """
+        explicit = (self.coordinator_address, self.num_processes, self.process_id)
+        if self.distributed == "on" or self.distributed == "auto" and any(value is not None for value in explicit):
+            raise UsageError(
+                "--shard-of is for separate commands: with --distributed the processes share out the files"
+            )
+        return dataclasses.replace(self, distributed="off")
 
 
 Source = Annotated[SourceOptions, tyro.conf.arg(name="")]
@@ -118,8 +142,7 @@ def to_orbax(
         or "tiny", the model inside this package.
       dst: The directory to write, on a disk or in Google Cloud Storage (gs://BUCKET/NAME).
     """
-    _start(job)
-    _convert([src], dst, source, MetaseqOptions(), write)
+    _convert([src], dst, source, MetaseqOptions(), write, job)
 
 
 def metaseq(
@@ -136,8 +159,8 @@ def metaseq(
         quoted glob; or the directory they are in. DST: the directory to write.
     """
     *files, dst = _sources_and_destination(paths)
-    _start(job)
-    _convert(files, dst, SourceOptions(), metaseq, write, from_metaseq=True)
+    metaseq.check()
+    _convert(files, dst, SourceOptions(), metaseq, write, job, from_metaseq=True)
 
 
 def to_hf(
@@ -164,14 +187,14 @@ def to_hf(
     if hub.is_remote(target):
         raise UsageError(f"{target}: Hugging Face's form is written to disks only: name a directory, and copy it there")
     dst, part = hub.as_path(target), _shard_of(shard_of)
-    if part is not None and job.distributed:
-        raise UsageError("--shard-of is for separate commands: with --distributed the processes share out the files")
+    metaseq.check()
+    if part is not None:
+        job = job.for_one_shard()
     try:
         to_hf.parse_size(max_shard_size)
     except ValueError as e:
         raise UsageError(str(e)) from None
-    _start(job)
-    with raises(where_ignored=False):
+    with started(**dataclasses.asdict(job)):
         opened = _open(names, dst, source, metaseq, write, hub.is_model if part is None else None)
         with _Work(opened, dst, write, part) as report:
             to_hf.convert(
@@ -206,6 +229,8 @@ def verify(
     from .progress import Report
     from .source import is_here
 
+    metaseq.check()
+    leave_accelerators_alone()
     # What says how to find a model is for hub ids only, which DST or SRC may be; the revision is SRC's.
     ours_by = dataclasses.replace(source, revision=None)
     if is_here(dst):
@@ -233,34 +258,18 @@ def inspect(src: Files, /, source: Source = SourceOptions(), metaseq: Metaseq = 
       src: As for the other commands; several names: files of a metaseq checkpoint.
     """
     from .checkpoint import check_shapes
-    from .inspect import describe
+    from .inspect import summary
 
+    metaseq.check()
+    leave_accelerators_alone()
     opened = _open_source(src, source, metaseq)
     _check_no_verify(source, opened)
-    for line in describe(opened):
+    for line in summary(opened):
         print(line)
     check_shapes(opened)
 
 
 COMMANDS = {"metaseq": metaseq, "to-hf": to_hf, "verify": verify, "inspect": inspect}
-
-
-class UsageError(Exception):
-    pass
-
-
-def _repeat_lost_signals(unraisable) -> None:
-    """`sys.unraisablehook`: a signal amid a garbage collection or a destructor has raised in vain; send it again."""
-    if issubclass(unraisable.exc_type, KeyboardInterrupt):  # exc_value may be None, before Python 3.12
-        again = signal.SIGTERM if unraisable.exc_type is Terminated else signal.SIGINT
-        main_thread = threading.main_thread().ident
-        while True:
-            with suppress(KeyboardInterrupt):  # on a busy machine the timer is sooner than `start` is done: once more
-                # Not sent here, which is such a place too.
-                threading.Timer(0.01, signal.pthread_kill, (main_thread, again)).start()
-                return
-    else:
-        sys.__unraisablehook__(unraisable)
 
 
 def _sources_and_destination(paths: Sequence[str]) -> Sequence[str]:
@@ -276,23 +285,6 @@ def _shard_of(text: str | None) -> tuple[int, int] | None:
     if not (slash and i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
         raise UsageError(f"--shard-of {text}: give i/n with 1 <= i <= n, as in 1/4")
     return int(i), int(n)
-
-
-def _start(job: JobOptions) -> None:
-    where = (job.coordinator_address, job.num_processes, job.process_id)
-    if not job.distributed:
-        if any(value is not None for value in where):
-            raise UsageError("--coordinator-address, --num-processes and --process-id are for --distributed")
-        return
-    import jax
-
-    try:
-        jax.distributed.initialize(*where)
-    except (ValueError, RuntimeError) as e:
-        raise UsageError(
-            f"--distributed: no cluster ({describe(e)}): give --coordinator-address, --num-processes, --process-id"
-        ) from None
-    jax.devices()  # all processes must be here, also those that are about to find an error
 
 
 def _quiet_downloads(quiet: bool) -> None:
@@ -338,8 +330,6 @@ def _open_source(
 ) -> "Checkpoint":
     from .source import open_source
 
-    if metaseq.model is not None and metaseq.config is not None:
-        raise UsageError("--model and --config both name the architecture: give one of them")
     options = {**dataclasses.asdict(source), **dataclasses.asdict(metaseq)}
     options["verify"] = not options.pop("no_verify")
     return open_source(names, **options, from_metaseq=from_metaseq)
@@ -356,6 +346,7 @@ def _convert(
     source: SourceOptions,
     metaseq: MetaseqOptions,
     write: WriteOptions,
+    job: JobOptions,
     from_metaseq: bool = False,
 ) -> None:
     from .to_orbax import convert
@@ -364,7 +355,7 @@ def _convert(
         hub.check_remote(target)
     dst = hub.as_path(target)
     hub.check_array_path(dst)
-    with raises(where_ignored=False):
+    with started(**dataclasses.asdict(job)):
         opened = _open(names, dst, source, metaseq, write, hub.is_orbax, from_metaseq)
         with _Work(opened, dst, write) as report:
             convert(opened, dst, dtype=write.dtype, overwrite=write.overwrite, progress=report)
@@ -385,8 +376,15 @@ class _Work:
         self.report = Report(self.nbytes // workers, write.quiet or not self.first)
         self.start = time.monotonic()
 
-    def __enter__(self):
-        return self.report.__enter__()
+    def __enter__(self) -> Callable[[str, int], None]:
+        self.report.__enter__()
+        return self._advance
+
+    def _advance(self, path: str, nbytes: int) -> None:
+        from opt_jax.parallel import processes
+
+        processes.reached(path)
+        self.report(path, nbytes)
 
     def __exit__(self, kind, error, tb) -> None:
         self.report.__exit__(kind, error, tb)
@@ -425,12 +423,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROG) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, ValueError) as e:
-        print(f"error: {describe(e)}", file=sys.stderr)
-        return 1
-    except RuntimeError as e:
-        if type(e).__name__ != "JaxRuntimeError":  # another process of the job is gone
-            raise
-        print(f"error: {describe(e)}", file=sys.stderr)
+        print(f"error: {error_line(e)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as e:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends at once
@@ -445,8 +438,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROG) -> int:
 def run(argv: Sequence[str] | None = None, program: str = PROG) -> int:
     """`main` as a program of its own."""
     keep_standard_descriptors()
-    sys.unraisablehook = _repeat_lost_signals
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # files to files: leave the accelerators alone
+    sys.unraisablehook = repeat_lost_signals
     return main(argv, program)
 
 

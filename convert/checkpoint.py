@@ -64,4 +64,4 @@ def check_shapes(opened: Checkpoint) -> None:
       ValueError: one too many, too few or misshapen; names it as HF does.
     """
     model = getattr(heads, opened.raw_config["architectures"][0])
-    pretrained.check_parameters(model, opened.config, opened.arrays, opened.where, describe=hf.describe)
+    pretrained.check_parameters(model, opened.config, opened.arrays, opened.where, stored_as=hf.stored_as)

@@ -35,7 +35,7 @@ _SHOWN = (
 )
 
 
-def describe(opened: Checkpoint) -> Iterator[str]:
+def summary(opened: Checkpoint) -> Iterator[str]:
     """Lines: format, class, config, totals, and each tensor under its HF name. No data is read."""
     yield f"{opened.where}: {opened.format}"
     yield f"class: {opened.raw_config['architectures'][0]}"
@@ -44,7 +44,7 @@ def describe(opened: Checkpoint) -> Iterator[str]:
     kinds = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())
     yield f"{len(opened.arrays)} tensors ({kinds}), {opened.parameters:,} parameters, {opened.nbytes:,} bytes"
     for path, array in opened.arrays.items():
-        name, shape = hf.describe(path, array.shape)
+        name, shape = hf.stored_as(path, array.shape)
         yield f"  {name:<55} {array.dtype.name:<9} {'x'.join(map(str, shape)):<15} {array.nbytes:>14,}"
 
 
@@ -60,11 +60,11 @@ def compare(ours: Checkpoint, theirs: Checkpoint, progress: Callable[[str, int],
     for path in [*theirs.arrays, *ours.arrays]:
         for one, other in ((ours, theirs), (theirs, ours)):
             if path not in one.arrays:
-                return f"tensor {hf.describe(path, ())[0]} of {other.where} is not in {one.where}"
+                return f"tensor {hf.stored_as(path, ())[0]} of {other.where} is not in {one.where}"
     for path, b in theirs.arrays.items():
         a, (name, transposed) = ours.arrays[path], hf.names.to_hf(path)
         if a.dtype != b.dtype or a.shape != b.shape:
-            (_, left), (_, right) = hf.describe(path, a.shape), hf.describe(path, b.shape)
+            (_, left), (_, right) = hf.stored_as(path, a.shape), hf.stored_as(path, b.shape)
             what = f"{a.dtype.name} {left} in {ours.where}, but {b.dtype.name} {right} in {theirs.where}"
             return f"tensor {name} is {what}"
         where = first_difference(a, b)

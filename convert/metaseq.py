@@ -61,12 +61,12 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         path = hub.disk_path(pattern)
         if path.is_dir():
-            found = sorted(path.glob("*.pt"))
+            matches = sorted(path.glob("*.pt"))
         else:
-            found = [path] if path.exists() else [Path(name) for name in sorted(glob(str(path)))]
-        if not found:
+            matches = [path] if path.exists() else [Path(name) for name in sorted(glob(str(path)))]
+        if not matches:
             raise FileNotFoundError(f"{pattern} {'has no .pt files' if path.is_dir() else 'is not there'}")
-        files += found
+        files += matches
     return files
 
 
@@ -106,7 +106,7 @@ def open_checkpoint(files: Sequence[Path], *, config: OPTConfig | None) -> Check
     raw = draft.to_hf() | {"architectures": ["OPTForCausalLM"]}
     opened = Checkpoint(
         where=first if len(files) == 1 else first.parent,
-        format=_describe(parts),
+        format=_format(parts),
         config=draft,
         raw_config=set_dtype(raw, embedding.dtype.name) if embedding else raw,
         arrays=arrays,
@@ -121,7 +121,7 @@ def open_checkpoint(files: Sequence[Path], *, config: OPTConfig | None) -> Check
     return opened
 
 
-def _describe(parts: Sequence[Part]) -> str:
+def _format(parts: Sequence[Part]) -> str:
     form = "whole tensors"
     if any(map(is_flat, parts[0].stored)):
         form = f"flat parameters, {'with' if parts[0].units else 'without'} metadata"
@@ -135,7 +135,7 @@ def _arrange(files: Sequence[Path]) -> list[list[Path]]:
     """The files by model part and shard, both in numeric order."""
     if not files:
         raise ValueError("no metaseq files given")
-    found: dict[tuple[int, int], Path] = {}
+    grid: dict[tuple[int, int], Path] = {}
     kind: Any = None
     for path in files:
         match = _NAME.fullmatch(path.name)
@@ -146,17 +146,17 @@ def _arrange(files: Sequence[Path]) -> list[list[Path]]:
                 f"{path} is of another checkpoint than {files[0]}: give the files of one, by a glob if need be"
             )
         place = int(part or 0), int(shard or 0)
-        if place in found:
-            raise ValueError(f"{path} and {found[place]} are the same part of the checkpoint")
-        found[place] = path
-    parts, shards = (max(numbers) + 1 for numbers in zip(*found, strict=True))
+        if place in grid:
+            raise ValueError(f"{path} and {grid[place]} are the same part of the checkpoint")
+        grid[place] = path
+    parts, shards = (max(numbers) + 1 for numbers in zip(*grid, strict=True))
     for part, shard in product(range(parts), range(shards)):
-        if (part, shard) not in found:
+        if (part, shard) not in grid:
             name = kind[0] + ("" if kind[1] else f"-model_part-{part}") + ("" if kind[2] else f"-shard{shard}") + ".pt"
             raise FileNotFoundError(
                 f"{files[0].parent / name} is missing: {counted(len(files), 'file')} of {parts * shards}"
             )
-    return [[found[part, shard] for shard in range(shards)] for part in range(parts)]
+    return [[grid[part, shard] for shard in range(shards)] for part in range(parts)]
 
 
 # Joining the parts ------------------------------------------------------------------------------------------

@@ -107,20 +107,20 @@ def choose_config(settings: Mapping[str, Any] | None, given: OPTConfig | None, w
         if settings.get(name, value) != value:
             shown = repr(settings[name])[:40]
             raise ValueError(f"{where}: {name}={shown} in its settings is not supported, only {value!r} is")
-    found = {ours: (name, value) for name, (ours, value) in _translate(settings, where).items()}
+    fields = {ours: (name, value) for name, (ours, value) in _translate(settings, where).items()}
     if given is None:
         if absent := [name for name in _REQUIRED if name not in settings]:
             raise ValueError(f"{where}: {absent[0]} is not in its settings: {ask}")
-        if found.get("activation_function", ("", ""))[1] == "gelu":
+        if fields.get("activation_function", ("", ""))[1] == "gelu":
             raise ValueError(
                 f"{where}: activation_fn='gelu' means the exact form in some versions of metaseq and the tanh form in "
                 "others: give --config config.json with activation_function 'gelu' (exact) or 'gelu_new' (tanh)"
             )
         try:
-            return OPTConfig(**{ours: value for ours, (_, value) in found.items()})
+            return OPTConfig(**{ours: value for ours, (_, value) in fields.items()})
         except ValueError as e:
             raise ValueError(f"{where}: {e}") from None
-    for ours, (name, value) in found.items():
+    for ours, (name, value) in fields.items():
         want = getattr(given, ours)
         same = want == value or (ours == "activation_function" and want in _ALSO.get(value, ())) or ours in TRAINING
         # What was built with this one has a decoder.layer_norm, which the tensors are checked for: the 350M, which has
@@ -135,7 +135,7 @@ def choose_config(settings: Mapping[str, Any] | None, given: OPTConfig | None, w
 
 def _translate(settings: Mapping[str, Any], where: Path) -> dict[str, tuple[str, Any]]:
     """metaseq's name -> (our name, our value), for one name of each field."""
-    found: dict[str, tuple[str, Any]] = {}
+    fields: dict[str, tuple[str, Any]] = {}
     for name, (ours, kind) in _FIELDS.items():
         if name not in settings:
             continue
@@ -148,10 +148,10 @@ def _translate(settings: Mapping[str, Any], where: Path) -> dict[str, tuple[str,
             if value not in _ACTIVATIONS:
                 raise ValueError(f"{where}: activation_fn={str(value)[:40]!r} in its settings is not supported")
             value = _ACTIVATIONS[value]
-        found.setdefault(ours, (name, value))
-        if name == "decoder_output_dim" and value != found[ours][1]:
+        fields.setdefault(ours, (name, value))
+        if name == "decoder_output_dim" and value != fields[ours][1]:
             raise ValueError(
-                f"{where}: decoder_output_dim={value} in its settings differs from {found[ours][0]}={found[ours][1]}, "
-                "which is not supported"
+                f"{where}: decoder_output_dim={value} in its settings differs from "
+                f"{fields[ours][0]}={fields[ours][1]}, which is not supported"
             )
-    return {name: (ours, (not value) if name in _NEGATED else value) for ours, (name, value) in found.items()}
+    return {name: (ours, (not value) if name in _NEGATED else value) for ours, (name, value) in fields.items()}

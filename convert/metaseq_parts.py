@@ -173,7 +173,7 @@ class Source:
         return LazyArray(self.shape, self.dtype, read)
 
 
-def _whole(stored: Stored) -> Source:
+def _unsharded(stored: Stored) -> Source:
     return Source(stored.path, stored.shape, stored.dtype, lambda index, out: np.copyto(out, stored.read(index)))
 
 
@@ -193,7 +193,7 @@ def part_tensors(part: Part, config: OPTConfig, parts: int, checks: list[Callabl
             tensors[inner] = source
     for name, copies in part.stored.items():  # whole tensors; beside flat ones, buffers that each shard repeats
         if name not in units:
-            sources = [_whole(stored) for stored in copies]
+            sources = [_unsharded(stored) for stored in copies]
             checks.append(partial(same, name, sources))
             tensors[name] = sources[0]
     return tensors

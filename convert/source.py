@@ -83,7 +83,7 @@ def open_directory(directory: Path, verify: bool = True) -> Checkpoint:
     kind = "checkpoint of train.py" if trained else "Orbax model directory"
     return Checkpoint(
         where=directory,
-        format=kind if orbax else hf.describe_files(directory),
+        format=kind if orbax else hf.weights_form(directory),
         config=config,
         raw_config={**raw, "architectures": [cls]},
         arrays=arrays,

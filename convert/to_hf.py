@@ -26,7 +26,7 @@ from opt_jax.checkpoints import chunks, directories, hub, orbax, pretrained
 from opt_jax.checkpoints.arrays import LazyArray
 from opt_jax.checkpoints.formats import hf, names
 from opt_jax.parallel import agreement
-from opt_jax.system.disk import disk_errors, write_whole
+from opt_jax.system.disk import disk_errors, write_content
 from opt_jax.system.temporary import refuse_links
 
 from . import staging
@@ -190,10 +190,10 @@ class _Writer:
         self.source, self.dtype, self.limit = source, dtype, limit
         self._progress, self._lock, self._local = progress, threading.Lock(), threading.local()
         self.cls: str = source.raw_config["architectures"][0]
-        tensors = [self._describe(path) for path in source.arrays]
+        tensors = [self._tensor(path) for path in source.arrays]
         self.files = _split(sorted(tensors, key=_order), limit)
 
-    def _describe(self, path: str) -> _Tensor:
+    def _tensor(self, path: str) -> _Tensor:
         name, transposed = names.to_hf(path)
         if self.cls == "OPTModel":
             name = name.removeprefix("model.")
@@ -215,8 +215,8 @@ class _Writer:
 
         Reading all data would take too long.
         """
-        described = [self.cls, dict(self.source.raw_config), self.source.files.fingerprint()]
-        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+        description = [self.cls, dict(self.source.raw_config), self.source.files.hash_of_states()]
+        digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
         arrays = self.source.arrays
         for path in sorted(arrays):
             digest.update(f"{path} {arrays[path].shape} {arrays[path].dtype}\n".encode())
@@ -261,8 +261,8 @@ class _Writer:
         array = self.source.arrays[path]
         if not array.in_chunks:
             return array
-        whole = array.read(tuple(slice(0, n) for n in array.shape))
-        return LazyArray(array.shape, array.dtype, whole.__getitem__)
+        values = array.read(tuple(slice(0, n) for n in array.shape))
+        return LazyArray(array.shape, array.dtype, values.__getitem__)
 
     def write_descriptions(self, directory: Path) -> None:
         raw, config = self.source.raw_config, self.source.config
@@ -288,9 +288,9 @@ class _Writer:
         (metaseq's own merge once "succeeded" with 376 KB of 2.5 GB: its issue 695.)
         """
         tensors = {tensor.name: tensor.array for file in self.files for tensor in file.tensors}
-        found = hf.open_checkpoint(directory)
-        for name in tensors.keys() | found.keys():
-            ours, theirs = ((x[name].shape, x[name].dtype) if name in x else None for x in (tensors, found))
+        written = hf.open_checkpoint(directory)
+        for name in tensors.keys() | written.keys():
+            ours, theirs = ((x[name].shape, x[name].dtype) if name in x else None for x in (tensors, written))
             if ours != theirs:
                 raise OSError(f"{directory}: {name} was to be {ours}, but is {theirs} on disk: nothing was published")
         for file in self.files:
@@ -311,7 +311,7 @@ def _pwrite(fd: int, data: memoryview, offset: int) -> None:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_whole(path, json.dumps(content, indent=2).encode() + b"\n")
+    write_content(path, json.dumps(content, indent=2).encode() + b"\n")
 
 
 # Several processes ---------------------------------------------------------------------------------------------
@@ -332,8 +332,9 @@ def _convert_part(writer: _Writer, destination: Path, shard_of: tuple[int, int],
     _write_part(writer, directory, shard_of)
     place = staging.place_of(directory)
     with place.locked():
-        if (found := staging.read_plan(directory)) != plan:  # all were there when another looked, and it published
-            if found is None:
+        current_plan = staging.read_plan(directory)
+        if current_plan != plan:  # all were there when another looked, and it published
+            if current_plan is None:
                 place.remove()
             if not hub.is_model(destination):
                 raise OSError(f"{directory} was removed while parts of {destination} were written to it: start again")

@@ -11,7 +11,7 @@ from opt_jax.checkpoints import chunks, directories, hub, orbax, pretrained
 from opt_jax.checkpoints.arrays import LazyArray
 from opt_jax.checkpoints.formats import hf
 from opt_jax.parallel import agreement
-from opt_jax.system.disk import write_whole
+from opt_jax.system.disk import write_content
 
 from .checkpoint import Checkpoint
 
@@ -50,7 +50,7 @@ def convert(
             check_written(new, arrays)
             pretrained.copy_companions(source.companions, new)
             source.files.check()
-            write_whole(new / "config.json", json.dumps(config, indent=2).encode() + b"\n")
+            write_content(new / "config.json", json.dumps(config, indent=2).encode() + b"\n")
 
         agreement.on_first_process(finish)
 
@@ -60,7 +60,7 @@ def cast(source: Checkpoint, path: str, dtype: str | None) -> LazyArray:
     array = source.arrays[path]
     target = jnp.dtype(dtype or array.dtype)
     if target.name not in pretrained.PARAM_DTYPES:
-        name = hf.describe(path, ())[0]
+        name = hf.stored_as(path, ())[0]
         raise ValueError(
             f"{source.where}: tensor {name} is {target}, which models are not kept in; use --dtype float32"
         )
@@ -72,7 +72,7 @@ def cast(source: Checkpoint, path: str, dtype: str | None) -> LazyArray:
         with np.errstate(over="ignore"):  # reported below
             after = before.astype(target)
         if (np.isfinite(before) > np.isfinite(after)).any():
-            name = hf.describe(path, ())[0]
+            name = hf.stored_as(path, ())[0]
             raise ValueError(f"{source.where}: tensor {name} has values that {target} cannot hold; use another --dtype")
         return after
 
@@ -84,9 +84,9 @@ def check_written(directory: Path, arrays: dict[str, LazyArray]) -> None:
 
     (metaseq's own merge once "succeeded" with 376 KB of 2.5 GB: its issue 695.)
     """
-    found = orbax.open_arrays(directory / "params")
-    for path in arrays.keys() | found.keys():
-        ours, theirs = ((x[path].shape, x[path].dtype) if path in x else None for x in (arrays, found))
+    written = orbax.open_arrays(directory / "params")
+    for path in arrays.keys() | written.keys():
+        ours, theirs = ((x[path].shape, x[path].dtype) if path in x else None for x in (arrays, written))
         if ours != theirs:
             raise OSError(f"{directory}: {path} was to be {ours}, but is {theirs} on disk: nothing was published")
     if hub.is_remote(directory):  # objects are there as a whole or not at all

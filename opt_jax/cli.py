@@ -13,7 +13,7 @@ import tyro
 
 import opt_jax
 from opt_jax.evaluation.command import evaluate
-from opt_jax.system.disk import describe, keep_standard_descriptors
+from opt_jax.system.disk import error_line, keep_standard_descriptors
 from opt_jax.system.interrupts import ends_at_once, exit_code, raises
 from opt_jax.system.messages import one_line
 
@@ -183,7 +183,7 @@ def main(args: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as after SIGPIPE
     except (ValueError, OSError) as error:
-        print(f"opt-jax: error: {describe(error)}", file=sys.stderr)
+        print(f"opt-jax: error: {error_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
         print("opt-jax: interrupted", file=sys.stderr)

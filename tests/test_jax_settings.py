@@ -266,9 +266,9 @@ def trained(cls, lora=None, remat="none"):
     batch["segment_ids" if cls is OPTForCausalLM else "attention_mask"] = ids
     one = {name: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for name, x in batch.items()}
     step = make_train_step(optimizer, SCHEDULE, CONFIG, 0, shardings, mesh, loss_of=loss)
-    evaluate = (make_eval_step if cls is OPTForCausalLM else make_predict_step)(shardings.whole, mesh)
+    evaluate = (make_eval_step if cls is OPTForCausalLM else make_predict_step)(shardings.full_model, mesh)
     with use_mesh(mesh):
-        return state, jax.eval_shape(step, state, batch), jax.eval_shape(evaluate, state.whole, one)
+        return state, jax.eval_shape(step, state, batch), jax.eval_shape(evaluate, state.full_model, one)
 
 
 def splash():

@@ -25,9 +25,7 @@ CORE = (
 CORE_LINES = 1700
 SHORT_FUNCTIONS = ("opt_jax.model.", "opt_jax.parallel.", "opt_jax.generation.")
 SHORT, LONG = 60, 100  # lines of a function: in these, and elsewhere
-LONGER = {"train.main": 120, "train.train": 120}  # one run, top to bottom
-# Being split on other branches; the merge removes this line.
-LONGER |= {"train.train": 400}
+LONGER = {"train.main": 120}  # one run, top to bottom
 FORMATTER_SKIPS = 20
 LAYOUT = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 NO_CODE = {tokenize.COMMENT, *LAYOUT}

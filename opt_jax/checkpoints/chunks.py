@@ -90,15 +90,15 @@ class ShardHandler(ocp.type_handlers.ArrayHandler):
 
     async def serialize(self, values: Sequence[Any], infos, args=None):
         """Returns when the arrays may be donated; the result waits for the disk."""
-        own = []
+        local_shards = []
         for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
             spec = write_spec(info, arg, value.shape, value.sharding.shard_shape(value.shape), value.dtype)
             chunk = spec["metadata"]["chunk_grid"]["configuration"]["chunk_shape"]
-            own.append((info, spec, chunks_of_process(value, chunk)))
-        for _, _, shards in own:
+            local_shards.append((info, spec, chunks_of_process(value, chunk)))
+        for _, _, shards in local_shards:
             for shard, _ in shards:
                 shard.data.copy_to_host_async()
-        writes = [(info, spec, list(on_host(shards))) for info, spec, shards in own]
+        writes = [(info, spec, list(on_host(shards))) for info, spec, shards in local_shards]
         return [future.CommitFutureAwaitingContractedSignals(self._write(writes), name="shards")]
 
     async def _write(self, writes: Sequence[tuple[Any, dict[str, Any], list[tuple[Index, np.ndarray]]]]) -> None:
@@ -181,7 +181,7 @@ def array_specs(database: Mapping[str, Any], context: ts.Context) -> tuple[dict[
     keys = [(key, end) for key in store.list().result() for end in kinds if key.endswith(end.encode())]
     reading = [store.read(key) for key, _ in keys]
     specs, checked = {}, True
-    for (key, end), content in sorted(zip(keys, reading, strict=True), key=lambda found: found[0][0]):
+    for (key, end), content in sorted(zip(keys, reading, strict=True), key=lambda item: item[0][0]):
         checked &= _check_metadata(key.decode(), content.result().value, kinds[end])
         name = key.decode().removesuffix(end)
         if name in specs:

@@ -296,8 +296,8 @@ def _fetch(url: str, file: Any, blobs: Path, stop: threading.Event) -> None:
                 _continue(url, file, out, bar, stop)
             if out.tell() < size:
                 return
-        with open(partial, "rb") as whole:
-            same = hashlib.file_digest(whole, "sha256").hexdigest() == sha256
+        with open(partial, "rb") as downloaded:
+            same = hashlib.file_digest(downloaded, "sha256").hexdigest() == sha256
         if not same:
             partial.unlink()
             raise OSError(f"{name} arrived damaged: its size or SHA-256 is not the hub's. It was removed: try again")

@@ -303,11 +303,11 @@ def quantization_hint(directory: str | os.PathLike) -> str:
             content = json_object(read_small(path), path) if path.is_file() else {}
         except ValueError:
             continue
-        found = content.get("quantization_config") if name == "config.json" else content
-        if not isinstance(found, dict) or not found:
+        settings = content.get("quantization_config") if name == "config.json" else content
+        if not isinstance(settings, dict) or not settings:
             continue
-        old = any(key in found for key in ("load_in_8bit", "load_in_4bit"))  # old versions wrote no quant_method
-        method = found.get("quant_method", "bitsandbytes" if old else _OLD_FILES.get(name))
+        old = any(key in settings for key in ("load_in_8bit", "load_in_4bit"))  # old versions wrote no quant_method
+        method = settings.get("quant_method", "bitsandbytes" if old else _OLD_FILES.get(name))
         known = _QUANTIZERS.get(method.lower(), f"a {method[:40]!r}") if isinstance(method, str) else None
         kind = known or f"a quantized (quant_method {shown(method, 40)})"
         return (

@@ -36,7 +36,7 @@ from opt_jax.model.flash import AttentionImplementation
 from opt_jax.model.heads import OPTForCausalLM, OPTPreTrainedModel, named_parameters
 from opt_jax.parallel import rules
 from opt_jax.parallel.agreement import on_every_process, on_first_process
-from opt_jax.system.disk import write_whole
+from opt_jax.system.disk import write_content
 from opt_jax.system.reading import note_without_effect, read_small
 
 M = TypeVar("M", bound=OPTPreTrainedModel)
@@ -55,17 +55,17 @@ _HEADS = ("lm_head.", "score.", "qa_outputs.")
 
 def read_companions(sources: Iterable[Path]) -> dict[str, bytes]:
     """Name -> content of the tokenizer's files and generation_config.json; of two `sources` the earlier one counts."""
-    found: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}
     for source in sources:
         for name in hub.COMPANION_FILES:
-            if name not in found and (source / name).is_file():
-                found[name] = read_small(source / name)
-    return found
+            if name not in contents and (source / name).is_file():
+                contents[name] = read_small(source / name)
+    return contents
 
 
 def copy_companions(sources: Iterable[Path], destination: Path) -> None:
     for name, content in read_companions(sources).items():
-        write_whole(destination / name, content)
+        write_content(destination / name, content)
 
 
 def save_pretrained(
@@ -117,8 +117,8 @@ def save_pretrained(
 
     def write_small_files(new: Path) -> None:
         for name, content in companions.items():
-            write_whole(new / name, content)
-        write_whole(new / "config.json", json.dumps(config, indent=2).encode() + b"\n")
+            write_content(new / name, content)
+        write_content(new / "config.json", json.dumps(config, indent=2).encode() + b"\n")
 
     on_first_process(read_small_files)  # before `new_directory`, which in a bucket removes the old model first
     with new_directory(directory, overwrite) as new:
@@ -199,7 +199,7 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
         directory,
         may_lack=("score.", "qa_outputs."),
         may_drop=may_drop,
-        describe=_describe(directory),
+        stored_as=_stored_as(directory),
     )
     for path in fresh:
         log.warning("%s has no %s: newly initialised. Train it before use.", directory, path)
@@ -259,7 +259,7 @@ def check_parameters(
     *,
     may_lack=(),
     may_drop=(),
-    describe: Callable[[str, Shape], tuple[str, Shape]] = lambda path, shape: (path, shape),
+    stored_as: Callable[[str, Shape], tuple[str, Shape]] = lambda path, shape: (path, shape),
 ) -> tuple[dict[str, Shape], list[str], list[str]]:
     """Compare a checkpoint's parameters with the model's.
 
@@ -279,34 +279,35 @@ def check_parameters(
     """
     for path, array in arrays.items():
         if array.dtype.name not in _STORED_DTYPES:
-            what = f"tensor {describe(path, ())[0]} is {array.dtype.name}, which no weight of a model is"
+            what = f"tensor {stored_as(path, ())[0]} is {array.dtype.name}, which no weight of a model is"
             raise ValueError(f"{where}: {what}{hub.quantization_hint(where)}")
     if config.num_hidden_layers > len(arrays):
         raise ValueError(
             f"{where}: there are only {len(arrays)} tensors, but the config calls for {config.num_hidden_layers} layers"
         )
-    found = {path: array.shape for path, array in arrays.items()}
-    lacking = tuple(head for head in may_lack if not any(path.startswith(head) for path in found))
+    stored_shapes = {path: array.shape for path, array in arrays.items()}
+    lacking = tuple(head for head in may_lack if not any(path.startswith(head) for path in stored_shapes))
     expected, fresh = {}, []
     for path, shape in expected_shapes(cls, config):  # stops at the first that is missing, for configs of many layers
         expected[path] = shape
-        if path not in found:
+        if path not in stored_shapes:
             fresh.append(path)
             if not path.startswith(lacking):
-                raise ValueError(f"{where}: tensor {describe(path, ())[0]} is missing, which the config calls for")
-    size, stored = (sum(map(math.prod, shapes)) for shapes in ((expected[path] for path in fresh), found.values()))
+                raise ValueError(f"{where}: tensor {stored_as(path, ())[0]} is missing, which the config calls for")
+    size = sum(math.prod(expected[path]) for path in fresh)
+    stored = sum(map(math.prod, stored_shapes.values()))
     if size > _LARGEST_NEW_HEAD * stored + (1 << 24):
         raise ValueError(
             f"{where}: a new head of shape {expected[fresh[0]]}, with num_labels={config.num_labels}, is more than "
             f"{_LARGEST_NEW_HEAD} times as large as all that is in the checkpoint"
         )
-    dropped = [path for path in found if path not in expected]
+    dropped = [path for path in stored_shapes if path not in expected]
     for path in dropped:
         if not path.startswith(tuple(may_drop)):
-            raise ValueError(f"{where}: tensor {describe(path, ())[0]} is left over: the config has no place for it")
+            raise ValueError(f"{where}: tensor {stored_as(path, ())[0]} is left over: the config has no place for it")
     for path, shape in expected.items():
-        if path not in fresh and found[path] != shape:
-            (label, got), (_, want) = describe(path, found[path]), describe(path, shape)
+        if path not in fresh and stored_shapes[path] != shape:
+            (label, got), (_, want) = stored_as(path, stored_shapes[path]), stored_as(path, shape)
             raise ValueError(f"{where}: tensor {label} has shape {got}, but the config calls for {want}")
     note_without_effect(where, config.extra, {"quantization_config": ((), "no weight is quantized")})
     return expected, fresh, dropped
@@ -381,11 +382,11 @@ def open_parameters(directory: Path, config: OPTConfig, verify: bool = True) -> 
     return hf.open_parameters(directory, config)
 
 
-def _describe(directory: Path) -> Callable[[str, Shape], tuple[str, Shape]]:
+def _stored_as(directory: Path) -> Callable[[str, Shape], tuple[str, Shape]]:
     """Our path and shape -> name and shape in the checkpoint, for messages."""
     if hub.is_orbax(directory):
         return lambda path, shape: (path, shape)
-    return hf.describe
+    return hf.stored_as
 
 
 def read_array(lazy: LazyArray, target: jax.ShapeDtypeStruct) -> jax.Array:

@@ -29,7 +29,7 @@ class SourceFiles:
             if _state(path) != state:
                 raise ValueError(f"{path} has changed while it was read: run again when nothing writes to it")
 
-    def fingerprint(self) -> str:
+    def hash_of_states(self) -> str:
         """A hash of the recorded state, the same on all machines that share the file system."""
         states = sorted((str(path), state and state[:2]) for path, state in self._states.items())
         return hashlib.sha256(repr(states).encode(errors="surrogateescape")).hexdigest()

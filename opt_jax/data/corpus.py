@@ -57,12 +57,12 @@ class Corpus:
     def __init__(self, names: Sequence[str], valid: Sequence[str] = (), mixed: bool = False, skip_bad: bool = False):
         self.bad = BadRecords(skip_bad)
         groups = [(name, find_sources([name])) for name in names] or [("the standard library", stdlib_files())]
-        groups = groups if mixed else [("", [source for _, found in groups for source in found])]
+        groups = groups if mixed else [("", [source for _, sources in groups for source in sources])]
         held_out = find_sources(valid) if valid else []
-        self.files = sum(len(found) for _, found in groups)
-        if skip_bad and all(map(_is_array, chain(held_out, *(found for _, found in groups)))):
+        self.files = sum(len(sources) for _, sources in groups)
+        if skip_bad and all(map(_is_array, chain(held_out, *(sources for _, sources in groups)))):
             raise ValueError("--skip-bad-records without effect: all data is token ids (.npy), no text; leave it out")
-        self._parts = [self._read(name, found, held_out=not valid) for name, found in groups]
+        self._parts = [self._read(name, sources, held_out=not valid) for name, sources in groups]
         self._valid = self._read("", held_out, held_out=False) if valid else None
         self.training = [document for _, documents, _, _ in self._parts for document in documents]
         self._mixed = mixed
@@ -77,7 +77,7 @@ class Corpus:
         training, rest = split_documents(documents) if held_out and documents else (documents, [])
         return name, training, rest, arrays
 
-    def describe(self, training: int, held_out: int) -> str:
+    def summary(self, training: int, held_out: int) -> str:
         """A line for the log, with these numbers of tokens."""
         bad = f"; {self.bad.count:,} bad records were left out (--skip-bad-records)" if self.bad.count else ""
         return f"{self.files} files, {training:,} tokens to train on, {held_out:,} for validation{bad}"

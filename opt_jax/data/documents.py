@@ -83,22 +83,22 @@ def find_files(paths: Sequence[str | os.PathLike], suffixes: tuple[str, ...] = (
             _check_readable(path)
         if path.is_dir():
             left_out: Counter[str] = Counter()
-            found = sorted(_walk(path, {"__pycache__", ".git"}, suffixes, left_out))
+            inside = sorted(_walk(path, {"__pycache__", ".git"}, suffixes, left_out))
             endings = ", ".join(f"{count:,} {ending}" for ending, count in left_out.most_common())
-            if not found:
+            if not inside:
                 others = f"; there are {endings}" if endings else ""
                 looked_for = ", ".join(suffixes)
                 raise ValueError(f"{path}: no text files below this directory (looked for {looked_for}{others})")
             if endings:
                 print(f"left out: {path}: what is not read: {endings}", file=sys.stderr, flush=True)
-            files += found
+            files += inside
         elif path.is_file():
             files.append(path)
         elif matches := [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]:
-            files += (found := [match for match in matches if not match.is_dir()])
-            if not found:
+            files += (regular_files := [match for match in matches if not match.is_dir()])
+            if not regular_files:
                 raise ValueError(f"{matches[0]} is not a regular file or a directory of them: {path} names no other")
-            above = {parent for file in found for parent in file.parents}
+            above = {parent for file in regular_files for parent in file.parents}
             if count := sum(match not in above for match in matches if match.is_dir()):
                 print(f"left out: {path}: {count:,} directories (name them as well to read them)", file=sys.stderr)
         else:

@@ -9,7 +9,7 @@ from etils import epath
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
-from opt_jax.system.disk import write_whole
+from opt_jax.system.disk import write_content
 from opt_jax.system.reading import read_small
 from opt_jax.text.tokenizer import OPTTokenizer
 
@@ -48,7 +48,7 @@ def tokenizer_to_bytes(tokenizer: OPTTokenizer) -> bytes:
 def tokenizer_from_bytes(data: bytes) -> OPTTokenizer:
     with TemporaryDirectory() as directory:
         for name, text in json.loads(data).items():
-            write_whole(Path(directory, name), text.encode())
+            write_content(Path(directory, name), text.encode())
         return OPTTokenizer.from_pretrained(directory)
 
 
@@ -58,7 +58,7 @@ def save_tokenizer(tokenizer: OPTTokenizer, directory: epath.Path) -> None:
         directory.rmtree()
     directory.mkdir(parents=True)
     for name, text in json.loads(tokenizer_to_bytes(tokenizer)).items():
-        write_whole(directory / name, text.encode())
+        write_content(directory / name, text.encode())
 
 
 def read_tokenizer(directory: epath.Path) -> OPTTokenizer:

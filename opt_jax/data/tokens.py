@@ -93,22 +93,22 @@ class Tokens:
         part = lambda first, last: Tokens(self.name, self._array, self.path, first, last)  # noqa: E731
         return part(self.first, cut + 1), part(cut, self.last)  # both include the `</s>` between them
 
-    def fingerprint(self) -> str:
+    def hash_of_ids(self) -> str:
         """A hash of all ids, up to 4M of them; else of the length and of 4096 samples, as a corpus may be terabytes."""
         if len(self) <= _SAMPLES * _SAMPLE:
-            return fingerprint(self.read(0, len(self)))
+            return hash_of_ids(self.read(0, len(self)))
         digest = hashlib.sha256(str(len(self)).encode())
         for start in np.linspace(0, len(self) - _SAMPLE, _SAMPLES).astype(np.int64).tolist():
             digest.update(self.read(start, _SAMPLE).tobytes())
         return digest.hexdigest()[:16]
 
 
-def fingerprint(tokens: np.ndarray) -> str:
+def hash_of_ids(tokens: np.ndarray) -> str:
     """A short hash of token ids, by which a resumed run notices that the files or the tokenizer have changed."""
     return hashlib.sha256(as_ids("tokens", tokens).tobytes()).hexdigest()[:16]
 
 
-def vocabulary_fingerprint(tokenizer: OPTTokenizer) -> str:
+def hash_of_vocabulary(tokenizer: OPTTokenizer) -> str:
     vocabulary = sorted(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).items())
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
@@ -121,20 +121,20 @@ def open_tokens(path: Path, tokenizer: OPTTokenizer | None = None) -> Tokens:
     """
     about = Path(f"{path}.json")
     if tokenizer is not None and about.exists():
-        name, vocabulary = _made_by(about)
-        if vocabulary != vocabulary_fingerprint(tokenizer):
+        name, vocabulary = _tokenizer_of(about)
+        if vocabulary != hash_of_vocabulary(tokenizer):
             raise ValueError(
                 f"{path} was made with another tokenizer ({one_line(name, 200)}): name that with --tokenizer"
             )
     return Tokens(str(path), path=Path(path))
 
 
-def _made_by(about: Path) -> tuple[str, str]:
+def _tokenizer_of(about: Path) -> tuple[str, str]:
     """(name, fingerprint) of the tokenizer. Raises ValueError if `opt-jax tokenize` did not write the file."""
     text = read_small(about)
     try:
-        made_by = json_object(text, about)["tokenizer"]
-        return made_by["name"], made_by["fingerprint"]
+        tokenizer = json_object(text, about)["tokenizer"]
+        return tokenizer["name"], tokenizer["fingerprint"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{about}: not what opt-jax tokenize writes beside an array: make both again") from None
 
@@ -224,7 +224,7 @@ def write_tokens(
     for path in (output, beside):
         refuse_links(path)
     if beside.exists():
-        _made_by(beside)
+        _tokenizer_of(beside)
     elif output.is_file() and output.stat().st_size and not unfinished_files(output.parent, re.escape(beside.name)):
         raise FileExistsError(
             f"{output} is there already, without the {beside.name} that opt-jax tokenize writes beside an array: "
@@ -252,7 +252,7 @@ def write_tokens(
             "documents": documents,
             "left_out": bad.count,
             "dtype": str(dtype),
-            "tokenizer": {"name": name, "fingerprint": vocabulary_fingerprint(tokenizer)},
+            "tokenizer": {"name": name, "fingerprint": hash_of_vocabulary(tokenizer)},
             "sources": [str(source) for source in sources],
         }
         about_file.write(json.dumps(about, indent=2).encode() + b"\n")

@@ -120,7 +120,7 @@ class Windows(Order):
         else:
             ordered = [self._ordered(dataset, i) for i, dataset in enumerate(datasets)]
             self._rows = grain.MapDataset.mix(ordered, weights=list(weights))
-        self._fingerprints = [stream.fingerprint() for stream in streams]
+        self._hashes = [stream.hash_of_ids() for stream in streams]
 
     def _ordered(self, dataset: Any, number: int) -> Any:
         # Grain adds the epoch to the seed. Unhashed, epoch 1 of seed s would have the order of epoch 0 of s + 1.
@@ -129,10 +129,10 @@ class Windows(Order):
 
     def elements(self, step: int, rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """{"ids": int32 [r, seq_len + 1], "start": int64 [r]} for the given rows of the step's batch."""
-        found: list[Any] = [self._rows[step * self.batch_size + int(row)] for row in rows]
+        elements: list[Any] = [self._rows[step * self.batch_size + int(row)] for row in rows]
         return {
-            "ids": np.stack([element["ids"] for element in found]),
-            "start": np.array([element["start"] for element in found], np.int64),
+            "ids": np.stack([element["ids"] for element in elements]),
+            "start": np.array([element["start"] for element in elements], np.int64),
         }
 
     def starts(self, step: int) -> np.ndarray:
@@ -157,7 +157,7 @@ class Windows(Order):
     def description(self) -> dict[str, Any]:
         return {
             "tokens": self.tokens,
-            "fingerprint": "+".join(self._fingerprints),
+            "fingerprint": "+".join(self._hashes),
             "seed": self.seed,
             "batch_size": self.batch_size,
             "seq_len": self.seq_len,

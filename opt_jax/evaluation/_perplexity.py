@@ -97,11 +97,11 @@ def perplexity(
     start = time.perf_counter()
     sums = np.zeros(len(windows))
     for first in range(0, len(windows), size):
-        some = windows[first : first + size]
+        batch = windows[first : first + size]
         # All batches have one shape: a last batch is filled with the first window, which is as long as any.
-        sums[first : first + len(some)] = _losses(model, ids, some + windows[:1] * (size - len(some)))[: len(some)]
+        sums[first : first + len(batch)] = _losses(model, ids, batch + windows[:1] * (size - len(batch)))[: len(batch)]
         if progress is not None:
-            progress(first + len(some), len(windows))
+            progress(first + len(batch), len(windows))
     seconds = time.perf_counter() - start
 
     counts = np.array([w.scored for w in windows])

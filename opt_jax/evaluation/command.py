@@ -76,21 +76,10 @@ def evaluate(options: Annotated[EvalOptions, tyro.conf.arg(name="")]) -> None:
     check(options)
     from opt_jax.parallel import processes
 
-    with processes.last_words(PROGRAM) if _in_job(options) else contextlib.nullcontext():
-        processes.start(
-            options.distributed,
-            options.coordinator_address,
-            options.num_processes,
-            options.process_id,
-            hang_minutes=options.hang_minutes,
-        )
+    job = options.distributed, options.coordinator_address, options.num_processes, options.process_id
+    with processes.last_words(PROGRAM) if processes.is_job(*job) else contextlib.nullcontext():
+        processes.start(*job, hang_minutes=options.hang_minutes)
         _evaluate(options)
-
-
-def _in_job(options: EvalOptions) -> bool:
-    from opt_jax.parallel import processes
-
-    return options.distributed != "off" and (options.num_processes is not None or processes.in_cluster())
 
 
 def check(options: EvalOptions) -> None:
@@ -125,7 +114,7 @@ def _is_report(content: bytes) -> bool:
 def _evaluate(options: EvalOptions) -> None:
     import jax
 
-    from opt_jax.data.tokens import fingerprint
+    from opt_jax.data.tokens import hash_of_ids
     from opt_jax.parallel import agreement, processes
     from opt_jax.text.tokenizer import OPTTokenizer
 
@@ -134,7 +123,7 @@ def _evaluate(options: EvalOptions) -> None:
     tokenizer = OPTTokenizer.from_pretrained(options.model)  # before the weights: it fails sooner
     if options.data:
         ids, documents = read_ids(options.data, tokenizer)
-        agreement.check_same({"--data": f"{len(ids)} tokens, {fingerprint(ids)}"})
+        agreement.check_same({"--data": f"{len(ids)} tokens, {hash_of_ids(ids)}"})
     else:
         from opt_jax.evaluation.harness import find_tasks
 
@@ -142,7 +131,7 @@ def _evaluate(options: EvalOptions) -> None:
     processes.reached("loading the model")
     model = load(options)
     processes.reached("the first batch")
-    report = describe(options, model)
+    report = report_head(options, model)
     if options.data:
         report |= {"documents": documents, "tokens": len(ids), "results": perplexities(options, model, ids)}
         shown = text_table(report)
@@ -170,8 +159,8 @@ def load(options: EvalOptions) -> Any:
     from opt_jax.model.heads import OPTForCausalLM
     from opt_jax.parallel.mesh import make_mesh
 
-    several = jax.process_count() > 1
-    mesh = make_mesh(options.mesh) if options.mesh or several else None
+    is_job = jax.process_count() > 1
+    mesh = make_mesh(options.mesh) if options.mesh or is_job else None
     config, _ = pretrained.read_config(hub.resolve(options.model, weights=False))
     platform = jax.default_backend()
     dtype = options.dtype or ("float32" if platform == "cpu" else "bfloat16")
@@ -242,7 +231,7 @@ def _bar(title: str) -> Iterator[Any]:
         yield show
 
 
-def describe(options: EvalOptions, model: Any) -> dict[str, Any]:
+def report_head(options: EvalOptions, model: Any) -> dict[str, Any]:
     """The part of the report that describes model, data and versions."""
     import jax
 

@@ -121,16 +121,16 @@ class OPTLM(TemplateLM):
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         bar = tqdm(total=len(rows), desc="scoring", disable=disable_tqdm or jax.process_index() > 0)
         for first in range(0, len(order), self.batch_size):
-            some = order[first : first + self.batch_size]
-            logprobs, greedy = self._score([rows[i] for i in some])
-            for i, values, best in zip(some, logprobs, greedy, strict=True):
+            batch = order[first : first + self.batch_size]
+            logprobs, greedy = self._score([rows[i] for i in batch])
+            for i, values, best in zip(batch, logprobs, greedy, strict=True):
                 name, _, continuation = requests[i]
                 last = np.s_[-len(continuation) :]
                 results[i] = float(np.sum(values[last], dtype=np.float64)), bool(best[last].all())
                 if name is not None:
                     self.cache_hook.add_partial("loglikelihood", name, results[i])
-            bar.update(len(some))
-            processes.reached(f"request {first + len(some)}")
+            bar.update(len(batch))
+            processes.reached(f"request {first + len(batch)}")
         bar.close()
         return results
 
@@ -206,8 +206,8 @@ class OPTLM(TemplateLM):
             **options,
         )
         columns = out.sequences[:, max(map(len, prompts)) :]
-        made = [row[:count] for row, count in zip(columns, out.lengths, strict=True)]
-        texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
+        new_tokens = [row[:count] for row, count in zip(columns, out.lengths, strict=True)]
+        texts = self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
         return [postprocess_generated_text(text, until, None) for text in texts]
 
 
@@ -255,7 +255,7 @@ def run(
     make: Any = OPTLM
     lm = make(model, tokenizer=tokenizer, batch_size=batch_size)
     evaluate: Any = simple_evaluate
-    found = evaluate(
+    report = evaluate(
         model=lm,
         tasks=tasks[1],
         task_manager=tasks[0],
@@ -264,12 +264,12 @@ def run(
         limit=int(limit) if limit is not None and limit >= 1 else limit,
         log_samples=log_samples,
     )
-    own = ("results", "samples")
-    harness = {name: value for name, value in found.items() if name not in own}
-    return {name: found[name] for name in own if name in found} | {"harness": harness}
+    sections = ("results", "samples")
+    harness = {name: value for name, value in report.items() if name not in sections}
+    return {name: report[name] for name in sections if name in report} | {"harness": harness}
 
 
 def tables(report: dict[str, Any]) -> str:
     """The results of `run` as the harness's own tables, for the terminal."""
-    found = report["harness"] | report
-    return "\n".join(make_table(found, kind) for kind in ("results", "groups") if found.get(kind))
+    merged = report["harness"] | report
+    return "\n".join(make_table(merged, kind) for kind in ("results", "groups") if merged.get(kind))

@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from opt_jax.parallel.agreement import from_first
 from opt_jax.parallel.watchdog import Watchdog, listen
-from opt_jax.system.disk import describe, without_tracebacks
+from opt_jax.system.disk import error_line, without_tracebacks
 from opt_jax.system.interrupts import Signals, say
 from opt_jax.system.messages import one_line
 
@@ -58,7 +58,7 @@ def start(
       ValueError: incomplete values, no cluster to be found, or limits of waiting for a process alone.
     """
     explicit = (coordinator_address, num_processes, process_id)
-    if mode == "off" or mode == "auto" and not any(v is not None for v in explicit) and not in_cluster():
+    if not is_job(mode, *explicit):
         if any(v is not None for v in explicit):
             raise ValueError("--distributed off: leave out --coordinator-address, --num-processes and --process-id")
         for flag, value, default in (
@@ -90,6 +90,21 @@ def start(
         ) from None
     if jax.process_count() > 1:
         _watch(coordinator_address, heartbeat_seconds, hang_minutes)
+
+
+def is_job(
+    mode: str,
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> bool:
+    """Whether `start` with these arguments makes this process one of a job, or fails to.
+
+    Raises:
+      ValueError: see `in_cluster`.
+    """
+    explicit = any(value is not None for value in (coordinator_address, num_processes, process_id))
+    return mode == "on" or mode == "auto" and (explicit or in_cluster())
 
 
 @contextmanager
@@ -208,14 +223,14 @@ def last_words(program: str, at_once: bool = False) -> Generator[None, None, Non
             yield
     except (ValueError, OSError) as error:
         if not jax.distributed.is_initialized():
-            message = f"{program}: error: {describe(error)}"
+            message = f"{program}: error: {error_line(error)}"
             if not at_once:
                 sys.exit(message)
             print(message, file=sys.stderr, flush=True)
             with suppress(OSError):
                 print(end="", flush=True)
             os._exit(1)
-        _leave(f"{program}: error: process {jax.process_index()}: {describe(error)}")
+        _leave(f"{program}: error: process {jax.process_index()}: {error_line(error)}")
     except Exception as error:
         if not jax.distributed.is_initialized():
             raise

@@ -1,7 +1,7 @@
 """Errors of the operating system in one line: the path, what failed, what to do. No jax.
 
 Python, TensorStore, Orbax and XLA each report a full disk in another form. `disk_errors` turns all of these into an
-OSError, and `describe` returns the line that the commands print.
+OSError, and `error_line` returns the line that the commands print.
 """
 
 import errno
@@ -66,7 +66,7 @@ def keep_standard_descriptors() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
 
 
-def write_whole(path: Any, content: bytes) -> None:
+def write_content(path: Any, content: bytes) -> None:
     """Write a small file into a directory that gets its final name later. May be in an object store."""
     with disk_errors(path, len(content)):
         path.write_bytes(content)
@@ -118,7 +118,7 @@ def free_bytes(path: str | os.PathLike) -> int:
     return shutil.disk_usage(place).free
 
 
-def describe(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """The error as one line for a command that ends: for an OSError the path, the reason, and what to do.
 
     If stdout could not be written, stdout is replaced by the null device, because Python would flush it again at exit.

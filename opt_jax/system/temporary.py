@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from opt_jax.system.disk import disk_errors
 from opt_jax.system.reading import read_small
@@ -193,9 +193,17 @@ def new_file(path: str | os.PathLike, nbytes: int | None = None) -> Iterator[Bin
 def write_file(path: str | os.PathLike, content: bytes) -> None:
     """Replace the file by one with this content. On failure the old file stays.
 
+    Args:
+      path: may be in an object store, as one of `epath`'s paths.
+      content: of a small file.
+
     Raises:
       FileExistsError, IsADirectoryError, OSError: see `new_file`.
     """
+    if "://" in os.fspath(path):
+        remote: Any = path
+        remote.write_bytes(content)  # an object appears when it is complete
+        return
     with new_file(path, len(content)) as file:
         file.write(content)
 

@@ -18,7 +18,7 @@ from tokenizers.models import BPE
 
 from opt_jax.checkpoints import hub
 from opt_jax.model.ids import as_array
-from opt_jax.system.disk import write_whole
+from opt_jax.system.disk import write_content
 from opt_jax.system.reading import note_without_effect, read_small
 from opt_jax.system.temporary import refuse_links, write_file
 from opt_jax.text.streaming import StopStrings
@@ -169,19 +169,19 @@ class OPTTokenizer(Vocabulary):
           ValueError: a file is malformed, or a side is not "left" or "right"; or see `hub.resolve`.
         """
         _check_sides(**sides)  # here, because errors below are reported as errors of the files
-        found = hub.resolve(
+        place = hub.resolve(
             name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, weights=False
         )
-        for folder in hub.companion_directories(found):
+        for folder in hub.companion_directories(place):
             fast = folder / "tokenizer.json"
             if fast.is_file() or (folder / "vocab.json").is_file():
                 break
         else:
-            raise FileNotFoundError(f"{found}: no tokenizer here (tokenizer.json, or vocab.json and merges.txt)")
+            raise FileNotFoundError(f"{place}: no tokenizer here (tokenizer.json, or vocab.json and merges.txt)")
         if hub.is_remote(folder):
             with TemporaryDirectory() as copy:
                 for file in filter(lambda path: path.is_file(), (folder / name for name in hub.TOKENIZER_FILES)):
-                    write_whole(Path(copy, file.name), read_small(file))
+                    write_content(Path(copy, file.name), read_small(file))
                 return cls.from_pretrained(copy, **sides)
         config = read_json(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:  # otherwise the other two files are from old versions, as in HF

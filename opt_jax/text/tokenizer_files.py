@@ -72,8 +72,8 @@ def check_growth(backend: Tokenizer) -> None:
     def growth(step: dict[str, Any]) -> int:
         steps = step.get("normalizers", [])
         pattern = step.get("pattern", {}).get("String", "")  # a regular expression may match "" at every place
-        own = 1 + len(step["content"]) // max(1, len(pattern)) if step["type"] == "Replace" else 1
-        return own * math.prod(map(growth, steps))
+        factor = 1 + len(step["content"]) // max(1, len(pattern)) if step["type"] == "Replace" else 1
+        return factor * math.prod(map(growth, steps))
 
     if (normalizer := backend.normalizer) is not None and growth(json.loads(normalizer.__getstate__())) > MOST_GROWTH:
         raise ValueError("the tokenizer's normalizer can make a text thousands of times as long: it is not read")
@@ -85,8 +85,8 @@ def check_fields(config: dict[str, Any]) -> None:
         if not isinstance(value := config.get(name), bool | None):
             raise ValueError(f"{name}={shown(value)} must be true or false")
     limit = config.get("model_max_length") or 0
-    whole = type(limit) is int or isinstance(limit, float) and (limit >= 1e9 or limit.is_integer())
-    if not whole:
+    is_integer = type(limit) is int or isinstance(limit, float) and (limit >= 1e9 or limit.is_integer())
+    if not is_integer:
         raise ValueError(f"model_max_length={shown(limit)} must be a whole number")
 
 
@@ -139,9 +139,9 @@ def set_prefix_space(backend: Tokenizer, config: dict[str, Any]) -> None:
 
 def contents_of(backend: Tokenizer) -> dict[str, bytes]:
     """File name -> the content that `backend.save` and `backend.model.save` write, which overwrite files in place."""
-    whole = backend.to_str(pretty=True)
-    model = json.loads(whole)["model"]
+    tokenizer_json = backend.to_str(pretty=True)
+    model = json.loads(tokenizer_json)["model"]
     vocab = json.dumps(model["vocab"], ensure_ascii=False, separators=(",", ":"))
     merges = "".join(f"{left} {right}\n" for left, right in model["merges"])
-    files = {"tokenizer.json": whole, "vocab.json": vocab, "merges.txt": f"#version: 0.2\n{merges}"}
+    files = {"tokenizer.json": tokenizer_json, "vocab.json": vocab, "merges.txt": f"#version: 0.2\n{merges}"}
     return {name: text.encode() for name, text in files.items()}

@@ -255,6 +255,22 @@ class Checkpoints:
         self.close()
 
 
+class BestModel(Checkpoints):
+    """The parameters of the step with the lowest loss on held-out data.
+
+    Attributes:
+      loss: the lowest so far, None before the first.
+    """
+
+    loss: float | None = None
+
+    def offer(self, step: int, state: TrainState, loss: float) -> None:
+        """Save the parameters if this loss is the lowest so far."""
+        if self.loss is None or loss < self.loss:
+            self.loss = loss
+            self.save_model(step, state)
+
+
 @dataclasses.dataclass(frozen=True)
 class _KeepForeignFiles:
     """As `policy` says, but a checkpoint with a file in it that is not of a run stays: Orbax would remove both."""
@@ -384,6 +400,6 @@ class Termination:
             return multihost_utils.reached_preemption_sync_point(step)
         return self.came is not None
 
-    def describe(self) -> tuple[str, int]:
+    def reason_and_exit_code(self) -> tuple[str, int]:
         """(name of the signal, exit code)."""
         return ("Ctrl-C", INTERRUPTED) if self.came == signal.SIGINT else ("SIGTERM", processes.PREEMPTED)

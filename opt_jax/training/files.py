@@ -67,7 +67,7 @@ def begin_run(output: epath.Path) -> None:
 
 def write_record(output: epath.Path, record: dict[str, Any]) -> None:
     """run.json, by which the directory is a run's from now on."""
-    write_text(output / "run.json", json.dumps(record, indent=2) + "\n")
+    write_file(output / "run.json", json.dumps(record, indent=2).encode() + b"\n")
     (output / MARKER).unlink(missing_ok=True)
 
 
@@ -85,15 +85,6 @@ def read_record(path: epath.Path) -> dict[str, dict[str, Any]]:
         f"{path} is damaged: not the JSON that train.py wrote. Copy it back from elsewhere; or, if options and data "
         f"are those of the first start, which it is there to compare: mv {path} {path.parent / MARKER}"
     )
-
-
-def write_text(path: epath.Path, text: str) -> None:
-    """The whole file or, killed in between, the old one."""
-    data = text.encode()
-    if is_remote(path):  # an object appears when it is complete
-        path.write_bytes(data)
-    else:
-        write_file(path, data)
 
 
 def read_metrics(path: epath.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
@@ -183,7 +174,7 @@ class Lines:
         if self._changed:
             self._before_write()
             self._text = ["".join(self._text)]
-            self._path.write_bytes(self._text[0].encode())
+            write_file(self._path, self._text[0].encode())
             self._changed, self._written = False, time.monotonic()
 
     def close(self) -> None:

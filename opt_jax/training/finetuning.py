@@ -58,8 +58,8 @@ def load(start: str, before: OPTConfig, plain: Any, seed: int, mesh: Mesh, verif
     labels = lambda c: [c.extra.get(name) for name in ("architectures", "id2label")]  # noqa: E731
     kept = cls not in TASKS.values() or labels(before) == labels(config)
     options: Any = dict(dtype=plain.dtype, param_dtype=jnp.float32, mesh=mesh, verify=verify)
-    found = stack_layers((cls if kept else OPTModel).from_pretrained(start, **options))
-    values = {("" if kept else "model.") + name: leaf for name, leaf in named_leaves(found).items()}
+    model = stack_layers((cls if kept else OPTModel).from_pretrained(start, **options))
+    values = {("" if kept else "model.") + name: leaf for name, leaf in named_leaves(model).items()}
     names = named_leaves(plain)
     shardings = dict(zip(names, jax.tree.leaves(state_shardings(plain, mesh)), strict=True))
     fresh = {name: sharding for name, sharding in shardings.items() if name not in values}

@@ -11,7 +11,7 @@ from etils import epath
 from opt_jax.checkpoints.hub import is_remote
 from opt_jax.system.disk import disk_errors
 from opt_jax.system.reading import read_small
-from opt_jax.training.files import write_text
+from opt_jax.system.temporary import write_file
 
 _MOST_WAITING = 100_000  # numbers on their way to TensorBoard's files
 
@@ -70,7 +70,7 @@ class WandB:
 
         path = output / "wandb-id"
         if not path.exists():
-            write_text(path, uuid.uuid4().hex[:12] + "\n")
+            write_file(path, f"{uuid.uuid4().hex[:12]}\n".encode())
         run_id = read_small(path).decode().strip()
         self._directory = output / "wandb"  # an error of writing there has no name
         try:

@@ -39,8 +39,8 @@ def _nll(x: Array, table: Array, labels: Array) -> tuple[Array, Array, Array, Ar
     """(sum of the losses, softmax [N, V], one-hot labels [N, V], x gathered [N, P]) of one chunk."""
     x, labels = gather_rows(x), gather_rows(labels)
     logits = jnp.einsum("np,vp->nv", x, table, preferred_element_type=jnp.float32)
-    own = labels - tensor_offset(table.shape[0])
-    hot = own[:, None] == jnp.arange(table.shape[0], dtype=jnp.int32)[None]
+    local_labels = labels - tensor_offset(table.shape[0])
+    hot = local_labels[:, None] == jnp.arange(table.shape[0], dtype=jnp.int32)[None]
     highest = max_over_tensor(logits.max(axis=-1))
     exponentials = jnp.exp(logits - highest[:, None])
     both = jnp.stack([exponentials.sum(axis=-1), jnp.where(hot, logits, 0).sum(axis=-1)])
@@ -62,10 +62,10 @@ def _loss(x: Float[Array, "C N P"], table: Float[Array, "V P"], labels: Int[Arra
 def _loss_forward(x, table, labels):
     def add(carry: tuple[Array, Array], chunk: tuple[Array, Array]):
         total, d_table = carry
-        loss, softmax, hot, whole = _nll(chunk[0], table, chunk[1])
+        loss, softmax, hot, gathered = _nll(chunk[0], table, chunk[1])
         d_logits = (softmax - hot.astype(jnp.float32)).astype(x.dtype)
         d_x = scatter_rows(jnp.einsum("nv,vp->np", d_logits, table))
-        d_table += jnp.einsum("nv,np->vp", d_logits, whole, preferred_element_type=jnp.float32)
+        d_table += jnp.einsum("nv,np->vp", d_logits, gathered, preferred_element_type=jnp.float32)
         return (total + loss, d_table), d_x
 
     (loss, d_table), d_x = _scan(add, (jnp.zeros((), jnp.float32), jnp.zeros(table.shape, jnp.float32)), (x, labels))

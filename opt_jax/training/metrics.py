@@ -5,6 +5,7 @@ import json
 import math
 import platform
 import statistics
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,7 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import opt_jax
-from opt_jax.training.files import Lines, ranges, read_metrics, write_text
+from opt_jax.system.temporary import write_file
+from opt_jax.training.files import Lines, ranges, read_metrics
 from opt_jax.training.nonfinite import NonFiniteError
 
 # A loss is a spike if it lies so many deviations above the median of the recent ones: at least SPIKE_AFTER and at most
@@ -27,6 +29,17 @@ from opt_jax.training.nonfinite import NonFiniteError
 SPIKE_DEVIATIONS, SPIKE_AFTER, SPIKE_WINDOW = 6.0, 20, 100
 # With --skip-nonfinite: after so many in a row it is the weights that are bad, not the data.
 MOST_SKIPS_IN_A_ROW = 20
+
+
+def say(line: str) -> None:
+    """Print a line, on process 0."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+def complain(line: str) -> None:
+    """Print a line to stderr, on every process: what is wrong may be so for one of them only."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def machine(mesh: Mesh) -> str:
@@ -57,7 +70,7 @@ def cut_back(path: epath.Path, step: int, say: Callable[[str], Any]) -> None:
     if missing := [i for i in range(1, step + 1) if i not in lines]:
         say(f"{path} has no line for {len(missing)} of {step} steps ({ranges(missing)}): their numbers are lost")
     if path.exists():
-        write_text(path, b"".join(line for i, line in lines.items() if i <= step).decode())
+        write_file(path, b"".join(line for i, line in lines.items() if i <= step))
 
 
 def best_validation(path: epath.Path) -> tuple[int, float] | tuple[None, None]:
@@ -159,12 +172,13 @@ class Metrics:
             self._look_for_spike(values)
         if val_loss is not None and (measurement := val_loss()) is not None:
             if isinstance(measurement, dict):
-                found = measurement
+                measures = measurement
             else:  # no NaN, no infinity
                 perplexity = math.exp(measurement) if measurement < 700 else math.nan
-                found = {"val_loss": measurement, "val_perplexity": perplexity}
-            self._val_loss, self._measures = found["val_loss"], {k: v for k, v in found.items() if k != "val_loss"}
-            values |= {name: value if math.isfinite(value) else None for name, value in found.items()}
+                measures = {"val_loss": measurement, "val_perplexity": perplexity}
+            self._val_loss = measures["val_loss"]
+            self._measures = {name: value for name, value in measures.items() if name != "val_loss"}
+            values |= {name: value if math.isfinite(value) else None for name, value in measures.items()}
         self._write(values)
         self._show(values)
         self._last = time.perf_counter()

@@ -100,7 +100,7 @@ def compile_step(train_step: Any, state: Any, batch: Any, capacity: int) -> dict
     start = time.perf_counter()
     traced = train_step.trace(state, batch)
     lowered = traced.lower()
-    found: dict[str, Any] = {"hardware_flops": hardware_flops(traced.jaxpr.jaxpr)}
+    measured: dict[str, Any] = {"hardware_flops": hardware_flops(traced.jaxpr.jaxpr)}
     with tempfile.TemporaryDirectory() as dump:
         # Not `as_text`: it fails for the programs of large slices.
         options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": ".*train_step.*"}
@@ -111,15 +111,15 @@ def compile_step(train_step: Any, state: Any, batch: Any, capacity: int) -> dict
             if "RESOURCE_EXHAUSTED" not in str(error) or needed is None:
                 raise
             size = int(float(needed[1]) * 2 ** {"M": 20, "G": 30, "T": 40}[needed[2]])
-            found |= dict(fits=False, hbm_bytes_per_chip=size, temporary_bytes=size, collective_bytes=None)
+            measured |= dict(fits=False, hbm_bytes_per_chip=size, temporary_bytes=size, collective_bytes=None)
         else:
             memory = compiled.memory_analysis()
             peak = memory.peak_memory_in_bytes
             text = next(Path(dump).glob("*.after_optimizations.txt")).read_text(encoding="utf-8")
-            found |= dict(fits=peak <= capacity, hbm_bytes_per_chip=peak)
-            found |= dict(temporary_bytes=peak - memory.argument_size_in_bytes)
-            found |= dict(collective_bytes=collective_bytes(Program(text)))
-    return found | {"compile_seconds": round(time.perf_counter() - start, 1)}
+            measured |= dict(fits=peak <= capacity, hbm_bytes_per_chip=peak)
+            measured |= dict(temporary_bytes=peak - memory.argument_size_in_bytes)
+            measured |= dict(collective_bytes=collective_bytes(Program(text)))
+    return measured | {"compile_seconds": round(time.perf_counter() - start, 1)}
 
 
 def largest_that_fits(candidates: Sequence[int], fits: Callable[[int], bool]) -> int | None:
@@ -148,13 +148,15 @@ def make_plan(
         return compile_step(train_step, abstract, dict.fromkeys(names, ids), capacity)
 
     asked = rows // options.accumulate
-    found = {asked: compile_at(asked)}
+    measured = {asked: compile_at(asked)}
 
     def fits(micro: int) -> bool:
-        if micro not in found and found[asked]["fits"] != (micro > asked):  # more memory than one that does not fit ...
-            return found[asked]["fits"]
-        found[micro] = found.get(micro) or compile_at(micro)
-        return found[micro]["fits"]
+        if micro not in measured and measured[asked]["fits"] != (
+            micro > asked
+        ):  # more memory than one that does not fit ...
+            return measured[asked]["fits"]
+        measured[micro] = measured.get(micro) or compile_at(micro)
+        return measured[micro]["fits"]
 
     largest = largest_that_fits([n for n in range(1, rows + 1) if rows % n == 0], fits)
     on_chip = lambda tree, where: sum(  # noqa: E731
@@ -166,7 +168,7 @@ def make_plan(
     axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     if largest is None:
         advice = "not even one fits: more chips, a larger fsdp= or tensor= in --mesh, or --remat full"
-    elif not found[asked]["fits"]:
+    elif not measured[asked]["fits"]:
         advice = f"sequences at a time per {axes.split(' x ')[-1]}: use --accumulate {rows // largest}"
     else:
         advice = f"sequences at a time per group of tensor={mesh.shape['tensor']}: --accumulate {rows // largest}"
@@ -176,7 +178,7 @@ def make_plan(
         "model": options.model,
         "topology": options.topology,
         "mesh": dict(mesh.shape),
-        **found[asked],
+        **measured[asked],
         "hbm_capacity_bytes": capacity,
         "parameter_bytes_per_chip": on_chip(abstract.model, shardings.model),
         "optimizer_bytes_per_chip": on_chip(abstract.opt_state, shardings.opt_state),

@@ -49,7 +49,7 @@ class TrainState:
     frozen: Any = None
 
     @property
-    def whole(self) -> Any:
+    def full_model(self) -> Any:
         """The model with all of its parameters."""
         return join(self.model, self.frozen)
 
@@ -94,8 +94,8 @@ def new_state(
 ) -> TrainState:
     """trained: by their names, the parameters to train. Default: all."""
     model, frozen = (model, None) if trained is None else split(model, trained)
-    nothing = dict(step=jnp.zeros((), jnp.int32), halted=jnp.zeros((), bool))
-    return TrainState(model=model, opt_state=optimizer.init(model), frozen=frozen, **nothing)
+    zeros = dict(step=jnp.zeros((), jnp.int32), halted=jnp.zeros((), bool))
+    return TrainState(model=model, opt_state=optimizer.init(model), frozen=frozen, **zeros)
 
 
 def checksum(tree: Any) -> int:
@@ -168,8 +168,8 @@ def make_gradients(
         parts, rows = batch["labels"].shape[:2]  # of this device
 
         def micro_gradients(batch: Batch, i: Array):
-            own_key = DropoutKey.of(key, rows, i * rows * mesh.shape["data"] * mesh.shape["fsdp"])
-            return jax.value_and_grad(lambda model: loss_of(join(model, frozen), batch, own_key)[0] / total)(model)
+            dropout_key = DropoutKey.of(key, rows, i * rows * mesh.shape["data"] * mesh.shape["fsdp"])
+            return jax.value_and_grad(lambda model: loss_of(join(model, frozen), batch, dropout_key)[0] / total)(model)
 
         def accumulate(carry: Any, micro: Any):
             return jax.tree.map(jnp.add, carry, micro_gradients(*micro)), None
@@ -177,8 +177,8 @@ def make_gradients(
         if parts == 1:
             loss, grads = micro_gradients(jax.tree.map(lambda x: x[0], batch), jnp.int32(0))
         else:
-            nothing = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, model))
-            (loss, grads), _ = jax.lax.scan(accumulate, nothing, (batch, jnp.arange(parts, dtype=jnp.int32)))
+            zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, model))
+            (loss, grads), _ = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(parts, dtype=jnp.int32)))
         return sum_over_batch(loss), sum_gradients(grads)
 
     specs, frozen_specs = jax.tree.map(lambda sharding: sharding.spec, (shardings, frozen_shardings))

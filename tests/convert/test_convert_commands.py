@@ -151,10 +151,14 @@ def test_verify_finds_the_first_difference(tmp_path, capsys):
         (["to-hf", "tiny", "DST", "--shard-of", "one"], "--shard-of one: give i/n"),
         (["to-hf", "tiny", "DST", "--max-shard-size", "5XB"], "--max-shard-size '5XB'"),
         (["to-hf", "tiny", "DST", "--max-shard-size", "9" * 400], "--max-shard-size '999"),
-        (["tiny", "DST", "--num-processes", "2"], "are for --distributed"),
+        (["tiny", "DST", "--num-processes", "2"], "--num-processes and --process-id go together"),
+        (["tiny", "DST", "--distributed", "off", "--process-id", "0"], "--distributed off: leave out"),
+        (["tiny", "DST", "--hang-minutes", "5"], "--hang-minutes 5 without effect"),
+        (["tiny", "DST", "--hang-minutes", "0"], "--hang-minutes 0: must be at least 1"),
         (["metaseq", "DST"], "SRC... DST"),
         (["to-hf", "DST"], "SRC... DST"),
-        (["to-hf", "tiny", "DST", "--shard-of", "1/2", "--distributed"], "--shard-of is for separate commands"),
+        (["to-hf", "tiny", "DST", "--shard-of", "1/2", "--distributed", "on"], "--shard-of is for separate commands"),
+        (["to-hf", "tiny", "DST", "--shard-of", "1/2", "--process-id", "0"], "--shard-of is for separate commands"),
         (["metaseq", "nowhere", "DST", "--model", "125m", "--config", "c"], "give one of them"),
     ],
 )
@@ -186,6 +190,14 @@ def test_options_that_do_not_fit_the_source(tmp_path, capsys, args, message):
     args = [{"DST": str(tmp_path / "out"), "HF": source}.get(arg, arg) for arg in args]
     assert message.replace("HF", source) in failed(capsys, 1, *args)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"] * (source in args)
+
+
+def test_a_part_is_written_alone_in_a_cluster(tmp_path, monkeypatch):
+    for name, value in {"SLURM_STEP_NODELIST": "a", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}.items():
+        monkeypatch.setenv(name, value)
+    source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
+    assert main(["to-hf", str(source), str(tmp_path / "out"), "--shard-of", "1/1"]) == 0
+    assert (tmp_path / "out" / "config.json").exists()
 
 
 @pytest.mark.parametrize("command", [[], ["metaseq"], ["to-hf"], ["verify"], ["inspect"]])

@@ -316,7 +316,7 @@ CONVERT = """
 import sys
 from convert.__main__ import main
 i, address, count = sys.argv[1:4]
-job = ['--distributed', '--coordinator-address', address, '--num-processes', count, '--process-id', i]
+job = ['--coordinator-address', address, '--num-processes', count, '--process-id', i]
 sys.exit(main([*sys.argv[4:], *job]))
 """
 
@@ -389,7 +389,7 @@ def test_an_error_in_one_process_ends_all(tmp_path):
     source = write_hf(tmp_path / "hf", TINY, weights)
     results = together(CONVERT, source, tmp_path / "out", "--dtype", "float16")
     assert [done.returncode for done in results] == [1, 1]
-    errors = [line for done in results for line in done.stderr.splitlines() if line.startswith("error: ")]
+    errors = [line for done in results for line in done.stderr.splitlines() if line.startswith("convert: error: ")]
     assert len(errors) == 2
     assert sum("fc1.weight has values that float16 cannot hold" in error for error in errors) == 1
     assert sum("failed: see its message" in error for error in errors) == 1
@@ -398,5 +398,30 @@ def test_an_error_in_one_process_ends_all(tmp_path):
     here_only = CONVERT.replace("*sys.argv[4:]", "'tiny' if i == '0' else sys.argv[4], *sys.argv[5:]")
     results = together(here_only, tmp_path / "nowhere", tmp_path / "out")
     assert [done.returncode for done in results] == [1, 1]
-    assert "error: process 1 failed: see its message" in results[0].stderr
-    assert "error: no directory" in results[1].stderr and list(tmp_path.iterdir()) == [source]
+    assert "convert: error: process 0: process 1 failed: see its message" in results[0].stderr
+    assert "convert: error: process 1: no directory" in results[1].stderr and list(tmp_path.iterdir()) == [source]
+
+
+STOPPED = """
+import os, time
+from opt_jax.checkpoints import directories
+def check_space(*_):  # amid the conversion
+    if sys.argv[1] == '1':
+        os.kill(os.getpid(), int(sys.argv[6]))
+        time.sleep(60)
+directories.check_space = check_space
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent, codes", [(signal.SIGKILL, [75, -9]), (signal.SIGTERM, [1, 143])])
+def test_a_process_that_is_stopped_ends_all(tmp_path, sent, codes):
+    source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
+    code = CONVERT.replace("i, address", f"{STOPPED}\ni, address").replace("*sys.argv[4:]", "*sys.argv[4:6]")
+    results = together(code, source, tmp_path / "out", int(sent))
+    assert [done.returncode for done in results] == codes, results
+    line = "lost process 1" if sent == signal.SIGKILL else "process 1 failed: see its message"
+    assert line in results[0].stderr and "Traceback" not in results[0].stderr + results[1].stderr
+    assert not (tmp_path / "out").exists()
+    assert main([str(source), str(tmp_path / "out")]) == 0  # and clears what they have left
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]

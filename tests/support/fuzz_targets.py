@@ -312,12 +312,12 @@ class Arrays(Target):
         import numpy as np
 
         from opt_jax import OPTTokenizer
-        from opt_jax.data.tokens import vocabulary_fingerprint
+        from opt_jax.data.tokens import hash_of_vocabulary
 
         super().__init__(root)
         self.tokenizer = OPTTokenizer.from_pretrained(root / "bases" / "Tokenizers" / "slow")
         np.save(self.base / "a.npy", np.arange(50, dtype=np.uint16))
-        fingerprint = vocabulary_fingerprint(self.tokenizer)
+        fingerprint = hash_of_vocabulary(self.tokenizer)
         made_by = {
             "tokens": 50,
             "documents": 1,
@@ -333,7 +333,7 @@ class Arrays(Target):
         length = len(tokens)
         if length > 1000:
             return f"{length} tokens"
-        tokens.fingerprint()
+        tokens.hash_of_ids()
         for part in tokens.split(0.1, 2) if length else ():
             part.read(0, len(part))
         return None

@@ -15,7 +15,7 @@ import pytest
 from conftest import REPOSITORY
 
 from opt_jax import cli
-from opt_jax.system.disk import describe, disk_errors, without_tracebacks
+from opt_jax.system.disk import disk_errors, error_line, without_tracebacks
 from opt_jax.training.checkpoints import Checkpoints
 from opt_jax.training.files import Lines
 from opt_jax.training.step import TrainState
@@ -26,8 +26,8 @@ FULL = "No space left on device"
 def as_said(path, error: BaseException, nbytes: int | None = None) -> str:
     with pytest.raises(OSError) as failed, disk_errors(path, nbytes):
         raise error
-    assert describe(failed.value).count("\n") == 0
-    return describe(failed.value)
+    assert error_line(failed.value).count("\n") == 0
+    return error_line(failed.value)
 
 
 def system(number: int, filename: object = None) -> OSError:
@@ -69,21 +69,21 @@ def test_other_errors_pass_and_the_innermost_explanation_stays(tmp_path):
             raise error
     with pytest.raises(OSError) as failed, disk_errors(tmp_path), disk_errors(tmp_path / "file", 7):
         raise system(errno.ENOSPC)
-    assert describe(failed.value).startswith(f"{tmp_path / 'file'}: {FULL} (7 bytes are needed, ")
+    assert error_line(failed.value).startswith(f"{tmp_path / 'file'}: {FULL} (7 bytes are needed, ")
 
 
 def test_without_a_path_it_is_said_as_well(tmp_path, monkeypatch):
-    assert describe(system(errno.EMFILE)).startswith("Too many open files: raise the limit with `ulimit -n`")
-    assert describe(system(errno.EROFS, tmp_path)).startswith(f"{tmp_path}: Read-only file system: make it writable")
-    assert describe(system(errno.ENOENT, "mistyped")) == "mistyped: No such file or directory"
-    assert describe(system(errno.ENOENT)) == os.strerror(errno.ENOENT)
+    assert error_line(system(errno.EMFILE)).startswith("Too many open files: raise the limit with `ulimit -n`")
+    assert error_line(system(errno.EROFS, tmp_path)).startswith(f"{tmp_path}: Read-only file system: make it writable")
+    assert error_line(system(errno.ENOENT, "mistyped")) == "mistyped: No such file or directory"
+    assert error_line(system(errno.ENOENT)) == os.strerror(errno.ENOENT)
     (gone := tmp_path / "gone").mkdir()
     with monkeypatch.context() as patch:
         patch.chdir(gone)
         gone.rmdir()
         with pytest.raises(FileNotFoundError) as error:
             os.getcwd()
-        assert describe(error.value) == "the current directory: No such file or directory"
+        assert error_line(error.value) == "the current directory: No such file or directory"
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
     with open("/dev/full", "w") as full:  # closing it would fail, were the rest not given up
@@ -91,10 +91,10 @@ def test_without_a_path_it_is_said_as_well(tmp_path, monkeypatch):
         full.write("text")
         with pytest.raises(OSError) as failed:
             full.flush()
-        assert describe(failed.value).startswith(f"standard output: {FULL}: make room")
+        assert error_line(failed.value).startswith(f"standard output: {FULL}: make room")
     with pytest.raises(OSError) as failed, contextlib.closing(Lines("/dev/full")) as lines:  # type: ignore[arg-type]
         lines.write('{"step": 1}\n')
-    assert describe(failed.value).startswith(f"/dev/full: {FULL} (")
+    assert error_line(failed.value).startswith(f"/dev/full: {FULL} (")
 
 
 @contextlib.contextmanager
@@ -129,7 +129,7 @@ def test_a_checkpoint_that_does_not_fit_is_said_and_leaves_the_one_before(tmp_pa
     with without_tracebacks(), largest_file(30_000), pytest.raises(OSError) as failed:
         checkpoints.save(4, state_of(4))
         checkpoints.close()
-    said = describe(failed.value)
+    said = error_line(failed.value)
     assert said.startswith(f"{directory / '4'}: File too large (80,025 bytes are needed): the file system or"), said
     assert "Traceback" not in caplog.text and "Event loop" not in capfd.readouterr().err
     with open_checkpoints(directory) as checkpoints:
@@ -146,7 +146,7 @@ def test_a_checkpoint_that_does_not_fit_is_said_and_leaves_the_one_before(tmp_pa
     with without_tracebacks(), pytest.raises(OSError) as failed:
         checkpoints.save(5, state_of(5))
         checkpoints.close()
-    assert describe(failed.value).startswith(f"{directory}: Not a directory: it, or a directory above it, was")
+    assert error_line(failed.value).startswith(f"{directory}: Not a directory: it, or a directory above it, was")
 
 
 def test_of_a_checkpoint_whose_parts_all_fail_each_error_is_one_line(tmp_path):
@@ -157,7 +157,7 @@ def test_of_a_checkpoint_whose_parts_all_fail_each_error_is_one_line(tmp_path):
             try:
                 call()
             except OSError as error:  # of one part; which others fail before it ends is a matter of time
-                said.append(describe(error))
+                said.append(error_line(error))
     expected = f"{directory / '3'}: File too large (80,025 bytes are needed): the file system or"
     assert said and all(line.startswith(expected) for line in said), said
 
@@ -184,7 +184,7 @@ def test_a_file_that_is_missing_in_a_checkpoint_is_said_or_not_needed(tmp_path):
 
 def test_a_closed_stdout_is_no_other_error(monkeypatch):
     monkeypatch.setattr("sys.stdout", None)
-    assert describe(system(errno.EMFILE)).startswith("Too many open files")
+    assert error_line(system(errno.EMFILE)).startswith("Too many open files")
     cli._print("a text")
 
 

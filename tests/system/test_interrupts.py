@@ -14,7 +14,7 @@ import pytest
 from conftest import REPOSITORY
 from support.processes import environment
 
-from convert.__main__ import _repeat_lost_signals
+from convert.job import repeat_lost_signals
 from opt_jax.parallel import processes
 from opt_jax.system.interrupts import Signals, Terminated, delayed, exit_code, raises, say
 from opt_jax.training.checkpoints import Termination
@@ -81,7 +81,7 @@ def test_a_lost_signal_that_is_repeated_too_soon_is_repeated_again(monkeypatch):
 
     monkeypatch.setattr(threading, "Timer", Busy)
     with pytest.raises(KeyboardInterrupt), raises():
-        _repeat_lost_signals(SimpleNamespace(exc_type=KeyboardInterrupt))
+        repeat_lost_signals(SimpleNamespace(exc_type=KeyboardInterrupt))
         time.sleep(10)
     assert Busy.count == 2
 
@@ -97,7 +97,7 @@ def test_ctrl_c_ends_at_once_before_the_first_step_then_saves_and_the_second_end
         send()
         while not termination.asked(2):
             pass
-        assert termination.describe() == ("Ctrl-C", 130)
+        assert termination.reason_and_exit_code() == ("Ctrl-C", 130)
         send()
         assert calls.acquire(timeout=20) and ended == [signal.SIGINT] * 2
     assert capfd.readouterr().err.startswith("Ctrl-C: saving a checkpoint; a second Ctrl-C ends at once")
@@ -105,7 +105,7 @@ def test_ctrl_c_ends_at_once_before_the_first_step_then_saves_and_the_second_end
         send(signal.SIGTERM)  # before the first step: a preemption loses nothing
         while not termination.asked(1):
             pass
-        assert termination.describe() == ("SIGTERM", 143)
+        assert termination.reason_and_exit_code() == ("SIGTERM", 143)
 
 
 def test_a_line_for_a_pipe_that_nobody_reads_is_given_up():

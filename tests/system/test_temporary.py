@@ -25,7 +25,7 @@ from opt_jax.system import temporary
 from opt_jax.system.temporary import MARKER, TemporaryPlace, new_file
 from opt_jax.training import plot
 from opt_jax.training.checkpoints import Checkpoints
-from opt_jax.training.files import begin_run, check_run_directory, write_record, write_text
+from opt_jax.training.files import begin_run, check_run_directory, write_record
 
 
 def precious(directory: Path) -> Path:
@@ -183,7 +183,7 @@ def test_a_temporary_name_is_not_what_an_error_names(tmp_path):
     assert error.value.filename == str(path)
 
 
-WRITERS = [write_new, lambda path: write_text(epath.Path(path), "new"), write_array, draw]
+WRITERS = [write_new, write_array, draw]
 
 
 @pytest.mark.slow

@@ -133,17 +133,17 @@ def test_predictions_are_those_of_all_rows():
     mesh, begin, _, shardings, *_ = programs("classify", 0, "data=1")
     held_out = Batches(EXAMPLES, np.zeros(40, int), 16, 32, pad=1)
     state = begin()
-    predict = make_predict_step(shardings.whole, mesh)
+    predict = make_predict_step(shardings.full_model, mesh)
     seen = []
     with use_mesh(mesh):
         for numbers, rows in held_out.all():
-            _, count, logits = predict(state.whole, place_batch(rows, 16, 1, mesh))
+            _, count, logits = predict(state.full_model, place_batch(rows, 16, 1, mesh))
             assert int(count) == (numbers >= 0).sum()
             seen += [(n, row) for n, row in zip(numbers, np.asarray(logits), strict=True) if n >= 0]
     assert sorted(n for n, _ in seen) == list(range(40))
     for number, row in seen[::7]:
         ids = np.array([EXAMPLES[number]])
-        np.testing.assert_allclose(row, state.whole(ids).logits[0], atol=1e-5)
+        np.testing.assert_allclose(row, state.full_model(ids).logits[0], atol=1e-5)
 
 
 # Batches --------------------------------------------------------------------------------------------------------------
@@ -348,7 +348,7 @@ def test_only_adapters_and_heads_are_trained_and_have_moments(kind):
     before = jax.device_get(begin())
     after, losses = train(kind, 2, "data=1")
     trained = set(named_leaves(after.model))
-    expected = {n for n in named_leaves(after.whole) if is_adapter(n) or n == "score.kernel"}
+    expected = {n for n in named_leaves(after.full_model) if is_adapter(n) or n == "score.kernel"}
     assert trained == expected and len(trained) == 8 + (kind == "classify")
     moments = [n for n in named_leaves(after.opt_state) if ".mu." in n or ".nu." in n]
     assert len(moments) == 2 * len(trained) and all(n.endswith(tuple(trained)) for n in moments)
@@ -356,12 +356,12 @@ def test_only_adapters_and_heads_are_trained_and_have_moments(kind):
         np.testing.assert_array_equal(value, named_leaves(before.frozen)[name], err_msg=name)
     assert all((v != named_leaves(before.model)[n]).any() for n, v in named_leaves(after.model).items())
     # Merged, it is a plain model that computes the same.
-    merged, ids = lora.merge(after.whole, plain), np.array([EXAMPLES[0]])
+    merged, ids = lora.merge(after.full_model, plain), np.array([EXAMPLES[0]])
     assert type(merged) is CLASSES[kind] and set(named_leaves(merged)) == set(named_leaves(plain))
     ours = merged.model.forward(ids).last_hidden_state
-    theirs = after.whole.model.forward(ids).last_hidden_state
+    theirs = after.full_model.model.forward(ids).last_hidden_state
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
-    assert np.abs(ours - before.whole.model.forward(ids).last_hidden_state).max() > 0.01
+    assert np.abs(ours - before.full_model.model.forward(ids).last_hidden_state).max() > 0.01
 
 
 def test_adapters_that_qwix_leaves_out_are_noticed(monkeypatch):
@@ -392,7 +392,7 @@ def test_lora_computes_in_bfloat16():
             jax.jit(new, out_shardings=shardings)(), place_batch(partial(batches("lm").batch, 0), BATCH, 1, mesh)
         )
     assert np.isfinite(float(measured["loss"]))
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.whole))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.full_model))
 
 
 def test_split_and_join():

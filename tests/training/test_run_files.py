@@ -11,7 +11,7 @@ from opt_jax import OPTTokenizer
 from opt_jax.checkpoints import directories
 from opt_jax.checkpoints.hub import is_remote
 from opt_jax.data.tokenizers import read_tokenizer, save_tokenizer
-from opt_jax.system.temporary import MARKER
+from opt_jax.system.temporary import MARKER, write_file
 from opt_jax.training.files import (
     Lines,
     begin_run,
@@ -19,7 +19,6 @@ from opt_jax.training.files import (
     read_record,
     run_directory,
     write_record,
-    write_text,
 )
 from opt_jax.training.metrics import best_validation, cut_back
 
@@ -49,7 +48,7 @@ def directory(request, tmp_path):
 
 def test_text_is_replaced_as_a_whole(directory):
     for text in ("one\n", "zwei ü\n"):
-        write_text(directory / "run.json", text)
+        write_file(directory / "run.json", text.encode())
         assert (directory / "run.json").read_bytes().decode() == text
     assert [path.name for path in directory.iterdir()] == ["run.json"]
 

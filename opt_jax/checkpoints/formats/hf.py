@@ -89,13 +89,13 @@ def _check_tied(directory: Path, head: LazyArray, embedding: LazyArray) -> None:
         )
 
 
-def describe(path: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+def stored_as(path: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
     """A parameter's name and shape in an HF file, for messages."""
     name, transposed = names.to_hf(path)
     return name, shape[::-1] if transposed else shape
 
 
-def describe_files(directory: Path) -> str:
+def weights_form(directory: Path) -> str:
     """The form of the directory's weights in words, such as "Hugging Face safetensors, 3 files"."""
     first = weight_file(directory)
     if first is None:

@@ -54,5 +54,5 @@ def _look_up(table: dict[str, tuple[str, bool]], name: str) -> tuple[str, bool]:
         if "*" in name:
             raise KeyError(name)
         return table[name]
-    found, transposed = table[name.replace(number[0], ".layers.*.", 1)]
-    return found.replace(".*.", f".{number[1]}."), transposed
+    pattern, transposed = table[name.replace(number[0], ".layers.*.", 1)]
+    return pattern.replace(".*.", f".{number[1]}."), transposed

@@ -8,7 +8,7 @@ import numpy as np
 
 from opt_jax.system.reading import read_small
 from opt_jax.text.tokenizer import OPTTokenizer
-from opt_jax.training.tasks.common import LARGEST_FILE, Batches, evaluate, fingerprint, hold_out, named_files
+from opt_jax.training.tasks.common import LARGEST_FILE, Batches, evaluate, hold_out, named_files
 
 _HEADERS = {("sentence", "label"), ("text", "label")}  # or the other way round, then of all the file's lines
 
@@ -96,9 +96,8 @@ class Classification:
 
         self.training, self.held_out = batches(texts, names, seed), batches(others, other_names, None)
         self.tokens = int(self.training.lengths.sum())
-        self.fingerprint = fingerprint(self.training.examples, self.training.labels)
 
-    def describe(self) -> str:
+    def summary(self) -> str:
         majority = np.bincount(self.held_out.labels).max() / len(self.held_out.labels)
         cut = f"; {self.truncated} longer texts are cut" if self.truncated else ""
         return (

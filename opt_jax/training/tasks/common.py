@@ -3,7 +3,7 @@
 A task's data (`classification.py`, `squad.py`) has
   training: Batches; held_out: Batches, all of them in order
   evaluate(predict): {"val_loss", "val_..."} by a function batch -> (loss sum, labels counted, logits)
-  fingerprint; tokens, for messages: of all training examples
+  summary(): for the log
 """
 
 import contextlib
@@ -52,9 +52,9 @@ def task_logits(model: Any, batch: Batch, key: DropoutKey | None = None) -> Floa
         return jnp.where(mask[..., None] != 0, logits, jnp.finfo(jnp.float32).min)
     # A row's last token is on one device of `tensor`.
     last = mask.sum(axis=1, dtype=jnp.int32)[:, None] - 1 - tensor_offset(x.shape[1])
-    own = (last >= 0) & (last < x.shape[1])
-    pooled = jnp.take_along_axis(x, jnp.where(own, last, 0)[..., None], axis=1)[:, 0]
-    return model.score(sum_over_tensor(jnp.where(own, pooled, 0)))
+    is_local = (last >= 0) & (last < x.shape[1])
+    pooled = jnp.take_along_axis(x, jnp.where(is_local, last, 0)[..., None], axis=1)[:, 0]
+    return model.score(sum_over_tensor(jnp.where(is_local, pooled, 0)))
 
 
 def _losses(logits: Float[Array, "..."], batch: Batch) -> tuple[Array, Array]:
@@ -157,7 +157,7 @@ class Batches(Order):
     def description(self) -> dict[str, Any]:
         return {
             "tokens": int(self.lengths.sum()),
-            "fingerprint": fingerprint(self.examples, self.labels),
+            "fingerprint": hash_of_examples(self.examples, self.labels),
             "seed": self._seed,
             "batch_size": self.batch_size,
         }
@@ -177,9 +177,9 @@ def evaluate(held_out: Batches, predict: Callable) -> tuple[float, list[np.ndarr
     """(mean loss over the labels, logits of every example in order)."""
     total, count, logits = 0.0, 0, [np.zeros(0)] * len(held_out.examples)
     for numbers, rows in held_out.all():
-        loss, counted, found = jax.device_get(predict(rows))
+        loss, counted, batch_logits = jax.device_get(predict(rows))
         total, count = total + float(loss), count + int(counted)
-        for number, row in zip(numbers, found, strict=True):
+        for number, row in zip(numbers, batch_logits, strict=True):
             if number >= 0:
                 logits[number] = row
     return total / max(count, 1), logits
@@ -194,7 +194,7 @@ def named_files(paths: Sequence[str]) -> list[Path]:
     return list(map(Path, paths))
 
 
-def fingerprint(examples: Sequence[Sequence[int]], labels: np.ndarray) -> str:
+def hash_of_examples(examples: Sequence[Sequence[int]], labels: np.ndarray) -> str:
     """A short hash: tells a resumed run that the files or the tokenizer have changed."""
     digest = hashlib.sha256(np.ascontiguousarray(labels, np.int32).tobytes())
     for example in examples:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from opt_jax.system.reading import json_object, read_small
 from opt_jax.text.tokenizer import OPTTokenizer
 from opt_jax.text.tokenizer_files import panics_as_errors
-from opt_jax.training.tasks.common import LARGEST_FILE, Batches, evaluate, fingerprint, hold_out, named_files
+from opt_jax.training.tasks.common import LARGEST_FILE, Batches, evaluate, hold_out, named_files
 
 STRIDE = 128  # tokens that neighbouring windows share, and below, as HF's example `run_qa.py` has them
 N_BEST, LONGEST_ANSWER = 20, 30
@@ -87,15 +87,15 @@ def windows(questions: Sequence[Question], tokenizer: OPTTokenizer, seq_len: int
         worst = questions[int(np.argmax(lengths))].question
         raise ValueError(f"--seq-len {seq_len} leaves no room for a context behind the question {worst[:60]!r}")
     backend.enable_truncation(seq_len, stride=stride, strategy="only_second")
-    found = []
+    windows = []
     for number, question in enumerate(questions):
         first = backend.encode(question.question, question.context)
         for encoding in (first, *first.overflowing):
             pairs = zip(encoding.offsets, encoding.sequence_ids, strict=True)
             offsets = [tuple(offset) if sequence == 1 else None for offset, sequence in pairs]
             answer = _answer_tokens(offsets, question.answers[0]) if question.answers else (0, 0)
-            found.append(Window(number, encoding.ids, offsets, answer))
-    return found
+            windows.append(Window(number, encoding.ids, offsets, answer))
+    return windows
 
 
 def _answer_tokens(offsets: list[tuple[int, int] | None], answer: tuple[str, int]) -> tuple[int, int]:
@@ -108,13 +108,13 @@ def _answer_tokens(offsets: list[tuple[int, int] | None], answer: tuple[str, int
     return max(i for i, first, _ in context if first <= begin), min(i for i, _, last in context if last >= end)
 
 
-def best_answer(question: Question, found: Sequence[tuple[Window, np.ndarray]], may_lack: bool) -> str:
+def best_answer(question: Question, windows: Sequence[tuple[Window, np.ndarray]], may_lack: bool) -> str:
     """The most likely span of all windows of a question (logits [T, 2] each).
 
     It is "" if the question may lack an answer and the span of `</s>` is more likely.
     """
     best, text = -np.inf, ""
-    for window, logits in found:
+    for window, logits in windows:
         starts, ends = (np.argsort(-logits[: len(window.ids), i], kind="stable")[:N_BEST] for i in (0, 1))
         for start in starts:
             for end in ends:
@@ -123,8 +123,8 @@ def best_answer(question: Question, found: Sequence[tuple[Window, np.ndarray]], 
                     continue
                 if (score := logits[start, 0] + logits[end, 1]) > best:
                     best, text = score, question.context[first[0] : last[1]]
-    nothing = min(logits[0].sum() for _, logits in found)
-    return "" if may_lack and nothing > best else text
+    no_answer = min(logits[0].sum() for _, logits in windows)
+    return "" if may_lack and no_answer > best else text
 
 
 def normalize(text: str) -> list[str]:
@@ -185,10 +185,9 @@ class QuestionAnswering:
 
         self.training, self.held_out = batches(training, seed), batches(self.windows, None)
         self.tokens = int(self.training.lengths.sum())
-        self.fingerprint = fingerprint(self.training.examples, self.training.labels)
         self._count = len(questions)
 
-    def describe(self) -> str:
+    def summary(self) -> str:
         return (
             f"{self._count} questions to train on in {len(self.training.examples)} windows, {self.tokens:,} tokens; "
             f"{len(self.questions)} held out in {len(self.windows)} windows"
@@ -197,10 +196,10 @@ class QuestionAnswering:
     def evaluate(self, predict: Callable) -> dict[str, float]:
         """{"val_loss", "val_exact_match", "val_f1"} on all held-out questions."""
         loss, logits = evaluate(self.held_out, predict)
-        found: list[list] = [[] for _ in self.questions]
+        windows_of: list[list] = [[] for _ in self.questions]
         for window, row in zip(self.windows, logits, strict=True):
-            found[window.question].append((window, row))
-        pairs = zip(self.questions, found, strict=True)
+            windows_of[window.question].append((window, row))
+        pairs = zip(self.questions, windows_of, strict=True)
         answers = [best_answer(question, windows, self.may_lack) for question, windows in pairs]
         match, overlap = scores(self.questions, answers)
         return {"val_loss": loss, "val_exact_match": match, "val_f1": overlap}
