@@ -121,6 +121,8 @@ def _evaluate(options: EvalOptions) -> None:
     common = dataclasses.asdict(options) | {"process_id": None, "output": str(options.output)}
     agreement.check_same({f"--{name.replace('_', '-')}": value for name, value in common.items()})
     tokenizer = OPTTokenizer.from_pretrained(options.model)  # before the weights: it fails sooner
+    ids: Any = None  # of --data
+    documents, tasks = 0, None
     if options.data:
         ids, documents = read_ids(options.data, tokenizer)
         agreement.check_same({"--data": f"{len(ids)} tokens, {hash_of_ids(ids)}"})
@@ -141,6 +143,7 @@ def _evaluate(options: EvalOptions) -> None:
         settings: dict[str, Any] = dict(
             num_fewshot=options.num_fewshot, limit=options.limit, log_samples=options.log_samples
         )
+        assert tasks is not None
         report |= run(model, tokenizer, tasks, options.batch_size, **settings)
         shown = tables(report)
     if jax.process_index() == 0:

@@ -59,6 +59,7 @@ def test_batches_are_the_same_for_any_number_of_readers_and_after_a_resume(reade
 def test_worker_processes_read_the_same(tmp_path):
     windows = make_windows(tmp_path / "a.npy")
     with Reader(windows, range(8), 3, 9, workers=2) as reader:
+        step = 0
         for step, place in enumerate(reader, start=3):
             labels = place(slice(2, 6))["labels"]
             np.testing.assert_array_equal(labels, windows.rows(step)[2:6, 1:])

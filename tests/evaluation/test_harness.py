@@ -66,9 +66,7 @@ def test_a_context_that_is_too_long_loses_its_beginning(lm, model):
     ids = np.random.RandomState(0).randint(3, 4096, 100).tolist()
     ((value, _),) = lm._loglikelihood_tokens([(None, ids[:-3], ids[-3:])], disable_tqdm=True)
     assert value == pytest.approx(float(model.score(np.array([ids[-CONTEXT - 1 :]]))[0, -3:].sum()), rel=1e-5)
-    with pytest.raises(
-        ValueError, match="a context of 10 and a continuation of 65 tokens: .* at most 64"
-    ):
+    with pytest.raises(ValueError, match="a context of 10 and a continuation of 65 tokens: .* at most 64"):
         lm._loglikelihood_tokens([(None, ids[:10], ids[:65])])
     with pytest.raises(ValueError, match="a continuation of 0 tokens: neither may be empty"):
         lm._loglikelihood_tokens([(None, ids[:10], [])])

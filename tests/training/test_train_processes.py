@@ -184,6 +184,7 @@ def test_damage_that_one_process_reads_ends_both_or_both_fall_back(place, of_pai
     done = ends(start_two(place, "damaged", **of_pair))
     said = [error.splitlines() for _, _, error in done]
     assert [code for code, *_ in done] == [1, 1], done
+    before: Any = None
     for i, why in enumerate(("process 1 failed: see its message", "cannot be read: ")):
         (line,) = [line for line in said[i] if line.startswith("train.py: error: ")]
         assert "checkpoints/12 is damaged: " in line and why in line, line

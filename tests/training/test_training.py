@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -272,7 +273,7 @@ def test_the_step_donates_its_state_and_reports():
 
 @pytest.mark.slow
 def test_moments_are_updated_in_place():
-    run = Run()
+    run: Any = Run()
     with use_mesh(run.mesh):
         program = Program.compiled(run.step.lower(run.state, run.batch(0)))
     copied = {i.arrays[0][0] for i in program.written_out(program.entry) if i.op == "copy"}
