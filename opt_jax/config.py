@@ -1,4 +1,4 @@
-"""OPT architecture settings, and the nine published sizes. No arrays, no mesh."""
+"""The architecture of an OPT model, and the nine published sizes. No arrays, no mesh."""
 
 import dataclasses
 import os
@@ -57,7 +57,7 @@ class OPTConfig:
     tie_word_embeddings: bool = True
     num_labels: int = 2
     problem_type: str | None = None
-    # Fields of a config.json that do not change the architecture (architectures, dtype, id2label, ...): carried along.
+    # Fields of a config.json besides the architecture (architectures, dtype, id2label, ...). `to_hf` writes them.
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any], hash=False)
 
     def __post_init__(self):
@@ -85,7 +85,7 @@ class OPTConfig:
             self.problem_type in (None, *PROBLEM_TYPES), "problem_type", "None or one of " + ", ".join(PROBLEM_TYPES)
         )
         if self.problem_type == "single_label_classification" and self.num_labels == 1:
-            raise ValueError("OPTConfig: problem_type='single_label_classification' with num_labels=1 learns nothing")
+            raise ValueError("OPTConfig: problem_type='single_label_classification' with num_labels=1 has a loss of 0")
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, name)
             ids = value if isinstance(value, tuple) else () if value is None else (value,)
@@ -114,7 +114,7 @@ class OPTConfig:
 
     @property
     def embed_dim(self) -> int:
-        """Width of the token embeddings and of what the heads see: `word_embed_proj_dim`, never None."""
+        """Width of the token embeddings and of the inputs of heads: `word_embed_proj_dim`, never None."""
         return self.word_embed_proj_dim or self.hidden_size
 
     @property
@@ -124,10 +124,14 @@ class OPTConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "OPTConfig":
-        """One of the nine published sizes ("125m" ... "175b"), as in Table 1 of the paper and HF's configs.
+        """The config of a published size ("125m" ... "175b"), as in Table 1 of the paper and HF's configs.
+
+        Args:
+          name: the size; a prefix "facebook/opt-" is ignored.
+          **overrides: fields that differ from the published ones.
 
         Raises:
-          ValueError: unknown size.
+          ValueError: an unknown size, or an invalid field.
         """
         key = name.lower().removeprefix("facebook/").removeprefix("opt-")
         if key not in _SIZES:
@@ -142,22 +146,25 @@ class OPTConfig:
 
     @classmethod
     def from_hf(cls, source: str | os.PathLike[str] | Mapping[str, Any], *, where: str = "config") -> "OPTConfig":
-        """From a `config.json` of `transformers`: its path, the directory it is in, or its content as a dict.
+        """The config in a `config.json` of `transformers`.
 
-        Fields that are not OPT's architecture are kept in `extra` and come back out of `to_hf`. A warning names those
-        that change something in transformers and nothing here (`output_hidden_states`, options of generation, ...).
-        `where`: what messages call a dict.
+        Fields that are not part of the architecture are kept in `extra`, and `to_hf` writes them. A warning names those
+        that have an effect in transformers but not here (`output_hidden_states`, options of generation, ...).
+
+        Args:
+          source: the path of the file or of its directory, or its content as a dict.
+          where: the name of a dict in messages.
 
         Raises:
-          FileNotFoundError: there is no such file.
-          ValueError: not JSON, not an OPT model, or a bad field (named).
+          FileNotFoundError: the file does not exist.
+          ValueError: not JSON, not an OPT model, or an invalid field, which the message names.
         """
         from opt_jax.checkpoints.formats import config_json
 
         return config_json.from_hf(cls, source, where)
 
     def to_hf(self) -> dict[str, Any]:
-        """The content of a `config.json` that `transformers` and `from_hf` read back to the same model."""
+        """The content of a `config.json`, from which `transformers` and `from_hf` get the same architecture."""
         from opt_jax.checkpoints.formats import config_json
 
         return config_json.to_hf(self)

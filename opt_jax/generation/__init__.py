@@ -1,4 +1,4 @@
-"""From prompts to tokens: options, logits processors, compiled loops, and what runs them."""
+"""Text generation on token ids: options, logits processors, compiled loops, and the host loop that runs them."""
 
 from typing import TYPE_CHECKING, Any
 

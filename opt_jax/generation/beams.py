@@ -1,12 +1,12 @@
-"""Beam search and beam sampling: one prefill for each prompt, one compiled loop. Ids only, no text.
+"""Beam search and beam sampling: one prefill for each prompt, one compiled loop. Token ids only, no text.
 
-The meaning is that of HF `GenerationMixin._beam_search` (transformers v5; before 5.24 it did not sort what it drew).
-The cache is not: there beams are rows of the cache, copied at every step. Here a row of the cache belongs to a prompt:
-its columns hold the prompt once and then, for every step, the token of each beam. Which columns a beam descends from is
-a table of booleans (`KVCache.branch`), and this table is the attention mask. Beams change places by reordering the
-table; keys and values stay where they were written, and each is read once for all the beams of a prompt.
+The results are those of HF `GenerationMixin._beam_search` (transformers v5; before 5.24 it did not sort the candidates
+that it drew). The cache differs. In HF each beam is a row of the cache, and rows are copied at every step. Here each
+prompt is a row of the cache. Its columns hold the prompt once and then, for every step, one token of each beam. A table
+of booleans (`KVCache.branch`) says which columns are ancestors of a beam; this table is the attention mask. Reordering
+beams reorders the table. Keys and values are never moved, and all beams of a prompt share one read of them.
 
-B prompts, N beams of each, M columns for new tokens, V tokens in the vocabulary.
+Shapes: B prompts, N beams of each, M columns for new tokens, V tokens in the vocabulary, C candidates.
 """
 
 import dataclasses
@@ -27,19 +27,19 @@ from opt_jax.generation.request import Request, batch_bucket, bucket, take_promp
 from opt_jax.generation.sampling import SamplingOptions
 from opt_jax.model.cache import KVCache
 
-_NEVER = -1e9  # HF's score of what must not be chosen: finite, since sums of it are compared
+_NEVER = -1e9  # HF's score of a beam that must not be chosen; finite, because sums of such scores are compared
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BeamOptions:
-    """What the compiled search is told. Every value but the static ones is traced: other values compile nothing."""
+    """Options of the compiled search. All values but the static ones are traced, so new values do not recompile."""
 
-    sampling: SamplingOptions  # for all beams; seeds and samples are not used
+    sampling: SamplingOptions  # the same for all beams; `seeds` and `samples` are unused
     length_penalty: Float[Array, ""]  # scores are divided by length ** length_penalty
-    keys: Key[Array, " B"] | None  # draw candidates at random; None: take the best
+    keys: Key[Array, " B"] | None  # to draw candidates at random; None: take the best
     early_stopping: bool | Literal["never"] = dataclasses.field(metadata=dict(static=True))
-    # What HF's processors of sampling leave at least, so that there are beams left when one ends.
+    # The sampling processors keep at least this many tokens (as in HF), so that enough beams are left when one ends.
     min_keep: int = dataclasses.field(metadata=dict(static=True))
 
 
@@ -49,11 +49,11 @@ class _Beams:
     """N sequences of new tokens for each prompt, best first."""
 
     tokens: Int[Array, "B N M"]
-    scores: Float[Array, "B N"]  # running: sum of log-probabilities; finished: the final score
-    lengths: Int[Array, "B N"]  # 0: none yet
+    scores: Float[Array, "B N"]  # of running beams: sum of log-probabilities; of finished beams: final score
+    lengths: Int[Array, "B N"]  # number of new tokens; 0: there is no beam in this place yet
     stopped: Bool[Array, "B N"]  # ended by an end token, stop sequence or stop string
-    matched: Int[Array, "B N"] | None  # state of `SamplingOptions.stop_strings` behind the last token
-    logprobs: TokenLogprobs | None  # [B, N, M] and [B, N, M, n]
+    matched: Int[Array, "B N"] | None  # state of `SamplingOptions.stop_strings` after the last token
+    logprobs: TokenLogprobs | None  # arrays [B, N, M] and [B, N, M, n]
 
     def select(self, index: Int[Array, "B n"]) -> "_Beams":
         return jax.tree.map(lambda x: _take(x, index), self)
@@ -62,22 +62,22 @@ class _Beams:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BeamState:
-    """Between two steps. The last token of a running beam is not in the cache yet."""
+    """The state between two steps. The last token of each running beam is not in the cache yet."""
 
     cache: KVCache
-    prompts: Int[Array, "B W"]  # real tokens last
+    prompts: Int[Array, "B W"]  # padded on the left
     prompt_lengths: Int[Array, " B"]
     running: _Beams
     finished: _Beams
-    step: Int[Array, ""]  # new tokens so far
-    done: Bool[Array, " B"]  # prompts whose finished beams are final
+    step: Int[Array, ""]  # number of new tokens in each running beam
+    done: Bool[Array, " B"]  # True where the finished beams of a prompt cannot change any more
 
 
 class BeamEngine:
-    """The most likely continuations of each prompt, found by following the `num_beams` best ones at every step.
+    """An engine for beam search: at every step it keeps the `num_beams` best continuations of each prompt.
 
-    A job is a prompt, whose rows are its `num_return_sequences` best continuations. All prompts of a batch are at the
-    same step, so none can be placed beside others that have begun.
+    A job is a prompt; its rows are its `num_return_sequences` best continuations. All prompts of a batch are at the
+    same step. A new prompt therefore cannot join a batch that has begun.
     """
 
     refills = False
@@ -111,11 +111,11 @@ class BeamEngine:
             length_penalty=jax.device_put(np.float32(1 if given.length_penalty is None else given.length_penalty)),
             keys=self._keys(jobs) if request.do_sample else None,
             early_stopping=given.early_stopping or False,
-            min_keep=1 + max(1, ends) if request.do_sample else 1,  # HF: two at least where no token ends
+            min_keep=1 + max(1, ends) if request.do_sample else 1,  # as in HF: at least 2 without an end token
         )
 
     def _keys(self, jobs: np.ndarray) -> Key[Array, " B"]:
-        """One seed: what prompt i draws depends on it and on i. A seed for each prompt: on its seed alone."""
+        """A key for each prompt: from its seed and, if one seed was given for all, from the index of its job."""
         seeds = np.asarray(self._request.options.seeds)[jobs * self._request.copies]
         keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
         if np.ndim(self._request.given.seed) > 0:
@@ -127,7 +127,7 @@ class BeamEngine:
         return dataclasses.replace(slots, state=state), report
 
     def place(self, slots: Slots, jobs: np.ndarray, places: np.ndarray, size: int) -> Slots:
-        raise NotImplementedError("beams of other prompts are at another step")
+        raise NotImplementedError("beam search cannot add prompts to a batch that has begun")
 
     def results(self, slots: Slots) -> NewTokens:
         count, finished = self.rows_per_job, jax.device_get(slots.state.finished)
@@ -149,7 +149,7 @@ def _begin(
     logprobs: int | None,
     cache_dtype: str | None,
 ) -> tuple[BeamState, Report]:
-    """Read the prompts and choose the first token of each beam. capacity: M."""
+    """The state after the prompts were read and the first token of each beam was chosen. `capacity` is M."""
     model, (batch, length) = as_module(model), prompts.ids.shape
     if prompts.prefix is None:
         cache = model.init_cache(batch, length + num_beams * capacity, cache_dtype)
@@ -166,7 +166,7 @@ def _begin(
 def advance(
     model: Model, state: BeamState, options: BeamOptions, steps: Int[Array, ""], enough: Int[Array, ""]
 ) -> tuple[BeamState, Report]:
-    """Make `steps` steps, or fewer if `enough` prompts are done before."""
+    """The state after `steps` more steps, or fewer: the loop ends once `enough` prompts are done."""
     model, until = as_module(model), state.step + steps
 
     def step(state: BeamState) -> BeamState:
@@ -185,14 +185,14 @@ def advance(
 def new_state(
     prompts: Prompts, cache: KVCache, options: BeamOptions, num_beams: int, capacity: int, logprobs: int | None
 ) -> BeamState:
-    """Before the first token. cache: of the prompts, branched."""
+    """The state before the first token. `cache` holds the prompts, and has one branch for each beam."""
     shape, matched, records = (len(prompts.ids), num_beams), prompts.matched, None
     if matched is not None:
         matched = jnp.broadcast_to(matched[:, None], shape)
     if logprobs is not None:
         one, top = (*shape, capacity), (*shape, capacity, logprobs)
         records = TokenLogprobs(jnp.zeros(one, jnp.float32), jnp.zeros(top, jnp.int32), jnp.zeros(top, jnp.float32))
-    # All the beams of a prompt begin as one: the first counts, the others must not repeat it.
+    # All beams of a prompt begin equal. Only the first one may be continued, or all would choose the same tokens.
     first = jnp.where(jnp.arange(num_beams) == 0, 0.0, _NEVER).astype(jnp.float32)
     running = _Beams(
         tokens=jnp.full((*shape, capacity), options.sampling.pad_token_id, jnp.int32),
@@ -214,20 +214,23 @@ def new_state(
 
 
 def _report(state: BeamState) -> tuple[BeamState, Report]:
-    """Of the best running beams, in the place of rows."""
+    """The state, and a report about the best running beam of each prompt."""
     token = lax.dynamic_index_in_dim(state.running.tokens[:, 0], state.step - 1, axis=1)
     return state, Report(token, jnp.copy(state.running.lengths[:, 0]), jnp.copy(state.done))
 
 
 def add_tokens(state: BeamState, logits: Float[Array, "B N V"], options: BeamOptions) -> BeamState:
-    """The state with one more token of each beam: candidates, which of them go on, which are finished."""
+    """The state with one more token in each beam.
+
+    Each beam proposes candidates. The best of them become the running beams; those that end may join the finished ones.
+    """
     beams, vocabulary = logits.shape[1:]
     eos, penalty = options.sampling.eos_token_ids, options.length_penalty
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     totals = _processed(state, log_probs, options) + state.running.scores[:, :, None]
     totals = totals.reshape(len(totals), -1)
 
-    # So many that `beams` of them are left to go on if each beam proposes all the end tokens.
+    # Enough candidates that `beams` of them go on even if every beam proposes all end tokens.
     most = min((1 + eos.size) * beams, totals.shape[1])
     count = jnp.maximum(2, 1 + (eos < vocabulary).sum(dtype=jnp.int32)) * beams
     index = _candidates(totals, most, count, options.keys, state.step)
@@ -235,7 +238,7 @@ def add_tokens(state: BeamState, logits: Float[Array, "B N V"], options: BeamOpt
     most_new = options.sampling.max_new_tokens[0]  # the same for all
     ends = candidates.stopped | (candidates.lengths >= most_new)
 
-    # Ended ones stay behind, unless there are no others; the best `beams` candidates only may finish (HF's rules).
+    # HF's rules: candidates that end are continued only if there are no others; only the best `beams` may finish.
     counted = jnp.arange(most, dtype=jnp.int32)[None] < count
     going_on = jnp.where(counted, candidates.scores + jnp.where(ends, _NEVER, 0.0), -jnp.inf)
     scores, chosen = lax.top_k(going_on, beams)
@@ -260,7 +263,7 @@ def _grown(
     log_probs: Float[Array, "B N V"],
     options: SamplingOptions,
 ) -> _Beams:
-    """The candidates, longer by a token than the beams that they continue. index: beam * V + token."""
+    """The candidates: beams with one token appended. `index` is beam * V + token."""
     parent, token = index // log_probs.shape[-1], index % log_probs.shape[-1]
     beams, step = state.running.select(parent), state.step
     tokens = lax.dynamic_update_slice_in_dim(beams.tokens, token[:, :, None], step, axis=2)
@@ -287,7 +290,7 @@ def _grown(
 
 
 def _history(state: BeamState, tokens: Int[Array, "B n M"], step: Int[Array, ""]) -> History:
-    """Of B * n rows, `step` new tokens each."""
+    """The history of B * n rows, each with `step` new tokens."""
     (batch, n, capacity), width = tokens.shape, state.prompts.shape[1]
     prompts, lengths = (jnp.repeat(x, n, axis=0) for x in (state.prompts, state.prompt_lengths))
     columns = jnp.arange(width + capacity, dtype=jnp.int32)[None]
@@ -307,7 +310,11 @@ def _processed(state: BeamState, log_probs: Float[Array, "B N V"], options: Beam
 def _candidates(
     totals: Float[Array, "B C"], most: int, count: Int[Array, ""], keys: Key[Array, " B"] | None, step: Int[Array, ""]
 ) -> Int[Array, "B most"]:
-    """The largest; or `count` drawn without replacement from softmax(totals), and others behind them. In order."""
+    """Indices of `most` candidates, best first.
+
+    Without keys these are the largest totals. With keys, the first `count` are drawn without replacement from
+    softmax(totals), and the rest is padding.
+    """
     if keys is None:
         return lax.top_k(totals, most)[1]
     noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, step), totals.shape[1:], jnp.float32))(keys)
@@ -317,7 +324,7 @@ def _candidates(
 
 
 def _finish(finished: _Beams, candidates: _Beams, ends: Bool[Array, "B C"], length_penalty: Float[Array, ""]) -> _Beams:
-    """The best of what was finished before and the best N candidates, where these have ended."""
+    """The N best of the finished beams and of those among the best N candidates that end."""
     beams = finished.scores.shape[1]
     new = jax.tree.map(lambda x: x[:, :beams], candidates)
     scores = jnp.where(ends[:, :beams], new.scores / _power(new.lengths, length_penalty), -jnp.inf)
@@ -328,7 +335,7 @@ def _finish(finished: _Beams, candidates: _Beams, ends: Bool[Array, "B C"], leng
 def _can_improve(
     running: _Beams, finished: _Beams, best_length: Int[Array, ""], length_penalty: Float[Array, ""]
 ) -> Bool[Array, " B"]:
-    """Whether the best running beam may end better than the worst finished one (HF's heuristic)."""
+    """Whether the best running beam may still beat the worst finished one (HF's heuristic)."""
     best = running.scores[:, :1] / _power(best_length, length_penalty)
     worst = jnp.where(finished.lengths > 0, finished.scores.min(1, keepdims=True), _NEVER)
     return (best > worst).any(1)

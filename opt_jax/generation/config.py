@@ -1,4 +1,4 @@
-"""What `generate` can be asked for: names as in HF's `GenerationConfig`, their layers and their checks. No arrays."""
+"""Options of `generate`, named as in HF's `GenerationConfig`: their sources, precedence and checks. No arrays."""
 
 import dataclasses
 import numbers
@@ -10,9 +10,9 @@ from opt_jax.checkpoints import hub
 from opt_jax.system.messages import shown
 from opt_jax.system.reading import asks_for_nothing, json_object, note_without_effect, read_small
 
-# HF's options that never have an effect on tokens. (Empty prompts, which HF starts with BOS, are errors.)
+# HF's options that never change tokens here. (HF starts an empty prompt with BOS; here it is an error.)
 _INERT = {"bos_token_id", "transformers_version", "_from_model_config", "return_dict_in_generate"}
-# HF's options that are not supported, and the values that are fine because they change nothing (None always is).
+# HF's options that are not supported -> values that are accepted, because they have no effect. None always is.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "num_beam_groups": (1,),
     "diversity_penalty": (0,),
@@ -67,7 +67,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "custom_generate": (),
     "inputs_embeds": (),
 }
-# Only of use with do_sample=True, and the values that are of no use even then.
+# Options that need do_sample=True -> values that have no effect even then.
 SAMPLING: dict[str, tuple[Any, ...]] = {
     "temperature": (1,),
     "top_k": (0,),
@@ -75,10 +75,10 @@ SAMPLING: dict[str, tuple[Any, ...]] = {
     "min_p": (0,),
     "typical_p": (1,),
 }
-# Only of use with num_beams, likewise.
+# Options that need num_beams above 1 -> values that have no effect even then.
 _BEAMS: dict[str, tuple[Any, ...]] = {"length_penalty": (1,), "early_stopping": (False,)}
 _CACHE_DTYPES = ("int8", "float16", "bfloat16", "float32")
-# Only of use with drafts (`opt_jax.generation.speculative`).
+# Options of speculative decoding (`opt_jax.generation.speculative`).
 _DRAFTS = ("num_assistant_tokens", "max_matching_ngram_size")
 _LOOKUP: dict[str, tuple[Any, ...]] = {"max_matching_ngram_size": (2,)}
 _LENGTHS = ({"max_length", "max_new_tokens"}, {"min_length", "min_new_tokens"})
@@ -86,50 +86,57 @@ _LENGTHS = ({"max_length", "max_new_tokens"}, {"min_length", "min_new_tokens"})
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """Options of `generate`. None: not given; then the checkpoint's `generation_config.json` decides, or the default.
+    """Options of `generate`. Where one is None, `generation_config.json` of the checkpoint decides, else the default.
 
     Args:
-      max_new_tokens: the most tokens to add to a prompt.
-      max_length: the same, as length of the result, the width of `input_ids` included. Give one of the two; with
-        neither, 20 new tokens, or what the context has room for.
-      min_new_tokens: no end token before so many new ones (min_length: as length of the result).
-      do_sample: draw at random; False: the most likely token.
-      temperature: above 0; less than 1 is less random.
-      top_k: draw from the k most likely tokens only; 0: from all, the default (HF: 50).
-      top_p: draw from the fewest most likely tokens with this much probability; 1: from all.
-      min_p: draw from tokens at least so likely, as a share of the most likely one's probability; 0: from all.
-      typical_p: draw from tokens of about the expected information, with this much probability; 1: from all.
-      repetition_penalty: above 1: tokens of the prompt and new ones are less likely; 1: off.
-      presence_penalty, frequency_penalty: subtracted from the logits of new tokens, once, and once for each time they
-        appeared (OpenAI's and vLLM's definition, the prompt does not count); 0: off.
-      no_repeat_ngram_size: no sequence of so many tokens appears twice, the prompt included; 0: off.
-      bad_words_ids: sequences of tokens that are never completed; an end token alone is left out, as in HF.
-      suppress_tokens, begin_suppress_tokens: tokens never chosen; never chosen first.
+      max_new_tokens: the most tokens to add to a prompt. Without this and max_length: 20, or as many as fit into the
+        context.
+      max_length: the most tokens of prompt and continuation together; where `input_ids` is an array, its pads count.
+        Give this or max_new_tokens, not both.
+      min_new_tokens: no end token is chosen before this many new tokens.
+      min_length: the same limit for prompt and continuation together.
+      do_sample: True: draw tokens at random; False: choose the most likely token.
+      temperature: above 0; below 1 is less random.
+      top_k: draw from the k most likely tokens; 0: from all, the default (HF: 50).
+      top_p: draw from the smallest set of most likely tokens whose probabilities add up to top_p; 1: from all.
+      min_p: draw from tokens with at least min_p times the probability of the most likely one; 0: from all.
+      typical_p: draw from the tokens whose information is closest to the entropy, as few as have probability typical_p
+        together (locally typical sampling); 1: from all.
+      repetition_penalty: above 1 makes tokens of the prompt and the continuation less likely; 1: off.
+      presence_penalty: subtracted from the logit of each token of the continuation (OpenAI's and vLLM's definition:
+        tokens of the prompt do not count); 0: off.
+      frequency_penalty: the same, times the number of occurrences; 0: off.
+      no_repeat_ngram_size: no n-gram of this size appears twice in prompt and continuation; 0: off.
+      bad_words_ids: token sequences that are never completed. A sequence that is one end token is ignored, as in HF.
+      suppress_tokens: tokens that are never chosen.
+      begin_suppress_tokens: tokens that are never chosen first.
       forced_bos_token_id: the first new token after a prompt of one token.
-      forced_eos_token_id: one or several, one of which is the last token if there are as many as there may be.
-      eos_token_id: one or several end tokens; default: the config's; []: none.
-      pad_token_id: fills rows that have ended; default: the config's, else the first end token.
-      stop_token_ids: sequences of tokens (or single tokens) that end a row; they stay in it.
-      stop_strings: the same, as text, also when they straddle tokens or begin in the prompt; needs `tokenizer=`.
-      num_beams: follow so many continuations of each prompt at every step, and return the most likely (beam search);
-        with do_sample their candidates are drawn at random.
-      length_penalty: beams are compared by their log-probability / (number of new tokens) ** length_penalty; 1.
-      early_stopping: when a prompt is done. True: with num_beams finished beams; False: when the best running one is
-        worse than all of these; "never": when it cannot become better.
-      num_assistant_tokens: tokens drafted at a time by `assistant_model`; default: what the assistant's
-        `generation_config.json` says, else 5 (HF: 20, and fewer where the assistant is not sure).
-      prompt_lookup_num_tokens: draft at most so many tokens at a time, those that followed where the row had its last
-        tokens before (prompt lookup); 0: off. At most the context, as num_assistant_tokens.
-      max_matching_ngram_size: look for so many of the last tokens, and then for fewer; 2, as in HF.
-      num_return_sequences: so many rows for each prompt, one after the other; needs do_sample, or as many beams.
-      seed: in [0, 2**32); the same call gives the same tokens. One number: row i draws as its i-th sample. A sequence,
-        one for each prompt: what a row draws depends on its seed and on which of the prompt's samples it is.
-      cache_dtype: of the keys and values that are kept: "int8" (needs the extra `int8`), "float16", "bfloat16" or
-        "float32"; default: the compute dtype.
-      logprobs: record the log-probability of each new token, and of the n most likely ones; 0: of the chosen only.
+      forced_eos_token_id: an id or a list of ids. A row that reaches its maximum length ends with one of them.
+      eos_token_id: an end token or a list of them; default: the model config's; []: none.
+      pad_token_id: fills rows that have ended; default: the model config's, else the first end token.
+      stop_token_ids: token sequences (or single tokens) that end a row. They stay in the row.
+      stop_strings: strings that end a row, wherever tokens begin and end; a string may begin in the prompt. Needs
+        `tokenizer=`.
+      num_beams: beam search with this many beams for each prompt; with do_sample, beam sampling.
+      length_penalty: a beam's score is its log-probability / (number of new tokens) ** length_penalty; default 1.
+      early_stopping: when a prompt is done. True: once it has num_beams finished beams; False: once its best running
+        beam is worse than all finished ones; "never": once its best running beam cannot become better than these.
+      num_assistant_tokens: number of tokens that `assistant_model` drafts at a time; default: as in the assistant's
+        `generation_config.json`, else 5 (HF: 20, and fewer where the assistant is not sure).
+      prompt_lookup_num_tokens: the most tokens to draft at a time by prompt lookup: the tokens that followed an earlier
+        occurrence of the row's last tokens; 0: off. Like num_assistant_tokens at most the size of the context.
+      max_matching_ngram_size: the most last tokens that prompt lookup compares; default 2, as in HF.
+      num_return_sequences: number of rows for each prompt, which follow each other in the output. Needs do_sample, or
+        at least as many beams.
+      seed: in [0, 2**32); the same call gives the same tokens. With one number, row i draws by the seed and i. With a
+        sequence of one number for each prompt, a row draws by its seed and its index among the prompt's rows.
+      cache_dtype: dtype of the KV cache: "int8" (needs the extra `int8`), "float16", "bfloat16" or "float32"; default:
+        the compute dtype.
+      logprobs: record the log-probability of each new token, and the n most likely tokens with theirs; 0: of the chosen
+        token only.
 
     Raises:
-      ValueError: an option that HF has and opt-jax has not, or that nobody has.
+      ValueError: an option that opt-jax does not support, or that does not exist.
     """
 
     max_new_tokens: int | None = None
@@ -167,18 +174,18 @@ class GenerationConfig:
     logprobs: int | None = None
 
     def __new__(cls, **options: Any):
-        """Refuses options that do not exist or change nothing."""
+        """A new object; ValueError for options that do not exist or have no effect."""
         _check_names(options, "GenerationConfig")
         if others := [name for name in options if name not in FIELDS]:
-            raise ValueError(f"GenerationConfig: {', '.join(others)} change nothing: leave them out, or use from_dict")
+            raise ValueError(f"GenerationConfig: {', '.join(others)} have no effect: leave them out, or use from_dict")
         return super().__new__(cls)
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any], where: str = "generation config") -> "GenerationConfig":
-        """From HF's names and values. Neutral values, such as num_beams=1, are left out.
+        """A GenerationConfig from HF's names and values, without those that have no effect here (use_cache=True, ...).
 
         Raises:
-          ValueError: names `where`, the option and what is wrong with it.
+          ValueError: an unknown or unsupported option; the message begins with `where`.
         """
         _check_names(options, where)
         return cls(**{name: value for name, value in options.items() if name in FIELDS})
@@ -192,7 +199,11 @@ class GenerationConfig:
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
     ) -> "GenerationConfig":
-        """That of a checkpoint (hub id, directory or "tiny"); FileNotFoundError where it has none."""
+        """The GenerationConfig of a checkpoint: a hub id, a directory or "tiny".
+
+        Raises:
+          FileNotFoundError: the checkpoint has no generation_config.json.
+        """
         folder = hub.resolve(
             name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, weights=False
         )
@@ -202,11 +213,15 @@ class GenerationConfig:
         return cls.from_dict(parse(read_small(path).decode("utf-8", "replace"), str(path)), str(path))
 
     def check(self) -> None:
-        """ValueError for values out of range and contradictions."""
+        """Check values and combinations of options.
+
+        Raises:
+          ValueError: a value is out of range, or options contradict each other.
+        """
         _check_values(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The options that are given."""
+        """The options that are not None."""
         return {name: getattr(self, name) for name in FIELDS if getattr(self, name) is not None}
 
 
@@ -214,7 +229,7 @@ FIELDS = tuple(field.name for field in dataclasses.fields(GenerationConfig))
 
 
 def parse(text: str, where: str) -> dict[str, Any]:
-    """The content of a generation_config.json; ValueError if it is not an object."""
+    """The JSON object in the text of a generation_config.json; ValueError if it is no object."""
     return json_object(text, where)
 
 
@@ -224,15 +239,22 @@ def combine(
     options: Mapping[str, Any],
     where: str = "the checkpoint's generation_config.json",
 ) -> GenerationConfig:
-    """Keyword arguments before the given config before the checkpoint's; what a higher layer contradicts is dropped.
+    """One config from three sources. Keyword arguments win over `config`, and `config` wins over the checkpoint.
 
-    where: what messages call the checkpoint's.
+    An option of a lower source that contradicts a higher one is dropped.
+
+    Args:
+      checkpoint: content of the checkpoint's generation_config.json.
+      config: the argument `generation_config` of `generate`.
+      options: the keyword arguments of `generate`.
+      where: the name of the checkpoint's file in messages.
 
     Raises:
-      ValueError: an option that does not exist or is not supported, values out of range, contradictions in one layer.
+      ValueError: an option that does not exist or is not supported, a value out of range, or a contradiction within one
+        source.
 
     Warns:
-      UserWarning: what the checkpoint says has no effect, such as a temperature where nobody says to sample.
+      UserWarning: an option of the checkpoint has no effect, such as a temperature without do_sample.
     """
     given = override(options_of(config), options)
     _check_each(given)
@@ -247,7 +269,7 @@ def combine(
     ):
         unused |= {} if is_used else {name: (harmless, hint) for name, harmless in names.items()}
     note_without_effect(where, {k: v for k, v in merged.items() if k not in given}, unused)
-    dropped = {*unused, "num_assistant_tokens"}  # the latter is for models that this one drafts for
+    dropped = {*unused, "num_assistant_tokens"}  # this one is for a model used as assistant
     merged = {k: v for k, v in merged.items() if k in given or k not in dropped}
     result = GenerationConfig.from_dict(merged, "generate")
     result.check()
@@ -255,7 +277,7 @@ def combine(
 
 
 def options_of(config: GenerationConfig | None) -> dict[str, Any]:
-    """What the argument `generation_config` asks for; ValueError if it is something else (as one of transformers)."""
+    """The options in the argument `generation_config`; ValueError for another type, such as that of transformers."""
     if config is None:
         return {}
     if not isinstance(config, GenerationConfig):
@@ -267,13 +289,13 @@ def options_of(config: GenerationConfig | None) -> dict[str, Any]:
 
 
 def override(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of `upper`, and those of `lower` that go with them."""
+    """The options of `upper`, and those of `lower` that do not contradict them."""
     upper = {k: v for k, v in upper.items() if v is not None}
     dropped = {name for names in _LENGTHS if names & upper.keys() for name in names}
     if upper.get("do_sample") is False:
         dropped |= {*SAMPLING, "num_return_sequences"}
     for name, off, options in (("num_beams", 1, _BEAMS), ("prompt_lookup_num_tokens", 0, _LOOKUP)):
-        if name in upper and asks_for_nothing(upper[name], (off,)):  # any value: they are checked later
+        if name in upper and asks_for_nothing(upper[name], (off,)):  # values are not checked yet
             dropped |= {*options}
     return {k: v for k, v in lower.items() if v is not None and k not in dropped} | upper
 
@@ -281,23 +303,23 @@ def override(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, An
 def _check_names(options: Mapping[str, Any], where: str) -> None:
     for name, value in options.items():
         if name in _UNSUPPORTED:
-            plain = isinstance(value, str) or not isinstance(value, Iterable)  # an array has no one answer to ==
+            plain = isinstance(value, str) or not isinstance(value, Iterable)  # comparing an array gives an array
             if value is not None and not (plain and value in _UNSUPPORTED[name]):
                 raise ValueError(f"{where}: {name}={shown(value)} is not supported by opt-jax")
         elif name not in FIELDS and name not in _INERT:
-            raise ValueError(f"{where}: there is no option {shown(name)} (they are in opt_jax.GenerationConfig)")
+            raise ValueError(f"{where}: there is no option {shown(name)} (see opt_jax.GenerationConfig)")
 
 
 # Values -------------------------------------------------------------------------------------------------------
 
 
 def is_integer(value: Any) -> bool:
-    """Whether the value is an integer of Python or NumPy, and not a boolean."""
+    """Whether the value is a Python or NumPy integer, and not a boolean."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _at_least(least: int) -> tuple[Callable[[Any], bool], str]:
-    """Less than 2**31, too, which int32 would make another number."""
+    """A check for an integer of at least `least` that fits into int32, and its description."""
     return lambda x: is_integer(x) and least <= x < 2**31, f"an integer of at least {least} and below 2**31"
 
 
@@ -318,7 +340,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("min_new_tokens", "min_length", "no_repeat_ngram_size", "logprobs"), _at_least(0)),
     "prompt_lookup_num_tokens": _at_least(0),
     "top_k": (_at_least(0)[0], "at least 1 and below 2**31, or 0 for all tokens"),
-    "temperature": _real(lambda x: x >= 1e-30, "a positive number of at least 1e-30"),  # logits / it must stay finite
+    "temperature": _real(lambda x: x >= 1e-30, "a positive number of at least 1e-30"),  # keeps logits / x finite
     "repetition_penalty": _real(lambda x: x > 0, "a positive number"),
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "length_penalty"), _real(lambda x: True, "a number")),
     "early_stopping": (lambda x: isinstance(x, bool) or isinstance(x, str) and x == "never", 'True, False or "never"'),
@@ -355,12 +377,12 @@ def _check_values(config: GenerationConfig) -> None:
 
 
 def _asked_for(config: GenerationConfig, options: Mapping[str, tuple[Any, ...]]) -> list[str]:
-    """Those that are given and are not at one of their harmless values."""
+    """Names of the options that are given a value with an effect."""
     return [name for name, harmless in options.items() if not asks_for_nothing(getattr(config, name), harmless)]
 
 
 def check_ids(name: str, ids: Any, vocab_size: int, hint: str = "") -> list[int]:
-    """One id or a sequence of ids as a list; ValueError if one is not in the vocabulary."""
+    """A list of ids, from one id or a sequence; ValueError if one is not in the vocabulary."""
     ids = ids.tolist() if hasattr(ids, "tolist") else ids  # NumPy and JAX
     values = [ids] if is_integer(ids) else list(ids) if isinstance(ids, Iterable) and not isinstance(ids, str) else None
     if values is None or not all(map(is_integer, values)):
@@ -372,7 +394,7 @@ def check_ids(name: str, ids: Any, vocab_size: int, hint: str = "") -> list[int]
 
 
 def check_sequences(name: str, sequences: Any, vocab_size: int, or_ids: bool = False) -> list[list[int]]:
-    """Sequences of ids, none of them empty, as lists (`or_ids`: or single ids); ValueError otherwise."""
+    """Lists of ids, from sequences of ids that are not empty (with `or_ids`: or single ids); ValueError otherwise."""
     sequences = sequences.tolist() if hasattr(sequences, "tolist") else sequences
     if not isinstance(sequences, Iterable) or isinstance(sequences, str):
         raise ValueError(f"{name}={shown(sequences)} must be a list of sequences of token ids")

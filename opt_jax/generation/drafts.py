@@ -1,4 +1,4 @@
-"""Where the drafts of `speculative.py` come from, and what is checked of that."""
+"""The source of the drafts of `speculative.py`, and the checks of its options."""
 
 import dataclasses
 from typing import Any
@@ -12,30 +12,35 @@ from opt_jax.generation.loop import FlatModel
 from opt_jax.generation.request import Request, checkpoint_options
 from opt_jax.model.heads import OPTForCausalLM
 
-DEFAULT_DRAFTS = 5  # HF: 20, or fewer where the assistant is less sure than 0.4; here all rows draft as many
+DEFAULT_DRAFTS = 5  # HF: 20, or fewer after a draft with a probability below 0.4; here all rows draft equally many
 DEFAULT_NGRAM = 2  # HF's
-_SPARE_STEPS = 8  # of which all columns may become holes before they must be removed, which costs two readings
+_STEPS_OF_HOLES = 8  # the cache has room for the holes of this many steps before `compact`, which reads and writes it
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Drafts:
-    """Where drafts come from."""
+    """The source of drafts: an assistant model, or prompt lookup."""
 
     assistant: FlatModel | None  # None: prompt lookup
-    ngram: Int[Any, ""]  # the most last tokens to look for
-    count: int = dataclasses.field(metadata=dict(static=True))  # k
+    ngram: Int[Any, ""]  # prompt lookup compares at most this many last tokens
+    count: int = dataclasses.field(metadata=dict(static=True))  # k: drafted tokens in one step
 
     def more_columns(self, rows: int) -> int:
-        """Columns that the cache needs besides those of the tokens: for drafts, and for holes, which one row has not.
+        """Number of columns that the cache needs besides those of the tokens: for drafts and for holes.
 
-        For every draft of every token it would be k times the cache, all of which is read at every step.
+        A single row has no holes. For more rows the cache has room for the holes of a few steps. Room for the holes of
+        all steps would make it k times as large, and every step reads all of it.
         """
-        return self.count + (0 if rows == 1 else _SPARE_STEPS * (self.count + 1))
+        return self.count + (0 if rows == 1 else _STEPS_OF_HOLES * (self.count + 1))
 
 
 def check_drafts(model: OPTForCausalLM, request: Request, assistant: Any) -> Drafts | None:
-    """None: nothing drafts. ValueError: options that contradict each other, an assistant that does not fit."""
+    """The source of drafts that the options ask for; None: no drafts.
+
+    Raises:
+      ValueError: options that contradict each other, or an assistant that does not fit the model.
+    """
     given = request.given
     lookup = given.prompt_lookup_num_tokens or None
     if assistant is not None and lookup is not None:
@@ -49,8 +54,8 @@ def check_drafts(model: OPTForCausalLM, request: Request, assistant: Any) -> Dra
     if request.num_beams > 1:
         name = "assistant_model" if lookup is None else "prompt_lookup_num_tokens"
         raise ValueError(
-            f"{name} is not supported with num_beams: drafts continue one sequence, beams compare the continuations "
-            "of several; leave one of them out"
+            f"{name} is not supported with num_beams: a draft continues one sequence, but beam search compares "
+            "many; leave one of them out"
         )
     limit = model.config.max_position_embeddings
     if lookup is not None:
@@ -82,8 +87,8 @@ def _checked(model: OPTForCausalLM, request: Request, assistant: Any) -> OPTForC
     needed = int((np.repeat(request.prompts.lengths, request.copies) + most).max())
     if needed > theirs.max_position_embeddings:
         raise ValueError(
-            f"assistant_model has max_position_embeddings={theirs.max_position_embeddings}, but prompts and new tokens "
-            f"are up to {needed}: shorten the prompt, or ask for fewer"
+            f"assistant_model has max_position_embeddings={theirs.max_position_embeddings}, but prompt and new tokens "
+            f"are up to {needed}: shorten the prompt, or ask for fewer new tokens"
         )
     return assistant
 

@@ -1,7 +1,8 @@
-"""The interface of the engines that generate tokens, and the plain one: a step of the model for each token.
+"""The interface of the engines that generate tokens, and the plain engine: one step of the model for each token.
 
-An engine works on jobs. A job is what begins and ends by itself: a row, or, for beams, a prompt with all its rows. The
-driver in `generate.py` decides which jobs are at work, and when. The other engines: `speculative.py` and `beams.py`.
+An engine runs jobs. A job begins and ends independently of the others: it is a row or, in beam search, a prompt with
+all its rows. The host loop in `generate.py` decides which jobs run when. The other engines are in `speculative.py` and
+`beams.py`.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float32, Int, Int32
 
 from opt_jax.generation import loop
 from opt_jax.generation.loop import DecodeState, FlatModel, Report, TokenLogprobs
@@ -23,64 +24,80 @@ from opt_jax.generation.sampling import SamplingOptions
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NewTokens:
-    """What generation returns, on the host. R rows, each N columns wide."""
+    """The new tokens of R rows in N columns, on the host."""
 
-    tokens: np.ndarray  # int32 [R, N]
-    lengths: np.ndarray  # int32 [R]: how many of them count
-    stopped: np.ndarray  # bool [R]: rows that have ended before being as long as allowed
-    logprobs: TokenLogprobs | None = None  # of NumPy arrays
-    scores: np.ndarray | None = None  # float32 [R], of beams
-    drafted: np.ndarray | None = None  # int32 [R], of drafts
-    accepted: np.ndarray | None = None  # int32 [R], of drafts
+    tokens: Int32[np.ndarray, "R N"]
+    lengths: Int32[np.ndarray, " R"]  # number of new tokens of each row; later columns are padding
+    stopped: Bool[np.ndarray, " R"]  # True: ended by an end token, stop sequence or stop string
+    logprobs: TokenLogprobs | None = None  # its fields are NumPy arrays
+    scores: Float32[np.ndarray, " R"] | None = None  # of beam search
+    drafted: Int32[np.ndarray, " R"] | None = None  # of speculative decoding: see `GenerateOutput`
+    accepted: Int32[np.ndarray, " R"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """Jobs at work. `state` is a pytree of arrays that the engine's next call consumes."""
+    """The S slots of a batch, each with a running job. The engine's next call donates the arrays of `state`."""
 
     state: Any
-    options: Any  # what the engine's compiled functions are told about each slot
-    jobs: np.ndarray  # int [S]: the job of each slot. More slots than jobs: copies of the last
+    options: Any  # arguments of the engine's compiled functions, one row for each slot
+    jobs: Int[np.ndarray, " S"]  # the job of each slot; where there are fewer jobs than slots, the last one repeats
 
 
 class Engine(Protocol):
-    jobs: int
-    rows_per_job: int
-    refills: bool  # whether `place` works. If not, a batch ends before the next begins
+    """What the host loop calls."""
 
-    def begin(self, jobs: np.ndarray) -> tuple[Slots, Report]:
-        """Read the prompts of these jobs and make their first step. ValueError: more than the memory can hold."""
+    jobs: int  # number of all jobs
+    rows_per_job: int
+    refills: bool  # whether `place` is supported; if not, a batch must end before the next one begins
+
+    def begin(self, jobs: Int[np.ndarray, " S"]) -> tuple[Slots, Report]:
+        """Slots with these jobs, after their prompts were read and their first token was chosen.
+
+        Raises:
+          ValueError: the jobs need more memory than the devices have.
+        """
         ...
 
     def advance(self, slots: Slots, steps: int, enough: int) -> tuple[Slots, Report]:
-        """At most so many steps, and none once `enough` slots have ended. It may return early: then call it again."""
+        """The slots after at most `steps` more steps, and none after `enough` slots have ended.
+
+        It may return earlier; the caller then calls it again.
+        """
         ...
 
     def place(self, slots: Slots, jobs: np.ndarray, places: np.ndarray, size: int) -> Slots:
-        """Begin jobs in slots whose own have ended. Compiled for `size` jobs, of which there may be fewer."""
+        """The slots with new jobs in `places`, whose jobs have ended.
+
+        Args:
+          slots: the slots of the batch.
+          jobs: the new jobs.
+          places: the slot of each new job.
+          size: the number of jobs to compile for, at least `len(jobs)`.
+        """
         ...
 
     def results(self, slots: Slots) -> NewTokens:
-        """Of all slots; those of a job are final once it has ended. Row s * rows_per_job + i is row i of slot s."""
+        """The rows of all slots: row s * rows_per_job + i is row i of slot s. They are final where a job has ended."""
         ...
 
 
 class PlainEngine:
-    """One token of each row for each step of the model."""
+    """The plain engine: each step of the model gives one token of each row."""
 
     rows_per_job, refills = 1, True
 
     def __init__(self, model: FlatModel, request: Request, more_columns: int = 0, branches: int = 1):
-        # more_columns, branches: see `Request.capacity_with` and `check_fits`; more than the defaults for drafts.
+        # For more_columns see `Request.capacity_with`, for branches `check_fits`. Speculative decoding passes both.
         self.model, self.request, self.jobs = model, request, request.rows
         self._more_columns, self._branches = more_columns, branches
 
     def begin(self, jobs: np.ndarray) -> tuple[Slots, Report]:
-        """All jobs at once: a prompt is read once for all its rows. Prompts are filled up to a bucket.
+        """Slots with these jobs. If they are all jobs, each prompt is read once for all its rows.
 
-        On a GPU to two at least: XLA makes of a product with one row a multiplication of the whole matrix, which it
-        writes to memory and adds up after that (`xla_gpu_enable_dot_strength_reduction`), and three kernels of each
-        LayerNorm.
+        The number of prompts is padded to a bucket. On a GPU a single row is padded to two. XLA turns a product with
+        one row into an elementwise product, which it writes to memory, and a sum
+        (`xla_gpu_enable_dot_strength_reduction`); and it splits each LayerNorm into three kernels.
         """
         request, copies, prompts = self.request, 1, jobs // self.request.copies
         if len(jobs) == self.jobs:
@@ -122,16 +139,17 @@ class PlainEngine:
     def place(self, slots: Slots, jobs: np.ndarray, places: np.ndarray, size: int) -> Slots:
         all_jobs = slots.jobs.copy()
         all_jobs[places] = jobs
-        places = np.pad(places, (0, size - len(jobs)), constant_values=len(all_jobs)).astype(np.int32)  # no slot
+        # `place_rows` drops the padding, which lies outside the batch.
+        places = np.pad(places, (0, size - len(jobs)), constant_values=len(all_jobs)).astype(np.int32)
         state = self.place_state(slots.state, padded(jobs, size), places)
         return Slots(state, self.request.options_of(all_jobs), all_jobs)
 
     def place_state(self, state: Any, jobs: np.ndarray, places: np.ndarray) -> Any:
-        """The engine's state with new jobs in some places."""
+        """The engine's state with new jobs in `places`."""
         return place_rows(state, self.new_rows(jobs), places)
 
     def new_rows(self, jobs: np.ndarray) -> DecodeState:
-        """The state of rows that are to be placed among others: without columns of the cache for all that will come."""
+        """The state of rows for `place_rows`. Its cache has one column for new tokens; that of the batch has all."""
         return self._read(jobs // self.request.copies, self.request.options_of(jobs), capacity=1)[0]
 
     def results(self, slots: Slots) -> NewTokens:
@@ -144,10 +162,18 @@ def new_tokens(state: DecodeState) -> NewTokens:
 
 
 def check_fits(model: Any, request: Request, rows: int, new_columns: int, branches: int = 1) -> None:
-    """ValueError unless the devices have the memory for so many rows at a time.
+    """Check that the devices have enough memory for a batch of `rows` rows.
 
-    branches: continuations of a row that are looked at together (beams, drafts): one distribution over the vocabulary
-    each, and the columns that each of them sees.
+    Args:
+      model: its parameters tell the devices.
+      request: the sizes of one row.
+      rows: rows in the batch.
+      new_columns: columns of the cache besides those of the prompt.
+      branches: positions of a row in one step (beams, or drafts and one more). Each has logits over the vocabulary and
+        a row of the attention mask.
+
+    Raises:
+      ValueError: the batch needs more memory.
     """
     columns = request.width + new_columns
     nbytes = columns * (request.column_bytes + branches) + branches * request.vocab_size * 4
@@ -156,7 +182,7 @@ def check_fits(model: Any, request: Request, rows: int, new_columns: int, branch
 
 
 def padded(x: np.ndarray, size: int) -> np.ndarray:
-    """Rows up to `size`, copies of the last one."""
+    """`x` padded to `size` rows with copies of its last row."""
     return np.pad(x, [(0, size - len(x)), *[(0, 0)] * (x.ndim - 1)], mode="edge")
 
 
@@ -169,10 +195,10 @@ def _platform(model: Any) -> str:
 
 @partial(jax.jit, donate_argnames="state")
 def place_rows(state: DecodeState, new: DecodeState, places: Int[Array, " r"]) -> DecodeState:
-    """The state with other rows in some places; those outside [0, R) are dropped.
+    """The state with row `places[i]` replaced by row i of `new`. A place outside [0, R) is dropped.
 
-    All rows share the column of the cache that a step writes. The columns of a new row go right before that one; after
-    the last column comes the first. So nothing is compiled for each place, and no other row is touched.
+    A step writes the same column of the cache in all rows. The columns of a new row are rotated to end right before
+    that column (columns wrap around). Therefore one compiled program serves all places, and other rows do not change.
     """
 
     def put(x: Array, y: Array) -> Array:

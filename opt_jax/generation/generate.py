@@ -1,9 +1,9 @@
-"""Prompts to continuations: generation, streaming. Ids only, no text.
+"""The public functions of generation and the host loops that run an engine. Token ids only, no text.
 
-An engine (`engines.py`) does the work: `begin` reads the prompts and chooses the first token, `advance` makes steps
-until told to stop. Here is the one loop on the host that runs an engine to its end, and the one that streams.
-Prompts are padded on the left to a few fixed lengths, and batches to a few sizes (`bucket`), so that each is compiled
-once per bucket of both and kind of decoding (which processors are on); everything else is a traced value.
+An engine (`engines.py`) computes: `begin` reads the prompts and chooses the first token, `advance` makes more steps.
+`_run` calls it until all jobs have ended; `_stream` yields the tokens of each step.
+Prompts are padded on the left to a few fixed lengths, and batches to a few fixed sizes (`bucket`). A program is
+compiled once for each pair of buckets and for each set of processors in use; all other values are traced.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float32, Int, Int32
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -27,30 +27,32 @@ from opt_jax.generation.speculative import DraftingEngine
 from opt_jax.model.cache import KVCache
 from opt_jax.model.heads import OPTForCausalLM
 
-_NO_LIMIT = 1 << 30  # steps
+_NO_LIMIT = 1 << 30  # a number of steps that no row reaches
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GenerateOutput:
-    """What `generate` returns. Indexing, iterating and `len` go to the rows, as with the tensor that HF returns.
+    """What `generate` returns. Indexing, iteration and `len` act on `sequences`, as on the tensor that HF returns.
 
-    R = B * num_return_sequences; N: the new tokens of the longest row. Log-probabilities are the model's own, before
-    temperature and all other processors (as OpenAI's), and NaN after a row's end.
+    R = B * num_return_sequences rows; N: number of new tokens in the longest row. Log-probabilities are those of the
+    model, before temperature and all other processors (as OpenAI's). After the end of a row they are NaN.
     """
 
-    sequences: np.ndarray  # int32 [R, T + N]: the prompts as given, then the new tokens, pads after the last one
-    lengths: np.ndarray  # int32 [R]: number of new tokens, the end token included
-    finish_reasons: list[str]  # "stop": at an end token, stop sequence or stop string; "length": as long as allowed
-    logprobs: np.ndarray | None = None  # float32 [R, N]: of the new tokens (with `logprobs=n`)
-    top_token_ids: np.ndarray | None = None  # int32 [R, N, n]: the most likely tokens, best first
-    top_logprobs: np.ndarray | None = None  # float32 [R, N, n]: theirs
-    sequences_scores: np.ndarray | None = None  # float32 [R]: of beams, which are sorted by it
-    drafted: np.ndarray | None = None  # int32 [R]: with drafts: how many the model has looked at, in steps of the row
-    accepted: np.ndarray | None = None  # int32 [R]: those of them that became new tokens (also behind a stop string)
+    sequences: Int32[np.ndarray, "R T+N"]  # the prompts as given, the new tokens, then pads
+    lengths: Int32[np.ndarray, " R"]  # number of new tokens, the end token included
+    finish_reasons: list[str]  # "stop": end token, stop sequence or stop string; "length": the maximum length
+    # With `logprobs=n`: log-probabilities of the new tokens, the n most likely tokens (best first), and theirs.
+    logprobs: Float32[np.ndarray, "R N"] | None = None
+    top_token_ids: Int32[np.ndarray, "R N n"] | None = None
+    top_logprobs: Float32[np.ndarray, "R N n"] | None = None
+    sequences_scores: Float32[np.ndarray, " R"] | None = None  # with beams; the rows of a prompt are sorted by it
+    # With drafts: the number of drafted tokens that the model has verified, and of those that became new tokens.
+    drafted: Int32[np.ndarray, " R"] | None = None
+    accepted: Int32[np.ndarray, " R"] | None = None
 
     @property
     def acceptance_rate(self) -> float | None:
-        """Drafted tokens that were accepted / drafted tokens that the model has looked at, of all rows; None: none."""
+        """Accepted drafted tokens / drafted tokens, over all rows; None without drafted tokens."""
         if self.drafted is None or self.accepted is None or not self.drafted.any():
             return None
         return float(self.accepted.sum() / self.drafted.sum())
@@ -78,27 +80,33 @@ def generate(
     progress_bar: bool | None = None,
     **options: Any,
 ) -> GenerateOutput:
-    """Continue each prompt until its end, all with one prefill and one compiled loop (HF `generate`).
+    """Prompts and their continuations: HF `generate`, with one prefill and one compiled loop.
 
     Args:
-      input_ids: int [B, T], numpy, jax or nested lists, prompts of different lengths padded on the left; or a list of
-        prompts of different lengths.
-      attention_mask: [B, T], above 0 at real tokens. Default as in HF: ids other than `pad_token_id`, if that is not an
-        end token; else all. None for a list of prompts of different lengths.
-      cache: from `prefill`: what all the prompts begin with; it is not part of `input_ids`, nor of the output.
-      assistant_model: a smaller model with the same tokenizer: it drafts `num_assistant_tokens` at a time, which
-        `model` looks at in one step. The same tokens, or the same distribution, sooner (`speculative.py`).
-      batch_size: rows at work at a time; a row that has ended makes room for the next prompt (continuous batching).
+      model: the language model, with separate layers.
+      input_ids: int [B, T], NumPy, JAX or nested lists, with shorter prompts padded on the left; or a list of prompts
+        of different lengths.
+      attention_mask: [B, T], above 0 at real tokens. The default is that of HF: real tokens are those that are not
+        `pad_token_id`; all are, if that is an end token. Must be None for a list of prompts of different lengths.
+      generation_config: options. An option that it leaves None comes from the checkpoint's `generation_config.json`.
+      tokenizer: an `OPTTokenizer`; `stop_strings` need it.
+      cache: what `prefill` returned for a common prefix of all prompts. The prefix is neither in `input_ids` nor in the
+        output.
+      assistant_model: a smaller model with the same tokenizer, for speculative decoding: it drafts
+        `num_assistant_tokens` tokens, and `model` verifies them in one step. The tokens, or with do_sample their
+        distribution, are those without it (`speculative.py`).
+      batch_size: the most rows that run at a time. When a row ends, the next one takes its place (continuous batching).
         The result is the same. Default: all rows at once.
-      progress_bar: of rows that have ended, on stderr; default: with batch_size, on a terminal.
-      generation_config: options; those of the checkpoint's `generation_config.json` fill what it leaves open.
-      tokenizer: an `OPTTokenizer`, for `stop_strings`.
-      **options: as in `GenerationConfig`; they win.
+      progress_bar: whether stderr shows how many rows have ended. Default: with batch_size, if stderr is a terminal.
+      **options: fields of `GenerationConfig`. They win over generation_config.
+
+    Returns:
+      The sequences and what was recorded about them.
 
     Raises:
-      ValueError: options that contradict each other or have no effect, prompts without a token or padded on the right,
-        more positions than the model has or more keys and values than the devices have memory for, a stacked model (see
-        `unstack_layers`), or one without LM head.
+      ValueError: options that contradict each other or have no effect; a prompt without a token or padded on the right;
+        more positions than the model has; more keys and values than the devices have memory for; a stacked model (see
+        `unstack_layers`); or a model without LM head.
     """
     request = check_request(model, input_ids, attention_mask, generation_config, tokenizer, cache, options)
     return generate_requested(model, request, batch_size, progress_bar, assistant_model)
@@ -111,7 +119,7 @@ def generate_requested(
     progress_bar: bool | None = None,
     assistant_model: OPTForCausalLM | None = None,
 ) -> GenerateOutput:
-    """What `generate` does once its arguments are checked."""
+    """The result of `generate` for checked arguments."""
     check_batch_size(batch_size, progress_bar)
     engine = _engine(model, request, check_drafts(model, request, assistant_model), batch_size)
     shown = False if batch_size is None or progress_bar is None and batch_size >= engine.jobs else progress_bar
@@ -127,22 +135,23 @@ def _engine(model: OPTForCausalLM, request: Request, drafts: Drafts | None, batc
 
 
 def _run(engine: Engine, size: int, request: Request, progress_bar: bool | None) -> NewTokens:
-    """All jobs of an engine, `size` of them at work at a time.
+    """The new tokens of all jobs of an engine, of which at most `size` run at a time.
 
-    A job that has ended makes room for the next one (continuous batching), if the engine can place one beside others.
+    If the engine supports `place`, a waiting job takes the slot of one that has ended (continuous batching). If not, a
+    batch begins when all jobs of the one before have ended.
     """
     jobs: np.ndarray = np.arange(engine.jobs)
     result: Any = None
-    if engine.refills and size < len(jobs):  # long prompts first: the last to end are short, and neighbours as long
+    if engine.refills and size < len(jobs):  # longest first: prompts read together have similar lengths
         jobs = np.argsort(-request.prompts.lengths.repeat(request.copies), kind="stable")
     batches = [jobs] if engine.refills else np.split(jobs, range(size, len(jobs), size))
-    chunk = max(1, size // 8)  # prompts read at a time: few enough that slots hardly wait for each other
+    chunk = max(1, size // 8)  # prompts read at a time; a free slot waits until there are so many
     with _progress(progress_bar) as bar:
         task = bar.add_task("generating", total=request.rows)
         for batch in batches:
             first, waiting = batch[:size], batch[size:].tolist()[::-1]
             slots, report = engine.begin(first)
-            working = np.full(len(report.ended), -1)  # the job of each slot; -1: none
+            working = np.full(len(report.ended), -1)  # the running job of each slot; -1: no job
             working[: len(first)] = first
             while (working >= 0).any():
                 enough = min(chunk, len(waiting)) or len(working)
@@ -162,7 +171,15 @@ def _run(engine: Engine, size: int, request: Request, progress_bar: bool | None)
 
 
 def _collect(result: Any, engine: Engine, jobs: np.ndarray, slots: np.ndarray, new: NewTokens) -> Any:
-    """A `NewTokens` of all jobs (None: not yet) with the rows of these slots written into it."""
+    """The `NewTokens` of all jobs, with the rows of `slots` written into it.
+
+    Args:
+      result: what the last call returned; None on the first call.
+      engine: tells the number of rows.
+      jobs: the job of each slot.
+      slots: the slots whose jobs have ended.
+      new: the rows of all slots.
+    """
     count, each = engine.jobs * engine.rows_per_job, np.arange(engine.rows_per_job)
     if result is None:
         result = jax.tree.map(lambda x: np.zeros((count, *x.shape[1:]), x.dtype), new)
@@ -205,14 +222,16 @@ def _output(request: Request, new: NewTokens) -> GenerateOutput:
 def prefill(
     model: OPTForCausalLM, input_ids: Any, attention_mask: Any = None, *, cache_dtype: str | None = None
 ) -> Prefix:
-    """Read the common beginning of many prompts once, for `generate(..., cache=)`.
+    """The keys and values of a common prefix of many prompts, for `generate(..., cache=)`.
 
     Args:
-      input_ids, attention_mask: as in `generate`, of one row.
-      cache_dtype: as in `GenerationConfig`, of all that goes on from the prefix.
+      model: the language model.
+      input_ids: one row of `generate`'s input_ids.
+      attention_mask: as in `generate`.
+      cache_dtype: as in `GenerationConfig`. It holds for everything generated from the prefix.
 
     Raises:
-      ValueError: as `generate`, for inputs; more than one row.
+      ValueError: more than one row, or inputs that `generate` would refuse.
     """
     ids, mask, padded_ids, padded_mask = check_score(model, input_ids, attention_mask)
     if len(ids) > 1:
@@ -232,14 +251,14 @@ def stream(
     assistant_model: OPTForCausalLM | None = None,
     **options: Any,
 ) -> Generator[np.ndarray, None, None]:
-    """The same tokens as they are made: an iterator of int32 [R], one for each step, pads for rows that have ended.
+    """An iterator over the new tokens of `generate`: int32 [R] for each step, pads for rows that have ended.
 
-    Takes the arguments of `generate` but the last two, and raises the same errors, at once. Without drafts, the device
-    works on the next token while the caller works with this one.
+    Takes the arguments of `generate` but batch_size and progress_bar. Raises the same errors, at the call itself.
+    Without drafts, the device computes the next token while the caller uses this one.
     """
     request = check_request(model, input_ids, attention_mask, generation_config, tokenizer, cache, options)
     if request.logprobs is not None or request.num_beams > 1:
-        what = "logprobs" if request.num_beams == 1 else "beams, which are known at the end only,"
+        what = "logprobs" if request.num_beams == 1 else "beams, which are known only at the end,"
         raise ValueError(f"{what} are not streamed: use generate")
     return _stream(_engine(model, request, check_drafts(model, request, assistant_model), None), request)
 
@@ -247,10 +266,10 @@ def stream(
 def _stream(engine: Engine, request: Request) -> Generator[np.ndarray, None, None]:
     rows = request.rows
     new = np.full((rows, request.max_new_tokens), request.pad_token_id, np.int32)
-    known, told = np.zeros(rows, np.int32), 0  # tokens in each row of `new`; steps that were yielded
+    known, told = np.zeros(rows, np.int32), 0  # tokens in each row of `new`; columns that were yielded
     slots, report = engine.begin(np.arange(rows))
     while True:
-        # The next step is dispatched before waiting for this one. It does nothing if all rows have ended.
+        # Dispatch the next step before waiting for this one. It has no effect if all rows have ended.
         following = engine.advance(slots, 1, len(report.ended)) if told + 1 < request.max_new_tokens else None
         tokens, lengths, ended = (np.asarray(x)[:rows] for x in report)
         for row, count in enumerate(lengths - known):

@@ -1,4 +1,4 @@
-"""The compiled half of generation: reading prompts, and the loop that appends tokens. Ids only, no text."""
+"""The compiled functions of plain decoding: the prefill, and the loop that appends tokens. Token ids only, no text."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ from opt_jax.model.heads import OPTForCausalLM
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class FlatModel:
-    """The arrays of a model, and how to make it of them again.
+    """A flattened model: its leaves, and the tree structure that makes a model of them.
 
-    A compiled function looks for the arrays of its arguments at each call. In the modules of 24 layers that takes 3 ms,
-    which is more than a step of decoding may on an accelerator; here it takes none.
+    A compiled function flattens its arguments at each call. For the modules of 24 layers that takes 3 ms, which can be
+    longer than a decoding step on an accelerator. A FlatModel is flattened already.
     """
 
     leaves: Sequence[Any]
@@ -54,20 +54,20 @@ def as_module(model: Model) -> OPTForCausalLM:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Prompts as compiled code takes them: the real tokens of each row at its end."""
+    """Prompts in the form that compiled code takes, padded on the left."""
 
-    ids: Int[Any, "B T"]  # what is to be read
+    ids: Int[Any, "B T"]  # the tokens that the prefill reads
     mask: Bool[Any, "B T"]
-    tokens: Int[Any, "B W"]  # all tokens before the new ones, those of the prefix too
-    lengths: Int[Any, " B"]  # real ones of these
+    tokens: Int[Any, "B W"]  # all tokens before the new ones: the prefix and `ids`
+    lengths: Int[Any, " B"]  # number of real tokens in `tokens`
     prefix: KVCache | None = None
-    matched: Int[Any, " B"] | None = None  # state of `SamplingOptions.stop_strings` behind the prompt
+    matched: Int[Any, " B"] | None = None  # state of `SamplingOptions.stop_strings` after the prompt
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenLogprobs:
-    """What is recorded of each new token."""
+    """Log-probabilities of each new token and of the n most likely ones."""
 
     chosen: Float[Array, "R N"]
     top_ids: Int[Array, "R N n"]
@@ -86,21 +86,21 @@ class TokenLogprobs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """Between two steps. The last token of a row is not in the cache yet.
+    """The state between two steps. The last token of each row is not in the cache yet.
 
-    Where tokens stand has nothing to do with the columns of the cache: new ones begin at column `width` in every row,
+    Columns of `tokens` are not those of the cache: the new tokens of every row begin at column `width` of `tokens`,
     right after the prompt.
     """
 
     cache: KVCache
     tokens: Int[Array, "R L"]
-    token: Int[Array, " R"]  # the last one; a pad where the row had ended before
+    token: Int[Array, " R"]  # the last token; a pad if the row ended in an earlier step
     prompt_lengths: Int[Array, " R"]
     lengths: Int[Array, " R"]  # new tokens of each row, its end token included
-    stopped: Bool[Array, " R"]  # rows that have ended before being as long as allowed
-    step: Int[Array, ""]  # steps so far
+    stopped: Bool[Array, " R"]  # True: ended by an end token, stop sequence or stop string
+    step: Int[Array, ""]  # number of steps so far
     logprobs: TokenLogprobs | None
-    matched: Int[Array, " R"] | None  # state of `SamplingOptions.stop_strings` behind the last token
+    matched: Int[Array, " R"] | None  # state of `SamplingOptions.stop_strings` after the last token
     width: int = dataclasses.field(metadata=dict(static=True))
 
     def history(self) -> History:
@@ -113,7 +113,7 @@ class DecodeState:
 
 
 class Report(NamedTuple):
-    """What a call tells the host. Copies: the state itself is donated to the next call."""
+    """What the host reads after a call. These are copies, because the next call donates the state."""
 
     tokens: Int[Array, "R n"]  # the last tokens of each row
     lengths: Int[Array, " R"]  # new tokens of each row so far
@@ -132,9 +132,9 @@ def begin(
     logprobs: int | None = None,
     cache_dtype: str | None = None,
 ) -> tuple[DecodeState, Report]:
-    """Read the prompts, once, and choose the first token of `copies` rows for each.
+    """The state after each prompt was read once and the first token of its `copies` rows was chosen.
 
-    capacity: columns of the cache for new tokens.
+    `capacity`: number of columns of the cache for new tokens.
     """
     model = as_module(model)
     batch, length = prompts.ids.shape
@@ -178,7 +178,7 @@ def advance(
     *,
     do_sample: bool,
 ) -> tuple[DecodeState, Report]:
-    """Make `steps` steps, or fewer if `enough` rows have ended before."""
+    """The state after `steps` more steps, or fewer: the loop ends once `enough` rows have ended."""
     model, until = as_module(model), state.step + steps
 
     def step(state: DecodeState) -> DecodeState:
@@ -193,7 +193,7 @@ def advance(
 
 
 def _append(state: DecodeState, logits: Float[Array, "R V"], options: SamplingOptions, do_sample: bool) -> DecodeState:
-    """Choose a token for each row that goes on, a pad for the others."""
+    """The state with one more token in each row, and a pad as the token of rows that have ended."""
     ended, nowhere = state.ended(options), state.tokens.shape[1]
     token = sampling.choose(logits, state.history(), options, do_sample)
     token = jnp.where(ended, options.pad_token_id, token)
@@ -215,5 +215,5 @@ def _report(state: DecodeState, options: SamplingOptions) -> tuple[DecodeState, 
 
 
 def _write(buffer: Array, new: Array, column: Int[Array, " R"]) -> Array:
-    """`buffer` [R, L, ...] with `new` [R, ...] in a column of each row; nothing where there is no such column."""
+    """`buffer` [R, L, ...] with `new[r]` written to column[r] of row r. A column outside [0, L) is dropped."""
     return buffer.at[jnp.arange(buffer.shape[0], dtype=jnp.int32), column].set(new.astype(buffer.dtype), mode="drop")

@@ -1,4 +1,4 @@
-"""Whether there is memory for what `generate` is asked for: looked at before anything is made."""
+"""Checks that there is enough memory for a call of `generate`, before any array is allocated."""
 
 import os
 from typing import Any
@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from opt_jax.config import OPTConfig
 from opt_jax.generation.config import GenerationConfig
 
-# What makes a request large, for messages.
+# Options that make a request large; messages name those that were given.
 _SIZES = (
     "num_return_sequences",
     "num_beams",
@@ -23,12 +23,12 @@ _SIZES = (
 
 
 def host_memory() -> int:
-    """Bytes of memory of this machine."""
+    """Bytes of physical memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def device_memory(model: Any) -> int:
-    """Bytes of memory of the devices that the model's parameters are on; of a CPU that of the machine."""
+    """Bytes of memory of the devices that hold the model's parameters. On a CPU: of the machine."""
     sharding = jax.tree.leaves(model)[0].sharding
     stats = [device.memory_stats() or {} for device in sharding.addressable_devices]
     if not all("bytes_limit" in stat for stat in stats):
@@ -37,7 +37,7 @@ def device_memory(model: Any) -> int:
 
 
 def column_bytes(config: OPTConfig, dtype: DTypeLike) -> int:
-    """Bytes of the keys and values of one token."""
+    """Bytes of the keys and values of one token in all layers."""
     return 2 * config.num_hidden_layers * config.hidden_size * np.dtype(dtype).itemsize
 
 
@@ -45,11 +45,11 @@ def check_memory(nbytes: int, limit: int, rows: int, given: GenerationConfig) ->
     """Check that an allocation is within a limit.
 
     Raises:
-      ValueError: so many bytes are more than `limit`; names the options that ask for them.
+      ValueError: `nbytes` is more than `limit`. The message names the options that make the request large.
     """
     if nbytes > limit:
         asked = ", ".join(f"{name}={value}" for name in _SIZES if (value := getattr(given, name)) is not None)
         raise ValueError(
             f"{asked or 'the prompts'}: {rows:,} rows at a time need {nbytes / 1e9:,.1f} GB, more than the "
-            f"{limit / 1e9:,.1f} GB of memory that there are: ask for less, or pass a smaller batch_size"
+            f"{limit / 1e9:,.1f} GB of memory: ask for less, or pass a smaller batch_size"
         )

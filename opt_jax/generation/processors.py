@@ -1,8 +1,8 @@
-"""Logits to logits, by the tokens so far: penalties, bans and forced tokens, for use inside `jax.jit`.
+"""Logits processors that look at the tokens so far: penalties, banned and forced tokens. Pure functions for `jax.jit`.
 
-They mean what the `LogitsProcessor`s of `transformers` mean on a row without padding: pads are in no row's history, so
-that a row's result does not depend on the rows it was padded for. Nothing is kept between steps: each function looks at
-the tokens anew, and beams may be exchanged as they like.
+They compute what the `LogitsProcessor`s of `transformers` compute on a row without padding. (Deviation: HF's also see
+pads.) So a row's result does not depend on the other rows of its batch. The functions keep no state between steps: each
+reads all tokens again. Beams may therefore be reordered freely.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ Logits = Float[Array, "B V"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class History:
-    """The tokens so far. In each row they are the last columns before `column`, and the last `step` of them are new."""
+    """The tokens so far: in each row the last columns before `column`. The last `step` of them are new."""
 
     tokens: Int[Array, "B L"]
     valid: Bool[Array, "B L"]  # columns that hold a real token
@@ -36,14 +36,14 @@ class History:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-    """Sequences of tokens, right-aligned. A row that stands for none holds ids that no token has."""
+    """W token sequences of at most S tokens, right-aligned. Padding rows hold an id outside the vocabulary."""
 
     ids: Int[Array, "W S"]
-    used: Bool[Array, "W S"]
+    used: Bool[Array, "W S"]  # False at the padding before a sequence
 
 
 def repetition_penalty(logits: Logits, history: History, penalty: Float[Array, ""]) -> Logits:
-    """Tokens of prompt and continuation are less likely (HF `RepetitionPenaltyLogitsProcessor`)."""
+    """Logits with tokens of prompt and continuation less likely (HF `RepetitionPenaltyLogitsProcessor`)."""
     seen = _counts(logits, history, history.valid) > 0
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
@@ -51,7 +51,7 @@ def repetition_penalty(logits: Logits, history: History, penalty: Float[Array, "
 def additive_penalties(
     logits: Logits, history: History, presence: Float[Array, ""] | None, frequency: Float[Array, ""] | None
 ) -> Logits:
-    """OpenAI's and vLLM's penalties, over new tokens only: minus `presence`, and minus `frequency` for each time."""
+    """Logits of the new tokens so far minus `presence`, and minus `frequency` * occurrences (as OpenAI and vLLM)."""
     counts = _counts(logits, history, history.valid & history.is_new())
     if presence is not None:
         logits = logits - presence * (counts > 0).astype(logits.dtype)
@@ -59,12 +59,12 @@ def additive_penalties(
 
 
 def no_repeat_ngram(logits: Logits, history: History, size: Int[Array, ""]) -> Logits:
-    """-inf where an n-gram of prompt and continuation would appear again (HF `NoRepeatNGramLogitsProcessor`)."""
+    """Logits, -inf for tokens that would repeat an n-gram of the row (HF `NoRepeatNGramLogitsProcessor`)."""
     tokens, valid, column = history.tokens, history.valid, history.column[:, None]
     columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
 
     def agree(i: Int[Array, ""], match: Bool[Array, "B L"]) -> Bool[Array, "B L"]:
-        # The token i before each column is the i-th last token (real: there is a whole n-gram)
+        # True where the token i columns before each column is the row's i-th last token, and neither is a pad.
         before, known = (jnp.roll(x, i, axis=1) for x in (tokens, valid))
         last = jnp.take_along_axis(tokens, column - i, axis=1)
         return match & known & (columns >= i) & (before == last)
@@ -74,7 +74,7 @@ def no_repeat_ngram(logits: Logits, history: History, size: Int[Array, ""]) -> L
 
 
 def ban_sequences(logits: Logits, history: History, banned: Sequences) -> Logits:
-    """-inf for what would complete a sequence; one of one token is always banned (HF `NoBadWordsLogitsProcessor`)."""
+    """Logits, -inf for tokens that would complete a banned sequence (HF `NoBadWordsLogitsProcessor`)."""
     begun = _ends_with(history, banned.ids[:, :-1], banned.used[:, :-1], history.valid)
     last = jnp.broadcast_to(banned.ids[:, -1], begun.shape)
     return jnp.where(_marked(logits, last, begun), -jnp.inf, logits)
@@ -86,12 +86,12 @@ def completes(history: History, sequences: Sequences) -> Bool[Array, " B"]:
 
 
 def suppress(logits: Logits, token_ids: Int[Array, " E"]) -> Logits:
-    """-inf for the given tokens; ids outside the vocabulary are nobody's (HF `SuppressTokensLogitsProcessor`)."""
+    """Logits, -inf for the given tokens; ignores ids outside the vocabulary (HF `SuppressTokensLogitsProcessor`)."""
     return jnp.where(_listed(logits, token_ids), -jnp.inf, logits)
 
 
 def force(logits: Logits, token_ids: Int[Array, " E"]) -> Logits:
-    """0 for the given tokens, -inf for all others (HF `ForcedEOSTokenLogitsProcessor`)."""
+    """Logits, 0 for the given tokens and -inf for all others (HF `ForcedEOSTokenLogitsProcessor`)."""
     return jnp.where(_listed(logits, token_ids), jnp.zeros_like(logits), -jnp.inf)
 
 
@@ -100,13 +100,13 @@ def _listed(logits: Logits, token_ids: Int[Array, " E"]) -> Bool[Array, "1 V"]:
 
 
 def _marked(logits: Logits, tokens: Int[Array, "B N"], where: Bool[Array, "B N"]) -> Bool[Array, "B V"]:
-    """Those of the `tokens` that are marked."""
+    """True at the vocabulary entries `tokens[b, i]` where `where[b, i]` is true."""
     rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
     return jnp.zeros(logits.shape, bool).at[rows, tokens].max(where, mode="drop")
 
 
 def _counts(logits: Logits, history: History, where: Bool[Array, "B L"]) -> Int[Array, "B V"]:
-    """How often each token is in the marked columns."""
+    """How often each vocabulary entry is in the columns where `where` is true."""
     rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
     return jnp.zeros(logits.shape, jnp.int32).at[rows, history.tokens].add(where.astype(jnp.int32), mode="drop")
 
@@ -114,7 +114,7 @@ def _counts(logits: Logits, history: History, where: Bool[Array, "B L"]) -> Int[
 def _ends_with(
     history: History, ids: Int[Array, "W S"], used: Bool[Array, "W S"], valid: Bool[Array, "B L"]
 ) -> Bool[Array, "B W"]:
-    """Whether the last valid tokens of a row are the used ones of each sequence; nothing is at every end."""
+    """Whether the valid tokens of row b end with sequence w. Every row ends with an empty sequence."""
     size = ids.shape[1]
     columns = history.column[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
     last, known = (

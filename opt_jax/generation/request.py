@@ -1,4 +1,4 @@
-"""What `generate` and `score` check, and the arrays that they hand to compiled code."""
+"""The checks of `generate` and `score` (on the host), and the arrays that they pass to compiled functions."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Bool, Int32, UInt32
 
 from opt_jax.generation.config import GenerationConfig, check_ids, check_sequences, combine, is_integer, parse
 from opt_jax.generation.loop import Prompts
@@ -19,39 +20,39 @@ from opt_jax.model.ids import as_ids, as_mask
 from opt_jax.model.inputs import check_inputs
 from opt_jax.system.messages import shown
 
-DEFAULT_NEW_TOKENS = 20  # HF's
-_LARGEST_TABLE = 1 << 24  # places for bad words or stop sequences, each as long as the longest
-_SLOTS = 8  # more end tokens, stop sequences, ... than this compile anew
+DEFAULT_NEW_TOKENS = 20  # as in HF
+_LARGEST_TABLE = 1 << 24  # most elements of an array of bad words or stop sequences, padded to the longest
+_SLOTS = 8  # numbers of end tokens, stop sequences, ... are padded to multiples of this, so that few shapes compile
 
 
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-    """What `prefill` returns: the beginning of many prompts, read once."""
+    """What `prefill` returns: a common prefix of many prompts, with its keys and values."""
 
-    input_ids: np.ndarray  # [1, P]: its real tokens
-    cache: KVCache  # of one row, every column written
+    input_ids: Int32[np.ndarray, "1 P"]  # the real tokens
+    cache: KVCache  # one row; every column is written
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """The checked arguments of `generate`. B prompts; R = B * copies rows."""
+    """The checked arguments of `generate`, for B prompts and R = B * copies rows."""
 
-    input_ids: np.ndarray  # [B, T] as given
+    input_ids: Int32[np.ndarray, "B T"]  # as given; pads of ragged prompts are on the left
     prompts: Prompts
-    max_new_tokens: int  # of the row that may have the most
-    options: SamplingOptions  # of R rows
+    max_new_tokens: int  # the largest of all rows
+    options: SamplingOptions  # for R rows
     do_sample: bool
     pad_token_id: int
     copies: int  # rows for each prompt
     logprobs: int | None
     cache_dtype: str | None
     vocab_size: int
-    column_bytes: int  # of the keys and values of a row, for each of its columns
-    given: GenerationConfig  # the options as they were asked for, all layers together
+    column_bytes: int  # bytes of the keys and values in one column of one row
+    given: GenerationConfig  # the options of all sources, combined
 
     @property
     def num_beams(self) -> int:
-        """1: no beams."""
+        """Number of beams for each prompt; 1: no beam search."""
         return self.given.num_beams or 1
 
     @property
@@ -65,17 +66,17 @@ class Request:
 
     @property
     def capacity(self) -> int:
-        """Columns for new tokens."""
+        """Number of columns for new tokens."""
         return self.capacity_with(0)
 
     def capacity_with(self, more: int) -> int:
-        """Columns for new tokens and at least `more` others."""
+        """Number of columns for new tokens and at least `more` others. Fills up the bucket."""
         prefix = self.prompts.prefix
         width = self.prompts.ids.shape[1] + (0 if prefix is None else prefix.max_length)
         return bucket(width + self.max_new_tokens + more) - width
 
     def options_of(self, rows: np.ndarray) -> SamplingOptions:
-        """The options of rows `rows`, on the device."""
+        """The options of the given rows, on the device."""
         names = ("seeds", "samples", "min_new_tokens", "max_new_tokens")
         chosen = {name: jax.device_put(np.asarray(getattr(self.options, name))[rows]) for name in names}
         return dataclasses.replace(self.options, **chosen)
@@ -104,13 +105,18 @@ def check_request(
     options: dict[str, Any] | None = None,
     default_new_tokens: int = DEFAULT_NEW_TOKENS,
 ) -> Request:
-    """The arguments of `generate`, checked and with all defaults filled in; ValueError as there."""
+    """The arguments of `generate`, checked and with all defaults filled in.
+
+    Raises:
+      ValueError: see `generate`.
+    """
     _check_model(model)
     ids, ragged = _rectangle(input_ids, attention_mask, model.config.max_position_embeddings)
     ids = _check_ids(model, ids)
     options = dict(options or {})
     given = combine(checkpoint_options(model), generation_config, options, _generation_config_of(model))
-    if options.get("bos_token_id") not in (None, model.config.bos_token_id):  # (HF's scripts pass the model's own)
+    # HF's scripts pass the model's bos_token_id. Another value would have no effect.
+    if options.get("bos_token_id") not in (None, model.config.bos_token_id):
         raise ValueError(f"bos_token_id={shown(options['bos_token_id'])} without effect: put it into input_ids")
     eos, pad = _special_ids(model, given)
     if ragged is not None:
@@ -123,15 +129,17 @@ def check_request(
     before = _check_prefix(model, prefix)
     beams = given.num_beams or 1
     if prefix is not None and given.cache_dtype is not None:
-        raise ValueError(f"cache_dtype={given.cache_dtype} is what the prefix has or not: pass it to prefill")
+        raise ValueError(f"cache_dtype={given.cache_dtype} cannot change the dtype of a prefix: pass it to prefill")
     used = before.size + mask.sum(1)
-    widths = before.size + (np.full(len(ids), ids.shape[1]) if ragged is None else ragged.sum(1))  # an array's own (HF)
+    # As in HF, the pads of an array count for max_length and min_length.
+    widths = before.size + (np.full(len(ids), ids.shape[1]) if ragged is None else ragged.sum(1))
     most, least = _check_lengths(widths, used, model.config, given, default_new_tokens)
     if beams > 1 and (len(set(most.tolist())) > 1 or len(set(least.tolist())) > 1):
         raise ValueError("num_beams and prompts of different lengths: give max_new_tokens, and no min_length")
     copies = given.num_return_sequences or 1
     rows = len(ids) * copies
-    check_memory(rows * int(widths.max() + most.max()) * 16, host_memory(), rows, given)  # ids, and work with them
+    # 16 bytes for each token: its id, and arrays made from the ids.
+    check_memory(rows * int(widths.max() + most.max()) * 16, host_memory(), rows, given)
     prompts, table = _prompts(ids, mask, prefix, model.config.max_position_embeddings), None
     if given.stop_strings is not None:
         texts = [np.append(before, row[m]) for row, m in zip(ids, mask, strict=True)]
@@ -155,7 +163,7 @@ def check_request(
 
 
 def _stop_strings(tokenizer: Any, strings: Any, prompts: list[np.ndarray], vocab_size: int) -> Any:
-    """What `OPTTokenizer.stop_strings` returns."""
+    """The table and states that `OPTTokenizer.stop_strings` returns."""
     if not hasattr(tokenizer, "stop_strings"):
         wrong = "" if tokenizer is None else f", an opt_jax.OPTTokenizer, not a {type(tokenizer).__name__}"
         raise ValueError(f"stop_strings need the tokenizer: pass tokenizer={wrong}")
@@ -163,7 +171,7 @@ def _stop_strings(tokenizer: Any, strings: Any, prompts: list[np.ndarray], vocab
 
 
 def check_batch_size(batch_size: Any, progress_bar: Any) -> None:
-    """ValueError for what `generate` cannot do."""
+    """Check the arguments of `generate` for continuous batching; ValueError if they are invalid."""
     if batch_size is None:
         if progress_bar:
             raise ValueError("progress_bar without effect: pass batch_size as well")
@@ -173,9 +181,9 @@ def check_batch_size(batch_size: Any, progress_bar: Any) -> None:
 
 
 def check_score(model: OPTForCausalLM, input_ids: Any, attention_mask: Any, unread: int = 0) -> tuple[np.ndarray, ...]:
-    """ids and mask [B, T], and both padded to [B, bucket + unread] with the real tokens of each row at its end.
+    """ids and mask [B, T], and both padded on the left to [B, bucket + unread].
 
-    unread: so many columns at the end are only asked about, and need no position in the context.
+    unread: number of tokens at the end of a row that are scored but not read by the model, and need no position.
     """
     _check_model(model)
     ids = _check_ids(model, input_ids, unread)
@@ -185,7 +193,7 @@ def check_score(model: OPTForCausalLM, input_ids: Any, attention_mask: Any, unre
 
 
 def _rectangle(input_ids: Any, attention_mask: Any, limit: int) -> tuple[Any, np.ndarray | None]:
-    """Prompts of different lengths padded on the left, and where their tokens are; anything else as it is, and None."""
+    """An array padded on the left and its mask, for prompts of different lengths. Other inputs as given, and None."""
     if not isinstance(input_ids, Sequence) or not all(hasattr(row, "__len__") for row in input_ids):
         return input_ids, None
     lengths = np.array([len(row) for row in input_ids])
@@ -193,7 +201,7 @@ def _rectangle(input_ids: Any, attention_mask: Any, limit: int) -> tuple[Any, np
         return input_ids, None
     if not lengths.all():
         raise ValueError(f"row {int(np.argmin(lengths))} has no token: start empty prompts with the BOS token")
-    if lengths.max() > limit:  # before all rows are made as long
+    if lengths.max() > limit:  # before the array is allocated
         raise ValueError(f"{lengths.max()} tokens are more than max_position_embeddings={limit}")
     mask = np.arange(lengths.max())[::-1] < lengths[:, None]
     rows = [as_ids(f"row {i} of input_ids", row) for i, row in enumerate(input_ids)]
@@ -205,7 +213,7 @@ def _rectangle(input_ids: Any, attention_mask: Any, limit: int) -> tuple[Any, np
 
 
 def _check_prefix(model: OPTForCausalLM, prefix: Any) -> np.ndarray:
-    """Its tokens."""
+    """The tokens of the prefix; ValueError if it is not one of this model."""
     if prefix is None:
         return np.zeros(0, np.int32)
     if not isinstance(prefix, Prefix):
@@ -213,7 +221,7 @@ def _check_prefix(model: OPTForCausalLM, prefix: Any) -> np.ndarray:
     config, keys = model.config, prefix.cache.k
     shape = (config.num_hidden_layers, config.num_attention_heads, config.head_dim)
     if (len(keys), keys[0].shape[1], keys[0].shape[3]) != shape:
-        raise ValueError("cache was made by another model: call prefill of this one")
+        raise ValueError("cache is from a model of another shape: call prefill of this model")
     return prefix.input_ids[0]
 
 
@@ -224,13 +232,13 @@ def _prompts(ids: np.ndarray, mask: np.ndarray, prefix: Prefix | None, limit: in
     before = np.repeat(prefix.input_ids, len(ids), axis=0)
     all_ids = np.concatenate([before, padded], axis=1)
     order = np.argsort(np.concatenate([np.ones_like(before, bool), padded_mask], axis=1), axis=1, kind="stable")
-    fill = prefix.cache.max_length - before.shape[1]  # as wide as the bucket of the prefix and that of the prompts
+    fill = prefix.cache.max_length - before.shape[1]  # to the width of the two buckets, of prefix and prompts
     tokens = np.pad(np.take_along_axis(all_ids, order, axis=1), ((0, 0), (fill, 0)))
     return Prompts(padded, padded_mask, tokens, padded_mask.sum(1, dtype=np.int32) + before.shape[1], prefix.cache)
 
 
 def take_prompts(prompts: Prompts, rows: np.ndarray) -> Prompts:
-    """Some of the rows; no more columns are read than these need."""
+    """The given rows of the prompts, cut to the bucket of the longest of them."""
     ids, mask = _align(prompts.ids[rows], prompts.mask[rows], prompts.ids.shape[1])
     matched = None if prompts.matched is None else prompts.matched[rows]
     return Prompts(ids, mask, prompts.tokens[rows], prompts.lengths[rows], prompts.prefix, matched)
@@ -249,7 +257,7 @@ def _check_ids(model: OPTForCausalLM, input_ids: Any, unread: int = 0) -> np.nda
 
 
 def _check_heads(model: OPTForCausalLM) -> None:
-    """On a mesh each device must hold whole heads, or every step would send parts of them around."""
+    """Check that each device of a mesh holds complete heads; if not, every step would send parts of them."""
     layers: Any = model.model.decoder.layers  # a list, or one stacked layer
     heads = model.config.num_attention_heads
     project = (layers[0] if hasattr(layers, "__getitem__") else layers).self_attn.q_proj
@@ -261,18 +269,18 @@ def _check_heads(model: OPTForCausalLM) -> None:
 
 
 def checkpoint_options(model: OPTForCausalLM) -> dict[str, Any]:
-    """What the generation_config.json says that the model was loaded with."""
+    """The content of the generation_config.json that the model was loaded with; empty without one."""
     text = model.generation_config_json
     return {} if text is None else parse(text, _generation_config_of(model))
 
 
 def _generation_config_of(model: OPTForCausalLM) -> str:
-    """What messages call it."""
+    """The name of the model's generation_config.json in messages."""
     return f"{'the checkpoint' if model.name_or_path is None else model.name_or_path}: generation_config.json"
 
 
 def _special_ids(model: OPTForCausalLM, given: GenerationConfig) -> tuple[list[int], int]:
-    """(end tokens, pad)."""
+    """The end tokens and the pad."""
     config, hint = model.config, "; for no end token use []"
     eos = config.eos_token_id if given.eos_token_id is None else given.eos_token_id
     eos = [] if eos is None else list(dict.fromkeys(check_ids("eos_token_id", eos, config.vocab_size, hint)))
@@ -281,8 +289,8 @@ def _special_ids(model: OPTForCausalLM, given: GenerationConfig) -> tuple[list[i
     return eos, check_ids("pad_token_id", [pad], config.vocab_size)[0]
 
 
-def _check_mask(ids: np.ndarray, attention_mask: Any, pad: int | None) -> np.ndarray:
-    """bool [B, T], true at real tokens."""
+def _check_mask(ids: np.ndarray, attention_mask: Any, pad: int | None) -> Bool[np.ndarray, "B T"]:
+    """The mask [B, T], true at real tokens."""
     mask = ids != pad if attention_mask is None else as_mask("attention_mask", attention_mask)
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask must be of the shape of input_ids, {ids.shape}, not {mask.shape}")
@@ -292,7 +300,7 @@ def _check_mask(ids: np.ndarray, attention_mask: Any, pad: int | None) -> np.nda
 
 
 def _align(ids: np.ndarray, mask: np.ndarray, limit: int, unread: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Both cut or padded to a bucket, real tokens last: where pads were makes no difference from here on."""
+    """ids and mask with all pads moved to the left, cut or padded to a bucket."""
     order = np.argsort(mask, axis=1, kind="stable")
     ids, mask = (np.take_along_axis(x, order, axis=1) for x in (ids, mask))
     width = int(mask.sum(1).max())
@@ -302,10 +310,15 @@ def _align(ids: np.ndarray, mask: np.ndarray, limit: int, unread: int = 0) -> tu
 
 def _check_lengths(
     widths: np.ndarray, used: np.ndarray, config: Any, given: GenerationConfig, default: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The most and the fewest new tokens of each prompt, int32 [B].
+) -> tuple[Int32[np.ndarray, " B"], Int32[np.ndarray, " B"]]:
+    """The largest and the smallest number of new tokens of each prompt.
 
-    widths: what `max_length` and `min_length` count of a prompt; used: the positions it takes.
+    Args:
+      widths: the length of each prompt for `max_length` and `min_length`.
+      used: the number of positions that each prompt takes.
+      config: the model's config.
+      given: the options.
+      default: the largest number of new tokens if the options say nothing.
     """
     limit = config.max_position_embeddings
     if given.max_length is not None:
@@ -323,7 +336,7 @@ def _check_lengths(
         row = int(np.argmax(used + most))
         raise ValueError(
             f"a prompt of {used[row]} tokens and {most[row]} new ones are more than "
-            f"max_position_embeddings={limit}: shorten the prompt, or ask for fewer"
+            f"max_position_embeddings={limit}: shorten the prompt, or ask for fewer new tokens"
         )
     asked = {"min_new_tokens": np.full_like(widths, given.min_new_tokens or 0), "min_length": -widths}
     asked["min_length"] += given.min_length or 0
@@ -331,7 +344,7 @@ def _check_lengths(
         if (least > most).any():
             row = int(np.argmax(least - most))
             raise ValueError(
-                f"{name}={getattr(given, name)} asks for {least[row]} new tokens, more than the most, {most[row]}"
+                f"{name}={getattr(given, name)} asks for {least[row]} new tokens, more than the maximum of {most[row]}"
             )
     return most.astype(np.int32), np.maximum(0, np.maximum(*asked.values())).astype(np.int32)
 
@@ -340,8 +353,8 @@ def _sampling_options(
     vocab_size: int, given: GenerationConfig, most: np.ndarray, least: np.ndarray, eos: list[int], pad: int
 ) -> SamplingOptions:
     def scalar(dtype: Any, value: Any, off: Any = None) -> jax.Array | None:
-        """The value as a scalar array, or None if the processor is off."""
-        # Not jnp.asarray, which would compile a program for every dtype.
+        """The value as a scalar array; None if the processor is off."""
+        # jnp.asarray would compile a program for every dtype.
         return None if value is None or value == off else jax.device_put(dtype(value))
 
     def token_ids(name: str) -> jax.Array | None:
@@ -382,8 +395,8 @@ def _sampling_options(
     )
 
 
-def _check_seed(seed: Any, batch: int, copies: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint32 and int32 [B * copies]: the seed of each row, and which of the samples with this seed it is."""
+def _check_seed(seed: Any, batch: int, copies: int) -> tuple[UInt32[np.ndarray, " R"], Int32[np.ndarray, " R"]]:
+    """The seed of each row, and its index among the rows with this seed."""
     seed = seed.tolist() if hasattr(seed, "tolist") else 0 if seed is None else seed
     one = is_integer(seed)
     seeds: Sequence[Any] = [seed] * batch if one else seed
@@ -401,29 +414,29 @@ def _check_forced(given: GenerationConfig, vocab_size: int) -> None:
     names = ("suppress_tokens", "forced_bos_token_id", "forced_eos_token_id")
     suppressed, *forced = ([] if (v := getattr(given, n)) is None else check_ids(n, v, vocab_size) for n in names)
     for name, ids in zip(names[1:], forced, strict=True):
-        if ids and set(ids) <= set(suppressed):  # as HF
+        if ids and set(ids) <= set(suppressed):  # all logits would be -inf
             raise ValueError(f"{name}={shown(getattr(given, name))} is also in suppress_tokens, which leaves no token")
 
 
-def _slots(ids: list[int], nobody: int) -> jax.Array:
-    """The ids, filled up to a multiple of `_SLOTS`."""
+def _slots(ids: list[int], padding: int) -> jax.Array:
+    """The ids, padded to a multiple of `_SLOTS`. `padding`: an id outside the vocabulary."""
     count = -(-max(len(ids), 1) // _SLOTS) * _SLOTS
-    return jax.device_put(np.array(ids + [nobody] * (count - len(ids)), np.int32))
+    return jax.device_put(np.array(ids + [padding] * (count - len(ids)), np.int32))
 
 
-def _sequences(name: str, sequences: list[list[int]], nobody: int) -> Sequences | None:
-    """Right-aligned, filled up to a multiple of `_SLOTS` sequences, of a power of two tokens."""
+def _sequences(name: str, sequences: list[list[int]], padding: int) -> Sequences | None:
+    """The sequences, padded to a multiple of `_SLOTS` in number and a power of two in length; None without any."""
     if not sequences:
         return None
     count = -(-len(sequences) // _SLOTS) * _SLOTS
     length = 1 << (max(map(len, sequences)) - 1).bit_length()
     if count * length > _LARGEST_TABLE:
         raise ValueError(
-            f"{name} has {len(sequences):,} sequences, the longest of {max(map(len, sequences)):,} tokens: a table of "
-            f"{count * length:,}, more than {_LARGEST_TABLE:,}; leave long ones out"
+            f"{name} has {len(sequences):,} sequences, the longest of {max(map(len, sequences)):,} tokens: padded they "
+            f"are {count * length:,} ids, more than {_LARGEST_TABLE:,}; leave long ones out"
         )
-    ids, used = np.full((count, length), nobody, np.int32), np.zeros((count, length), bool)
-    used[len(sequences) :, -1] = True  # nobody's id is never seen
+    ids, used = np.full((count, length), padding, np.int32), np.zeros((count, length), bool)
+    used[len(sequences) :, -1] = True  # a padding sequence never matches: no token has its id
     for row, sequence in enumerate(sequences):
         ids[row, -len(sequence) :], used[row, -len(sequence) :] = sequence, True
     return Sequences(jax.device_put(ids), jax.device_put(used))

@@ -1,4 +1,4 @@
-"""Logits to logits to token: pure functions, for use inside `jax.jit`. They mean what HF's logits processors mean."""
+"""Processing logits and choosing tokens as HF does: pure functions, for use inside `jax.jit`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,20 +17,20 @@ Logits = Float[Array, "B V"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How tokens are chosen. Every value is traced: other values compile nothing.
+    """Options for choosing tokens. All values are traced, so new values do not recompile.
 
-    What may be None is left out of the program where it is None: a kind of decoding that does not use it pays nothing.
-    Lists of ids are filled up to a few fixed sizes with ids that no token has.
+    A field that is None is not part of the compiled program. Lists of ids are padded to a few fixed sizes with ids
+    outside the vocabulary.
     """
 
     temperature: Float[Array, ""]
     top_k: Int[Array, ""]  # 0: off
     top_p: Float[Array, ""]  # 1: off
     seeds: UInt[Array, " B"]
-    samples: Int[Array, " B"]  # rows with one seed differ by this number
+    samples: Int[Array, " B"]  # index of a row among those with the same seed; gives each its own key
     eos_token_ids: Int[Array, " E"]
     pad_token_id: Int[Array, ""]
-    min_new_tokens: Int[Array, " b"]  # one for each row, or one
+    min_new_tokens: Int[Array, " b"]  # b: B, or 1 for all rows
     max_new_tokens: Int[Array, " b"]
     min_p: Float[Array, ""] | None = None
     typical_p: Float[Array, ""] | None = None
@@ -44,12 +44,13 @@ class SamplingOptions:
     forced_bos_token_id: Int[Array, " 1"] | None = None
     forced_eos_token_id: Int[Array, " E"] | None = None
     stop_sequences: Sequences | None = None
-    # [state, token] -> state: how much of a stop string the text behind it ends with; the last state: all of one.
+    # An automaton, [state, token] -> state. A state says how much of a stop string the text so far ends with. The last
+    # state: the text ends with a complete stop string.
     stop_strings: Int[Array, "S V"] | None = None
 
 
 def choose(logits: Logits, history: History, options: SamplingOptions, do_sample: bool) -> Int[Array, " B"]:
-    """The token that follows: the most likely, or one drawn at random."""
+    """The next token of each row: the most likely one, or one drawn at random."""
     logits = process(logits, history, options, do_sample)
     if do_sample:
         return draw(logits, row_keys(options.seeds, options.samples, history.step))
@@ -57,9 +58,16 @@ def choose(logits: Logits, history: History, options: SamplingOptions, do_sample
 
 
 def process(logits: Logits, history: History, options: SamplingOptions, do_sample: bool, min_keep: int = 1) -> Logits:
-    """All that `options` ask for, in HF's order; presence and frequency penalty, which HF lacks, come second.
+    """Logits after all processors that `options` ask for, in HF's order.
 
-    min_keep: top_k, top_p, min_p and typical_p leave at least so many tokens (HF: more than 1 with beams).
+    Presence and frequency penalty, which HF lacks, come second.
+
+    Args:
+      logits: of the next token.
+      history: the tokens so far.
+      options: which processors.
+      do_sample: whether to apply temperature, top_k, top_p, min_p and typical_p as well.
+      min_keep: these keep at least this many tokens (HF: more than 1 with beams).
     """
     o, step = options, history.step
     if o.repetition_penalty is not None:
@@ -70,7 +78,7 @@ def process(logits: Logits, history: History, options: SamplingOptions, do_sampl
         logits = processors.no_repeat_ngram(logits, history, o.no_repeat_ngram_size)
     if o.bad_words is not None:
         logits = processors.ban_sequences(logits, history, o.bad_words)
-    # No end token yet: into these few columns. Under `lax.cond` a GPU would wait for the host in the middle of a step.
+    # Ban end tokens before min_new_tokens. `lax.cond` would make a GPU wait for the host in the middle of a step.
     too_early = (step < o.min_new_tokens)[:, None]
     bound = jnp.where(too_early, -jnp.inf, jnp.inf).astype(logits.dtype)
     logits = logits.at[:, o.eos_token_ids].min(bound, mode="drop")
@@ -92,7 +100,7 @@ def process(logits: Logits, history: History, options: SamplingOptions, do_sampl
 def stops(
     token: Int[Array, " B"], history: History, matched: Int[Array, " B"] | None, options: SamplingOptions
 ) -> tuple[Bool[Array, " B"], Int[Array, " B"] | None]:
-    """Whether a row ends with `token`, the last one of its history; and `matched`, the state of its stop strings."""
+    """Whether each row ends with `token`, the last of its history; and the state of its stop strings after it."""
     ends = (token[:, None] == options.eos_token_ids[None]).any(-1)
     if options.stop_sequences is not None:
         ends |= processors.completes(history, options.stop_sequences)
@@ -103,7 +111,7 @@ def stops(
 
 
 def truncate(logits: Logits, options: SamplingOptions, min_keep: int = 1) -> Logits:
-    """What HF does when it samples: temperature, top_k, top_p, min_p, typical_p."""
+    """Logits after HF's processors for sampling: temperature, top_k, top_p, min_p, typical_p, in this order."""
     logits = scale(logits, options.temperature)
     logits = keep_top_k(logits, options.top_k, min_keep)
     logits = keep_top_p(logits, options.top_p, min_keep)
@@ -115,12 +123,12 @@ def truncate(logits: Logits, options: SamplingOptions, min_keep: int = 1) -> Log
 
 
 def scale(logits: Logits, temperature: Float[Array, ""]) -> Logits:
-    """HF `TemperatureLogitsWarper`."""
+    """Logits divided by the temperature (HF `TemperatureLogitsWarper`)."""
     return logits / temperature
 
 
 def keep_top_k(logits: Logits, k: Int[Array, ""] | int, min_keep: int = 1) -> Logits:
-    """-inf for all but the k largest of a row and those that tie with them; k = 0: all (HF `TopKLogitsWarper`)."""
+    """Logits, -inf for all but the k largest and ties with these; k = 0: unchanged (HF `TopKLogitsWarper`)."""
 
     def enough(kept: Bool[Array, "B V"]) -> Bool[Array, "B 1"]:
         return kept.sum(-1, jnp.int32, keepdims=True) >= jnp.clip(k, min_keep, logits.shape[-1])
@@ -129,29 +137,29 @@ def keep_top_k(logits: Logits, k: Int[Array, ""] | int, min_keep: int = 1) -> Lo
 
 
 def keep_top_p(logits: Logits, p: Float[Array, ""] | float, min_keep: int = 1) -> Logits:
-    """-inf for all but the fewest most likely tokens with p of the probability; p = 1: all (HF `TopPLogitsWarper`).
+    """Logits, -inf for all but the fewest most likely tokens whose probabilities reach p (HF `TopPLogitsWarper`).
 
-    Deviation: of tokens with equal logits all are kept, or none; HF may cut between them.
+    p = 1: unchanged. Deviation: tokens with equal logits are all kept or all removed; HF may keep only some of them.
     """
     enough = _has_probability(logits, p, min_keep)
     return lax.cond(jnp.asarray(p) < 1, lambda x: _keep_largest(x, x, enough), lambda x: x, logits)
 
 
 def keep_min_p(logits: Logits, p: Float[Array, ""] | float, min_keep: int = 1) -> Logits:
-    """-inf for tokens less likely than p times the most likely one (HF `MinPLogitsWarper`).
+    """Logits, -inf for tokens less likely than p times the most likely one (HF `MinPLogitsWarper`).
 
-    Compares logits: probabilities that underflow are all 0, and none of them is less than another.
+    Compares logits, because probabilities may underflow to 0.
     """
-    remove = logits - logits.max(-1, keepdims=True) < jnp.log(p)  # log(probability / the greatest one)
-    if min_keep > 1:  # as logits: differences to a large maximum are rounded, and unequal ones become equal
+    remove = logits - logits.max(-1, keepdims=True) < jnp.log(p)  # log(probability / largest probability)
+    if min_keep > 1:  # compares logits: rounding can make their differences to a large maximum equal
         remove &= logits < lax.top_k(logits, min(min_keep, logits.shape[-1]))[0][:, -1:]
     return jnp.where(remove, -jnp.inf, logits)
 
 
 def keep_typical(logits: Logits, mass: Float[Array, ""] | float, min_keep: int = 1) -> Logits:
-    """-inf for all but the fewest tokens that have the probability `mass` together (HF `TypicalLogitsWarper`).
+    """Logits, -inf for all but the most typical tokens with probability `mass` together (HF `TypicalLogitsWarper`).
 
-    Tokens whose information is closest to the mean come first: locally typical sampling, Meister et al. 2022.
+    A token is the more typical the closer its information is to the entropy (Meister et al. 2022).
     """
     information = -jax.nn.log_softmax(logits, axis=-1)
     probabilities = jnp.exp(-information)
@@ -160,9 +168,9 @@ def keep_typical(logits: Logits, mass: Float[Array, ""] | float, min_keep: int =
 
 
 def _has_probability(logits: Logits, p: Float[Array, ""] | float, min_keep: int):
-    """Whether tokens have at least p of the probability together, as a condition for `_keep_largest`."""
+    """A condition for `_keep_largest`: whether the kept tokens of a row have at least probability p together."""
     probabilities = jax.nn.softmax(logits, axis=-1)
-    p = jnp.maximum(p, jnp.finfo(probabilities.dtype).tiny)  # no token at all has a probability of 0: not enough
+    p = jnp.maximum(p, jnp.finfo(probabilities.dtype).tiny)  # so that p = 0 keeps at least one token
 
     def enough(kept: Bool[Array, "B V"]) -> Bool[Array, "B 1"]:
         reached = jnp.where(kept, probabilities, 0).sum(-1, keepdims=True) >= p
@@ -174,12 +182,14 @@ def _has_probability(logits: Logits, p: Float[Array, ""] | float, min_keep: int)
 def _keep_largest(
     logits: Logits, merit: Float[Array, "B V"], enough: Callable[[Bool[Array, "B V"]], Bool[Array, "B 1"]]
 ) -> Logits:
-    """-inf for all but the tokens of greatest merit in each row, as few as are `enough`.
+    """Logits, -inf for all but the tokens of largest merit: the fewest in each row for which `enough` is true.
 
-    Finds the threshold bit by bit: 32 passes over the row, on a CPU 10 times faster than sorting 50,000 logits.
+    Finds the smallest merit to keep bit by bit, in 32 passes over the row. On a CPU this is 10 times faster than
+    sorting 50,000 logits.
     """
     bits = lax.bitcast_convert_type(merit.astype(jnp.float32), jnp.uint32)
-    ordered = jnp.where(bits >> 31 == 1, -bits, bits | jnp.uint32(1 << 31))  # in the floats' order; -0 equals 0
+    # Integers in the order of the floats; -0 equals 0.
+    ordered = jnp.where(bits >> 31 == 1, -bits, bits | jnp.uint32(1 << 31))
 
     def try_bit(i: Int[Array, ""], threshold: UInt[Array, "B 1"]) -> UInt[Array, "B 1"]:
         higher = threshold | (jnp.uint32(1 << 31) >> jnp.asarray(i, jnp.uint32))
@@ -190,7 +200,7 @@ def _keep_largest(
 
 
 def row_keys(seeds: UInt[Array, " B"], samples: Int[Array, " B"], step: Int[Array, " B"]) -> Key[Array, " B"]:
-    """A key per row and step: what a row draws does not depend on the rows beside it."""
+    """A key for each row and step. It does not depend on the other rows of the batch."""
 
     def key(seed: UInt[Array, ""], sample: Int[Array, ""], step: Int[Array, ""]) -> Key[Array, ""]:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), sample)

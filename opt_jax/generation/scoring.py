@@ -1,4 +1,4 @@
-"""The log-probability of given tokens, by one pass over all of them (teacher forcing). Ids only, no text."""
+"""Log-probabilities of given tokens, from one forward pass (teacher forcing). Token ids only, no text."""
 
 import contextlib
 from functools import cache as memoize
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from opt_jax.generation.request import check_score
 from opt_jax.model.heads import OPTForCausalLM
@@ -18,21 +18,27 @@ from opt_jax.parallel.mesh import batch_sharding, mesh_of, replicated, row_group
 
 def score(
     model: OPTForCausalLM, input_ids: Any, attention_mask: Any = None, *, return_greedy: bool = False
-) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-    """The log-probability of each token given those before it, float32 [B, T].
+) -> Float32[np.ndarray, "B T"] | tuple[Float32[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
+    """The log-probability of each token given those before it.
 
-    NaN at pads, and at a row's first token, which nothing predicts. What `generate(..., logprobs=0)` records of a
-    token is what this says of it. An array may be one token longer than the context: nothing needs to follow the last.
+    These are the values that `generate(..., logprobs=0)` records. A row may be one token longer than the context,
+    because the model does not read its last token.
 
-    On a mesh the rows are spread over it. In a `jax.distributed` job all processes call this with the same arguments,
-    and get the same result.
+    On a mesh, rows are split over the devices. In a `jax.distributed` job, all processes call this with the same
+    arguments and get the same result.
 
     Args:
-      input_ids, attention_mask: as in `generate`, but pads may be anywhere.
-      return_greedy: return also, bool [B, T], where no other token is more likely; False where the first is NaN.
+      model: the language model.
+      input_ids: as in `generate`, but pads may be anywhere.
+      attention_mask: as in `generate`.
+      return_greedy: whether to return a second array.
+
+    Returns:
+      The log-probabilities, NaN at pads and at the first token of a row. With return_greedy also a mask, true where no
+      other token is more likely, and false where the log-probability is NaN.
 
     Raises:
-      ValueError: as `generate`, for inputs.
+      ValueError: inputs that `generate` would refuse.
     """
     ids, mask, padded_ids, padded_mask = check_score(model, input_ids, attention_mask, unread=1)
     logprobs, greedy = _run(model, padded_ids, padded_mask)
@@ -44,7 +50,7 @@ def score(
 
 
 def _run(model: OPTForCausalLM, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The results of `_score` on the host, with a first column of which nothing is known, [B, T]."""
+    """The results of `_score` on the host, [B, T]. Their first column is padding: no token predicts it."""
     mesh, rows, given = mesh_of(model), len(ids), (ids, mask)
     if mesh is not None:
         padding = ((0, -rows % row_groups(mesh)), (0, 0))
@@ -67,9 +73,9 @@ def _compiled(mesh: Mesh | None) -> Any:
 def _score(
     model: OPTForCausalLM, ids: Int[Array, "B T+1"], mask: Bool[Array, "B T+1"]
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """(log-probability, whether no token is more likely) of each id but the first, given the ids before it.
+    """The log-probability of each id but the first, and whether no other token is more likely there.
 
-    Computes the logits of a few columns at a time, because the logits of all would be large.
+    Computes the logits of at most 128 columns at a time, to save memory.
     """
     hidden = model.model.forward(ids[:, :-1], mask[:, :-1]).last_hidden_state
     batch, length = hidden.shape[:2]

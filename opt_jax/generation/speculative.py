@@ -1,12 +1,14 @@
-"""Several tokens for one step of the model: something cheap drafts tokens, and the model looks at all of them at once.
+"""Speculative decoding: k tokens of each row are drafted cheaply, and one step of the model verifies all of them.
 
-Drafts come from a smaller model, or from the row's own tokens (prompt lookup). What is generated is what the model
-alone would generate: the same tokens where the most likely are chosen, the same distribution where they are drawn
+Drafts come from a smaller model (the assistant) or from earlier tokens of the row (prompt lookup). The results are
+those of the model alone: the same tokens in greedy decoding, the same distribution in sampling
 (Leviathan et al. 2023, https://arxiv.org/abs/2211.17192; Chen et al. 2023, https://arxiv.org/abs/2302.01318).
 
-A step is the same for all rows: k drafts, k + 1 columns of the cache. Each row accepts as many as it likes, and the
-cache goes back to behind the last column that any row keeps. What is left of the others is a hole, which attention
-does not see. Without columns to go on, the compiled loop ends, and holes are removed. R rows, V tokens, L columns.
+Every step writes k + 1 columns of the cache for all rows. Each row then accepts a number of drafts. The next step
+writes right after the last column that any row keeps. Columns before it that a row does not keep are holes, which
+attention masks. When the cache has no columns left, the compiled loop ends, and `compact` removes the holes.
+
+Shapes: R rows, V tokens in the vocabulary, L columns, k drafts, n positions (k + 1 in a step of the model).
 """
 
 import dataclasses
@@ -30,19 +32,19 @@ from opt_jax.generation.sampling import SamplingOptions
 from opt_jax.model.cache import KVCache
 from opt_jax.model.heads import OPTForCausalLM
 
-_DRAFT, _ACCEPT, _CORRECT = range(3)  # what a row draws for at one of its steps
+_DRAFT, _ACCEPT, _CORRECT = range(3)  # the purposes for which a row draws random numbers in a step
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Speculation:
-    """Between two steps."""
+    """The state between two steps."""
 
     state: DecodeState
-    cache: KVCache | None  # the assistant's; without the last two tokens of each row
-    drafted: Int[Array, " R"]  # tokens that the model has looked at
-    accepted: Int[Array, " R"]  # those of them that have become new tokens
-    full: Bool[Array, ""]  # whether `compact` must make room before the next step
+    cache: KVCache | None  # the assistant's cache, without the last two tokens of each row
+    drafted: Int[Array, " R"]  # number of drafted tokens that the model has verified
+    accepted: Int[Array, " R"]  # number of these that became new tokens
+    full: Bool[Array, ""]  # whether `compact` must remove holes before the next step
 
     def with_caches(self, change: Callable[[KVCache], KVCache]) -> "Speculation":
         cache, state = self.cache, self.state
@@ -51,10 +53,10 @@ class Speculation:
 
 
 class DraftingEngine(PlainEngine):
-    """Several tokens of each row for each step of the model."""
+    """The engine for speculative decoding: each step of the model gives up to k + 1 tokens of each row."""
 
     def __init__(self, model: FlatModel, request: Request, drafts: Drafts, rows: int):
-        """`rows`: how many run at a time."""
+        """`rows`: the number of rows that run at a time."""
         super().__init__(model, request, drafts.more_columns(rows), drafts.count + 1)
         self._drafts = drafts
 
@@ -97,7 +99,7 @@ class DraftingEngine(PlainEngine):
 def _begin(
     drafts: Drafts, tokens: Int[Array, "R L"], prompt_lengths: Int[Array, " R"], *, width: int, copies: int
 ) -> tuple[KVCache | None, Int[Array, " R"], Int[Array, " R"], Bool[Array, ""]]:
-    """What a `Speculation` begins with: the assistant's cache of all of a prompt but its last token, and the counts."""
+    """Initial fields of a `Speculation`. The assistant's cache holds all tokens of a prompt but the last."""
     zero, full = jnp.zeros_like(prompt_lengths), jnp.zeros((), bool)
     if drafts.assistant is None:
         return None, zero, zero, full
@@ -121,7 +123,7 @@ def advance(
     *,
     do_sample: bool,
 ) -> tuple[Speculation, Report]:
-    """Make `steps` steps, or fewer if `enough` rows have ended before, or if there is no room left in the caches."""
+    """The state after `steps` more steps, or fewer: the loop ends once `enough` rows have ended or a cache is full."""
     until = speculation.state.step + steps
 
     def wanted(s: Speculation) -> Bool[Array, ""]:
@@ -141,16 +143,17 @@ def compact(s: Speculation) -> Speculation:
 
 
 def _is_full(s: Speculation, count: int) -> Bool[Array, ""]:
-    """Whether a cache has no columns left for a step."""
+    """Whether a cache has too few columns left for one more step."""
     caches = [s.state.cache] if s.cache is None else [s.state.cache, s.cache]
     return jnp.array([cache.column + count >= cache.max_length for cache in caches]).any()
 
 
 @partial(jax.jit, static_argnames="count", donate_argnames="s")
 def _place(s: Speculation, new: Speculation, places: Int[Array, " r"], *, count: int) -> Speculation:
-    """As `place_rows`, but the write column may move forward, because the columns after it are free.
+    """The state with row `places[i]` replaced by row i of `new`, as by `place_rows`.
 
-    It moves to where all columns of the new rows fit before it. The columns that this adds to other rows are holes.
+    The write column may move forward first, so that all columns of the new rows fit before it. The columns that other
+    rows skip become holes.
     """
 
     def put(x: Array, y: Array) -> Array:
@@ -178,7 +181,7 @@ def _step(
 ) -> Speculation:
     state, size = s.state, drafts.count + 1
     ended, columns = state.ended(options), jnp.arange(size, dtype=jnp.int32)[None]
-    # A row that may have one more token needs no draft: there is always one token that is the model's own.
+    # Each step gives one token besides the accepted drafts, so a row with room for one more token needs no draft.
     wanted = jnp.where(ended, 0, jnp.clip(options.max_new_tokens - state.lengths - 1, 0, drafts.count))
     tokens, probabilities, wanted, cache = _propose(drafts, s, options, wanted, do_sample)
 
@@ -201,13 +204,14 @@ def _step(
         token=jnp.where(ended, options.pad_token_id, last(emitted)),
         lengths=state.lengths + new,
         stopped=state.stopped | (stops.any(-1) & ~ended),
-        matched=None if matched is None else last(matched),  # of rows that have ended nobody asks
+        matched=None if matched is None else last(matched),  # (not used for rows that have ended)
         step=state.step + 1,
     )
     return dataclasses.replace(
         s,
         state=state,
-        cache=None if cache is None else cache.rewind(size, new),  # which is one token behind
+        # The assistant's cache stays one token behind the model's.
+        cache=None if cache is None else cache.rewind(size, new),
         drafted=s.drafted + wanted,
         accepted=s.accepted + jnp.minimum(accepted, new),
     )
@@ -216,7 +220,7 @@ def _step(
 def _written(
     state: DecodeState, logits: Float[Array, "R n V"], emitted: Int[Array, "R n"], new: Int[Array, " R"]
 ) -> DecodeState:
-    """The state with the first `new` tokens of each row, and their log-probabilities."""
+    """The state with the first `new[r]` emitted tokens of row r appended, and their log-probabilities recorded."""
     columns, nowhere = jnp.arange(emitted.shape[1], dtype=jnp.int32)[None], state.tokens.shape[1]
     column = jnp.where(columns < new[:, None], state.lengths[:, None] + columns, nowhere)
     records = state.logprobs
@@ -230,7 +234,7 @@ def _written(
 def _stops(
     state: DecodeState, emitted: Int[Array, "R n"], options: SamplingOptions
 ) -> tuple[Bool[Array, "R n"], Int[Array, "R n"] | None]:
-    """Which of the tokens would end their row, and the state of the stop strings behind each."""
+    """Which of the emitted tokens would end their row, and the state of the stop strings after each."""
     tokens = _put(state.tokens, emitted, _behind(state, emitted.shape[1]))
     history = _histories(state, tokens, 1 + jnp.arange(emitted.shape[1], dtype=jnp.int32))
     before, table = state.matched, options.stop_strings
@@ -245,7 +249,7 @@ def _stops(
 
 
 def _propose(drafts: Drafts, s: Speculation, options: SamplingOptions, wanted: Int[Array, " R"], do_sample: bool):
-    """Tokens [R, k], their distributions [R, k, V] (None: there is none), how many they are, the assistant's cache."""
+    """Drafted tokens [R, k], their distributions [R, k, V] or None, their number [R], and the assistant's cache."""
     if drafts.assistant is None:
         tokens, counts = _look_up(s.state.history(), drafts.ngram, drafts.count)
         return tokens, None, jnp.minimum(wanted, counts), None
@@ -254,15 +258,14 @@ def _propose(drafts: Drafts, s: Speculation, options: SamplingOptions, wanted: I
 
 
 def _look_up(history: History, ngram: Int[Array, ""], count: int) -> tuple[Int[Array, "R k"], Int[Array, " R"]]:
-    """The tokens that followed an earlier occurrence of the row's last tokens, and their number.
+    """The tokens after an earlier occurrence of the row's last tokens, and their number.
 
-    The longest match counts, of at most `ngram` tokens; of equally long ones the first, as in HF.
+    It takes the longest match of at most `ngram` tokens; among equally long ones the first, as in HF.
     """
     tokens, columns = history.tokens, jnp.arange(history.tokens.shape[1], dtype=jnp.int32)[None]
 
-    def compare(
-        i: Int[Array, ""], state: tuple[Any, Any]
-    ) -> tuple[Any, Any]:  # the token i before each column is the i-th last token
+    def compare(i: Int[Array, ""], state: tuple[Any, Any]) -> tuple[Any, Any]:
+        # Match the token i columns before each column with the row's i-th last token.
         agree, length = state
         before, known = (jnp.roll(x, i, axis=1) for x in (tokens, history.valid))
         last = jnp.take_along_axis(tokens, history.column[:, None] - i, axis=1)
@@ -277,9 +280,9 @@ def _look_up(history: History, ngram: Int[Array, ""], count: int) -> tuple[Int[A
 
 
 def _draft(drafts: Drafts, s: Speculation, options: SamplingOptions, wanted: Int[Array, " R"], do_sample: bool):
-    """Tokens [R, k] by the assistant, their distributions [R, k, V] if it draws, and its cache.
+    """Tokens [R, k] that the assistant drafts, their distributions [R, k, V] (None if greedy), and its cache.
 
-    The last two tokens come first: after a step that has accepted everything neither of them is in the cache.
+    It reads the last two tokens of each row first: its cache holds neither of them.
     """
     assert drafts.assistant is not None
     state, assistant, count = s.state, as_module(drafts.assistant), drafts.count
@@ -320,10 +323,10 @@ def _verify(
     options: SamplingOptions,
     do_sample: bool,
 ) -> tuple[Int[Array, "R n"], Int[Array, " R"]]:
-    """The accepted drafts of each row and one more token, n = k + 1; what follows is of no use. And how many accepted.
+    """The accepted drafts of each row and one more token, and the number of accepted drafts.
 
-    count: how many of a row's drafts are tokens; those behind are padding. The logits of each position are processed
-    as if all tokens before it had been accepted.
+    Tokens after these are padding. The logits of each position are processed as if all drafts before it had been
+    accepted. `count`: the number of drafted tokens of each row; later columns of `drafts` are padding.
     """
     rows, size, vocab = logits.shape
     history = _histories(state, _put(state.tokens, drafts, _behind(state, size - 1)), jnp.arange(size, dtype=jnp.int32))
@@ -345,10 +348,18 @@ def _accept_or_correct(
     real: Bool[Array, "R k"],
     options: SamplingOptions,
 ) -> tuple[Int[Array, "R n"], Int[Array, " R"]]:
-    """Accept a draft from q with probability min(1, p / q); replace the first rejected one by a new draw.
+    """The tokens of each row, and the number of accepted drafts.
 
-    The new draw is from max(p - q, 0), normalised. So each token is distributed as p (theorem 1 of Chen et al.). For a
-    draft of prompt lookup, q is 1 at the draft.
+    Accepts a draft from q with probability min(1, p / q). Replaces the first rejected one by a draw from max(p - q, 0),
+    normalised. So each token is distributed as p (theorem 1 of Chen et al.). In prompt lookup, q is 1 at the draft.
+
+    Args:
+      logits: the model's, processed; p is their softmax.
+      state: the state before the step.
+      drafts: the drafted tokens.
+      probabilities: q of each draft; None: prompt lookup.
+      real: true at drafted tokens, false at padding.
+      options: seeds of the rows.
     """
     p = jax.nn.softmax(logits, axis=-1)
     if probabilities is None:
@@ -360,22 +371,22 @@ def _accept_or_correct(
     chance = uniform(_keys(options_of_drafts, steps.reshape(-1), _ACCEPT)).reshape(drafts.shape)
     accepted = _leading(real & (chance * q_draft < p_draft))
 
-    q = jnp.where(real[..., None], probabilities, 0)  # behind the drafts: a draw from p itself
+    q = jnp.where(real[..., None], probabilities, 0)  # after the last draft, draw from p
     q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))
     p, q = (jnp.take_along_axis(x, accepted[:, None, None], axis=1)[:, 0] for x in (p, q))
     rest = jnp.maximum(p - q, 0)
-    rest = jnp.where(rest.sum(-1, keepdims=True) > 0, rest, p)  # p = q but for rounding
+    rest = jnp.where(rest.sum(-1, keepdims=True) > 0, rest, p)  # p = q up to rounding
     correction = sampling.draw(jnp.log(rest), _keys(options, state.lengths + accepted, _CORRECT))
     drafts = jnp.pad(drafts, ((0, 0), (0, 1)))
     columns = jnp.arange(drafts.shape[1], dtype=jnp.int32)[None]
     return jnp.where(columns < accepted[:, None], drafts, correction[:, None]), accepted
 
 
-# Small things -------------------------------------------------------------------------------------------------
+# Helpers ------------------------------------------------------------------------------------------------------
 
 
 def _histories(state: DecodeState, tokens: Int[Array, "R L"], ahead: Int[Array, " n"]) -> History:
-    """R * n rows: those of the state, each with so many tokens more."""
+    """Histories of R * n rows: row r * n + i is row r of the state with `ahead[i]` more tokens."""
     n = len(ahead)
     return dataclasses.replace(
         state,
@@ -386,7 +397,7 @@ def _histories(state: DecodeState, tokens: Int[Array, "R L"], ahead: Int[Array, 
 
 
 def _repeated(options: SamplingOptions, rows: int, n: int) -> SamplingOptions:
-    """The options for R * n rows."""
+    """The options with each row repeated n times, for R * n rows."""
     names = ("seeds", "samples", "min_new_tokens", "max_new_tokens")
     return dataclasses.replace(
         options, **{name: jnp.repeat(jnp.broadcast_to(getattr(options, name), rows), n) for name in names}
@@ -394,24 +405,24 @@ def _repeated(options: SamplingOptions, rows: int, n: int) -> SamplingOptions:
 
 
 def _keys(options: SamplingOptions, step: Int[Array, " R"], purpose: int) -> Key[Array, " R"]:
-    """A key for each row, step and kind of draw.
+    """A key for each row, step and purpose.
 
-    Draws for steps after a rejected draft are discarded before anything depends on them, so their keys are used again.
+    Draws for positions after a rejected draft are discarded, and no result depends on them. Their keys are used again.
     """
     keys = sampling.row_keys(options.seeds, options.samples, step)
     return jax.vmap(jax.random.fold_in, (0, None))(keys, purpose)
 
 
 def _behind(state: DecodeState, n: int) -> Int[Array, "R n"]:
-    """The first n columns behind the last token."""
+    """The first n columns after the last token."""
     return (state.width + state.lengths)[:, None] + jnp.arange(n, dtype=jnp.int32)[None]
 
 
 def _put(buffer: Int[Array, "R L"], new: Int[Array, "R n"], columns: Int[Array, "R n"]) -> Int[Array, "R L"]:
-    """`buffer` with other tokens in some columns; nothing where there is no such column."""
+    """`buffer` with new[r, i] written to columns[r, i] of row r. A column outside [0, L) is dropped."""
     return buffer.at[jnp.arange(buffer.shape[0], dtype=jnp.int32)[:, None], columns].set(new, mode="drop")
 
 
 def _leading(x: Bool[Array, "R k"]) -> Int[Array, " R"]:
-    """How many are true before the first that is not."""
+    """The number of leading true values in each row."""
     return jnp.cumprod(x, axis=1, dtype=jnp.int32).sum(-1, dtype=jnp.int32)

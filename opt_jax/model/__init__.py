@@ -1,1 +1,1 @@
-"""The OPT decoder and its heads, and what a call checks and returns."""
+"""The OPT decoder and its heads: modules, KV cache, checks of inputs, and outputs."""

@@ -13,20 +13,23 @@ from opt_jax.model.flash import AttentionImplementation, Heads
 from opt_jax.model.int8 import Int8Array
 from opt_jax.parallel.collectives import batch_offset, shard_over_heads, tensor_offset
 
-Keys = Float[Array, "B H S K"] | Int8Array  # or values, of all the tokens to attend to
-# Causal attention is done by blocks of queries, this many at most, and none shorter than so many tokens.
+Keys = Float[Array, "B H S K"] | Int8Array  # keys, or values, of all tokens to attend to
+# Causal attention splits the queries into at most MOST_BLOCKS blocks of at least BLOCK tokens.
 MOST_BLOCKS, BLOCK = 8, 128
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionMask:
-    """What a query may look at, kept in parts so that each backend can build the form it needs.
+    """The keys that each query may attend to, in parts from which each backend builds the form that it needs.
 
-    key_mask: key columns that hold a real token; with an axis T, those that each query may see; None: all of them.
-    segment_ids: packed documents, a token sees its own segment only; None: one segment. Only where queries = keys.
-    query_column: key column of the first query. Columns of later queries are hidden from earlier ones; any other
-      column is in the past, whatever its number, so a cache may have holes and wrap.
+    Attributes:
+      key_mask: true at key columns that hold a real token; with an axis T, at those that each query may attend to.
+        None: all columns.
+      segment_ids: of packed documents; a token attends to its own segment only. None: one segment. Supported only where
+        queries and keys are the same tokens.
+      query_column: key column of the first query. Queries of this call do not attend to the columns of later ones. All
+        other columns hold earlier tokens, also those with larger numbers, so a cache may have holes and wrap around.
     """
 
     key_mask: Bool[Array, "B S"] | Bool[Array, "B T S"] | None
@@ -34,21 +37,24 @@ class AttentionMask:
     query_column: Int[Array, ""] | int
 
     def segments(self) -> Int[Array, "B S"] | None:
-        """The mask, but for causality, as segment ids: pads are one more segment. Only where queries = keys."""
+        """The mask without causality, as segment ids: pads become one more segment. None: one segment.
+
+        For calls in which queries and keys are the same tokens.
+        """
         if self.key_mask is None:
             return self.segment_ids
         ids = jnp.zeros((), jnp.int32) if self.segment_ids is None else self.segment_ids.astype(jnp.int32)
         return jnp.where(self.key_mask, ids, jnp.iinfo(jnp.int32).min)
 
     def is_causal(self, queries: int, keys: int) -> bool:
-        """Whether queries and keys are known to be the same tokens, so that query t sees no key after t."""
+        """Whether queries and keys are known, while tracing, to be the same tokens. Then query t sees keys 0 to t."""
         return queries == keys and isinstance(self.query_column, int) and self.query_column == 0
 
     def dense(self, queries: int, keys: int) -> Bool[Array, "b 1 T S"]:
-        """True where query t may attend to key s; leading axis 1 when it is the same for every row."""
+        """The mask, true where query t may attend to key s. b: B, or 1 if all rows have the same mask."""
         t = jnp.arange(queries, dtype=jnp.int32)[:, None]
         s = jnp.arange(keys, dtype=jnp.int32)[None]
-        since = (s - self.query_column) % keys  # 0.. for this call's tokens, in order
+        since = (s - self.query_column) % keys  # 0, 1, ... for this call's tokens
         mask = ((since <= t) | (since >= queries))[None, None]
         if self.key_mask is not None:
             mask &= self.key_mask[:, None] if self.key_mask.ndim == 3 else self.key_mask[:, None, None, :]
@@ -58,7 +64,7 @@ class AttentionMask:
 
 
 class DropoutKey(NamedTuple):
-    """A key and the global row index of each local row: random bits depend on neither the mesh nor micro-batches."""
+    """A key and the global row index of each local row. They make random bits independent of mesh and micro-batches."""
 
     key: jax.Array
     rows: Int[Array, " B"]
@@ -67,16 +73,16 @@ class DropoutKey(NamedTuple):
     def of(
         cls, key: "jax.Array | DropoutKey | None", rows: int, first: Int[Array, ""] | int = 0
     ) -> "DropoutKey | None":
-        """`key` with the global indices of `rows` local rows; `first`: index of the first row of this micro-batch."""
+        """`key` with the global indices of `rows` local rows. `first`: global index of the micro-batch's first row."""
         if key is None or isinstance(key, DropoutKey):
             return key
         return cls(key, first + batch_offset(rows) + jnp.arange(rows, dtype=jnp.int32))
 
 
 def dropout(x: Float[Array, "B N ..."], rate: float, key: DropoutKey | None) -> Float[Array, "B N ..."]:
-    """Inverted dropout, as `torch.nn.functional.dropout`; identity without a key or at rate 0.
+    """x after inverted dropout, as `torch.nn.functional.dropout`; x itself without a key or at rate 0.
 
-    N: tokens, or heads, of which a device may hold a part; each has a key of its own.
+    N: tokens or heads. A device may hold a part of them. Each row and column of axis N has its own key.
     """
     if key is None or rate == 0.0:
         return x
@@ -91,7 +97,7 @@ def dropout(x: Float[Array, "B N ..."], rate: float, key: DropoutKey | None) -> 
 
 
 def flash_attend(implementation: AttentionImplementation, q: Heads, k: Heads, v: Heads, mask: AttentionMask) -> Heads:
-    """`attend` by a kernel that never holds the weights. Only the output at pads differs: pads see pads."""
+    """The output of `attend`, by a kernel that never stores the weights. It differs at pads, which attend to pads."""
     segments = mask.segments()
     kernel = shard_over_heads(flash.KERNELS[implementation], segments=segments is not None)
     return kernel(q, k, v) if segments is None else kernel(q, k, v, segments)
@@ -100,18 +106,18 @@ def flash_attend(implementation: AttentionImplementation, q: Heads, k: Heads, v:
 def attend(
     q: Heads, k: Keys, v: Keys, mask: AttentionMask, *, dropout_rate: float = 0.0, dropout_key: DropoutKey | None = None
 ) -> tuple[Heads, Float[Array, "B H T S"]]:
-    """softmax(q k^T) v and its weights; `q` comes scaled. Weights nobody uses are dropped by the compiler.
+    """softmax(q k^T) v and the softmax weights. `q` is scaled already. XLA removes the weights if they are unused.
 
     Follows HF's `eager_attention_forward`: softmax in float32, cast back to the inputs' dtype before the product
     with `v`. Deviations: scores are accumulated in float32 (HF rounds them to half precision first), and hidden
-    scores are *replaced* by a finite minimum, so that a row without any visible key stays finite in every dtype.
+    scores are *replaced* by a finite minimum, so that a query without any visible key stays finite in every dtype.
     """
     queries, keys = q.shape[2], k.shape[2]
     visible, key = mask.dense(queries, keys), dropout_key if dropout_rate else None
     blocks = min(queries // BLOCK, MOST_BLOCKS) if mask.is_causal(queries, keys) and key is None else 1
     if blocks < 2 or isinstance(k, Int8Array) or isinstance(v, Int8Array):
         return _attend(q, k, v, visible, dropout_rate, key)
-    # Without the keys that all queries of a block are too early to see: little more than half of the work and memory.
+    # Each block leaves out the keys after its last query. This saves nearly half of the work and memory.
     outputs, weights = [], []
     for start, end in itertools.pairwise(queries * i // blocks for i in range(blocks + 1)):
         out, part = _attend(q[:, :, start:end], k[:, :, :end], v[:, :, :end], visible[:, :, start:end, :end], 0.0, None)
@@ -136,6 +142,6 @@ def _attend(
 
 
 def _product(spec: str, x: Array, cached: Array, **kwargs: Any) -> Array:
-    """`jnp.einsum` under the standard promotion of dtypes: a cache may be of another dtype than the computation."""
+    """`jnp.einsum` with standard dtype promotion, because the cache's dtype may differ from the compute dtype."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.einsum(spec, x, cached, **kwargs)

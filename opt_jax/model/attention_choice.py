@@ -1,4 +1,4 @@
-"""Which implementation of attention a command uses: what "auto" stands for, and what cannot run here. On the host."""
+"""The choice of an attention implementation for a command, on the host."""
 
 from typing import get_args
 
@@ -6,12 +6,19 @@ from opt_jax.model.flash import AttentionImplementation
 
 
 def choose_attention(requested: str, platform: str, head_dim: int, dtype: str, attention_dropout: float) -> str:
-    """The implementation that "auto" stands for on this platform, or the one asked for where it can run.
+    """The requested implementation, after a check that it can run; for "auto" the best one for the platform.
 
-    Flash attention has no dropout on its weights: with it, "auto" is "xla".
+    Flash attention has no dropout on attention weights. With this dropout, "auto" chooses "xla".
+
+    Args:
+      requested: "auto", "xla", "cudnn" or "splash".
+      platform: JAX's name of it: "cpu", "gpu", "cuda" or "tpu".
+      head_dim: width of an attention head.
+      dtype: name of the compute dtype.
+      attention_dropout: the dropout rate on attention weights.
 
     Raises:
-      ValueError: an implementation that is unknown, or cannot run here.
+      ValueError: the implementation is unknown, or cannot run on this platform.
     """
     if requested not in ("auto", *get_args(AttentionImplementation)):
         raise ValueError(f"attention {requested!r}: choose one of auto, {', '.join(get_args(AttentionImplementation))}")

@@ -1,4 +1,4 @@
-"""The key/value cache: a pytree, its update, and what it says about masks and positions. No sampling."""
+"""The KV cache: a pytree of keys and values, and the mask and positions that follow from it."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -18,7 +18,7 @@ _STATIC = dict(static=True)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """One layer's share of a `KVCache`."""
+    """The part of a `KVCache` that one layer reads and updates."""
 
     k: Float[Array, "*B H L K"] | Int8Array
     v: Float[Array, "*B H L K"] | Int8Array
@@ -26,9 +26,9 @@ class LayerCache:
     fresh: bool = dataclasses.field(metadata=_STATIC)
 
     def update(self, k: Float[Array, "B H T K"], v: Float[Array, "B H T K"]):
-        """Write new columns; returns the cache and the keys and values to attend to.
+        """The cache with T new columns, and the keys and values to attend to.
 
-        A fresh cache attends to the new columns alone: prefill costs T^2, not T * L.
+        In a fresh cache these are the new columns only, so that prefill costs T^2 and not T * L.
         """
         if len(self.k.shape) == 3:  # one row (`KVCache.squeeze`)
             new = dataclasses.replace(self, k=_write(self.k, k[0], self.column), v=_write(self.v, v[0], self.column))
@@ -40,20 +40,21 @@ class LayerCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the tokens seen so far, one column per token, the same column in every row.
+    """Keys and values of the tokens so far. Each token has a column; a call writes the same columns in all rows.
 
-    A column may hold a pad in some rows (`valid` says so): positions enter OPT at the embedding, so columns carry
-    no meaning but "seen before". Under `jax.jit` donate it; every update is then in place.
+    A column may hold a pad in some rows; `valid` is false there. The order of columns has no meaning, because OPT adds
+    position embeddings to the input. Donate the cache to `jax.jit`; updates are then in place.
     """
 
-    # One per layer; heads before length keeps each head's keys contiguous. int8: one scale per head and token.
-    k: tuple[Float[Array, "*B H L K"] | Int8Array, ...]  # without B: `squeeze`
+    # One array for each layer. H stands before L, so that the keys of a head are contiguous. int8: a scale for each
+    # head and token. `squeeze` removes the axis B.
+    k: tuple[Float[Array, "*B H L K"] | Int8Array, ...]
     v: tuple[Float[Array, "*B H L K"] | Int8Array, ...]
-    # Columns that hold a real token; with an axis N, of a row in branches (`branch`): the ancestors of each of them.
+    # True at columns that hold a real token. With an axis N (`branch`): at the columns that are ancestors of a branch.
     valid: Bool[Array, "B L"] | Bool[Array, "B N L"]
-    next_position: Int[Array, " B"]  # number of real tokens so far = position of the next one
+    next_position: Int[Array, " B"]  # number of real tokens so far, which is the position of the next one
     column: Int[Array, ""]  # where the next token is written
-    # Known while tracing: nothing was written yet, so a call attends to its own keys only (prefill).
+    # True, while tracing, if the cache is empty: the call is a prefill and attends to its own keys only.
     fresh: bool = dataclasses.field(metadata=_STATIC)
 
     @property
@@ -68,9 +69,13 @@ class KVCache:
         return [LayerCache(k, v, self.column, self.fresh) for k, v in zip(self.k, self.v, strict=True)]
 
     def advance(self, mask: Bool[Array, "B T"], layers: Iterable[LayerCache] | None = None) -> "KVCache":
-        """The cache after T more tokens, real where `mask`; `layers`: the updated layers (default: not yet written).
+        """The cache after T more tokens.
 
-        In branches: after one more token of each (T = N), hidden from its siblings.
+        In a branched cache, T = N: token i belongs to branch i, and other branches do not attend to it.
+
+        Args:
+          mask: true at real tokens.
+          layers: the updated layers. Default: the old ones; then only mask and positions advance.
         """
         layers = self.layers() if layers is None else list(layers)
         branched = self.valid.ndim == 3
@@ -85,10 +90,10 @@ class KVCache:
         )
 
     def squeeze(self) -> "KVCache":
-        """For a loop over calls: keys and values of a single row without their axis B; `unsqueeze` after the loop.
+        """A cache of one row without the axis B of keys and values, for use in a loop. `unsqueeze` is the inverse.
 
-        XLA takes batch axes of one off what it multiplies. On a CPU, where the loop carries the array with that axis,
-        each new column is then written twice, and the whole cache copied four times, at every step.
+        XLA removes batch axes of size one from the operands of a product. If the loop carries arrays with this axis, a
+        CPU writes each new column twice and copies the cache four times in every step.
         """
         return self._reshape(lambda x: x[0]) if self.batch_size == 1 else self
 
@@ -99,13 +104,14 @@ class KVCache:
         return dataclasses.replace(self, k=jax.tree.map(reshape, self.k), v=jax.tree.map(reshape, self.v))
 
     def wrap(self) -> "KVCache":
-        """Go on at column 0 behind the last one. What stands there must not be needed any more."""
+        """The cache with `column` set to 0 if it is past the last one. The tokens there must not be needed any more."""
         return dataclasses.replace(self, column=self.column % self.max_length)
 
     def rewind(self, width: int, kept: Int[Array, " B"]) -> "KVCache":
-        """Drop the last `width` columns. Row b keeps the first `kept[b]` of them, which hold real tokens.
+        """The cache without its last `width` columns. Row b keeps the first `kept[b]` of them, which hold real tokens.
 
-        The next token goes behind the last column that any row keeps. What other rows had there becomes a hole.
+        The next token goes to the column after the last one that any row keeps. Columns that a row does not keep
+        before that one become holes.
         """
         start = self.column - width
         window = lax.dynamic_slice_in_dim(self.valid, start, width, axis=1)
@@ -118,7 +124,7 @@ class KVCache:
         )
 
     def compact(self) -> "KVCache":
-        """Without holes: each row's real columns moved to the left, in order. Reads and writes all keys and values."""
+        """The cache without holes: the real columns of each row, moved to the left. Rewrites all keys and values."""
         order, count = jnp.argsort(~self.valid, axis=1, stable=True), self.valid.sum(-1, dtype=jnp.int32)
 
         def moved(x: Array) -> Array:
@@ -133,7 +139,7 @@ class KVCache:
         )
 
     def extend(self, batch: int, max_length: int) -> "KVCache":
-        """A copy of a cache of one row, for `batch` rows that go on from it, with columns up to `max_length`."""
+        """A copy of a cache of one row, with `batch` equal rows and `max_length` columns."""
 
         def grown(x: Array, axis: int) -> Array:
             x = jnp.pad(x, [(0, max_length - n if i == axis else 0) for i, n in enumerate(x.shape)])
@@ -168,22 +174,22 @@ class KVCache:
         )
 
     def branch(self, branches: int) -> "KVCache":
-        """The same cache for N continuations of each row, which share all columns up to here.
+        """The cache with N branches of each row, which share all columns so far.
 
-        Then every call brings one token of each branch, T = N, with its `position_ids` (`next_position` for all).
+        Each later call adds one token to each branch: T = N, and `position_ids` are `next_position` for all of them.
         """
         valid = jnp.broadcast_to(self.valid[:, None], (self.batch_size, branches, self.max_length))
         return dataclasses.replace(self, valid=valid)
 
     def select(self, branches: Int[Array, "B N"]) -> "KVCache":
-        """Go on from these branches, in this order; some may be dropped, some taken twice. Moves no keys or values."""
+        """The cache with branch i of row b replaced by branch branches[b, i]. Moves no keys or values."""
         return dataclasses.replace(self, valid=jnp.take_along_axis(self.valid, branches[:, :, None], axis=1))
 
 
 def init_cache(layers: int, batch: int, heads: int, max_length: int, head_dim: int, dtype: DTypeLike) -> KVCache:
-    """An empty cache for `max_length` columns. Size: 2 * layers * batch * heads * max_length * head_dim elements.
+    """An empty cache with `max_length` columns: 2 * layers * batch * heads * max_length * head_dim elements.
 
-    dtype: floating point, or int8, which adds 4 bytes for each head_dim elements.
+    `dtype` is a floating point dtype or int8. The scales of int8 take 4 more bytes for each head_dim elements.
 
     Raises:
       ValueError: another dtype.

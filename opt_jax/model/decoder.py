@@ -1,6 +1,7 @@
 """The OPT decoder (Zhang et al. 2022, https://arxiv.org/abs/2205.01068) in Flax NNX: attention, layer, stack of layers.
 
-Shapes: B batch, T tokens of this call, S keys, D hidden_size, H heads, K head_dim, P word_embed_proj_dim, L layers.
+Shapes: B batch, T tokens of this call, S keys, D hidden_size, H heads, K head_dim, P word_embed_proj_dim, L layers,
+F ffn_dim, V vocab_size; t: tokens on this device (T or a part of the sequence).
 """
 
 import dataclasses
@@ -45,7 +46,7 @@ POSITION_OFFSET = 2
 
 
 class Linear(nnx.Linear):
-    """`nnx.Linear`, whose bias may be of another dtype, under `jax_numpy_dtype_promotion="strict"` too."""
+    """`nnx.Linear` that also works under `jax_numpy_dtype_promotion="strict"` if the bias has another dtype."""
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:  # type: ignore[reportIncompatibleMethodOverride]
         with jax.numpy_dtype_promotion("standard"):
@@ -53,13 +54,16 @@ class Linear(nnx.Linear):
 
 
 def linear(config: OPTConfig, inputs: int, outputs: int, use_bias: bool, **kwargs: Any) -> Linear:
-    """kernel [inputs, outputs] from normal(0, init_std), bias zero: HF `OPTPreTrainedModel._init_weights`."""
+    """A `Linear` with kernel ~ normal(0, init_std) and bias 0 (HF `OPTPreTrainedModel._init_weights`)."""
     init = nnx.initializers.normal(config.init_std)
     return Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, dot_general=_matmul, **kwargs)
 
 
 def _matmul(x: jax.Array, kernel: jax.Array, _dimension_numbers: Any, **kwargs: Any) -> jax.Array:
-    """x @ kernel as a product of two matrices: XLA on CPU is slow where a gradient contracts two dimensions at once."""
+    """x @ kernel, as a product of two matrices.
+
+    XLA on CPU is slow if a gradient contracts two dimensions at once.
+    """
     y = lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **kwargs)
     return y.reshape(*x.shape[:-1], -1)
 
@@ -68,8 +72,8 @@ class Embed(nnx.Embed):
     """`nnx.Embed` whose `attend` is the tied LM head."""
 
     def lookup_and_scatter(self, ids: Int[Array, "B T"]) -> Float[Array, "B t P"]:
-        """Rows by id, of this device's tokens, where each device has the ids of all tokens and a part of the table."""
-        # In float32, or the gradients of a token that is frequent would be added up in half precision.
+        """Embeddings of this device's tokens. Each device has the ids of all tokens, and a part of the table."""
+        # In float32, so that the gradients of a frequent token are not added up in half precision.
         table = self.embedding.get_value().astype(jnp.float32)
         local_ids = ids - tensor_offset(table.shape[0])
         is_local = (local_ids >= 0) & (local_ids < table.shape[0])
@@ -83,7 +87,7 @@ class Embed(nnx.Embed):
 
 
 class LayerNorm(nnx.LayerNorm):
-    """`nnx.LayerNorm`, which mixes dtypes, under `jax_numpy_dtype_promotion="strict"` too."""
+    """`nnx.LayerNorm`, which mixes dtypes, made to work under `jax_numpy_dtype_promotion="strict"` too."""
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:  # type: ignore[reportIncompatibleMethodOverride]
         with jax.numpy_dtype_promotion("standard"):
@@ -124,7 +128,7 @@ class OPTAttention(nnx.Module):
                     f"attn_implementation={self.implementation!r} has no dropout on attention weights: set "
                     f"attention_dropout 0 (it is {rate}), or use 'xla'"
                 )
-            out = constrain(flash_attend(self.implementation, q, k, v, mask), "heads")  # (the kernels name theirs)
+            out = constrain(flash_attend(self.implementation, q, k, v, mask), "heads")  # the kernels name their outputs
         else:
             if cache is not None:
                 cache, k, v = cache.update(k, v)
@@ -134,7 +138,7 @@ class OPTAttention(nnx.Module):
 
 
 class OPTDecoderLayer(nnx.Module):
-    """Attention and feed-forward blocks, LayerNorm before each (all sizes) or after (350M): HF `OPTDecoderLayer`."""
+    """An attention and a feed-forward block, with LayerNorm before each, or after (350M): HF `OPTDecoderLayer`."""
 
     def __init__(
         self, config: OPTConfig, key: jax.Array, attn_implementation: AttentionImplementation = "xla", **kwargs: Any
@@ -176,13 +180,13 @@ class OPTDecoderLayer(nnx.Module):
         return x, weights, cache
 
 
-Ids = Int[Array, "B T"] | None  # one integer for each token
+Ids = Int[Array, "B T"] | None  # token ids, or other integers for each token
 Mask = Bool[Array, "B T"] | Int[Array, "B T"] | None
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderInputs:
-    """What `forward` of all models takes; see `OPTPreTrainedModel.__call__`."""
+    """The arguments that `forward` of all models takes; see `OPTPreTrainedModel.__call__`."""
 
     input_ids: Ids = None
     attention_mask: Mask = None
@@ -209,22 +213,22 @@ class DecoderInputs:
         return jnp.ones(self.shape, bool) if self.mask is None else self.mask
 
     def layer_keys(self, depth: int) -> DropoutKey | None:
-        """One key for each layer, of the same rows: key [L], rows [L, B]."""
+        """A key for each layer, with the same rows: key [L], rows [L, B]."""
         batch, key = self.shape[0], DropoutKey.of(self.dropout_key, self.shape[0])
         if key is None:
             return None
         return DropoutKey(jax.random.split(key.key, depth), jnp.broadcast_to(key.rows, (depth, batch)))
 
 
-# The residual stream after the last layer; the stream before each layer and after the last; attention weights; caches.
+# The residual stream after the last layer; before each layer and after the last; attention weights; caches.
 Outputs = tuple[Array, list[Array], list[Any], list[Any]]
 
 
 class OPTDecoder(nnx.Module):
     """Embeddings, layers and output projection: HF `OPTDecoder`.
 
-    `layers` has one of two forms: an `nnx.List` of layers (decoding, files), or, with `scan_layers`, one layer
-    whose parameters carry a leading axis L, run under `lax.scan` so that compile time does not grow with depth.
+    `layers` has one of two forms. For decoding and in files it is an `nnx.List` of layers. With `scan_layers` it is one
+    layer whose parameters have a leading axis L, for `lax.scan`; compile time then does not grow with depth.
     """
 
     def __init__(
@@ -261,7 +265,7 @@ class OPTDecoder(nnx.Module):
             self.final_layer_norm = _layer_norm(config, rngs=rngs, **kwargs)
         layer = partial(OPTDecoderLayer, config, attn_implementation=attn_implementation, **kwargs)
         keys = jax.random.split(rngs.params(), config.num_hidden_layers)
-        # Built stacked in either case: the counters of nnx.Rngs make 96 traced constructor calls quadratic.
+        # Always built stacked: due to the counters of nnx.Rngs, tracing 96 constructor calls takes quadratic time.
         layers = jax.vmap(layer)(keys)
         self.layers = layers if scan_layers else unstack(layers, config.num_hidden_layers)
         self.config, self.implementation = config, attn_implementation
@@ -271,7 +275,7 @@ class OPTDecoder(nnx.Module):
     def __call__(self, inputs: DecoderInputs) -> BaseModelOutput:
         if inputs.output_attentions and self.implementation != "xla":
             raise ValueError(
-                f"output_attentions needs attn_implementation='xla': {self.implementation!r} never holds the weights"
+                f"output_attentions needs attn_implementation='xla': {self.implementation!r} never stores the weights"
             )
         x, cache = self._embed(inputs), inputs.cache
         mask = AttentionMask(inputs.mask, inputs.segment_ids, 0)
@@ -288,12 +292,12 @@ class OPTDecoder(nnx.Module):
         )
 
     def _embed(self, inputs: DecoderInputs) -> Float[Array, "B t D"]:
-        """Token and position embeddings, added up."""
+        """The sum of token and position embeddings."""
         x, ids, pad = inputs.inputs_embeds, inputs.input_ids, self.config.pad_token_id
         if x is None:
             assert ids is not None
             x = self.embed_tokens.lookup_and_scatter(ids) if is_per_device() else self.embed_tokens(ids)
-            if pad is not None:  # torch's padding_idx: looking up a pad gives its row no gradient
+            if pad is not None:  # as torch's padding_idx: the embedding of the pad gets no gradient
                 x = jnp.where(local_tokens(ids == pad)[..., None], lax.stop_gradient(x), x)
         x = x.astype(self.embed_tokens.dtype)
         if self.project_in is not None:
@@ -302,7 +306,7 @@ class OPTDecoder(nnx.Module):
         return constrain(x + self.embed_positions(local_tokens(positions) + POSITION_OFFSET), "residual")
 
     def _run_list(self, x: Float[Array, "B T D"], mask: AttentionMask, inputs: DecoderInputs) -> Outputs:
-        """The layers one by one: decoding, and files."""
+        """The outputs of a list of layers, run one by one."""
         keys, depth = inputs.layer_keys(self.config.num_hidden_layers), self.config.num_hidden_layers
         before = [None] * depth if inputs.cache is None else inputs.cache.layers()
         states, attentions, caches = [x], [], []
@@ -310,7 +314,7 @@ class OPTDecoder(nnx.Module):
         for i, layer in enumerate(layers):
             key = None if keys is None else DropoutKey(keys.key[i], keys.rows[i])
             run = partial(OPTDecoderLayer.__call__, mask=mask, cache=before[i])
-            # Outside a scan the compiler would merge what is computed again with what was computed before.
+            # Outside a scan, common subexpression elimination would undo the rematerialisation.
             run = run if self.remat == "none" else rematerialise(run, self.remat, prevent_cse=True)
             x, weights, cache = run(layer, x, dropout_key=key)
             states.append(x)
@@ -319,7 +323,7 @@ class OPTDecoder(nnx.Module):
         return x, states, attentions, caches
 
     def _run_scan(self, x: Float[Array, "B T D"], mask: AttentionMask, inputs: DecoderInputs) -> Outputs:
-        """The stacked layers under `lax.scan`: training."""
+        """The outputs of stacked layers, run under `lax.scan`."""
         if inputs.cache is not None:
             raise ValueError("a cache needs separate layers: use opt_jax.unstack_layers(model) before decoding")
         in_parts = self.remat == "full" and not inputs.output_attentions
@@ -344,7 +348,7 @@ class OPTDecoder(nnx.Module):
 
 
 def _positions(inputs: DecoderInputs) -> Int[Array, "b T"]:
-    """Position of a token: the number of real tokens before it in its row, or segment; -1 for a pad (HF's rule)."""
+    """The position of each token: the number of real tokens before it in its row or segment; -1 for a pad (as HF)."""
     mask, segment_ids, cache = inputs.mask, inputs.segment_ids, inputs.cache
     if mask is None and segment_ids is None and cache is None:
         return jnp.arange(inputs.shape[1], dtype=jnp.int32)[None]
@@ -359,7 +363,7 @@ def _positions(inputs: DecoderInputs) -> Int[Array, "b T"]:
 
 
 def unstack(stacked: nnx.Module, depth: int) -> nnx.List[Any]:
-    """The `depth` layers of a stacked one, whose arrays are released one by one."""
+    """The `depth` separate layers of a stacked layer. Releases the stacked arrays one by one."""
     structure = jax.tree.structure(stacked)
     leaves: list[list[Any]] = [[] for _ in range(depth)]
     for _, param in parameters(stacked):
@@ -378,5 +382,5 @@ def _slice(stacked: Any, i: int) -> Any:
 
 
 def parameters(module: nnx.Module) -> list[tuple[tuple[Any, ...], nnx.Param[Any]]]:
-    """(path, Param) in the order in which `jax.tree` flattens the module."""
+    """The path and Param of each parameter, in the order in which `jax.tree` flattens the module."""
     return [(path, node) for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Param)]

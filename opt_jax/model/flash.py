@@ -1,6 +1,6 @@
-"""Causal attention by kernels that never hold the [T, T] weights: splash attention on TPUs, cuDNN's on GPUs.
+"""Causal attention by kernels that never store the [T, T] weights: splash attention on TPUs, cuDNN on GPUs.
 
-Queries are scaled already, and are those of the keys' tokens; a token sees its own segment of `segment_ids` only.
+Queries are scaled already. Queries and keys are the same tokens. A token attends to its own segment of `segment_ids`.
 """
 
 from typing import Any, Literal
@@ -11,16 +11,17 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jaxtyping import Array, Float, Int
 
 AttentionImplementation = Literal["xla", "cudnn", "splash"]
-Heads = Float[Array, "B H T K"]  # queries, keys, values, or what comes of them: one vector for each head and token
-_LANES = 128  # of a TPU: the least block
+Heads = Float[Array, "B H T K"]  # queries, keys, values or outputs: a vector for each head and token
+_LANES = 128  # of a TPU, and the smallest block
 
 
 def splash(
     q: Heads, k: Heads, v: Heads, segment_ids: Int[Array, "B T"] | None = None, interpret: bool = False
 ) -> Heads:
-    """Splash attention, for any length: the sequence is filled up to a multiple of 128, which no token before can see.
+    """The output of splash attention, for any length.
 
-    interpret: emulate the kernel where there is no TPU (slow; for tests).
+    Pads the sequence at its end to a multiple of 128; causal attention hides this padding from all tokens.
+    `interpret`: emulate the kernel without a TPU (slow; for tests).
     """
     heads, length = q.shape[1:3]
     padding = -length % _LANES
@@ -43,7 +44,7 @@ def splash(
 
 
 def cudnn(q: Heads, k: Heads, v: Heads, segment_ids: Int[Array, "B T"] | None = None) -> Heads:
-    """cuDNN's flash attention. Segments become a mask [B, 1, T, T], which it reads from memory."""
+    """The output of cuDNN's flash attention. It reads segments as a mask [B, 1, T, T] from memory."""
     mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
     with jax.numpy_dtype_promotion("standard"):  # JAX's own function mixes dtypes
@@ -52,10 +53,10 @@ def cudnn(q: Heads, k: Heads, v: Heads, segment_ids: Int[Array, "B T"] | None = 
 
 
 def is_attention_kernel(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A rematerialisation policy: keep what cuDNN's forward kernel returns, the output and each query's log-sum-exp.
+    """A rematerialisation policy: keep the outputs of cuDNN's forward kernel, including the log-sum-exp of each query.
 
-    Without the latter, which has no name, the backward pass would run the kernel again. (Splash attention names both of
-    its own "context".)
+    The log-sum-exp has no checkpoint name. Without it, the backward pass would run the kernel again. (Splash attention
+    gives both of its outputs the name "context".)
     """
     return primitive.name.startswith("dot_product_attention_fwd")
 

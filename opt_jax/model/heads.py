@@ -1,7 +1,7 @@
-"""OPT (Zhang et al. 2022, https://arxiv.org/abs/2205.01068): base model and three heads over `decoder.OPTDecoder`.
+"""OPT (Zhang et al. 2022, https://arxiv.org/abs/2205.01068): the base model and three models with a head.
 
-Modules hold parameters and nothing else, so a model is a pytree: pass it through `jax.jit`, `jax.grad`, `jax.tree.map`.
-A model's `forward` is the plain function; calling the model checks the inputs and runs `forward` under `jax.jit`.
+Modules hold parameters and no other arrays, so a model is a pytree for `jax.jit`, `jax.grad` and `jax.tree.map`.
+`model.forward(...)` is the plain function. `model(...)` checks its inputs and runs `forward` under `jax.jit`.
 """
 
 import os
@@ -36,27 +36,27 @@ Labels = Int[Array, "..."] | Float[Array, "..."] | None
 
 
 class OPTPreTrainedModel(nnx.Module):
-    """What the four models share: construction arguments, the checked and jitted call, loading and saving.
+    """The base class of the four models: constructor, checked and compiled call, loading and saving.
 
     Args:
       config: the architecture.
       rngs: keys for initialisation, normal(0, init_std) as in HF.
-      dtype: of the computation. Logits and losses are always float32.
-      param_dtype: of the parameters.
-      attn_implementation: "xla", "cudnn" (flash attention on NVIDIA GPUs) or "splash" (on TPUs); see `flash`. Whatever
-        it is, decoding with a cache uses "xla".
-      remat: what the backward pass computes again: "none", "dots" (all but matrix products), "names" (all but the
-        attention's), "full" (all but the layers' inputs).
-      grad_dtype: in which the steps of `training.step` add up gradients over `fsdp`; needs `scan_layers`.
-      scan_layers: keep the layers as one stacked layer (see `OPTDecoder`); `stack_layers` converts later.
+      dtype: the compute dtype. Logits and losses are always float32.
+      param_dtype: the dtype of the parameters.
+      scan_layers: whether the layers are one stacked layer (see `OPTDecoder`). `stack_layers` converts later.
+      attn_implementation: "xla", "cudnn" (flash attention on NVIDIA GPUs) or "splash" (on TPUs); see `flash`. Calls
+        with a cache always use "xla".
+      remat: what the backward pass computes again. "none"; "dots": all but matrix products; "names": all but the
+        outputs of attention; "full": all but the inputs of layers.
+      grad_dtype: the dtype in which a training step adds up gradients over `fsdp`. Needs `scan_layers`.
     """
 
     config: OPTConfig
     dtype: Any
     param_dtype: Any
-    # Where `from_pretrained` found the model; its tokenizer files are copied by `save_pretrained`.
+    # The name or directory that `from_pretrained` loaded; `save_pretrained` copies its tokenizer files.
     name_or_path: str | None = None
-    # The text of the generation_config.json found there: defaults of `generate`.
+    # The text of its generation_config.json, with defaults of `generate`.
     generation_config_json: str | None = None
 
     def __init__(
@@ -85,28 +85,28 @@ class OPTPreTrainedModel(nnx.Module):
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
-        """The model as a plain function of its inputs (see `__call__`), for use inside your own `jax.jit`."""
+        """The output of the model, as a plain function for use inside `jax.jit`; arguments as in `__call__`."""
         raise TypeError("OPTPreTrainedModel is abstract: use OPTModel or one of the OPTFor... classes")
 
     def __call__(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
-        """Check the inputs, then run `forward`, compiled once per combination of shapes and options.
+        """The output of `forward` for checked inputs, compiled once for each combination of shapes and options.
 
-        Args (all optional but one of the first two):
-          input_ids: int [B, T]; numpy, jax or nested lists, as all array inputs.
-          inputs_embeds: float [B, T, P], instead of ids.
-          attention_mask: [B, T], above 0 at real tokens, pads on either side; None: all real, pads included. With a
-            cache: the mask of the new tokens (HF's [B, past + T] is accepted too).
-          position_ids: int [B, T]; default: the number of real tokens before.
-          segment_ids: int [B, T], packed documents: attention and positions stay within a segment.
-          labels: as the class says; gives `loss`.
-          cache: from `init_cache`; the output's `cache` has this call's tokens added. Not donated here.
-          logits_to_keep: compute logits for the last n positions only; 0: all (`OPTForCausalLM`).
-          output_hidden_states, output_attentions: return them (see `outputs.ModelOutput`).
-          dropout_key: a `jax.random.key`; dropout and layerdrop are active exactly when it is given.
+        Args:
+          input_ids: int [B, T]. All array inputs may be NumPy, JAX or nested lists.
+          attention_mask: [B, T], above 0 at real tokens; pads may be on either side. None: all tokens are real, even
+            pads. With a cache: the mask of the new tokens (HF's [B, past + T] is accepted too).
+          **kwargs: optional. `inputs_embeds`: float [B, T, P], instead of input_ids.
+            `position_ids`: int [B, T]; default: the number of real tokens before each token.
+            `segment_ids`: int [B, T], for packed documents: attention and positions stay within a segment.
+            `labels`: see each class; the output then has `loss`.
+            `cache`: from `init_cache`. The output's `cache` also holds this call's tokens. The cache is not donated.
+            `logits_to_keep`: compute logits for the last n positions only; 0: for all (`OPTForCausalLM`).
+            `output_hidden_states`, `output_attentions`: whether to return them (see `outputs.ModelOutput`).
+            `dropout_key`: a `jax.random.key`. Dropout and layerdrop are active only with it.
 
         Raises:
-          ValueError: shapes that do not fit, ids outside the vocabulary, too many positions, both or neither of ids
-            and embeds.
+          ValueError: shapes that do not fit, ids outside the vocabulary, too many positions, or not exactly one of
+            input_ids and inputs_embeds.
         """
         inputs = check_inputs(self, dict(kwargs, input_ids=input_ids, attention_mask=attention_mask))
         static = tuple((k, inputs.pop(k)) for k in sorted(inputs) if isinstance(inputs[k], (bool, int)))
@@ -118,9 +118,15 @@ class OPTPreTrainedModel(nnx.Module):
         return self.model
 
     def init_cache(self, batch_size: int, max_length: int, dtype: DTypeLike | None = None) -> kv.KVCache:
-        """An empty `KVCache` for `max_length` tokens a row, pads included; dtype defaults to the compute dtype.
+        """An empty `KVCache` with `max_length` columns, for tokens and pads.
 
-        dtype: floating point, or "int8" (see `int8`, which needs qwix); else ValueError.
+        Args:
+          batch_size: number of rows.
+          max_length: the most tokens of a row, pads included.
+          dtype: a floating point dtype, or "int8" (see `int8`; needs qwix). Default: the compute dtype.
+
+        Raises:
+          ValueError: another dtype.
         """
         c = self.config
         shape = (c.num_hidden_layers, batch_size, c.num_attention_heads, max_length, c.head_dim)
@@ -128,7 +134,7 @@ class OPTPreTrainedModel(nnx.Module):
 
     @classmethod
     def from_pretrained(cls: type[Model], name: str | os.PathLike[str], **kwargs: Any) -> Model:
-        """Load from a hub id, an HF or Orbax directory, or "tiny": see `pretrained.load_pretrained`."""
+        """A model from a hub id, an HF or Orbax directory, or "tiny": see `pretrained.load_pretrained`."""
         from opt_jax.checkpoints import pretrained
 
         return pretrained.load_pretrained(cls, name, **kwargs)
@@ -157,12 +163,12 @@ class OPTModel(OPTPreTrainedModel):
         return self
 
     def forward(self, input_ids: Ids = None, attention_mask: Mask = None, **rest: Any) -> BaseModelOutput:
-        """`rest`: the other fields of `DecoderInputs`."""
+        """The output of the decoder, for use inside `jax.jit`; `rest`: other fields of `DecoderInputs`."""
         return self.decoder(DecoderInputs(input_ids, attention_mask, **rest))
 
 
 class OPTForCausalLM(OPTPreTrainedModel):
-    """Next-token prediction: HF `OPTForCausalLM`. `labels`: int [B, T], the ids, -100 where not counted."""
+    """Next-token prediction: HF `OPTForCausalLM`. `labels`: int [B, T], the input ids, or -100 to ignore a token."""
 
     def _build(self, rngs: nnx.Rngs, **options: Any) -> None:
         super()._build(rngs, **options)
@@ -178,25 +184,25 @@ class OPTForCausalLM(OPTPreTrainedModel):
         logits_to_keep: int = 0,
         **rest: Any,
     ) -> CausalLMOutput:
-        """As a call, without its checks, inside of `jax.jit`; `rest`: the other fields of `DecoderInputs`."""
+        """The output of a call, without its checks, for use inside `jax.jit`; `rest`: fields of `DecoderInputs`."""
         out = self.model.forward(input_ids, attention_mask, **rest)
         logits = self.logits(out.last_hidden_state[:, -logits_to_keep:])
         loss = None if labels is None else causal_lm_loss(logits, labels)
         return CausalLMOutput.with_head(out, logits=logits, loss=loss)
 
     def logits(self, x: Float[Array, "B T P"]) -> Float[Array, "B T V"]:
-        """The LM head, tied to the token embedding unless the config says otherwise."""
+        """The logits of hidden states: the LM head, by default tied to the token embedding."""
         head = self.model.decoder.embed_tokens.attend if self.lm_head is None else self.lm_head
         return constrain(head(x), "logits")
 
     def generate(self, input_ids: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
-        """Continue prompts: see `opt_jax.generation.generate.generate`."""
+        """Prompts and their continuations: see `opt_jax.generation.generate.generate`."""
         from opt_jax.generation.generate import generate
 
         return generate(self, input_ids, attention_mask, **kwargs)
 
     def prefill(self, input_ids: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
-        """Read the common beginning of many prompts once: see `opt_jax.generation.generate.prefill`."""
+        """Keys and values of a common prefix: see `opt_jax.generation.generate.prefill`."""
         from opt_jax.generation.generate import prefill
 
         return prefill(self, input_ids, attention_mask, **kwargs)
@@ -218,14 +224,14 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
     def forward(
         self, input_ids: Ids = None, attention_mask: Mask = None, *, labels: Labels = None, **rest: Any
     ) -> SequenceClassifierOutput:
-        """As a call, without its checks, inside of `jax.jit`; `rest`: the other fields of `DecoderInputs`."""
+        """The output of a call, without its checks, for use inside `jax.jit`; `rest`: fields of `DecoderInputs`."""
         out = self.model.forward(input_ids, attention_mask, **rest)
         x, pad = out.last_hidden_state, self.config.pad_token_id
         if pad is None and x.shape[0] > 1:
             raise ValueError("classification of several rows needs config.pad_token_id, to find each row's last token")
         if pad is None or input_ids is None:
             x = x[:, -1]
-        else:  # the right-most id that is not the pad; the mask is not asked (as in HF)
+        else:  # the last id that is not the pad; ignores the mask, as HF does
             columns = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
             last = jnp.argmax(jnp.where(input_ids != pad, columns, 0), axis=-1)
             x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
@@ -250,7 +256,7 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
         end_positions: Int[Array, "..."] | None = None,
         **rest: Any,
     ) -> QuestionAnsweringOutput:
-        """As a call, without its checks, inside of `jax.jit`; `rest`: the other fields of `DecoderInputs`."""
+        """The output of a call, without its checks, for use inside `jax.jit`; `rest`: fields of `DecoderInputs`."""
         out = self.model.forward(input_ids, attention_mask, **rest)
         start, end = jnp.moveaxis(self.qa_outputs(out.last_hidden_state), -1, 0)
         loss = None
@@ -260,10 +266,10 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
 
 
 def named_parameters(model: OPTPreTrainedModel) -> dict[str, nnx.Param[Any]]:
-    """Canonical path -> parameter, the names used in every table and file, such as `model.decoder.layers.0.fc1.kernel`.
+    """Parameters by canonical path, as used in all tables and files: `model.decoder.layers.0.fc1.kernel`, ...
 
-    The base model's paths get the same `model.` in front. In a stacked model a layer parameter has no number and a
-    leading axis L: `model.decoder.layers.fc1.kernel`.
+    The paths of a base model get the prefix `model.`, too. In a stacked model, the path of a layer's parameter has no
+    number, and the parameter has a leading axis L: `model.decoder.layers.fc1.kernel`.
     """
     prefix = "model." if isinstance(model, OPTModel) else ""
     return {prefix + ".".join(map(str, path)): param for path, param in parameters(model)}

@@ -1,4 +1,4 @@
-"""Checks of a model's inputs, made where they can be known: shapes always, values outside `jax.jit` only."""
+"""Checks of a model's inputs: shapes always, values only outside of `jax.jit`, where they are known."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +16,10 @@ _INTEGERS = ("input_ids", "position_ids", "segment_ids", "start_positions", "end
 
 
 def check_inputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs of `OPTPreTrainedModel.__call__` that are not None, as jax arrays.
+    """The inputs of `OPTPreTrainedModel.__call__` that are not None, as JAX arrays.
 
     Raises:
-      ValueError: names the argument and what is wrong with it.
+      ValueError: an argument is invalid. The message names it.
     """
     inputs = {name: value for name, value in inputs.items() if value is not None}
     if ("input_ids" in inputs) == ("inputs_embeds" in inputs):
@@ -66,7 +66,7 @@ def check_inputs(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _array(name: str, value: Any) -> jax.Array:
-    """Ids, and labels that are integers, as int32. Values are checked before the cast."""
+    """`value` as a JAX array; ids and integer labels as int32, checked before the cast."""
     array = value if isinstance(value, jax.Array) else as_array(name, value)
     if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
         raise ValueError(f"{name} must be numbers, not {array.dtype}")
@@ -79,12 +79,12 @@ def _array(name: str, value: Any) -> jax.Array:
             array = array.astype(np.int32)
         elif not _is_known(array):
             array = _cap(array)
-        return jnp.asarray(array, jnp.int32)  # (without a dtype it compiles a copy of what is NumPy's)
+        return jnp.asarray(array, jnp.int32)  # without a dtype, it would compile a copy of a NumPy array
     if name == "attention_mask" and array.dtype != bool:
         if _is_known(array):
             check_mask(name, np.asarray(array))
         if isinstance(array, np.ndarray):
-            array = array != 0  # before a cast could make 0 of 1e-300
+            array = array != 0  # a cast to float32 would turn 1e-300 into 0
     return jnp.asarray(array)
 
 
@@ -102,7 +102,7 @@ def _within(name: str, x: jax.Array, low: int, high: int) -> jax.Array:
 def _cap(x: jax.Array) -> jax.Array:
     """The ids as int32. Under `jax.jit` a value outside of int32 becomes the largest int32, which gives NaN.
 
-    (A cast would wrap it to another id.) A dtype whose values all fit into int32 is returned unchanged.
+    (A cast would wrap it to another id.) Arrays whose dtype fits into int32 are returned unchanged.
     """
     limits = jnp.iinfo(x.dtype)
     if LEAST <= limits.min and limits.max <= MOST:
@@ -121,7 +121,7 @@ def _check_shape(name: str, array: jax.Array, batch: int, length: int) -> None:
 
 
 def _check_mask(mask: jax.Array, batch: int, length: int, cache: KVCache | None) -> jax.Array:
-    """Nonzero as bool [B, T]; with a cache HF's [B, past + T] is cut to the new tokens (the cache knows the past)."""
+    """The mask as bool [B, T]. With a cache, HF's [B, past + T] is accepted, and the past is cut off."""
     if cache is not None and mask.ndim == 2 and mask.shape[0] == batch and mask.shape[1] > length:
         if _is_known(cache.column) and mask.shape[1] != int(cache.column) + length:
             raise ValueError(

@@ -1,7 +1,7 @@
-"""LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) by `qwix`: adapters beside the layers' matrices.
+"""LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) by `qwix`: adapters for the matrices of layers.
 
-A kernel [I, O] gets A [I, rank] and B [rank, O], parameters `kernel_lora_a` and `kernel_lora_b` of the same module, and
-counts as kernel + alpha / rank * A B. B is zero at first.
+A kernel [I, O] gets A [I, rank] and B [rank, O], as parameters `kernel_lora_a` and `kernel_lora_b` of the same module.
+The module then computes with kernel + alpha / rank * A B. B starts at zero.
 """
 
 import dataclasses
@@ -21,7 +21,13 @@ _HEADS = ("score.", "qa_outputs.")
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """rank of the adapters; alpha / rank is their scale; targets: which matrices of every layer, of `TARGETS`."""
+    """Options of LoRA.
+
+    Attributes:
+      rank: the rank of the adapters.
+      alpha: alpha / rank is the scale of the adapters.
+      targets: which matrices of every layer get adapters: names in `TARGETS`.
+    """
 
     rank: int
     alpha: float
@@ -38,11 +44,11 @@ class LoRA:
             raise ValueError(f"lora targets: {what}; choose from {', '.join(TARGETS)}")
 
     def adapt(self, model: Any) -> Any:
-        """An abstract model with stacked layers -> the same with adapters, abstract too.
+        """The model with adapters. `model` and the result are abstract and have stacked layers.
 
         Raises:
-          ImportError: without qwix.
-          RuntimeError: qwix has not put in two for each target, or has elsewhere.
+          ImportError: qwix is not installed.
+          RuntimeError: qwix did not add exactly A and B for each target.
         """
         try:
             import qwix
@@ -52,30 +58,30 @@ class LoRA:
 
         def apply(base: Any) -> Any:
             ids = jnp.zeros((1, 8), jnp.int32)
-            # `forward`, because behind the jit of `__call__` qwix sees nothing, and says nothing.
+            # `forward`, because qwix does not see modules inside the `jax.jit` of `__call__`, and gives no error.
             return qwix.apply_lora_to_model(base, provider, ids, methods=("forward",), rngs=nnx.Rngs(0))
 
-        # qwix cannot put parameters in from within a scan, nor from within `jax.checkpoint`.
+        # qwix cannot add parameters inside `lax.scan` or `jax.checkpoint`.
         model = unstack_layers(jax.tree.map(lambda x: x, model))
         remat, model.model.decoder.remat = model.model.decoder.remat, "none"
         model.model = jax.eval_shape(apply, model.model)
         model.model.decoder.remat = remat
         model = stack_layers(model)
-        found = {name for name in named_leaves(model) if is_adapter(name)}
+        adapters = {name for name in named_leaves(model) if is_adapter(name)}
         expected = {
             f"model.decoder.layers.{'' if target.startswith('fc') else 'self_attn.'}{target}.kernel_lora_{part}"
             for target in self.targets
             for part in "ab"
         }
-        if found != expected:
-            difference = ", ".join(sorted(found ^ expected))
-            raise RuntimeError(f"qwix put in {len(found)} adapters, not the {len(expected)} asked for: {difference}")
+        if adapters != expected:
+            difference = ", ".join(sorted(adapters ^ expected))
+            raise RuntimeError(f"qwix added {len(adapters)} adapters instead of {len(expected)}: {difference}")
         return model
 
     def initial(self, adapted: Any, plain: Any, seed: int) -> Any:
-        """The values of `plain`, and new adapters, in the form of `adapted`; for use inside `jax.jit`.
+        """A model of the structure of `adapted`, with the values of `plain` and new adapters. For use inside `jax.jit`.
 
-        A is he_uniform (qwix's default, and as good as the paper's choice, for B is zero).
+        A is he_uniform, the default of qwix. It is as good as the paper's choice, because B is zero.
         """
         values, key = dict(named_leaves(plain)), jax.random.key(seed)
         for i, (name, leaf) in enumerate(named_leaves(adapted).items()):
@@ -87,9 +93,11 @@ class LoRA:
         return jax.tree.unflatten(jax.tree.structure(adapted), [values[name] for name in named_leaves(adapted)])
 
     def merge(self, adapted: Any, plain: Any) -> Any:
-        """A model with adapters to one without, kernel + alpha / rank * A B, on the mesh as the kernels are.
+        """The model without adapters: kernel + alpha / rank * A B, with the sharding of the kernels.
 
-        plain: a model of the result's form, abstract or not. One kernel at a time is changed.
+        Args:
+          adapted: a model with adapters. Kernels are merged one at a time.
+          plain: a model with the structure of the result, abstract or not.
         """
         values = named_leaves(adapted)
         for name in list(values):
@@ -114,5 +122,5 @@ def is_adapter(name: str) -> bool:
 
 
 def is_trained(name: str) -> bool:
-    """With LoRA: the adapters, and the head of a task, which is new."""
+    """Whether LoRA trains the parameter: the adapters, and the head of a task, which is new."""
     return is_adapter(name) or name.startswith(_HEADS)

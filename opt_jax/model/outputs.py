@@ -1,4 +1,4 @@
-"""What the models return, and the losses of their heads. Names and meanings follow `transformers`."""
+"""The outputs of the models, and the losses of their heads. Names and meanings follow `transformers`."""
 
 import dataclasses
 from typing import TypeVar
@@ -17,12 +17,14 @@ Output = TypeVar("Output", bound="ModelOutput")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOutput:
-    """Parts shared by all models; what was not asked for is None.
+    """The fields that all outputs share. A field that was not requested is None.
 
-    hidden_states: the embeddings, then each layer's output, [B, T, D] each; the last entry is taken after the final
-      LayerNorm and `project_out`. (Unlike HF, a layer skipped by layerdrop stays in the list.)
-    attentions: softmax weights of each layer, [B, H, T, S].
-    cache: the cache given, with this call's tokens added.
+    Attributes:
+      loss: the loss, if labels were given.
+      hidden_states: the embeddings, then the output of each layer, [B, T, D]. The last entry is taken after the final
+        LayerNorm and `project_out`. (Deviation from HF: a layer skipped by layerdrop stays in the list.)
+      attentions: softmax weights of each layer, [B, H, T, S].
+      cache: the given cache, with this call's tokens added.
     """
 
     loss: Float[Array, ""] | None = None
@@ -32,7 +34,7 @@ class ModelOutput:
 
     @classmethod
     def with_head(cls: type[Output], base: "BaseModelOutput", **fields: Array | None) -> Output:
-        """A head's output: `fields` are its own, the rest comes from the base model."""
+        """The output of a model with a head: `fields`, and the shared fields of the base model's output."""
         return cls(hidden_states=base.hidden_states, attentions=base.attentions, cache=base.cache, **fields)
 
 
@@ -74,7 +76,7 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """Mean negative log-likelihood over the labels that are not `ignore_index`, in float32.
 
-    As `torch.nn.functional.cross_entropy`, but 0 instead of NaN where every label is ignored.
+    As `torch.nn.functional.cross_entropy`. Deviation: 0 instead of NaN if all labels are ignored.
     """
     counted = labels != ignore_index
     logits = logits.astype(jnp.float32)
@@ -84,12 +86,12 @@ def cross_entropy(
 
 
 def causal_lm_loss(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, ""]:
-    """Next-token loss: position t predicts label t + 1; label -100 is not counted (HF `ForCausalLMLoss`)."""
+    """Next-token loss: position t predicts label t + 1. Labels of -100 are ignored (HF `ForCausalLMLoss`)."""
     return cross_entropy(logits[:, :-1], labels[:, 1:])
 
 
 def problem_type(config: OPTConfig, labels_dtype: DTypeLike) -> str:
-    """`config.problem_type`, chosen as HF does when it is not set: by num_labels and the labels' dtype."""
+    """`config.problem_type`. If it is None, the type follows from num_labels and the labels' dtype, as in HF."""
     if config.problem_type is not None:
         return config.problem_type
     if config.num_labels == 1:
@@ -101,7 +103,7 @@ def problem_type(config: OPTConfig, labels_dtype: DTypeLike) -> str:
 def classification_loss(
     config: OPTConfig, logits: Float[Array, "B C"], labels: Int[Array, "..."] | Float[Array, "..."]
 ) -> Float[Array, ""]:
-    """Loss of `problem_type(config, labels.dtype)`, in float32: HF `OPTForSequenceClassification`."""
+    """The loss for `problem_type(config, labels.dtype)`, in float32 (HF `OPTForSequenceClassification`)."""
     kind = problem_type(config, labels.dtype)
     if kind == "single_label_classification":
         return cross_entropy(logits, labels.reshape(-1))
@@ -118,7 +120,7 @@ def question_answering_loss(
     start_positions: Int[Array, "..."],
     end_positions: Int[Array, "..."],
 ) -> Float[Array, ""]:
-    """Mean of the start and the end loss; positions past the end are not counted, negative ones count as 0 (HF)."""
+    """Mean of the start and the end loss. As in HF, positions past the end are ignored, and negative ones become 0."""
     length = start_logits.shape[1]
 
     def loss(logits: Float[Array, "B T"], positions: Int[Array, "..."]) -> Float[Array, ""]:

@@ -1,4 +1,4 @@
-"""Models with int8 weights: `quantize` and the two modules that it puts in. Arrays and products are those of `int8`."""
+"""Models with int8 weights: `quantize`, and the two modules that it uses. Arrays and products come from `int8`."""
 
 from functools import partial
 
@@ -25,7 +25,6 @@ class Int8Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         """The product with the dequantized weights, in the compute dtype."""
-        """The product with the dequantized weights, in the compute dtype."""
         out = int8.einsum("btd,fd->btf", x, self.weight.get_value()) * self.scale.get_value().mT[None]
         if self.bias is not None:
             out += self.bias.get_value().astype(jnp.float32)[None, None]
@@ -41,27 +40,26 @@ class Int8Embed(nnx.Module):
         self.dtype = embed.dtype
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T P"]:
-        """Rows of the table by id."""
-        """Rows of the table by id."""
+        """The dequantized embeddings of the ids."""
         rows = Int8Array(self.weight.get_value()[ids], self.scale.get_value()[ids])
         return rows.dequantize().astype(self.dtype)
 
     def attend(self, x: Float[Array, "B T P"]) -> Float[Array, "B T V"]:
-        """Logits in float32, as `decoder.Embed.attend`."""
+        """Logits in float32, as from `decoder.Embed.attend`."""
         return int8.einsum("btp,vp->btv", x, self.weight.get_value()) * self.scale.get_value().mT[None]
 
 
 def quantize(model: OPTForCausalLM) -> OPTForCausalLM:
-    """The same model with int8 weights, to score and generate with: a quarter of the memory of float32.
+    """A copy of the model with int8 weights, for scoring and generation, in a quarter of the memory of float32.
 
-    Quantised are the matrices of the layers, `project_in`, `project_out` and the token embedding, which is the LM head
-    too (or, untied, the LM head as well), each with one float32 scale per output. Positions, LayerNorms and biases stay
-    as they are, and so does the model given, which shares them. A model on a mesh stays there.
+    It quantises the matrices of the layers, `project_in`, `project_out`, the token embedding and an untied LM head,
+    with one float32 scale for each output. Position embeddings, LayerNorms and biases are shared with `model`, which
+    does not change. Arrays keep their sharding.
 
     Raises:
-      ValueError: a model without LM head, a stacked one (see `unstack_layers`), one that is quantised already.
-      ImportError: without qwix.
-      RuntimeError: not all matrices became int8, because a part of the model is none of this package's modules.
+      ValueError: a model without LM head, a stacked model (see `unstack_layers`), or one that is quantised already.
+      ImportError: qwix is not installed.
+      RuntimeError: not all matrices became int8, because some modules of the model are not of this package.
     """
     if not isinstance(model, OPTForCausalLM):
         raise ValueError(f"quantize takes an OPTForCausalLM, not an {type(model).__name__}")
@@ -86,7 +84,7 @@ def quantize(model: OPTForCausalLM) -> OPTForCausalLM:
 
 
 def count_int8(model: nnx.Module) -> int:
-    """How many of the model's arrays are int8."""
+    """The number of int8 arrays in the model."""
     return sum(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(model))
 
 
@@ -96,7 +94,7 @@ def _compiled(matrix: jax.Array, transpose: bool) -> Int8Array:
 
 
 def _quantize(matrix: jax.Array, transpose: bool) -> Int8Array:
-    """[N, K] with a scale for each of N (of `matrix`, or of its transpose), split over a mesh as `matrix` is."""
+    """`matrix`, or its transpose, as int8 [N, K] with scales [N, 1], sharded as `matrix` is."""
     result = _compiled(matrix, transpose)
     sharding = getattr(matrix, "sharding", None)
     if not isinstance(sharding, NamedSharding):

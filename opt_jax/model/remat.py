@@ -1,4 +1,4 @@
-"""What the backward pass keeps of a layer, and what it computes again."""
+"""Rematerialisation: which values the backward pass keeps of a layer, and which it computes again."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,22 +14,22 @@ from opt_jax.model.flash import is_attention_kernel
 from opt_jax.parallel.rules import is_per_device
 
 Remat = Literal["none", "dots", "names", "full"]
-# What the backward pass keeps of a layer beside its input; the rest is computed again. In units of a layer's input:
-# attention's output in heads and after `out_proj` are 1 each, queries, keys and values 3, what leaves `fc1` is 4.
+# Checkpoint names of the values that the backward pass keeps of a layer besides its input. Their sizes, in units of the
+# input: "context" (attention's output in heads) and "attention_out" (after `out_proj`) 1 each, "qkv" 3, "ffn" 4.
 _KEPT: dict[str, tuple[str, ...]] = {
     "full": (),
     "names": ("context", "attention_out"),
     "dots": ("context", "attention_out", "qkv", "ffn"),
 }
-# Most bytes of one array [B, T, D] within a layer, with remat "full" in a training step: more rows run in parts.
+# With remat "full" in a training step, the most bytes of an array [B, T, D] in a layer. Larger batches run in parts.
 PART_BYTES = 2**26
 Layer = Callable[..., tuple[Any, ...]]  # an `OPTDecoderLayer`
 
 
 def rematerialise(body: Callable[..., Any], remat: Remat, prevent_cse: bool = False) -> Callable[..., Any]:
-    """A layer's function, or the scan's body, with the policy by which its backward pass keeps or computes again."""
+    """`body`, a layer or the body of a scan over layers, with the rematerialisation policy `remat`."""
     if remat == "none":
-        # All is kept but what `gather_parameters` makes, or each device would come to hold the whole model.
+        # Keep all values but the gathered parameters: with these, each device would hold all parameters of the model.
         return jax.checkpoint(body, prevent_cse=False, policy=_all_but_weights) if is_per_device() else body
     policy = jax.checkpoint_policies.save_only_these_names(*_KEPT[remat])
     if remat != "full":
@@ -38,10 +38,10 @@ def rematerialise(body: Callable[..., Any], remat: Remat, prevent_cse: bool = Fa
 
 
 def count_parts(x: Float[Array, "B t D"], length: int) -> int:
-    """How many parts of the rows of x, one after another, a layer with remat "full" needs in a training step.
+    """The number of parts into which a layer with remat "full" splits the rows of x in a training step.
 
-    length: tokens in a row on all devices. Fewer tokens than the width take less memory than the sums of gradients that
-    parts need.
+    `length` is the number of tokens in a row, on all devices together. There is one part if the batch has no more
+    tokens than D: its arrays are then smaller than the sums of gradients that parts need.
     """
     batch, width = x.shape[0], x.shape[2]
     if not is_per_device() or batch * length <= width:
@@ -53,11 +53,11 @@ def count_parts(x: Float[Array, "B t D"], length: int) -> int:
 def run_in_parts(
     layer: Layer, parts: int, x: Float[Array, "B T D"], mask: AttentionMask, key: DropoutKey | None
 ) -> Float[Array, "B T D"]:
-    """`layer`, without a cache, over equal parts of the rows, one after another.
+    """The output of `layer` without a cache, computed for `parts` equal parts of the rows, one after the other.
 
-    The backward pass does a part at a time, too, so that what it computes again, and gathers over `tensor`, exists for
-    one part only; weights are gathered, and their gradients sent, once. These come from each part in the compute dtype,
-    as they do from the whole batch otherwise, and are added up over parts in float32.
+    The backward pass also runs part by part. The values that it computes again, or gathers over `tensor`, exist for one
+    part at a time. Weights are gathered once, and their gradients are sent once. The gradients of each part are in the
+    compute dtype, as those of the full batch would be, and are added up over parts in float32.
     """
     wide = jax.tree.map(lambda weight: weight.astype(jnp.float32), layer)
 
@@ -74,6 +74,7 @@ def run_in_parts(
 
 
 def _all_but_weights(primitive: Any, *_: Any, **params: Any) -> bool:
-    # Not the gathered weights, nor what they are made of: the argument of a name would be kept in its place.
-    steps = {"all_gather", "convert_element_type", "select_n", "ne"}  # of `gather_parameters`
+    # Exclude the gathered weights and the steps that compute them. If only the named value were excluded, JAX would
+    # keep the argument of `checkpoint_name` instead.
+    steps = {"all_gather", "convert_element_type", "select_n", "ne"}  # in `gather_parameters`
     return primitive.name not in steps and params.get("name") != "weights"

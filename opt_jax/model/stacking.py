@@ -1,4 +1,4 @@
-"""The two forms of one stack: a list of layers, and one layer whose parameters have a leading axis L."""
+"""Conversion between a list of layers and one stacked layer, whose parameters have a leading axis L."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from opt_jax.model.decoder import parameters, unstack
 
 
 def stack_layers(model: Any) -> Any:
-    """Turn a model's separate layers into the one stacked layer that runs under `lax.scan` (see `OPTDecoder`).
+    """The model itself, with its separate layers turned into one stacked layer for `lax.scan` (see `OPTDecoder`).
 
-    In place, and returned. Goes leaf by leaf, releasing the separate arrays, so two copies never exist. Works on
-    abstract models too (`nnx.eval_shape`). Nothing to do for a model that is stacked already.
+    Changes the model in place. It stacks one parameter at a time and then releases the separate arrays, so that two
+    copies of the model never exist. Abstract models (`nnx.eval_shape`) work too. A stacked model stays as it is.
     """
     decoder = model.base_model.decoder
     if isinstance(decoder.layers, nnx.List):
@@ -28,7 +28,7 @@ def stack_layers(model: Any) -> Any:
 
 
 def unstack_layers(model: Any) -> Any:
-    """The inverse of `stack_layers`, as gentle with memory."""
+    """The model itself, with its stacked layer turned into separate layers, in place: inverse of `stack_layers`."""
     decoder = model.base_model.decoder
     if not isinstance(decoder.layers, nnx.List):
         decoder.layers = unstack(decoder.layers, decoder.config.num_hidden_layers)

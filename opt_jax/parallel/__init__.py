@@ -1,4 +1,4 @@
-"""Meshes of devices, what each device holds and sends, and jobs of several processes."""
+"""Meshes of devices, shardings, collectives, and jobs of several processes."""
 
 from opt_jax.parallel.mesh import batch_sharding, make_mesh, replicated, use_mesh
 from opt_jax.parallel.rules import param_sharding

@@ -1,4 +1,4 @@
-"""What the processes of a job agree on: errors, values, the code that runs, a directory that all see."""
+"""Agreement between the processes of a job: on errors, values, the code that runs, and a shared directory."""
 
 import hashlib
 import importlib.metadata
@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 
 def agree(error: Exception | None) -> None:
-    """Raise on every process if one of them has an error: its own where it is, a reference to that one elsewhere."""
+    """Raise on every process if one has an error: there this error, elsewhere an OSError that names the process."""
     if jax.process_count() > 1:
         failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(error is not None)))
         if len(failed) and error is None:
@@ -26,7 +26,7 @@ def agree(error: Exception | None) -> None:
 
 
 def on_every_process(action: Callable[[], object]) -> None:
-    """Run `action` on all processes, which fail together if one does."""
+    """Run `action` on all processes. If it raises on one of them, all raise."""
     error = None
     try:
         action()
@@ -36,7 +36,7 @@ def on_every_process(action: Callable[[], object]) -> None:
 
 
 def on_first_process(action: Callable[[], object]) -> None:
-    """Run `action` on process 0 alone; the others wait for it, and fail if it does."""
+    """Run `action` on process 0 only. The others wait for it. If it raises, all raise."""
     on_every_process(action if jax.process_index() == 0 else lambda: None)
 
 
@@ -47,7 +47,7 @@ _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MA
 
 
 def from_first(action: Callable[[], bytes]) -> bytes:
-    """What `action` returns on process 0, on all of them. Only process 0 runs it; if it raises, all do."""
+    """What `action` returned on process 0, on all processes. Only process 0 runs it; if it raises, all raise."""
     error, data = None, b""
     if jax.process_index() == 0:
         try:
@@ -64,7 +64,11 @@ def from_first(action: Callable[[], bytes]) -> bytes:
 
 
 def check_same(values: Mapping[str, Any]) -> None:
-    """Raise ValueError on every process, saying what differs where, unless all have the same `values` (JSON)."""
+    """Check that all processes have the same `values`, which can be JSON.
+
+    Raises:
+      ValueError: on every process. The message lists the values that differ, and the processes that have them.
+    """
     if jax.process_count() == 1:
         return
     mine = json.dumps({k: json.dumps(v, sort_keys=True) for k, v in values.items()}, sort_keys=True).encode()
@@ -85,8 +89,8 @@ def check_same(values: Mapping[str, Any]) -> None:
 
 
 def check_shared(path: epath.Path) -> None:
-    """Raise unless every process sees the file that process 0 has written."""
-    agree(None)  # it has
+    """Check that every process sees the file that process 0 wrote; OSError on every process otherwise."""
+    agree(None)  # wait until it is written
     seen = path.exists()
     agree(None if seen else OSError(f"{path} is not there, but process 0 wrote it: --output must be shared by all"))
 
@@ -97,10 +101,10 @@ def _gather(data: bytes) -> list[bytes]:
 
 
 def check_same_code(*files: str | os.PathLike[str]) -> None:
-    """`check_same` of the code of each process.
+    """Check that all processes run the same code; ValueError otherwise, as from `check_same`.
 
-    Compares hashes of this library's sources and of `files`, versions of packages, and environment variables that
-    change what is compiled.
+    Compares hashes of the sources of this library and of `files`, versions of packages, and environment variables that
+    change what XLA compiles.
     """
     if jax.process_count() == 1:
         return

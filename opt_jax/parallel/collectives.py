@@ -1,6 +1,6 @@
-"""What each device sends and receives while a model runs in a training step: the collectives, one by one.
+"""The collectives of a model inside a training step.
 
-Outside of `rules.per_device` these functions leave their argument as it is, but for its layout (`rules.constrain`).
+Outside of `rules.per_device` these functions return their argument, with its sharding constrained (`rules.constrain`).
 """
 
 import math
@@ -27,27 +27,27 @@ from opt_jax.parallel.rules import (
 
 
 def axis_size(axis: str | tuple[str, ...]) -> int:
-    """Number of devices along the axis, inside `rules.per_device`; 1 elsewhere."""
+    """Number of devices along the axis or axes, inside `rules.per_device`; 1 elsewhere."""
     shape = jax.sharding.get_abstract_mesh().shape
     return math.prod(shape[name] for name in ((axis,) if isinstance(axis, str) else axis)) if is_per_device() else 1
 
 
 def gather_sequence(x: jax.Array) -> jax.Array:
-    """All tokens [B, T, D] of this device's rows, from its part of the sequence. Transpose: `scatter_sequence`."""
+    """All tokens [B, T, D] of this device's rows, gathered over `tensor`. Its transpose is `scatter_sequence`."""
     if axis_size("tensor") == 1:
         return constrain(x, "gathered")
     return lax.all_gather(x, "tensor", axis=1, tiled=True)
 
 
 def scatter_sequence(x: jax.Array) -> jax.Array:
-    """This device's part of the sequence, from partial sums [B, T, D] of all tokens, added up over `tensor`."""
+    """This device's part of the sequence of the sum over `tensor` of x, partial sums [B, T, D] of all tokens."""
     if axis_size("tensor") == 1:
         return constrain(x, "residual")
     return lax.psum_scatter(x, "tensor", scatter_dimension=1, tiled=True)
 
 
 def local_tokens(x: jax.Array) -> jax.Array:
-    """This device's part of the sequence, of x [B, T, ...] which every device along `tensor` holds."""
+    """This device's part of the sequence of x [B, T, ...], which is equal on all devices along `tensor`."""
     if axis_size("tensor") == 1:
         return x
     count = x.shape[1] // axis_size("tensor")
@@ -55,20 +55,29 @@ def local_tokens(x: jax.Array) -> jax.Array:
 
 
 def batch_offset(count: int) -> jax.Array | int:
-    """Index in the whole batch of this device's first row, where each device has `count` rows; 0 elsewhere."""
+    """Global index of this device's first row, if each device has `count` rows; 0 outside `rules.per_device`."""
     return lax.axis_index(BATCH_AXES) * count if is_per_device() else 0
 
 
 def tensor_offset(count: int) -> jax.Array | int:
-    """Index of the first of this device's `count` tokens, heads or vocabulary rows along `tensor`; 0 elsewhere."""
+    """Global index of the first of this device's `count` tokens, heads or vocabulary rows, split over `tensor`.
+
+    0 outside `rules.per_device`.
+    """
     return lax.axis_index("tensor") * count if is_per_device() else 0
 
 
 def gather_parameters(tree: Any, dtype: Any, grad_dtype: Any, prefix: str = "") -> Any:
-    """All of each parameter, from parts along `fsdp`, cast to `dtype` before they are sent.
+    """The parameters, gathered over `fsdp` after a cast to `dtype`; `tree` itself outside `rules.per_device`.
 
-    Gradients are added up in `grad_dtype`. Does nothing outside `rules.per_device`. Layers are left alone unless
-    `prefix` is their path, for the model gathers one at a time. What is gathered has the checkpoint name "weights".
+    Gathered arrays get the checkpoint name "weights".
+
+    Args:
+      tree: a model, or one of its layers.
+      dtype: the dtype in which parameters are sent.
+      grad_dtype: the dtype in which gradients are added up.
+      prefix: the path of a layer. Without it, the parameters of layers are not gathered: the model gathers those of one
+        layer at a time.
     """
     if not is_per_device():
         return tree
@@ -80,10 +89,10 @@ def gather_parameters(tree: Any, dtype: Any, grad_dtype: Any, prefix: str = "") 
         row = table_row(path)
         if row in ADDED_ONCE and axis_size("tensor") > 1:
             value = jnp.where(lax.axis_index("tensor") == 0, value, 0)
-        if row.endswith(("_lora_a", "_lora_b")):  # qwix does not cast them
+        if row.endswith(("_lora_a", "_lora_b")):  # because qwix does not cast them
             value = value.astype(dtype)
         if "fsdp" not in PARAMETER_AXES[row] or axis_size("fsdp") == 1:
-            return value  # its module casts it
+            return value  # the module of the parameter casts it
         axis = PARAMETER_AXES[row].index("fsdp")
         return checkpoint_name(_gather_over_fsdp(value, axis, dtype, grad_dtype, value.dtype), "weights")
 
@@ -92,8 +101,9 @@ def gather_parameters(tree: Any, dtype: Any, grad_dtype: Any, prefix: str = "") 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def _gather_over_fsdp(x: jax.Array, axis: int, dtype: Any, _grad_dtype: Any, _param_dtype: Any) -> jax.Array:
-    # `where` changes nothing, but is not moved: the compiler for TPUs would take the cast alone out of the loop over
-    # layers, through a barrier too, and hold all layers' weights in both dtypes (0.7 GB per chip for 175B on 512).
+    # `where` does not change values, but it keeps the cast inside the loop over layers. XLA for TPUs would move a plain
+    # cast out of the loop, even through a barrier, and hold the weights of all layers in both dtypes (0.7 GB per chip
+    # for 175B on 512).
     return lax.all_gather(jnp.where(jnp.isnan(x), jnp.nan, x).astype(dtype), "fsdp", axis=axis, tiled=True)
 
 
@@ -102,8 +112,8 @@ def _gather_forward(x: jax.Array, axis: int, dtype: Any, grad_dtype: Any, param_
 
 
 def _gather_backward(axis: int, _dtype: Any, grad_dtype: Any, param_dtype: Any, _: None, gradient: jax.Array) -> Any:
-    # With the parts along an axis of their own, the first. Parts that are not whole tiles of a TPU's memory (of 128
-    # numbers, along the last axis) would be scattered by adding all up on every chip, which sends twice as much.
+    # Put the parts on a separate leading axis. If parts were not multiples of a tile of TPU memory (128 elements along
+    # the last axis), XLA would use an all-reduce, which sends twice as much.
     shape = gradient.shape
     gradient = gradient.astype(grad_dtype).reshape(*shape[:axis], axis_size("fsdp"), -1, *shape[axis + 1 :])
     local = lax.psum_scatter(jnp.moveaxis(gradient, axis, 0), "fsdp", scatter_dimension=0)
@@ -114,9 +124,10 @@ _gather_over_fsdp.defvjp(_gather_forward, _gather_backward)
 
 
 def shard_over_heads(function: Callable[..., Any], *, segments: bool) -> Callable[..., Any]:
-    """`function(q, k, v[, segment_ids])` over [B, H, T, K], one call for each device's own rows and heads.
+    """`function(q, k, v[, segment_ids])` on [B, H, T, K], called on each device with its rows and heads.
 
-    For kernels, which the compiler cannot split. Rows and heads must divide over the mesh.
+    For kernels, which XLA cannot partition. B must be divisible by the devices along `data` and `fsdp`, H by those
+    along `tensor`.
     """
     if jax.sharding.get_abstract_mesh().empty or is_per_device():
         return function

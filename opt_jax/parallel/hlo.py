@@ -1,4 +1,4 @@
-"""Reads what XLA has compiled: the text of optimized HLO, for any platform. No jax."""
+"""A parser for the text of HLO that XLA has optimized, for any platform. No JAX."""
 
 import math
 import re
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-_BITS = {"pred": 8, "bf16": 16}  # the others end with their number of bits: f32, s8, u16
+_BITS = {"pred": 8, "bf16": 16}  # other names end with the number of bits: f32, s8, u16
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class Instruction:
 
     @cached_property
     def arrays(self) -> list[tuple[str, int]]:
-        """(dtype and shape as in "f32[2,3]", bytes) of each array of the result."""
-        found = [(dtype, dims) for dtype, dims in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", self.shape)]
-        sizes = [math.prod(int(n) for n in dims.split(",") if n) * _bytes(dtype) for dtype, dims in found]
-        return [(f"{dtype}[{dims}]", size) for (dtype, dims), size in zip(found, sizes, strict=True)]
+        """Each array of the result: its dtype and shape, such as "f32[2,3]", and its bytes."""
+        shapes = [(dtype, dims) for dtype, dims in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", self.shape)]
+        sizes = [math.prod(int(n) for n in dims.split(",") if n) * _bytes(dtype) for dtype, dims in shapes]
+        return [(f"{dtype}[{dims}]", size) for (dtype, dims), size in zip(shapes, sizes, strict=True)]
 
     @cached_property
     def called(self) -> dict[str, str]:
-        """Computations by role: calls, to_apply, body, condition, branch 0, branch 1, ..."""
+        """The computations that it calls, by role: calls, to_apply, body, condition, branch 0, branch 1, ..."""
         roles = "calls|to_apply|body|condition|true_computation|false_computation"
         named = dict(re.findall(rf"\b({roles})=%?([\w.\-]+)", self.attributes))
         branches = re.search(r"(?:branch|called)_computations=\{([^}]*)\}", self.attributes)
@@ -41,7 +41,7 @@ class Instruction:
 
     @cached_property
     def group_size(self) -> int | None:
-        """How many devices take part in one collective; None where the text does not say."""
+        """The number of devices that take part in a collective; None if the text does not say."""
         if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", self.attributes):
             return listed[1].count(",") + 1
         if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", self.attributes):
@@ -58,7 +58,7 @@ def _bytes(dtype: str) -> int:
 
 
 class Program:
-    """The computations of a module by name, each a dict of instructions by name in the order of execution."""
+    """A parsed HLO module: computations by name, and in each the instructions by name, in order of execution."""
 
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Instruction]] = {}
@@ -73,9 +73,9 @@ class Program:
                 self.computations[current][instruction.name] = instruction
 
     def executed(self, computation: str | None = None, times: int = 1) -> Iterator[tuple[str, Instruction, int]]:
-        """(computation, instruction, how often it runs) of the program, fusions included.
+        """Each computation's name, instruction and the number of times it runs, those inside fusions included.
 
-        A branch of a conditional, and a loop whose trip count is unknown, count once.
+        Each branch of a conditional counts once, and so does the body of a loop whose trip count is unknown.
         """
         name = computation or self.entry
         for instruction in self.computations[name].values():
@@ -86,7 +86,7 @@ class Program:
                     yield from self.executed(called, times * turns)
 
     def trip_count(self, computation: str, loop: Instruction) -> int | None:
-        """How often a `while` runs, from XLA's own note or, without one, from its comparison with a constant."""
+        """The trip count of a `while`, as noted by XLA or, without a note, from its comparison with a constant."""
         if loop.op != "while":
             return None
         if noted := re.search(r'known_trip_count"?:?=?\{"?n"?:"?(\d+)', loop.attributes):
@@ -103,21 +103,21 @@ class Program:
         return int(limit.arguments.strip("()")) - int(start.arguments.strip("()"))
 
     def _element(self, computation: str, name: str, index: int) -> Instruction | None:
-        """What stands at `index` of a tuple, behind copies."""
-        found = self.computations[computation].get(name)
-        if found is None or found.op != "tuple":
+        """The instruction that gives element `index` of a tuple, before copies."""
+        instruction = self.computations[computation].get(name)
+        if instruction is None or instruction.op != "tuple":
             return None
-        element = self.computations[computation][found.operands[index]]
+        element = self.computations[computation][instruction.operands[index]]
         while element.op in {"copy", "bitcast"}:
             element = self.computations[computation][element.operands[0]]
         return element
 
 
 def collective_bytes(program: Program) -> dict[str, int]:
-    """Kind of collective -> bytes that one device has to send in one run of the program, with ring algorithms.
+    """Bytes that one device sends in one run of the program with ring algorithms, by kind of collective.
 
-    From the size of the result and the group of g devices: all-gather (g - 1) / g, reduce-scatter g - 1, all-reduce
-    2 (g - 1) / g, all-to-all (g - 1) / g, collective-permute 1.
+    In a group of g devices these are the bytes of the result times: all-gather (g - 1) / g, reduce-scatter g - 1,
+    all-reduce 2 (g - 1) / g, all-to-all (g - 1) / g, collective-permute 1.
     """
     sent: dict[str, int] = dict.fromkeys(COLLECTIVES, 0)
     fusions = {i.called["calls"]: i for c in program.computations.values() for i in c.values() if i.op == "fusion"}
@@ -128,12 +128,12 @@ def collective_bytes(program: Program) -> dict[str, int]:
             continue
         group, sizes = instruction.group_size, [size for _, size in instruction.arrays]
         size = sum(sizes)
-        if instruction.op != kind and kind != "all-reduce":  # (operand, result, ...) of one that is begun here
+        if instruction.op != kind and kind != "all-reduce":  # an asynchronous start returns (operand, result, ...)
             size = sizes[len(sizes) // 2] if kind != "collective-permute" else sizes[1]
         if fusion := fusions.get(computation):
-            if "all-reduce-scatter" in computation:  # how a TPU writes a reduce-scatter
+            if "all-reduce-scatter" in computation:  # the form of a reduce-scatter on TPUs
                 kind, size = "reduce-scatter", sum(size for _, size in fusion.arrays)
-            # One collective that a TPU spreads over several fusions, to run beside them, keeps its number.
+            # On a TPU, parts of one asynchronous collective may be in several fusions, with the same channel.
             if channel := re.search(r"channel_id=(\d+)", instruction.attributes):
                 if (kind, channel[1]) in seen:
                     continue
@@ -159,7 +159,7 @@ def _parse(line: str) -> Instruction | None:
 
 
 def _close(text: str, opening: int) -> int:
-    """Just past the bracket that closes the one at `opening`."""
+    """The index after the bracket that closes the one at `opening`."""
     depth = 0
     for i in range(opening, len(text)):
         depth += (text[i] in "([{") - (text[i] in ")]}")

@@ -1,4 +1,4 @@
-"""Meshes of devices, and how a batch lies on one."""
+"""Meshes of devices, and shardings of a batch."""
 
 import math
 import re
@@ -18,15 +18,18 @@ def make_mesh(
     devices: Sequence[Any] | None = None,
     dcn: str | Mapping[str, int] | None = None,
 ) -> Mesh:
-    """A mesh with axes (data, fsdp, tensor) from "data=2,fsdp=4" or a dict; -1 = the rest, an axis left out: 1.
+    """A mesh with axes (data, fsdp, tensor).
 
-    Default: all devices on `fsdp`. `dcn` says how much of each axis lies between slices, which the slower network
-    joins: with mesh data=4,fsdp=8 and dcn data=2 each of two slices has data=2,fsdp=8. Default: all TPU slices on
-    `data`.
-    Where there are no slices, `dcn` is about processes.
+    Args:
+      spec: sizes of the axes, such as "data=2,fsdp=4" or a dict. -1: all remaining devices; an axis left out has size
+        1. Default: all devices on `fsdp`.
+      devices: the devices. Default: all.
+      dcn: sizes of the axes between slices, which are connected by a slower network. With spec "data=4,fsdp=8" and dcn
+        "data=2", each of two slices has data=2,fsdp=8. Default: all TPU slices on `data`. Without slices, dcn gives the
+        sizes between processes.
 
     Raises:
-      ValueError: an unknown axis, a bad size, or sizes that do not multiply to the number of devices or slices.
+      ValueError: an unknown axis, an invalid size, or sizes whose product is not the number of devices or slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -35,7 +38,7 @@ def make_mesh(
     if not spec:
         spec = {"data": slices, "fsdp": -1} if dcn == {"data": slices} else {"fsdp": -1}
     sizes, kinds = _axis_sizes("mesh", spec, len(devices), "devices"), (AxisType.Auto,) * len(AXES)
-    if not dcn:  # not `jax.make_mesh`, which has no place for tensor=4 in a torus of 8 x 8 x 8
+    if not dcn:  # `jax.make_mesh` cannot place tensor=4 in a torus of 8 x 8 x 8
         grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
         return Mesh(grid, AXES, axis_types=kinds)
     unit = "slices" if slices > 1 else "processes"
@@ -45,7 +48,7 @@ def make_mesh(
         if sizes[axis] % between[axis]:
             raise ValueError(
                 f"mesh {axis}={sizes[axis]} does not divide over {axis}={between[axis]} of the {count} {unit}: choose "
-                "another --mesh, or say with --dcn-mesh which axes lie between them"
+                "another --mesh, or say with --dcn-mesh which axes are between them"
             )
     within = [sizes[axis] // between[axis] for axis in AXES]
     grid = mesh_utils.create_hybrid_device_mesh(
@@ -76,26 +79,26 @@ def _axis_sizes(what: str, spec: str | Mapping[str, int], total: int, unit: str)
 
 
 def use_mesh(mesh: Mesh):
-    """Context in which `constrain` acts: `with use_mesh(mesh): step(...)`, around the traced call."""
+    """A context manager for calls on a mesh: `with use_mesh(mesh): step(...)`. Makes `constrain` take effect."""
     return jax.set_mesh(mesh)
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Of inputs [B, ...], behind so many leading axes: rows over `data` and `fsdp`."""
+    """The sharding of a batch [B, ...], rows over `data` and `fsdp`, after `leading` axes that are not split."""
     return NamedSharding(mesh, P(*[None] * leading, BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array that every device holds completely."""
+    """The sharding of an array of which every device holds a full copy."""
     return NamedSharding(mesh, P())
 
 
 def mesh_of(model: Any) -> Mesh | None:
-    """The mesh that a model's parameters are on; None: they are on one device, or abstract."""
+    """The mesh of a model's parameters; None if they are on one device, or abstract."""
     sharding = getattr(jax.tree.leaves(model)[0], "sharding", None)
     return sharding.mesh if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) else None
 
 
 def row_groups(mesh: Mesh) -> int:
-    """Parts that the rows of a batch are split into: their number must be a multiple of it."""
+    """The number of groups into which a batch's rows are split. The number of rows must be a multiple of it."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

@@ -1,6 +1,6 @@
-"""Several processes, one run: how they start together, agree before step 0, and end when one of them is lost.
+"""Start and end of a job of several processes: they start together, and all end when one of them is lost.
 
-A process alone may call all of this: it starts nothing, waits for nobody and agrees with itself.
+A single process may call these functions, too. It then starts no connection and waits for no other process.
 """
 
 import glob
@@ -28,12 +28,12 @@ from opt_jax.system.disk import error_line, without_tracebacks
 from opt_jax.system.interrupts import Signals, say
 from opt_jax.system.messages import one_line
 
-# Exit codes, besides 0 and 1: what a launcher may want to treat differently.
-PREEMPTED = 143  # SIGTERM came, a checkpoint was written: as if the signal had ended it (128 + 15)
-LOST_PROCESS = 75  # another process of the job is gone or stands still: start all again (EX_TEMPFAIL)
+# Exit codes besides 0 and 1, which a launcher may want to treat differently.
+PREEMPTED = 143  # a checkpoint was written after SIGTERM: 128 + 15, as if the signal had ended the process
+LOST_PROCESS = 75  # another process of the job has ended or hangs: start all again (EX_TEMPFAIL)
 
-HEARTBEAT_SECONDS, HANG_MINUTES = 30, 60  # for `start`, and in its callers' options
-START_SECONDS = 300  # processes wait for each other so long at the start
+HEARTBEAT_SECONDS, HANG_MINUTES = 30, 60  # defaults of `start` and of command-line options
+START_SECONDS = 300  # the time that processes wait for each other at the start
 
 
 _watchdog: Watchdog | None = None
@@ -50,12 +50,19 @@ def start(
     heartbeat_seconds: int = HEARTBEAT_SECONDS,
     hang_minutes: float = HANG_MINUTES,
 ) -> None:
-    """`jax.distributed.initialize`, where explicit values or a cluster's environment say so; before JAX does anything.
+    """Call `jax.distributed.initialize` if this is one process of a job. Must run before other uses of JAX.
 
-    mode: "auto", "on" (let JAX find the cluster, or fail), "off".
+    Args:
+      mode: "auto": if the next three values are given, or the environment is that of a cluster. "on": always; JAX finds
+        the cluster, or this fails. "off": never.
+      coordinator_address: host and port of process 0. Give all three values or none.
+      num_processes: number of processes of the job.
+      process_id: number of this process.
+      heartbeat_seconds: a process that sends nothing for this time counts as lost.
+      hang_minutes: the longest time without progress.
 
     Raises:
-      ValueError: incomplete values, no cluster to be found, or limits of waiting for a process alone.
+      ValueError: incomplete values, no cluster, or time limits for a process that waits for no other.
     """
     explicit = (coordinator_address, num_processes, process_id)
     if not is_job(mode, *explicit):
@@ -74,7 +81,7 @@ def start(
         raise ValueError(f"--coordinator-address {coordinator_address}: needs a host and a port, as in 10.0.0.1:8476")
     seconds = min(START_SECONDS, 60 * hang_minutes)
     try:
-        # JAX's own time-outs end a process from within C++, without a word of ours: they come second.
+        # JAX's time-outs end a process in C++ without our message, so they are twice as long as ours.
         with _all_here_within(seconds, coordinator_address, process_id):
             jax.distributed.initialize(
                 *explicit,
@@ -111,7 +118,7 @@ def is_job(
 def _all_here_within(
     seconds: float, coordinator_address: str | None, process_id: int | None
 ) -> Generator[None, None, None]:
-    """End this process with one line if what is inside, which waits for all of them, takes longer."""
+    """A context manager that ends this process, with one line, if its body takes longer than `seconds`."""
     who = "" if process_id is None else f"process {process_id}: "
     where = "" if coordinator_address is None else f", or that does not reach {coordinator_address}"
     line = (
@@ -133,12 +140,13 @@ def _all_here_within(
 
 
 def in_cluster() -> bool:
-    """Whether the environment says that this is one process of several (JAX then finds out the rest by itself).
+    """Whether the environment says that this is one process of several. JAX then detects the others itself.
 
-    ValueError: it does, but JAX cannot find the others.
+    Raises:
+      ValueError: it is one of several, but JAX cannot detect the others.
     """
     has, count = os.environ.__contains__, lambda name: int(os.environ.get(name, "1"))
-    if has("SLURM_STEP_NODELIST") and has("SLURM_PROCID"):  # under srun; in a batch script itself there is no step
+    if has("SLURM_STEP_NODELIST") and has("SLURM_PROCID"):  # under srun; a batch script itself has no step
         return count("SLURM_NTASKS") > 1
     if has("OMPI_COMM_WORLD_SIZE"):
         return count("OMPI_COMM_WORLD_SIZE") > 1
@@ -155,7 +163,7 @@ def in_cluster() -> bool:
                 "--coordinator-address, --num-processes and --process-id; --distributed off for pods that work alone"
             )
         return False
-    # A Cloud TPU VM: whether it is one of several is known to its metadata server, which JAX asks.
+    # On a Cloud TPU VM the metadata server knows whether there are several; JAX asks it.
     on_tpu_vm = importlib.util.find_spec("libtpu") is not None and bool(_tpu_devices())
     return on_tpu_vm and not has("TPU_SKIP_MDS_QUERY") and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
 
@@ -165,7 +173,7 @@ def _tpu_devices() -> list[str]:
 
 
 def _watch(coordinator_address: str | None, heartbeat_seconds: int, hang_minutes: float) -> None:
-    """Connect every process with process 0, for the watchdog."""
+    """Start the watchdog, which connects every process with process 0."""
     global _watchdog
     server, address, token = None, "", ""
     if jax.process_index() == 0:
@@ -195,12 +203,9 @@ def _watch(coordinator_address: str | None, heartbeat_seconds: int, hang_minutes
 
 
 def reached(where: str) -> None:
-    """Tell the watchdog that this process has come so far."""
+    """Tell the watchdog that this process has made progress; `where` names the point for messages."""
     if _watchdog is not None:
         _watchdog.reached(where)
-
-
-# Agreement --------------------------------------------------------------------------------------------------
 
 
 # End --------------------------------------------------------------------------------------------------------
@@ -208,12 +213,16 @@ def reached(where: str) -> None:
 
 @contextmanager
 def last_words(program: str, at_once: bool = False) -> Generator[None, None, None]:
-    """Around a whole program: an error that a user can mend is one line, and no process of a job waits for a dead one.
+    """A context manager around a complete program, which turns errors into one line and an exit code.
 
-    ValueError and OSError become `PROGRAM: error: ...` and exit code 1, warnings `PROGRAM: warning: ...`. In a job any
-    error ends this process at once, not by way of JAX's own shutdown, which would wait for the others. So does Ctrl-C.
+    ValueError and OSError become `PROGRAM: error: ...` and exit code 1, warnings `PROGRAM: warning: ...`. In a job of
+    several processes, any error and Ctrl-C end this process at once, without JAX's shutdown, which would wait for the
+    other processes.
 
-    at_once: do not wait for threads then either: Orbax's may wait for minutes for a write that has failed.
+    Args:
+      program: the name of the program in messages.
+      at_once: whether a single process ends without waiting for its threads, too. Those of Orbax may wait for minutes
+        for a write that has failed.
     """
     try:
         with Signals(end_at_once, signal.SIGINT), warnings.catch_warnings(), without_tracebacks():
@@ -235,7 +244,7 @@ def last_words(program: str, at_once: bool = False) -> Generator[None, None, Non
         if not jax.distributed.is_initialized():
             raise
         if isinstance(error, jax.errors.JaxRuntimeError) and _watchdog is not None:
-            # Most likely what a collective says whose other end is gone: leave the word to the watchdog.
+            # Most likely a collective failed because another process ended. Give the watchdog time to report that.
             _watchdog.join(timeout=_watchdog.seconds + 5)
         _leave(traceback.format_exc())
     finally:
@@ -246,7 +255,7 @@ def last_words(program: str, at_once: bool = False) -> Generator[None, None, Non
 
 
 def end_at_once(number: int) -> None:
-    """End this process, which signal `number` told to end, and let the others know. For any thread."""
+    """End this process after signal `number`, and tell the other processes. May be called from any thread."""
     say("interrupted: start again with the same command")
     if _watchdog is not None:
         _watchdog.fail()
@@ -254,9 +263,9 @@ def end_at_once(number: int) -> None:
 
 
 def _leave(message: str) -> None:
-    """End this process of a job, and let the others know."""
+    """End this process of a job with a message, and tell the other processes."""
     print(message, file=sys.stderr, flush=True)
     if _watchdog is not None:
         _watchdog.fail()
-        time.sleep(3 if jax.process_index() == 0 else 0.5)  # the others, with the same error, say so before they end
+        time.sleep(3 if jax.process_index() == 0 else 0.5)  # others may have the same error; let them report it
     os._exit(1)

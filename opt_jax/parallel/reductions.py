@@ -1,4 +1,4 @@
-"""What losses and gradients send in a training step, beside what the model sends (`collectives.py`)."""
+"""The collectives of losses and gradients in a training step. Those of the model are in `collectives.py`."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from opt_jax.parallel.rules import AXES, BATCH_AXES, PARAMETER_AXES, leaf_path, 
 
 
 def gather_rows(x: jax.Array) -> jax.Array:
-    """All of axis 0, from this device's part of it along `tensor`."""
+    """x with axis 0 gathered over `tensor`."""
     return x if axis_size("tensor") == 1 else lax.all_gather(x, "tensor", tiled=True)
 
 
 def scatter_rows(x: jax.Array) -> jax.Array:
-    """This device's part of axis 0, from partial sums added up over `tensor`."""
+    """This device's part of axis 0 of the sum over `tensor` of x, which holds partial sums."""
     return x if axis_size("tensor") == 1 else lax.psum_scatter(x, "tensor", tiled=True)
 
 
@@ -41,9 +41,10 @@ def sum_over_batch(x: jax.Array) -> jax.Array:
 
 
 def sum_gradients(gradients: Any) -> Any:
-    """Gradients added up over every axis that does not split their parameter (over `fsdp` where it does, that is done).
+    """Gradients, summed over every mesh axis that does not split their parameter.
 
-    What `tensor` does not split has been used on parts of the sequence, or by one device of it.
+    For parameters split over `fsdp`, the transpose of `gather_parameters` has summed over `fsdp` already. A parameter
+    that `tensor` does not split needs the sum, because each device used it on a part of the sequence, or only one did.
     """
 
     def summed(keys: Any, value: jax.Array) -> jax.Array:

@@ -1,13 +1,13 @@
-"""Where arrays lie on a mesh of devices: one table from parameter path to mesh axes, and one for activations.
+"""Shardings on a mesh of devices: one table from parameter path to mesh axes, and one for activations.
 
 Axes: `data` (replicas), `fsdp` (batch and parameters), `tensor` (Megatron-style splits of heads, ffn and vocabulary).
 
-There are two ways to compute on a mesh, and the model's code is the same for both. `is_per_device` says which holds.
+There are two ways to compute on a mesh. The model's code is the same for both. `is_per_device` tells them apart.
 
-- Compiler-propagated, the rule: axes are Auto, an array is the whole array, the compiler chooses what is sent, and
-  `constrain` pins the few layouts that matter.
-- Per device, a training step: inside `per_device` an array is this device's part, and nothing is sent but by the
-  functions of `collectives.py` and `reductions.py`.
+- Compiler-propagated (the default): mesh axes are Auto, arrays are global arrays, and XLA inserts the collectives.
+  `constrain` fixes the sharding of a few activations.
+- Per device (a training step): inside `per_device`, an array is this device's part. The only collectives are those in
+  `collectives.py` and `reductions.py`.
 """
 
 import math
@@ -22,8 +22,9 @@ from jax.sharding import PartitionSpec as P
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# Parameter path (unstacked form, layer numbers as "*") -> axes of its dimensions. Column-parallel into a block,
-# row-parallel out of it. The 2050 rows of the position table divide by nothing useful and are never split.
+# Parameter path (unstacked form, layer numbers as "*") -> mesh axes of its dimensions. The first products of a block
+# are column-parallel, the last ones row-parallel. The 2050 rows of the position table are not divisible by useful sizes
+# and are never split.
 PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     "model.decoder.embed_tokens.embedding": ("tensor", "fsdp"),
     "model.decoder.embed_positions.embedding": (None, "fsdp"),
@@ -53,8 +54,9 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
     "qa_outputs.bias": (None,),
 }
 
-# Adapters of LoRA beside a layer's kernel: A [inputs, rank] is split as the kernel's rows are, B [rank, outputs] as its
-# columns. (Of a row-parallel product A leaves partial sums over `tensor`, and B, being linear, passes them on.)
+# LoRA adapters of a layer's kernel: A [inputs, rank] is split like the kernel's rows, B [rank, outputs] like its
+# columns.
+# (In a row-parallel product, A gives partial sums over `tensor`. B is linear, so its results are partial sums, too.)
 PARAMETER_AXES.update(
     {
         path + suffix: axes
@@ -63,11 +65,12 @@ PARAMETER_AXES.update(
     }
 )
 
-# Biases of row-parallel products, which are partial sums over `tensor` until `scatter_sequence`: one device adds them.
+# Biases of row-parallel products. The products are partial sums over `tensor` until `scatter_sequence`, so only one
+# device along `tensor` adds the bias.
 ADDED_ONCE = {"model.decoder.layers.*.self_attn.out_proj.bias", "model.decoder.layers.*.fc2.bias"}
 
-# Names the model gives to its activations -> axes. The residual stream is split along the sequence: for 175B on 512
-# chips that sent 17 % less than splitting its width.
+# Name of an activation in the model -> mesh axes of its dimensions. The residual stream is split along the sequence:
+# for 175B on 512 chips, this sent 17 % less than a split of its width.
 ACTIVATION_AXES: dict[str, tuple[Any, ...]] = {
     "residual": (BATCH_AXES, "tensor", None),  # [B, T, D]
     "gathered": (BATCH_AXES, None, None),  # [B, T, D] entering a column-parallel product
@@ -85,11 +88,11 @@ def table_row(path: str) -> str:
 
 
 def param_spec(path: str, shape: Sequence[int], mesh: Mesh) -> P:
-    """The partition of the parameter at `path` (see PARAMETER_AXES; stacked layers are recognised by their extra axis).
+    """The PartitionSpec of the parameter at `path`, from PARAMETER_AXES. A stacked layer has an extra leading axis.
 
     Raises:
       KeyError: the table has no such path.
-      ValueError: a dimension does not divide over its axis.
+      ValueError: a dimension is not divisible by the size of its mesh axis.
     """
     axes = PARAMETER_AXES[table_row(path)]
     axes = (None,) * (len(shape) - len(axes)) + axes
@@ -104,19 +107,19 @@ def param_sharding(path: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding
 
 
 def leaf_path(keys: Any) -> str:
-    """Dotted path of a leaf, from the keys of `jax.tree_util`: `model.decoder.layers.fc1.kernel`."""
+    """The dotted path of a leaf, from its `jax.tree_util` key path: `model.decoder.layers.fc1.kernel`."""
     return jax.tree_util.keystr(keys, simple=True, separator=".").removesuffix(".value")
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """Dotted path -> leaf, in flattening order: parameters, and `opt_state.1.count`, ..."""
+    """The leaves of a tree by dotted path (`opt_state.1.count`, ...), in the order in which JAX flattens it."""
     return {leaf_path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def constrain(x: jax.Array, name: str) -> jax.Array:
-    """Pin the layout of a named activation. Does nothing without a mesh.
+    """x with the sharding of the named activation as a constraint; x itself without a mesh.
 
-    Axes that do not divide a dimension are left out. (A decode step has one token, which no axis can split.)
+    Skips mesh axes whose size does not divide the dimension. (The one token of a decoding step cannot be split.)
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or is_per_device():
@@ -129,14 +132,15 @@ def constrain(x: jax.Array, name: str) -> jax.Array:
 
 
 def per_device(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`function` of each device's own parts of the arguments.
+    """`function`, called on each device with its parts of the arguments (`jax.shard_map`).
 
-    A part of the batch is rows; of the residual stream, rows and tokens. Differentiate within `function`.
+    The part of a batch is some of its rows, that of the residual stream some of its rows and tokens. Differentiate
+    inside `function`, not through the result.
     """
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def is_per_device() -> bool:
-    """Whether this is traced inside `per_device`, where an array is one device's part."""
+    """Whether this code is traced inside `per_device`, where an array is one device's part."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.are_all_axes_manual

@@ -1,7 +1,7 @@
-"""A thread in each process of a job that ends it, with one line saying why, when another process is lost.
+"""A thread in each process of a job. It ends the process, with one line that says why, when another process is lost.
 
-JAX alone lets the survivors wait in a collective, and in the end aborts them in C++. Here every process keeps a TCP
-connection with process 0. Lines go both ways: `beat`, `lost N` and `failed N` (from whoever knows), `bye`.
+Without it, the other processes would wait in a collective until JAX aborts them in C++. Every process keeps a TCP
+connection with process 0. Both ends send lines: `beat`, `lost N`, `failed N` and `bye`.
 """
 
 import os
@@ -15,16 +15,16 @@ import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-_GRACE = 5.0  # seconds that a process gets to report the error that another one has just reported
-_LONGEST = 100  # bytes of a line; ours are shorter
-_STRANGERS = 200  # connections that have not said yet who they are; the oldest makes room
+_GRACE = 5.0  # seconds in which a process may report the error that another process has reported
+_LONGEST = 100  # most bytes of a line
+_STRANGERS = 200  # most connections that have not identified themselves; one more closes the oldest
 _WORD = re.compile(rb"(beat|bye)|(lost|failed) ([0-9]{1,9})")
 
 
 def listen(host: str | None, count: int) -> tuple[socket.socket, str, str]:
-    """(server, its address, a token that clients must show); called by process 0."""
+    """A listening socket, its address, and a token that clients must send; called by process 0."""
     if host is None:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing: asks for the route only
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends no data: asks for the route only
             try:
                 probe.connect(("192.0.2.1", 9))
                 host = probe.getsockname()[0]
@@ -36,7 +36,15 @@ def listen(host: str | None, count: int) -> tuple[socket.socket, str, str]:
 
 
 class Watchdog(threading.Thread):
-    """`seconds`: without a word from a process it counts as lost. `hang_minutes`: so long a step may take here."""
+    """The watchdog of one process.
+
+    Args:
+      process: number of this process.
+      count: number of processes.
+      seconds: a process that sends nothing for this time counts as lost.
+      hang_minutes: this process ends if it makes no progress for this time.
+      exit_code: the exit code when another process is lost, or this one hangs.
+    """
 
     def __init__(self, process: int, count: int, *, seconds: float, hang_minutes: float, exit_code: int):
         super().__init__(name="watchdog", daemon=True)
@@ -49,7 +57,7 @@ class Watchdog(threading.Thread):
         self._failed: tuple[int, float] | None = None
 
     def connect(self, address: str, token: str) -> str | None:
-        """Join process 0; returns what went wrong."""
+        """None after connecting to process 0, or the reason why that failed."""
         host, _, port = address.partition("|")
         try:
             connection = socket.create_connection((host, int(port)), timeout=self.seconds)
@@ -60,10 +68,12 @@ class Watchdog(threading.Thread):
         return None
 
     def accept(self, server: socket.socket, token: str, count: int) -> None:
-        """Take `count` connections, which wait already; strangers are turned away, and hold up nobody.
+        """Accept connections from `count` processes, which have connected already.
+
+        Other connections are closed, and do not delay those of the processes.
 
         Raises:
-          TimeoutError: not all of them have said in time who they are.
+          TimeoutError: not all processes have identified themselves within `seconds`.
         """
         said: dict[socket.socket, bytes] = {}
         end = time.monotonic() + self.seconds
@@ -93,7 +103,7 @@ class Watchdog(threading.Thread):
             oldest.close()
         try:
             connection, _ = server.accept()
-        except OSError:  # gone again
+        except OSError:  # the client has closed the connection
             return
         connection.setblocking(False)
         said[connection] = b""
@@ -102,7 +112,7 @@ class Watchdog(threading.Thread):
     def _greet(
         self, connection: Any, selector: selectors.BaseSelector, said: dict[socket.socket, bytes], token: bytes
     ) -> None:
-        """Read on in the first line of a connection, and decide at its end."""
+        """Read more of a connection's first line. When the line is complete, keep the connection or close it."""
         try:
             data = connection.recv(_LONGEST)
         except OSError:
@@ -128,7 +138,7 @@ class Watchdog(threading.Thread):
         self._where, self._since = where, time.monotonic()
 
     def finish(self) -> None:
-        """This process is done: its end is no loss, and neither is anybody else's."""
+        """Stop watching and tell the others, because this process has completed its work."""
         self._finished = True
         self._tell("bye")
         self.join()
@@ -155,23 +165,23 @@ class Watchdog(threading.Thread):
                 self._look_around()
 
     def _listen_to(self, connection: socket.socket) -> bool:
-        """Read what has come; False when this one has nothing more to say."""
+        """Whether the connection stays open, after reading and handling the lines that have arrived."""
         process = self._peers[connection]
         try:
             data = connection.recv(4096)
         except OSError:
             data = b""
-        if not data and b"\n" not in self._unread[connection]:  # (what came with the greeting is read here)
+        if not data and b"\n" not in self._unread[connection]:  # lines that arrived with the first one are still unread
             self._lost(process, "its connection was closed")
         *lines, rest = (self._unread[connection] + data).split(b"\n")
-        self._unread[connection] = rest[:_LONGEST]  # what is longer is no word of ours
+        self._unread[connection] = rest[:_LONGEST]  # longer lines are not valid
         for line in lines:
             if (match := _WORD.fullmatch(line)) is None:
-                continue  # and no sign of life
+                continue  # an invalid line does not count as a heartbeat
             self._heard[connection] = time.monotonic()
             word, who = match[1] or match[2], int(match[3] or 0)
             if word == b"lost":
-                self._lost(who, f"process {process} says so")
+                self._lost(who, f"reported by process {process}")
             if word == b"failed":
                 self._failed = self._failed or (who, time.monotonic())
                 self._tell(f"failed {who}")
@@ -219,4 +229,4 @@ class Watchdog(threading.Thread):
             try:
                 connection.sendall(line.encode() + b"\n")
             except OSError:
-                pass  # reading from it will tell
+                pass  # the next read reports it

@@ -182,7 +182,7 @@ def test_errors(model):
         (dict(batch_size=2.0), "batch_size=2.0"),
         (dict(progress_bar=True), "progress_bar without effect: pass batch_size"),
         (dict(cache=model.init_cache(1, 8)), "what model.prefill returns, not a KVCache"),
-        (dict(cache=other.prefill([[5]])), "made by another model"),
+        (dict(cache=other.prefill([[5]])), "a model of another shape"),
         (dict(max_length=40, num_beams=2), "num_beams and prompts of different lengths: give max_new_tokens"),
     ):
         with pytest.raises(ValueError, match=words):

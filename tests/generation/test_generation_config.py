@@ -152,7 +152,7 @@ def test_constructor_refuses_what_there_is_not():
         GenerationConfig(penalty_alpha=0.6)  # type: ignore[reportCallIssue]
     with pytest.raises(ValueError, match="there is no option 'top_q'"):
         GenerationConfig(top_q=1)  # type: ignore[reportCallIssue]
-    with pytest.raises(ValueError, match="use_cache, bos_token_id change nothing: leave them out, or use from_dict"):
+    with pytest.raises(ValueError, match="use_cache, bos_token_id have no effect: leave them out, or use from_dict"):
         GenerationConfig(use_cache=True, top_k=3, bos_token_id=2)  # type: ignore[reportCallIssue]
     with pytest.raises(ValueError, match="GenerationConfig, not a dict"):
         combine({}, {"top_k": 3}, {})  # type: ignore[reportArgumentType]

@@ -65,7 +65,7 @@ def bad():
 def compactions(monkeypatch):
     """How often holes are removed, where there is hardly a column to spare."""
     calls, compact = [], speculative.compact
-    monkeypatch.setattr(drafts, "_SPARE_STEPS", 0)
+    monkeypatch.setattr(drafts, "_STEPS_OF_HOLES", 0)
     monkeypatch.setattr(speculative, "compact", lambda s: calls.append(1) or compact(s))
     return calls
 

@@ -369,7 +369,7 @@ def test_adapters_that_qwix_leaves_out_are_noticed(monkeypatch):
     import qwix
 
     monkeypatch.setattr(qwix, "apply_lora_to_model", lambda base, *_, **__: base)
-    with pytest.raises(RuntimeError, match="qwix put in 0 adapters, not the 4 asked for"):
+    with pytest.raises(RuntimeError, match="qwix added 0 adapters instead of 4"):
         LoRA(2, 8.0).adapt(plain)
 
 
