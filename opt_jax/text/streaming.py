@@ -117,22 +117,22 @@ def _table(sought: tuple[bytes, ...], tokenizer: Any, _version: Hashable, vocab_
                 table[state, byte] = states[longer]
     table = np.concatenate([table, np.full((last + 1 - len(states), 256), last, np.int16)])
 
-    text, counts, order = _token_bytes(tokenizer, _version, vocab_size)
+    text, starts, order = _token_bytes(tokenizer, _version, vocab_size)
     behind = np.repeat(np.arange(len(states), dtype=np.int16)[:, None], vocab_size, axis=1)
-    for i, count in enumerate(counts):
-        behind[:, :count] = table[behind[:, :count], text[i, :count]]
+    shorter = -np.diff(starts)
+    # Tokens with a byte i are the first ones, which are long.
+    for i, count in enumerate(np.searchsorted(shorter, -np.arange(-shorter.min(initial=0)))):
+        behind[:, :count] = table[behind[:, :count], text[starts[:count] + i]]
     result = np.full((last + 1, vocab_size), last, np.int16)
     result[: len(states), order] = behind
     return result
 
 
 @lru_cache(maxsize=2)
-def _token_bytes(tokenizer: Any, _version: Hashable, vocab_size: int) -> tuple[np.ndarray, list[int], np.ndarray]:
-    """(byte i of each token, uint8 [L, V], long tokens first; number of tokens with a byte i; ids in this order)."""
+def _token_bytes(tokenizer: Any, _version: Hashable, vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(bytes of all tokens, long tokens first; where each begins, and the end; ids in this order)."""
     texts = [tokenizer.token_bytes(i) for i in range(vocab_size)]
     lengths = np.array([len(text) for text in texts])
     order = np.argsort(-lengths, kind="stable")
-    width = int(lengths.max(initial=0))
-    joined = b"".join(texts[i].ljust(width, b"\0") for i in order)
-    text = np.frombuffer(joined, np.uint8).reshape(vocab_size, width).T
-    return np.ascontiguousarray(text), [int((lengths > i).sum()) for i in range(width)], order
+    text = np.frombuffer(b"".join(texts[i] for i in order), np.uint8)
+    return text, np.append(0, np.cumsum(lengths[order])), order

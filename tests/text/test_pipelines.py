@@ -1,6 +1,8 @@
 """Texts through a model: stop strings, pieces of text, scores. (The pipeline itself is in test_text.py.)"""
 
+import copy
 import itertools
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -78,6 +80,17 @@ def _byte_tokens(text):
     from tokenizers import pre_tokenizers
 
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)[0][0]
+
+
+def test_a_long_token_does_not_make_the_others_long(tok):
+    tok = copy.deepcopy(tok)
+    tok.add_tokens("x" * 2_000 + "END")
+    tracemalloc.start()
+    stops = StopStrings.of(tok, ["xEND"], [np.array([], np.int32)], 20_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10e6
+    assert stop_lengths(stops, np.array([[3, len(tok) - 1]])) == [2]
 
 
 def test_stop_strings_may_begin_in_the_prompt_and_not_end_there(tok):
