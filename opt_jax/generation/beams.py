@@ -90,11 +90,13 @@ class BeamEngine:
         request = self._request
         jobs = padded(jobs, batch_bucket(len(jobs)))
         capacity = bucket(request.max_new_tokens)
-        check_fits(self._model, request, len(jobs), request.num_beams * capacity, request.num_beams)
+        num_beams = request.num_beams
+        records = (3 + request.options.eos_token_ids.size) * num_beams  # running, finished, and candidates
+        check_fits(self._model, request, len(jobs), num_beams * capacity, num_beams, records)
         options = self.options_of(jobs)
         state, report = _begin(
             self._model,
-            take_prompts(request.prompts, jobs),
+            take_prompts(request.prompts, jobs, cut=False),  # or each batch might compile
             options,
             num_beams=request.num_beams,
             capacity=capacity,

@@ -161,7 +161,7 @@ def new_tokens(state: DecodeState) -> NewTokens:
     return NewTokens(tokens[:, state.width :], *others)
 
 
-def check_fits(model: Any, request: Request, rows: int, new_columns: int, branches: int = 1) -> None:
+def check_fits(model: Any, request: Request, rows: int, new_columns: int, branches: int = 1, records: int = 1) -> None:
     """Check that the devices have enough memory for a batch of `rows` rows.
 
     Args:
@@ -171,13 +171,14 @@ def check_fits(model: Any, request: Request, rows: int, new_columns: int, branch
       new_columns: columns of the cache besides those of the prompt.
       branches: positions of a row in one step (beams, or drafts and one more). Each has logits over the vocabulary and
         a row of the attention mask.
+      records: sequences of a row for which log-probabilities are kept.
 
     Raises:
       ValueError: the batch needs more memory.
     """
     columns = request.width + new_columns
     nbytes = columns * (request.column_bytes + branches) + branches * request.vocab_size * 4
-    nbytes += request.capacity * (request.logprobs or 0) * 8  # token and value
+    nbytes += records * request.capacity * (request.logprobs or 0) * 8  # token and value
     check_memory(rows * nbytes, device_memory(model), rows, request.given)
 
 

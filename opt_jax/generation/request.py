@@ -138,8 +138,11 @@ def check_request(
         raise ValueError("num_beams and prompts of different lengths: give max_new_tokens, and no min_length")
     copies = given.num_return_sequences or 1
     rows = len(ids) * copies
-    # 16 bytes for each token: its id, and arrays made from the ids.
-    check_memory(rows * int(widths.max() + most.max()) * 16, host_memory(), rows, given)
+    # 16 bytes for each token: its id, and arrays made from the ids. 8 for each log-probability and its token.
+    nbytes = int(widths.max() + most.max()) * 16 + int(most.max()) * 8 * min(
+        given.logprobs or 0, model.config.vocab_size
+    )
+    check_memory(rows * nbytes, host_memory(), rows, given)
     prompts, table = _prompts(ids, mask, prefix, model.config.max_position_embeddings), None
     if given.stop_strings is not None:
         texts = [np.append(before, row[m]) for row, m in zip(ids, mask, strict=True)]
@@ -237,9 +240,11 @@ def _prompts(ids: np.ndarray, mask: np.ndarray, prefix: Prefix | None, limit: in
     return Prompts(padded, padded_mask, tokens, padded_mask.sum(1, dtype=np.int32) + before.shape[1], prefix.cache)
 
 
-def take_prompts(prompts: Prompts, rows: np.ndarray) -> Prompts:
-    """The given rows of the prompts, cut to the bucket of the longest of them."""
-    ids, mask = _align(prompts.ids[rows], prompts.mask[rows], prompts.ids.shape[1])
+def take_prompts(prompts: Prompts, rows: np.ndarray, cut: bool = True) -> Prompts:
+    """The given rows of the prompts, cut to the bucket of the longest of them unless told not to."""
+    ids, mask = prompts.ids[rows], prompts.mask[rows]
+    if cut:
+        ids, mask = _align(ids, mask, ids.shape[1])
     matched = None if prompts.matched is None else prompts.matched[rows]
     return Prompts(ids, mask, prompts.tokens[rows], prompts.lengths[rows], prompts.prefix, matched)
 

@@ -82,11 +82,20 @@ class StopStrings:
             raise ValueError(f"stop_strings={shown(given)} has a lone surrogate, which is not valid Unicode") from None
         if (length := sum(map(len, sought))) > _MOST_BYTES:
             raise ValueError(f"stop_strings have {length:,} bytes together, more than {_MOST_BYTES:,}: shorten them")
-        version = id(tokenizer.backend_tokenizer), len(tokenizer)  # changes when tokens are added
+        version = tokenizer.backend_tokenizer, len(tokenizer)  # changes when tokens are added
         states = _states(sought)
-        tails = (b"".join(map(tokenizer.token_bytes, ids[-length:].tolist())) for ids in prompts)
-        behind = [states[_longest_end(tail[-length:], states)] for tail in tails]
+        behind = [states[_longest_end(_last_bytes(tokenizer, ids.tolist(), length), states)] for ids in prompts]
         return cls(_table(sought, tokenizer, version, vocab_size), np.array(behind, np.int32))
+
+
+def _last_bytes(tokenizer: Any, ids: list[int], count: int) -> bytes:
+    """The last `count` bytes of the text of these tokens. Some tokens have none."""
+    text = b""
+    for index in reversed(ids):
+        if len(text) >= count:
+            break
+        text = tokenizer.token_bytes(index) + text
+    return text[-count:]
 
 
 def _states(sought: Sequence[bytes]) -> dict[bytes, int]:

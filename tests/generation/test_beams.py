@@ -214,6 +214,8 @@ def test_compiles_once_per_shape_and_kind(model, compiled):
         assert run(**options)[1] == [], options
     assert run(do_sample=True)[0] == ["jit(_begin)", "jit(advance)"]
     assert run(do_sample=True, seed=4, length_penalty=0.3)[1] == []
+    rows = [[5] * n for n in (3, 4, 20, 18)]  # one width for all batches
+    assert run(ids=rows, mask=None, batch_size=2)[0] == ["jit(_begin)", "jit(advance)"]
 
 
 def test_no_step_copies_the_cache(model):

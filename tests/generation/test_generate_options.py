@@ -300,6 +300,14 @@ def test_memory_is_looked_at_before_anything_is_made(model, options, monkeypatch
             next(stream(model, IDS, **options))
 
 
+def test_memory_for_logprobs_of_beams_is_that_of_all_candidates(model, monkeypatch):
+    monkeypatch.setattr("opt_jax.generation.engines.device_memory", lambda model: 1_500_000)
+    options: dict[str, Any] = dict(max_new_tokens=16, logprobs=61)
+    assert len(generate(model, IDS, **options)) == 5
+    with pytest.raises(ValueError, match="num_beams=4.*: 6 rows at a time need"):
+        generate(model, IDS, num_beams=4, **options)
+
+
 def test_memory_of_the_devices(model):
     assert 10**8 < device_memory(model) <= host_memory()
     cache = model.init_cache(3, 10)

@@ -105,6 +105,11 @@ def test_stop_strings_may_begin_in_the_prompt_and_not_end_there(tok):
         pieces = [tok.decode([i]) for i in new]
         assert pieces[0] == "op" and "".join(pieces) == "op it"
         assert stop_lengths(StopStrings.of(tok, strings, [prompt], len(tok)), new[None]) == [length], strings
+        silent = np.append(prompt, [len(tok)] * 50)  # tokens without a text
+        assert (
+            StopStrings.of(tok, strings, [silent], len(tok) + 1).states
+            == StopStrings.of(tok, strings, [prompt], len(tok)).states
+        )
 
 
 @pytest.mark.slow
