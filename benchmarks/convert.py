@@ -115,8 +115,8 @@ def main() -> None:
     try:
         src, dst = work / "src", work / "dst"
         # In a child: what is resident in this process would count as the children's until they start their program.
-        made = [sys.executable, __file__, "--make", str(src), args.model, args.form]
-        total, largest = map(int, subprocess.run(made, check=True, capture_output=True, text=True).stdout.split())
+        command = [sys.executable, __file__, "--make", str(src), args.model, args.form]
+        total, largest = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
         python = [sys.executable, "-c"]
         commands = {"opt-jax": [*python, OURS, str(src), str(dst)], "cp": ["cp", "-r", str(src), str(dst)]}
         imports = {"opt-jax": measure([*python, IMPORTS], None)[2], "cp": 0.0}

@@ -87,18 +87,20 @@ def main() -> None:
     for size in options.sizes or SLICES:
         for generation in options.generations:
             topology, mesh = SLICES[size][GENERATIONS.index(generation)].split()
-            found = plan(size, topology, mesh, options.micro_batch)
+            planned = plan(size, topology, mesh, options.micro_batch)
             chips = 1
-            for count in found["mesh"].values():
+            for count in planned["mesh"].values():
                 chips *= count
-            state = (found["parameter_bytes_per_chip"] + found["optimizer_bytes_per_chip"]) / 1e9
-            sent = "" if found["collective_bytes"] is None else f"{sum(found['collective_bytes'].values()) / 1e9:,.0f}"
+            state = (planned["parameter_bytes_per_chip"] + planned["optimizer_bytes_per_chip"]) / 1e9
+            sent = (
+                "" if planned["collective_bytes"] is None else f"{sum(planned['collective_bytes'].values()) / 1e9:,.0f}"
+            )
             print(
-                f"| {size} | {topology} | {chips} | {mesh} | {found['micro_batch']} | {state:.1f} "
-                f"| {found['hbm_bytes_per_chip'] / 1e9:.1f}{'' if found['fits'] else ' (does not fit)'} "
-                f"| {found['hbm_capacity_bytes'] / 1e9:.1f} | {sent} | {found['floor_bytes'] / 1e9:,.0f} "
-                f"| {found['model_flops'] / 1e15:,.0f} | {found['hardware_flops'] / found['model_flops']:.2f} "
-                f"| {found['largest_micro_batch'] or 'none'} |",
+                f"| {size} | {topology} | {chips} | {mesh} | {planned['micro_batch']} | {state:.1f} "
+                f"| {planned['hbm_bytes_per_chip'] / 1e9:.1f}{'' if planned['fits'] else ' (does not fit)'} "
+                f"| {planned['hbm_capacity_bytes'] / 1e9:.1f} | {sent} | {planned['floor_bytes'] / 1e9:,.0f} "
+                f"| {planned['model_flops'] / 1e15:,.0f} | {planned['hardware_flops'] / planned['model_flops']:.2f} "
+                f"| {planned['largest_micro_batch'] or 'none'} |",
                 flush=True,
             )
 

@@ -1,4 +1,4 @@
-"""The core is small enough to be read in an evening, functions are short, and ruff formats nearly everything."""
+"""The core can be read in an evening, functions are short, names have a meaning, ruff formats nearly everything."""
 
 import ast
 import io
@@ -122,6 +122,20 @@ def test_functions_are_short():
         longest |= {name: (n, m) for name, n in functions(tree, module) if n > (m := LONGER.get(name, limit))}
     assert len(dict(functions(ours()["opt_jax.model.heads"], ""))) > 20
     assert not longest, "".join(f"\n{name} has {n} lines, more than {m}" for name, (n, m) in longest.items())
+
+
+VAGUE = set("whole describe fingerprint found own made nothing some several spare first_part".split())
+
+
+def identifiers(tree: ast.AST) -> set[str]:
+    names = (getattr(node, key, None) for node in ast.walk(tree) for key in ("name", "id", "arg", "attr"))
+    return {name.strip("_") for name in names if isinstance(name, str)}
+
+
+def test_names_say_what_a_thing_is():
+    assert identifiers(ast.parse("def f(whole):\n    _found = whole.own")) == {"f", "whole", "found", "own"}
+    vague = {name: names for name, tree in ours().items() if (names := identifiers(tree) & VAGUE)}
+    assert not vague, vague
 
 
 def test_ruff_formats_nearly_everything():

@@ -1,7 +1,7 @@
 """The checks of `generate` and `score` (on the host), and the arrays that they pass to compiled functions."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -139,25 +139,22 @@ def check_request(
     copies = given.num_return_sequences or 1
     rows = len(ids) * copies
     # 16 bytes for each token: its id, and arrays made from the ids. 8 for each log-probability and its token.
-    nbytes = int(widths.max() + most.max()) * 16 + int(most.max()) * 8 * min(
-        given.logprobs or 0, model.config.vocab_size
-    )
+    logprobs = None if given.logprobs is None else min(given.logprobs, model.config.vocab_size)
+    nbytes = int(widths.max() + most.max()) * 16 + int(most.max()) * 8 * (logprobs or 0)
     check_memory(rows * nbytes, host_memory(), rows, given)
-    prompts, table = _prompts(ids, mask, prefix, model.config.max_position_embeddings), None
-    if given.stop_strings is not None:
-        texts = [np.append(before, row[m]) for row, m in zip(ids, mask, strict=True)]
-        stops = _stop_strings(tokenizer, given.stop_strings, texts, model.config.vocab_size)
-        prompts, table = dataclasses.replace(prompts, matched=stops.states), jax.device_put(stops.table)
+    texts = (np.append(before, row[m]) for row, m in zip(ids, mask, strict=True))
+    matched, table = _stop_strings(tokenizer, given.stop_strings, texts, model.config.vocab_size)
+    prompts = _prompts(ids, mask, prefix, model.config.max_position_embeddings)
     sampling_options = _sampling_options(model.config.vocab_size, given, most, least, eos, pad)
     return Request(
         input_ids=ids,
-        prompts=prompts,
+        prompts=dataclasses.replace(prompts, matched=matched),
         max_new_tokens=int(most.max()),
         options=dataclasses.replace(sampling_options, stop_strings=table),
         do_sample=bool(given.do_sample),
         pad_token_id=pad,
         copies=copies,
-        logprobs=None if given.logprobs is None else min(given.logprobs, model.config.vocab_size),
+        logprobs=logprobs,
         cache_dtype=given.cache_dtype,
         vocab_size=model.config.vocab_size,
         column_bytes=column_bytes(model.config, given.cache_dtype or model.dtype),
@@ -165,12 +162,17 @@ def check_request(
     )
 
 
-def _stop_strings(tokenizer: Any, strings: Any, prompts: list[np.ndarray], vocab_size: int) -> Any:
-    """The table and states that `OPTTokenizer.stop_strings` returns."""
+def _stop_strings(
+    tokenizer: Any, strings: Any, prompts: Iterable[np.ndarray], vocab_size: int
+) -> tuple[np.ndarray | None, jax.Array | None]:
+    """The state behind each prompt, and the table of states on the device. None and None without stop strings."""
+    if strings is None:
+        return None, None
     if not hasattr(tokenizer, "stop_strings"):
         wrong = "" if tokenizer is None else f", an opt_jax.OPTTokenizer, not a {type(tokenizer).__name__}"
         raise ValueError(f"stop_strings need the tokenizer: pass tokenizer={wrong}")
-    return tokenizer.stop_strings(strings, prompts, vocab_size)
+    stops = tokenizer.stop_strings(strings, list(prompts), vocab_size)
+    return stops.states, jax.device_put(stops.table)
 
 
 def check_batch_size(batch_size: Any, progress_bar: Any) -> None:
