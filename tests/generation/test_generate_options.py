@@ -347,5 +347,5 @@ def test_beams(model):
     for one, other in ((0, 1), (3, 4), (3, 5)):
         np.testing.assert_array_equal(drawn[one], drawn[other])
     assert drawn[0].shape != drawn[2].shape or (drawn[0] != drawn[2]).any()
-    with pytest.raises(ValueError, match="beams, which are known at the end only, are not streamed"):
+    with pytest.raises(ValueError, match="beams, which are known only at the end, are not streamed"):
         stream(model, IDS, **options)
