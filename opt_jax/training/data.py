@@ -135,9 +135,10 @@ def _pretraining_data(setup: Setup, tokenizer: OPTTokenizer, corpus: Corpus) -> 
 
 def make_validation(setup: Setup, data: TrainingData) -> Callable[[TrainState], dict[str, float] | float | None]:
     """A function state -> the loss on held-out data, or the measures of a task; None: there is no such data."""
+    options = setup.options
     make_step = make_predict_step if data.task else make_eval_step
     eval_step = make_step(setup.shardings.full_model, setup.mesh)
-    place = partial(place_batch, batch_size=setup.options.batch_size, accumulate=1, mesh=setup.mesh)
+    place = partial(place_batch, batch_size=options.batch_size, accumulate=1, mesh=setup.mesh)
 
     def validate(state: TrainState) -> dict[str, float] | float | None:
         held_out = data.held_out
@@ -146,7 +147,7 @@ def make_validation(setup: Setup, data: TrainingData) -> Callable[[TrainState], 
         if held_out is None:
             return None
         assert isinstance(held_out, Windows)
-        count = max(1, min(setup.options.eval_batches, held_out.count // setup.options.batch_size))
+        count = max(1, min(options.eval_batches, held_out.count // options.batch_size))
         batches = (place(partial(held_out.batch, i)) for i in range(count))
         sums, counts = zip(*(jax.device_get(eval_step(state.full_model, batch)) for batch in batches), strict=True)
         return float(sum(sums) / sum(counts))
