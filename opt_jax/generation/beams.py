@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from opt_jax.generation import sampling
 from opt_jax.generation.engines import NewTokens, Slots, check_fits, padded
-from opt_jax.generation.loop import FlatModel, Model, Prompts, Report, TokenLogprobs, as_module
+from opt_jax.generation.loop import FlatModel, Model, Prompts, Report, TokenLogprobs, as_module, read
 from opt_jax.generation.processors import History
 from opt_jax.generation.request import Request, batch_bucket, bucket, take_prompts
 from opt_jax.generation.sampling import SamplingOptions
@@ -152,15 +152,11 @@ def _begin(
     cache_dtype: str | None,
 ) -> tuple[BeamState, Report]:
     """The state after the prompts were read and the first token of each beam was chosen. `capacity` is M."""
-    model, (batch, length) = as_module(model), prompts.ids.shape
-    if prompts.prefix is None:
-        cache = model.init_cache(batch, length + num_beams * capacity, cache_dtype)
-    else:
-        cache = prompts.prefix.extend(batch, prompts.prefix.max_length + length + num_beams * capacity)
-    out = model.forward(prompts.ids, prompts.mask, cache=cache, logits_to_keep=1)
+    model = as_module(model)
+    out = read(model, prompts, num_beams * capacity, cache_dtype)
     assert out.cache is not None
     state = new_state(prompts, out.cache.branch(num_beams), options, num_beams, capacity, logprobs)
-    logits = jnp.broadcast_to(out.logits, (batch, num_beams, out.logits.shape[-1]))
+    logits = jnp.broadcast_to(out.logits, (len(out.logits), num_beams, out.logits.shape[-1]))
     return _report(add_tokens(state, logits, options))
 
 
@@ -192,8 +188,7 @@ def new_state(
     if matched is not None:
         matched = jnp.broadcast_to(matched[:, None], shape)
     if logprobs is not None:
-        one, top = (*shape, capacity), (*shape, capacity, logprobs)
-        records = TokenLogprobs(jnp.zeros(one, jnp.float32), jnp.zeros(top, jnp.int32), jnp.zeros(top, jnp.float32))
+        records = TokenLogprobs.empty(shape, capacity, logprobs)
     # All beams of a prompt begin equal. Only the first one may be continued, or all would choose the same tokens.
     first = jnp.where(jnp.arange(num_beams) == 0, 0.0, _NEVER).astype(jnp.float32)
     running = _Beams(

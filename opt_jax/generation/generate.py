@@ -20,8 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from opt_jax.generation.beams import BeamEngine
 from opt_jax.generation.config import GenerationConfig
 from opt_jax.generation.drafts import Drafts, check_drafts
-from opt_jax.generation.engines import Engine, NewTokens, PlainEngine
-from opt_jax.generation.loop import FlatModel
+from opt_jax.generation.engines import Engine, NewTokens, PlainEngine, Slots
+from opt_jax.generation.loop import FlatModel, Report
 from opt_jax.generation.request import Prefix, Request, check_batch_size, check_request, check_score
 from opt_jax.generation.speculative import DraftingEngine
 from opt_jax.model.cache import KVCache
@@ -254,27 +254,27 @@ def stream(
     """An iterator over the new tokens of `generate`: int32 [R] for each step, pads for rows that have ended.
 
     Takes the arguments of `generate` but batch_size and progress_bar. Raises the same errors, at the call itself.
-    Without drafts, the device computes the next token while the caller uses this one.
+    The device computes the next step while the caller uses the tokens of this one.
     """
     request = check_request(model, input_ids, attention_mask, generation_config, tokenizer, cache, options)
     if request.logprobs is not None or request.num_beams > 1:
         what = "logprobs" if request.num_beams == 1 else "beams, which are known only at the end,"
         raise ValueError(f"{what} are not streamed: use generate")
-    return _stream(_engine(model, request, check_drafts(model, request, assistant_model), None), request)
+    engine = _engine(model, request, check_drafts(model, request, assistant_model), None)
+    return _stream(engine, request, *engine.begin(np.arange(request.rows)))
 
 
-def _stream(engine: Engine, request: Request) -> Generator[np.ndarray, None, None]:
+def _stream(engine: Engine, request: Request, slots: Slots, report: Report) -> Generator[np.ndarray, None, None]:
     rows = request.rows
     new = np.full((rows, request.max_new_tokens), request.pad_token_id, np.int32)
     known, told = np.zeros(rows, np.int32), 0  # tokens in each row of `new`; columns that were yielded
-    slots, report = engine.begin(np.arange(rows))
     while True:
         # Dispatch the next step before waiting for this one. It has no effect if all rows have ended.
         following = engine.advance(slots, 1, len(report.ended)) if told + 1 < request.max_new_tokens else None
         tokens, lengths, ended = (np.asarray(x)[:rows] for x in report)
-        for row, count in enumerate(lengths - known):
-            new[row, known[row] : lengths[row]] = tokens[row, tokens.shape[1] - count :]
-        known = lengths
+        columns = lengths[:, None] + np.arange(-tokens.shape[1], 0)  # of the last tokens of each row
+        row, i = np.nonzero(columns >= known[:, None])
+        new[row, columns[row, i]], known = tokens[row, i], lengths
         ready = int(known.max() if ended.all() else known[~ended].min())
         for column in range(told, ready):
             yield new[:, column].copy()

@@ -15,6 +15,7 @@ from opt_jax.generation.processors import History
 from opt_jax.generation.sampling import SamplingOptions
 from opt_jax.model.cache import KVCache
 from opt_jax.model.heads import OPTForCausalLM
+from opt_jax.model.outputs import CausalLMOutput
 
 
 @jax.tree_util.register_pytree_node_class
@@ -73,6 +74,11 @@ class TokenLogprobs:
     top_ids: Int[Array, "R N n"]
     top: Float[Array, "R N n"]
 
+    @classmethod
+    def empty(cls, rows: tuple[int, ...], columns: int, top: int) -> "TokenLogprobs":
+        chosen, shape = (*rows, columns), (*rows, columns, top)
+        return cls(jnp.zeros(chosen, jnp.float32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
+
     def record(self, logits: Float[Array, "R V"], token: Int[Array, " R"], column: Int[Array, " R"]) -> "TokenLogprobs":
         logprobs = jax.nn.log_softmax(logits, axis=-1)
         top, ids = lax.top_k(logprobs, self.top.shape[-1])
@@ -120,6 +126,16 @@ class Report(NamedTuple):
     ended: Bool[Array, " R"]
 
 
+def read(model: OPTForCausalLM, prompts: Prompts, columns: int, cache_dtype: str | None) -> CausalLMOutput:
+    """The last logits of the prompts, and a cache that holds them and has `columns` more columns."""
+    batch, length = prompts.ids.shape
+    if prompts.prefix is None:
+        cache = model.init_cache(batch, length + columns, cache_dtype)
+    else:
+        cache = prompts.prefix.extend(batch, prompts.prefix.max_length + length + columns)
+    return model.forward(prompts.ids, prompts.mask, cache=cache, logits_to_keep=1)
+
+
 @partial(jax.jit, static_argnames=("capacity", "do_sample", "copies", "logprobs", "cache_dtype"))
 def begin(
     model: Model,
@@ -137,21 +153,12 @@ def begin(
     `capacity`: number of columns of the cache for new tokens.
     """
     model = as_module(model)
-    batch, length = prompts.ids.shape
-    if prompts.prefix is None:
-        cache = model.init_cache(batch, length + capacity, cache_dtype)
-    else:
-        cache = prompts.prefix.extend(batch, prompts.prefix.max_length + length + capacity)
-    out = model.forward(prompts.ids, prompts.mask, cache=cache, logits_to_keep=1)
+    out = read(model, prompts, capacity, cache_dtype)
     cache, tokens, lengths, matched, logits = jax.tree.map(
         lambda x: jnp.repeat(x, copies, axis=0) if x.ndim and copies > 1 else x,
         (out.cache, prompts.tokens, prompts.lengths, prompts.matched, out.logits[:, -1]),
     )
     rows, width = tokens.shape
-    records = None
-    if logprobs is not None:
-        one, top = (rows, capacity), (rows, capacity, logprobs)
-        records = TokenLogprobs(jnp.zeros(one, jnp.float32), jnp.zeros(top, jnp.int32), jnp.zeros(top, jnp.float32))
     zero = jnp.zeros(rows, jnp.int32)
     state = DecodeState(
         cache=cache,
@@ -161,7 +168,7 @@ def begin(
         lengths=zero,
         stopped=zero > 0,
         step=jnp.zeros((), jnp.int32),
-        logprobs=records,
+        logprobs=None if logprobs is None else TokenLogprobs.empty((rows,), capacity, logprobs),
         matched=matched,
         width=width,
     )

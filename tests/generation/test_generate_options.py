@@ -297,7 +297,7 @@ def test_memory_is_looked_at_before_anything_is_made(model, options, monkeypatch
         generate(model, IDS, **options)
     if not {"num_beams", "logprobs", "batch_size"} & options.keys():
         with pytest.raises(ValueError, match="6 rows at a time need"):
-            next(stream(model, IDS, **options))
+            stream(model, IDS, **options)
 
 
 def test_memory_for_logprobs_of_beams_is_that_of_all_candidates(model, monkeypatch):
