@@ -62,7 +62,7 @@ def main(directory: str = OURS) -> None:
     suggestions = {
         'opt-jax generate "def "': "a prompt of your own (--help: sampling, length, ...)",
         f'opt-jax generate --model {directory}/training "def "': "the model just trained",
-        "python train.py": "a model trained from scratch, in about three minutes",
+        "python train.py": "a model trained from scratch, in a few minutes",
         "python -m convert facebook/opt-125m opt-125m": "Meta's own weights (downloads 250 MB)",
         'opt-jax generate --model opt-125m "In the city of"': "",
         "examples/quickstart.ipynb": "logits, hidden states, gradients, attention",
