@@ -284,8 +284,24 @@ def test_what_is_on_disk_is_compared(tmp_path, monkeypatch):
     whole = to_hf._pwrite
     monkeypatch.setattr(to_hf, "_pwrite", lambda fd, data, offset: whole(fd, data[: -1 if offset else None], offset))
     for shard_of in (None, (1, 1)):
-        with pytest.raises((OSError, ValueError), match=r"truncated|bytes, not|do not have"):
+        with pytest.raises((OSError, ValueError), match=r"bytes, not|does not have"):
             write(source, tmp_path / "out", shard_of=shard_of)
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_library_checks_each_header(tmp_path, monkeypatch):
+    """A header that says what is not so is found out, also when the sizes are right."""
+    source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
+    write_all = to_hf._pwrite
+    for old, new, error in (
+        (b"F32", b"I32", r"was to be \('F32'.*but is \('I32'"),
+        (b"fc1.bias", b"fc1.bios", "fc1.bi[ao]s was to be"),
+        (b'"shape":[16]', b'"shape":[15]', "safetensors cannot read it"),
+    ):
+        damage = lambda fd, data, offset: write_all(fd, memoryview(bytes(data).replace(old, new, 1)), offset)  # noqa: B023, E731
+        monkeypatch.setattr(to_hf, "_pwrite", damage)
+        with pytest.raises(OSError, match=f"{error}.*nothing was published"):
+            write(source, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
 

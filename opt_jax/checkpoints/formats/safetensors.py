@@ -2,7 +2,7 @@
 
 `read_safetensors` returns `Tensors`: a dict of NumPy views into the mapped file. No data is read before a view is used.
 The views only say where a tensor lies: `stored.locate` turns them into offsets, and `pread` reads them. The library
-`safetensors` reads through its map, where a file that is cut short meanwhile kills the process.
+`safetensors` reads through its map instead, so a file that is cut short meanwhile kills the process.
 
 Format: https://github.com/huggingface/safetensors#format
 """
