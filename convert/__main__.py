@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -194,7 +194,8 @@ def to_hf(
         to_hf.parse_size(max_shard_size)
     except ValueError as e:
         raise UsageError(str(e)) from None
-    with started(**dataclasses.asdict(job)):
+    options = _options(names, target, source, metaseq, write) | {"max_shard_size": max_shard_size}
+    with started(**dataclasses.asdict(job), options=options):
         opened = _open(names, dst, source, metaseq, write, hub.is_model if part is None else None)
         with _Work(opened, dst, write, part) as report:
             to_hf.convert(
@@ -340,6 +341,14 @@ def _check_no_verify(source: SourceOptions, *opened: "Checkpoint") -> None:
         raise ValueError(f"--no-verify is for Orbax directories: {opened[-1].where} has no checksums")
 
 
+def _options(
+    names: Sequence[str], target: str, source: SourceOptions, metaseq: MetaseqOptions, write: WriteOptions
+) -> dict[str, Any]:
+    """What all processes of a job must have been given, `quiet` left out."""
+    values = dataclasses.asdict(source) | dataclasses.asdict(metaseq) | dataclasses.asdict(write)
+    return values | {"SRC": names, "DST": target, "quiet": None}
+
+
 def _convert(
     names: Sequence[str],
     target: str,
@@ -355,7 +364,7 @@ def _convert(
         hub.check_remote(target)
     dst = hub.as_path(target)
     hub.check_array_path(dst)
-    with started(**dataclasses.asdict(job)):
+    with started(**dataclasses.asdict(job), options=_options(names, target, source, metaseq, write)):
         opened = _open(names, dst, source, metaseq, write, hub.is_orbax, from_metaseq)
         with _Work(opened, dst, write) as report:
             convert(opened, dst, dtype=write.dtype, overwrite=write.overwrite, progress=report)

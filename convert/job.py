@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -23,16 +23,20 @@ def started(
     num_processes: int | None,
     process_id: int | None,
     hang_minutes: int,
+    options: Mapping[str, Any],
 ) -> Iterator[None]:
     """Around a conversion: the processes of a job start together and end together; see `processes.start`.
+
+    `options`: all others of the command line. The processes of a job must have the same.
 
     A process alone that is interrupted clears away what it has half-written. A process of a job ends at once, since the
     others may be waiting for it; the next conversion clears.
 
     Raises:
       UsageError: the arguments do not go together, or there is no cluster.
+      ValueError: the processes have different options.
     """
-    from opt_jax.parallel import processes
+    from opt_jax.parallel import agreement, processes
 
     leave_accelerators_alone()
     if hang_minutes < 1:
@@ -50,6 +54,7 @@ def started(
                 processes.start(*arguments, hang_minutes=hang_minutes)
         except ValueError as e:
             raise UsageError(error_line(e)) from None
+        agreement.check_same_options(options)
         processes.reached("opening SRC")
         yield
 

@@ -118,8 +118,7 @@ def _evaluate(options: EvalOptions) -> None:
     from opt_jax.parallel import agreement, processes
     from opt_jax.text.tokenizer import OPTTokenizer
 
-    common = dataclasses.asdict(options) | {"process_id": None, "output": str(options.output)}
-    agreement.check_same({f"--{name.replace('_', '-')}": value for name, value in common.items()})
+    agreement.check_same_options(dataclasses.asdict(options))
     tokenizer = OPTTokenizer.from_pretrained(options.model)  # before the weights: it fails sooner
     ids: Any = None  # of --data
     documents, tasks = 0, None

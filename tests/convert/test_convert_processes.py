@@ -382,6 +382,20 @@ def test_several_processes_convert_and_load_their_parts(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_processes_with_different_options_refuse(tmp_path):
+    """Else each would cast the part that it writes in its own way."""
+    code = CONVERT.replace("*job", "'--dtype', ['float16', 'bfloat16'][int(i)], *job")
+    results = together(code, "tiny", tmp_path / "out")
+    assert [done.returncode for done in results] == [1, 1], results
+    for i, done in enumerate(results):
+        error = f'convert: error: process {i}: the processes differ: --dtype is "float16" on process 0, but ' + (
+            '"bfloat16" on process 1'
+        )
+        assert error in done.stderr.splitlines(), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_all(tmp_path):
     # While writing, and while opening what only one of them has.
     weights = hf_weights(TINY)
@@ -395,8 +409,8 @@ def test_an_error_in_one_process_ends_all(tmp_path):
     assert sum("failed: see its message" in error for error in errors) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["hf"] and hub.is_model(source)
 
-    here_only = CONVERT.replace("*sys.argv[4:]", "'tiny' if i == '0' else sys.argv[4], *sys.argv[5:]")
-    results = together(here_only, tmp_path / "nowhere", tmp_path / "out")
+    in_directory = f"import os\nos.chdir('{tmp_path}' if i == '0' else '/')\njob ="
+    results = together(CONVERT.replace("job =", in_directory), "hf", tmp_path / "out")
     assert [done.returncode for done in results] == [1, 1]
     assert "convert: error: process 0: process 1 failed: see its message" in results[0].stderr
     assert "convert: error: process 1: no directory" in results[1].stderr and list(tmp_path.iterdir()) == [source]
