@@ -63,7 +63,9 @@ def open_data(setup: Setup, saved_tokenizer: epath.Path | None) -> TrainingData:
     options, config = setup.options, setup.config
     corpus = None
     if options.task is None:
-        corpus = Corpus(options.data, options.validation_data, bool(options.mixture), options.skip_bad_records)
+        corpus = Corpus(
+            options.data, options.validation_data, bool(options.mixture), options.skip_bad_records, options.text_key
+        )
     # The tokenizer of process 0, on all of them.
     choose = partial(_choose_tokenizer, setup, corpus, saved_tokenizer)
     tokenizer = tokenizer_from_bytes(agreement.from_first(lambda: tokenizer_to_bytes(choose())))

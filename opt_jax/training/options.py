@@ -50,8 +50,9 @@ class Options:
     """The paper's settings for one of its sizes: defaults for all options below, which win where they are given.
     `--recipe opt-125m --help` shows them."""
     data: tuple[str, ...] = ()
-    """Text or .jsonl files (key "text"), .npy files of `opt-jax tokenize`, directories or globs of them, datasets as
-    hf:NAME[,CONFIG][:SPLIT]. Default: the standard library's sources."""
+    """Text, .jsonl, .json, .csv, .parquet or .arrow files, compressed or not; .npy files of `opt-jax tokenize`;
+    directories or globs of them; URLs (gs://, s3://, hf://); datasets as hf:NAME[,CONFIG][:SPLIT]. Default: the
+    sources of the standard library."""
     mixture: tuple[float, ...] = ()
     """A weight for each of --data, as in `--data wiki.npy books/ --mixture 0.7 0.3`: so many of the sequences come from
     it. Default: all of the data is one."""
@@ -61,6 +62,8 @@ class Options:
     pack: Literal["concat", "segments"] = "concat"
     """Documents follow each other, with </s> between them. concat: a token sees all before it in its sequence;
     segments: only its own document, and positions restart with each."""
+    text_key: str = "text"
+    """The key or column of the text, in all of these but text files."""
     skip_bad_records: bool = False
     """Leave out broken lines, bytes that are no UTF-8 and empty files, and count them. Default: stop at the first."""
     task: Literal["sequence-classification", "question-answering"] | None = None
@@ -355,7 +358,7 @@ def check_fine_tuning(options: Options) -> None:
             )
         if options.eval_batches != default.eval_batches:
             raise ValueError("--eval-batches: with --task all held-out examples are measured; leave it out")
-        for name in ("mixture", "pack", "skip_bad_records", "data_workers"):
+        for name in ("mixture", "pack", "text_key", "skip_bad_records", "data_workers"):
             if getattr(options, name) != getattr(default, name):
                 raise ValueError(f"{_flag(name)} is for pretraining data: leave it out with --task")
     if options.lora_rank is None:

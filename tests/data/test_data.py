@@ -21,7 +21,9 @@ from opt_jax import OPTTokenizer
 from opt_jax.cli import main
 from opt_jax.data import tokens
 from opt_jax.data.corpus import Corpus
-from opt_jax.data.documents import BadRecords, find_files, find_sources, pieces, read_documents
+from opt_jax.data.documents import find_sources, pieces, read_documents
+from opt_jax.data.files import find_files
+from opt_jax.data.records import BadRecords
 from opt_jax.data.tokenizers import train_tokenizer
 from opt_jax.data.tokens import Tokens, open_tokens, tokenize, write_tokens
 from opt_jax.data.windows import Reader, Windows
