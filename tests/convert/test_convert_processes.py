@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.hf_files import TINY, hf_shapes, hf_weights, write_hf
-from support.processes import environment
+from support.processes import environment, free_address, outcomes, start
 
 from convert.__main__ import main
 from opt_jax import OPTForCausalLM
@@ -300,16 +299,10 @@ def test_memory_is_bounded_for_metaseq(tmp_path):
 
 def together(code: str, *args: object, count: int = 2) -> list[subprocess.CompletedProcess]:
     """The same code in `count` processes; argv: i, address, count, *args."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     commands = [[sys.executable, "-c", code, str(i), address, str(count), *map(str, args)] for i in range(count)]
-    running = [
-        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT)
-        for c in commands
-    ]
-    outputs = [process.communicate(timeout=300) for process in running]
-    return [subprocess.CompletedProcess(p.args, p.returncode, *o) for p, o in zip(running, outputs, strict=True)]
+    done = outcomes([start(command) for command in commands])
+    return [subprocess.CompletedProcess(c, *outcome) for c, outcome in zip(commands, done, strict=True)]
 
 
 CONVERT = """

@@ -1,4 +1,4 @@
-"""What is taken for text: files of other formats, directories, bad records, long lines, files that are no files."""
+"""Reading text: files of other formats, directories, bad records, long lines, pipes."""
 
 import bz2
 import errno
@@ -44,7 +44,7 @@ def numpy_file() -> bytes:
 
 
 OTHERS = {
-    # by the first bytes, whatever the name
+    # known by their first bytes, not by their name
     "a.txt": (gzip.compress(RECORDS), "gzip"),
     "b.jsonl": (gzip.compress(RECORDS), "gzip"),
     "c.md": (b"\x28\xb5\x2f\xfd rest", "zstd"),
@@ -67,7 +67,7 @@ OTHERS = {
     "ad.txt": (b"Obj\x01\x04\x14avro.codec", "avro"),
     "ae.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n", "a Git LFS pointer"),
     "af.txt": (b'["one \\"text\\"",\n "two"]', "JSON"),
-    # by the ending, whatever is in it
+    # known by the ending of the name, not by the content
     "q.jsonl.7Z": (b"text", "7z"),
     "r.parquet.GZ": (b"text", "parquet inside of gzip"),
     "s.xlsx": (b"text,label\n", "xlsx"),
@@ -90,7 +90,7 @@ def test_other_formats_are_refused_by_name(tmp_path, name):
         find_files([tmp_path / name])
     with pytest.raises(ValueError, match=message):
         find_files([f"{tmp_path}/{name[0]}*"])
-    for skip in (False, True, None):  # --skip-bad-records does not mean this
+    for skip in (False, True, None):  # --skip-bad-records makes no difference
         with pytest.raises(ValueError, match=message):
             read_documents([tmp_path / name], BadRecords(skip))
 
@@ -217,11 +217,11 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
 def test_long_lines_are_read_in_parts(tmp_path, monkeypatch, tokenizer):
     text = "it's  one\tline - of \N{SNOWMAN} def f(x): \n and\r\n two   spaces\n" * 20
     (tmp_path / "a.txt").write_bytes(("\ufeff" + text).encode())
-    whole = read_documents([tmp_path / "a.txt"])
-    for part in range(3, 20):  # within characters, between \r and \n
+    expected = read_documents([tmp_path / "a.txt"])
+    for part in range(3, 20):  # cuts within characters, and between \r and \n
         monkeypatch.setattr(documents, "_PART", part)
-        assert read_documents([tmp_path / "a.txt"]) == whole
-        assert "".join(piece for piece, _ in pieces([tmp_path / "a.txt"], BadRecords(), 8)) == whole[0]
+        assert read_documents([tmp_path / "a.txt"]) == expected
+        assert "".join(piece for piece, _ in pieces([tmp_path / "a.txt"], BadRecords(), 8)) == expected[0]
     (tmp_path / "b.txt").write_bytes("fine \u2603".encode()[:-1])
     with pytest.raises(ValueError, match=r"b\.txt:1: not UTF-8 text"):
         read_documents([tmp_path / "b.txt"])
@@ -249,8 +249,8 @@ def test_documents_are_tokenised_piece_by_piece(tmp_path, tokenizer, monkeypatch
     blank = call(tokenizer, " ", return_tensors=None, add_special_tokens=False).input_ids
     assert ids.tolist() == [2, *row, 2, *blank, 2, *row, 2]
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n")
-    found, count = read_ids([str(tmp_path / "a.jsonl")], tokenizer)
-    assert found.tolist() == [2, *row] and count == 1
+    read, count = read_ids([str(tmp_path / "a.jsonl")], tokenizer)
+    assert read.tolist() == [2, *row] and count == 1
 
 
 def test_limits_of_a_record_and_of_a_text_without_spaces(tmp_path, monkeypatch):
@@ -289,7 +289,7 @@ def test_a_glob_does_not_pass_over_a_directory_that_cannot_be_read(tmp_path, mon
     (tmp_path / "a").mkdir()
     for name in ("a/a.txt", "sub/b.txt", "sub/deeper/c.txt"):
         (tmp_path / name).write_text("text")
-    monkeypatch.chdir(tmp_path)  # the directories above it are for this user only
+    monkeypatch.chdir(tmp_path)  # another user cannot read the directories above
     tmp_path.chmod(0o755)
     closed = tmp_path / "sub" / "deeper" if "deeper" in pattern else tmp_path / "sub"
     closed.chmod(0)
