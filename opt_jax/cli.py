@@ -130,7 +130,7 @@ def tokenize(
       output: The array. FILE.npy.json beside it describes it.
       tokenizer: "tiny" (the one inside this package), a directory, or a Hugging Face hub id such as facebook/opt-125m.
       workers: Processes. None: one for each core, fewer for a small text.
-      text_key: The key or column of the text, in all of these but text files.
+      text_key: The key or column of the text, in all files but text files.
       skip_bad_records: Leave out broken lines, bytes that are not UTF-8 and empty files, and count them.
     """
     from opt_jax.checkpoints import hub
