@@ -1,8 +1,8 @@
 """Writes an opened checkpoint as a Hugging Face directory: safetensors files, their index, config and tokenizer.
 
-The safetensors library needs all tensors of a file in memory: a shard of 5 GB takes 5 GB. To need less, this module writes
-the format itself: a JSON header with the offsets of the tensors, then the tensors, slab by slab. The library checks each
-file before the directory is published. Names, order, shards and padding are those of `save_pretrained` in
+The safetensors library needs all tensors of a file in memory: a shard of 5 GB takes 5 GB. To need less, this module
+writes the format itself: a JSON header with the offsets of the tensors, then the tensors, slab by slab. The library
+checks each file before the directory is published. Names, order, shards and padding are those of `save_pretrained` in
 `transformers`, so the bytes are equal, too.
 """
 
