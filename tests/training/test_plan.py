@@ -116,7 +116,8 @@ def test_a_plan_for_a_slice(tmp_path, libtpu, capsys):
     # A mesh that splits an axis of the torus.
     words = "--topology v5e:4x4 --mesh fsdp=8,tensor=2 --batch-size 32".split()
     found = plan(tmp_path, *words)
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
+    assert "compiling the step with 4 sequences at a time, for 16 chips" in said and " GB a chip" in said
     assert found["fits"] and found["largest_micro_batch"] == 4
     assert found["mesh"] == {"data": 1, "fsdp": 8, "tensor": 2} and found["micro_batch"] == 4
     assert found["hbm_capacity_bytes"] == int(15.75 * 2**30)
@@ -136,12 +137,13 @@ def test_a_plan_for_a_slice(tmp_path, libtpu, capsys):
 @pytest.mark.slow
 @needs_libtpu
 def test_a_plan_that_does_not_fit_says_what_would(tmp_path, libtpu, capsys):
-    # A prime number of sequences for each chip: 1 is what else there is to try.
-    found = plan(tmp_path, "--topology", "v5e:2x2", "--batch-size", str(4 * 16421))
+    # A prime number of sequences for each chip: 1 is what else there is to try. (A chip of a v4 is one device.)
+    found = plan(tmp_path, "--topology", "v4:2x2x1", "--batch-size", str(4 * 32843))
     printed = capsys.readouterr().out
+    assert found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1} and found["hbm_capacity_bytes"] == int(30.75 * 2**30)
     assert not found["fits"] and found["hbm_bytes_per_chip"] > found["hbm_capacity_bytes"]
     assert found["largest_micro_batch"] == 1
-    assert "DOES NOT FIT" in printed and "--accumulate 16421" in printed
+    assert "DOES NOT FIT" in printed and "--accumulate 32843" in printed
 
 
 def test_a_plan_is_of_the_runs_own_batches(monkeypatch):
