@@ -1,6 +1,7 @@
 """A summary of what a checkpoint holds, and the comparison of two checkpoints."""
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -43,9 +44,33 @@ def summary(opened: Checkpoint) -> Iterator[str]:
     dtypes = Counter(array.dtype.name for array in opened.arrays.values())
     kinds = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())
     yield f"{len(opened.arrays)} tensors ({kinds}), {opened.parameters:,} parameters, {opened.nbytes:,} bytes"
+    for name, (dtype, shape, nbytes) in _tensors(opened).items():
+        yield f"  {name:<55} {dtype:<9} {shape:<15} {nbytes:>14,}"
+
+
+def _tensors(opened: Checkpoint) -> dict[str, tuple[str, str, int]]:
+    """HF name -> dtype, shape and bytes. Equal neighbouring layers are one, as `layers.0-11`, with the bytes of all."""
+    others: dict[str, tuple[str, str, int]] = {}
+    layers: dict[int, dict[str, tuple[str, str, int]]] = {}
+    prefix = ""
     for path, array in opened.arrays.items():
         name, shape = hf.stored_as(path, array.shape)
-        yield f"  {name:<55} {array.dtype.name:<9} {'x'.join(map(str, shape)):<15} {array.nbytes:>14,}"
+        entry = array.dtype.name, "x".join(map(str, shape)), array.nbytes
+        if match := re.fullmatch(r"(.*\.layers\.)(\d+)(\..*)", name):
+            prefix = match[1]
+            layers.setdefault(int(match[2]), {})[match[3]] = entry
+        else:
+            others[name] = entry
+    grouped = dict(sorted(others.items()))
+    numbers = sorted(layers)
+    while numbers:
+        first = numbers[0]
+        count = next((i for i, n in enumerate(numbers) if n != first + i or layers[n] != layers[first]), len(numbers))
+        label = str(first) if count == 1 else f"{first}-{first + count - 1}"
+        for rest, (dtype, shape, nbytes) in sorted(layers[first].items()):
+            grouped[f"{prefix}{label}{rest}"] = dtype, shape, nbytes * count
+        numbers = numbers[count:]
+    return grouped
 
 
 def compare(ours: Checkpoint, theirs: Checkpoint, progress: Callable[[str, int], None]) -> str | None:
