@@ -141,7 +141,7 @@ def _decompressed(file: File, raw: Any) -> Any:
     try:
         import zstandard
     except ImportError:
-        raise ValueError(f"{file} needs the package zstandard: pip install 'opt-jax[data]'") from None
+        raise ValueError(f"{file} needs the package zstandard: pip install zstandard") from None
     return io.BufferedReader(_ZstdReader(raw, zstandard), _BUFFER)
 
 
@@ -260,7 +260,7 @@ def _file_system(url: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:  # the package for it is not installed, or there is no such protocol
-        hint = "; the extras opt-jax[gcs] and opt-jax[s3] read gs:// and s3://"
+        hint = "; gs:// needs the package gcsfs, s3:// needs s3fs"
         raise ValueError(f"{url}: cannot be read here: {one_line(error)}{hint}") from None
     except Exception as error:
         raise _unreadable(url, error) from None

@@ -251,7 +251,7 @@ def _check_column(path: Any, key: str, names: list[str]) -> None:
 def _table(path: File, bad: BadRecords, key: str) -> Iterator[str]:
     """The column `key` of a parquet or arrow file."""
     if importlib.util.find_spec("pyarrow") is None:
-        raise ValueError(f"{path} needs the package pyarrow: pip install 'opt-jax[data]'")
+        raise ValueError(f"{path} needs the package pyarrow: pip install pyarrow")
     import pyarrow as pa
 
     number = 0
@@ -318,7 +318,7 @@ class HFSource:
         if match is None:
             raise ValueError(f"{name}: needs the form hf:NAME[,CONFIG][:SPLIT]")
         if importlib.util.find_spec("datasets") is None:
-            raise ValueError(f"{name} needs the package datasets: pip install 'opt-jax[datasets]'")
+            raise ValueError(f"{name} needs the package datasets: pip install datasets")
         self._rows = self._load(match[1], match[2], match[3] or "train")
         _check_column(name, key, self._rows.column_names)
 

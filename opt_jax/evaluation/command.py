@@ -37,7 +37,7 @@ class EvalOptions:
     stride: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """With --data: tokens from the start of a sliding window to the start of the next. Default: half a window."""
     tasks: tuple[str, ...] = ()
-    """Tasks of the lm-evaluation-harness, by name; needs pip install "opt-jax[eval]"."""
+    """Tasks of the lm-evaluation-harness, by name; needs the package lm-eval."""
     include_path: tuple[str, ...] = ()
     """With --tasks: directories with more tasks (yaml files)."""
     num_fewshot: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None

@@ -357,7 +357,7 @@ def check_options(options: Options) -> None:
         ("wandb", options.wandb is not None, "wandb"),
     ):
         if given and importlib.util.find_spec(package) is None:
-            raise ValueError(f"--{option} needs the package {package}: pip install 'opt-jax[{option}]'")
+            raise ValueError(f"--{option} needs the package {package}: pip install {package}")
 
 
 def check_grad_dtype(options: Options, mesh: Mesh) -> None:
@@ -394,7 +394,7 @@ def check_fine_tuning(options: Options) -> None:
             if getattr(options, name) != getattr(default, name):
                 raise ValueError(f"{_flag(name)} is for --lora-rank: leave it out, or add --lora-rank")
     elif importlib.util.find_spec("qwix") is None:
-        raise ValueError("--lora-rank needs the package qwix: pip install 'opt-jax[lora]'")
+        raise ValueError("--lora-rank needs the package qwix: pip install qwix")
 
 
 def profiled_steps(profile: str | None) -> range:

@@ -62,7 +62,7 @@ def topology_devices(name: str) -> Sequence[Any]:
     if importlib.util.find_spec("libtpu") is None and (beside / "libtpu").is_dir():
         sys.path.append(str(beside))
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError('--plan needs libtpu, the compiler for TPUs: pip install "opt-jax[tpu]" (Linux on x86)')
+        raise ValueError("--plan needs libtpu, the compiler for TPUs: pip install 'jax[tpu]' (Linux on x86)")
     from jax.experimental import topologies
 
     try:

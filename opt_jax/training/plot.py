@@ -61,7 +61,7 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError(f"plot needs the package matplotlib ({error}): pip install 'opt-jax[plot]'") from None
+        raise ValueError(f"plot needs the package matplotlib ({error}): pip install matplotlib") from None
     measured = [(run, metrics_of(run)) for run in runs]
     check_new_file(output, lambda content: content.startswith(_PNG), "a PNG")
     names = {name for _, lines in measured for line in lines for name in line}

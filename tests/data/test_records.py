@@ -192,7 +192,7 @@ def test_urls(tmp_path, monkeypatch, capsys):
         "memory://corpus/*.txt": "nothing matches",
         "memory://nowhere/a.txt": "no such file or directory",
         "memory://corpus/e.npy": "memory-mapped: copy it to a disk",
-        "nosuch://corpus/a.txt": r"nosuch://corpus/a.txt: cannot be read here: .*opt-jax\[gcs\]",
+        "nosuch://corpus/a.txt": r"nosuch://corpus/a.txt: cannot be read here: .*gs:// needs the package gcsfs",
     }.items():
         with pytest.raises((ValueError, FileNotFoundError), match=error):
             find_sources([name])

@@ -36,7 +36,7 @@ from opt_jax.parallel.mesh import make_mesh, use_mesh
 
 pytestmark = pytest.mark.slow
 
-pytest.importorskip("qwix", reason='pip install "opt-jax[int8]"')
+pytest.importorskip("qwix", reason='pip install -e ".[int8]"')
 
 IDS = np.array([[1, 1, 1, 7, 9], [4, 5, 6, 7, 8], [3, 9, 17, 5, 11]], np.int32)
 # Per layer: q, k, v, out, fc1, fc2; the table; what else the variant has.
@@ -190,7 +190,7 @@ for use in (lambda: quantize(model), lambda: model.generate([[5, 6]], max_new_to
         print(error)
 """
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=REPOSITORY)
-    assert re.fullmatch(r'(int8 needs qwix \(.*\): pip install "opt-jax\[int8\]"\n){2}', run.stdout), run.stdout
+    assert re.fullmatch(r"(int8 needs the package qwix \(.*\): pip install qwix\n){2}", run.stdout), run.stdout
 
 
 # Generation ---------------------------------------------------------------------------------------------------

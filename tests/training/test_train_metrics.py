@@ -372,7 +372,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, changes, package
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
     (option,) = changes
-    message = rf"--{option} needs the package {package}: pip install 'opt-jax\[{option}\]'"
+    message = rf"--{option} needs the package {package}: pip install {package}"
     with pytest.raises(ValueError, match=message):
         check_options(Options(**changes))
 
