@@ -1,4 +1,4 @@
-"""metaseq checkpoints in every form, made without torch from one set of weights, give these weights back bit by bit."""
+"""metaseq checkpoints in every form, written without torch, give back the weights that they were written from."""
 
 import os
 from dataclasses import replace
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.conversions import assert_same
 from support.hf_files import VARIANTS, hf_weights, tensor_pickle, torch_zip
 from support.metaseq_files import Foreign, contents, namespace, settings, write
 
@@ -14,7 +15,7 @@ from convert.checkpoint import Checkpoint
 from opt_jax import OPTConfig
 from opt_jax.checkpoints.formats import names
 
-# Sizes that four shards of three parts cannot share evenly, and a config for more than ten parts.
+# CONFIG: sizes that do not divide over four shards of three parts. WIDE: sizes for more than ten parts.
 CONFIG = VARIANTS["125m"] | dict(vocab_size=51, hidden_size=18, ffn_dim=51, word_embed_proj_dim=18)
 WIDE = VARIANTS["125m"] | dict(vocab_size=66, hidden_size=33, ffn_dim=55, word_embed_proj_dim=33, num_attention_heads=3)
 CFG = {"model": namespace(settings(CONFIG))}
@@ -26,18 +27,11 @@ def given(config: dict = CONFIG) -> OPTConfig:
 
 def load(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     """HF name -> array in HF's orientation."""
-    found = {}
+    weights = {}
     for path, array in checkpoint.arrays.items():
         name, transposed = names.to_hf(path)
-        found[name] = array.load().T if transposed else array.load()
-    return found
-
-
-def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert found.keys() == expected.keys()
-    for name, array in expected.items():
-        assert found[name].dtype == array.dtype and found[name].shape == array.shape, name
-        assert found[name].tobytes() == array.tobytes(), name
+        weights[name] = array.load().T if transposed else array.load()
+    return weights
 
 
 FORMS = {
@@ -230,7 +224,7 @@ PART = "reshard-model_part-2.pt"
 
 
 def edit(key: str, change):
-    """Changes one tensor of the last file."""
+    """Change one tensor of the last file."""
 
     def apply(files):
         model = files[max(files)]["model"]
@@ -384,10 +378,10 @@ def test_parts_of_arrays(tmp_path, form):
     opened = metaseq.open_checkpoint(write(tmp_path, contents(hf_weights(config), **FORMS[form])), config=given(config))
     rng = np.random.default_rng(0)
     for array in opened.arrays.values():
-        whole = array.load()
+        loaded = array.load()
         for _ in range(12):
             index = tuple(slice(*sorted(rng.integers(0, n + 1, 2))) for n in array.shape)
-            np.testing.assert_array_equal(array.load(index), whole[index], strict=True)
+            np.testing.assert_array_equal(array.load(index), loaded[index], strict=True)
 
 
 def test_reading_takes_the_bytes_it_needs_and_leaves_nothing_open(tmp_path, monkeypatch):
@@ -457,7 +451,7 @@ def test_a_file_that_shrinks_after_opening(tmp_path):
 
 
 def test_tensors_that_are_views(tmp_path):
-    """Tensors of one storage, transposed or with an offset, as torch saves views."""
+    """Views of one storage, transposed or with an offset, as torch saves them."""
     weights = hf_weights(CONFIG)
     model = contents(weights, fused=False)["reshard.pt"]["model"]
     pool = np.concatenate([np.asfortranarray(a).ravel(order="K") for a in model.values()])
