@@ -235,9 +235,7 @@ def test_checkpoints_of_a_training_run(tmp_path, capsys, tied):
             assert loaded.keys() == params.keys()
             for path, param in loaded.items():
                 np.testing.assert_array_equal(param.get_value(), params[path].get_value())
-        assert (
-            json.loads((out / "config.json").read_text())["torch_dtype"] == "float32"
-        )  # as trained
+        assert json.loads((out / "config.json").read_text())["torch_dtype"] == "float32"  # as trained
         assert (out / "vocab.json").read_text() == "{}"
 
 
