@@ -2,7 +2,6 @@
 
 import json
 import re
-import resource
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from support.hf_files import TINY, VARIANTS, hf_weights, write_hf
 from support.metaseq_files import contents, write
+from support.processes import largest_file
 
 from convert.__main__ import main
 from opt_jax import OPTConfig, OPTForCausalLM, named_parameters, unstack_layers
@@ -241,15 +241,10 @@ def test_checkpoints_of_a_training_run(tmp_path, capsys, tied):
 
 @pytest.mark.parametrize("command", ["", "to-hf"])
 def test_a_full_disk_behind_the_weights_names_file_and_bytes(tmp_path, capsys, command):
-    """A limit on the size of files fails where a full disk does, and needs no root."""
     source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
     (source / "vocab.json").write_text("x" * 300_000)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
-    try:
+    with largest_file(200_000):
         assert main([*command.split(), str(source), str(tmp_path / "out"), "--quiet"]) == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().err
     assert re.fullmatch(r"error: .*vocab.json: File too large \(300,000 bytes are needed\): .*\n", said), said
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]

@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import json
-import resource
 import shutil
 
 import ml_dtypes
@@ -13,6 +12,7 @@ import safetensors
 from safetensors.numpy import save_file
 from support.hf_files import TINY, VARIANTS, hf_weights, write_hf
 from support.hf_output import expected, hidden, read, write
+from support.processes import largest_file
 
 from convert import to_hf, to_orbax
 from convert.source import open_directory
@@ -240,17 +240,11 @@ def test_existing_destination(tmp_path):
 
 @pytest.mark.parametrize("shard_of", [None, (1, 1)])
 def test_full_disk(tmp_path, shard_of):
-    """A limit on the size of files fails where a full disk does, and needs no root."""
     source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
     out = write(source, tmp_path / "out", dtype="float16")
     before = read(out)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, hard))
-    try:
-        with pytest.raises(OSError) as failed:
-            write(source, out, overwrite=True, shard_of=shard_of)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with largest_file(8000), pytest.raises(OSError) as failed:
+        write(source, out, overwrite=True, shard_of=shard_of)
     assert failed.value.errno == errno.EFBIG and str(failed.value.filename).endswith("model.safetensors")
     assert read(out) == before
     assert [p.name for p in tmp_path.rglob("*.part")] == []

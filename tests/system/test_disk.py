@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from support.processes import largest_file
 
 from opt_jax import cli
 from opt_jax.system.disk import disk_errors, error_line, without_tracebacks
@@ -95,16 +95,6 @@ def test_without_a_path_it_is_said_as_well(tmp_path, monkeypatch):
     with pytest.raises(OSError) as failed, contextlib.closing(Lines("/dev/full")) as lines:  # type: ignore[arg-type]
         lines.write('{"step": 1}\n')
     assert error_line(failed.value).startswith(f"/dev/full: {FULL} (")
-
-
-@contextlib.contextmanager
-def largest_file(nbytes: int):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def state_of(step: int) -> TrainState:

@@ -3,7 +3,6 @@
 import fcntl
 import os
 import re
-import resource
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import jax
 import pytest
+from support.processes import largest_file
 from etils import epath
 from support.hf_files import TINY, hf_weights, write_hf
 from support.hf_output import expected, files_of, read, write
@@ -303,13 +303,8 @@ def test_a_tokenizer_is_saved_as_whole_files(tmp_path):
     with pytest.raises(FileExistsError, match="json is a pipe or a device"):
         tokenizer.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        with pytest.raises(OSError, match="File too large .* bytes are needed"):
-            tokenizer.save_pretrained(tmp_path / "full")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with largest_file(20_000), pytest.raises(OSError, match="File too large .* bytes are needed"):
+        tokenizer.save_pretrained(tmp_path / "full")
     assert all(path.stat().st_size < 20_000 for path in (tmp_path / "full").iterdir())
     assert not list((tmp_path / "full").glob("*.part"))
 

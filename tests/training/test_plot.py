@@ -3,9 +3,9 @@
 import builtins
 import json
 import re
-import resource
 
 import pytest
+from support.processes import largest_file
 
 from opt_jax.cli import main
 
@@ -106,14 +106,9 @@ def test_a_file_that_is_no_picture_is_not_replaced(tmp_path, capsys):
 
 
 def test_a_full_disk_names_the_bytes_needed(tmp_path, capsys):
-    """A limit on the size of files fails where a full disk does, without being root."""
     run = make_run(tmp_path / "run")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
+    with largest_file(1000):
         assert main(["plot", str(run)]) == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().err
     assert re.search(r"curves.png: File too large \([\d,]{5,} bytes are needed\): ", said), said
     assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]
