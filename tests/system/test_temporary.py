@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import pytest
-from support.processes import largest_file
 from etils import epath
 from support.hf_files import TINY, hf_weights, write_hf
 from support.hf_output import expected, files_of, read, write
+from support.processes import largest_file
 
 from convert.__main__ import main
 from opt_jax import OPTTokenizer
