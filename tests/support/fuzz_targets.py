@@ -1,6 +1,6 @@
-"""What `fuzz_worker.py` gives damaged files and wild arguments to. Not a test.
+"""The readers to which `fuzz_worker.py` gives damaged files and wild arguments. Not a test.
 
-Each target says which valid files there are, lets the library read the damaged ones, and knows what may come of it.
+Each target writes valid files, lets the library read damaged ones, and knows which results are allowed.
 """
 
 import json
@@ -10,13 +10,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-_OCDBT = b"\x0c\xdb"  # how manifests and nodes of TensorStore's database begin
+_OCDBT = b"\x0c\xdb"  # the first bytes of manifests and nodes of TensorStore's database
 
 
 class Target:
-    """What reads files, or takes arguments; the files of a case lie in `directory`, which nothing else may change."""
+    """A part of the library that reads files or takes arguments. The files of a case are in `directory`."""
 
-    writes = ()  # names in the directory that reading may add
+    writes = ()  # names in the directory that reading may write
 
     def __init__(self, root: Path):
         self.directory = root / "case"
@@ -32,7 +32,7 @@ class Target:
         (self.directory / name).write_bytes(content)
 
     def read(self, case: Any) -> str | None:
-        """What is wrong with what was read; raises what reading raises."""
+        """Read the case. Returns what is wrong with the result, or None. Raises what the library raises."""
         raise NotImplementedError
 
 
@@ -103,7 +103,7 @@ class Config(Target):
                 config.check()
                 combine(parse(content.decode("utf-8", "replace"), name), None, {})
             except ValueError as e:
-                raise ValueError(f"{self.directory}: {e}") from None  # which file, its caller knows
+                raise ValueError(f"{self.directory}: {e}") from None  # callers add the name of the file
         elif name == "run.json":
             pretrained.read_config(self.directory / "checkpoints" / "3")
         else:
@@ -113,7 +113,7 @@ class Config(Target):
 
 
 class Tokenizers(Target):
-    """`fast/` has a tokenizer.json, `slow/` the two files that came before it."""
+    """`fast/` has tokenizer.json, `slow/` has vocab.json and merges.txt."""
 
     def __init__(self, root: Path):
         from opt_jax import OPTTokenizer
@@ -158,13 +158,16 @@ class Tokenizers(Target):
             _ = repr(tokenizer), len(tokenizer), tokenizer.all_special_ids
             tokenizer.stop_strings(["b"], [], 16)
         except ValueError as e:
-            raise ValueError(f"{self.directory}: {e}") from None  # which files, its caller knows
+            raise ValueError(f"{self.directory}: {e}") from None  # callers add the name of the directory
         return None if all(type(i) is int and i >= 0 for i in ids) else f"ids {ids}"
 
 
 class Model(Target):
-    """The arrays of a model directory. A file `NAME@params` is a value in the database of `params`; of a file
-    `NAME@sealed` the checksum is made right after the damage, so that more than its comparison is tried."""
+    """The arrays of a model directory.
+
+    `NAME@params` stands for a value in the database of `params`. `NAME@sealed` stands for a file whose checksum is
+    computed after the damage, so that the damage is read.
+    """
 
     def __init__(self, root: Path):
         import ml_dtypes
@@ -183,7 +186,7 @@ class Model(Target):
         arrays = {name: LazyArray(a.shape, a.dtype, a.__getitem__) for name, a in self.arrays.items()}
         orbax.write_arrays(self.base / "params", arrays)
         self._leave_uncompressed()
-        self.whole = {name: (a.dtype, a.shape, a.load().tobytes()) for name, a in self.open(self.base).items()}
+        self.valid = {name: (a.dtype, a.shape, a.load().tobytes()) for name, a in self.open(self.base).items()}
 
     @staticmethod
     def open(directory: Path) -> dict[str, Any]:
@@ -192,7 +195,7 @@ class Model(Target):
         return orbax.open_arrays(directory / "params")
 
     def _leave_uncompressed(self) -> None:
-        """Write the database anew, or damage would hit little but Zstandard."""
+        """Write the database without compression. Otherwise Zstandard would notice nearly all damage."""
         store = self.database(self.base)
         contents = {key: store.read(key).result().value for key in store.list().result()}
         (self.base / "params" / "manifest.ocdbt").unlink()
@@ -247,14 +250,14 @@ class Model(Target):
         with warnings.catch_warnings(action="ignore" if "@" in name else "error", category=UserWarning):
             arrays = self.open(self.directory)
         if name.endswith("@sealed"):
-            [array.load() for path, array in arrays.items() if array.shape == self.whole.get(path, (0, 0, 0))[1]]
+            [array.load() for path, array in arrays.items() if array.shape == self.valid.get(path, (0, 0, 0))[1]]
             return None
-        if "@" not in name and arrays.keys() != self.whole.keys():
+        if "@" not in name and arrays.keys() != self.valid.keys():
             return f"arrays {sorted(arrays)}"
         changed = name.partition("/")[0].replace(".layers.", ".layers.0.") if "@" in name else None
         for path, array in arrays.items():
-            dtype, shape, content = self.whole.get(path, (None, None, None))
-            if array.shape == shape:  # others are refused before they are read (check_parameters)
+            dtype, shape, content = self.valid.get(path, (None, None, None))
+            if array.shape == shape:  # check_parameters refuses other shapes before they are read
                 values = array.load().tobytes()
                 if (array.dtype, values) != (dtype, content) and not (
                     "@" in name and changed and path[:5] == changed[:5]
@@ -306,7 +309,7 @@ class Training(Target):
 
 
 class Arrays(Target):
-    """Token ids as .npy, and what says which tokenizer made them."""
+    """Token ids as .npy, and the JSON beside them, which names their tokenizer."""
 
     def __init__(self, root: Path):
         import numpy as np
@@ -317,14 +320,13 @@ class Arrays(Target):
         super().__init__(root)
         self.tokenizer = OPTTokenizer.from_pretrained(root / "bases" / "Tokenizers" / "slow")
         np.save(self.base / "a.npy", np.arange(50, dtype=np.uint16))
-        fingerprint = hash_of_vocabulary(self.tokenizer)
-        made_by = {
+        description = {
             "tokens": 50,
             "documents": 1,
-            "tokenizer": {"name": "slow", "fingerprint": fingerprint},
+            "tokenizer": {"name": "slow", "fingerprint": hash_of_vocabulary(self.tokenizer)},
             "sources": ["x"],
         }
-        (self.base / "a.npy.json").write_text(json.dumps(made_by))
+        (self.base / "a.npy.json").write_text(json.dumps(description))
 
     def read(self, case: Any) -> str | None:
         from opt_jax.data.tokens import open_tokens
@@ -340,7 +342,7 @@ class Arrays(Target):
 
 
 class Generation(Target):
-    """The checks of what `generate` is asked for."""
+    """The checks of the options of `generate`."""
 
     def __init__(self, root: Path):
         import jax
@@ -380,7 +382,7 @@ class Generation(Target):
 
 
 class Hub(Target):
-    """`hub.resolve` of a repository on a server in this process; only the cache may be written to."""
+    """`hub.resolve` of a repository on a server in this process. It may write to the cache only."""
 
     writes = ("cache",)
 
@@ -388,16 +390,16 @@ class Hub(Target):
         from support import hub_server
 
         super().__init__(root)
-        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it says each time that it tries again
+        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it logs each retry
         self.server = hub_server.HubServer()
         env = hub_server.environment(self.server.endpoint, root / "home", HF_HUB_DISABLE_PROGRESS_BARS="1")
-        os.environ.clear()  # of HF_XET_HIGH_PERFORMANCE, too, which lm_eval sets when it is imported
+        os.environ.clear()  # also of HF_XET_HIGH_PERFORMANCE, which importing lm_eval sets
         os.environ.update(env)
         self.server.__enter__()
         self.contents = {"config.json": b"{}", "merges.txt": b"merges", "model.safetensors": b"weights"}
 
     def files(self) -> dict[str, bytes]:
-        """What the server answers, as it is asked."""
+        """The valid answers of the server: kind -> JSON."""
         from support.hub_server import Repository
 
         answers: dict[str, bytes] = {}
@@ -408,7 +410,7 @@ class Hub(Target):
 
         self.put(("sent", {}))
         self.server.repositories["org/model"] = Repository(dict(self.contents), lie=note)
-        self.resolve()  # with the waits that users have: the first request may be slow on a busy machine
+        self.resolve()  # with the normal timeouts: the first request may be slow
         shutil.rmtree(self.directory)
         return answers
 
@@ -446,12 +448,12 @@ class Hub(Target):
 
         answers.ANSWER_SECONDS, answers.ANSWERS_SECONDS, answers.STALL_SECONDS, answers.LONGEST_WAIT = 0.5, 1.5, 0.2, 0
         download._WAITS = (0.01,) * 4
-        with warnings.catch_warnings(action="ignore"):  # huggingface_hub's own
+        with warnings.catch_warnings(action="ignore"):  # those of huggingface_hub
             folder = self.resolve()
-        whole = {name: self.repository.sent.get(name, content) for name, content in self.contents.items()}
+        valid = {name: self.repository.sent.get(name, content) for name, content in self.contents.items()}
         for path in folder.iterdir():
-            # Of small files only the server knows what is in them; those with the same ETag are one.
-            if path.read_bytes() != whole.get(path.name) and (case[0] != "headers" or path.suffix == ".safetensors"):
+            # Small files have no checksum, and files with the same ETag share a blob.
+            if path.read_bytes() != valid.get(path.name) and (case[0] != "headers" or path.suffix == ".safetensors"):
                 return f"{path} has another content"
         return None if folder.is_relative_to(self.directory / "cache") else f"it is in {folder}"
 

@@ -1,6 +1,6 @@
-"""Damaged and malicious checkpoints by the hundred, as changes to small valid ones. Not a test itself.
+"""Hundreds of damaged and malicious checkpoints, as changes to small valid ones. Not a test itself.
 
-Every generator is deterministic. A case is data: which files of which checkpoint have which content instead.
+Every generator is deterministic. A case is data: the new content of files of a valid checkpoint.
 """
 
 import json
@@ -12,20 +12,22 @@ from pathlib import Path
 
 from support.hf_files import VARIANTS
 
-CONFIG = VARIANTS["galactica"] | {"num_hidden_layers": 1}  # 8 tensors: the fewest a model can have
-FC1 = "model.decoder.layers.0.fc1.weight"  # the tensor that damage is done to
+CONFIG = VARIANTS["galactica"] | {"num_hidden_layers": 1}  # 8 tensors, the fewest of any model
+FC1 = "model.decoder.layers.0.fc1.weight"  # the tensor that is damaged
 EMBED = "model.decoder.embed_tokens.weight"
 REFUSED, HARMLESS, EITHER = "refused", "harmless", "either"
 
 
 @dataclass(frozen=True)
 class Case:
-    """
+    """A changed checkpoint, and what must come of it.
+
     Attributes:
-      form: the valid checkpoint that is changed. changes: file -> new content,
-      None (removed) or what a link points to.
+      name: of the case.
+      form: the valid checkpoint that is changed.
+      changes: file -> new content, None (the file is removed), or the target of a link.
       outcome: REFUSED, HARMLESS (the conversion succeeds) or EITHER.
-      says: what the error must hold, beside the directory.
+      says: parts of the error's text, besides the directory.
     """
 
     name: str
@@ -78,9 +80,9 @@ def safetensors(header, data: bytes) -> bytes:
 
 def safetensors_cases(files: dict[str, bytes]) -> Iterator[Case]:
     name = "model.safetensors"
-    whole = files[name]
-    length = int.from_bytes(whole[:8], "little")
-    raw, data = whole[8 : 8 + length], whole[8 + length :]
+    content = files[name]
+    length = int.from_bytes(content[:8], "little")
+    raw, data = content[8 : 8 + length], content[8 + length :]
     header = json.loads(raw)
     entry = header[FC1]
     start, end = entry["data_offsets"]
@@ -118,7 +120,7 @@ def safetensors_cases(files: dict[str, bytes]) -> Iterator[Case]:
         [start, [end]],
     ]
     for i, value in enumerate(offsets):
-        says = (name, "tensor ") if i == 6 else (name, f"tensor {FC1}")  # another one is found to overlap
+        says = (name, "tensor ") if i == 6 else (name, f"tensor {FC1}")  # the error names the tensor that it overlaps
         yield case(f"offsets{i}", changed(data_offsets=value), *says)
     shapes = [
         [8, 16],
@@ -221,17 +223,17 @@ def safetensors_cases(files: dict[str, bytes]) -> Iterator[Case]:
         1,
         length - 1,
         length + 1,
-        len(whole) - 8,
-        len(whole) - 7,
+        len(content) - 8,
+        len(content) - 7,
         2**31,
         2**32 - 1,
         2**63 - 1,
         2**63,
         2**64 - 1,
     ):
-        yield case(f"length{n}", n.to_bytes(8, "little") + whole[8:], name)
+        yield case(f"length{n}", n.to_bytes(8, "little") + content[8:], name)
     for bit in random.Random(1).sample(range((8 + length) * 8), 40):
-        yield case(f"header-bit{bit}", flip(whole, bit), outcome=EITHER)
+        yield case(f"header-bit{bit}", flip(content, bit), outcome=EITHER)
 
 
 # Indices and configs ------------------------------------------------------------------------------------------------
@@ -404,17 +406,17 @@ def config_cases() -> Iterator[Case]:
 
 def zip_cases(files: dict[str, bytes]) -> Iterator[Case]:
     name = "pytorch_model.bin"
-    whole = files[name]
-    end = len(whole) - 22
-    directory, *_ = struct.unpack_from("<I", whole, end + 16)
+    archive = files[name]
+    end = len(archive) - 22
+    directory, *_ = struct.unpack_from("<I", archive, end + 16)
     entries, at = [], directory
-    while whole[at : at + 4] == b"PK\1\2":
+    while archive[at : at + 4] == b"PK\1\2":
         entries.append(at)
-        at += 46 + sum(struct.unpack_from("<HHH", whole, at + 28))
-    local = [struct.unpack_from("<I", whole, entry + 42)[0] for entry in entries]
+        at += 46 + sum(struct.unpack_from("<HHH", archive, at + 28))
+    local = [struct.unpack_from("<I", archive, entry + 42)[0] for entry in entries]
 
     def patched(*patches: tuple[int, str, int]) -> bytes:
-        content = bytearray(whole)
+        content = bytearray(archive)
         for at, form, value in patches:
             struct.pack_into("<" + form, content, at, value)
         return bytes(content)
@@ -422,19 +424,19 @@ def zip_cases(files: dict[str, bytes]) -> Iterator[Case]:
     def case(label: str, content: bytes, *says: str, outcome: str = REFUSED) -> Case:
         return Case(f"zip/{label}", "bin", {name: content}, outcome, (name, *says))
 
-    yield case("prepended", b"#!/bin/sh\n" + whole)
-    yield case("prepended-zeros", bytes(64) + whole)
-    yield case("prepended-zip", whole + whole)
-    yield case("appended", whole + bytes(8))
-    yield case("comment", whole[:-2] + b"\5\0hello")
-    yield case("comment-with-another-end", whole[:-2] + struct.pack("<H", 22) + whole[end:])
+    yield case("prepended", b"#!/bin/sh\n" + archive)
+    yield case("prepended-zeros", bytes(64) + archive)
+    yield case("prepended-zip", archive + archive)
+    yield case("appended", archive + bytes(8))
+    yield case("comment", archive[:-2] + b"\5\0hello")
+    yield case("comment-with-another-end", archive[:-2] + struct.pack("<H", 22) + archive[end:])
     for field, form, values in (
         (4, "H", (1, 0xFFFF)),
         (6, "H", (1,)),
         (8, "H", (0, 1, 0xFFFF)),
         (10, "H", (0, 1, 0xFFFF)),
         (12, "I", (0, 1, 2**32 - 1)),
-        (16, "I", (0, directory + 46, len(whole), 2**32 - 1)),
+        (16, "I", (0, directory + 46, len(archive), 2**32 - 1)),
     ):
         for value in values:
             yield case(f"end{field}={value}", patched((end + field, form, value)))
@@ -450,7 +452,7 @@ def zip_cases(files: dict[str, bytes]) -> Iterator[Case]:
             (30, "H", (1, 0xFFFF)),
             (32, "H", (1, 0xFFFF)),
             (34, "H", (1,)),
-            (42, "I", (0, 1, local[1], directory, end, len(whole), 2**32 - 1)),
+            (42, "I", (0, 1, local[1], directory, end, len(archive), 2**32 - 1)),
         ):
             for value in values:
                 if field == 42 and value == header:
@@ -469,7 +471,7 @@ def zip_cases(files: dict[str, bytes]) -> Iterator[Case]:
             for value in values:
                 yield case(f"local{which}+{field}={value}", patched((header + field, form, value)))
         yield case(f"both{which}-encrypted", patched((entry + 8, "H", 1), (header + 6, "H", 1)))
-        size = struct.unpack_from("<I", whole, entry + 24)[0] + 200
+        size = struct.unpack_from("<I", archive, entry + 24)[0] + 200
         grown = [(at, "I", size) for at in (entry + 20, entry + 24, header + 18, header + 22)]
         yield case(f"both{which}-overlap-the-next", patched(*grown), "overlaps")
     yield case("pickle-crc", patched((entries[0] + 16, "I", 1)), "checksum")
@@ -477,9 +479,9 @@ def zip_cases(files: dict[str, bytes]) -> Iterator[Case]:
     sizes = [(at, "I", 2**32 - 1) for at in (entries[3] + 20, entries[3] + 24)]
     yield case("zip64-without-numbers", patched(*sizes))
     yield case("two-records-are-one", patched((entries[4] + 42, "I", local[3])))
-    twice = whole[directory : entries[1]]
-    longer = whole[:end] + twice + whole[end:]
+    twice = archive[directory : entries[1]]
+    longer = archive[:end] + twice + archive[end:]
     more = struct.pack("<HHI", len(entries) + 1, len(entries) + 1, end - directory + len(twice))
     yield case("record-twice", longer[: end + len(twice) + 8] + more + longer[end + len(twice) + 16 :], "twice")
-    for bit in random.Random(2).sample(range(directory * 8, len(whole) * 8), 40):
-        yield Case(f"zip/directory-bit{bit}", "bin", {name: flip(whole, bit)}, EITHER)
+    for bit in random.Random(2).sample(range(directory * 8, len(archive) * 8), 40):
+        yield Case(f"zip/directory-bit{bit}", "bin", {name: flip(archive, bit)}, EITHER)

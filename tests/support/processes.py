@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 _ROOT = Path(__file__).parents[2]
-START = subprocess.Popen  # Python's own
-_READ_AT_IMPORT = ("JAX_", "LD_", "MALLOC_", "OMP_", "PYTHON")  # what a program forked later would not see change
+START = subprocess.Popen  # Python's, before conftest.py replaces it
+_READ_AT_IMPORT = ("JAX_", "LD_", "MALLOC_", "OMP_", "PYTHON")  # a forked program would not notice a change of these
 
 
 def environment(devices: int = 1, **changes: str) -> dict[str, str]:
-    """That of the tests (see conftest.py), but for the number of CPU devices, and `changes`.
+    """The environment of the tests (see conftest.py) with another number of CPU devices, and with `changes`.
 
-    START="fresh": the program is to import everything by itself (see `Popen`).
+    With START="fresh" the program is not forked, and imports everything by itself (see `Popen`).
     """
     flag = "--xla_force_host_platform_device_count"
     return os.environ | {"XLA_FLAGS": re.sub(rf"{flag}=\d+", f"{flag}={devices}", os.environ["XLA_FLAGS"])} | changes
@@ -70,12 +70,12 @@ def largest_file(nbytes: int) -> Iterator[None]:
 
 
 class Popen(subprocess.Popen):
-    """Starts a Python program by `fork_server.py` where that can run it, and all else as `subprocess.Popen` does.
+    """Starts a Python program by `fork_server.py` if that can run it, and others as `subprocess.Popen` does.
 
-    It overrides `_execute_child`, which is private: Python has no public place for another way to start a process.
+    It overrides the private `_execute_child`, because Python has no public way to replace how a process starts.
     """
 
-    _end: int | None = None  # of a forked process: a descriptor that is readable when it has ended
+    _end: int | None = None  # of a forked process: a descriptor that becomes readable when it ends
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
         words = [os.fsdecode(word) for word in ([args] if isinstance(args, str | bytes | Path) else args)]
