@@ -1,7 +1,7 @@
-"""Every argument and field changes the program or a result, or is refused, or stands here with the reason why not.
+"""Every argument and field changes the program or a result, or is refused, or has a reason here why not.
 
-All of them come from signatures and dataclasses: a new one fails until it has an entry. Programs are traced, and not
-compiled. The fields of OPTConfig are in test_model.py, which looks at the numbers that each of them changes.
+They come from signatures and dataclasses, so a new one fails until it has an entry. Programs are traced, not compiled.
+The fields of OPTConfig are in test_model.py, which looks at the numbers that each of them changes.
 """
 
 import ast
@@ -49,11 +49,11 @@ IDS = jax.ShapeDtypeStruct((2, 8), jnp.int32)
 
 
 class Because(str):
-    """Why an option is not shown to have an effect."""
+    """The reason why no effect of an option is shown here."""
 
 
 class Refused:
-    """Arguments with which a call fails, and words of the message."""
+    """Arguments with which a call fails, and a pattern of its message."""
 
     def __init__(self, words: str, **arguments: Any):
         self.words, self.arguments = words, arguments
@@ -69,10 +69,17 @@ def names(function: Callable) -> list[str]:
 
 
 def check_all(
-    found: Iterable[str], entries: dict[str, Any], observe: Callable, base: dict[str, Any] | None = None
+    options: Iterable[str], entries: dict[str, Any], observe: Callable, base: dict[str, Any] | None = None
 ) -> None:
-    """`observe(**base)` differs from what it is with each entry: a value of the option, or a dict of arguments."""
-    assert sorted(found) == sorted(entries), "give each option an entry: a value that changes something, or Because"
+    """Assert that each option changes what `observe` returns.
+
+    Args:
+      options: all names.
+      entries: name -> another value, a dict of arguments, `Because` or `Refused`.
+      observe: a function of the options.
+      base: its other arguments.
+    """
+    assert sorted(options) == sorted(entries), "give each option an entry: a value that changes something, or Because"
     base = base or {}
     usual, same = observe(**base), []
     for name, entry in entries.items():
@@ -90,7 +97,7 @@ def check_all(
 
 
 def equations(jaxpr: Any) -> Iterator[tuple]:
-    """What a traced program does, without the names of its variables, of which some may be read by nobody."""
+    """The operations of a traced program, with shapes and literals, without the names of variables."""
     for eqn in jaxpr.eqns:
         literals = tuple(str(v) for v in eqn.invars if hasattr(v, "val"))
         yield eqn.primitive.name, tuple(str(v.aval) for v in eqn.outvars), literals
@@ -123,7 +130,7 @@ def test_arguments_of_models():
     }
     check_all(names(OPTPreTrainedModel.__init__), entries, gradients)
     for name in ("OPTModel", "OPTForCausalLM", "OPTForSequenceClassification", "OPTForQuestionAnswering"):
-        assert "__init__" not in vars(getattr(opt_jax, name))  # no other arguments
+        assert "__init__" not in vars(getattr(opt_jax, name))  # all classes have the same arguments
 
     def forward(**options):
         model = nnx.eval_shape(lambda: opt_jax.OPTForCausalLM(CONFIG, rngs=nnx.Rngs(0), **options))
@@ -226,7 +233,7 @@ def test_options_of_lora():
 # Generation -----------------------------------------------------------------------------------------------------------
 
 VOCAB = CONFIG.vocab_size
-# All processors that are left out of the program unless asked for, at values that change next to nothing.
+# All optional processors are on, at values that change almost nothing.
 WEAK: dict[str, Any] = dict(
     do_sample=True,
     min_p=1e-9,
@@ -244,7 +251,7 @@ WEAK: dict[str, Any] = dict(
     max_new_tokens=4,
     min_new_tokens=1,
 )
-# Rows: amid a text, the first token, the first one after a prompt of one token, the last one, one that ends.
+# Rows: in a text, at the first token, at the first one after a prompt of one token, at the last one, at an end.
 TOKENS = np.array([[5, 6, 7, 5, 6, 7, 5, 6]] * 5, np.int32)
 STEP = np.array([2, 0, 0, 3, 1], np.int32)
 VALID = np.arange(8) >= np.array([0, 0, 7, 0, 0])[:, None]
@@ -279,7 +286,7 @@ def test_options_of_generation(model):
         if request.num_beams > 1:
             beams = BeamEngine(FlatModel.of(model), request).options_of(np.arange(1))
             on_host |= dict(penalty=float(beams.length_penalty), early=beams.early_stopping)
-        # In one program, for all processors are on; what is not about them has no other tokens to show.
+        # One program serves all options of processors. Other options show in `on_host`.
         chosen = choose(request.options) if request.options.stop_sequences is not None and request.copies == 1 else ()
         rounded = lambda x: np.round(np.asarray(x, np.float64), 3).tolist() if hasattr(x, "dtype") else x  # noqa: E731
         return str(jax.tree.map(rounded, (on_host, chosen)))
@@ -316,7 +323,7 @@ def test_options_of_generation(model):
         "cache_dtype": "bfloat16",
         "logprobs": 2,
     }
-    more = {  # what needs another option
+    more = {  # options that need another one: (the other one, the option)
         "length_penalty": (dict(num_beams=2), dict(length_penalty=2.0)),
         "early_stopping": (dict(num_beams=2), dict(early_stopping=True)),
         "max_matching_ngram_size": (dict(prompt_lookup_num_tokens=3), dict(max_matching_ngram_size=4)),
@@ -325,12 +332,12 @@ def test_options_of_generation(model):
     check_all([*{*FIELDS} - {*more} | {"num_assistant_tokens"}], entries, asked, WEAK)
     for name, (base, changed) in more.items():
         assert asked(**base, **changed) != asked(**base), name
-        with pytest.raises(ValueError, match=f"{name} without effect"):  # alone
+        with pytest.raises(ValueError, match=f"{name} without effect"):  # without the other option
             asked(**changed)
 
 
 def test_every_traced_option_reaches_the_tokens():
-    """The other half: of what a request says in arrays, the compiled code reads all."""
+    """The compiled code reads each field of `SamplingOptions`."""
     read = attributes(
         ["opt_jax/generation/sampling.py", "opt_jax/generation/loop.py", "opt_jax/generation/speculative.py"],
         {"o", "options"},
@@ -369,7 +376,7 @@ def test_arguments_of_generate(model):
 def test_arguments_of_the_tokenizer():
     texts, pairs = ["def f(x): return", "x"], ["y = 2", "z"]
 
-    def made(**arguments):
+    def tokenized(**arguments):
         tokenizer = OPTTokenizer(OPTTokenizer.from_pretrained("tiny").backend_tokenizer, **arguments)
         return str([tokenizer(texts, truncation=True, max_length=3), tokenizer(texts)])
 
@@ -379,7 +386,7 @@ def test_arguments_of_the_tokenizer():
         "padding_side": "right",
         "truncation_side": "left",
     }
-    check_all(names(OPTTokenizer.__init__), entries, made)
+    check_all(names(OPTTokenizer.__init__), entries, tokenized)
 
     tokenizer = OPTTokenizer.from_pretrained("tiny")
     entries = {
@@ -415,7 +422,7 @@ def test_arguments_of_the_tokenizer():
 
 
 def test_arguments_of_text_functions(model):
-    """What is said in words: each is at least refused where it does not fit."""
+    """Each argument changes the result, or is refused when it is wrong."""
     tokenizer = OPTTokenizer.from_pretrained("tiny")
     entries: dict[str, Any] = {
         "task": Refused("task 'x' is not supported", task="x"),
@@ -435,7 +442,7 @@ def test_arguments_of_text_functions(model):
     call = lambda **a: score_texts(model, tokenizer, ["x"], **a) if a else None  # noqa: E731
     check_all(names(score_texts), entries, call)
     assert names(stream_text) == ["model", "tokenizer", "prompt"]
-    assert names(score) == ["model", "input_ids", "attention_mask", "return_greedy"]  # the last adds to the result
+    assert names(score) == ["model", "input_ids", "attention_mask", "return_greedy"]  # return_greedy adds to the result
     entries = {
         "model": it,
         "input_ids": it,
@@ -493,7 +500,7 @@ def test_arguments_of_loading_and_saving(model, tmp_path):
 
 
 def attributes(paths: Iterable[str], variables: set[str]) -> set[str]:
-    """What is read of the variables in the files, but for functions that only check."""
+    """The attributes of the variables that the files read, outside of functions that only check."""
     read = set()
     for path in paths:
         tree = ast.parse((REPOSITORY / path).read_text())
@@ -506,11 +513,11 @@ def attributes(paths: Iterable[str], variables: set[str]) -> set[str]:
 
 
 def test_options_of_commands_are_read():
-    """By what does the work, not only by the checks; what changes nothing in a run is refused there."""
+    """They are read by code that does the work, and not only by checks."""
     rooms = [path for room in ("training", "data") for path in (REPOSITORY / "opt_jax" / room).rglob("*.py")]
     training = ["train.py", *(str(path.relative_to(REPOSITORY)) for path in rooms)]
     for options, paths, passed in (
-        (Options, training, {"dropout", "attention_dropout", "init_std"}),  # model_config takes these by their names
+        (Options, training, {"dropout", "attention_dropout", "init_std"}),  # model_config gets these by name
         (command.EvalOptions, ["opt_jax/evaluation/command.py"], set()),
         (convert_command.WriteOptions, ["convert/__main__.py"], set()),
     ):

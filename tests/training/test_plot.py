@@ -1,4 +1,4 @@
-"""`opt-jax plot`: curves of runs to a PNG."""
+"""`opt-jax plot`: curves of runs as a PNG."""
 
 import builtins
 import json
@@ -20,12 +20,12 @@ def make_run(directory, steps=30, bad=()):
         line |= {"val_loss": 6 / step} if step % 10 == 0 else {}
         line |= {"loss": None, "grad_norm": None, "skipped": 1} if step in bad else {}
         lines.append(json.dumps(line) + "\n")
-    (directory / "metrics.jsonl").write_text("".join(lines) + '{"step": 99, "lo')  # a line being written
+    (directory / "metrics.jsonl").write_text("".join(lines) + '{"step": 99, "lo')  # a line that is being written
     return directory
 
 
 def curves(monkeypatch):
-    """What is drawn where: {panel: {label: (x, y)}}."""
+    """A dict {panel: {label: (x, y)}} that is filled when a figure is saved."""
     figure = pytest.importorskip("matplotlib.figure")
     drawn = {}
     save = figure.Figure.savefig
