@@ -396,7 +396,7 @@ def test_arguments_of_the_tokenizer():
         "truncation": dict(truncation=True, max_length=4),
         "max_length": dict(truncation=True, max_length=3),
         "return_tensors": None,
-        "add_special_tokens": Because("False warns, too: test_text.py"),
+        "add_special_tokens": Because("False warns, too: test_tokenizer.py"),
         "padding_side": "right",
         "pad_to_multiple_of": 64,
         "return_offsets_mapping": True,
