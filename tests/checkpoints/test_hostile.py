@@ -25,7 +25,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
-from support import hostile_files, hostile_pickles, metaseq_files
+from support import hostile_files, hostile_pickles, hostile_weights, metaseq_files
 from support.hf_files import hf_weights, write_hf
 from support.hostile_files import CONFIG, EITHER, HARMLESS, REFUSED, Case
 from support.processes import environment
@@ -96,11 +96,11 @@ def test_hostile_checkpoints(tmp_path, pytestconfig):
 def all_cases(bases: dict[str, dict[str, bytes]], weights) -> Iterator[Case]:
     """All cases. `bases`: form -> the files of a valid checkpoint of that form, which holds `weights`."""
     state = hostile_pickles.state_dict(weights)
-    yield from hostile_files.safetensors_cases(bases["safetensors"])
+    yield from hostile_weights.safetensors_cases(bases["safetensors"])
     for form in ("safetensors-sharded", "bin-sharded"):
         yield from hostile_files.index_cases(form, bases[form])
     yield from hostile_files.config_cases()
-    yield from hostile_files.zip_cases(bases["bin"])
+    yield from hostile_weights.zip_cases(bases["bin"])
     yield from hostile_pickles.tensor_cases(state)
     yield from hostile_pickles.bomb_cases(state)
     yield from hostile_pickles.code_cases(state)

@@ -283,12 +283,10 @@ def test_pipeline_returns_what_transformers_returns(tmp_path):
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=280, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator(
-        [
-            "The tokenizer against transformers': ids, masks and text, with the real OPT files and what either side saves."
-        ],
-        trainer,
+    text = (
+        "The tokenizer against transformers': ids, masks and text, with the real OPT files and what either side saves."
     )
+    backend.train_from_iterator([text], trainer)
     OPTTokenizer(backend).save_pretrained(tmp_path)
     torch.manual_seed(0)
     config = transformers.OPTConfig(
