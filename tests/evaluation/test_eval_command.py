@@ -28,7 +28,7 @@ def file(tmp_path):
 
 @pytest.fixture(scope="module")
 def expected():
-    """Both protocols, by the library."""
+    """Results of both protocols, from `perplexity`."""
     ids = OPTTokenizer.from_pretrained("tiny").encode(TEXT)
     model = OPTForCausalLM.from_pretrained("tiny")
     return [perplexity(model, ids, window=64), perplexity(model, ids, "sliding", window=64, stride=48)]
@@ -60,21 +60,21 @@ def test_table(file, expected, capsys):
 
 @pytest.mark.slow
 def test_json_and_output(file, expected, capsys, tmp_path):
-    output = tmp_path / "found.json"
+    output = tmp_path / "results.json"
     words = ["--protocol", "sliding", "--json", "--output", str(output), "--batch-size", "3", "--dtype", "bfloat16"]
     assert main(["eval", "tiny", "--data", file, *SMALL, *words]) == 0
     report = json.loads(capsys.readouterr().out)
     assert json.loads(output.read_text()) == report
     assert report["dtype"] == "bfloat16" and report["model"] == "tiny" and report["documents"] == 1
     check_results(report, expected[1:], rel=2e-2)
-    assert sorted(os.listdir(tmp_path)) == ["found.json", "text.txt"]
+    assert sorted(os.listdir(tmp_path)) == ["results.json", "text.txt"]
 
 
 def test_documents_stand_behind_an_end_of_text_each(tmp_path, capsys):
     rows = [{"text": "import os\n"}, {"text": "def f(x):\n    return x\n"}]
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "z.txt").write_text("class A: pass")
-    np.save(tmp_path / "tokens.npy", np.arange(9))  # as `opt-jax tokenize` may have put it there: not a text
+    np.save(tmp_path / "tokens.npy", np.arange(9))  # ids, as from `opt-jax tokenize`, and not a text
     assert main(["eval", "tiny", "--data", str(tmp_path), "--json", "--protocol", "sliding"]) == 0
     report = json.loads(capsys.readouterr().out)
     tokenizer = OPTTokenizer.from_pretrained("tiny")
@@ -137,10 +137,10 @@ def test_errors_are_one_line(file, capsys, words, message):
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_does(file, expected, tmp_path):
+def test_two_processes_measure_what_one_does(file, expected, tmp_path):
     words = [sys.executable, "-m", "opt_jax.cli", "eval", "tiny", *SMALL, "--output", str(tmp_path / "out.json")]
     words += ["--coordinator-address", free_address(), "--num-processes", "2"]
-    for data, code in ((file, 0), (None, 1)):  # the second time each has a text of its own
+    for data, code in ((file, 0), (None, 1)):  # the second time the texts of the two processes differ
         running = []
         for i in range(2):
             other = tmp_path / f"{i}.txt"

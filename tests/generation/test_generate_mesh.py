@@ -1,4 +1,4 @@
-"""A model spread over eight (fake) devices generates what it generates on one."""
+"""A model on eight (fake) devices generates what it generates on one."""
 
 import contextlib
 from typing import Any
@@ -39,7 +39,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def expected(model):
-    """On one device."""
+    """What the model generates on one device."""
     return {kind: model.generate(IDS, logprobs=0, **options) for kind, options in KINDS.items()}
 
 
@@ -50,7 +50,7 @@ def expected(model):
 def test_same_tokens_as_on_one_device(model, expected, spec, kind):
     mesh = make_mesh(spec, jax.devices()[:8])
     meshed = on_mesh(model, mesh)
-    with contextlib.nullcontext() if spec == "fsdp=8" else use_mesh(mesh):  # either way
+    with contextlib.nullcontext() if spec == "fsdp=8" else use_mesh(mesh):  # with and without use_mesh
         out = meshed.generate(IDS, logprobs=0, **KINDS[kind])
     np.testing.assert_array_equal(out.sequences, expected[kind].sequences)
     np.testing.assert_allclose(out.logprobs, expected[kind].logprobs, atol=1e-4)
@@ -58,7 +58,7 @@ def test_same_tokens_as_on_one_device(model, expected, spec, kind):
 
 
 def test_tensors_alone_are_split(model, expected):
-    """And without log-probabilities, for which each device needs the logits of all tokens."""
+    """Without log-probabilities too, which would need the logits of all tokens on each device."""
     mesh = make_mesh("tensor=8", jax.devices()[:8])
     meshed = on_mesh(model, mesh)
     with use_mesh(mesh):

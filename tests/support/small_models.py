@@ -12,13 +12,13 @@ from opt_jax.parallel.rules import param_sharding
 
 
 def first_layers(layers: int = 1) -> OPTForCausalLM:
-    """The embedded model without its other layers: it says something in the embedded tokenizer's words."""
-    whole = OPTForCausalLM.from_pretrained("tiny")
-    model = unset_model(dataclasses.replace(whole.config, num_hidden_layers=layers), "OPTForCausalLM")
-    parameters = named_parameters(whole)
+    """The first layers of the embedded model, whose tokens the embedded tokenizer turns into text."""
+    trained = OPTForCausalLM.from_pretrained("tiny")
+    model = unset_model(dataclasses.replace(trained.config, num_hidden_layers=layers), "OPTForCausalLM")
+    parameters = named_parameters(trained)
     for path, param in named_parameters(model).items():
         param.set_value(parameters[path].get_value())
-    model.generation_config_json = whole.generation_config_json
+    model.generation_config_json = trained.generation_config_json
     return model
 
 
@@ -32,7 +32,7 @@ def on_mesh(model: OPTForCausalLM, mesh: Mesh) -> OPTForCausalLM:
 
 
 def count(config: OPTConfig, cls: str) -> int:
-    """Written out from the architecture, not from the code."""
+    """The number of parameters, derived from the architecture and not from the code."""
     v, d, f, p = config.vocab_size, config.hidden_size, config.ffn_dim, config.embed_dim
     layer = 4 * (d * d + d) + (d * f + f) + (f * d + d) + 2 * 2 * d
     projections = 2 * p * d if p != d else 0

@@ -1,4 +1,4 @@
-"""Texts through a model: stop strings, pieces of text, scores. (The pipeline itself is in test_text.py.)"""
+"""Texts through a model: stop strings, pieces of text, scores. (The pipeline itself: test_text.py.)"""
 
 import copy
 import itertools

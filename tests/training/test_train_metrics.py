@@ -6,7 +6,6 @@ import importlib.util
 import json
 import math
 import os
-import resource
 import struct
 import sys
 import threading
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from support.processes import largest_file
 from support.training_runs import metrics
 from test_train_script import one_device, options, run, same
 from test_training import BATCH, CONFIG, ONE, WINDOWS, Run
@@ -326,14 +326,10 @@ def test_a_full_disk_ends_tensorboard_also_while_it_is_behind(tmp_path):
             ended.append(str(error))
 
     writer = TensorBoard(tmp_path / "tensorboard", 0)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, before[1]))
-    try:
+    with largest_file(1 << 12):
         thread = threading.Thread(target=write, daemon=True)
         thread.start()
         thread.join(timeout=20)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     writer.close()
     assert len(ended) == 1 and "File too large" in ended[0]
 
