@@ -32,6 +32,8 @@ WEIGHT_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "flax_model.msgpack",
+    "flax_model.msgpack.index.json",
 )
 _MOST_FILES = 10_000  # weight files: OPT-175B in files of 100 MB has 3,500
 _PARALLEL = 4  # files at once, because one connection seldom uses the full bandwidth

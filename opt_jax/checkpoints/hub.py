@@ -24,7 +24,7 @@ TOKENIZER_FILES = (
 )
 # Files that are copied along with a model's weights, besides config.json.
 COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
-_WEIGHTS = re.compile(r"(pytorch_)?model(-[0-9]+(-of-[0-9]+)?)?\.(safetensors|bin)(\.index\.json)?")
+_WEIGHTS = re.compile(r"(pytorch_|flax_)?model(-[0-9]+(-of-[0-9]+)?)?\.(safetensors|bin|msgpack)(\.index\.json)?")
 # Files that Orbax and TensorStore write into the directory of a tree.
 _IN_PARAMS = re.compile(
     r"params/(_[A-Z_]*METADATA|_sharding|array_metadatas/process_\d+|checkpoint|commit_success\.txt|"
@@ -136,8 +136,8 @@ def resolve(
       revision: branch, tag or commit of a hub id.
       cache_dir: where downloads are kept; default: Hugging Face's cache.
       local_files_only: never download.
-      weights: False leaves out the weights (for a tokenizer). Of the two formats only safetensors are downloaded if the
-        repository has them.
+      weights: False leaves out the weights (for a tokenizer). Of several formats in a repository only the first is
+        downloaded: safetensors, PyTorch's .bin, Flax's msgpack.
 
     Raises:
       FileNotFoundError, PermissionError, OSError: no such directory or repository, or see `download.download`.

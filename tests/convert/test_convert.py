@@ -219,6 +219,7 @@ def with_integers(directory: Path, form: str, dtype: str) -> Path:
         ("safetensors-sharded", "int64"),
         ("bin", "int8"),
         ("bin-sharded", "int32"),
+        ("flax", "int8"),
         ("orbax", "int8"),
         ("orbax", "uint8"),
         ("metaseq", "int8"),
