@@ -276,6 +276,8 @@ def test_missing_files(server, resolve):
         "listed2": (Repository(config | st, absent=("config.json",)), "lists config.json, but does not have it (404)"),
         "config": (Repository(st), "has no config.json"),
         "weights": (Repository(config | {"flax.msgpack": b"f", "x/model.safetensors": b"s"}), "has no weights:"),
+        "tf": (Repository(config | {"tf_model.h5": b"t"}), "; tf_model.h5 is a TensorFlow checkpoint (HDF5), which is"),
+        "gguf": (Repository({"x.Q8_0.gguf": b"g"}), "; x.Q8_0.gguf is a GGUF file"),
         "shard": (Repository(config | many), "has no model-2.safetensors, but model.safetensors.index.json names it"),
         "index": (Repository(config | bad), "index.json is not an index of weight files"),
         "size": (Repository(config | st, listed={"model.safetensors": 10**15}), "org/size needs 1000000.0 GB, but"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from opt_jax.checkpoints import hub
 from opt_jax.checkpoints.arrays import Checks, LazyArray, first_difference
 from opt_jax.checkpoints.download import WEIGHT_FILES, read_index
-from opt_jax.checkpoints.formats import names
+from opt_jax.checkpoints.formats import foreign, names
 from opt_jax.checkpoints.formats.flax_msgpack import read_flax
 from opt_jax.checkpoints.formats.mapped_files import shown
 from opt_jax.checkpoints.formats.safetensors import read_safetensors
@@ -26,7 +26,8 @@ def open_checkpoint(directory: Path) -> dict[str, LazyArray]:
       ValueError: a damaged file, or an index that contradicts its shards.
     """
     if (first := weight_file(directory)) is None:
-        raise FileNotFoundError(f"{directory} has no weights: none of {', '.join(WEIGHT_FILES)}")
+        hint = foreign.hint_of_directory(directory) or hub.quantization_hint(directory)
+        raise FileNotFoundError(f"{directory} has no weights: none of {', '.join(WEIGHT_FILES)}{hint}")
     if first.suffix != ".json":
         return _read(first)
     weight_map = read_index(first)

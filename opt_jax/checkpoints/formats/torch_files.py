@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from opt_jax.checkpoints.formats import unpickle
+from opt_jax.checkpoints.formats import foreign, unpickle
 from opt_jax.checkpoints.formats.mapped_files import Tensors, is_shape, is_size, little_endian, map_file, shown
 from opt_jax.checkpoints.formats.unpickle import (
     Refused,
@@ -143,7 +143,7 @@ class TorchFile:
         start = self.map[:262]
         if start[257:262] == b"ustar" or b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19" in start[:20]:
             return "the format of torch before 1.6: load it with torch, and torch.save it again"
-        return "not a file written by torch.save, or truncated"
+        return foreign.by_first_bytes(start) or "not a file written by torch.save, or truncated"
 
     def _bytes(self, record: str) -> bytes:
         start, length, crc = self._records[self._prefix + record]
