@@ -1,15 +1,19 @@
-"""Formats that are not read are named, with what to do: as a file and as a directory."""
+"""Formats that are not read are named, with what to do: as a file and as a directory. And float8, which is read."""
 
 import json
 import re
+import warnings
 
+import ml_dtypes
+import numpy as np
 import pytest
-from support.conversions import convert, refused
+from support.conversions import assert_same, convert, load_hf_names, refused
 from support.hf_files import TINY, hf_weights, write_hf
 
-from opt_jax import OPTForCausalLM
+from opt_jax import OPTForCausalLM, named_parameters
 from opt_jax.checkpoints.formats import foreign
 
+FC1 = "model.decoder.layers.1.fc1.weight"
 NAMED = [
     (
         "tf_model.h5",
@@ -64,3 +68,51 @@ def test_a_file_of_a_quantized_model(tmp_path, capsys):
     file.write_bytes(b"x")
     for source in (file, file.parent):
         assert "this is a GPTQ checkpoint (quantize_config.json)" in refused(capsys, source, tmp_path / "out")
+
+
+# float8 ---------------------------------------------------------------------------------------------------------------
+
+
+def float8_weights(dtype: str, kinds: tuple[str, ...] = ("fc1.weight", "fc2.weight")) -> dict[str, np.ndarray]:
+    small = getattr(ml_dtypes, dtype)
+    weights = hf_weights(TINY, dtype="float16")
+    return {name: array.astype(small) if name.endswith(kinds) else array for name, array in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "config", "target"),
+    [
+        ("float8_e4m3fn", {}, "float16"),  # of the other tensors
+        ("float8_e5m2", {"dtype": "bfloat16"}, "bfloat16"),
+        ("float8_e4m3fn", {"torch_dtype": "float32"}, "float32"),
+        ("float8_e4m3fn", {"dtype": "float8_e4m3fn"}, "float16"),
+    ],
+)
+def test_float8_is_cast_and_noted(tmp_path, capsys, dtype, config, target):
+    weights = float8_weights(dtype)
+    weights[FC1][0, :2] = np.array([np.nan, ml_dtypes.finfo(weights[FC1].dtype).max], np.float32)
+    source = write_hf(tmp_path / "hf", TINY | config, weights)
+    message = rf"{source}: model.decoder.layers.0.fc1.kernel and 3 more tensors are {dtype}, read as {target}"
+    with pytest.warns(UserWarning, match=message) as noted:
+        model = OPTForCausalLM.from_pretrained(source, param_dtype="auto")
+    assert len(noted) == 1
+    expected = {n: a.astype(getattr(ml_dtypes, target, target)) if a.itemsize == 1 else a for n, a in weights.items()}
+    found = named_parameters(model)["model.decoder.layers.1.fc1.kernel"].get_value()
+    assert found.dtype == target and np.asarray(found).T.tobytes() == expected[FC1].tobytes()
+    with warnings.catch_warnings(action="always"):
+        convert(source, tmp_path / "out")
+    assert capsys.readouterr().err.count("warning: ") == 1
+    assert_same(load_hf_names(tmp_path / "out"), expected)
+
+
+@pytest.mark.parametrize("name", [f"{FC1}_scale_inv", f"{FC1}_scale", FC1.replace("weight", "input_scale")])
+def test_float8_with_scales_is_a_quantized_checkpoint(tmp_path, capsys, name):
+    weights = float8_weights("float8_e4m3fn") | {name: np.ones((1, 1), np.float32)}
+    said = refused(capsys, write_hf(tmp_path / "hf", TINY, weights), tmp_path / "out")
+    assert f"tensor {name} is left over: no OPT model has it: such a tensor is part of a quantized checkpoint" in said
+
+
+def test_float8_of_a_quantization_is_refused(tmp_path, capsys):
+    config = TINY | {"quantization_config": {"quant_method": "fp8"}}
+    said = refused(capsys, write_hf(tmp_path / "hf", config, float8_weights("float8_e4m3fn")), tmp_path / "out")
+    assert "fc1.weight is float8_e4m3fn, which no weight of a model is: this is an FP8 checkpoint" in said

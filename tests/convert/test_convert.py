@@ -215,7 +215,6 @@ def with_integers(directory: Path, form: str, dtype: str) -> Path:
         ("safetensors", "int8"),
         ("safetensors", "uint32"),
         ("safetensors", "bool"),
-        ("safetensors", "float8_e4m3fn"),
         ("safetensors-sharded", "int64"),
         ("bin", "int8"),
         ("bin-sharded", "int32"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from opt_jax.checkpoints import hub
 from opt_jax.checkpoints.arrays import Checks, LazyArray, first_difference
 from opt_jax.checkpoints.download import WEIGHT_FILES, read_index
-from opt_jax.checkpoints.formats import foreign, names
+from opt_jax.checkpoints.formats import float8, foreign, names
 from opt_jax.checkpoints.formats.flax_msgpack import read_flax
 from opt_jax.checkpoints.formats.mapped_files import shown
 from opt_jax.checkpoints.formats.safetensors import read_safetensors
@@ -78,11 +78,13 @@ def open_parameters(directory: Path, config: OPTConfig) -> tuple[dict[str, LazyA
             path, transposed = names.from_hf(name)
         except KeyError:
             what = f"tensor {shown(name)} is left over: no OPT model has it"
-            raise ValueError(f"{directory}: {what}{hub.quantization_hint(directory)}") from None
+            hint = hub.quantization_hint(directory) or float8.quantized_part(name)
+            raise ValueError(f"{directory}: {what}{hint}") from None
         if path in arrays:
             raise ValueError(f"{directory}: tensor {name} is there twice, with and without 'model.' in front")
         arrays[path] = array.T if transposed else array
     _check_flax(directory, arrays, config)
+    arrays = float8.cast(directory, arrays, config)
     embedding, checks = arrays.get("model.decoder.embed_tokens.embedding"), []
     if config.tie_word_embeddings and "lm_head.kernel" in arrays and embedding is not None:
         checks.append(partial(_check_tied, directory, arrays.pop("lm_head.kernel").T, embedding))
