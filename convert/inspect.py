@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and whether two hold the same."""
+"""A summary of what a checkpoint holds, and the comparison of two checkpoints."""
 
 import dataclasses
 from collections import Counter
@@ -12,7 +12,7 @@ from opt_jax.config import OPTConfig
 
 from .checkpoint import Checkpoint
 
-# What makes two models the same besides their tensors; the rates of dropout do not.
+# Besides equal tensors, equal models have these fields equal. Dropout rates may differ.
 _COMPARED = [
     field.name
     for field in dataclasses.fields(OPTConfig)
@@ -36,7 +36,7 @@ _SHOWN = (
 
 
 def summary(opened: Checkpoint) -> Iterator[str]:
-    """Lines: format, class, config, totals, and each tensor under its HF name. No data is read."""
+    """Lines of text: format, class, config, totals, and each tensor with its HF name. No data is read."""
     yield f"{opened.where}: {opened.format}"
     yield f"class: {opened.raw_config['architectures'][0]}"
     yield "config: " + ", ".join(f"{name}={getattr(opened.config, name)}" for name in _SHOWN)
@@ -49,7 +49,14 @@ def summary(opened: Checkpoint) -> Iterator[str]:
 
 
 def compare(ours: Checkpoint, theirs: Checkpoint, progress: Callable[[str, int], None]) -> str | None:
-    """The first difference between two checkpoints: class, config, tensors, dtypes, and every bit; None if none."""
+    """The first difference between two checkpoints as a line of text, or None.
+
+    Compares the class, the config, and names, shapes, dtypes and every bit of the tensors.
+
+    Args:
+      ours, theirs: the checkpoints.
+      progress: called after each tensor with its path and its size in bytes.
+    """
     a, b = (opened.raw_config["architectures"][0] for opened in (ours, theirs))
     if a != b:
         return f"class: {a} in {ours.where}, but {b} in {theirs.where}"
@@ -69,8 +76,8 @@ def compare(ours: Checkpoint, theirs: Checkpoint, progress: Callable[[str, int],
             return f"tensor {name} is {what}"
         where = first_difference(a, b)
         if where is not None:
-            at = tuple(slice(i, i + 1) for i in where)
-            left, right = (_shown(x.load(at)) for x in (a, b))
+            element = tuple(slice(i, i + 1) for i in where)
+            left, right = (_shown(x.load(element)) for x in (a, b))
             index = list(where[::-1] if transposed else where)
             return f"tensor {name} at {index} is {left} in {ours.where}, but {right} in {theirs.where}"
         progress(path, b.nbytes)
@@ -78,6 +85,6 @@ def compare(ours: Checkpoint, theirs: Checkpoint, progress: Callable[[str, int],
 
 
 def _shown(number: np.ndarray) -> str:
-    """The number, and its bits where they say more."""
+    """The number as text. NaN is shown with its bits, because NaNs may differ in them."""
     value = number.item()
     return f"{value} (0x{number.tobytes()[::-1].hex()})" if value != value else repr(value)

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.hf_files import TINY, hf_weights, write_hf
 from support.hf_output import expected, files_of, hidden, read, write
-from support.processes import environment
+from support.processes import environment, free_address, outcomes, start
 
 from convert import staging, to_hf
 from convert.source import open_directory
@@ -205,8 +204,8 @@ JOB = """
 import json, sys
 from pathlib import Path
 import jax
-port, k, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, k)
+address, k, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+jax.distributed.initialize(address, 2, k)
 from convert import to_hf
 from convert.source import open_directory
 def attempt(source, destination, **options):
@@ -234,15 +233,9 @@ def test_a_distributed_job(tmp_path):
     too_large["model.decoder.final_layer_norm.bias"][:] = 1e30  # in the second file: process 1 finds it
     write_hf(tmp_path / "large", TINY, too_large)
     write(source, tmp_path / "begun", max_shard_size="2KB", shard_of=(1, 2))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-c", JOB, port]
-    jobs = [
-        subprocess.Popen([*command, k, str(tmp_path)], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE) for k in "01"
-    ]
-    outputs = [job.communicate(timeout=120)[1] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], outputs
+    command = [sys.executable, "-c", JOB, free_address()]
+    done = outcomes([start([*command, k, str(tmp_path)]) for k in "01"])
+    assert [code for code, *_ in done] == [0, 0], done
     for k in (0, 1):
         fine, exists, overflow, begun, shard_of = json.loads((tmp_path / f"results{k}.json").read_text())
         assert fine is None and begun is None

@@ -3,16 +3,13 @@
 import json
 import os
 import re
-import socket
-import subprocess
 import sys
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from conftest import REPOSITORY
-from support.processes import environment
+from support.processes import free_address, outcomes, start
 
 from opt_jax import OPTForCausalLM, OPTTokenizer
 from opt_jax.cli import main
@@ -141,29 +138,21 @@ def test_errors_are_one_line(file, capsys, words, message):
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_does(file, expected, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     words = [sys.executable, "-m", "opt_jax.cli", "eval", "tiny", *SMALL, "--output", str(tmp_path / "out.json")]
-    words += ["--coordinator-address", f"127.0.0.1:{port}", "--num-processes", "2"]
-    settings: Any = dict(env=environment(2), cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    words += ["--coordinator-address", free_address(), "--num-processes", "2"]
     for data, code in ((file, 0), (None, 1)):  # the second time each has a text of its own
         running = []
         for i in range(2):
-            own = tmp_path / f"{i}.txt"
-            own.write_text(TEXT + str(i))
-            more = ["--data", data or str(own), "--process-id", str(i)]
-            running.append(subprocess.Popen(words + more, **settings))
-        try:
-            texts = [process.communicate(timeout=200) for process in running]
-        finally:
-            for process in running:
-                process.kill()
-        assert [process.returncode for process in running] == [code] * 2, texts
+            other = tmp_path / f"{i}.txt"
+            other.write_text(TEXT + str(i))
+            more = ["--data", data or str(other), "--process-id", str(i)]
+            running.append(start(words + more, devices=2))
+        done = outcomes(running)
+        assert [ended for ended, *_ in done] == [code] * 2, done
         if code == 0:
             report = json.loads((tmp_path / "out.json").read_text())
             assert report["mesh"] == dict(data=1, fsdp=4, tensor=1)
             check_results(report, expected)
-            assert "non-overlapping" in texts[0][0] and "non-overlapping" not in texts[1][0]
+            assert "non-overlapping" in done[0][1] and "non-overlapping" not in done[1][1]
         else:
-            assert "the processes differ: --data is" in texts[0][1], texts
+            assert "the processes differ: --data is" in done[0][2], done

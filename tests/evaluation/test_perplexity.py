@@ -7,11 +7,10 @@ import jax
 import numpy as np
 import pytest
 from reference import our_model
+from support.small_models import on_mesh
 
-from opt_jax import named_parameters
 from opt_jax.evaluation._perplexity import check_batch_size, perplexity, split
 from opt_jax.parallel.mesh import make_mesh
-from opt_jax.parallel.rules import param_sharding
 
 CONTEXT = 64
 IDS = np.random.RandomState(1).randint(3, 96, 203).astype(np.int32)  # the last of seven windows of 32 has 11
@@ -45,14 +44,6 @@ def mean_loss(model, ids, window, stride, whole_windows=False):
         losses += [-values[i - 1 - begin, ids[i]] for i in range(first, begin + len(read))]
         done, begin = begin + len(read), begin + stride
     return np.mean(losses), len(losses)
-
-
-def spread(model, spec):
-    mesh, copy = make_mesh(spec, jax.devices()[:8]), our_model("opt-125m", **SHAPE)
-    for path, param in named_parameters(copy).items():
-        value = param.get_value()
-        param.set_value(jax.device_put(value, param_sharding(path, value.shape, mesh)))
-    return copy
 
 
 def test_score_of_one_token_more_than_the_context(model):
@@ -142,7 +133,7 @@ def test_batches_change_nothing_and_compile_once(model, compiled):
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 @pytest.mark.parametrize("spec", ["fsdp=8", "data=2,fsdp=2,tensor=2"])
 def test_on_a_mesh(model, spec):
-    meshed = spread(model, spec)
+    meshed = on_mesh(model, make_mesh(spec, jax.devices()[:8]))
     rows = IDS[:35].reshape(5, 7)  # does not divide over the mesh
     expected, found = (m.score(rows, return_greedy=True) for m in (model, meshed))
     np.testing.assert_allclose(found[0], expected[0], atol=1e-4)

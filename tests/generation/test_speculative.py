@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from flax import nnx
-from support.small_models import first_layers
+from support.small_models import first_layers, on_mesh
 
 from opt_jax import OPTConfig, OPTForCausalLM, OPTModel, named_parameters, stack_layers
 from opt_jax.generation import drafts, speculative
@@ -20,7 +20,6 @@ from opt_jax.generation.loop import FlatModel
 from opt_jax.generation.processors import History
 from opt_jax.generation.request import check_request
 from opt_jax.parallel.mesh import make_mesh
-from opt_jax.parallel.rules import param_sharding
 from opt_jax.text.tokenizer import OPTTokenizer
 
 pytestmark = pytest.mark.slow
@@ -385,13 +384,8 @@ def test_the_loop_updates_both_caches_in_place(model, good, kind):
 )
 def test_same_tokens_on_a_mesh(model, good, spec, options):
     mesh = make_mesh(spec, jax.devices()[:4])
-    meshed = [nnx.clone(model), nnx.clone(good)]
-    for copy in meshed:
-        for path, param in named_parameters(copy).items():
-            value = param.get_value()
-            param.set_value(jax.device_put(value, param_sharding(path, value.shape, mesh)))
     expected = model.generate(IDS, assistant_model=good, **options)
-    out = meshed[0].generate(IDS, assistant_model=meshed[1], **options)
+    out = on_mesh(model, mesh).generate(IDS, assistant_model=on_mesh(good, mesh), **options)
     assert_equal(out, expected)
     np.testing.assert_array_equal(out.accepted, expected.accepted)
 

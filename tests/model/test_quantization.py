@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from reference import batch, our_model
-from support.small_models import first_layers
+from support.small_models import first_layers, on_mesh
 
 from opt_jax import (
     AutoModelForCausalLM,
@@ -33,7 +33,6 @@ from opt_jax.model.cache import init_cache
 from opt_jax.model.int8 import Int8Array
 from opt_jax.model.quantization import Int8Embed, Int8Linear, count_int8
 from opt_jax.parallel.mesh import make_mesh, use_mesh
-from opt_jax.parallel.rules import param_sharding
 
 pytestmark = pytest.mark.slow
 
@@ -343,15 +342,6 @@ def test_the_loop_reads_int8_and_writes_no_float_copy_of_it():
 # On a mesh ----------------------------------------------------------------------------------------------------
 
 
-def spread(model, mesh):
-    """The same model on the mesh."""
-    copy = nnx.clone(model)
-    for path, param in named_parameters(copy).items():
-        value = param.get_value()
-        param.set_value(jax.device_put(value, param_sharding(path, value.shape, mesh)))
-    return copy
-
-
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 @pytest.mark.parametrize("spec", ["data=2,fsdp=2,tensor=2"])
 def test_the_same_on_a_mesh(spec):
@@ -360,7 +350,7 @@ def test_the_same_on_a_mesh(spec):
     )
     model = our_model("opt-125m", **config)
     mesh = make_mesh(spec, jax.devices()[:8])
-    meshed = spread(model, mesh)
+    meshed = on_mesh(model, mesh)
     alone, small = quantize(model), quantize(meshed)
     layers: Any = small.model.decoder.layers
     fc1: Any = layers[0].fc1
@@ -382,6 +372,6 @@ def test_heads_that_do_not_divide_are_refused():
     model = our_model(
         "opt-125m", vocab_size=96, hidden_size=32, num_attention_heads=4, word_embed_proj_dim=32, num_hidden_layers=1
     )
-    model = spread(model, make_mesh("tensor=8", jax.devices()[:8]))
+    model = on_mesh(model, make_mesh("tensor=8", jax.devices()[:8]))
     with pytest.raises(ValueError, match="4 attention heads cannot be split over 8 devices"):
         quantize(model).generate(IDS)

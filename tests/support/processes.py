@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+_ROOT = Path(__file__).parents[2]
 START = subprocess.Popen  # Python's own
 _READ_AT_IMPORT = ("JAX_", "LD_", "MALLOC_", "OMP_", "PYTHON")  # what a program forked later would not see change
 
@@ -24,6 +25,35 @@ def environment(devices: int = 1, **changes: str) -> dict[str, str]:
     """
     flag = "--xla_force_host_platform_device_count"
     return os.environ | {"XLA_FLAGS": re.sub(rf"{flag}=\d+", f"{flag}={devices}", os.environ["XLA_FLAGS"])} | changes
+
+
+def start(command: Sequence[str], devices: int = 1, **variables: str) -> subprocess.Popen:
+    """Start a program in the repository's root, with pipes for its stdout and stderr.
+
+    Args:
+      command: the program and its arguments.
+      devices: the number of its CPU devices.
+      variables: of the environment, beside those of the tests.
+    """
+    settings = environment(devices, **{"TF_CPP_MIN_LOG_LEVEL": "2"} | variables)  # no warnings of lost connections
+    return subprocess.Popen(command, env=settings, cwd=_ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def outcomes(processes: Sequence[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """Wait for programs that `start` has started. Returns (exit code, stdout, stderr) of each."""
+    try:
+        texts = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *text) for process, text in zip(processes, texts, strict=True)]
+
+
+def free_address() -> str:
+    """An address of this machine, with a port that no program listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 class Popen(subprocess.Popen):

@@ -1,10 +1,14 @@
-"""Models that compile sooner than those that the tests are about."""
+"""Models that compile sooner than those that the tests are about, and models on a mesh."""
 
 import dataclasses
 
+import jax
+from flax import nnx
+from jax.sharding import Mesh
 from reference import unset_model
 
 from opt_jax import OPTConfig, OPTForCausalLM, named_parameters
+from opt_jax.parallel.rules import param_sharding
 
 
 def first_layers(layers: int = 1) -> OPTForCausalLM:
@@ -16,6 +20,15 @@ def first_layers(layers: int = 1) -> OPTForCausalLM:
         param.set_value(parameters[path].get_value())
     model.generation_config_json = whole.generation_config_json
     return model
+
+
+def on_mesh(model: OPTForCausalLM, mesh: Mesh) -> OPTForCausalLM:
+    """A copy of the model whose parameters are sharded over the mesh."""
+    copy = nnx.clone(model)
+    for path, param in named_parameters(copy).items():
+        value = param.get_value()
+        param.set_value(jax.device_put(value, param_sharding(path, value.shape, mesh)))
+    return copy
 
 
 def count(config: OPTConfig, cls: str) -> int:

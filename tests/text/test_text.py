@@ -47,7 +47,7 @@ def trained() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A directory with vocab.json and merges.txt, nothing else."""
+    """A directory with vocab.json and merges.txt alone."""
     folder = tmp_path_factory.mktemp("tokenizer")
     trained().model.save(str(folder))
     return folder
@@ -103,7 +103,7 @@ def test_decode_takes_arrays_batches_and_single_ids(tok):
     for batch in (np.array([ids, ids]), jnp.array([ids, ids]), [ids, ids], [np.array(ids), jnp.array(ids)]):
         assert tok.decode(batch) == tok.batch_decode(batch) == ["</s>hello world"] * 2
     assert tok.decode(2) == tok.decode(np.int32(2)) == "</s>" and tok.decode([]) == ""
-    assert tok.decode([*ids, 50271]) == "</s>hello world"  # the model's vocabulary is padded; those ids are no text
+    assert tok.decode([*ids, 50271]) == "</s>hello world"  # an id of the model's padded vocabulary
     with pytest.raises(ValueError, match="-100 .*replace ignored labels"):
         tok.decode([2, -100])
     no_numbers = ("text", ["2"], b"2", [2, None], np.ma.array([2, 5], mask=[False, True]))
@@ -119,7 +119,7 @@ def test_padding(tok):
     texts = ["hello hello world", "hello"]
     plain = tok(texts, return_tensors=None)
     assert isinstance(plain.input_ids, list) and len({len(row) for row in plain.input_ids}) == 2
-    out = tok(texts)  # arrays, padded on the left, is what a model wants
+    out = tok(texts)  # by default arrays, padded on the left
     np.testing.assert_array_equal(out.input_ids, tok(texts, padding=True, return_tensors="np").input_ids)
     assert out.input_ids.dtype == out.attention_mask.dtype == np.int32
     assert out.input_ids.shape == out.attention_mask.shape == (2, len(plain.input_ids[0]))
@@ -164,7 +164,7 @@ def test_bad_arguments(tok):
     ]:
         with pytest.raises(ValueError, match=words):
             tok("hello", **arguments)
-    with pytest.raises(ValueError, match="max_length"):  # 1e30 is HF's way to say that there is no limit
+    with pytest.raises(ValueError, match="max_length"):  # HF writes 1e30 for "no limit"
         OPTTokenizer(trained(), {"model_max_length": int(1e30)})("hello", truncation=True)
     with pytest.raises(ValueError, match="padding=True"):
         tok(["hello", "hello hello world"], padding=False)
@@ -186,7 +186,7 @@ def test_bad_arguments(tok):
 
 @pytest.fixture
 def new(files):
-    """A tokenizer to change."""
+    """A tokenizer that a test may change."""
     return OPTTokenizer.from_file(files / "vocab.json", files / "merges.txt")
 
 
@@ -323,7 +323,7 @@ def test_a_changed_tokenizer_is_saved_as_it_is(new, tmp_path):
 
 
 def test_a_blank_in_front_is_put_where_the_config_says_so(tmp_path):
-    """Also where tokenizer.json says otherwise, as in HF."""
+    """The config wins over tokenizer.json, as in HF."""
     OPTTokenizer(trained()).save_pretrained(tmp_path / "plain")
     plain, path = OPTTokenizer.from_pretrained(tmp_path / "plain"), tmp_path / "plain" / "tokenizer_config.json"
     path.write_text(path.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true'))
@@ -428,7 +428,7 @@ def test_from_pretrained_layouts(files, tmp_path):
 
 def test_tokenizer_json(tmp_path):
     backend = trained()
-    backend.enable_truncation(2)  # a setting of whoever saved it, not of ours
+    backend.enable_truncation(2)  # we ignore this setting of the file
     backend.enable_padding(length=50)
     backend.save(str(tmp_path / "tokenizer.json"))
     silent = OPTTokenizer.from_pretrained(tmp_path)
@@ -462,12 +462,12 @@ def test_save_and_load(files, tmp_path, bos):
 def test_stream_equals_decode(tok, skip):
     rng = np.random.default_rng(0)
     streams = [tok.encode(text) for text in HARD]
-    streams += [rng.integers(0, 330, size).tolist() for size in (1, 2, 3, 50, 500)]  # mostly no UTF-8 at all
+    streams += [rng.integers(0, 330, size).tolist() for size in (1, 2, 3, 50, 500)]  # mostly invalid UTF-8
     byte_ids = [i for i in range(320) if len(tok.backend_tokenizer.id_to_token(i)) == 1]
     streams += [rng.choice(byte_ids, 320).tolist() for _ in range(20)]
     for ids in streams:
         stream = TextStream(tok, skip_special_tokens=skip)
-        for _ in range(2):  # a stream that has ended starts afresh
+        for _ in range(2):  # a stream can be used again after `end`
             pieces = [stream.put(i) for i in ids] + [stream.end()]
             assert "".join(pieces) == tok.decode(ids, skip_special_tokens=skip)
             assert stream.put(np.array(ids, np.int32)) + stream.end() == tok.decode(ids, skip_special_tokens=skip)
@@ -480,7 +480,7 @@ def test_stream_never_splits_a_character(files, tok):
     pieces = [stream.put(i) for i in ids]
     assert "".join(pieces) == text and "\ufffd" not in text
     assert list(itertools.accumulate(pieces))[:3] == ["", "", "日"]  # three bytes
-    for n in range(len(ids)):  # any prefix: what is held back is at most one character
+    for n in range(len(ids)):  # after any prefix, at most one character is held back
         stream.put(ids[:n])
         assert stream.end() in ("", "\ufffd")
     assert tok.decode(ids[:2]) == "\ufffd"
@@ -544,7 +544,7 @@ def test_pipeline_samples_by_default(tok, model):
 @pytest.mark.slow
 @pytest.mark.parametrize("context", [40, 512])
 def test_pipeline_default_length(tok, context):
-    """256 new tokens, or what the context leaves."""
+    """256 new tokens, or as many as fit into the context."""
     small = small_model(max_position_embeddings=context)
     inputs = tok("hello", return_tensors="np")
     width = inputs.input_ids.shape[1]

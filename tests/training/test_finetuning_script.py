@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from support.training_runs import metrics
 
 import train
 from convert.__main__ import main as convert
@@ -51,7 +52,7 @@ def run(output, start, **options):
     common = dict(batch_size=8, warmup_steps=1, learning_rate=1e-2, eval_every=2, mesh="data=-1", steps=4)
     chosen: Any = common | dict(output=str(output), model=str(start)) | options
     train.main(train.Options(**chosen))
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return metrics(output)
 
 
 def test_classification_with_lora_from_start_to_export(start, texts, tmp_path, capsys):

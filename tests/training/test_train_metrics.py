@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_train_script import metrics, one_device, options, run, same
+from support.training_runs import metrics
+from test_train_script import one_device, options, run, same
 from test_training import BATCH, CONFIG, ONE, WINDOWS, Run
 
 from opt_jax import OPTConfig, OPTForCausalLM, OPTTokenizer

@@ -16,7 +16,8 @@ from support.hlo import Program
 from opt_jax import OPTConfig, OPTTokenizer
 from opt_jax.config import _SIZES
 from opt_jax.data.corpus import split_documents
-from opt_jax.data.documents import find_files, read_documents, stdlib_files
+from opt_jax.data.documents import read_documents
+from opt_jax.data.files import find_files, stdlib_files
 from opt_jax.data.tokenizers import save_tokenizer, train_tokenizer
 from opt_jax.data.tokens import tokenize
 from opt_jax.data.windows import Windows
