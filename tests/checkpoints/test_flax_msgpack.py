@@ -17,6 +17,7 @@ from support.hostile_files import packed, packed_array
 import opt_jax
 from convert.__main__ import main
 from opt_jax import OPTForCausalLM, named_parameters
+from opt_jax.checkpoints import hub
 from opt_jax.checkpoints.formats.flax_msgpack import read_flax
 
 FILE = "flax_model.msgpack"
@@ -67,6 +68,7 @@ def test_formats_in_one_directory_are_read_in_order(tmp_path):
         source = write_hf(tmp_path / "hf", TINY, weights, form)
         out = load_hf_names(convert(source, tmp_path / form))
         assert {array.flat[0] for array in out.values()} == {i}, form
+    assert all(hub.is_model_file(path.name) for path in source.iterdir())  # --overwrite replaces them
 
 
 def test_safetensors_of_the_flax_classes(tmp_path):
