@@ -17,7 +17,7 @@ import numpy as np
 
 from opt_jax.checkpoints.formats.mapped_files import Tensors, is_shape, is_size, little_endian, map_file, shown
 
-_DTYPES = {
+DTYPES = {
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -53,9 +53,9 @@ def read_safetensors(path: Path) -> Tensors:
             raise ValueError(f"{path}: tensor {shown(name)} has a malformed header entry") from None
         if not (isinstance(dtype, str) and is_shape(shape) and is_size(start, end)):
             raise ValueError(f"{path}: tensor {shown(name)} has a malformed header entry")
-        if dtype not in _DTYPES:
+        if dtype not in DTYPES:
             raise ValueError(f"{path}: tensor {shown(name)} has dtype {shown(dtype)}, which is not supported")
-        if end - start != math.prod(shape) * little_endian(_DTYPES[dtype]).itemsize:
+        if end - start != math.prod(shape) * little_endian(DTYPES[dtype]).itemsize:
             what = f"tensor {shown(name)} ({dtype}, shape {shape})"
             raise ValueError(f"{path}: {what} does not fill its {end - start} bytes")
         spans.append((start, end, name, dtype, shape))
@@ -67,7 +67,7 @@ def read_safetensors(path: Path) -> Tensors:
             raise ValueError(f"{path}: tensor {shown(name)} overlaps another or leaves a gap before it")
         if end > size:
             raise ValueError(f"{path} is truncated: tensor {shown(name)} ends at byte {end} of {size}")
-        flat = np.frombuffer(mapped, little_endian(_DTYPES[dtype]), math.prod(shape), 8 + length + start)
+        flat = np.frombuffer(mapped, little_endian(DTYPES[dtype]), math.prod(shape), 8 + length + start)
         tensors[name] = flat.reshape(shape)
         position = end
     if position != size:
