@@ -12,7 +12,7 @@ from flax import serialization, traverse_util
 from safetensors.numpy import save_file
 from support.conversions import assert_same, convert, load_hf_names, refused
 from support.hf_files import TINY, VARIANTS, flax_arrays, hf_weights, write_hf
-from support.hostile_files import packed, packed_array
+from support.hostile_flax import packed, packed_array
 
 import opt_jax
 from convert.__main__ import main
