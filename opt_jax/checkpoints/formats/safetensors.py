@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from opt_jax.checkpoints.formats.mapped_files import Tensors, is_shape, is_size, little_endian, map_file, shown
+from opt_jax.system.reading import unique_keys
 
 DTYPES = {
     "F64": "float64",
@@ -81,7 +82,7 @@ def _read_header(path: Path, mapped: mmap.mmap) -> tuple[dict[str, Any], int]:
     if len(mapped) < 8 or length > min(len(mapped) - 8, _MAX_HEADER):
         raise ValueError(f"{path} is truncated or not a safetensors file: its header does not fit")
     try:
-        header = json.loads(mapped[8 : 8 + length].decode("utf-8"), object_pairs_hook=_unique)
+        header = json.loads(mapped[8 : 8 + length].decode("utf-8"), object_pairs_hook=unique_keys)
         if not isinstance(header, dict):
             raise ValueError("not a JSON object")
         metadata = header.pop("__metadata__", {})
@@ -90,12 +91,3 @@ def _read_header(path: Path, mapped: mmap.mmap) -> tuple[dict[str, Any], int]:
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: the safetensors header is damaged: {shown(e)}") from None
     return header, length
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in unique:
-            raise ValueError(f"{name} is there twice")
-        unique[name] = value
-    return unique
