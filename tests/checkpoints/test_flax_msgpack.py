@@ -63,9 +63,10 @@ def test_the_bits_are_those_of_the_bin(tmp_path, capsys, variant, cls, form, dty
 
 def test_formats_in_one_directory_are_read_in_order(tmp_path):
     formats = ("safetensors", "bin", "flax", "flax-sharded")
+    source = tmp_path / "hf"
     for i, form in reversed([*enumerate(formats)]):
         weights = {name: np.full_like(array, i) for name, array in hf_weights(TINY).items()}
-        source = write_hf(tmp_path / "hf", TINY, weights, form)
+        write_hf(source, TINY, weights, form)
         out = load_hf_names(convert(source, tmp_path / form))
         assert {array.flat[0] for array in out.values()} == {i}, form
     assert all(hub.is_model_file(path.name) for path in source.iterdir())  # --overwrite replaces them
