@@ -94,7 +94,7 @@ class RunDirectory:
         """Write the record, which makes the directory a run's, and check that all processes see it.
 
         Raises:
-          ValueError: see `agreement.check_shared`.
+          OSError: the file cannot be written, or a process does not see it.
         """
         if jax.process_index() == 0:
             write_record(self.path, self.record)
