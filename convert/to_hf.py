@@ -64,7 +64,7 @@ _ORDER = (
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}I": 1024**i for i, unit in enumerate("KMGT", 1)}
 _THREADS = min(4, os.cpu_count() or 1)  # each holds a slab
-_SAMPLES = 64  # `_Writer._sample` hashes at most so many vectors
+_SAMPLES = 64  # `_Writer._content_hash` hashes at most so many vectors
 
 
 def convert(
@@ -219,13 +219,13 @@ class _Writer:
         """The plan (`staging.join`) by which workers notice that they do not write the same files."""
         return {
             "source": os.path.realpath(self.source.where),
-            "content": self._sample(),
+            "content": self._content_hash(),
             "dtype": self.dtype,
             "max_shard_size": self.limit,
             "files": {file.name: file.nbytes for file in self.files},
         }
 
-    def _sample(self) -> str:
+    def _content_hash(self) -> str:
         """A hash of the config, the files' sizes and times, some vectors, and one row of each of a few matrices.
 
         To hash all data would take too long.
@@ -252,7 +252,7 @@ class _Writer:
                 offset += tensor.array.nbytes
 
     def _write_tensor(self, fd: int, offset: int, tensor: _Tensor, pool: ThreadPoolExecutor) -> None:
-        held = dataclasses.replace(self.source, arrays={tensor.path: self._hold(tensor.path)})
+        held = dataclasses.replace(self.source, arrays={tensor.path: self._in_memory(tensor.path)})
         array = cast(held, tensor.path, self.dtype)
         array = array.T if tensor.transposed else array
         row = array.nbytes // array.shape[0]
@@ -269,7 +269,7 @@ class _Writer:
         for _ in pool.map(write, orbax.pieces(array.shape, (rows, *array.shape[1:]))):
             pass
 
-    def _hold(self, path: str) -> LazyArray:
+    def _in_memory(self, path: str) -> LazyArray:
         """The array at `path`. If it is stored in chunks, it is read into memory.
 
         A slab of rows in PyTorch's layout is a slab of columns in ours. To read these one by one would read each chunk
