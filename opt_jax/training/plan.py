@@ -171,7 +171,7 @@ def make_plan(
     def compile_at(micro: int) -> dict[str, Any]:
         ids = jax.ShapeDtypeStruct((rows // micro, micro * shards, seq_len), jnp.int32)
         names = ["input_ids", "labels", *(["segment_ids"] if options.pack == "segments" else [])]
-        what = f"the step with {micro} sequences at a time, for {mesh.size} chips"
+        what = f"the step with {micro} sequences at a time, on {mesh.size} chips"
         print(f"compiling {what} (up to some minutes) ...", file=sys.stderr, flush=True)
         plan = compile_step(train_step, abstract, dict.fromkeys(names, ids), capacity)
         result = f"{plan['hbm_bytes_per_chip'] / 1e9:,.1f} of {capacity / 1e9:,.1f} GB a chip"
