@@ -55,7 +55,7 @@ class Checkpoints:
     Args:
       directory: the directory of the checkpoints.
       keep: the number of newest checkpoints to keep.
-      keep_every: also keep the checkpoints of steps that are multiples of this.
+      keep_every: also keep the checkpoints of steps that are multiples of this, for good.
       data_state: called with a step; returns the state of the data after it, as an object of JSON.
       before_write: called on process 0 before each write. If it raises, nothing is written.
 
