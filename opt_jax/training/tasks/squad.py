@@ -81,6 +81,7 @@ def windows(questions: Sequence[Question], tokenizer: OPTTokenizer, seq_len: int
       ValueError: a question that leaves no room for its context.
     """
     backend: Any = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy: truncation is a state of it
+    backend.encode_special_tokens = tokenizer.backend_tokenizer.encode_special_tokens  # which no copy has
     lengths = [len(e.ids) for e in backend.encode_batch([(q.question, "") for q in questions])]
     stride = min(STRIDE, (seq_len - max(lengths)) // 2)
     if stride < 1:
