@@ -186,8 +186,9 @@ def safetensors_cases(files: dict[str, bytes]) -> Iterator[Case]:
     yield case("no-tensors", safetensors({}, b""))
     yield case("no-tensors-but-data", safetensors({}, data), name)
     yield case("gap", safetensors(header, data + bytes(4)), name)
-    for i, metadata in enumerate(([], 5, "x", {"a": 1}, {"a": {}}, {"a": None}, None)):
+    for i, metadata in enumerate(([], 5, "x", {"a": 1}, {"a": {}}, {"a": None})):
         yield case(f"metadata{i}", safetensors(header | {"__metadata__": metadata}, data), name, "__metadata__")
+    yield case("metadata-null", safetensors(header | {"__metadata__": None}, data), outcome=HARMLESS)
     yield case("metadata-fine", safetensors(header | {"__metadata__": {"a": "b"}}, data), outcome=HARMLESS)
     for i, text in enumerate(
         (
@@ -325,12 +326,8 @@ def config_cases() -> Iterator[Case]:
         ("activation_function", ["relu"]),
         ("model_type", "gpt2"),
         ("model_type", {}),
-        ("architectures", "OPTForCausalLM"),
-        ("architectures", ["__class__"]),
-        ("architectures", ["OPTForCausalLM", "OPTModel"]),
         ("architectures", [[]]),
         ("architectures", ["OPTForQuestionAnswering"]),
-        ("architectures", ["x" * 10_000]),
         ("enable_bias", True),
         ("activation_function", "\x1b[31m\n" * 3000),
         ("problem_type", {}),
@@ -345,6 +342,8 @@ def config_cases() -> Iterator[Case]:
         ("init_std", []),
     ):
         yield case(f"{field}={str(value)[:30]!r}", CONFIG | {field: value})
+    for value in ("OPTForCausalLM", ["__class__"], ["OPTForCausalLM", "OPTModel"], ["x" * 10_000], ["\x1b[31m\n"]):
+        yield case(f"architectures={str(value)[:30]!r}", CONFIG | {"architectures": value}, outcome=HARMLESS)
     for field, value in (
         ("auto_map", {"AutoModel": "evil.Evil"}),
         ("_name_or_path", "../../secret"),
