@@ -200,9 +200,9 @@ class OPTTokenizer(Vocabulary):
         config = read_json(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:  # otherwise the other two files are from old versions, as in HF
             mapped = read_json(folder / "special_tokens_map.json")
-            lists = [content.get("extra_special_tokens") for content in (config, mapped)]
-            if all(isinstance(tokens, list) for tokens in lists):
-                mapped["extra_special_tokens"] = [token for tokens in lists for token in tokens]
+            first, second = (content.get("extra_special_tokens") for content in (config, mapped))
+            if isinstance(first, list) and isinstance(second, list):
+                mapped["extra_special_tokens"] = first + second
             config |= mapped
             added = {} if fast.is_file() else read_json(folder / "added_tokens.json")
             if added:

@@ -196,7 +196,9 @@ def test_directories_that_need_a_command(tmp_path, capsys, files, says):
 
 def test_metaseq_is_metaseq_with_a_config_beside_it(tmp_path, capsys):
     """Also where a wrapper has a config.json; and where its file is named alone."""
-    for i, entries in enumerate(({"cfg": namespace({"model": settings(TINY)})}, {"args": namespace(settings(TINY))})):
+    for i, entries in enumerate[dict[str, Any]](
+        ({"cfg": namespace({"model": settings(TINY)})}, {"args": namespace(settings(TINY))})
+    ):
         for parts in (None, 2):
             source = tmp_path / f"meta{i}{parts}"
             first = write(source, contents(WEIGHTS, parts=parts, **entries))[0]

@@ -27,9 +27,9 @@ def state(hf):
     return {name: tensor.detach().clone() for name, tensor in hf.named_parameters()}
 
 
-def write(directory: Path, hf, state, file: str = "pytorch_model.bin", **config) -> Path:
+def write(directory: Path, hf, state, file: str = "pytorch_model.bin", architectures=("OPTForCausalLM",)) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
-    content = hf.config.to_dict() | {"architectures": ["OPTForCausalLM"]} | config
+    content = hf.config.to_dict() | {"architectures": architectures}
     (directory / "config.json").write_text(json.dumps(content))
     torch.save(state, directory / file)
     return directory
@@ -67,8 +67,8 @@ def test_what_transformers_loads(tmp_path, hf, state, case):
         }
     if case == "value-head":
         noted, state = True, state | {"v_head.summary.weight": torch.ones(1, 4), "v_head.summary.bias": torch.ones(1)}
-    config = {"architectures": ["AutoModelForCausalLMWithValueHead"]} if case == "architectures" else {}
-    source = write(tmp_path, hf, state, **config)
+    names_of_class = ["AutoModelForCausalLMWithValueHead" if case == "architectures" else "OPTForCausalLM"]
+    source = write(tmp_path, hf, state, architectures=names_of_class)
     if case in ("sub-directory", "index", "twice", "metadata"):
         (source / "pytorch_model.bin").unlink()
     if case in ("sub-directory", "index", "twice"):
@@ -106,12 +106,12 @@ def test_what_torch_wraps(tmp_path, hf):
     assert_ours(write(tmp_path / "compiled", hf, content, "last.ckpt"), expected, noted=True)
     parameters = {"model": dict(hf.named_parameters()), "optimizer": {"state": {}}}  # `Parameter`s, not tensors
     assert_ours(write(tmp_path / "parameters", hf, parameters, "step.pt"), expected)
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     source = tmp_path / "dcp"
     with warnings.catch_warnings(action="ignore"):  # torch's own: no process group
-        dcp.save({"model": hf.state_dict(), "step": 7}, checkpoint_id=source)
+        save({"model": hf.state_dict(), "step": 7}, checkpoint_id=source)
     hf.config.save_pretrained(source)
     with pytest.raises(FileNotFoundError, match="dcp_to_torch"):
         OPTForCausalLM.from_pretrained(source)
