@@ -87,6 +87,7 @@ def windows(questions: Sequence[Question], tokenizer: OPTTokenizer, seq_len: int
       ValueError: a question leaves no room for its context.
     """
     backend: Any = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy, because truncation changes it
+    backend.encode_special_tokens = tokenizer.backend_tokenizer.encode_special_tokens  # which a copy lacks
     lengths = [len(e.ids) for e in backend.encode_batch([(q.question, "") for q in questions])]
     stride = min(STRIDE, (seq_len - max(lengths)) // 2)
     if stride < 1:
