@@ -1,5 +1,6 @@
 """Where a run's numbers go besides `metrics.jsonl`: TensorBoard, Weights & Biases; and traces of the profiler."""
 
+import logging
 import threading
 import uuid
 from collections.abc import Callable
@@ -73,6 +74,8 @@ class WandB:
             write_file(path, f"{uuid.uuid4().hex[:12]}\n".encode())
         run_id = read_small(path).decode().strip()
         self._directory = output / "wandb"  # an error of writing there has no name
+        # For each record that its log file has no room for, `logging` would print a traceback.
+        logging.raiseExceptions = False
         try:
             with disk_errors(self._directory):
                 self._run = wandb.init(
