@@ -1,5 +1,6 @@
 """Loggers of a run's metrics besides `metrics.jsonl` (TensorBoard, Weights & Biases), and traces of the profiler."""
 
+import logging
 import threading
 import uuid
 from collections.abc import Callable
@@ -86,6 +87,8 @@ class WandB:
             write_file(path, f"{uuid.uuid4().hex[:12]}\n".encode())
         run_id = read_small(path).decode().strip()
         self._directory = output / "wandb"  # for messages: an error of writing there names no file
+        # `logging` prints a traceback for each record that W&B's log file has no room for.
+        logging.raiseExceptions = False
         try:
             with disk_errors(self._directory):
                 self._run = wandb.init(
