@@ -71,7 +71,6 @@ class WandB:
     For steps that a resumed run repeats, the service keeps the first numbers. (On the same mesh they are equal.)
 
     Args:
-      project: the name of the project.
       output: the run directory.
       config: what the service shows as the run's configuration.
 

@@ -123,7 +123,6 @@ def best_answer(question: Question, windows: Sequence[tuple[Window, np.ndarray]]
     """The text of the most likely span in the windows of a question, as in HF's `run_qa.py`.
 
     Args:
-      question: the question.
       windows: its windows, and their logits [T, 2] for the start and the end.
       may_lack: return "" if the span of `</s>` is more likely.
     """
@@ -180,7 +179,6 @@ class QuestionAnswering:
     Args:
       data: SQuAD's files to train on.
       held_out: files for validation. Empty: the questions about a part of the contexts in `data` are held out.
-      tokenizer: the tokenizer.
       batch_size, seq_len, seed, multiple: see `Batches`, where `seq_len` is `longest`.
 
     Raises:
@@ -238,11 +236,7 @@ class QuestionAnswering:
 
 
 def _hold_out(questions: Sequence[Question]) -> tuple[list[int], list[int]]:
-    """The numbers of the training questions and of the held-out ones. No context has questions among both.
-
-    Raises:
-      ValueError: there is only one context.
-    """
+    """The numbers of the training questions and of the held-out ones. No context has questions among both."""
     contexts = list(dict.fromkeys(question.context for question in questions))
     if len(contexts) < 2:
         raise ValueError("--data has only one context, so none can be held out: name --validation-data")
