@@ -1,4 +1,4 @@
-"""Messages quote what comes from outside in one printable line of limited length."""
+"""Messages quote foreign values in one printable line of limited length."""
 
 import jax.numpy as jnp
 import numpy as np

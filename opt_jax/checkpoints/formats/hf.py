@@ -1,7 +1,7 @@
 """Hugging Face checkpoint directories: finds the weight files and opens their tensors, lazily, under our paths."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -11,13 +11,16 @@ from opt_jax.checkpoints import hub
 from opt_jax.checkpoints.arrays import Checks, LazyArray, first_difference
 from opt_jax.checkpoints.chunks import Index
 from opt_jax.checkpoints.download import WEIGHT_FILES, read_index
-from opt_jax.checkpoints.formats import names
+from opt_jax.checkpoints.formats import float8, foreign, names
+from opt_jax.checkpoints.formats.flax_msgpack import read_flax
 from opt_jax.checkpoints.formats.mapped_files import shown
 from opt_jax.checkpoints.formats.safetensors import read_safetensors
 from opt_jax.checkpoints.formats.stored import locate
 from opt_jax.checkpoints.formats.torch_files import read_torch
 from opt_jax.checkpoints.formats.wrappers import is_metaseq, is_no_weight, plain_names, torch_files
 from opt_jax.config import OPTConfig
+
+_KINDS = {".safetensors": "safetensors", ".bin": "torch .bin", ".msgpack": "Flax msgpack"}
 
 
 def open_checkpoint(directory: Path, checks: list[Callable[[], object]] | None = None) -> dict[str, LazyArray]:
@@ -35,7 +38,7 @@ def open_checkpoint(directory: Path, checks: list[Callable[[], object]] | None =
         if others := [path.name for path in torch_files(directory)]:
             what = f"has several files of weights ({', '.join(map(shown, others[:5]))}): name one of them"
             raise ValueError(f"{directory} {what} pytorch_model.bin, or put it and config.json into a directory")
-        hint = hub.shards_hint(directory)
+        hint = hub.shards_hint(directory) or foreign.hint_of_directory(directory) or hub.quantization_hint(directory)
         if any(map(is_metaseq, sorted(directory.glob("*.pt"))[:1])):
             hint = f": it is a metaseq checkpoint; convert it with `python -m convert metaseq {directory} DST`"
         raise FileNotFoundError(f"{directory} has no weights: none of {', '.join(WEIGHT_FILES)}{hint}")
@@ -86,6 +89,8 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _read(path: Path) -> dict[str, LazyArray]:
+    if path.suffix == ".msgpack":
+        return read_flax(path)
     tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     return {name: locate(path, tensors.map, view).lazy() for name, view in tensors.items()}
 
@@ -118,7 +123,7 @@ def open_parameters(directory: Path, config: OPTConfig) -> tuple[dict[str, LazyA
         try:
             path, transposed = names.from_hf(name)
         except KeyError:
-            hint = hub.quantization_hint(directory)
+            hint = hub.quantization_hint(directory) or float8.quantized_part(name)
             if is_no_weight(name, array) and not hint:
                 dropped.append(shown(full_name))
                 continue
@@ -128,6 +133,8 @@ def open_parameters(directory: Path, config: OPTConfig) -> tuple[dict[str, LazyA
             checks.append(partial(_check_same, f"{directory}: tensor {name} is there twice", arrays[path], array))
         else:
             arrays[path] = array
+    _check_flax(directory, arrays, config)
+    arrays = float8.cast(directory, arrays, config)
     embedding = arrays.get("model.decoder.embed_tokens.embedding")
     if config.tie_word_embeddings and "lm_head.kernel" in arrays:
         head = arrays.pop("lm_head.kernel").T
@@ -155,6 +162,17 @@ def _check_same(what: str, one: LazyArray, other: LazyArray) -> None:
         raise ValueError(what)
 
 
+def _check_flax(directory: Path, arrays: Mapping[str, LazyArray], config: OPTConfig) -> None:
+    first, norm = weight_file(directory), "model.decoder.final_layer_norm.scale"
+    if first is None or ".msgpack" not in first.name or norm in arrays:
+        return
+    if config.has_final_layer_norm and config.layer_norm_elementwise_affine:
+        raise ValueError(
+            f"{first}: model/decoder/final_layer_norm is missing, as in the Flax files of facebook/opt-13b: convert "
+            "from the PyTorch files of the same model (pytorch_model*.bin)"
+        )
+
+
 def _check_tied(directory: Path, head: LazyArray, embedding: LazyArray) -> None:
     if head.dtype != embedding.dtype:  # peft's cast head is in float32
         head, embedding = (LazyArray(x.shape, np.dtype(np.float32), _in_float32(x)) for x in (head, embedding))
@@ -180,6 +198,6 @@ def weights_form(directory: Path) -> str:
     first = weight_file(directory)
     if first is None:
         return "no weights"
-    kind = "safetensors" if ".safetensors" in first.name else f"torch {first.suffix.replace('.json', '.bin')}"
+    kind = next((kind for ending, kind in _KINDS.items() if ending in first.name), f"torch {first.suffix}")
     count = len(set(read_index(first).values())) if first.suffix == ".json" else 1
     return f"Hugging Face {kind}, {count} file{'s' if count > 1 else ''}"
