@@ -95,9 +95,9 @@ for i in range(moments):
     if not dst.exists():
         seen['none'] += 1
         continue
-    found = status(fork(layers))
-    assert found in (OLD, NEW), found
-    seen['old' if found == OLD else 'new'] += 1
+    published = status(fork(layers))
+    assert published in (OLD, NEW), published
+    seen['old' if published == OLD else 'new'] += 1
 assert status(fork(write)) == 0 and status(fork(layers)) == NEW
 assert [path.name for path in dst.parent.iterdir()] == [dst.name]
 print(seen)
@@ -116,8 +116,8 @@ def test_killed_at_any_moment(tmp_path, sample, command, overwrite):
     if overwrite:
         small = TINY | dict(num_hidden_layers=1)
         old = tmp_path / "old"
-        made = write_hf(tmp_path / "small", small, hf_weights(small))
-        assert main([*command.split(), str(made), str(old)]) == 0
+        other = write_hf(tmp_path / "small", small, hf_weights(small))
+        assert main([*command.split(), str(other), str(old)]) == 0
     (tmp_path / "place").mkdir()
     moments = len(sample(range(20), 6))
     done = python(KILLER, f"{command} {source}", tmp_path / "place" / "dst", old, moments)

@@ -81,11 +81,11 @@ def inspect(program: Program, shards: int = 1) -> list[Instruction]:
     return [i for i in program.written_out(body) if i.op.removesuffix("-start") in COLLECTIVES]
 
 
-def inspect_collectives(found: list[Instruction]) -> None:
+def inspect_collectives(sent: list[Instruction]) -> None:
     """Megatron's: two sums for each layer and one for the embedding; then each device's best token, and its logit."""
-    kinds = sorted(i.op.removesuffix("-start") for i in found)
+    kinds = sorted(i.op.removesuffix("-start") for i in sent)
     assert kinds == ["all-gather"] * 2 + ["all-reduce"] * (2 * LAYERS + 1)
-    assert all(i.arrays[-1][1] <= 4 * 4 * 4 for i in found if i.op.startswith("all-gather"))  # rows * devices * bytes
+    assert all(i.arrays[-1][1] <= 4 * 4 * 4 for i in sent if i.op.startswith("all-gather"))  # rows * devices * bytes
 
 
 def donated_caches(program: Program) -> int:

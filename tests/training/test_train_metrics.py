@@ -161,12 +161,12 @@ def test_spikes_are_logged_and_resumed_runs_see_the_same(tmp_path, capsys):
                 for step in range(start + 1, stop + 1):
                     m.record(step, step_result(float(losses[step - 1])))
             start = stop
-    whole, parts = (metrics_of(tmp_path / f"{n}.jsonl") for n in (1, 3))
-    same(parts, whole)
-    assert [line["step"] for line in whole if "spike" in line] == [41, 51] and SPIKE_AFTER < 40
+    uninterrupted, parts = (metrics_of(tmp_path / f"{n}.jsonl") for n in (1, 3))
+    same(parts, uninterrupted)
+    assert [line["step"] for line in uninterrupted if "spike" in line] == [41, 51] and SPIKE_AFTER < 40
     median = np.median(losses[:40])
     deviation = 1.4826 * np.median(abs(losses[:40] - median))
-    np.testing.assert_allclose(whole[40]["spike"], (4.5 - median) / deviation)
+    np.testing.assert_allclose(uninterrupted[40]["spike"], (4.5 - median) / deviation)
     printed = capsys.readouterr().out
     assert "step 41: loss 4.5000 spikes, " in printed and "gradient norm 0.5" in printed and "step 6:" not in printed
 
@@ -253,11 +253,11 @@ def poisoned(tmp_path_factory, options):
 @pytest.mark.slow
 def test_a_run_stops_before_the_bad_update_and_can_skip_it(poisoned, tmp_path, capsys):
     run(poisoned, tmp_path / "skipping", skip_nonfinite=True)
-    whole = metrics(tmp_path / "skipping")
-    bad = [line["step"] for line in whole if line["loss"] is None]
-    assert bad and whole[-1]["skipped"] == len(bad) and bad[0] % poisoned["checkpoint_every"] > 1
+    uninterrupted = metrics(tmp_path / "skipping")
+    bad = [line["step"] for line in uninterrupted if line["loss"] is None]
+    assert bad and uninterrupted[-1]["skipped"] == len(bad) and bad[0] % poisoned["checkpoint_every"] > 1
     assert f"step {bad[0]}: loss nan, gradient norm nan; " in capsys.readouterr().out
-    windows = [tuple(line["batch"]) for line in whole if "batch" in line]
+    windows = [tuple(line["batch"]) for line in uninterrupted if "batch" in line]
     documents = split_documents(read_documents([Path(poisoned["data"][0])]))[0]
     tokenizer = OPTTokenizer.from_pretrained(tmp_path / "skipping" / "tokenizer")
     tokens = tokenize(documents, tokenizer)
@@ -268,7 +268,7 @@ def test_a_run_stops_before_the_bad_update_and_can_skip_it(poisoned, tmp_path, c
     with pytest.raises(ValueError, match="(?s)" + message):
         run(poisoned, tmp_path / "stopping")
     assert max(int(p.name) for p in (tmp_path / "stopping" / "checkpoints").iterdir()) == bad[0] - 1
-    same(run(poisoned, tmp_path / "stopping", skip_nonfinite=True), whole)
+    same(run(poisoned, tmp_path / "stopping", skip_nonfinite=True), uninterrupted)
     assert f"steps {bad[0] - 1} to 20" in capsys.readouterr().out  # it went on from that checkpoint
 
 

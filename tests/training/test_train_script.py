@@ -202,9 +202,9 @@ def test_with_deterministic_a_gpu_goes_on_bitwise(options, tmp_path):
         assert done.returncode == 0, done.stderr
         return metrics(tmp_path / name)
 
-    whole = start("whole")
+    in_one_piece = start("whole")
     assert len(start("run", stop_after=7)) == 7
-    same(start("run"), whole)
+    same(start("run"), in_one_piece)
 
 
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
@@ -228,13 +228,13 @@ def test_arrays_and_texts_in_a_mixture_go_on_with_other_workers(options, uninter
     mixed = options | dict(
         data=(str(tmp_path / "a.npy"), text), mixture=(0.25, 0.75), pack="segments", tokenizer=tokenizer
     )
-    whole = run(mixed, tmp_path / "whole", stop_after=6)
+    in_one_piece = run(mixed, tmp_path / "whole", stop_after=6)
     run(mixed, tmp_path / "run", stop_after=3, data_workers=2)
     state = json.loads(next((tmp_path / "run" / "checkpoints" / "3" / "data").iterdir()).read_text())
     assert state["step"] == 3 and state["weights"] == [0.25, 0.75] and state["segments"] is True
-    same(run(mixed, tmp_path / "run", stop_after=3), whole)
+    same(run(mixed, tmp_path / "run", stop_after=3), in_one_piece)
     other = run(mixed | dict(pack="concat"), tmp_path / "concat", stop_after=1)
-    assert other[0]["loss"] != whole[0]["loss"]
+    assert other[0]["loss"] != in_one_piece[0]["loss"]
     with pytest.raises(ValueError, match="mixture was"):
         run(mixed | dict(mixture=(0.5, 0.5)), tmp_path / "run")
 
