@@ -1,4 +1,4 @@
-"""Whatever ends a run, the same command goes on bit for bit: kills at any moment, SIGTERM, Ctrl-C, a full disk."""
+"""After a kill at any moment, SIGTERM, Ctrl-C or a full disk, the same command goes on, bit for bit."""
 
 import json
 import random
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 STEPS = 40
 
-# Imports once, then forks a run per moment, rather than start Python each time.
+# Imports once, and forks a run for each moment, because starting Python takes seconds.
 KILLER = """
 import json, os, random, resource, signal, sys, time
 from pathlib import Path
@@ -124,9 +124,10 @@ print(json.dumps(seen))
 
 
 def choose(sample) -> list[tuple[str, float]]:
-    """(kind, after which part of the steps): a kill in the first step, while a checkpoint is written, later; SIGTERM.
+    """(kind, share of the steps before it) of each interruption.
 
-    With --exhaustive SIGKILL ten times and, between them, SIGTERM, Ctrl-C and a full disk once.
+    There are SIGTERM, Ctrl-C, a full disk, and kills: in the first step, while a checkpoint is written, and later. With
+    --exhaustive there are ten kills.
     """
     draw = random.Random(0)
     parts = [(i + draw.random()) / 13 for i in range(13)]

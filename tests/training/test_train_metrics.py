@@ -1,4 +1,4 @@
-"""Recipes, the metrics of a run and where they go, what stops or skips where numbers are not finite."""
+"""Recipes, the metrics of a run and the loggers that get them, and numbers that are not finite."""
 
 import dataclasses
 import errno
@@ -86,7 +86,7 @@ def test_there_are_nine_recipes_and_what_is_given_wins():
         parse_options(["--recipe", "opt-1b"])
 
 
-# What the numbers are -------------------------------------------------------------------------------------------------
+# The numbers -------------------------------------------------------------------------------------------------------
 
 
 def test_flops_are_palms():
@@ -152,7 +152,7 @@ def metrics_of(path):
 def test_spikes_are_logged_and_resumed_runs_see_the_same(tmp_path, capsys):
     rng = np.random.default_rng(0)
     losses = 3 + 0.05 * rng.standard_normal(60)
-    losses[5] = losses[40] = losses[50] = 4.5  # the first comes too soon to tell
+    losses[5] = losses[40] = losses[50] = 4.5  # the first one comes too early to count as a spike
     for stops in ([60], [30, 45, 60]):
         path, start = tmp_path / f"{len(stops)}.jsonl", 0
         for stop in stops:
@@ -201,7 +201,7 @@ def test_skips_are_counted_over_starts_and_too_many_in_a_row_end_the_run(tmp_pat
     assert "step 3: loss nan, gradient norm 0.5: skipped, 2 so far" in capsys.readouterr().out
 
 
-POISON = 63  # a token whose embedding is NaN: where it is an input, nothing is finite
+POISON = 63  # a token whose embedding is NaN, and with it all that is computed from it
 
 
 @pytest.mark.slow
@@ -214,7 +214,7 @@ def test_the_step_leaves_the_state_as_it_was(skip):
     schedule = make_schedule(peak=6e-4, warmup_steps=5, steps=30)
     step = make_train_step(make_optimizer(schedule), schedule, config, 0, run.shardings, run.mesh, skip)
     states, results = [], []
-    for i in range(3):  # the one in the middle is bad
+    for i in range(3):  # the middle one is not finite
         batch = {name: rows % POISON for name, rows in WINDOWS.batch(i).items()}
         batch["input_ids"][0, 3] = POISON if i == 1 else 0
         rows = lambda rows, batch=batch: {name: ids[rows] for name, ids in batch.items()}  # noqa: E731
@@ -233,7 +233,7 @@ def test_the_step_leaves_the_state_as_it_was(skip):
 
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory, options):
-    """Options of a run from a checkpoint with such a token, which only one of its documents has, in two places."""
+    """Options of a run from a checkpoint with such a token, which one of its documents contains."""
     directory = tmp_path_factory.mktemp("poisoned")
     config = OPTConfig.from_hf(options["model"])
     lines = [json.loads(line)["text"] for line in Path(options["data"][0]).read_text().splitlines()]
@@ -269,7 +269,7 @@ def test_a_run_stops_before_the_bad_update_and_can_skip_it(poisoned, tmp_path, c
         run(poisoned, tmp_path / "stopping")
     assert max(int(p.name) for p in (tmp_path / "stopping" / "checkpoints").iterdir()) == bad[0] - 1
     same(run(poisoned, tmp_path / "stopping", skip_nonfinite=True), uninterrupted)
-    assert f"steps {bad[0] - 1} to 20" in capsys.readouterr().out  # it went on from that checkpoint
+    assert f"steps {bad[0] - 1} to 20" in capsys.readouterr().out  # it goes on from that checkpoint
 
 
 @pytest.mark.slow
@@ -282,11 +282,11 @@ def test_an_absurd_learning_rate_ends_as_an_error_of_the_program(options, tmp_pa
     assert not (tmp_path / "run" / "model").exists()
 
 
-# Where they go --------------------------------------------------------------------------------------------------------
+# Loggers ---------------------------------------------------------------------------------------------------------
 
 
 def events(directory):
-    """{tag: {step: value}} as TensorBoard would show it: a start purges what others wrote from its step on."""
+    """{tag: {step: value}} as TensorBoard shows it: a start replaces what earlier ones wrote from its step on."""
     from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[reportAttributeAccessIssue]
 
     history: dict[str, dict[int, float]] = {}
@@ -305,7 +305,7 @@ def events(directory):
 
 def test_tensorboard_has_one_history_after_a_resume(tmp_path):
     pytest.importorskip("tensorboardX")
-    for start, stop, shift in ((0, 9, 0.5), (5, 12, 0.0)):  # the second knows better about steps 6 to 9
+    for start, stop, shift in ((0, 9, 0.5), (5, 12, 0.0)):  # the second start replaces steps 6 to 9
         writer = TensorBoard(tmp_path / "tensorboard", start)
         for step in range(start + 1, stop + 1):
             writer.write({"step": step, "loss": step + shift * (step > 5), "grad_norm": None, "batch": [1, 2]})
@@ -375,7 +375,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, changes, package
 
 @pytest.mark.parametrize("fails", ["init", "log", "finish"])
 def test_a_full_disk_under_wandb_names_its_directory(tmp_path, monkeypatch, fails):
-    """Its errors have no file name. (A real disk that is full at each of these moments needs root.)"""
+    """wandb's errors have no file name. (A disk that is really full at these moments would need root.)"""
 
     def call(name: str) -> None:
         if name == fails:
