@@ -46,6 +46,8 @@ class SourceOptions:
     """Where downloads are kept. Default: Hugging Face's cache (HF_HOME)."""
     offline: bool = False
     """Take a hub id from the cache, never from the network."""
+    adapter: Path | None = None
+    """A directory with a PEFT adapter (LoRA) of SRC, to be merged in."""
     no_verify: bool = False
     """Do not compare what is read of an Orbax directory with its checksums."""
 
@@ -231,8 +233,8 @@ def verify(
 
     metaseq.check()
     leave_accelerators_alone()
-    # What says how to find a model is for hub ids only, which DST or SRC may be; the revision is SRC's.
-    ours_by = dataclasses.replace(source, revision=None)
+    # What says how to find a model is for hub ids only, which DST or SRC may be; revision and adapter are SRC's.
+    ours_by = dataclasses.replace(source, revision=None, adapter=None)
     if is_here(dst):
         ours_by = SourceOptions(no_verify=source.no_verify)
     elif is_here(against[0]):
@@ -312,7 +314,7 @@ def _open(
         if replaceable is not None:
             directories.check_destination(dst, write.overwrite, replaceable)
         _quiet_downloads(write.quiet)
-        opened = _open_source(names, source, metaseq, from_metaseq)
+        opened = _open_source(names, source, metaseq, from_metaseq, write.dtype)
         _check_no_verify(source, opened)
         inside = os.path.realpath(dst)
         for path in (opened.where, *opened.companions):
@@ -326,13 +328,17 @@ def _open(
 
 
 def _open_source(
-    names: Sequence[str], source: SourceOptions, metaseq: MetaseqOptions, from_metaseq: bool = False
+    names: Sequence[str],
+    source: SourceOptions,
+    metaseq: MetaseqOptions,
+    from_metaseq: bool = False,
+    dtype: str | None = None,
 ) -> "Checkpoint":
     from .source import open_source
 
     options = {**dataclasses.asdict(source), **dataclasses.asdict(metaseq)}
     options["verify"] = not options.pop("no_verify")
-    return open_source(names, **options, from_metaseq=from_metaseq)
+    return open_source(names, **options, from_metaseq=from_metaseq, dtype=dtype)
 
 
 def _check_no_verify(source: SourceOptions, *opened: "Checkpoint") -> None:

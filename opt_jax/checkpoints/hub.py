@@ -22,6 +22,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
 # Files that are copied along with a model's weights, besides config.json.
 COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
 _WEIGHTS = re.compile(r"(pytorch_)?model(-[0-9]+(-of-[0-9]+)?)?\.(safetensors|bin)(\.index\.json)?")
@@ -271,6 +272,11 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     """
     path = config_file(directory)
     if not path.is_file():
+        if (as_path(directory) / ADAPTER_CONFIG).is_file():
+            raise ValueError(
+                f"{directory} is a PEFT adapter, without the model that it belongs to: give its base as the model, and "
+                "this directory as the adapter (adapter=, --adapter)"
+            )
         raise FileNotFoundError(f"no OPT configuration at {path}")
     content = json_object(read_small(path), path)
     if path.name == "config.json":
