@@ -266,6 +266,7 @@ def test_missing_files(server, resolve):
         "listed": (Repository(config | st, absent=("model.safetensors",)), "lists model.safetensors, but does not"),
         "listed2": (Repository(config | st, absent=("config.json",)), "lists config.json, but does not have it (404)"),
         "config": (Repository(st), "has no config.json"),
+        "adapter": (Repository({"adapter_config.json": b"{}"}), "it is a PEFT adapter: give its base as the model"),
         "weights": (Repository(config | {"flax_model.msgpack": b"f", "x/model.safetensors": b"s"}), "has no weights:"),
         "shard": (Repository(config | many), "has no model-2.safetensors, but model.safetensors.index.json names it"),
         "index": (Repository(config | bad), "index.json is not an index of weight files"),

@@ -82,7 +82,8 @@ def assert_near(got, expected):
     for name, array in expected.items():
         assert got[name].dtype == array.dtype, name
         ulp = 1e-5 if array.dtype == np.float32 else 2 * float(ml_dtypes.finfo(array.dtype).eps)
-        np.testing.assert_allclose(*(x.astype(np.float32) for x in (got[name], array)), ulp, ulp, err_msg=name)
+        ours, theirs = got[name].astype(np.float32), array.astype(np.float32)
+        np.testing.assert_allclose(ours, theirs, ulp, ulp, err_msg=name)
 
 
 @pytest.fixture
@@ -365,3 +366,6 @@ def test_only_what_lora_can_train_is_kept_apart(tmp_path, base):
         with pytest.raises(ValueError, match="an adapter that is kept apart has the same matrices in all layers"):
             load(base, adapter=adapter, merge_adapter=False)
         load(base, adapter=adapter)
+    pytest.importorskip("qwix")
+    with pytest.raises(ValueError, match="LoRA adapts models with a head, and not OPTModel"):
+        opt_jax.OPTModel.from_pretrained(base, adapter=write(tmp_path / "all", pairs()), merge_adapter=False)

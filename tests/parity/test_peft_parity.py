@@ -50,6 +50,7 @@ def assert_same_outputs(theirs, ours, name: str) -> None:
     real = inputs["attention_mask"] > 0
     with torch.no_grad():
         expected = theirs.double()(**{key: torch.from_numpy(value).long() for key, value in inputs.items()})
+    ours.name_or_path = None  # models of one kind are compiled once
     got = ours(**inputs)
     key = next(key for key in MAIN if key in expected)
     a, b = np.asarray(getattr(got, key)), expected[key].numpy()
@@ -125,9 +126,10 @@ def test_merged_weights_are_those_of_merge_and_unload(tmp_path, case, dtype):
         assert got.dtype.name == str(tensor.dtype).removeprefix("torch.") == dtype
         got, old = (x.T if transposed else x for x in (got, before[path].load()))
         changed += bool((old != got).any())
-        # A sum of the old value and `rank` products, in float32; then it is rounded, perhaps to another neighbour.
+        # A sum of the old value and `rank` products, in float32. Then it is rounded, perhaps to another neighbour that
+        # is 2**-10 away in float16; the limit is twice that.
         sizes = np.abs(old.astype(np.float64)) + np.abs(expected)
-        rounding = {"float32": 0, "float16": 2**-10, "bfloat16": 2**-7}[dtype]
+        rounding = {"float32": 0, "float16": 2**-9, "bfloat16": 2**-6}[dtype]
         rounded = sizes if "embed" in path else np.abs(expected)  # PEFT rounds the change of an embedding, too
         within(np.abs(got.astype(np.float64) - expected), 64 * 2**-24 * (1 + sizes) + rounding * rounded, path)
     assert changed >= 4

@@ -245,7 +245,9 @@ class Adapter:
             step = max(1, chunks.CHUNK_BYTES // (wide.itemsize * max(1, values.shape[1])))
             for start in range(0, len(out), step):
                 part = slice(start, start + step)
-                out[part] = self._round(path, values[part].astype(wide) + pair.scale * (a[part] @ b), dtype)
+                with np.errstate(over="ignore", invalid="ignore"):  # infinities, in a damaged file
+                    total = values[part].astype(wide) + pair.scale * (a[part] @ b)
+                out[part] = self._round(path, total, dtype)
             return out
 
         return LazyArray(matrix.shape, dtype, read, matrix.in_chunks)
