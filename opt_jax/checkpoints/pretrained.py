@@ -92,8 +92,8 @@ def save_pretrained(
       ValueError: the model is abstract (`nnx.eval_shape`) or quantized; or see `hub.check_array_path`.
     """
     hub.check_array_path(directory)
-    if model.lora is not None:
-        return _save_adapter(model, directory, overwrite, tokenizer)
+    if (lora := getattr(model, "lora", None)) is not None:  # see `load_pretrained`
+        return _save_adapter(model, lora, directory, overwrite, tokenizer)
     arrays: dict[str, LazyArray | jax.Array] = {}
     for path, param in named_parameters(model).items():
         value = param.get_value()
@@ -132,12 +132,14 @@ def save_pretrained(
         on_first_process(lambda: write_small_files(new))
 
 
-def _save_adapter(model: OPTPreTrainedModel, directory: str | os.PathLike, overwrite: bool, tokenizer: Any) -> None:
+def _save_adapter(
+    model: OPTPreTrainedModel, lora: LoRA, directory: str | os.PathLike, overwrite: bool, tokenizer: Any
+) -> None:
     if tokenizer is not None:
         raise ValueError("of a model with an adapter only that is saved, without a tokenizer: leave out tokenizer=")
     trained = {path: param.get_value() for path, param in named_parameters(model).items() if is_trained(path)}
     with new_directory(directory, overwrite) as new:
-        write_adapter(new, trained, model.lora, model.name_or_path, type(model).__name__)
+        write_adapter(new, trained, lora, model.name_or_path, type(model).__name__)
 
 
 def write_adapter(
@@ -263,10 +265,11 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
     stored = {path: stored.get(path, stored[_EMBEDDING]) for path in arrays if path in expected}
     compute, dtypes = _choose_dtypes(dtype, param_dtype, stored, platform, directory)
     build: Any = partial(cls, config, param_dtype=dtypes[_EMBEDDING], attn_implementation=attn_implementation)
-    model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0), dtype=compute))
+    model: Any = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0), dtype=compute))
     if opened is not None and not merge_adapter:
-        model.lora = lora = opened.lora(config.num_hidden_layers)
+        lora = opened.lora(config.num_hidden_layers)
         model = unstack_layers(lora.adapt(stack_layers(model)))
+        model.lora = lora  # for `save_pretrained`
         kept = opened.kept()
         arrays, expected = arrays | kept, expected | {path: array.shape for path, array in kept.items()}
         dtypes |= {path: dtypes[path.rpartition("_lora_")[0]] for path in kept}

@@ -56,8 +56,6 @@ class OPTPreTrainedModel(nnx.Module):
     param_dtype: Any
     # The name or directory that `from_pretrained` loaded; `save_pretrained` copies its tokenizer files.
     name_or_path: str | None = None
-    # The options of its adapters (a `LoRA`), if `from_pretrained` has kept them apart.
-    lora: Any = None
     # The text of its generation_config.json, with defaults of `generate`.
     generation_config_json: str | None = None
 

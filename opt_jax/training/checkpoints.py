@@ -53,7 +53,6 @@ class Checkpoints:
     taken for a checkpoint. All processes of a job call the methods together.
 
     Args:
-      directory: the directory of the checkpoints.
       keep: the number of newest checkpoints to keep.
       keep_every: also keep the checkpoints of steps that are multiples of this, for good.
       data_state: called with a step; returns the state of the data after it, as an object of JSON.
@@ -218,7 +217,6 @@ class Checkpoints:
         Frozen parameters are not in checkpoints; they are None in the result.
 
         Args:
-          step: the step.
           abstract: shapes and dtypes of the state.
           shardings: a pytree like `abstract`.
           verify: compare the data with their checksums.
@@ -316,11 +314,7 @@ def _foreign_file(step: Path) -> Path | None:
 
 
 def _check_steps(directory: Path) -> None:
-    """Check that all that is named like a checkpoint is one, because Orbax removes old and unfinished ones.
-
-    Raises:
-      FileExistsError: something else has such a name.
-    """
+    """Check that all that is named like a checkpoint is one, because Orbax removes old and unfinished ones."""
     for path in directory.iterdir() if directory.is_dir() else ():
         if not (path.name.isdecimal() or ".orbax-checkpoint-tmp" in path.name):
             continue

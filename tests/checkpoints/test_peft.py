@@ -298,9 +298,12 @@ def test_a_wrong_base_is_one_line(tmp_path, base, capsys):
 
 def test_an_adapter_is_no_model(tmp_path, base, capsys):
     adapter = write(tmp_path / "adapter", pairs())
-    assert "is a PEFT adapter, without the model" in refused(capsys, adapter, tmp_path / "out")
-    with pytest.raises(ValueError, match="give its base as the model, and this directory as the adapter"):
+    message = "this is a PEFT adapter; give its base as the model, and this as its adapter"
+    assert message in refused(capsys, adapter, tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match=message):
         opt_jax.OPTForCausalLM.from_pretrained(adapter)
+    (adapter / "config.json").write_text(json.dumps(TINY))
+    assert message in refused(capsys, adapter, tmp_path / "out")
     assert "no PEFT adapter at" in refused(capsys, base, tmp_path / "out", "--adapter", str(base))
     (adapter / "adapter_model.safetensors").unlink()
     line = refused(capsys, base, tmp_path / "out", "--adapter", str(adapter))
