@@ -334,6 +334,8 @@ def test_arguments_of_loading_and_saving(model, tmp_path):
         "cache_dir": at_hub,
         "local_files_only": at_hub,
         "verify": Refused("--no-verify. is for Orbax directories", name=hub.resolve("tiny"), verify=False),
+        "adapter": Refused("no PEFT adapter", adapter=tmp_path / "nowhere"),
+        "merge_adapter": Refused("merge_adapter=False is for an adapter", merge_adapter=False),
     }
     check_all(names(load_pretrained), entries, loaded)
 
@@ -385,7 +387,7 @@ def test_options_of_commands_are_read():
         for kind in (convert_command.SourceOptions, convert_command.MetaseqOptions)
         for f in dataclasses.fields(kind)
     }
-    assert given - {"no_verify"} | {"verify"} == {*names(source.open_source)} - {"names", "from_metaseq"}
+    assert given - {"no_verify"} | {"verify"} == {*names(source.open_source)} - {"names", "from_metaseq", "dtype"}
     assert {f.name for f in dataclasses.fields(convert_command.JobOptions)} == {*names(job.started)} - {"options"}
     for function in (source.open_source, job.started):
         body = ast.walk(ast.parse(inspect.getsource(function)))

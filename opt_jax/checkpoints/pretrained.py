@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -28,12 +29,14 @@ from opt_jax.checkpoints import hub
 from opt_jax.checkpoints.arrays import Checks, LazyArray
 from opt_jax.checkpoints.chunks import Shape
 from opt_jax.checkpoints.directories import new_directory
-from opt_jax.checkpoints.formats import hf
+from opt_jax.checkpoints.formats import hf, peft
 from opt_jax.checkpoints.orbax import open_arrays, write_arrays
 from opt_jax.checkpoints.source_files import files_of_model
 from opt_jax.config import OPTConfig
 from opt_jax.model.flash import AttentionImplementation
 from opt_jax.model.heads import OPTForCausalLM, OPTPreTrainedModel, named_parameters
+from opt_jax.model.lora import LoRA, is_trained
+from opt_jax.model.stacking import stack_layers, unstack_layers
 from opt_jax.parallel import rules
 from opt_jax.parallel.agreement import on_every_process, on_first_process
 from opt_jax.system.disk import write_content
@@ -74,7 +77,8 @@ def save_pretrained(
     """Write the model, stacked or not, to a self-contained directory that `load_pretrained` reads.
 
     `directory` appears complete or not at all. Parameters keep their dtype. In a `jax.distributed` job all processes
-    must call this together, with a directory that they share. Each writes its part.
+    must call this together, with a directory that they share. Each writes its part. Of a model with an adapter that
+    was kept apart (`merge_adapter=False`), only the adapter is written, in PEFT's form.
 
     Args:
       model: the model.
@@ -88,6 +92,8 @@ def save_pretrained(
       ValueError: the model is abstract (`nnx.eval_shape`) or quantized; or see `hub.check_array_path`.
     """
     hub.check_array_path(directory)
+    if (lora := getattr(model, "lora", None)) is not None:  # see `load_pretrained`
+        return _save_adapter(model, lora, directory, overwrite, tokenizer)
     arrays: dict[str, LazyArray | jax.Array] = {}
     for path, param in named_parameters(model).items():
         value = param.get_value()
@@ -124,6 +130,34 @@ def save_pretrained(
     with new_directory(directory, overwrite) as new:
         write_arrays(new / "params", arrays)
         on_first_process(lambda: write_small_files(new))
+
+
+def _save_adapter(
+    model: OPTPreTrainedModel, lora: LoRA, directory: str | os.PathLike, overwrite: bool, tokenizer: Any
+) -> None:
+    if tokenizer is not None:
+        raise ValueError("of a model with an adapter only that is saved, without a tokenizer: leave out tokenizer=")
+    trained = {path: param.get_value() for path, param in named_parameters(model).items() if is_trained(path)}
+    with new_directory(directory, overwrite) as new:
+        write_adapter(new, trained, lora, model.name_or_path, type(model).__name__)
+
+
+def write_adapter(
+    directory: str | os.PathLike, parameters: Mapping[str, jax.Array], lora: LoRA, base: str | None, cls: str
+) -> None:
+    """Write an adapter that PEFT loads; see `peft.adapter_files`. All processes of a job call this together."""
+    values = {
+        path: np.asarray(array) if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True)
+        for path, array in parameters.items()
+    }
+
+    def write() -> None:
+        path = hub.as_path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        for name, content in peft.adapter_files(values, lora, base, cls).items():
+            write_content(path / name, content)
+
+    on_first_process(write)
 
 
 def _lazy(value: jax.Array, *layer: int) -> LazyArray | jax.Array:
@@ -164,6 +198,8 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
     verify: bool = True,
+    adapter: str | os.PathLike | None = None,
+    merge_adapter: bool = True,
 ) -> M:
     """A model of class `cls`, with unstacked layers, from an Orbax or a Hugging Face directory.
 
@@ -179,9 +215,13 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
       mesh: shard the parameters over it, as `rules.param_spec` says. Each process reads its own shards only.
       revision, cache_dir, local_files_only: see `hub.resolve`.
       verify: compare the chunks of an Orbax directory with their checksums. False reads damaged chunks as they are.
+      adapter: a directory with a PEFT adapter (LoRA) for the model.
+      merge_adapter: False keeps the adapter's matrices as parameters of their own, as `lora.LoRA` does (needs qwix).
+        They can be trained, and `save_pretrained` then writes a PEFT adapter: them, and the head of a task.
 
     Raises:
       FileNotFoundError: no such model, or an incomplete one.
+      ImportError: qwix is not installed (`merge_adapter=False`).
       ValueError: a bad config or checkpoint, a checkpoint that changed while it was read, a dtype that is not floating
         point, or `verify=False` for a model without checksums.
     """
@@ -191,6 +231,15 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
     files = files_of_model(directory)
     config, _ = read_config(directory)
     arrays, checks = open_parameters(directory, config, verify)
+    stored = {path: array.dtype for path, array in arrays.items()}
+    opened = None
+    if adapter is not None:
+        files.add(peft.files_of_adapter(adapter))
+        opened = peft.open_adapter(adapter)
+        how: Any = dict(causal=issubclass(cls, OPTForCausalLM), merge=merge_adapter, dtype="float32")
+        arrays, config = opened.onto(arrays, config, directory, **how)
+    elif not merge_adapter:
+        raise ValueError("merge_adapter=False is for an adapter: give its directory with adapter=")
 
     # A causal LM may neither lose a stored lm_head nor get a random one.
     may_drop = [head for head in _HEADS if not (head == "lm_head." and issubclass(cls, OPTForCausalLM))]
@@ -213,10 +262,17 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
 
     default = jnp.zeros(()).sharding  # honours jax.default_device
     platform = next(iter(default.device_set)).platform if mesh is None else mesh.devices.flat[0].platform
-    stored = {path: array.dtype for path, array in arrays.items() if path in expected}
+    stored = {path: stored.get(path, stored[_EMBEDDING]) for path in arrays if path in expected}
     compute, dtypes = _choose_dtypes(dtype, param_dtype, stored, platform, directory)
     build: Any = partial(cls, config, param_dtype=dtypes[_EMBEDDING], attn_implementation=attn_implementation)
-    model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0), dtype=compute))
+    model: Any = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0), dtype=compute))
+    if opened is not None and not merge_adapter:
+        lora = opened.lora(config.num_hidden_layers)
+        model = unstack_layers(lora.adapt(stack_layers(model)))
+        model.lora = lora  # for `save_pretrained`
+        kept = opened.kept()
+        arrays, expected = arrays | kept, expected | {path: array.shape for path, array in kept.items()}
+        dtypes |= {path: dtypes[path.rpartition("_lora_")[0]] for path in kept}
     targets = {
         path: jax.ShapeDtypeStruct(
             shape,
