@@ -365,9 +365,11 @@ class HFSource:
 def find_sources(
     paths: Sequence[str | os.PathLike], suffixes: tuple[str, ...] = (*TEXT_SUFFIXES, ".npy")
 ) -> list["Path | HFSource"]:
-    """As `find_files`, but names that begin with `hf:` become datasets."""
+    """As `find_files`, but names that begin with `hf:` become datasets, and an empty name is an error."""
     sources: list[Path | HFSource] = []
     for path in map(str, paths):
+        if not path:  # as of a shell's variable that is not set; a Path of it is the current directory
+            raise FileNotFoundError("no directory or file '': the name is empty")
         sources += [HFSource(path)] if path.startswith("hf:") else find_files([path], suffixes)
     if not sources:
         raise ValueError("no data: name files, directories or hf:NAME")
