@@ -1,5 +1,7 @@
 """Messages quote what comes from outside in one printable line of limited length."""
 
+import numpy as np
+
 from opt_jax.system.messages import one_line, shown
 
 
@@ -12,4 +14,6 @@ def test_texts_become_one_printable_line():
 
 def test_values_are_quoted_whatever_they_are():
     assert shown("x\n") == "'x\\n'" and len(shown(["y"] * 1000)) <= 100
+    assert shown(np.arange(6).reshape(2, 3)) == f"array(shape=(2, 3), dtype={np.arange(6).dtype})"
+    assert shown(np.int64(7)) == repr(np.int64(7))
     assert shown(10**5000) == "a very large int"  # Python refuses to write out its digits
