@@ -211,7 +211,7 @@ def compiled_prompts(given: GivenPrompts, prefix: Prefix | None, limit: int) -> 
 
 def take_prompts(prompts: Prompts, rows: np.ndarray, cut: bool = True) -> Prompts:
     """The given rows of the prompts, cut to the bucket of the longest of them unless told not to."""
-    mask, ids, embeds = (None if x is None else x[rows] for x in (prompts.mask, prompts.ids, prompts.embeds))
+    mask, ids, embeds = prompts.mask[rows], *(None if x is None else x[rows] for x in (prompts.ids, prompts.embeds))
     if cut:
         mask, ids, embeds = align(mask, mask.shape[1], ids, embeds)
     matched, prefix = None if prompts.matched is None else prompts.matched[rows], prompts.prefix

@@ -83,7 +83,7 @@ def _check_size(path: os.PathLike, size: int, limit: int) -> None:
 
 
 # Field of a file -> its neutral values, and what to do instead of setting any other.
-FieldsWithoutEffect = Mapping[str, tuple[tuple, str]]
+FieldsWithoutEffect = Mapping[str, tuple[tuple[Any, ...], str]]
 
 
 def asks_for_nothing(value: object, harmless: tuple) -> bool:

@@ -108,6 +108,7 @@ def test_going_on_gives_the_tokens_of_one_call(model, kind):
     np.testing.assert_array_equal(second.sequences[:, :4], turns)
     np.testing.assert_array_equal(second.sequences[:, 4:], expected.sequences[:, max(map(len, joined)) :])
     if "logprobs" in more:
+        assert second.logprobs is not None and expected.logprobs is not None
         np.testing.assert_allclose(second.logprobs, expected.logprobs, atol=2e-5)
 
 
@@ -177,7 +178,7 @@ def test_embeddings_give_the_tokens_of_their_ids(model, more):
 def test_errors(model):
     first = generate(model, LEFT, max_new_tokens=2, return_cache=True)
     embeds, refused = embeddings(model, LEFT), "is not supported"
-    for words, arguments in (
+    cases: list[tuple[str, dict[str, Any]]] = [
         ("give input_ids or inputs_embeds: the model has read", dict(input_ids=None)),
         ("give input_ids or inputs_embeds: the model has read", dict(input_ids=None, cache=model.prefill([[5]]))),
         ("cache has 3 rows for 2 prompts", dict(input_ids=[[5], [6]], cache=first.cache)),
@@ -191,6 +192,8 @@ def test_errors(model):
         ("forced_bos_token_id looks at", dict(input_ids=None, inputs_embeds=embeds, forced_bos_token_id=3)),
         ("assistant_model reads token ids", dict(inputs_embeds=embeds, assistant_model=model)),
         (f"past_key_values=.* {refused}.* write cache=", dict(past_key_values=first.cache)),
-    ):
+    ]
+    usual: dict[str, Any] = dict(input_ids=LEFT, max_new_tokens=2)
+    for words, arguments in cases:
         with pytest.raises(ValueError, match=words):
-            generate(model, **dict(dict(input_ids=LEFT, max_new_tokens=2), **arguments))
+            generate(model, **usual | arguments)
