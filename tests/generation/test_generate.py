@@ -243,7 +243,7 @@ def test_buckets(model):
     assert all(n <= size and (size == 16 or 2 * size <= 3 * n) for n, size in enumerate(sizes, 1))
     for length in (17, 33, 60):  # a bucket past the context is cut to it
         ids = np.full((1, length), 5, np.int32)
-        assert check_request(model, ids).prompts.ids.shape[1] <= 64
+        assert check_request(model, ids).prompts.mask.shape[1] <= 64
 
 
 def plain_engine(model, request):
