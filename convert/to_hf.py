@@ -1,8 +1,9 @@
-"""An opened checkpoint to a Hugging Face directory: safetensors files, their index, configuration and tokenizer.
+"""Writes an opened checkpoint as a Hugging Face directory: safetensors files, their index, config and tokenizer.
 
-The safetensors library writes a file in one call, from tensors that are all in memory. A shard of 5 GB would take 5 GB
-of it. So a file is written here, slab by slab: a JSON header, then the tensors. The library checks each file before the
-directory is published. Names, order, shards and padding are those of `transformers`' save_pretrained: so are the bytes.
+The safetensors library needs all tensors of a file in memory: a shard of 5 GB takes 5 GB. To need less, this module
+writes the format itself: a JSON header with the offsets of the tensors, then the tensors, slab by slab. The library
+checks each file before the directory is published. Names, order, shards and padding are those of `save_pretrained` in
+`transformers`, so the bytes are equal, too.
 """
 
 import dataclasses
@@ -36,8 +37,8 @@ from .to_orbax import cast
 
 Progress = Callable[[str, int], None]
 
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # in the order of the safetensors library
-# The order of the modules in PyTorch, at every level.
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # in the order in which safetensors sorts them
+# The order of modules and parameters in PyTorch, for all levels together.
 _ORDER = (
     "model",
     "lm_head",
@@ -63,7 +64,7 @@ _ORDER = (
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}I": 1024**i for i, unit in enumerate("KMGT", 1)}
 _THREADS = min(4, os.cpu_count() or 1)  # each holds a slab
-_SAMPLES = 64  # tensors of which a plan remembers values
+_SAMPLES = 64  # `_Writer._content_hash` hashes at most so many vectors
 
 
 def convert(
@@ -76,26 +77,29 @@ def convert(
     overwrite: bool = False,
     progress: Progress = lambda name, nbytes: None,
 ) -> None:
-    """Write `source` as a directory that `transformers` loads; `destination` appears complete or not at all.
+    """Write `source` as a directory that `transformers` loads. It appears complete or not at all.
 
     All processes of a `jax.distributed` job call this together; each writes some of the files.
 
     Args:
-      dtype: cast to it; default: keep each tensor's own, bit for bit.
-      max_shard_size: of the tensors in one file: bytes, or "500MB", "5GB", "5GiB". A larger tensor has its own file.
+      dtype: cast the parameters to it. Default: each keeps its dtype, bit for bit.
+      max_shard_size: the largest size of the tensors in one file: a number of bytes, or "500MB", "5GB", "5GiB". A
+        larger tensor has a file of its own.
       shard_of: (i, n): write every n-th file, from the i-th on, and publish if all others are there; see `unfinished`.
-      progress: called after each slab with the path of its array and its bytes, by several threads, one at a time.
+      progress: called after each slab with the path of its array and its size in bytes. Several threads call it, one
+        at a time.
 
     Raises:
       FileExistsError: see `directories.new_directory`; or another worker writes the same file now.
       OSError: the disk is full. With `shard_of`, files that are complete stay for the next run.
-      ValueError: damaged data, values out of range for `dtype`, a source that changed meanwhile, a bad `max_shard_size`
-        or `shard_of`, or `shard_of` for a destination that was begun from another source or with other options.
+      ValueError: a tensor is missing, left over, misshapen, damaged or out of range for `dtype`; the source has changed
+        meanwhile; a bad `max_shard_size` or `shard_of`; or the destination was begun from another source or with other
+        options.
     """
     job = jax.process_count() > 1
     if shard_of is not None:
         if job:
-            raise ValueError("--shard-of is for separate commands: a jax.distributed job shares out the files itself")
+            raise ValueError("--shard-of is for separate commands: leave it out, the job divides the files itself")
         if not 1 <= shard_of[0] <= shard_of[1]:
             raise ValueError(f"--shard-of {shard_of[0]}/{shard_of[1]}: i/n needs 1 <= i <= n")
     limit = parse_size(max_shard_size)
@@ -116,11 +120,15 @@ def convert(
                     os.fsync(out.fileno())
             writer.write_descriptions(new)
             writer.check_written(new)
-        staging.discard(staging.directory_of(destination))  # what killed workers have left
+        staging.discard(staging.directory_of(destination))  # killed workers may have left it
 
 
 def parse_size(size: str | int) -> int:
-    """Bytes; units are decimal (KB, MB, GB, TB) or binary (KiB, ...), without regard to case."""
+    """The size in bytes. Units are decimal (KB, MB, GB, TB) or binary (KiB, ...); case does not matter.
+
+    Raises:
+      ValueError: it is not a size, or is less than one byte.
+    """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?|[KMGT]I)B?", str(size).strip().upper())
     nbytes = 0 if match is None else int(Fraction(match[1]) * _UNITS[match[2]])
     if not 1 <= nbytes < 2**63:
@@ -133,10 +141,10 @@ def parse_size(size: str | int) -> int:
 
 @dataclass(frozen=True)
 class _Tensor:
-    name: str
-    path: str  # ours
+    name: str  # in the file
+    path: str  # our parameter path
     transposed: bool
-    array: LazyArray  # in HF's orientation
+    array: LazyArray  # in PyTorch's layout
 
 
 @dataclass(frozen=True)
@@ -146,7 +154,7 @@ class _File:
 
     @cached_property
     def header(self) -> bytes:
-        """The length of the rest in 8 bytes, then JSON, padded so that the first tensor is aligned to 8 bytes."""
+        """The length of the JSON in 8 bytes, then the JSON, padded so that the first tensor is aligned to 8 bytes."""
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for tensor in self.tensors:
@@ -163,7 +171,10 @@ class _File:
 
 
 def _split(tensors: Sequence[_Tensor], limit: int) -> list[_File]:
-    """Files of at most `limit` bytes of tensors, filled in order, as `huggingface_hub` splits a state dict."""
+    """The tensors, divided into files of at most `limit` bytes in the way of `huggingface_hub`.
+
+    Source: huggingface_hub's split_state_dict_into_shards_factory.
+    """
     shards: list[list[_Tensor]] = []
     current, size = [], 0
     for tensor in tensors:
@@ -176,16 +187,16 @@ def _split(tensors: Sequence[_Tensor], limit: int) -> list[_File]:
         current.append(tensor)
         size += tensor.array.nbytes
     shards += [current] if current else []
-    kinds = [*DTYPES]
-    for shard in shards:  # the widest first, so that all are aligned; then by name, as the library does
-        shard.sort(key=lambda tensor: (kinds.index(tensor.array.dtype.name), tensor.name))
+    dtypes = [*DTYPES]
+    for shard in shards:  # the widest dtype first, so that all tensors are aligned; then by name, as safetensors does
+        shard.sort(key=lambda tensor: (dtypes.index(tensor.array.dtype.name), tensor.name))
     if len(shards) == 1:
         return [_File("model.safetensors", shards[0])]
     return [_File(f"model-{i:05d}-of-{len(shards):05d}.safetensors", shard) for i, shard in enumerate(shards, 1)]
 
 
 class _Writer:
-    """What is to be written, the same for all workers, and how."""
+    """The files to write, which are the same in all workers, and the methods that write them."""
 
     def __init__(self, source: Checkpoint, dtype: str | None, limit: int, progress: Progress) -> None:
         self.source, self.dtype, self.limit = source, dtype, limit
@@ -202,19 +213,19 @@ class _Writer:
         return _Tensor(name, path, transposed, array.T if transposed else array)
 
     def plan(self) -> dict[str, Any]:
-        """By which workers know that they write parts of the same thing."""
+        """The plan (`staging.join`) by which workers notice that they do not write the same files."""
         return {
             "source": os.path.realpath(self.source.where),
-            "content": self._sample(),
+            "content": self._content_hash(),
             "dtype": self.dtype,
             "max_shard_size": self.limit,
             "files": {file.name: file.nbytes for file in self.files},
         }
 
-    def _sample(self) -> str:
-        """A hash of the description, the files' sizes and times, some vectors, and one row of a few matrices.
+    def _content_hash(self) -> str:
+        """A hash of the config, the files' sizes and times, some vectors, and one row of each of a few matrices.
 
-        Reading all data would take too long.
+        To hash all data would take too long.
         """
         description = [self.cls, dict(self.source.raw_config), self.source.files.hash_of_states()]
         digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
@@ -229,6 +240,7 @@ class _Writer:
         return digest.hexdigest()
 
     def write(self, fd: int, file: _File) -> None:
+        """Write the content of `file` to the descriptor."""
         _pwrite(fd, memoryview(file.header), 0)
         offset = len(file.header)
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -237,7 +249,7 @@ class _Writer:
                 offset += tensor.array.nbytes
 
     def _write_tensor(self, fd: int, offset: int, tensor: _Tensor, pool: ThreadPoolExecutor) -> None:
-        held = dataclasses.replace(self.source, arrays={tensor.path: self._hold(tensor.path)})
+        held = dataclasses.replace(self.source, arrays={tensor.path: self._in_memory(tensor.path)})
         array = cast(held, tensor.path, self.dtype)
         array = array.T if tensor.transposed else array
         row = array.nbytes // array.shape[0]
@@ -254,10 +266,11 @@ class _Writer:
         for _ in pool.map(write, orbax.pieces(array.shape, (rows, *array.shape[1:]))):
             pass
 
-    def _hold(self, path: str) -> LazyArray:
-        """The array; if it is stored in chunks, a copy of all of it.
+    def _in_memory(self, path: str) -> LazyArray:
+        """The array at `path`. If it is stored in chunks, it is read into memory.
 
-        Slabs of HF's rows are columns of ours: to read them one by one would read each chunk of a grid several times.
+        A slab of rows in PyTorch's layout is a slab of columns in ours. To read these one by one would read each chunk
+        several times.
         """
         array = self.source.arrays[path]
         if not array.in_chunks:
@@ -266,6 +279,11 @@ class _Writer:
         return LazyArray(array.shape, array.dtype, values.__getitem__)
 
     def write_descriptions(self, directory: Path) -> None:
+        """Write all other files: config, tokenizer, generation config, index. Then check that the source is unchanged.
+
+        Raises:
+          ValueError: the source has changed since it was opened.
+        """
         raw, config = self.source.raw_config, self.source.config
         _write_json(directory / "config.json", raw if self.dtype is None else pretrained.set_dtype(raw, self.dtype))
         pretrained.copy_companions(self.source.companions, directory)
@@ -281,12 +299,15 @@ class _Writer:
                 directory / "model.safetensors.index.json",
                 {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))},
             )
-        self.source.files.check()  # all has been read
+        self.source.files.check()  # after the last reading
 
     def check_written(self, directory: Path) -> None:
-        """Let the safetensors library read all headers; compare names, shapes, dtypes and files' sizes with the plan.
+        """Compare names, shapes, dtypes and the sizes of the files with what was to be written.
 
-        (metaseq's own merge once "succeeded" with 376 KB of 2.5 GB: its issue 695.)
+        The safetensors library reads the headers. See `to_orbax.check_written`.
+
+        Raises:
+          OSError: they differ.
         """
         for file in self.files:
             path = directory / file.name
@@ -306,13 +327,13 @@ class _Writer:
 
 
 def _order(tensor: _Tensor) -> list[int]:
-    """Sorts tensors as a PyTorch state dict has them."""
+    """A key that sorts tensors in the order of a PyTorch state dict."""
     parts = names.to_hf(tensor.path)[0].split(".")
     return [int(part) if part.isdigit() else _ORDER.index(part) for part in parts if part != "decoder"]
 
 
 def _pwrite(fd: int, data: memoryview, offset: int) -> None:
-    while data:
+    while data:  # os.pwrite may write less
         written = os.pwrite(fd, data, offset)
         data, offset = data[written:], offset + written
 
@@ -325,13 +346,13 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def unfinished(destination: Path) -> list[str]:
-    """The files that other workers have still to write before `destination` appears; [] if it was published."""
+    """The names of the files that are missing before `destination` is published; [] if it is, or none was begun."""
     return staging.unfinished(staging.directory_of(destination))
 
 
 def _convert_part(writer: _Writer, destination: Path, shard_of: tuple[int, int], overwrite: bool) -> None:
-    """One of several commands that know nothing of each other."""
-    if shard_of[0] > len(writer.files):  # nothing to do, before or after the others
+    """Write the i-th of n parts of the files, and publish the destination if all are complete."""
+    if shard_of[0] > len(writer.files):  # this part is empty
         return
     directories.check_destination(destination, overwrite, hub.is_model)
     directory, plan = staging.directory_of(destination), writer.plan()
@@ -340,7 +361,7 @@ def _convert_part(writer: _Writer, destination: Path, shard_of: tuple[int, int],
     place = staging.place_of(directory)
     with place.locked():
         current_plan = staging.read_plan(directory)
-        if current_plan != plan:  # all were there when another looked, and it published
+        if current_plan != plan:  # another worker found all files complete and published them
             if current_plan is None:
                 place.remove()
             if not hub.is_model(destination):
@@ -352,13 +373,13 @@ def _convert_part(writer: _Writer, destination: Path, shard_of: tuple[int, int],
 
 
 def _convert_in_job(writer: _Writer, destination: Path, overwrite: bool) -> None:
-    """All processes of a `jax.distributed` job in step: what one finds wrong ends the others as well."""
+    """Write the files in all processes of a `jax.distributed` job. An error in one process is raised in all."""
     directory = staging.directory_of(destination)
 
     def begin() -> None:
         directories.check_destination(destination, overwrite, hub.is_model)
         if staging.read_plan(directory) not in (None, writer.plan()):
-            staging.discard(directory)  # of a job that was killed; if one is alive, `join` refuses
+            staging.discard(directory)  # a killed job left it; if it is in use, it stays and `join` raises
 
     agreement.on_first_process(begin)
     error = None
@@ -377,17 +398,18 @@ def _convert_in_job(writer: _Writer, destination: Path, overwrite: bool) -> None
 
 
 def _write_part(writer: _Writer, directory: Path, shard_of: tuple[int, int]) -> None:
-    mine = writer.files[shard_of[0] - 1 :: shard_of[1]]
-    mine = [file for file in mine if not staging.complete(directory / file.name, file.nbytes)]
-    directories.check_space(directory, sum(file.nbytes for file in mine))
-    for file in mine:
+    """Write the i-th of n parts of the files to the shared directory, but for files that are complete already."""
+    part = writer.files[shard_of[0] - 1 :: shard_of[1]]
+    missing = [file for file in part if not staging.complete(directory / file.name, file.nbytes)]
+    directories.check_space(directory, sum(file.nbytes for file in missing))
+    for file in missing:
         with staging.new_file(directory, file.name, file.nbytes) as fd:
             writer.write(fd, file)
             writer.source.files.check()
 
 
 def _collect(writer: _Writer, directory: Path, new: Path) -> None:
-    """Move the files into the directory to be published, after all else that might fail."""
+    """Write all other files into `new`, and move the weights there after all that may fail."""
     writer.write_descriptions(new)
     for file in writer.files:
         os.rename(directory / file.name, new / file.name)

@@ -182,10 +182,12 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
 
     Raises:
       FileNotFoundError: no such model, or an incomplete one.
-      ValueError: a bad config or checkpoint, a checkpoint that changed while it was read, or a dtype that is not
-        floating point.
+      ValueError: a bad config or checkpoint, a checkpoint that changed while it was read, a dtype that is not floating
+        point, or `verify=False` for a model without checksums.
     """
     directory = hub.resolve(name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+    if not (verify or hub.is_orbax(directory)):
+        raise ValueError(f"verify=False (--no-verify) is for Orbax directories: {directory} has no checksums")
     files = files_of_model(directory)
     config, _ = read_config(directory)
     arrays, checks = open_parameters(directory, config, verify)

@@ -246,6 +246,8 @@ def _special_ids(model: OPTForCausalLM, given: GenerationConfig) -> tuple[list[i
     eos = [] if eos is None else list(dict.fromkeys(check_ids("eos_token_id", eos, config.vocab_size, hint)))
     pad = config.pad_token_id if given.pad_token_id is None else given.pad_token_id
     pad = (eos or [0])[0] if pad is None else pad
+    if not is_integer(pad):
+        raise ValueError(f"pad_token_id={shown(pad)} must be a token id")
     return eos, check_ids("pad_token_id", [pad], config.vocab_size)[0]
 
 

@@ -1,4 +1,4 @@
-"""Downloads from a server that speaks the hub's API (tests/support/hub_server.py), and what the cache has offline."""
+"""Downloads from a server that speaks the hub's API (tests/support/hub_server.py), and reading the cache offline."""
 
 import json
 import subprocess
@@ -43,7 +43,7 @@ def index(*names: str) -> bytes:
 
 
 def asked(repository: Repository) -> set[str]:
-    """The files of which something was sent since the last call."""
+    """The files whose content was sent since the last call."""
     names = {each.file for each in repository.asked}
     repository.asked.clear()
     return names
@@ -61,7 +61,7 @@ def wait_until(condition: Callable[[], Any], process: Resolver) -> None:
 
 
 def check(answer: dict, repository: Repository, *names: str) -> Path:
-    """`answer` is a snapshot with exactly these files."""
+    """Check that `answer` names a snapshot with exactly these files. Returns its directory."""
     assert "error" not in answer, answer
     folder = Path(answer["path"])
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == {name: repository.files[name] for name in names}
@@ -75,12 +75,18 @@ def test_downloads_what_is_needed_and_no_more(server, resolve):
         "pytorch_model-00001-of-00001.bin": b"t",
         "pytorch_model.bin.index.json": index("pytorch_model-00001-of-00001.bin"),
     }
+    flax_files = {
+        "flax_model-00001-of-00001.msgpack": b"m",
+        "flax_model.msgpack.index.json": index("flax_model-00001-of-00001.msgpack"),
+    }
     sharded = {name: weights(i) for i, name in enumerate(TWO)} | {"model.safetensors.index.json": index(*TWO)}
     server.repositories |= {
         "org/both": (both := Repository(small | other | torch_files | {"model.safetensors": b"s"})),
         "org/torch": (torch := Repository(small | other | torch_files)),
         "org/sharded": (many := Repository(small | sharded | {"model-3.safetensors": b"?", "pytorch_model.bin": b"p"})),
         "canonical": (one := Repository(small | {"pytorch_model.bin": b"p"})),
+        "org/flax": (flax := Repository(small | other)),
+        "org/flax-sharded": (flax_sharded := Repository(small | flax_files | {"tf_model.h5": b"t"})),
     }
     check(resolve("org/both", weights=False), both, *small)
     assert asked(both) == {*small}
@@ -90,6 +96,9 @@ def test_downloads_what_is_needed_and_no_more(server, resolve):
     assert asked(torch) == {*small, *torch_files}
     check(resolve("org/sharded"), many, *small, *sharded)
     assert asked(many) == {*small, *sharded}
+    check(resolve("org/flax"), flax, *small, "flax_model.msgpack")
+    assert asked(flax) == {*small, "flax_model.msgpack"}
+    check(resolve("org/flax-sharded"), flax_sharded, *small, *flax_files)
     folder = check(resolve("canonical"), one, *small, "pytorch_model.bin")
     assert folder.name == COMMIT
     for repository, name in ((both, "org/both"), (torch, "org/torch"), (many, "org/sharded"), (one, "canonical")):
@@ -97,7 +106,19 @@ def test_downloads_what_is_needed_and_no_more(server, resolve):
         assert resolve(name) == resolve(name, local_files_only=True)
         assert asked(repository) == set()
     blobs = folder.parents[1] / "blobs"
-    assert {path.stat().st_size for path in blobs.iterdir()} == {1, 2}  # nothing incomplete stays behind
+    assert {path.stat().st_size for path in blobs.iterdir()} == {1, 2}  # no incomplete file is left
+
+
+def test_shards_in_a_sub_directory(server, resolve):
+    shards = {f"weights/v1/{name}": weights(i, 1000) for i, name in enumerate(TWO)}
+    files = {"config.json": b"{}", "model.safetensors.index.json": index(*shards)}
+    server.repositories["org/below"] = repository = Repository(files | shards | {"weights/other.safetensors": b"o"})
+    answer = resolve("org/below")
+    assert "error" not in answer, answer
+    folder = Path(answer["path"])
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert found == files | shards and asked(repository) == {*found}
+    assert resolve("org/below", local_files_only=True) == answer
 
 
 def test_revisions(server, resolve):
@@ -124,7 +145,7 @@ def test_weights_that_were_deleted_in_the_cache_are_not_replaced_by_others(serve
     server.repositories["org/deleted"] = repository = Repository(files)
     folder = check(resolve("org/deleted", cache_dir=str(tmp_path)), repository, *files)
     (folder / "pytorch_model.bin").write_bytes(b"others")
-    (folder / "model.safetensors").resolve().unlink()  # the link to it stays
+    (folder / "model.safetensors").resolve().unlink()  # the link to the blob stays
     error = resolve("org/deleted", cache_dir=str(tmp_path), local_files_only=True)["error"]
     assert "the copy of org/deleted in the cache lacks model.safetensors: run" in error
     assert "error" not in resolve("org/deleted", cache_dir=str(tmp_path))
@@ -163,7 +184,7 @@ def test_what_the_cache_lacks(server, resolve, tmp_path):
     gone = "no repository org/cache at"
     del server.repositories["org/cache"]
     answer = resolve("org/cache", cache_dir=str(tmp_path))
-    assert answer["path"] == str(folder)  # gone from the hub, but in the cache: said, not silent
+    assert answer["path"] == str(folder)  # gone from the hub, but in the cache: the copy is used, with a warning
     assert len(answer["log"]) == 1 and gone in answer["log"][0] and "using the copy in the cache" in answer["log"][0]
     (folder / TWO[0]).unlink()
     assert gone in resolve("org/cache", cache_dir=str(tmp_path))["error"]
@@ -266,7 +287,9 @@ def test_missing_files(server, resolve):
         "listed": (Repository(config | st, absent=("model.safetensors",)), "lists model.safetensors, but does not"),
         "listed2": (Repository(config | st, absent=("config.json",)), "lists config.json, but does not have it (404)"),
         "config": (Repository(st), "has no config.json"),
-        "weights": (Repository(config | {"flax_model.msgpack": b"f", "x/model.safetensors": b"s"}), "has no weights:"),
+        "weights": (Repository(config | {"flax.msgpack": b"f", "x/model.safetensors": b"s"}), "has no weights:"),
+        "tf": (Repository(config | {"tf_model.h5": b"t"}), "; tf_model.h5 is a TensorFlow checkpoint (HDF5), which is"),
+        "gguf": (Repository({"x.Q8_0.gguf": b"g"}), "; x.Q8_0.gguf is a GGUF file"),
         "shard": (Repository(config | many), "has no model-2.safetensors, but model.safetensors.index.json names it"),
         "index": (Repository(config | bad), "index.json is not an index of weight files"),
         "size": (Repository(config | st, listed={"model.safetensors": 10**15}), "org/size needs 1000000.0 GB, but"),
@@ -349,7 +372,16 @@ def test_missing_file(tmp_path):
     assert download.missing_file(tmp_path) is None
     (tmp_path / "pytorch_model.bin").unlink()
     assert download.missing_file(tmp_path) == "pytorch_model-00002-of-00002.bin"
-    for content in (b"{", b"[]", b"{}", index(), index("a/b"), b'{"weight_map": {"a": 1}}', b"[" * 100_000):
+    for content in (
+        b"{",
+        b"[]",
+        b"{}",
+        index(),
+        index("../b"),
+        index("a//b"),
+        b'{"weight_map": {"a": 1}}',
+        b"[" * 100_000,
+    ):
         (tmp_path / "pytorch_model.bin.index.json").write_bytes(content)
         with pytest.raises(ValueError, match="pytorch_model.bin.index.json is not an index of weight files"):
             download.missing_file(tmp_path)

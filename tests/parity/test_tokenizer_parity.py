@@ -1,6 +1,8 @@
-"""The tokenizer against transformers': ids, masks and text, with the real OPT files and what either side saves."""
+"""The tokenizer against that of `transformers`: ids, masks and texts, with OPT's files and with saved ones."""
 
+import copy
 import json
+import pickle
 import warnings
 
 import numpy as np
@@ -46,7 +48,7 @@ HARD = [
 
 @pytest.fixture(scope="module")
 def opt_directory(shared_data, tmp_path_factory):
-    """The layout of facebook/opt-*."""
+    """A directory with the files of facebook/opt-*."""
     folder = tmp_path_factory.mktemp("opt")
     for file in ("vocab.json", "merges.txt"):
         (folder / file).write_bytes((shared_data / "opt-tokenizer" / file).read_bytes())
@@ -102,7 +104,7 @@ def test_special_tokens(pair):
 
 
 def test_bare_files_are_an_opt_tokenizer(pair, shared_data):
-    """Without tokenizer_config.json, too: what AutoTokenizer gives for facebook/opt-*."""
+    """Without tokenizer_config.json too, we do what AutoTokenizer does for facebook/opt-*."""
     paths = (shared_data / "opt-tokenizer" / "vocab.json", shared_data / "opt-tokenizer" / "merges.txt")
     assert_same(OPTTokenizer.from_file(*paths), pair[1], HARD)
 
@@ -156,7 +158,7 @@ def test_each_reads_what_the_other_saved(pair, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     assert_same(OPTTokenizer.from_pretrained(tmp_path / "theirs"), theirs, HARD)
     assert_same(ours, transformers.AutoTokenizer.from_pretrained(tmp_path / "ours"), HARD)
-    (tmp_path / "ours" / "tokenizer.json").unlink()  # readers that know vocab.json and merges.txt alone
+    (tmp_path / "ours" / "tokenizer.json").unlink()  # vocab.json and merges.txt suffice
     assert_same(ours, transformers.GPT2Tokenizer.from_pretrained(tmp_path / "ours"), HARD)
 
 
@@ -175,7 +177,7 @@ def test_a_tokenizer_with_added_tokens(pair, opt_directory, tmp_path):
 
 @pytest.mark.parametrize("in_file", [False, True])
 def test_a_blank_in_front(pair, tmp_path, in_file):
-    """As the config says of OPT's class, whatever tokenizer.json says; as the latter says of other classes."""
+    """For OPT's class the config decides, for other classes tokenizer.json does."""
     pair[0].save_pretrained(tmp_path)
     path = tmp_path / "tokenizer.json"
     text = path.read_text()
@@ -192,13 +194,13 @@ def test_a_blank_in_front(pair, tmp_path, in_file):
 
 
 def changed(tokenizer):
-    """The idioms of fine-tuning scripts."""
+    """Change the tokenizer as fine-tuning scripts do."""
     tokenizer.pad_token = tokenizer.eos_token
     counts = [tokenizer.add_tokens(["<|user|>", "ein Wort", "hello"]), tokenizer.add_tokens("<|user|>")]
     counts.append(tokenizer.add_special_tokens({"sep_token": "<|sep|>", "extra_special_tokens": ["<|end|>"]}))
     counts.append(tokenizer.add_special_tokens({"cls_token": "</s>"}))
     tokenizer.bos_token_id = tokenizer.convert_tokens_to_ids("<|sep|>")
-    tokenizer.add_bos_token = True  # HF follows here; we did above
+    tokenizer.add_bos_token = True  # HF obeys from here on, we did above
     return counts
 
 
@@ -273,8 +275,85 @@ def test_pad(pair):
             assert dict(got) == dict(theirs.pad(rows, padding_side=side, **arguments))
 
 
+# Fields of tokenizer_config.json (and of special_tokens_map.json, under "map") that change ids.
+FIELDS = {
+    "split": {"split_special_tokens": True},
+    "not-split": {"split_special_tokens": False},
+    "eos": {"add_eos_token": True},
+    "eos-only": {"add_eos_token": True, "add_bos_token": False},
+    "eos-and-split": {"add_eos_token": True, "split_special_tokens": True},
+    "dict": {"extra_special_tokens": {"image_token": "<mask>", "audio_token": "madeupword0000"}},
+    "dict-of-tokens": {"extra_special_tokens": {"image_token": {"__type": "AddedToken", "content": "Hello"}}},
+    "named": {"image_token": "madeupword0000", "mask_token": "<mask>"},
+    "named-token": {"image_token": {"__type": "AddedToken", "content": "madeupword0000", "lstrip": True}},
+    "list": {"extra_special_tokens": ["<mask>", "madeupword0001"]},
+    "old-list": {"additional_special_tokens": ["<mask>", "madeupword0001"]},
+    "map-list": {"extra_special_tokens": ["<mask>"], "map": {"extra_special_tokens": ["madeupword0001"]}},
+    "map-dict": {"map": {"extra_special_tokens": {"image_token": "<mask>"}}},
+    "map-old-list": {"map": {"additional_special_tokens": ["<mask>"]}},
+    "map-overrides": {"map": {"eos_token": "<mask>"}, "add_eos_token": True},
+    "max_len": {"max_len": 6},
+    "left": {"model_max_length": 6, "truncation_side": "left"},
+    "prefix": {"add_prefix_space": True},
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The files of a small tokenizer, without a tokenizer_config.json: 300 tokens are quick to read."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=297, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([__doc__, "Hello Hello"], trainer)
+    folder = tmp_path_factory.mktemp("small")
+    backend.model.save(str(folder))
+    vocab = json.loads((folder / "vocab.json").read_text())
+    for token in ("madeupword0000", "madeupword0001", "<mask>"):
+        vocab[token] = len(vocab)
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "config.json").write_text('{"model_type": "opt"}')
+    return folder
+
+
+@pytest.mark.parametrize("case", FIELDS)
+def test_fields_that_change_ids(small, tmp_path, case):
+    """From the slow files; and from the directories that both save."""
+    fields = dict(FIELDS[case])
+    for file in ("vocab.json", "merges.txt", "config.json"):
+        (tmp_path / file).symlink_to(small / file)
+    if "map" in fields:
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps(fields.pop("map")))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(FACEBOOK | fields))
+    ours, theirs = OPTTokenizer.from_pretrained(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    texts = ["naïve café", *HARD[8:11], "Hello <mask> Hellomadeupword0001 x", "a  madeupword0000b"]
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    with warnings.catch_warnings(action="ignore"):  # of an add_eos_token beside a tokenizer.json
+        again = OPTTokenizer.from_pretrained(tmp_path / "theirs")
+    for mine, other in (
+        (ours, theirs),
+        (again, transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")),
+        (OPTTokenizer.from_pretrained(tmp_path / "ours"), theirs),
+        (ours, transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")),
+    ):
+        assert_same(mine, other, texts)
+        assert mine.encode("a b", "c") == other.encode("a b", "c")
+        assert set(mine.all_special_ids) == set(other.all_special_ids)
+        assert mine.tokenize(HARD[8]) == other.tokenize(HARD[8])
+        assert mine.model_max_length == (other.model_max_length if other.model_max_length < 1e9 else None)
+        if mine.model_max_length:
+            got = [mine(text, truncation=True, return_tensors=None)["input_ids"] for text in texts]
+            assert got == [other(text, truncation=True)["input_ids"] for text in texts]
+    for copied in (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)):
+        assert copied.encode(HARD[8]) == ours.encode(HARD[8])
+
+
 def test_pipeline_returns_what_transformers_returns(tmp_path):
-    """A checkpoint of transformers, read by both: same text, same structure."""
+    """Both read a checkpoint of `transformers`, and return the same texts in the same structure."""
     torch = pytest.importorskip("torch", reason="transformers' pipeline needs PyTorch")
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -283,7 +362,10 @@ def test_pipeline_returns_what_transformers_returns(tmp_path):
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=280, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator([__doc__], trainer)
+    text = (
+        "The tokenizer against transformers': ids, masks and text, with the real OPT files and what either side saves."
+    )
+    backend.train_from_iterator([text], trainer)
     OPTTokenizer(backend).save_pretrained(tmp_path)
     torch.manual_seed(0)
     config = transformers.OPTConfig(
@@ -300,3 +382,21 @@ def test_pipeline_returns_what_transformers_returns(tmp_path):
         assert ours(prompts, batch_size=1, **arguments) == theirs(prompts, **arguments)
     assert ours(prompts, max_new_tokens=12, do_sample=False) == theirs(prompts, max_new_tokens=12, do_sample=False)
     assert ours(prompts[:1], max_length=20, do_sample=False) == theirs(prompts[:1], max_length=20, do_sample=False)
+
+    # The prefix that several of facebook/opt-*'s configs have.
+    content = json.loads((tmp_path / "config.json").read_text())
+    for prefix in ("</s>", "once upon a"):
+        (tmp_path / "config.json").write_text(json.dumps(content | {"prefix": prefix}))
+        theirs = transformers.pipeline("text-generation", model=str(tmp_path), device="cpu")
+        ours = pipeline("text-generation", model=str(tmp_path))
+        greedy = {"max_new_tokens": 12, "do_sample": False}
+        calls: list[dict] = [{"max_length": 33, "min_length": 31, "do_sample": False}]
+        if prefix == "</s>":
+            calls += [greedy | more for more in ({}, {"add_special_tokens": False}, {"prefix": ""}, {"prefix": "the"})]
+        for arguments in calls:
+            assert ours(prompts[2], **arguments) == theirs(prompts[2], **arguments), (prefix, arguments)
+        if prefix == "</s>":
+            assert ours(prompts[2], **greedy) != ours(prompts[2], prefix="", **greedy)
+            assert ours(prompts, **greedy) == theirs(prompts, **greedy)
+    with pytest.raises(ValueError, match="prefix=7 must be a text"):
+        ours("x", prefix=7)

@@ -1,6 +1,6 @@
 """Writes small Hugging Face OPT checkpoints without torch, for tests. Not a test itself.
 
-HF's names and shapes are spelled out here on purpose: a mistake in `formats/names.py` must not hide itself.
+HF's names and shapes are written out here, so that a mistake in `formats/names.py` shows.
 """
 
 import io
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from flax import serialization, traverse_util
 from safetensors.numpy import save_file
 
 TINY = dict(
@@ -31,6 +32,11 @@ VARIANTS = {
     "untied": TINY | dict(tie_word_embeddings=False),
     "no-final-norm": TINY | dict(_remove_final_layer_norm=True),
 }
+_FILES = {
+    "safetensors": ("model", ".safetensors"),
+    "bin": ("pytorch_model", ".bin"),
+    "flax": ("flax_model", ".msgpack"),
+}
 _STORAGES = {
     "float16": "HalfStorage",
     "bfloat16": "BFloat16Storage",
@@ -42,7 +48,7 @@ _STORAGES = {
 
 
 def hf_shapes(config: dict, head: str = "lm_head") -> dict[str, tuple[int, ...]]:
-    """HF tensor name -> shape; head: "lm_head", "score", "qa_outputs" or "" (base model, names without `model.`)."""
+    """HF name -> shape. `head`: "lm_head", "score", "qa_outputs", or "" for a base model, without `model.` in names."""
     width, ffn, embed = config["hidden_size"], config["ffn_dim"], config["word_embed_proj_dim"]
     bias, affine = config.get("enable_bias", True), config.get("layer_norm_elementwise_affine", True)
     shapes: dict[str, tuple[int, ...]] = {
@@ -77,17 +83,18 @@ def hf_shapes(config: dict, head: str = "lm_head") -> dict[str, tuple[int, ...]]
 
 
 def hf_weights(config: dict, head: str = "lm_head", dtype: str = "float32") -> dict[str, np.ndarray]:
-    """Random tensors; no two alike."""
+    """Random tensors, all different."""
     rng = np.random.default_rng(0)
     kind = getattr(ml_dtypes, dtype, dtype)
     return {name: rng.standard_normal(shape).astype(kind) for name, shape in hf_shapes(config, head).items()}
 
 
 def write_hf(directory: Path, config: dict, weights: dict[str, np.ndarray], form: str = "safetensors") -> Path:
-    """A checkpoint directory; form: "safetensors" or "bin", with "-sharded" for two files and an index."""
+    """Write a checkpoint. `form`: "safetensors", "bin" or "flax", with "-sharded" for two files and an index."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
-    stem, suffix = ("model", ".safetensors") if "safetensors" in form else ("pytorch_model", ".bin")
+    stem, suffix = _FILES[form.removesuffix("-sharded")]
+    weights = flax_arrays(weights) if suffix == ".msgpack" else weights
     names = list(weights)
     if not form.endswith("-sharded"):
         shards = {stem + suffix: names}
@@ -100,16 +107,30 @@ def write_hf(directory: Path, config: dict, weights: dict[str, np.ndarray], form
         tensors = {name: np.ascontiguousarray(weights[name]) for name in part}
         if suffix == ".safetensors":
             save_file(tensors, directory / file)
+        elif suffix == ".msgpack":
+            tree = traverse_util.unflatten_dict(tensors, sep="/")
+            (directory / file).write_bytes(serialization.msgpack_serialize(tree))
         else:
             torch_zip(directory / file, state_dict_pickle(tensors), {n: a.tobytes() for n, a in tensors.items()})
     return directory
 
 
-# torch.save's format, written out by hand so that hostile and damaged files can be made too ---------------------------
+def flax_arrays(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors under the names, and in the orientation, of transformers 4's FlaxOPT classes."""
+    arrays = {}
+    for name, array in weights.items():
+        path, _, last = name.replace(".", "/").rpartition("/")
+        embedding, norm = "embed_" in path, path.endswith("norm")
+        last = last if last != "weight" else "embedding" if embedding else "scale" if norm else "kernel"
+        arrays[f"{path}/{last}"] = array.T if last == "kernel" else array
+    return arrays
+
+
+# torch.save's format, written by hand, so that tests can write hostile and damaged files ------------------------------
 
 
 def torch_zip(path: Path, data_pkl: bytes, storages: dict[str, bytes], byteorder: str = "little", **kwargs) -> None:
-    """A file as `torch.save` writes it: records aligned to 64 bytes by the local header's extra field."""
+    """Write a file as `torch.save` does: the extra field of local headers aligns records to 64 bytes."""
     raw = io.BytesIO()
     with zipfile.ZipFile(raw, "w", **kwargs) as archive:
         records = {"data.pkl": data_pkl, "byteorder": byteorder.encode()}
@@ -119,14 +140,14 @@ def torch_zip(path: Path, data_pkl: bytes, storages: dict[str, bytes], byteorder
             padding = -(raw.tell() + 30 + len(info.filename) + 4) % 64
             info.extra = struct.pack("<HH", 0x4246, padding) + b"Z" * padding
             archive.writestr(info, data)
-            info.extra = b""  # the central directory does not have it
+            info.extra = b""  # the central directory lacks the extra field
     path.write_bytes(raw.getvalue())
 
 
 def state_dict_pickle(tensors: dict[str, np.ndarray]) -> bytes:
-    """The pickle of an OrderedDict of contiguous tensors, each with the storage of its own name."""
+    """The pickle of an OrderedDict of contiguous tensors. Each has its own storage, of its name."""
     items = b"".join(_text(name) + tensor_pickle(name, a.dtype.name, a.size, 0, a.shape) for name, a in tensors.items())
-    metadata = b"}" + _text("_metadata") + b"}" + b"s"  # state_dict() carries an attribute
+    metadata = b"}" + _text("_metadata") + b"}" + b"s"  # state_dict() has this attribute
     return b"\x80\x02" + _ORDERED_DICT + b"(" + items + b"u" + metadata + b"b."
 
 

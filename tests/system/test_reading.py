@@ -1,4 +1,4 @@
-"""Files that others have written: no pipe is waited for, and small files have a largest size, wherever they are."""
+"""Reading foreign files: pipes are refused, and small files have a size limit, local or remote."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_small_files_have_a_largest_size(tmp_path):
 
 
 class Remote:
-    """As `epath` gives an object in a store."""
+    """Stands for an `epath.Path` in a store."""
 
     def __init__(self, length):
         self.length = length
@@ -68,7 +68,7 @@ class Remote:
         return b"content"
 
 
-def test_objects_have_it_too():
+def test_objects_have_a_limit():
     assert reading.read_small(Remote(7)) == b"content"  # type: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="has 1,000,000,000 bytes, more than"):
         reading.read_small(Remote(10**9))  # type: ignore[reportArgumentType]
@@ -133,6 +133,7 @@ NO_OBJECTS = {
     b"[1]": "holds a list, not",
     b"7": "holds a int, not",
     b"{": "is not valid",
+    b'{"a": [{"bc": 1, "d": {}, "bc": 1}]}': "is not valid JSON: bc is there twice",
     b'{"a": ' * 60 + b"1" + b"}" * 60: "has more than 50 levels",
     b'{"a": ' * 100_000: "has more than 50 levels",
 }

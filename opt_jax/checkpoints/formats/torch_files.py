@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from opt_jax.checkpoints.formats import unpickle
+from opt_jax.checkpoints.formats import foreign, unpickle
 from opt_jax.checkpoints.formats.mapped_files import Tensors, is_shape, is_size, little_endian, map_file, shown
 from opt_jax.checkpoints.formats.unpickle import (
     Refused,
@@ -33,6 +33,7 @@ _STORAGE_DTYPES = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
 }
+_FLOAT8, _UNTYPED = ("float8_e4m3fn", "float8_e5m2"), "bytes"  # they have no typed storage
 
 
 class TorchTensor(NamedTuple):
@@ -45,8 +46,25 @@ class TorchTensor(NamedTuple):
     bits: Any = None  # None, or {"neg": ..., "conj": ...}: operations that torch applies to the numbers on reading
 
 
+_STATE_DICTS = ("state_dict", "model_state_dict", "module", "model")  # the names that training code gives them
 # What training code stores beside tensors: settings with their types, enums, meters, NumPy scalars.
-_STUB_MODULES = ("metaseq", "fairseq", "fairscale", "omegaconf", "argparse", "enum", "typing", "pathlib")
+_STUB_MODULES = (
+    "metaseq",
+    "fairseq",
+    "fairscale",
+    "omegaconf",
+    "argparse",
+    "enum",
+    "typing",
+    "pathlib",
+    "deepspeed",
+    "lightning",
+    "lightning_fabric",
+    "pytorch_lightning",
+    "transformers",
+    "accelerate",
+    "datetime",
+)
 _BUILTIN_TYPES = "bool bytearray bytes complex dict float frozenset int list long object set str tuple type unicode"
 _STUB_NAMES = {
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in _BUILTIN_TYPES.split()),
@@ -70,6 +88,13 @@ def _rebuild_tensor(storage, offset, size, stride, _requires_grad=False, _hooks=
     return TorchTensor(storage, offset, size, stride, metadata)
 
 
+def _rebuild_float8(storage, offset, size, stride, _requires_grad, _hooks, dtype, metadata=None) -> TorchTensor:
+    """The tensor in an untyped storage, whose size is in bytes: for float8, in elements."""
+    if dtype not in _FLOAT8 or type(storage) is not tuple or storage[1:2] != (_UNTYPED,):
+        raise ValueError("a tensor has an unknown dtype")
+    return TorchTensor((storage[0], dtype, *storage[2:]), offset, size, stride, metadata)
+
+
 def _rebuild_parameter(tensor, _requires_grad=False, _hooks=None) -> TorchTensor:
     if not isinstance(tensor, TorchTensor):
         raise ValueError(f"a parameter is made of a {type(tensor).__name__}")
@@ -85,9 +110,13 @@ def _size(dims) -> tuple:
 _GLOBALS: dict[str, Any] = {
     "collections.OrderedDict": dict,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v3": _rebuild_float8,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
     "torch.Size": _size,
-} | {f"torch.{storage}": dtype for storage, dtype in _STORAGE_DTYPES.items()}
+    "torch.storage.UntypedStorage": _UNTYPED,
+}
+_GLOBALS |= {f"torch.{storage}": dtype for storage, dtype in _STORAGE_DTYPES.items()}
+_GLOBALS |= {f"torch.{dtype}": dtype for dtype in _FLOAT8}
 
 
 def _find_global(name: str) -> Any:
@@ -133,7 +162,7 @@ class TorchFile:
         try:
             self.content = unpickle.loads(pickled, _find_global_or_stub if stubs else _find_global)
         except Refused as e:
-            raise ValueError(
+            raise Refused(
                 f"{path}: refused, because the pickle in it asks for {shown(e)}; only tensors in dictionaries are read"
             ) from None
         except (ValueError, TypeError) as e:
@@ -143,7 +172,7 @@ class TorchFile:
         start = self.map[:262]
         if start[257:262] == b"ustar" or b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19" in start[:20]:
             return "the format of torch before 1.6: load it with torch, and torch.save it again"
-        return "not a file written by torch.save, or truncated"
+        return foreign.by_first_bytes(start) or "not a file written by torch.save, or truncated"
 
     def _bytes(self, record: str) -> bytes:
         start, length, crc = self._records[self._prefix + record]
@@ -168,7 +197,7 @@ class TorchFile:
             kind, dtype_name, key, _, numel = tensor.storage
         except (TypeError, ValueError):
             raise ValueError("malformed tensor description") from None
-        known = kind == "storage" and dtype_name in _STORAGE_DTYPES.values() and isinstance(key, str)
+        known = kind == "storage" and dtype_name in (*_STORAGE_DTYPES.values(), *_FLOAT8) and isinstance(key, str)
         if not (known and is_shape(size) and is_size(numel, offset) and type(stride) in (tuple, list)):
             raise ValueError("malformed tensor description")
         if len(stride) != len(size) or not is_size(*stride):
@@ -185,22 +214,34 @@ class TorchFile:
             raise ValueError(f"it reaches beyond its storage {shown(key)} of {numel} elements")
         if math.prod(size) > len(self.map):  # strides of 0 repeat elements, so a small file could claim any size
             raise ValueError(f"shape {tuple(size)} is larger than the whole file")
-        flat = np.frombuffer(self.map, dtype, numel - offset, start + offset * dtype.itemsize)
         strides = [step * dtype.itemsize if n > 1 else 0 for n, step in zip(size, stride, strict=True)]
-        return np.lib.stride_tricks.as_strided(flat, size, strides, writeable=False)
+        return np.ndarray(size, dtype, self.map, start + offset * dtype.itemsize, strides)
 
 
 def read_torch(path: Path) -> Tensors:
     """The tensors of a state dict saved by `torch.save` (`pytorch_model.bin`).
 
+    The state dict may be inside of a training checkpoint, whose other entries are not read. Plain numbers and texts
+    beside tensors are left out.
+
     Raises:
-      ValueError: as `TorchFile`, or the file does not hold a flat dictionary of tensors.
+      ValueError: as `TorchFile`, or the file does not hold a dictionary of tensors.
     """
-    file = TorchFile(path)
-    if not isinstance(file.content, dict):
-        raise ValueError(f"{path} holds a {type(file.content).__name__}, not a state dict")
+    try:
+        file = TorchFile(path)
+        state = _state_dict(file.content)
+    except Refused:
+        file = TorchFile(path, stubs=True)
+        state = _state_dict(file.content)
+        if state is file.content:
+            raise
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict")
+    beside = (str, int, float, type(None)) if any(isinstance(value, TorchTensor) for value in state.values()) else ()
     tensors = Tensors(file.map)
-    for name, value in file.content.items():
+    for name, value in state.items():
+        if isinstance(name, str) and isinstance(value, beside) and not name.endswith((".weight", ".bias")):
+            continue
         if not isinstance(name, str) or not isinstance(value, TorchTensor):
             kind = type(value).__name__
             raise ValueError(f"{path}: entry {shown(name)} is a {kind}, where a state dict has tensors")
@@ -209,3 +250,13 @@ def read_torch(path: Path) -> Tensors:
         except ValueError as e:
             raise ValueError(f"{path}: tensor {shown(name)}: {e}") from None
     return tensors
+
+
+def _state_dict(content: Any) -> Any:
+    """The state dict in the content of a training checkpoint, such as Lightning's or DeepSpeed's; else the content."""
+    for _ in range(3):  # a dictionary may contain itself
+        if not isinstance(content, dict) or any(isinstance(value, TorchTensor) for value in content.values()):
+            break
+        inner = [content[name] for name in _STATE_DICTS if isinstance(content.get(name), dict)]
+        content = inner[0] if inner else content
+    return content
