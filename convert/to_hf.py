@@ -1,68 +1,25 @@
-"""An opened checkpoint to a Hugging Face directory: safetensors files, their index, configuration and tokenizer.
-
-The safetensors library writes a file in one call, from tensors that are all in memory. A shard of 5 GB would take 5 GB
-of it. So a file is written here, slab by slab: a JSON header, then the tensors. The library checks each file before the
-directory is published. Names, order, shards and padding are those of `transformers`' save_pretrained: so are the bytes.
-"""
+"""An opened checkpoint to a Hugging Face directory: safetensors files, their index, configuration and tokenizer."""
 
 import dataclasses
 import hashlib
 import json
 import os
-import re
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from fractions import Fraction
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-import safetensors
 
-from opt_jax.checkpoints import chunks, directories, hub, orbax, pretrained
+from opt_jax.checkpoints import directories, hub, pretrained
 from opt_jax.checkpoints.arrays import LazyArray
-from opt_jax.checkpoints.formats import names
+from opt_jax.checkpoints.formats import hf_writer, names
+from opt_jax.checkpoints.formats.hf_writer import FileWriter, Progress, Tensor
 from opt_jax.parallel import agreement
-from opt_jax.system.disk import disk_errors, write_content
 from opt_jax.system.temporary import refuse_links
 
 from . import staging
 from .checkpoint import Checkpoint
 from .to_orbax import cast
 
-Progress = Callable[[str, int], None]
-
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # in the order of the safetensors library
-# The order of the modules in PyTorch, at every level.
-_ORDER = (
-    "model",
-    "lm_head",
-    "score",
-    "qa_outputs",
-    "embed_tokens",
-    "embed_positions",
-    "project_out",
-    "project_in",
-    "self_attn",
-    "self_attn_layer_norm",
-    "fc1",
-    "fc2",
-    "final_layer_norm",
-    "layers",
-    "k_proj",
-    "v_proj",
-    "q_proj",
-    "out_proj",
-    "weight",
-    "bias",
-)
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_UNITS |= {f"{unit}I": 1024**i for i, unit in enumerate("KMGT", 1)}
-_THREADS = min(4, os.cpu_count() or 1)  # each holds a slab
 _SAMPLES = 64  # tensors of which a plan remembers values
 
 
@@ -98,7 +55,7 @@ def convert(
             raise ValueError("--shard-of is for separate commands: a jax.distributed job shares out the files itself")
         if not 1 <= shard_of[0] <= shard_of[1]:
             raise ValueError(f"--shard-of {shard_of[0]}/{shard_of[1]}: i/n needs 1 <= i <= n")
-    limit = parse_size(max_shard_size)
+    limit = hf_writer.parse_size(max_shard_size)
     agreement.on_first_process(source.check)
     writer = _Writer(source, dtype, limit, progress)
     refuse_links(destination)
@@ -110,78 +67,10 @@ def convert(
     else:
         with directories.new_directory(destination, overwrite, hub.is_model) as new:
             directories.check_space(new, sum(file.nbytes for file in writer.files))
-            for file in writer.files:
-                with disk_errors(new / file.name, file.nbytes), open(new / file.name, "xb", buffering=0) as out:
-                    writer.write(out.fileno(), file)
-                    os.fsync(out.fileno())
+            writer.files_writer.write_all(new, writer.files)
             writer.write_descriptions(new)
-            writer.check_written(new)
+            hf_writer.check_written(new, writer.files)
         staging.discard(staging.directory_of(destination))  # what killed workers have left
-
-
-def parse_size(size: str | int) -> int:
-    """Bytes; units are decimal (KB, MB, GB, TB) or binary (KiB, ...), without regard to case."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?|[KMGT]I)B?", str(size).strip().upper())
-    nbytes = 0 if match is None else int(Fraction(match[1]) * _UNITS[match[2]])
-    if not 1 <= nbytes < 2**63:
-        raise ValueError(f"--max-shard-size {size!r} is not a size: give a number of bytes, or one like 500MB or 5GiB")
-    return nbytes
-
-
-# Files --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    name: str
-    path: str  # ours
-    transposed: bool
-    array: LazyArray  # in HF's orientation
-
-
-@dataclass(frozen=True)
-class _File:
-    name: str
-    tensors: Sequence[_Tensor]
-
-    @cached_property
-    def header(self) -> bytes:
-        """The length of the rest in 8 bytes, then JSON, padded so that the first tensor is aligned to 8 bytes."""
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for tensor in self.tensors:
-            start, end = end, end + tensor.array.nbytes
-            kind, shape = DTYPES[tensor.array.dtype.name], list(tensor.array.shape)
-            entries[tensor.name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.header) + sum(tensor.array.nbytes for tensor in self.tensors)
-
-
-def _split(tensors: Sequence[_Tensor], limit: int) -> list[_File]:
-    """Files of at most `limit` bytes of tensors, filled in order, as `huggingface_hub` splits a state dict."""
-    shards: list[list[_Tensor]] = []
-    current, size = [], 0
-    for tensor in tensors:
-        if tensor.array.nbytes > limit:
-            shards.append([tensor])
-            continue
-        if size + tensor.array.nbytes > limit:
-            shards.append(current)
-            current, size = [], 0
-        current.append(tensor)
-        size += tensor.array.nbytes
-    shards += [current] if current else []
-    kinds = [*DTYPES]
-    for shard in shards:  # the widest first, so that all are aligned; then by name, as the library does
-        shard.sort(key=lambda tensor: (kinds.index(tensor.array.dtype.name), tensor.name))
-    if len(shards) == 1:
-        return [_File("model.safetensors", shards[0])]
-    return [_File(f"model-{i:05d}-of-{len(shards):05d}.safetensors", shard) for i, shard in enumerate(shards, 1)]
 
 
 class _Writer:
@@ -189,17 +78,10 @@ class _Writer:
 
     def __init__(self, source: Checkpoint, dtype: str | None, limit: int, progress: Progress) -> None:
         self.source, self.dtype, self.limit = source, dtype, limit
-        self._progress, self._lock, self._local = progress, threading.Lock(), threading.local()
         self.cls: str = source.raw_config["architectures"][0]
-        tensors = [self._tensor(path) for path in source.arrays]
-        self.files = _split(sorted(tensors, key=_order), limit)
-
-    def _tensor(self, path: str) -> _Tensor:
-        name, transposed = names.to_hf(path)
-        if self.cls == "OPTModel":
-            name = name.removeprefix("model.")
-        array = cast(self.source, path, self.dtype)
-        return _Tensor(name, path, transposed, array.T if transposed else array)
+        arrays = {path: cast(source, path, dtype) for path in source.arrays}
+        self.files = hf_writer.plan_files(self.cls, arrays, limit)
+        self.files_writer = FileWriter(self._load, progress)
 
     def plan(self) -> dict[str, Any]:
         """By which workers know that they write parts of the same thing."""
@@ -228,31 +110,10 @@ class _Writer:
             digest.update(arrays[path].load(first).tobytes())
         return digest.hexdigest()
 
-    def write(self, fd: int, file: _File) -> None:
-        _pwrite(fd, memoryview(file.header), 0)
-        offset = len(file.header)
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for tensor in file.tensors:
-                self._write_tensor(fd, offset, tensor, pool)
-                offset += tensor.array.nbytes
-
-    def _write_tensor(self, fd: int, offset: int, tensor: _Tensor, pool: ThreadPoolExecutor) -> None:
+    def _load(self, tensor: Tensor) -> LazyArray:
         held = dataclasses.replace(self.source, arrays={tensor.path: self._hold(tensor.path)})
         array = cast(held, tensor.path, self.dtype)
-        array = array.T if tensor.transposed else array
-        row = array.nbytes // array.shape[0]
-        rows = max(1, chunks.CHUNK_BYTES // row)
-
-        def write(index: chunks.Index) -> None:
-            if len(getattr(self._local, "buffer", "")) < rows * row:
-                self._local.buffer = np.empty(max(rows * row, chunks.CHUNK_BYTES), np.uint8)
-            piece = array.load(index, self._local.buffer)
-            _pwrite(fd, piece.reshape(-1).view(np.uint8).data, offset + index[0].start * row)
-            with self._lock:
-                self._progress(tensor.path, piece.nbytes)
-
-        for _ in pool.map(write, orbax.pieces(array.shape, (rows, *array.shape[1:]))):
-            pass
+        return array.T if names.to_hf(tensor.path)[1] else array
 
     def _hold(self, path: str) -> LazyArray:
         """The array; if it is stored in chunks, a copy of all of it.
@@ -266,59 +127,11 @@ class _Writer:
         return LazyArray(array.shape, array.dtype, values.__getitem__)
 
     def write_descriptions(self, directory: Path) -> None:
-        raw, config = self.source.raw_config, self.source.config
-        _write_json(directory / "config.json", raw if self.dtype is None else pretrained.set_dtype(raw, self.dtype))
+        raw = self.source.raw_config if self.dtype is None else pretrained.set_dtype(self.source.raw_config, self.dtype)
+        hf_writer.write_json(directory / "config.json", raw)
         pretrained.copy_companions(self.source.companions, directory)
-        generation = directory / "generation_config.json"
-        if self.cls == "OPTForCausalLM" and not generation.exists():
-            ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            _write_json(generation, {"_from_model_config": True} | {k: v for k, v in ids.items() if v is not None})
-        if len(self.files) > 1:
-            nbytes = sum(tensor.array.nbytes for file in self.files for tensor in file.tensors)
-            weight_map = {tensor.name: file.name for file in self.files for tensor in file.tensors}
-            metadata = {"total_parameters": self.source.parameters, "total_size": nbytes}
-            _write_json(
-                directory / "model.safetensors.index.json",
-                {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))},
-            )
+        hf_writer.write_descriptions(directory, self.cls, self.source.config, self.files)
         self.source.files.check()  # all has been read
-
-    def check_written(self, directory: Path) -> None:
-        """Let the safetensors library read all headers; compare names, shapes, dtypes and files' sizes with the plan.
-
-        (metaseq's own merge once "succeeded" with 376 KB of 2.5 GB: its issue 695.)
-        """
-        for file in self.files:
-            path = directory / file.name
-            if not staging.complete(path, file.nbytes):
-                raise OSError(f"{path} does not have its {file.nbytes} bytes: nothing was published")
-            expected = {t.name: (DTYPES[t.array.dtype.name], list(t.array.shape)) for t in file.tensors}
-            try:
-                with safetensors.safe_open(path, "numpy") as opened:
-                    slices = {name: opened.get_slice(name) for name in opened.keys()}
-                    written = {name: (entry.get_dtype(), entry.get_shape()) for name, entry in slices.items()}
-            except safetensors.SafetensorError as e:
-                raise OSError(f"{path}: safetensors cannot read it ({e}): nothing was published") from None
-            for name in expected.keys() | written.keys():
-                ours, theirs = expected.get(name), written.get(name)
-                if ours != theirs:
-                    raise OSError(f"{path}: {name} was to be {ours}, but is {theirs} on disk: nothing was published")
-
-
-def _order(tensor: _Tensor) -> list[int]:
-    """Sorts tensors as a PyTorch state dict has them."""
-    parts = names.to_hf(tensor.path)[0].split(".")
-    return [int(part) if part.isdigit() else _ORDER.index(part) for part in parts if part != "decoder"]
-
-
-def _pwrite(fd: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(fd, data, offset)
-        data, offset = data[written:], offset + written
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_content(path, json.dumps(content, indent=2).encode() + b"\n")
 
 
 # Several processes ---------------------------------------------------------------------------------------------
@@ -382,7 +195,7 @@ def _write_part(writer: _Writer, directory: Path, shard_of: tuple[int, int]) -> 
     directories.check_space(directory, sum(file.nbytes for file in mine))
     for file in mine:
         with staging.new_file(directory, file.name, file.nbytes) as fd:
-            writer.write(fd, file)
+            writer.files_writer.write(fd, file)
             writer.source.files.check()
 
 
@@ -391,4 +204,4 @@ def _collect(writer: _Writer, directory: Path, new: Path) -> None:
     writer.write_descriptions(new)
     for file in writer.files:
         os.rename(directory / file.name, new / file.name)
-    writer.check_written(new)
+    hf_writer.check_written(new, writer.files)
