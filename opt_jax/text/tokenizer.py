@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import AddedToken, Encoding, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from opt_jax.checkpoints import hub
+from opt_jax.checkpoints import hf_scripts, hub, publish
 from opt_jax.model.ids import as_array
 from opt_jax.system.disk import write_content
 from opt_jax.system.reading import note_without_effect, read_small
@@ -51,7 +51,7 @@ class BatchEncoding(dict):
         try:
             return self[name]
         except KeyError:
-            raise AttributeError(name) from None
+            raise hf_scripts.no_attribute("a BatchEncoding", name, hf_scripts.ENCODING) from None
 
 
 class OPTTokenizer(Vocabulary):
@@ -432,6 +432,8 @@ class OPTTokenizer(Vocabulary):
             contents[file] = f"{json.dumps(content, indent=2, ensure_ascii=False)}\n".encode()
         for name, content in contents.items():
             write_file(folder / name, content)
+
+    push_to_hub = publish.push_tokenizer
 
 
 AutoTokenizer = OPTTokenizer
