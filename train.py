@@ -58,8 +58,7 @@ def main(options: Options) -> None:
         options.heartbeat_seconds,
         options.hang_minutes,
     )
-    common = dataclasses.asdict(options) | {"process_id": None}  # what must be the same on all processes
-    agreement.check_same({f"--{name.replace('_', '-')}": value for name, value in common.items()})
+    agreement.check_same_options(dataclasses.asdict(options))
     agreement.check_same_code(__file__)
 
     # Mesh, model, optimizer, step: shapes and shardings, no array yet
@@ -77,7 +76,7 @@ def main(options: Options) -> None:
 
     # Run directory: resume, or start
     record = {
-        "options": common | {"seq_len": setup.seq_len, "dtype": setup.dtype},
+        "options": dataclasses.asdict(options) | {"process_id": None, "seq_len": setup.seq_len, "dtype": setup.dtype},
         "model": setup.config.to_hf(),
     }
     with open_run(options.output, record) as run:

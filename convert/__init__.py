@@ -1,1 +1,1 @@
-"""Everything that knows a foreign checkpoint format; `python -m convert SRC DST` turns one into an Orbax directory."""
+"""The converter: `python -m convert SRC DST` turns any OPT checkpoint into an Orbax directory."""

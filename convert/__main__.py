@@ -1,8 +1,8 @@
-"""`python -m convert`: any OPT checkpoint to Orbax or to Hugging Face's form; `inspect` and `verify`."""
+"""`python -m convert`: turns OPT checkpoints into Orbax or Hugging Face directories, shows them, compares them."""
 
 import signal
 
-# Ctrl-C ends the process: a KeyboardInterrupt amid the imports is a traceback. (A job in the background may ignore it.)
+# Ctrl-C during the imports ends the process without a traceback. A background job that ignores SIGINT still ignores it.
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -47,23 +47,23 @@ class SourceOptions:
     offline: bool = False
     """Take a hub id from the cache, never from the network."""
     no_verify: bool = False
-    """Do not compare what is read of an Orbax directory with its checksums."""
+    """Do not compare the data of an Orbax directory with their checksums."""
 
 
 @dataclass(frozen=True)
 class MetaseqOptions:
-    """What a metaseq checkpoint may not say itself."""
+    """The architecture of a metaseq checkpoint, which its files may not state."""
 
     model: Literal["125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b", "175b"] | None = None
     """The architecture of a published size."""
     config: Path | None = None
-    """A config.json of any other architecture."""
+    """A config.json with any other architecture."""
 
     def check(self) -> None:
-        """Refuse two answers to one question.
+        """Check that at most one option names the architecture.
 
         Raises:
-          UsageError: both name the architecture.
+          UsageError: both are given.
         """
         if self.model is not None and self.config is not None:
             raise UsageError("--model and --config both name the architecture: give one of them")
@@ -78,33 +78,35 @@ class WriteOptions:
     dtype: Dtype | None = None
     """Cast the parameters. Default: keep their dtype, bit for bit."""
     quiet: bool = False
-    """No progress; errors, and one line at the end."""
+    """Print no progress, only errors and one line at the end."""
 
 
 @dataclass(frozen=True)
 class JobOptions:
-    """Several processes that convert one checkpoint together."""
+    """How several processes find each other to convert one checkpoint together."""
 
     distributed: Literal["auto", "on", "off"] = "auto"
-    """One conversion on several hosts, as in train.py. auto: if a TPU pod, SLURM, Open MPI or a Kubernetes job, or the
-    next three, say so."""
+    """One conversion on several hosts, as in train.py. auto: on a TPU pod, under SLURM or Open MPI, in a Kubernetes
+    job, or if the next three options are given."""
     coordinator_address: str | None = None
     """host:port of process 0."""
     num_processes: int | None = None
+    """Number of processes of the job."""
     process_id: int | None = None
+    """Number of this process, from 0."""
     hang_minutes: int = 60
-    """With several processes: end when opening or downloading SRC, or a piece of it, takes longer."""
+    """With several processes: end if opening or downloading SRC, or converting a piece of it, takes longer."""
 
     def for_one_shard(self) -> "JobOptions":
-        """The options of a process that works alone with --shard-of, whatever its environment says.
+        """The options of a process that works alone because of --shard-of, even if its environment is a cluster's.
 
         Raises:
-          UsageError: it is to be one of a job.
+          UsageError: the options ask for a job of several processes.
         """
         explicit = (self.coordinator_address, self.num_processes, self.process_id)
         if self.distributed == "on" or self.distributed == "auto" and any(value is not None for value in explicit):
             raise UsageError(
-                "--shard-of is for separate commands: with --distributed the processes share out the files"
+                "--shard-of is for separate commands: leave it out, the processes of a job divide the files themselves"
             )
         return dataclasses.replace(self, distributed="off")
 
@@ -127,7 +129,7 @@ def to_orbax(
 
     Needs no PyTorch, and little memory whatever the size of the model. DST appears complete or not at all.
 
-    Other commands (each with its own --help; a directory of such a name is ./inspect):
+    Other commands (each has its own --help; write ./inspect for a directory of that name):
 
     metaseq SRC... DST         convert a checkpoint of Meta's metaseq: model-parallel parts, FSDP shards
 
@@ -177,9 +179,9 @@ def to_hf(
 
     Args:
       paths: SRC DST as for `python -m convert`, or SRC... DST: files of a metaseq checkpoint.
-      max_shard_size: Of one file: 500MB, 5GB, 5GiB, ...
-      shard_of: i/n: write only the i-th of n parts of the files; the last of the n such commands, run anywhere on the
-        same file system and in any order, completes DST.
+      max_shard_size: The largest size of one file, as in 500MB, 5GB or 5GiB.
+      shard_of: i/n: write only the i-th of n parts of the files. Run the n commands in any order, on any hosts that
+        share the file system; the last one completes DST.
     """
     from opt_jax.checkpoints.formats.hf_writer import parse_size
 
@@ -187,7 +189,7 @@ def to_hf(
 
     *names, target = _sources_and_destination(paths)
     if hub.is_remote(target):
-        raise UsageError(f"{target}: Hugging Face's form is written to disks only: name a directory, and copy it there")
+        raise UsageError(f"{target}: Hugging Face's form is written to disks only: write a local directory and copy it")
     dst, part = hub.as_path(target), _shard_of(shard_of)
     metaseq.check()
     if part is not None:
@@ -196,7 +198,8 @@ def to_hf(
         parse_size(max_shard_size)
     except ValueError as e:
         raise UsageError(str(e).replace("max_shard_size", "--max-shard-size")) from None
-    with started(**dataclasses.asdict(job)):
+    options = _options(names, target, source, metaseq, write) | {"max_shard_size": max_shard_size}
+    with started(**dataclasses.asdict(job), options=options):
         opened = _open(names, dst, source, metaseq, write, hub.is_model if part is None else None)
         with _Work(opened, dst, write, part) as report:
             to_hf.convert(
@@ -218,14 +221,14 @@ def verify(
     source: Source = SourceOptions(),
     metaseq: Metaseq = MetaseqOptions(),
 ) -> None:
-    """Compare two checkpoints, of any two forms: architecture, tensors, dtypes, and every bit.
+    """Compare two checkpoints in any two forms: architecture, tensors, dtypes, and every bit.
 
-    Exit code 1, and the first difference, if there is one.
+    If they differ, prints the first difference; the exit code is 1.
 
     Args:
       dst: The checkpoint to check, usually a conversion.
-      against: The checkpoint it was made from; several names: files of a metaseq checkpoint.
-      quiet: No progress.
+      against: The checkpoint that it was made from. Several names: the files of a metaseq checkpoint.
+      quiet: Print no progress.
     """
     from .inspect import compare
     from .progress import Report
@@ -233,13 +236,13 @@ def verify(
 
     metaseq.check()
     leave_accelerators_alone()
-    # What says how to find a model is for hub ids only, which DST or SRC may be; the revision is SRC's.
-    ours_by = dataclasses.replace(source, revision=None)
+    # --cache-dir and --offline belong to whichever of DST and SRC is a hub id. --revision belongs to SRC.
+    dst_options = dataclasses.replace(source, revision=None)
     if is_here(dst):
-        ours_by = SourceOptions(no_verify=source.no_verify)
+        dst_options = SourceOptions(no_verify=source.no_verify)
     elif is_here(against[0]):
         source = dataclasses.replace(source, cache_dir=None, offline=False)
-    ours = _open_source([dst], ours_by, MetaseqOptions())
+    ours = _open_source([dst], dst_options, MetaseqOptions())
     theirs = _open_source(against, source, metaseq)
     _check_no_verify(source, ours, theirs)
     ours.check()
@@ -257,7 +260,7 @@ def inspect(src: Files, /, source: Source = SourceOptions(), metaseq: Metaseq = 
     """Show format, config, tensors, dtypes and sizes of a checkpoint without loading it.
 
     Args:
-      src: As for the other commands; several names: files of a metaseq checkpoint.
+      src: As for the other commands. Several names: the files of a metaseq checkpoint.
     """
     from .checkpoint import check_shapes
     from .inspect import summary
@@ -305,7 +308,10 @@ def _open(
     replaceable: Callable[[Path], bool] | None,
     from_metaseq: bool = False,
 ) -> "Checkpoint":
-    """Open SRC after a look at DST (None: later), which is repeated when it is written and when it is published."""
+    """The opened SRC. Before that, checks that DST can be written (`replaceable` None: the caller checks later).
+
+    DST is checked again when it is written and when it is published.
+    """
     from opt_jax.checkpoints import directories
     from opt_jax.parallel import agreement
 
@@ -322,7 +328,7 @@ def _open(
                 raise ValueError(f"{dst} is, or holds, the checkpoint to convert ({path}): choose another DST")
     except Exception as e:
         error = e
-    agreement.agree(error)  # or the other processes of a job would wait for this one
+    agreement.agree(error)  # raises in all processes of a job; otherwise the others would wait for this one
     assert opened is not None
     return opened
 
@@ -342,6 +348,14 @@ def _check_no_verify(source: SourceOptions, *opened: "Checkpoint") -> None:
         raise ValueError(f"--no-verify is for Orbax directories: {opened[-1].where} has no checksums")
 
 
+def _options(
+    names: Sequence[str], target: str, source: SourceOptions, metaseq: MetaseqOptions, write: WriteOptions
+) -> dict[str, Any]:
+    """What all processes of a job must have been given, `quiet` left out."""
+    values = dataclasses.asdict(source) | dataclasses.asdict(metaseq) | dataclasses.asdict(write)
+    return values | {"SRC": names, "DST": target, "quiet": None}
+
+
 def _convert(
     names: Sequence[str],
     target: str,
@@ -357,14 +371,14 @@ def _convert(
         hub.check_remote(target)
     dst = hub.as_path(target)
     hub.check_array_path(dst)
-    with started(**dataclasses.asdict(job)):
+    with started(**dataclasses.asdict(job), options=_options(names, target, source, metaseq, write)):
         opened = _open(names, dst, source, metaseq, write, hub.is_orbax, from_metaseq)
         with _Work(opened, dst, write) as report:
             convert(opened, dst, dtype=write.dtype, overwrite=write.overwrite, progress=report)
 
 
 class _Work:
-    """Progress while a destination is written, and the line at its end."""
+    """A context in which a destination is written: shows the progress, and prints one line at the end."""
 
     def __init__(self, opened, dst: Path, write: WriteOptions, part: tuple[int, int] | None = None) -> None:
         import jax
@@ -409,7 +423,10 @@ class _Work:
 
 
 def main(argv: Sequence[str] | None = None, program: str = PROG) -> int:
-    """Exit codes: 0 fine, 1 bad checkpoint or destination, 2 bad usage."""
+    """Run a command and return its exit code.
+
+    0 is success, 1 a bad checkpoint or destination, 2 bad usage, 130 or 143 an interruption by SIGINT or SIGTERM.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     command, prog = to_orbax, program
     if args and args[0] in COMMANDS:
@@ -428,8 +445,8 @@ def main(argv: Sequence[str] | None = None, program: str = PROG) -> int:
         print(f"error: {error_line(e)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as e:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends at once
-        # What Orbax has left half-started complains when it is collected: this line says all.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
+        # Orbax objects that were interrupted print warnings when they are garbage-collected. One line is enough.
         warnings.simplefilter("ignore")
         sys.unraisablehook = lambda _: None
         print("interrupted; nothing half-written is left", file=sys.stderr)
@@ -438,7 +455,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROG) -> int:
 
 
 def run(argv: Sequence[str] | None = None, program: str = PROG) -> int:
-    """`main` as a program of its own."""
+    """Run `main` as a program and return its exit code."""
     keep_standard_descriptors()
     sys.unraisablehook = repeat_lost_signals
     return main(argv, program)

@@ -1,4 +1,4 @@
-"""The one form of every checkpoint that the converter reads: opened, described, nothing read."""
+"""`Checkpoint`: the form in which the converter reads every checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,16 +17,19 @@ CLASSES = ("OPTForCausalLM", "OPTModel", "OPTForSequenceClassification", "OPTFor
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint of which nothing but the description has been read.
+    """An opened checkpoint: its description, and arrays that are read when they are used.
 
     Attributes:
       where: the file or directory that error messages name.
-      format: for people, as in "Hugging Face safetensors, 3 files".
-      config: the architecture. `raw_config`: the content of the config.json to write, fields unknown to us included.
-      arrays: our parameter paths -> arrays in our orientation (kernels [in, out]); after `check`, those of the model.
-      companions: directories whose tokenizer files and generation_config.json go with the model, the first one first.
-      checks: comparisons of what is stored more than once, to be run before the arrays are used.
-      files: all that is read; `files.check` belongs between the last reading and publishing what was made of it.
+      format: a description for people, such as "Hugging Face safetensors, 3 files".
+      config: the architecture.
+      raw_config: the content of the config.json to write, with the fields that `OPTConfig` does not have.
+      arrays: maps our parameter paths to arrays in our layout (kernels are [in, out]). `check` compares them with the
+        model's parameters.
+      companions: directories with the model's tokenizer files and generation_config.json. Of two files with the same
+        name, that in the first directory counts.
+      checks: comparisons of tensors that are stored more than once. Run them before you use the arrays.
+      files: all files that are read. Call `files.check` after the last reading and before the result is published.
     """
 
     where: Path
@@ -47,10 +50,10 @@ class Checkpoint:
         return sum(array.nbytes for array in self.arrays.values())
 
     def check(self) -> None:
-        """Account for every tensor of the model and of the checkpoint, and compare what is stored more than once.
+        """Check that the tensors are exactly those of the model, and that copies of one tensor are equal.
 
         Raises:
-          ValueError: one too many, too few or misshapen, or copies that differ; names it as HF does.
+          ValueError: a tensor is missing, left over or misshapen, or copies differ. Names it as HF does.
         """
         check_shapes(self)
         for check in self.checks:
@@ -58,10 +61,10 @@ class Checkpoint:
 
 
 def check_shapes(opened: Checkpoint) -> None:
-    """Account for every tensor of the model and of the checkpoint; no data is read.
+    """Check that the tensors are exactly those of the model; no data is read.
 
     Raises:
-      ValueError: one too many, too few or misshapen; names it as HF does.
+      ValueError: a tensor is missing, left over or misshapen. Names it as HF does.
     """
     model = getattr(heads, opened.raw_config["architectures"][0])
     pretrained.check_parameters(model, opened.config, opened.arrays, opened.where, stored_as=hf.stored_as)

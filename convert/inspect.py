@@ -1,6 +1,7 @@
-"""What a checkpoint holds, and whether two hold the same."""
+"""A summary of what a checkpoint holds, and the comparison of two checkpoints."""
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -12,7 +13,7 @@ from opt_jax.config import OPTConfig
 
 from .checkpoint import Checkpoint
 
-# What makes two models the same besides their tensors; the rates of dropout do not.
+# Besides equal tensors, equal models have these fields equal. Dropout rates may differ.
 _COMPARED = [
     field.name
     for field in dataclasses.fields(OPTConfig)
@@ -36,20 +37,51 @@ _SHOWN = (
 
 
 def summary(opened: Checkpoint) -> Iterator[str]:
-    """Lines: format, class, config, totals, and each tensor under its HF name. No data is read."""
+    """Lines of text: format, class, config, totals, and each tensor with its HF name. No data is read."""
     yield f"{opened.where}: {opened.format}"
     yield f"class: {opened.raw_config['architectures'][0]}"
     yield "config: " + ", ".join(f"{name}={getattr(opened.config, name)}" for name in _SHOWN)
     dtypes = Counter(array.dtype.name for array in opened.arrays.values())
     kinds = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())
     yield f"{len(opened.arrays)} tensors ({kinds}), {opened.parameters:,} parameters, {opened.nbytes:,} bytes"
+    for name, (dtype, shape, nbytes) in _tensors(opened).items():
+        yield f"  {name:<55} {dtype:<9} {shape:<15} {nbytes:>14,}"
+
+
+def _tensors(opened: Checkpoint) -> dict[str, tuple[str, str, int]]:
+    """HF name -> dtype, shape and bytes. Equal neighbouring layers are one, as `layers.0-11`, with the bytes of all."""
+    others: dict[str, tuple[str, str, int]] = {}
+    layers: dict[int, dict[str, tuple[str, str, int]]] = {}
+    prefix = ""
     for path, array in opened.arrays.items():
         name, shape = hf.stored_as(path, array.shape)
-        yield f"  {name:<55} {array.dtype.name:<9} {'x'.join(map(str, shape)):<15} {array.nbytes:>14,}"
+        entry = array.dtype.name, "x".join(map(str, shape)), array.nbytes
+        if match := re.fullmatch(r"(.*\.layers\.)(\d+)(\..*)", name):
+            prefix = match[1]
+            layers.setdefault(int(match[2]), {})[match[3]] = entry
+        else:
+            others[name] = entry
+    grouped = dict(sorted(others.items()))
+    numbers = sorted(layers)
+    while numbers:
+        first = numbers[0]
+        count = next((i for i, n in enumerate(numbers) if n != first + i or layers[n] != layers[first]), len(numbers))
+        label = str(first) if count == 1 else f"{first}-{first + count - 1}"
+        for rest, (dtype, shape, nbytes) in sorted(layers[first].items()):
+            grouped[f"{prefix}{label}{rest}"] = dtype, shape, nbytes * count
+        numbers = numbers[count:]
+    return grouped
 
 
 def compare(ours: Checkpoint, theirs: Checkpoint, progress: Callable[[str, int], None]) -> str | None:
-    """The first difference between two checkpoints: class, config, tensors, dtypes, and every bit; None if none."""
+    """The first difference between two checkpoints as a line of text, or None.
+
+    Compares the class, the config, and names, shapes, dtypes and every bit of the tensors.
+
+    Args:
+      ours, theirs: the checkpoints.
+      progress: called after each tensor with its path and its size in bytes.
+    """
     a, b = (opened.raw_config["architectures"][0] for opened in (ours, theirs))
     if a != b:
         return f"class: {a} in {ours.where}, but {b} in {theirs.where}"
@@ -69,8 +101,8 @@ def compare(ours: Checkpoint, theirs: Checkpoint, progress: Callable[[str, int],
             return f"tensor {name} is {what}"
         where = first_difference(a, b)
         if where is not None:
-            at = tuple(slice(i, i + 1) for i in where)
-            left, right = (_shown(x.load(at)) for x in (a, b))
+            element = tuple(slice(i, i + 1) for i in where)
+            left, right = (_shown(x.load(element)) for x in (a, b))
             index = list(where[::-1] if transposed else where)
             return f"tensor {name} at {index} is {left} in {ours.where}, but {right} in {theirs.where}"
         progress(path, b.nbytes)
@@ -78,6 +110,6 @@ def compare(ours: Checkpoint, theirs: Checkpoint, progress: Callable[[str, int],
 
 
 def _shown(number: np.ndarray) -> str:
-    """The number, and its bits where they say more."""
+    """The number as text. NaN is shown with its bits, because NaNs may differ in them."""
     value = number.item()
     return f"{value} (0x{number.tobytes()[::-1].hex()})" if value != value else repr(value)

@@ -1,10 +1,10 @@
-"""How a conversion starts and is ended, alone or as one of several processes."""
+"""Start and end of a conversion, in one process or as one of several."""
 
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -23,16 +23,23 @@ def started(
     num_processes: int | None,
     process_id: int | None,
     hang_minutes: int,
+    options: Mapping[str, Any],
 ) -> Iterator[None]:
-    """Around a conversion: the processes of a job start together and end together; see `processes.start`.
+    """A context for a conversion. The processes of a job start and end together.
 
-    A process alone that is interrupted clears away what it has half-written. A process of a job ends at once, since the
-    others may be waiting for it; the next conversion clears.
+    If a single process is interrupted, it removes what it has half-written. A process of a job ends at once, because
+    others may be waiting for it; the next conversion cleans up.
+
+    Args:
+      distributed: "auto", "on" or "off", the `mode` of `processes.start`, which documents the other arguments, too.
+      coordinator_address, num_processes, process_id, hang_minutes: see there.
+      options: all other options of the command line. The processes of a job must have the same.
 
     Raises:
       UsageError: the arguments do not go together, or there is no cluster.
+      ValueError: the processes have different options.
     """
-    from opt_jax.parallel import processes
+    from opt_jax.parallel import agreement, processes
 
     leave_accelerators_alone()
     if hang_minutes < 1:
@@ -43,19 +50,20 @@ def started(
             if processes.is_job(*arguments):
                 stack.enter_context(processes.last_words("convert"))
                 processes.start(*arguments, hang_minutes=hang_minutes)
-                # After `start`, in which JAX takes SIGTERM for itself.
+                # After `start`, in which JAX installs its own handler of SIGTERM.
                 stack.enter_context(Signals(processes.end_at_once, signal.SIGINT, signal.SIGTERM))
             else:
                 stack.enter_context(raises(where_ignored=False))
                 processes.start(*arguments, hang_minutes=hang_minutes)
         except ValueError as e:
             raise UsageError(error_line(e)) from None
+        agreement.check_same_options(options)
         processes.reached("opening SRC")
         yield
 
 
 def leave_accelerators_alone() -> None:
-    """Compute on the CPU, unless JAX_PLATFORMS says otherwise: a conversion is from files to files.
+    """Make JAX use the CPU unless JAX_PLATFORMS is set: a conversion needs no accelerator.
 
     The variable is not set here, because `processes.in_cluster` reads it to see whether this is a host of a TPU pod.
     """
@@ -66,13 +74,16 @@ def leave_accelerators_alone() -> None:
 
 
 def repeat_lost_signals(unraisable: Any) -> None:
-    """`sys.unraisablehook`: a signal amid a garbage collection or a destructor has raised in vain; send it again."""
-    if issubclass(unraisable.exc_type, KeyboardInterrupt):  # exc_value may be None, before Python 3.12
+    """Send a signal again if Python dropped its exception, as it does in destructors and garbage collection.
+
+    For use as `sys.unraisablehook`.
+    """
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):  # exc_value may be None before Python 3.12
         again = signal.SIGTERM if unraisable.exc_type is Terminated else signal.SIGINT
         main_thread = threading.main_thread().ident
         while True:
-            with suppress(KeyboardInterrupt):  # on a busy machine the timer is sooner than `start` is done: once more
-                # Not sent here, which is such a place too.
+            with suppress(KeyboardInterrupt):  # on a busy machine the signal may arrive before `return`: try again
+                # A timer sends it later, because Python would drop an exception that is raised in this hook, too.
                 threading.Timer(0.01, signal.pthread_kill, (main_thread, again)).start()
                 return
     else:

@@ -1,10 +1,10 @@
-"""metaseq checkpoints: model-parallel parts and FSDP shards joined, presented under our paths, lazily.
+"""Opens metaseq checkpoints: joins model-parallel parts and FSDP shards, lazily, under our parameter paths.
 
-A file holds {"model": tensors, "cfg" or "args": settings, "shard_metadata": ..., what training needs besides}. There is
-one file per part of a model that was split over devices (Megatron's tensor parallelism), or several: the shards that
-FSDP makes of it. FSDP flattens the tensors of a layer into one (`flat_param_0`), pads it and cuts it.
+A file holds {"model": tensors, "cfg" or "args": settings, "shard_metadata": ..., and the state of training}. Megatron's
+tensor parallelism splits a model into parts. A part is one file, or several if FSDP has cut it into shards: FSDP
+concatenates the tensors of a layer into a vector (`flat_param_0`), pads it, and cuts it into pieces of equal size.
 
-Sources: metaseq's scripts/reshard_mp.py, distributed/stitch_fsdp_ckpt.py, and the files released.
+Sources: metaseq's scripts/reshard_mp.py, distributed/stitch_fsdp_ckpt.py, and the released files.
 """
 
 import re
@@ -52,10 +52,13 @@ _OTHER_NAMES = {
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
-    """The files that the arguments of a command line name: files, directories (their `*.pt`), and globs.
+    """The files that the arguments of a command line stand for.
+
+    Args:
+      patterns: files, directories (which stand for their `*.pt`) and globs.
 
     Raises:
-      FileNotFoundError: an argument that stands for no file.
+      FileNotFoundError: an argument stands for no file.
     """
     files: list[Path] = []
     for pattern in patterns:
@@ -71,15 +74,17 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
 
 
 def open_checkpoint(files: Sequence[Path], *, config: OPTConfig | None) -> Checkpoint:
-    """The checkpoint that is in all of `files`, in any order.
+    """The checkpoint that consists of `files`. Reads their descriptions, no tensors.
 
     Args:
-      config: the architecture, if the checkpoint does not say or to check what it says; its dropout rates count.
+      files: all files of the checkpoint, in any order.
+      config: the architecture. None: it is in the files. If both have it, they must agree; dropout rates are taken from
+        `config`.
 
     Raises:
       FileNotFoundError: a part or shard is missing.
-      ValueError: files that are damaged, there twice, or of different checkpoints; parts that contradict each other or
-        the config; no config. Names the file, and the tensor where there is one.
+      ValueError: a file is damaged, given twice, or of another checkpoint; the parts do not fit each other or the
+        architecture; or there is no architecture. Names the file, and the tensor if there is one.
     """
     grid, as_opened = _arrange(files), SourceFiles(files)
     for folder in dict.fromkeys(path.parent for path in files):
@@ -132,7 +137,7 @@ def _format(parts: Sequence[Part]) -> str:
 
 
 def _arrange(files: Sequence[Path]) -> list[list[Path]]:
-    """The files by model part and shard, both in numeric order."""
+    """The files, indexed by model part and shard, both in numeric order."""
     if not files:
         raise ValueError("no metaseq files given")
     grid: dict[tuple[int, int], Path] = {}
@@ -143,12 +148,12 @@ def _arrange(files: Sequence[Path]) -> list[list[Path]]:
         kind = kind or (stem, part is None, shard is None)
         if kind != (stem, part is None, shard is None):
             raise ValueError(
-                f"{path} is of another checkpoint than {files[0]}: give the files of one, by a glob if need be"
+                f"{path} is of another checkpoint than {files[0]}: give the files of one checkpoint, as with a glob"
             )
-        place = int(part or 0), int(shard or 0)
-        if place in grid:
-            raise ValueError(f"{path} and {grid[place]} are the same part of the checkpoint")
-        grid[place] = path
+        cell = int(part or 0), int(shard or 0)
+        if cell in grid:
+            raise ValueError(f"{path} and {grid[cell]} are the same part of the checkpoint: give one of them")
+        grid[cell] = path
     parts, shards = (max(numbers) + 1 for numbers in zip(*grid, strict=True))
     for part, shard in product(range(parts), range(shards)):
         if (part, shard) not in grid:
@@ -165,7 +170,10 @@ def _arrange(files: Sequence[Path]) -> list[list[Path]]:
 def _join(
     parts: Sequence[Mapping[str, Source]], config: OPTConfig, checks: list[Callable[[], object]]
 ) -> dict[str, Source]:
-    """The model's tensors, by the names of Hugging Face's base model. checks: gets the comparisons of copies."""
+    """The model's tensors, joined from all parts, by their names in Hugging Face's base model (`OPTModel`).
+
+    Appends to `checks` the comparisons of tensors that every part repeats.
+    """
     joined: dict[str, Source] = {}
     for other in parts[1:]:
         if different := sorted(parts[0].keys() ^ other.keys()):
@@ -199,7 +207,7 @@ def _join(
 
 
 def _third(source: Source, i: int, name: str) -> Source:
-    """The i-th third of the rows."""
+    """The i-th third of a tensor's rows: metaseq stores the key, value and query projections as one."""
     if not source.shape or source.shape[0] % 3:
         raise ValueError(f"{source.file}: tensor {name} has shape {source.shape}, which three projections cannot share")
     n = source.shape[0] // 3
@@ -211,6 +219,7 @@ def _third(source: Source, i: int, name: str) -> Source:
 
 
 def _concatenate(name: str, sources: Sequence[Source], axis: int) -> Source:
+    """The concatenation of one tensor's parts along `axis`, read lazily."""
     first = sources[0]
     for other in sources:
         kinds = [(s.dtype, len(s.shape), s.shape[:axis] + s.shape[axis + 1 :]) for s in (first, other)]
@@ -226,10 +235,10 @@ def _concatenate(name: str, sources: Sequence[Source], axis: int) -> Source:
         for source, length in zip(sources, lengths, strict=True):
             low, high = max(wanted.start, start), min(wanted.stop, start + length)
             if low < high:
-                inner, place = list(index), [slice(None)] * len(index)
-                inner[axis] = slice(low - start, high - start)
-                place[axis] = slice(low - wanted.start, high - wanted.start)
-                source.copy(tuple(inner), out[tuple(place)])
+                source_index, out_index = list(index), [slice(None)] * len(index)
+                source_index[axis] = slice(low - start, high - start)
+                out_index[axis] = slice(low - wanted.start, high - wanted.start)
+                source.copy(tuple(source_index), out[tuple(out_index)])
             start += length
 
     return Source(first.file, (*first.shape[:axis], sum(lengths), *first.shape[axis + 1 :]), first.dtype, copy)

@@ -1,8 +1,9 @@
-"""The architecture of a metaseq checkpoint: from the settings that are stored in it, as far as they go.
+"""Reads the architecture of a metaseq checkpoint from the settings that are stored in it.
 
-A checkpoint keeps them as `cfg` (by group, "model" among them) or `args`, each a dict, an `argparse.Namespace` or an
-omegaconf `DictConfig`; the latter two arrive as a `Stub`. Names and defaults: metaseq's models/transformer_lm.py, of
-May 2022 (decoder_input_dim, decoder_normalize_before: the 350M) and of 2023 (disable_bias, disable_affine_ln).
+The settings are `cfg` (with groups, one of them "model") or `args`. Each is a dict, an `argparse.Namespace` or an
+omegaconf `DictConfig`; our unpickler returns the last two as a `Stub`. Source of names and defaults: metaseq's
+models/transformer_lm.py of May 2022 (decoder_input_dim, decoder_normalize_before: the 350M) and of 2023 (disable_bias,
+disable_affine_ln).
 """
 
 import re
@@ -13,7 +14,7 @@ from typing import Any
 from opt_jax.checkpoints.formats.unpickle import Stub
 from opt_jax.config import OPTConfig
 
-# metaseq's name -> (ours, type of the value). Of several names of one field the first that is set counts.
+# metaseq's name -> (our field, type of the value). If two names of one field are set, the first one here counts.
 _FIELDS: dict[str, tuple[str, type]] = {
     "decoder_layers": ("num_hidden_layers", int),
     "decoder_embed_dim": ("hidden_size", int),
@@ -34,9 +35,9 @@ _FIELDS: dict[str, tuple[str, type]] = {
 }
 _NEGATED = ("disable_bias", "disable_affine_ln")
 _REQUIRED = ("decoder_layers", "decoder_embed_dim", "decoder_ffn_embed_dim", "decoder_attention_heads")
-_LIMITS = {"decoder_layers": 1000}  # a number beyond reason would take the time to make a model of it
-TRAINING = ("dropout", "attention_dropout")  # not of the architecture: what is given counts
-# What OPT has not, and what could be overlooked because it brings no parameters of its own.
+_LIMITS = {"decoder_layers": 1000}  # a huge number in a damaged file would cost minutes and memory
+TRAINING = ("dropout", "attention_dropout")  # no part of the architecture: a given config's values count
+# OPT has these values only. Others add no parameters, so the check of the tensors would not notice them.
 _ONLY: dict[str, Any] = {
     "no_scale_embedding": True,
     "decoder_learned_pos": True,
@@ -44,12 +45,15 @@ _ONLY: dict[str, Any] = {
     "attn_variant": "default",
 }
 _ACTIVATIONS = {"relu": "relu", "tanh": "tanh", "gelu_accurate": "gelu_new", "gelu_fast": "gelu_new"}
-# What a config may say for it besides: metaseq's gelu has been both forms, and the tanh form has two names.
+# A given config may have these instead: metaseq's gelu has meant both forms, and the tanh form has two names.
 _ALSO = {"gelu": ("gelu_new", "gelu_pytorch_tanh"), "gelu_new": ("gelu_pytorch_tanh",)}
 
 
 def read_settings(content: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The settings above that are set, metaseq's name -> value; None: the checkpoint has none."""
+    """The checkpoint's settings, as a map from metaseq's name to value, or None if it has none.
+
+    Only names of this module's tables, and only those that are set.
+    """
     for key in ("cfg", "args"):
         root = _entries(dict.get(dict(content), key))
         for group in (_entries(root.get("model")), root):
@@ -60,17 +64,18 @@ def read_settings(content: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _entries(node: Any) -> dict[str, Any]:
-    """What a dict, Namespace or DictConfig holds; {} for anything else."""
+    """The entries of a dict, Namespace or DictConfig; {} for anything else."""
     if isinstance(node, Stub):
-        state = node.state[0] if isinstance(node.state, tuple) and node.state else node.state  # else with __slots__
+        # An object with __slots__ has the state (dict, slots).
+        state = node.state[0] if isinstance(node.state, tuple) and node.state else node.state
         pairs = {item[0]: item[1] for item in node.items if isinstance(item, tuple) and isinstance(item[0], str)}
         node = dict.get(state, "_content", state) if isinstance(state, dict) else pairs
     return dict(dict.items(node)) if isinstance(node, dict) else {}
 
 
 def _plain(value: Any) -> Any:
-    """The value in a node of omegaconf or in a member of an enum."""
-    for _ in range(3):  # a node holds an enum at most
+    """The value itself, if it is wrapped in an omegaconf node or a member of an enum."""
+    for _ in range(3):  # at most an enum member in a node
         if not isinstance(value, Stub):
             break
         entries = _entries(value)
@@ -79,7 +84,7 @@ def _plain(value: Any) -> Any:
 
 
 def _resolve(root: Mapping[str, Any], value: Any) -> Any:
-    """The value, or the one that an interpolation like "${task.tokens_per_sample}" refers to; None if it is not set."""
+    """The value. An interpolation like "${task.tokens_per_sample}" is replaced by what it refers to, or by None."""
     value = _plain(value)
     if isinstance(value, str) and (path := re.fullmatch(r"\$\{([\w.]+)\}", value)):
         node: Any = root
@@ -91,12 +96,16 @@ def _resolve(root: Mapping[str, Any], value: Any) -> Any:
 
 
 def choose_config(settings: Mapping[str, Any] | None, given: OPTConfig | None, where: Path) -> OPTConfig:
-    """The given architecture, checked against the settings in the checkpoint; without one, that of the settings.
+    """The architecture: `given`, which must agree with the settings, or else that of the settings.
 
-    Without `given` the vocabulary's size, which is not among the settings, is OPT's.
+    Args:
+      settings: see `read_settings`.
+      given: the architecture that the user names. Without it the vocabulary has OPT's size, because the settings do not
+        contain it.
+      where: the file, for messages.
 
     Raises:
-      ValueError: neither is there; they contradict each other; a setting that OPT does not have.
+      ValueError: both are None; they contradict each other; or a setting is one that OPT does not have.
     """
     ask = "give the architecture with --model (125m ... 175b) or --config config.json"
     if settings is None:
@@ -123,8 +132,9 @@ def choose_config(settings: Mapping[str, Any] | None, given: OPTConfig | None, w
     for ours, (name, value) in fields.items():
         want = getattr(given, ours)
         same = want == value or (ours == "activation_function" and want in _ALSO.get(value, ())) or ours in TRAINING
-        # What was built with this one has a decoder.layer_norm, which the tensors are checked for: the 350M, which has
-        # none, is post-norm whatever code of another age than its own has noted.
+        # A given config may contradict decoder_normalize_before=True, because other versions of metaseq note it for
+        # the 350M, too, which is post-norm. The check of the tensors finds a real contradiction: a pre-norm model has a
+        # decoder.layer_norm, a post-norm one has none.
         stale = name == "decoder_normalize_before" and value and "no_decoder_final_norm" not in settings
         if not same and not stale:
             raise ValueError(
@@ -134,7 +144,7 @@ def choose_config(settings: Mapping[str, Any] | None, given: OPTConfig | None, w
 
 
 def _translate(settings: Mapping[str, Any], where: Path) -> dict[str, tuple[str, Any]]:
-    """metaseq's name -> (our name, our value), for one name of each field."""
+    """metaseq's name -> (our field, its value), with one name for each field."""
     fields: dict[str, tuple[str, Any]] = {}
     for name, (ours, kind) in _FIELDS.items():
         if name not in settings:

@@ -1,6 +1,6 @@
-"""The files of one model-parallel part of a metaseq checkpoint, and the tensors in them: FSDP shards joined, lazily.
+"""Opens one model-parallel part of a metaseq checkpoint, and joins the tensors in its FSDP shards, lazily.
 
-Nothing stays open: a read opens its file, reads the bytes that it needs and closes it. (There may be 992 files.)
+No file stays open, since there may be 992: a read opens its file, reads the bytes that it needs and closes it.
 
 Sources: fairscale's FullyShardedDataParallel.local_metadata_dict and _get_shard; metaseq's scripts/reshard_fsdp.py.
 """
@@ -29,7 +29,7 @@ EMBEDDING = "decoder.embed_tokens.weight"
 
 # Reading files ----------------------------------------------------------------------------------------------
 
-_COMPARED = (4096, 16)  # elements of a vector, rows of a matrix
+_COMPARED = (4096, 16)  # `check_copies` hashes so many elements of a vector, or rows of a matrix
 _Unit = tuple[tuple[str, Shape], ...]  # names and shapes of the tensors in a flat parameter, in order
 
 
@@ -38,8 +38,11 @@ class Part:
     """The files of one model-parallel part.
 
     Attributes:
-      stored: tensor name -> where it is in each file (shard). units, padding: flat parameter -> what is in it, and how
-        many elements at the end of each shard are not; None: the files have no metadata.
+      paths: the files, one for each shard.
+      stored: maps the name of a tensor to its place in each file.
+      units: maps the name of a flat parameter to the tensors in it. None: the files have no metadata.
+      padding: maps the name of a flat parameter to the number of padding elements at the end of each shard.
+      settings: see `metaseq_config.read_settings`.
     """
 
     paths: Sequence[Path]
@@ -50,10 +53,16 @@ class Part:
 
 
 def is_flat(name: str) -> bool:
+    """True if FSDP has flattened several tensors into the one with this name."""
     return name.rpartition(".")[2].startswith("flat_param_")
 
 
 def open_part(paths: Sequence[Path]) -> Part:
+    """The part that consists of the files `paths`, its shards in order. No tensors are read.
+
+    Raises:
+      ValueError: a file is damaged or no metaseq checkpoint, or the files differ in tensors, settings or metadata.
+    """
     part: Part | None = None
     for path in paths:
         shard = _open_file(path)
@@ -77,7 +86,11 @@ def open_part(paths: Sequence[Path]) -> Part:
 def check_settings(
     path: Path, settings: Mapping[str, Any] | None, first: Path, expected: Mapping[str, Any] | None
 ) -> None:
-    """Raise ValueError unless two files are of one model, as far as both say it."""
+    """Check that the settings which both files have are equal, but for dropout rates.
+
+    Raises:
+      ValueError: they differ, so `path` and `first` are of different models.
+    """
     ours, theirs = settings or {}, expected or {}
     for name in sorted((ours.keys() & theirs.keys()) - set(TRAINING)):
         if ours[name] != theirs[name] and not isinstance(ours[name], Stub):
@@ -86,11 +99,14 @@ def check_settings(
 
 
 def check_copies(parts: Sequence[Part]) -> None:
-    """Raise ValueError for a file that is a copy of another one, with the name of a third. Reads a little of each.
+    """Check that no file is a copy of another one, which would stand for a missing file. Reads a little of each.
 
-    What is compared is a tensor of which each file holds a piece; pieces of one value, such as padding, are left out.
-    Compares the shards within a part, and the first shards of all parts. Later shards of two parts may be equal: they
-    may hold LayerNorms only, which every part has.
+    Compares the largest tensor of which each file holds a piece. Pieces of one repeated value, such as padding, do not
+    count. Compares the shards within a part, and the first shards of all parts. Later shards of two parts may be
+    equal: they may hold LayerNorms only, which every part repeats.
+
+    Raises:
+      ValueError: two files hold the same piece, bit for bit.
     """
     first_shards: dict[bytes, Stored] = {}
     for part in parts:
@@ -112,6 +128,11 @@ def check_copies(parts: Sequence[Part]) -> None:
 
 
 def _open_file(path: Path) -> Part:
+    """A part that consists of one file.
+
+    Raises:
+      ValueError: see `open_part`.
+    """
     file = TorchFile(path, stubs=True)
     content = file.content
     model = dict.get(content, "model", content) if isinstance(content, dict) else None
@@ -127,7 +148,7 @@ def _open_file(path: Path) -> Part:
             raise ValueError(f"{path}: tensor {name}: {e}") from None
         stored[name] = [locate(path, file.map, view)]
     part = Part([path], stored, None, settings=read_settings(content))
-    # Scripts that unflatten leave the metadata of the flat parameters there.
+    # Scripts that unflatten the parameters leave the metadata in the file, so metadata alone does not mean flat ones.
     if dict.get(content, "shard_metadata") and any(map(is_flat, stored)):
         part.units = {}
         try:
@@ -139,6 +160,11 @@ def _open_file(path: Path) -> Part:
 
 
 def _read_metadata(metadata: Any) -> Iterator[tuple[str, _Unit, int]]:
+    """For each flat parameter: its name, the tensors in it, and its padding in this file.
+
+    Raises:
+      KeyError, TypeError, AttributeError, ValueError: the metadata are malformed.
+    """
     for entry in metadata["param_metadata"]:
         prefix = entry["fsdp_path"] + "." if entry["fsdp_path"] else ""
         for name, flat in dict.items(entry["params"]):
@@ -157,7 +183,7 @@ def _read_metadata(metadata: Any) -> Iterator[tuple[str, _Unit, int]]:
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor in PyTorch's orientation. copy: (index, out) fills `out` with the part at the index."""
+    """A tensor in PyTorch's layout ([out, in]). `copy(index, out)` reads the values at `index` into `out`."""
 
     file: Path
     shape: Shape
@@ -178,7 +204,17 @@ def _unsharded(stored: Stored) -> Source:
 
 
 def part_tensors(part: Part, config: OPTConfig, parts: int, checks: list[Callable[[], object]]) -> dict[str, Source]:
-    """All tensors of the part, by metaseq's names. checks: gets the comparisons of copies."""
+    """All tensors of a part, by metaseq's names.
+
+    Args:
+      part: the part.
+      config: the architecture, which says what is in flat parameters without metadata.
+      parts: the number of model-parallel parts.
+      checks: gets the comparisons of tensors that every shard repeats.
+
+    Raises:
+      ValueError: shards or tensors are missing or given twice, or do not fit the metadata or the architecture.
+    """
     flat = set(filter(is_flat, part.stored))
     if not flat and len(part.paths) > 1:
         raise ValueError(f"{part.paths[1]}: its tensors are whole, so it cannot be a shard beside {part.paths[0]}")
@@ -191,7 +227,7 @@ def part_tensors(part: Part, config: OPTConfig, parts: int, checks: list[Callabl
             if inner in tensors or (inner in part.stored and inner not in units):
                 raise ValueError(f"{source.file}: tensor {inner} is there twice")
             tensors[inner] = source
-    for name, copies in part.stored.items():  # whole tensors; beside flat ones, buffers that each shard repeats
+    for name, copies in part.stored.items():  # tensors that are not flattened; with several shards, repeated buffers
         if name not in units:
             sources = [_unsharded(stored) for stored in copies]
             checks.append(partial(same, name, sources))
@@ -200,7 +236,11 @@ def part_tensors(part: Part, config: OPTConfig, parts: int, checks: list[Callabl
 
 
 def _unflatten(part: Part, name: str, unit: _Unit) -> Iterator[tuple[str, Source]]:
-    """The tensors in a flat parameter: what the shards hold without their padding, one after another."""
+    """The tensors in a flat parameter, which is the concatenation of its shards without their padding.
+
+    Raises:
+      ValueError: the shards do not have as many elements as the tensors.
+    """
     shards, total = part.stored[name], sum(math.prod(shape) for _, shape in unit)
     sizes = [math.prod(stored.shape) for stored in shards]
     if part.units is not None:
@@ -230,7 +270,14 @@ def _unflatten(part: Part, name: str, unit: _Unit) -> Iterator[tuple[str, Source
 
 
 def _span(runs: Sequence[tuple[int, int, Stored]], start: int, shape: Shape, like: Stored) -> Source:
-    """The tensor that starts at element `start` of the runs (start, stop, where it is)."""
+    """The tensor that starts at element `start` of a flat parameter.
+
+    Args:
+      runs: (first element, end, place) of the pieces of the flat parameter that the tensor overlaps.
+      start: the tensor's first element.
+      shape: the tensor's shape, of one or two dimensions.
+      like: a piece with the tensor's dtype, and its path if there are no runs.
+    """
     width = shape[-1]
 
     def copy(index: Index, out: np.ndarray) -> None:
@@ -249,10 +296,18 @@ def _span(runs: Sequence[tuple[int, int, Stored]], start: int, shape: Shape, lik
 
 
 def _place(out: np.ndarray, run: np.ndarray, position: int, width: int, columns: slice) -> None:
-    """Put into `out`, columns of a matrix, what `run`, elements of the matrix from `position` on, has of them."""
+    """Copy from `run`, consecutive elements of a matrix, to `out`, which holds some columns of it.
+
+    Args:
+      out: the slice of columns `columns`, [rows, columns].
+      run: the elements.
+      position: the index in the flattened matrix of the first element, counted from the first row of `out`.
+      width: the number of columns of the matrix.
+      columns: the slice that `out` holds.
+    """
     row, column = divmod(position, width)
     while run.size:
-        if column or run.size < width:  # a part of a row
+        if column or run.size < width:  # the run begins or ends within this row
             n = min(width - column, run.size)
             low, high = max(column, columns.start), min(column + n, columns.stop)
             if low < high:
@@ -267,7 +322,7 @@ def _place(out: np.ndarray, run: np.ndarray, position: int, width: int, columns:
 
 
 def _derive(part: Part, flat: set[str], config: OPTConfig, parts: int) -> dict[str, _Unit]:
-    """What is in each flat parameter of files without metadata, such as those released in May 2022."""
+    """The tensors in each flat parameter of files without metadata, such as those released in May 2022."""
     units: dict[str, list[tuple[str, Shape]]] = {name: [] for name in sorted(flat)}
     for name, shape in _layout(config, parts, part.paths[0]) if flat else ():
         inside = [key for key in units if key.endswith("flat_param_0") and name.startswith(key[: -len("flat_param_0")])]
@@ -278,7 +333,13 @@ def _derive(part: Part, flat: set[str], config: OPTConfig, parts: int) -> dict[s
 
 
 def _layout(config: OPTConfig, parts: int, where: Path) -> Iterator[tuple[str, Shape]]:
-    """A part's tensors in the order of metaseq's modules (facts from 175B's metadata, quoted in metaseq PR 197)."""
+    """Names and shapes of a part's tensors, in the order of metaseq's modules.
+
+    Source: the metadata of 175B, quoted in metaseq PR 197.
+
+    Raises:
+      ValueError: the order is not known for this architecture, or `parts` does not divide its sizes.
+    """
     width, ffn, vocab = config.hidden_size, config.ffn_dim, config.vocab_size
     if not config.do_layer_norm_before or config.embed_dim != width or not config.tie_word_embeddings:
         raise ValueError(
@@ -312,7 +373,11 @@ def _layout(config: OPTConfig, parts: int, where: Path) -> Iterator[tuple[str, S
 
 
 def same(name: str, sources: Sequence[Source]) -> None:
-    """Raise ValueError unless all copies of a tensor are equal, bit for bit. Reads them."""
+    """Check that all copies of a tensor are equal, bit for bit. Reads them.
+
+    Raises:
+      ValueError: one differs; names its file, the tensor and the first index.
+    """
     for other in sources[1:]:
         if (index := first_difference(sources[0].lazy(), other.lazy())) is not None:
             where = f" at {list(index)}" if index else " in shape or dtype"
@@ -320,4 +385,5 @@ def same(name: str, sources: Sequence[Source]) -> None:
 
 
 def counted(n: int, what: str) -> str:
+    """The number and the noun, in the plural if need be: "1 file", "2 files"."""
     return f"{n} {what}{'s' * (n != 1)}"

@@ -1,4 +1,4 @@
-"""How far a conversion has come: a rich bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of a conversion: a rich bar on a terminal, a plain line every ten seconds elsewhere."""
 
 import sys
 import time
@@ -12,13 +12,16 @@ LINE_EVERY = 10.0  # seconds
 
 
 class Report:
-    """`with Report(total) as report: convert(..., progress=report)`; called with a tensor's path and bytes done."""
+    """A context and a callback, as in `with Report(total) as report: convert(..., progress=report)`.
+
+    Call it with a tensor's path and the number of bytes that are done since the last call. `total` is in bytes, too.
+    """
 
     def __init__(self, total: int, quiet: bool = False) -> None:
         self.total, self.done, self.began = total, 0, time.monotonic()
         self._next_line = self.began + LINE_EVERY
         console = Console(stderr=True)
-        name = TextColumn("{task.fields[name]}", table_column=Column(max_width=24, no_wrap=True))  # 80 in all
+        name = TextColumn("{task.fields[name]}", table_column=Column(max_width=24, no_wrap=True))  # 80 columns in all
         columns = (BarColumn(12), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), name)
         self._bar = Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True)
         self._task = self._bar.add_task("", total=total, name="")

@@ -1,4 +1,4 @@
-"""What the converter reads from: one form for every supported checkpoint, opened lazily."""
+"""Opens every supported form of checkpoint as a `Checkpoint` of lazy arrays."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,16 +25,19 @@ def open_source(
     from_metaseq: bool = False,
     verify: bool = True,
 ) -> Checkpoint:
-    """Whatever `names` stands for: what `hub.resolve` knows, or files of a metaseq checkpoint.
+    """The checkpoint that `names` stand for; no data is read.
 
     Args:
-      from_metaseq: they are files of a metaseq checkpoint, whatever they look like.
-      revision, cache_dir, offline: of a hub id.
-      model, config: the architecture of a metaseq checkpoint, a preset or a config.json.
-      verify: compare the data of an Orbax directory with their checksums.
+      names: one name that `hub.resolve` knows, or the files of a metaseq checkpoint (see `metaseq.find_files`).
+      revision, cache_dir, offline: how to find a hub id; see `hub.resolve`.
+      model: the architecture of a metaseq checkpoint, by the name of a preset.
+      config: the same, as a config.json.
+      from_metaseq: `names` are files of a metaseq checkpoint, whatever they look like.
+      verify: compare the data of an Orbax directory with their checksums when they are read.
 
     Raises:
-      FileNotFoundError, FileExistsError, ValueError: no such checkpoint, or a bad one; options that do not fit it.
+      OSError: there is no such checkpoint, or it cannot be downloaded or read.
+      ValueError: a damaged or unsupported checkpoint, or options that do not apply to it.
     """
     if len(names) == 1 and not from_metaseq and not _is_metaseq(names[0]):
         if model is not None or config is not None:
@@ -53,7 +56,7 @@ def open_source(
 
 
 def is_here(name: str) -> bool:
-    """Whether the name stands for something other than a hub id."""
+    """True for the name of a file, a directory or "tiny"; false for a hub id."""
     return name == "tiny" or hub.is_remote(name) or hub.as_path(name).exists()
 
 
@@ -66,7 +69,11 @@ def _is_metaseq(name: str) -> bool:
 
 
 def open_directory(directory: Path, verify: bool = True) -> Checkpoint:
-    """A Hugging Face directory, a model directory of ours, or a checkpoint of train.py.
+    """The checkpoint in a Hugging Face directory, an Orbax model directory or a checkpoint directory of train.py.
+
+    Args:
+      directory: the directory, as `hub.resolve` returns it.
+      verify: compare the data of an Orbax directory with their checksums when they are read.
 
     Raises:
       FileNotFoundError: the config or weights are missing.
@@ -78,7 +85,7 @@ def open_directory(directory: Path, verify: bool = True) -> Checkpoint:
     arrays, checks = pretrained.open_parameters(directory, config, verify)
     cls = model_class(config, arrays, directory)
     trained = orbax and not (directory / "config.json").is_file()
-    if trained:  # a run that began from a float16 checkpoint has its config, but trains in float32
+    if trained:  # a run that began from a float16 checkpoint keeps its config, but its parameters are float32
         raw = pretrained.set_dtype(raw, next(iter(arrays.values())).dtype.name)
     kind = "checkpoint of train.py" if trained else "Orbax model directory"
     return Checkpoint(
@@ -94,7 +101,11 @@ def open_directory(directory: Path, verify: bool = True) -> Checkpoint:
 
 
 def model_class(config: OPTConfig, arrays: Mapping[str, LazyArray], where: Path) -> str:
-    """The class that the config names; where it names none (older fine-tunes), the one that has the heads found."""
+    """The name of the model class in the config. Without one (older fine-tunes), that of the class with these heads.
+
+    Raises:
+      ValueError: the config names another class than those of `CLASSES`.
+    """
     named: Any = config.extra.get("architectures")
     if not named:
         if "score.kernel" in arrays:

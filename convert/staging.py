@@ -1,8 +1,8 @@
-"""Files that several processes write for one new directory without talking to each other: `to-hf --shard-of i/n`.
+"""Files that several processes write for one new directory without communication: `to-hf --shard-of i/n`.
 
-They meet in `.DST.shards`, which holds a plan (what is being written, by which they know that they belong together) and
-the files: a file has its name there once it is complete. Whoever finds all of them there publishes DST. So a worker may
-be killed, run again, or replaced by another division of the work (1/1 writes all that is missing).
+The processes (workers) share the directory `.DST.shards`. Its plan.json says what is written, and a worker with another
+plan is refused. A file gets its name there once it is complete. The worker that finds all files complete publishes DST.
+So a worker may be killed and run again, and the work may be divided anew (1/1 writes all that is missing).
 """
 
 import json
@@ -18,7 +18,7 @@ from opt_jax.system.temporary import TemporaryPlace
 
 
 def directory_of(destination: Path) -> Path:
-    """Where the workers of this destination meet."""
+    """The directory that the workers for this destination share."""
     destination = Path(os.path.realpath(destination))
     return destination.with_name(f".{destination.name}.shards")
 
@@ -28,7 +28,7 @@ def place_of(directory: Path) -> TemporaryPlace:
 
 
 def read_plan(directory: Path) -> dict[str, Any] | None:
-    """What the workers in `directory` write; None: nothing was begun.
+    """The plan in `directory`, or None if no worker has begun.
 
     Raises:
       ValueError: the plan is damaged.
@@ -45,7 +45,7 @@ def read_plan(directory: Path) -> dict[str, Any] | None:
 
 
 def unfinished(directory: Path) -> list[str]:
-    """The files of the plan that are not complete yet; [] as well where nothing was begun."""
+    """The names of the plan's files that are not complete; [] if no worker has begun."""
     files = (read_plan(directory) or {"files": {}})["files"]
     return [name for name, size in files.items() if not complete(directory / name, size)]
 
@@ -55,13 +55,16 @@ def complete(file: Path, size: int) -> bool:
 
 
 def join(directory: Path, plan: Mapping[str, Any]) -> None:
-    """Make `directory` the place for this plan, or find that it is.
+    """Write `plan` into `directory`, or check that the plan there is the same.
 
-    plan: JSON: "files" has the names and sizes of all files, "content" a hash, the rest is for people to read.
+    Args:
+      directory: see `directory_of`; created if it does not exist.
+      plan: JSON. "files" maps the name of each file to its size in bytes, "content" is a hash, and the other entries
+        tell people what differs.
 
     Raises:
-      FileExistsError: it is a link, or holds what is not ours.
-      ValueError: it is the place for another plan; names the first entry that differs.
+      FileExistsError: the directory is a link, or holds files that are not ours.
+      ValueError: it holds another plan; names the first entry that differs.
     """
     with place_of(directory).locked():
         begun = read_plan(directory)
@@ -79,7 +82,12 @@ def join(directory: Path, plan: Mapping[str, Any]) -> None:
 
 @contextmanager
 def new_file(directory: Path, name: str, size: int) -> Iterator[int]:
-    """A descriptor whose content becomes the file `name` when the block ends, and vanishes if it raises.
+    """A context with a file descriptor. The file gets its name when the block ends, and is removed if it raises.
+
+    Args:
+      directory: see `directory_of`.
+      name: the name of the file.
+      size: its size in bytes.
 
     Raises:
       FileExistsError: see `temporary.new_file`.
@@ -92,7 +100,7 @@ def new_file(directory: Path, name: str, size: int) -> Iterator[int]:
 
 
 def discard(directory: Path) -> None:
-    """Remove the directory, unless it is not ours or a worker is writing into it."""
+    """Remove the directory, unless it is not ours or a worker is writing to it."""
     place = place_of(directory)
     with suppress(OSError):
         if directory.is_dir():

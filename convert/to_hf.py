@@ -1,4 +1,4 @@
-"""An opened checkpoint to a Hugging Face directory: safetensors files, their index, configuration and tokenizer."""
+"""Writes an opened checkpoint as a Hugging Face directory: safetensors files, their index, config and tokenizer."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,7 @@ from . import staging
 from .checkpoint import Checkpoint
 from .to_orbax import cast
 
-_SAMPLES = 64  # tensors of which a plan remembers values
+_SAMPLES = 64  # `_Writer._sample` hashes at most so many vectors
 
 
 def convert(
@@ -33,26 +33,32 @@ def convert(
     overwrite: bool = False,
     progress: Progress = lambda name, nbytes: None,
 ) -> None:
-    """Write `source` as a directory that `transformers` loads; `destination` appears complete or not at all.
+    """Write `source` as a directory that `transformers` loads. It appears complete or not at all.
 
     All processes of a `jax.distributed` job call this together; each writes some of the files.
 
     Args:
-      dtype: cast to it; default: keep each tensor's own, bit for bit.
-      max_shard_size: of the tensors in one file: bytes, or "500MB", "5GB", "5GiB". A larger tensor has its own file.
+      source: the checkpoint.
+      destination: the directory.
+      dtype: cast the parameters to it. Default: each keeps its dtype, bit for bit.
+      max_shard_size: the largest size of the tensors in one file: a number of bytes, or "500MB", "5GB", "5GiB". A
+        larger tensor has a file of its own.
       shard_of: (i, n): write every n-th file, from the i-th on, and publish if all others are there; see `unfinished`.
-      progress: called after each slab with the path of its array and its bytes, by several threads, one at a time.
+      overwrite: replace a model directory.
+      progress: called after each slab with the path of its array and its size in bytes. Several threads call it, one
+        at a time.
 
     Raises:
       FileExistsError: see `directories.new_directory`; or another worker writes the same file now.
       OSError: the disk is full. With `shard_of`, files that are complete stay for the next run.
-      ValueError: damaged data, values out of range for `dtype`, a source that changed meanwhile, a bad `max_shard_size`
-        or `shard_of`, or `shard_of` for a destination that was begun from another source or with other options.
+      ValueError: a tensor is missing, left over, misshapen, damaged or out of range for `dtype`; the source has changed
+        meanwhile; a bad `max_shard_size` or `shard_of`; or the destination was begun from another source or with other
+        options.
     """
     job = jax.process_count() > 1
     if shard_of is not None:
         if job:
-            raise ValueError("--shard-of is for separate commands: a jax.distributed job shares out the files itself")
+            raise ValueError("--shard-of is for separate commands: leave it out, the job divides the files itself")
         if not 1 <= shard_of[0] <= shard_of[1]:
             raise ValueError(f"--shard-of {shard_of[0]}/{shard_of[1]}: i/n needs 1 <= i <= n")
     limit = hf_writer.parse_size(max_shard_size)
@@ -70,11 +76,11 @@ def convert(
             writer.files_writer.write_all(new, writer.files)
             writer.write_descriptions(new)
             hf_writer.check_written(new, writer.files)
-        staging.discard(staging.directory_of(destination))  # what killed workers have left
+        staging.discard(staging.directory_of(destination))  # killed workers may have left it
 
 
 class _Writer:
-    """What is to be written, the same for all workers, and how."""
+    """The files to write, which are the same in all workers, and how to write them."""
 
     def __init__(self, source: Checkpoint, dtype: str | None, limit: int, progress: Progress) -> None:
         self.source, self.dtype, self.limit = source, dtype, limit
@@ -84,7 +90,7 @@ class _Writer:
         self.files_writer = FileWriter(self._load, progress)
 
     def plan(self) -> dict[str, Any]:
-        """By which workers know that they write parts of the same thing."""
+        """The plan (`staging.join`) by which workers notice that they do not write the same files."""
         return {
             "source": os.path.realpath(self.source.where),
             "content": self._sample(),
@@ -94,9 +100,9 @@ class _Writer:
         }
 
     def _sample(self) -> str:
-        """A hash of the description, the files' sizes and times, some vectors, and one row of a few matrices.
+        """A hash of the config, the files' sizes and times, some vectors, and one row of each of a few matrices.
 
-        Reading all data would take too long.
+        To hash all data would take too long.
         """
         description = [self.cls, dict(self.source.raw_config), self.source.files.hash_of_states()]
         digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
@@ -116,9 +122,10 @@ class _Writer:
         return array.T if names.to_hf(tensor.path)[1] else array
 
     def _hold(self, path: str) -> LazyArray:
-        """The array; if it is stored in chunks, a copy of all of it.
+        """The array at `path`. If it is stored in chunks, it is read into memory.
 
-        Slabs of HF's rows are columns of ours: to read them one by one would read each chunk of a grid several times.
+        A slab of rows in PyTorch's layout is a slab of columns in ours. To read these one by one would read each chunk
+        several times.
         """
         array = self.source.arrays[path]
         if not array.in_chunks:
@@ -127,24 +134,29 @@ class _Writer:
         return LazyArray(array.shape, array.dtype, values.__getitem__)
 
     def write_descriptions(self, directory: Path) -> None:
+        """Write all other files: config, tokenizer, generation config, index. Then check that the source is unchanged.
+
+        Raises:
+          ValueError: the source has changed since it was opened.
+        """
         raw = self.source.raw_config if self.dtype is None else pretrained.set_dtype(self.source.raw_config, self.dtype)
         hf_writer.write_json(directory / "config.json", raw)
         pretrained.copy_companions(self.source.companions, directory)
         hf_writer.write_descriptions(directory, self.cls, self.source.config, self.files)
-        self.source.files.check()  # all has been read
+        self.source.files.check()
 
 
 # Several processes ---------------------------------------------------------------------------------------------
 
 
 def unfinished(destination: Path) -> list[str]:
-    """The files that other workers have still to write before `destination` appears; [] if it was published."""
+    """The names of the files that are missing before `destination` is published; [] if it is, or none was begun."""
     return staging.unfinished(staging.directory_of(destination))
 
 
 def _convert_part(writer: _Writer, destination: Path, shard_of: tuple[int, int], overwrite: bool) -> None:
-    """One of several commands that know nothing of each other."""
-    if shard_of[0] > len(writer.files):  # nothing to do, before or after the others
+    """Write the i-th of n parts of the files, and publish the destination if all are complete."""
+    if shard_of[0] > len(writer.files):  # this part is empty
         return
     directories.check_destination(destination, overwrite, hub.is_model)
     directory, plan = staging.directory_of(destination), writer.plan()
@@ -153,7 +165,7 @@ def _convert_part(writer: _Writer, destination: Path, shard_of: tuple[int, int],
     place = staging.place_of(directory)
     with place.locked():
         current_plan = staging.read_plan(directory)
-        if current_plan != plan:  # all were there when another looked, and it published
+        if current_plan != plan:  # another worker found all files complete and published them
             if current_plan is None:
                 place.remove()
             if not hub.is_model(destination):
@@ -165,13 +177,13 @@ def _convert_part(writer: _Writer, destination: Path, shard_of: tuple[int, int],
 
 
 def _convert_in_job(writer: _Writer, destination: Path, overwrite: bool) -> None:
-    """All processes of a `jax.distributed` job in step: what one finds wrong ends the others as well."""
+    """Write the files in all processes of a `jax.distributed` job. An error in one process is raised in all."""
     directory = staging.directory_of(destination)
 
     def begin() -> None:
         directories.check_destination(destination, overwrite, hub.is_model)
         if staging.read_plan(directory) not in (None, writer.plan()):
-            staging.discard(directory)  # of a job that was killed; if one is alive, `join` refuses
+            staging.discard(directory)  # a killed job left it; if it is in use, it stays and `join` raises
 
     agreement.on_first_process(begin)
     error = None
@@ -190,17 +202,18 @@ def _convert_in_job(writer: _Writer, destination: Path, overwrite: bool) -> None
 
 
 def _write_part(writer: _Writer, directory: Path, shard_of: tuple[int, int]) -> None:
-    mine = writer.files[shard_of[0] - 1 :: shard_of[1]]
-    mine = [file for file in mine if not staging.complete(directory / file.name, file.nbytes)]
-    directories.check_space(directory, sum(file.nbytes for file in mine))
-    for file in mine:
+    """Write the i-th of n parts of the files to the shared directory, but for files that are complete already."""
+    part = writer.files[shard_of[0] - 1 :: shard_of[1]]
+    missing = [file for file in part if not staging.complete(directory / file.name, file.nbytes)]
+    directories.check_space(directory, sum(file.nbytes for file in missing))
+    for file in missing:
         with staging.new_file(directory, file.name, file.nbytes) as fd:
             writer.files_writer.write(fd, file)
             writer.source.files.check()
 
 
 def _collect(writer: _Writer, directory: Path, new: Path) -> None:
-    """Move the files into the directory to be published, after all else that might fail."""
+    """Write all other files into `new`, and move the weights there after all that may fail."""
     writer.write_descriptions(new)
     for file in writer.files:
         os.rename(directory / file.name, new / file.name)

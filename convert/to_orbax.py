@@ -1,4 +1,4 @@
-"""An opened checkpoint to an Orbax model directory, piece by piece, without torch and without a device."""
+"""Writes an opened checkpoint as an Orbax model directory, piece by piece, without PyTorch or an accelerator."""
 
 import json
 from collections.abc import Callable
@@ -29,14 +29,17 @@ def convert(
     All processes of a `jax.distributed` job call this together; each reads and writes its part.
 
     Args:
-      dtype: cast to it; default: keep each tensor's own, bit for bit.
-      progress: called after each piece with the path of its array and its bytes.
+      source: the checkpoint.
+      destination: the directory, also at `gs://...`.
+      dtype: cast the parameters to it. Default: each keeps its dtype, bit for bit.
+      overwrite: replace a model directory.
+      progress: called after each piece with the path of its array and its size in bytes.
 
     Raises:
       FileExistsError: see `directories.new_directory`.
       OSError: the disk is full.
-      ValueError: a tensor too many, too few or misshapen, damaged data, values out of range for `dtype`; names it. A
-        source that changed meanwhile; or see `hub.check_array_path`.
+      ValueError: a tensor (named in the message) is missing, left over, misshapen, damaged or out of range for `dtype`;
+        the source has changed meanwhile; or see `hub.check_array_path`.
     """
     hub.check_array_path(destination)
     agreement.on_first_process(source.check)
@@ -56,7 +59,11 @@ def convert(
 
 
 def cast(source: Checkpoint, path: str, dtype: str | None) -> LazyArray:
-    """The array at `path` in another dtype; reading values that overflow there raises ValueError."""
+    """The array at `path`, cast to `dtype` when it is read.
+
+    Raises:
+      ValueError: models are not kept in the dtype; or, when the array is read, a finite value overflows in it.
+    """
     array = source.arrays[path]
     target = jnp.dtype(dtype or array.dtype)
     if target.name not in pretrained.PARAM_DTYPES:
@@ -69,7 +76,7 @@ def cast(source: Checkpoint, path: str, dtype: str | None) -> LazyArray:
 
     def read(index: chunks.Index) -> np.ndarray:
         before = array.read(index)
-        with np.errstate(over="ignore"):  # reported below
+        with np.errstate(over="ignore"):  # an overflow is an error below
             after = before.astype(target)
         if (np.isfinite(before) > np.isfinite(after)).any():
             name = hf.stored_as(path, ())[0]
@@ -80,16 +87,19 @@ def cast(source: Checkpoint, path: str, dtype: str | None) -> LazyArray:
 
 
 def check_written(directory: Path, arrays: dict[str, LazyArray]) -> None:
-    """Compare what is on disk with what was to be written: names, shapes, dtypes and the bytes of all files.
+    """Compare names, shapes, dtypes and the total size on disk with what was to be written.
 
-    (metaseq's own merge once "succeeded" with 376 KB of 2.5 GB: its issue 695.)
+    metaseq's own script once reported success after it had written 376 KB of 2.5 GB (metaseq issue 695).
+
+    Raises:
+      OSError: they differ.
     """
     written = orbax.open_arrays(directory / "params")
     for path in arrays.keys() | written.keys():
-        ours, theirs = ((x[path].shape, x[path].dtype) if path in x else None for x in (arrays, written))
-        if ours != theirs:
-            raise OSError(f"{directory}: {path} was to be {ours}, but is {theirs} on disk: nothing was published")
-    if hub.is_remote(directory):  # objects are there as a whole or not at all
+        expected, actual = ((x[path].shape, x[path].dtype) if path in x else None for x in (arrays, written))
+        if expected != actual:
+            raise OSError(f"{directory}: {path} was to be {expected}, but is {actual} on disk: nothing was published")
+    if hub.is_remote(directory):  # an object store has no partial objects
         return
     nbytes = sum(array.nbytes for array in arrays.values())
     on_disk = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())

@@ -61,7 +61,7 @@ def test_text_is_that_of_generate_and_comes_in_pieces(folder, monkeypatch):
     pieces = []
 
     class Terminal(io.StringIO):
-        def flush(self):  # what was written is now to be seen
+        def flush(self):  # what was written appears now
             pieces.append(self.getvalue())
 
     monkeypatch.setattr(sys, "stdout", Terminal())
@@ -78,7 +78,7 @@ def test_several_prompts_and_defaults(folder, capsys):
         warnings.simplefilter("error")
         assert main(["generate", "weights", "with random", "--model", folder]) == 0
     settings = dict(do_sample=True, temperature=0.7, top_k=50)
-    texts = [  # as many tokens as the context has room for
+    texts = [  # as many tokens as fit into the context
         expected(folder, prompt, max_new_tokens=64 - n, seed=seed, **settings)
         for seed, (prompt, n) in enumerate(
             (p, len(OPTTokenizer.from_pretrained(folder).encode(p))) for p in ("weights", "with random")
@@ -97,7 +97,7 @@ def test_penalties_and_stops(folder, capsys):
 
 
 def test_greedy_from_standard_input(folder, tmp_path, monkeypatch, capsys):
-    """Whatever the checkpoint says."""
+    """--temperature 0 wins over the checkpoint's options."""
     model = shutil.copytree(folder, tmp_path / "model")
     (model / "generation_config.json").write_text('{"do_sample": true, "temperature": 9.0}')
     stdin(monkeypatch, b"two\nlines\n")
@@ -161,13 +161,13 @@ def test_help_names_every_option(capsys):
 
 def test_warnings_are_one_line(folder, capsys):
     with warnings.catch_warnings():
-        warnings.simplefilter("default")  # outside pytest
+        warnings.simplefilter("default")  # as outside of pytest
         assert main(["generate", "--model", folder, "--max-new-tokens", "1", "</s>a"]) == 0
     assert capsys.readouterr().err == "opt-jax: warning: ids begin with '</s>' twice: leave it out of the text\n"
 
 
 def start(folder, prompt):
-    """The program as the shell starts it, with the prompt on the screen and the first token still to come."""
+    """Start the program, and return when it has printed the prompt, before the first token."""
     command = [sys.executable, "-m", "opt_jax.cli", "generate", "--model", folder, prompt]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout and process.stdout.read(len(prompt)) == prompt.encode()

@@ -1,4 +1,4 @@
-"""OPTConfig: the presets, Hugging Face's config.json in and out, refusals by name."""
+"""OPTConfig: the presets, reading and writing Hugging Face's config.json, and errors that name the field."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import pytest
 
 from opt_jax import OPTConfig
 
-# As in the config.json of facebook/opt-350m: fields of every kind, some of them not the architecture's.
+# The config.json of facebook/opt-350m: fields of all kinds, also some that do not concern the architecture.
 OPT_350M = {
     "_name_or_path": "facebook/opt-350m",
     "_remove_final_layer_norm": False,
@@ -72,15 +72,15 @@ def test_hf_config_in_and_out(tmp_path):
     assert dataclasses.replace(config, extra={}) == OPTConfig.preset("350m")
     assert config.extra["prefix"] == "</s>" and config.extra["torch_dtype"] == "float16"
     out = config.to_hf()
-    assert {k: out[k] for k in OPT_350M} == OPT_350M  # unknown fields come back out
+    assert {k: out[k] for k in OPT_350M} == OPT_350M  # unknown fields are written back
     (tmp_path / "config.json").write_text(json.dumps(out))
     assert OPTConfig.from_hf(tmp_path) == OPTConfig.from_hf(tmp_path / "config.json") == OPTConfig.from_hf(out)
-    # twice round changes nothing more
+    # A second round trip changes nothing.
     assert OPTConfig.from_hf(out).to_hf() == out
 
 
 def test_what_has_no_effect_is_noted_once_for_a_file(tmp_path):
-    """What transformers does where the file says so; nothing is said of values that are its defaults."""
+    """A warning lists what `transformers` would do with such fields. Its default values are not listed."""
     content = OPT_350M | {"output_attentions": False, "return_dict": True, "temperature": 1.0, "top_k": 50}
     assert OPTConfig.from_hf(content).extra["top_k"] == 50
     content |= {"output_hidden_states": True, "gradient_checkpointing": True, "top_k": 5, "bad_words_ids": [[3]]}

@@ -1,4 +1,4 @@
-"""The README and the pages of docs/: examples run, commands have options that exist, links lead to something."""
+"""The README and the pages of docs/: examples run, options in commands exist, and so do the targets of links."""
 
 import inspect
 import re
@@ -21,7 +21,7 @@ COMMAND_LINES = [
 
 
 def anchors(text):
-    """GitHub's: lower case, blanks as hyphens, no punctuation."""
+    """The anchors that GitHub gives to headings: lower case, hyphens for blanks, no punctuation."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -51,7 +51,7 @@ def test_the_readme_names_commands_that_exist():
 
 
 def run(page, capsys):
-    """Its blocks of Python, but for those marked `no-run`, with a 125M of one small layer."""
+    """Run the Python blocks of a page, but for those marked `no-run`, with one small layer for a 125M."""
     code = "\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE))
     small = "num_hidden_layers=1, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_attention_heads=2"
     code = code.replace('OPTConfig.preset("125m")', f'dataclasses.replace(OPTConfig.preset("125m"), {small})')

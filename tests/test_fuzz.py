@@ -1,7 +1,7 @@
-"""Damaged files, answers and options: read as they were, or one plain error, within limits on memory and time.
+"""Damaged files, answers and options: each is read as if undamaged, or is one line of error, within limits.
 
-Hypothesis draws a seeded sample; with --exhaustive thousands of cases, and with --hypothesis-seed=N others. A failure's
-shrunk case becomes an example in FOUND.
+The limits are on memory and time. Hypothesis draws a seeded sample, with --exhaustive thousands of cases, and with
+--hypothesis-seed=N others. The shrunk case of a failure becomes an example in REGRESSIONS.
 """
 
 import os
@@ -18,7 +18,7 @@ from support.fuzz_cases import Many, npy_file
 from support.fuzz_worker import Worker
 from support.processes import environment
 
-# target -> what draws its cases, and how many without --exhaustive.
+# target -> (strategy of its cases, number of cases without --exhaustive).
 DRAWN: dict[str, tuple[Callable[[Any], st.SearchStrategy], int]] = {
     "Config": (fuzz_cases.damage, 100),
     "Tokenizers": (fuzz_cases.damage, 100),
@@ -28,8 +28,8 @@ DRAWN: dict[str, tuple[Callable[[Any], st.SearchStrategy], int]] = {
     "Generation": (lambda names: fuzz_cases.requests(sorted(names)), 300),
     "Hub": (fuzz_cases.answers, 25),
 }
-# Each failed before the fault was mended.
-FOUND: dict[str, list[Any]] = {
+# Cases that have failed.
+REGRESSIONS: dict[str, list[Any]] = {
     "Config": [
         ("run.json", [("set", ("options",), [None])]),
         ("config.json", [("set", ("num_labels",), Many("x ", 500_000))]),
@@ -87,7 +87,7 @@ FOUND: dict[str, list[Any]] = {
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory):
     directory = tmp_path_factory.mktemp("fuzz")
-    os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(directory / "hypothesis")  # not beside the code
+    os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(directory / "hypothesis")  # not in the working directory
     with Worker(directory / "worker", environment()) as worker:
         yield worker
 
@@ -107,7 +107,7 @@ def test_damage_is_read_as_it_was_or_is_one_error(worker, pytestconfig, target):
         assert wrong is None, wrong
 
     run = given(draw(files))(check)
-    for case in FOUND.get(target, ()):
+    for case in REGRESSIONS.get(target, ()):
         run = example(case)(run)
     settings(
         max_examples=2000 if exhaustive else count,
@@ -121,7 +121,7 @@ def test_damage_is_read_as_it_was_or_is_one_error(worker, pytestconfig, target):
 
 
 class Calls:
-    """What the process does when it takes the case."""
+    """A case that calls `function` in the process when it is unpickled."""
 
     def __init__(self, function: Callable, *arguments: Any):
         self.call = function, arguments

@@ -1,4 +1,4 @@
-"""`import opt_jax` is light: what it must not load. (`benchmarks/import_time.py` measures the time.)"""
+"""`import opt_jax` loads no heavy packages. (`benchmarks/import_time.py` measures the time.)"""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ FORBIDDEN = ("torch", "transformers", "grain", "tokenizers", "safetensors", "tyr
 
 
 def loaded_after(statement: str) -> set[str]:
-    """The top-level modules in a fresh interpreter that ran the statement."""
+    """The top-level modules in a fresh interpreter after the statement."""
     code = f"import sys\n{statement}\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
     run = subprocess.run(
         [sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True, env=environment(START="fresh")

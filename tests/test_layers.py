@@ -6,7 +6,7 @@ from pathlib import Path
 
 from conftest import REPOSITORY
 
-# From the ground floor up. A room may import those before it.
+# A room may import the rooms before it.
 ROOMS = (
     "opt_jax.system",
     "opt_jax.config",
@@ -37,7 +37,7 @@ def module(path: Path) -> str:
 
 
 def imported(tree: ast.AST, modules: dict[str, ast.AST], package: str) -> Iterator[str]:
-    """The modules of ours that a file imports, at its top and in its functions; not what only type checkers read."""
+    """Our modules that a file imports, at its top and in functions, but not under TYPE_CHECKING."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             continue
@@ -52,7 +52,7 @@ def imported(tree: ast.AST, modules: dict[str, ast.AST], package: str) -> Iterat
 
 
 def arrows(modules: dict[str, ast.AST]) -> dict[str, set[str]]:
-    """Module -> modules that it imports, but for the root package, which loads what it names on first use."""
+    """Module -> modules that it imports, without the root package, which loads its names on first use."""
     return {
         name: set(imported(tree, modules, name.rpartition(".")[0])) - {name, "opt_jax"}
         for name, tree in modules.items()
@@ -68,7 +68,7 @@ def upwards(graph: dict[str, set[str]]) -> set[tuple[str, str]]:
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
-    """Modules that import each other in a circle, without the exceptions; empty where there is none."""
+    """Modules that import each other in a circle, ignoring EXCEPTIONS, or an empty list."""
     done: set[str] = set()
 
     def visit(name: str, path: list[str]) -> list[str]:

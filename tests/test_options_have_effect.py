@@ -1,21 +1,20 @@
-"""Every argument and field changes the program or a result, or is refused, or stands here with the reason why not.
+"""Every argument and field changes the program or a result, or is refused, or has a reason here why not.
 
-All of them come from signatures and dataclasses: a new one fails until it has an entry. Programs are traced, and not
-compiled. The fields of OPTConfig are in test_model.py, which looks at the numbers that each of them changes.
+They come from signatures and dataclasses, so a new one fails until it has an entry. Arguments of models and of training
+steps are in test_traced_options_have_effect.py.
 """
 
 import ast
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from conftest import REPOSITORY
 from reference import CONFIGS, our_model
 
 import opt_jax
@@ -36,26 +35,19 @@ from opt_jax.generation.processors import History, completes
 from opt_jax.generation.request import check_request
 from opt_jax.generation.scoring import score
 from opt_jax.model import embeddings
-from opt_jax.model.decoder import DecoderInputs
-from opt_jax.model.heads import OPTPreTrainedModel
-from opt_jax.model.lora import LoRA
-from opt_jax.parallel.mesh import make_mesh, use_mesh
+from opt_jax.parallel.mesh import make_mesh
 from opt_jax.text.pipelines import pipeline, score_texts, stream_text
-from opt_jax.training.optimizer import make_optimizer, make_schedule
 from opt_jax.training.options import Options
-from opt_jax.training.step import make_gradients, new_model, state_shardings
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = dataclasses.replace(CONFIGS["opt-125m"], num_hidden_layers=1)
-IDS = jax.ShapeDtypeStruct((2, 8), jnp.int32)
 
 
 class Because(str):
-    """Why an option is not shown to have an effect."""
+    """The reason why no effect of an option is shown here."""
 
 
 class Refused:
-    """Arguments with which a call fails, and words of the message."""
+    """Arguments with which a call fails, and a pattern of its message."""
 
     def __init__(self, words: str, **arguments: Any):
         self.words, self.arguments = words, arguments
@@ -71,10 +63,17 @@ def names(function: Callable) -> list[str]:
 
 
 def check_all(
-    found: Iterable[str], entries: dict[str, Any], observe: Callable, base: dict[str, Any] | None = None
+    options: Iterable[str], entries: dict[str, Any], observe: Callable, base: dict[str, Any] | None = None
 ) -> None:
-    """`observe(**base)` differs from what it is with each entry: a value of the option, or a dict of arguments."""
-    assert sorted(found) == sorted(entries), "give each option an entry: a value that changes something, or Because"
+    """Assert that each option changes what `observe` returns.
+
+    Args:
+      options: all names.
+      entries: name -> another value, a dict of arguments, `Because` or `Refused`.
+      observe: a function of the options.
+      base: its other arguments.
+    """
+    assert sorted(options) == sorted(entries), "give each option an entry: a value that changes something, or Because"
     base = base or {}
     usual, same = observe(**base), []
     for name, entry in entries.items():
@@ -88,147 +87,10 @@ def check_all(
     assert not same, f"without effect: {same}"
 
 
-# Programs -------------------------------------------------------------------------------------------------------------
-
-
-def equations(jaxpr: Any) -> Iterator[tuple]:
-    """What a traced program does, without the names of its variables, of which some may be read by nobody."""
-    for eqn in jaxpr.eqns:
-        literals = tuple(str(v) for v in eqn.invars if hasattr(v, "val"))
-        yield eqn.primitive.name, tuple(str(v.aval) for v in eqn.outvars), literals
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else [value]:
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from equations(inner)
-
-
-def program(function: Callable, *arguments: Any) -> list[tuple]:
-    return list(equations(jax.make_jaxpr(function)(*arguments).jaxpr))
-
-
-def test_arguments_of_models():
-    def gradients(config=CONFIG, **options):
-        build = lambda: opt_jax.OPTForCausalLM(config, rngs=nnx.Rngs(0), **options)  # noqa: E731
-        loss = lambda model, ids: model.forward(ids, labels=ids).loss  # noqa: E731
-        return program(jax.grad(loss), nnx.eval_shape(build), IDS)
-
-    entries = {
-        "config": dataclasses.replace(CONFIG, ffn_dim=48),
-        "rngs": Because("other values, not another program: test_model.test_initial_values_are_hf_s"),
-        "dtype": "bfloat16",
-        "param_dtype": "bfloat16",
-        "scan_layers": True,
-        "attn_implementation": Because("below"),
-        "remat": "full",
-        "grad_dtype": Refused("grad_dtype=bfloat16 without effect: pass scan_layers=True", grad_dtype="bfloat16"),
-    }
-    check_all(names(OPTPreTrainedModel.__init__), entries, gradients)
-    for name in ("OPTModel", "OPTForCausalLM", "OPTForSequenceClassification", "OPTForQuestionAnswering"):
-        assert "__init__" not in vars(getattr(opt_jax, name))  # no other arguments
-
-    def forward(**options):
-        model = nnx.eval_shape(lambda: opt_jax.OPTForCausalLM(CONFIG, rngs=nnx.Rngs(0), **options))
-        return program(lambda model, ids: model.forward(ids).logits, model, IDS)
-
-    assert forward(attn_implementation="splash") != forward()
-
-
-@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
-def test_options_of_a_training_step():
-    mesh = make_mesh("fsdp=2", jax.devices()[:2])
-
-    def step(**options):
-        model = jax.eval_shape(lambda: new_model(CONFIG, 0, "float32", **options))
-        batch = {"input_ids": (ids := jax.ShapeDtypeStruct((1, 2, 8), jnp.int32)), "labels": ids}
-        with use_mesh(mesh):
-            return program(make_gradients(CONFIG, state_shardings(model, mesh), mesh), model, batch)
-
-    for changed in (dict(grad_dtype="bfloat16"), dict(remat="full")):
-        assert step(**changed) != step(), changed
-
-
-@pytest.mark.parametrize(
-    ("name", "labels"),
-    [
-        ("OPTModel", ()),
-        ("OPTForCausalLM", ("labels", "logits_to_keep")),
-        ("OPTForSequenceClassification", ("labels",)),
-        ("OPTForQuestionAnswering", ("start_positions", "end_positions")),
-    ],
-)
-def test_inputs_of_models(name, labels):
-    cls = getattr(opt_jax, name)
-    model = nnx.eval_shape(lambda: cls(CONFIG, rngs=nnx.Rngs(0)))
-    row, static = jax.ShapeDtypeStruct((2,), jnp.int32), {"output_hidden_states", "output_attentions", "logits_to_keep"}
-
-    def call(**inputs):
-        fixed = {name: inputs.pop(name) for name in static & set(inputs)}
-        forward = lambda model, inputs: jax.tree.leaves(model.forward(**inputs, **fixed))  # noqa: E731
-        closed = jax.make_jaxpr(forward)(model, inputs)
-        return len(closed.jaxpr.outvars), list(equations(closed.jaxpr))
-
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    embeds = jax.ShapeDtypeStruct((2, 8, CONFIG.embed_dim), jnp.float32)
-    answers = dict(start_positions=row, end_positions=row)
-    entries = {
-        "input_ids": dict(input_ids=None, inputs_embeds=embeds),
-        "inputs_embeds": dict(input_ids=None, inputs_embeds=embeds),
-        "attention_mask": IDS,
-        "position_ids": IDS,
-        "segment_ids": IDS,
-        "labels": IDS if name == "OPTForCausalLM" else row,
-        "logits_to_keep": 1,
-        "start_positions": answers,
-        "end_positions": answers,
-        "cache": nnx.eval_shape(lambda: our_model("opt-125m", num_hidden_layers=1).init_cache(2, 16)),
-        "output_hidden_states": True,
-        "output_attentions": True,
-        "dropout_key": key,
-    }
-    others = {"labels", "logits_to_keep", "start_positions", "end_positions"} - {*labels}
-    entries = {name: entry for name, entry in entries.items() if name not in others}
-    inputs = dict.fromkeys([*names(cls.forward), *(field.name for field in dataclasses.fields(DecoderInputs))])
-    check_all(inputs, entries, call, dict(input_ids=IDS))
-    if len(labels) == 2 and name == "OPTForQuestionAnswering":
-        with pytest.raises(ValueError, match="start_positions alone gives no loss"):
-            our_model("opt-125m", name, num_hidden_layers=1)(np.ones((2, 8), np.int32), start_positions=[1, 2])
-
-
-def test_options_of_the_optimizer():
-    tree = {"x": jnp.ones(4)}
-
-    def update(**options):
-        optimizer = make_optimizer(lambda step: 1e-3 * (step + 1), **options)
-        return program(optimizer.update, tree, optimizer.init(tree), tree)
-
-    entries = {"schedule": Because("the next check"), "weight_decay": 0.3, "clip_norm": 0.5, "betas": (0.8, 0.9)}
-    check_all(names(make_optimizer), entries, update)
-
-    def rates(**options):
-        schedule = make_schedule(**options)
-        return [float(schedule(step)) for step in (0, 3, 9)]
-
-    changed = dict(peak=2.0, warmup_steps=4, steps=20, final=0.5)
-    check_all(names(make_schedule), changed, rates, dict(peak=1.0, warmup_steps=2, steps=10))
-
-
-def test_options_of_lora():
-    pytest.importorskip("qwix")
-    plain = nnx.eval_shape(lambda: opt_jax.OPTForCausalLM(CONFIG, rngs=nnx.Rngs(0), scan_layers=True, remat="full"))
-
-    def adapted(rank=2, alpha=4.0, targets=("q_proj",)):
-        model = LoRA(rank, alpha, targets).adapt(plain)
-        assert model.model.decoder.remat == "full"
-        return program(lambda model, ids: model.forward(ids).logits, model, IDS)
-
-    check_all([f.name for f in dataclasses.fields(LoRA)], dict(rank=4, alpha=2.0, targets=("fc1",)), adapted)
-
-
 # Generation -----------------------------------------------------------------------------------------------------------
 
 VOCAB = CONFIG.vocab_size
-# All processors that are left out of the program unless asked for, at values that change next to nothing.
+# All optional processors are on, at values that change almost nothing.
 WEAK: dict[str, Any] = dict(
     do_sample=True,
     min_p=1e-9,
@@ -246,7 +108,7 @@ WEAK: dict[str, Any] = dict(
     max_new_tokens=4,
     min_new_tokens=1,
 )
-# Rows: amid a text, the first token, the first one after a prompt of one token, the last one, one that ends.
+# Rows: in a text, at the first token, at the first one after a prompt of one token, at the last one, at an end.
 TOKENS = np.array([[5, 6, 7, 5, 6, 7, 5, 6]] * 5, np.int32)
 STEP = np.array([2, 0, 0, 3, 1], np.int32)
 VALID = np.arange(8) >= np.array([0, 0, 7, 0, 0])[:, None]
@@ -281,7 +143,7 @@ def test_options_of_generation(model):
         if request.num_beams > 1:
             beams = BeamEngine(FlatModel.of(model), request).options_of(np.arange(1))
             on_host |= dict(penalty=float(beams.length_penalty), early=beams.early_stopping)
-        # In one program, for all processors are on; what is not about them has no other tokens to show.
+        # One program serves all options of processors. Other options show in `on_host`.
         chosen = choose(request.options) if request.options.stop_sequences is not None and request.copies == 1 else ()
         rounded = lambda x: np.round(np.asarray(x, np.float64), 3).tolist() if hasattr(x, "dtype") else x  # noqa: E731
         return str(jax.tree.map(rounded, (on_host, chosen)))
@@ -318,7 +180,7 @@ def test_options_of_generation(model):
         "cache_dtype": "bfloat16",
         "logprobs": 2,
     }
-    more = {  # what needs another option
+    more = {  # options that need another one: (the other one, the option)
         "length_penalty": (dict(num_beams=2), dict(length_penalty=2.0)),
         "early_stopping": (dict(num_beams=2), dict(early_stopping=True)),
         "max_matching_ngram_size": (dict(prompt_lookup_num_tokens=3), dict(max_matching_ngram_size=4)),
@@ -327,12 +189,12 @@ def test_options_of_generation(model):
     check_all([*{*FIELDS} - {*more} | {"num_assistant_tokens"}], entries, asked, WEAK)
     for name, (base, changed) in more.items():
         assert asked(**base, **changed) != asked(**base), name
-        with pytest.raises(ValueError, match=f"{name} without effect"):  # alone
+        with pytest.raises(ValueError, match=f"{name} without effect"):  # without the other option
             asked(**changed)
 
 
 def test_every_traced_option_reaches_the_tokens():
-    """The other half: of what a request says in arrays, the compiled code reads all."""
+    """The compiled code reads each field of `SamplingOptions`."""
     read = attributes(
         ["opt_jax/generation/sampling.py", "opt_jax/generation/loop.py", "opt_jax/generation/speculative.py"],
         {"o", "options"},
@@ -371,7 +233,7 @@ def test_arguments_of_generate(model):
 def test_arguments_of_the_tokenizer():
     texts, pairs = ["def f(x): return", "x"], ["y = 2", "z"]
 
-    def made(**arguments):
+    def tokenized(**arguments):
         tokenizer = OPTTokenizer(OPTTokenizer.from_pretrained("tiny").backend_tokenizer, **arguments)
         return str([tokenizer(texts, truncation=True, max_length=3), tokenizer(texts)])
 
@@ -381,7 +243,7 @@ def test_arguments_of_the_tokenizer():
         "padding_side": "right",
         "truncation_side": "left",
     }
-    check_all(names(OPTTokenizer.__init__), entries, made)
+    check_all(names(OPTTokenizer.__init__), entries, tokenized)
 
     tokenizer = OPTTokenizer.from_pretrained("tiny")
     entries = {
@@ -391,7 +253,7 @@ def test_arguments_of_the_tokenizer():
         "truncation": dict(truncation=True, max_length=4),
         "max_length": dict(truncation=True, max_length=3),
         "return_tensors": None,
-        "add_special_tokens": Because("False warns, too: test_text.py"),
+        "add_special_tokens": Because("False warns, too: test_tokenizer.py"),
         "padding_side": "right",
         "pad_to_multiple_of": 64,
         "return_offsets_mapping": True,
@@ -417,7 +279,7 @@ def test_arguments_of_the_tokenizer():
 
 
 def test_arguments_of_text_functions(model):
-    """What is said in words: each is at least refused where it does not fit."""
+    """Each argument changes the result, or is refused when it is wrong."""
     tokenizer = OPTTokenizer.from_pretrained("tiny")
     entries: dict[str, Any] = {
         "task": Refused("task 'x' is not supported", task="x"),
@@ -437,7 +299,7 @@ def test_arguments_of_text_functions(model):
     call = lambda **a: score_texts(model, tokenizer, ["x"], **a) if a else None  # noqa: E731
     check_all(names(score_texts), entries, call)
     assert names(stream_text) == ["model", "tokenizer", "prompt"]
-    assert names(score) == ["model", "input_ids", "attention_mask", "return_greedy"]  # the last adds to the result
+    assert names(score) == ["model", "input_ids", "attention_mask", "return_greedy"]  # return_greedy adds to the result
     entries = {
         "model": it,
         "input_ids": it,
@@ -524,7 +386,7 @@ def test_arguments_of_loading_and_saving(model, tmp_path):
 
 
 def attributes(paths: Iterable[str], variables: set[str]) -> set[str]:
-    """What is read of the variables in the files, but for functions that only check."""
+    """The attributes of the variables that the files read, outside of functions that only check."""
     read = set()
     for path in paths:
         tree = ast.parse((REPOSITORY / path).read_text())
@@ -537,11 +399,11 @@ def attributes(paths: Iterable[str], variables: set[str]) -> set[str]:
 
 
 def test_options_of_commands_are_read():
-    """By what does the work, not only by the checks; what changes nothing in a run is refused there."""
+    """They are read by code that does the work, and not only by checks."""
     rooms = [path for room in ("training", "data") for path in (REPOSITORY / "opt_jax" / room).rglob("*.py")]
     training = ["train.py", *(str(path.relative_to(REPOSITORY)) for path in rooms)]
     for options, paths, passed in (
-        (Options, training, {"dropout", "attention_dropout", "init_std"}),  # model_config takes these by their names
+        (Options, training, {"dropout", "attention_dropout", "init_std"}),  # model_config gets these by name
         (command.EvalOptions, ["opt_jax/evaluation/command.py"], set()),
         (convert_command.WriteOptions, ["convert/__main__.py"], set()),
     ):
@@ -554,7 +416,7 @@ def test_options_of_commands_are_read():
         for f in dataclasses.fields(kind)
     }
     assert given - {"no_verify"} | {"verify"} == {*names(source.open_source)} - {"names", "from_metaseq"}
-    assert {f.name for f in dataclasses.fields(convert_command.JobOptions)} == {*names(job.started)}
+    assert {f.name for f in dataclasses.fields(convert_command.JobOptions)} == {*names(job.started)} - {"options"}
     for function in (source.open_source, job.started):
         body = ast.walk(ast.parse(inspect.getsource(function)))
         assert {*names(function)} <= {node.id for node in body if isinstance(node, ast.Name)}

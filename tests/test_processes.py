@@ -1,4 +1,4 @@
-"""A forked program does what the same program does that Python starts: what it prints, its exit code, its signals."""
+"""A forked program behaves like one that Python starts: output, exit code and signals."""
 
 import signal
 import subprocess

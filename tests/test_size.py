@@ -1,4 +1,4 @@
-"""The core can be read in an evening, functions are short, names have a meaning, ruff formats nearly everything."""
+"""The core can be read in an evening, functions are short, names say what a thing is, ruff formats nearly all files."""
 
 import ast
 import io
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from conftest import REPOSITORY
 from test_layers import EXCEPTIONS, arrows, ours
 
-# What somebody reads who wants to understand or change OPT here. All that these import in `opt_jax` counts, too.
+# What to read in order to understand or change OPT here. What these import inside `opt_jax` counts too.
 CORE = (
     "opt_jax.config",
     "opt_jax.model.decoder",
@@ -24,7 +24,7 @@ CORE = (
 )
 CORE_LINES = 1700
 SHORT_FUNCTIONS = ("opt_jax.model.", "opt_jax.parallel.", "opt_jax.generation.")
-SHORT, LONG = 60, 100  # lines of a function: in these, and elsewhere
+SHORT, LONG = 60, 100  # lines of a function, in SHORT_FUNCTIONS and elsewhere
 LONGER = {"train.main": 120}  # one run, top to bottom
 FORMATTER_SKIPS = 20
 LAYOUT = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
@@ -32,7 +32,7 @@ NO_CODE = {tokenize.COMMENT, *LAYOUT}
 
 
 def docstring_lines(node: ast.AST) -> range:
-    """The lines of the docstring of a module, class or function; none of anything else."""
+    """The lines of the docstring of a module, class or function. Empty for other nodes."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
         first = node.body[0]
         if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
@@ -63,7 +63,7 @@ def path(module: str) -> str:
 
 
 def functions(node: ast.AST, name: str) -> Iterator[tuple[str, int]]:
-    """(dotted name, lines without the docstring) of all functions in a file, those in classes and functions too."""
+    """(dotted name, lines without the docstring) of all functions in a file, also of nested ones."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             inside = f"{name}.{child.name}"

@@ -1,4 +1,4 @@
-"""The wheel holds all six commands of `opt-jax`; they run without a checkout, beside foreign modules of their names."""
+"""The wheel holds the commands of `opt-jax`. They run without a checkout, and beside foreign modules of their names."""
 
 import subprocess
 import sys

@@ -7,11 +7,13 @@ fixed by (seed, step) (`windows.py`).
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 
-from opt_jax.data.documents import BadRecords, HFSource, find_sources, read_documents, stdlib_files
+from opt_jax.data.documents import Source, find_sources, read_documents
+from opt_jax.data.files import stdlib_files
+from opt_jax.data.records import TEXT_KEY, BadRecords
 from opt_jax.data.tokens import Tokens, open_tokens, tokenize
 from opt_jax.text.tokenizer import OPTTokenizer
 
@@ -33,7 +35,7 @@ def split_documents(documents: list[str], fraction: float = HELD_OUT) -> tuple[l
     return training, [documents[i] for i in sorted(held_out)]
 
 
-def _is_array(source: Path | HFSource) -> TypeGuard[Path]:
+def _is_array(source: Source) -> TypeGuard[Path]:
     return isinstance(source, Path) and source.suffix == ".npy"
 
 
@@ -46,6 +48,7 @@ class Corpus:
         `split_documents` selects.
       mixed: make one stream of each of `names`.
       skip_bad: leave out records that cannot be read, and count them.
+      text_key: the key or column of the text in files of records.
 
     Attributes:
       training: all documents to train on, and to train a tokenizer on.
@@ -54,26 +57,37 @@ class Corpus:
       ValueError, FileNotFoundError: as `find_sources` and `read_documents`; or `skip_bad` without any text.
     """
 
-    def __init__(self, names: Sequence[str], valid: Sequence[str] = (), mixed: bool = False, skip_bad: bool = False):
-        self.bad = BadRecords(skip_bad)
-        groups = [(name, find_sources([name])) for name in names] or [("the standard library", stdlib_files())]
+    def __init__(
+        self,
+        names: Sequence[str],
+        valid: Sequence[str] = (),
+        mixed: bool = False,
+        skip_bad: bool = False,
+        text_key: str = TEXT_KEY,
+    ):
+        self.bad, self._text_key = BadRecords(skip_bad), text_key
+        groups: Any = [(name, find_sources([name], text_key=text_key)) for name in names] or [
+            ("the standard library", stdlib_files())
+        ]
         groups = groups if mixed else [("", [source for _, sources in groups for source in sources])]
-        held_out = find_sources(valid) if valid else []
+        held_out = find_sources(valid, text_key=text_key) if valid else []
         self.files = sum(len(sources) for _, sources in groups)
-        if skip_bad and all(map(_is_array, chain(held_out, *(sources for _, sources in groups)))):
-            raise ValueError("--skip-bad-records without effect: all data is token ids (.npy), no text; leave it out")
+        if all(map(_is_array, chain(held_out, *(sources for _, sources in groups)))):
+            given = {"--skip-bad-records": skip_bad, "--text-key": text_key != TEXT_KEY}
+            for option in [option for option in given if given[option]]:
+                raise ValueError(f"{option} without effect: all data is token ids (.npy), no text; leave it out")
         self._parts = [self._read(name, sources, held_out=not valid) for name, sources in groups]
         self._valid = self._read("", held_out, held_out=False) if valid else None
         self.training = [document for _, documents, _, _ in self._parts for document in documents]
         self._mixed = mixed
 
     def _read(
-        self, name: str, sources: Sequence[Path | HFSource], held_out: bool
+        self, name: str, sources: Sequence[Source], held_out: bool
     ) -> tuple[str, list[str], list[str], list[Path]]:
         """(name, training documents, held-out documents, .npy files)."""
         arrays = [source for source in sources if _is_array(source)]
         texts = [source for source in sources if source not in arrays]
-        documents = read_documents(texts, self.bad) if texts else []
+        documents = read_documents(texts, self.bad, self._text_key) if texts else []
         training, rest = split_documents(documents) if held_out and documents else (documents, [])
         return name, training, rest, arrays
 

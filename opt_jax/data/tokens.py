@@ -24,7 +24,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from opt_jax.data.documents import BLOCK, TEXT_SUFFIXES, BadRecords, HFSource, cut, find_sources, pieces
+from opt_jax.data.documents import BLOCK, Source, cut, find_sources, pieces
+from opt_jax.data.files import TEXT_SUFFIXES, size_of
+from opt_jax.data.records import TEXT_KEY, BadRecords
 from opt_jax.data.tokenizers import tokenizer_from_bytes, tokenizer_to_bytes
 from opt_jax.model.ids import as_ids
 from opt_jax.system.interrupts import WAITING, delayed
@@ -143,7 +145,12 @@ def _tokenizer_of(about: Path) -> tuple[str, str]:
 
 
 def tokenize_sources(
-    names: Sequence[str], output: Path | None, tokenizer: str, workers: int | None, skip_bad: bool
+    names: Sequence[str],
+    output: Path | None,
+    tokenizer: str,
+    workers: int | None,
+    skip_bad: bool,
+    text_key: str = TEXT_KEY,
 ) -> str:
     """The command `opt-jax tokenize`: `write_tokens` with a progress bar. Returns a line for the user.
 
@@ -156,14 +163,14 @@ def tokenize_sources(
         raise ValueError(f"--output {output}: must end in .npy")
     if workers is not None and workers < 1:
         raise ValueError(f"--workers {workers}: must be at least 1")
-    sources = find_sources(names, TEXT_SUFFIXES)
+    sources = find_sources(names, TEXT_SUFFIXES, text_key)
     if arrays := [source for source in sources if isinstance(source, Path) and source.suffix == ".npy"]:
         raise ValueError(f"{arrays[0]}: is tokenised already")
     output.parent.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     # The bar counts characters against bytes, so for many languages it ends before its end.
-    sizes = [source.stat().st_size for source in sources if isinstance(source, Path)]
-    total = sum(sizes) if len(sizes) == len(sources) else None
+    sizes = [size_of(source) for source in sources]
+    total = None if None in sizes else sum(size or 0 for size in sizes)
     if workers is None:  # a process takes seconds to start, in which another one tokenises megabytes
         cores = _cores()
         workers = cores if total is None else max(1, min(cores, total // (16 * _TASK)))
@@ -178,6 +185,7 @@ def tokenize_sources(
             tokenizer,
             workers=workers,
             skip_bad=skip_bad,
+            text_key=text_key,
             progress=lambda characters: bar.advance(task, characters),
         )
     left_out = f", {about['left_out']:,} bad records left out" if about["left_out"] else ""
@@ -193,13 +201,14 @@ def _cores() -> int:
 
 
 def write_tokens(
-    sources: Sequence[Path | HFSource],
+    sources: Sequence[Source],
     output: Path,
     tokenizer: OPTTokenizer,
     name: str,
     *,
     workers: int = 1,
     skip_bad: bool = False,
+    text_key: str = TEXT_KEY,
     progress: Callable[[int], None] = lambda characters: None,
 ) -> dict[str, Any]:
     """Tokenise documents into `output` (.npy). Returns the content of `output`.json.
@@ -213,6 +222,7 @@ def write_tokens(
       name: its name, for `output`.json.
       workers: processes that tokenise; 1: this one.
       skip_bad: leave out bad records.
+      text_key: the key or column of the text in files of records.
       progress: called with the number of characters of each task when it is done.
 
     Raises:
@@ -238,7 +248,7 @@ def write_tokens(
     with new_file(beside) as about_file, new_file(output) as file:
         begin = _write_header(file, dtype, 0)
         file.write(np.array([tokenizer.bos_token_id], dtype).tobytes())
-        for ids, ended, characters in _encode(pieces(sources, bad, _block(tokenizer)), tokenizer, workers):
+        for ids, ended, characters in _encode(pieces(sources, bad, _block(tokenizer), text_key), tokenizer, workers):
             file.write(ids.astype(dtype).tobytes())
             total, documents = total + len(ids), documents + ended
             progress(characters)
@@ -254,6 +264,7 @@ def write_tokens(
             "dtype": str(dtype),
             "tokenizer": {"name": name, "fingerprint": hash_of_vocabulary(tokenizer)},
             "sources": [str(source) for source in sources],
+            "text_key": text_key,
         }
         about_file.write(json.dumps(about, indent=2).encode() + b"\n")
         beside.unlink(missing_ok=True)  # of an older array of this name

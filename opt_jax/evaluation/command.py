@@ -26,8 +26,9 @@ class EvalOptions:
     model: Annotated[str, tyro.conf.Positional]
     """"tiny" (the model inside this package), a directory, or a Hugging Face hub id such as facebook/opt-125m."""
     data: tuple[str, ...] = ()
-    """Text files, jsonl files with a document per line (under "text"), directories and globs of these, and
-    hf:NAME[,CONFIG][:SPLIT]. All documents are joined into one text, each with </s> in front."""
+    """Texts, as in train.py --data. All documents are joined into one text, each with </s> in front."""
+    text_key: str = "text"
+    """With --data: the key or column of the text, in all files but text files."""
     protocol: Literal["both", "non-overlapping", "sliding"] | None = None
     """With --data. non-overlapping: each window starts where the one before ends, as for the published numbers.
     sliding: windows overlap, so that every token has others before it. Default: both."""
@@ -36,7 +37,7 @@ class EvalOptions:
     stride: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """With --data: tokens from the start of a sliding window to the start of the next. Default: half a window."""
     tasks: tuple[str, ...] = ()
-    """Tasks of the lm-evaluation-harness, by name; needs pip install "opt-jax[eval]"."""
+    """Tasks of the lm-evaluation-harness, by name; needs the package lm-eval."""
     include_path: tuple[str, ...] = ()
     """With --tasks: directories with more tasks (yaml files)."""
     num_fewshot: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
@@ -118,13 +119,12 @@ def _evaluate(options: EvalOptions) -> None:
     from opt_jax.parallel import agreement, processes
     from opt_jax.text.tokenizer import OPTTokenizer
 
-    common = dataclasses.asdict(options) | {"process_id": None, "output": str(options.output)}
-    agreement.check_same({f"--{name.replace('_', '-')}": value for name, value in common.items()})
+    agreement.check_same_options(dataclasses.asdict(options))
     tokenizer = OPTTokenizer.from_pretrained(options.model)  # before the weights: it fails sooner
     ids: Any = None  # of --data
     documents, tasks = 0, None
     if options.data:
-        ids, documents = read_ids(options.data, tokenizer)
+        ids, documents = read_ids(options.data, tokenizer, options.text_key)
         agreement.check_same({"--data": f"{len(ids)} tokens, {hash_of_ids(ids)}"})
     else:
         from opt_jax.evaluation.harness import find_tasks
@@ -178,17 +178,18 @@ def load(options: EvalOptions) -> Any:
     )
 
 
-def read_ids(paths: Sequence[str], tokenizer: Any) -> tuple[Any, int]:
+def read_ids(paths: Sequence[str], tokenizer: Any, text_key: str = "text") -> tuple[Any, int]:
     """(ids of all documents, each after `</s>`, int32 [N]; number of documents)."""
-    from opt_jax.data.documents import TEXT_SUFFIXES, find_sources, read_documents
+    from opt_jax.data.documents import find_sources, read_documents
+    from opt_jax.data.files import TEXT_SUFFIXES
     from opt_jax.data.tokens import tokenize
 
-    sources = find_sources(paths, TEXT_SUFFIXES)
+    sources = find_sources(paths, TEXT_SUFFIXES, text_key)
     if arrays := [source for source in sources if source.suffix == ".npy"]:
         raise ValueError(
             f"--data {arrays[0]}: holds token ids: name the texts, which the model's tokenizer then tokenises"
         )
-    documents = read_documents(sources)
+    documents = read_documents(sources, text_key=text_key)
     return tokenize(documents, tokenizer)[:-1], len(documents)  # without the last `</s>`
 
 

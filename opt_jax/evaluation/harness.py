@@ -20,7 +20,7 @@ try:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 except ImportError as error:
-    raise ValueError(f"tasks need the package lm-eval ({error}): pip install 'opt-jax[eval]'") from None
+    raise ValueError(f"tasks need the package lm-eval ({error}): pip install lm-eval") from None
 from tqdm import tqdm
 
 from opt_jax.evaluation._perplexity import check_batch_size

@@ -32,7 +32,7 @@ def qwix() -> ModuleType:
     try:
         import qwix
     except ModuleNotFoundError as error:
-        raise ImportError(f'int8 needs qwix ({error}): pip install "opt-jax[int8]"') from None
+        raise ImportError(f"int8 needs the package qwix ({error}): pip install qwix") from None
     return qwix
 
 

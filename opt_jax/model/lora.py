@@ -53,7 +53,7 @@ class LoRA:
         try:
             import qwix
         except ImportError:
-            raise ImportError("LoRA needs the package qwix: pip install 'opt-jax[lora]'") from None
+            raise ImportError("LoRA needs the package qwix: pip install qwix") from None
         provider = qwix.LoraProvider(module_path=rf".*\b({'|'.join(self.targets)})", rank=self.rank, alpha=self.alpha)
 
         def apply(base: Any) -> Any:

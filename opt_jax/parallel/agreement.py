@@ -64,14 +64,16 @@ def from_first(action: Callable[[], bytes]) -> bytes:
 
 
 def check_same(values: Mapping[str, Any]) -> None:
-    """Check that all processes have the same `values`, which can be JSON.
+    """Check that all processes have the same `values`, which are JSON or paths.
 
     Raises:
       ValueError: on every process. The message lists the values that differ, and the processes that have them.
     """
     if jax.process_count() == 1:
         return
-    mine = json.dumps({k: json.dumps(v, sort_keys=True) for k, v in values.items()}, sort_keys=True).encode()
+    mine = json.dumps(
+        {k: json.dumps(v, sort_keys=True, default=str) for k, v in values.items()}, sort_keys=True
+    ).encode()
     hashes = _gather(hashlib.sha256(mine).digest())
     if len(set(hashes)) == 1:
         return
@@ -86,6 +88,16 @@ def check_same(values: Mapping[str, Any]) -> None:
             said = (f"{value} on process {', '.join(map(str, where))}" for value, where in holders.items())
             differences.append(f"{name} is " + ", but ".join(said))
     raise ValueError("the processes differ: " + "; ".join(differences))
+
+
+def check_same_options(options: Mapping[str, Any]) -> None:
+    """Check that all processes were given the same command-line options. `process_id` may differ.
+
+    Raises:
+      ValueError: as in `check_same`.
+    """
+    options = dict(options) | {"process_id": None}
+    check_same({f"--{name.replace('_', '-')}": value for name, value in options.items()})
 
 
 def check_shared(path: epath.Path) -> None:

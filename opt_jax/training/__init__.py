@@ -1,1 +1,1 @@
-"""What train.py strings together: data, optimizer, the compiled step, checkpoints, metrics. No argument parsing."""
+"""The parts of train.py: options, data, optimizer, the compiled step, checkpoints, metrics."""

@@ -1,6 +1,6 @@
-"""Checkpoints of a training state: atomic, written while training continues, restored onto any mesh.
+"""Checkpoints of a training state, when to write one (`Due`), and what SIGTERM and Ctrl-C do (`Termination`).
 
-Also when to write one, and what SIGTERM and Ctrl-C do.
+A checkpoint appears complete or not at all, is written while training continues, and can be restored onto any mesh.
 """
 
 import dataclasses
@@ -38,25 +38,29 @@ from opt_jax.system.reading import json_object, read_small
 from opt_jax.system.temporary import refuse_links
 from opt_jax.training.step import TrainState
 
-_DATES = "_CHECKPOINT_METADATA"  # of Orbax, in each step
-_IN_A_STEP = (_DATES, "params", "optimizer", "data")  # any of these: a damaged checkpoint is one, too
-_LOOK_SECONDS = 5.0  # between looks at the clock that several processes have to agree on
+_DATES = "_CHECKPOINT_METADATA"  # Orbax writes it into each step's directory
+_IN_A_STEP = (_DATES, "params", "optimizer", "data")  # a directory with any of these is a checkpoint, maybe damaged
+_LOOK_SECONDS = 5.0  # in a job, process 0 reads its clock for all about this often
 _DATA_FILE = "metadata"
-_READERS = 8  # arrays that are read at once
+_READERS = 8  # number of arrays that are read at the same time
 
 
 class Checkpoints:
     """The checkpoints of a run: `directory/<step>/` holds `params`, `optimizer` and `data`.
 
-    `params` has parameter paths with stacked layers. A half-written directory has a temporary name and is never taken
-    for a checkpoint.
+    `params` has parameter paths with stacked layers. A half-written directory has a temporary name, so it is never
+    taken for a checkpoint. All processes of a job call the methods together.
 
     Args:
       directory: the directory of the checkpoints.
-      keep: so many of the newest are kept.
-      keep_every: checkpoints of steps that it divides are kept too.
-      data_state: returns the state of the data after a step, for JSON.
-      before_write: called on process 0 before each checkpoint; if it raises, none is written.
+      keep: the number of newest checkpoints to keep.
+      keep_every: also keep the checkpoints of steps that are multiples of this.
+      data_state: called with a step; returns the state of the data after it, as an object of JSON.
+      before_write: called on process 0 before each write. If it raises, nothing is written.
+
+    Raises:
+      FileExistsError: something in the directory has the name of a checkpoint, but is none.
+      ValueError: a checkpoint's metadata are damaged; or see `hub.check_array_path`.
     """
 
     def __init__(
@@ -74,7 +78,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_KeepForeignFiles(AnyPreservationPolicy(policies), directory),
             cleanup_tmp_directories=True,
-            # Two of these may write at once, and their processes must not wait for each other's barriers.
+            # Two `Checkpoints` may write at the same time. Barriers with the same name would mix them up.
             multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=directory.name),
         )
         on_first_process(lambda: _check_steps(directory))
@@ -83,7 +87,7 @@ class Checkpoints:
         self._directory = directory
         self._writing: tuple[Path, int] = directory, 0  # the newest checkpoint and its bytes
         try:
-            # Orbax logs the content of what it cannot parse, and does without it.
+            # Orbax logs the content of metadata that it cannot parse. Ours is one line, below.
             with without_tracebacks(lambda _: False):
                 self._manager = ocp.CheckpointManager(
                     directory, options=options, item_handlers={**handlers, "data": data}
@@ -100,14 +104,22 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState) -> None:
-        """Begin to write; returns when `state` may be donated.
+        """Begin to write a checkpoint. When this returns, `state` may be donated.
 
-        Waits for the last checkpoint to be finished, and raises its error if it failed.
+        Waits until the last checkpoint is finished.
+
+        Raises:
+          OSError: the last checkpoint could not be written, or this one cannot.
         """
         self._save(step, _items(state))
 
     def save_model(self, step: int, state: TrainState) -> None:
-        """The same of the parameters alone. Later steps, of an earlier start that came further, make room for them."""
+        """Like `save`, but for the parameters only. Removes later steps, which an earlier start has written.
+
+        Raises:
+          FileExistsError: a later step's directory holds a file that is not ours.
+          OSError: see `save`.
+        """
         if later := [other for other in self._manager.all_steps() if other > step]:
             self._wait()
             on_first_process(lambda: self._check_removal(later))
@@ -141,12 +153,12 @@ class Checkpoints:
     def _begin_writing(self) -> None:
         self._before_write()
         if not is_remote(self._directory):
-            # Raises if it is gone or read-only. Orbax's threads would learn it later, and wait minutes for each other.
+            # Raises if the directory is gone or read-only. Orbax would notice it later, after waiting for minutes.
             with disk_errors(self._directory):
                 os.utime(f"{self._directory}/.")
 
     def _wait(self) -> None:
-        """Until the newest checkpoint is finished; raises what went wrong with it."""
+        """Wait until the newest checkpoint is finished. Raises the error of its writing."""
         with disk_errors(*self._writing):
             self._manager.wait_until_finished()
 
@@ -159,14 +171,18 @@ class Checkpoints:
         fall_back: bool = False,
         verify: bool = True,
     ) -> tuple[int, TrainState, dict[str, Any] | None]:
-        """(step, state, state of the data's iterator or None) of the newest checkpoint; see `restore`.
+        """The step, the training state and the state of the data (or None) of the newest checkpoint.
 
-        fall_back: take the newest that is not damaged, and rename those after it, which would be in the way of new
-        ones, to DIRECTORY-damaged-STEP beside the directory. `say` tells which, on all processes. (Nothing is removed:
-        what cannot be read today, as on a failing network, may be whole.)
+        Args:
+          abstract, shardings, verify: see `restore`.
+          say: called on all processes with a line that says which checkpoint is damaged.
+          fall_back: take the newest checkpoint that is not damaged. Later ones are renamed to DIRECTORY-damaged-STEP
+            beside the directory, because new ones will have their names. They are not removed, because they may be
+            readable at another time (after an error of the network).
 
         Raises:
-          ValueError: it is damaged, and so are all before it if `fall_back`. All processes agree on that.
+          FileNotFoundError: there is no checkpoint.
+          ValueError: the newest is damaged; with `fall_back`, all are. It is raised in all processes.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for i, step in enumerate(steps):
@@ -191,22 +207,23 @@ class Checkpoints:
         for step in steps:
             name = f"{self._directory.name}-damaged-{step}"
             names = (name, *(f"{name}.{number}" for number in range(2, 1000)))  # the same step may be damaged again
-            free = (path for path in map(self._directory.with_name, names) if not path.exists())
-            (self._directory / str(step)).rename(next(free))
+            unused = (path for path in map(self._directory.with_name, names) if not path.exists())
+            (self._directory / str(step)).rename(next(unused))
 
     def restore(self, step: int, abstract: TrainState, shardings: Any, verify: bool = True) -> TrainState:
-        """The state of `step`, each array read into its shards.
+        """The training state of `step`, each array read into its shards.
 
-        Frozen parameters are in no checkpoint, and None in the result.
+        Frozen parameters are not in checkpoints; they are None in the result.
 
         Args:
           step: the step.
-          abstract: shapes, dtypes and shardings of a state.
+          abstract: shapes and dtypes of the state.
+          shardings: a pytree like `abstract`.
           verify: compare the data with their checksums.
 
         Raises:
-          ValueError, OSError: the checkpoint is damaged, or of another shape. If it is so for one process of a job,
-            then for all of them.
+          ValueError, OSError: the checkpoint is damaged, or its arrays have other shapes. If one process of a job
+            finds this, it is raised in all.
         """
         abstract, shardings = (dataclasses.replace(tree, frozen=None) for tree in (abstract, shardings))
         place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
@@ -219,21 +236,21 @@ class Checkpoints:
             error = e
         agree(error)
         state = jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in named_leaves(abstract)])
-        # Some arrays as they were made cannot be donated to the first step, which then needs their memory twice. The
-        # outputs of a compiled function can; those that could be already are passed through, not copied.
+        # Some of these arrays cannot be donated to the first step, which would then need their memory twice. The
+        # outputs of a jitted function can. Arrays that could be donated before are passed through, not copied.
         return jax.jit(_copy, donate_argnums=0, out_shardings=shardings)(state)
 
     def restore_data(self, step: int) -> dict[str, Any] | None:
-        """The state of the data's iterator, None in a checkpoint without one.
+        """The state of the data, an object of JSON; None if the checkpoint has none.
 
         Raises:
-          ValueError, OSError: it is damaged. If it is so for one process of a job, then for all of them.
+          ValueError, OSError: it is damaged. If one process of a job finds this, it is raised in all.
         """
         path, error, data = self._directory / str(step) / "data" / _DATA_FILE, None, None
         try:
             if path.parent.exists():
                 data = json_object(read_small(path), "it")
-                if data.pop("crc32", None) not in (None, _crc32(data)):  # older ones have none
+                if data.pop("crc32", None) not in (None, _crc32(data)):  # older versions wrote no checksum
                     raise ValueError("it does not agree with its checksum")
         except (ValueError, OSError) as e:
             error = e if isinstance(e, OSError) else ValueError(f"{path} cannot be read: {one_line(e)}")
@@ -241,12 +258,16 @@ class Checkpoints:
         return data
 
     def close(self) -> None:
-        """Wait until everything is written."""
+        """Wait until everything is written.
+
+        Raises:
+          OSError: the last checkpoint could not be written.
+        """
         with disk_errors(*self._writing):
             try:
                 self._wait()
             finally:
-                self._manager.close()  # which raises the error of another part of the checkpoint, if there is one
+                self._manager.close()  # raises if another part of the checkpoint failed, too
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -256,10 +277,10 @@ class Checkpoints:
 
 
 class BestModel(Checkpoints):
-    """The parameters of the step with the lowest loss on held-out data.
+    """Keeps the parameters of the step with the lowest validation loss.
 
     Attributes:
-      loss: the lowest so far, None before the first.
+      loss: the lowest loss so far; None before the first.
     """
 
     loss: float | None = None
@@ -273,7 +294,7 @@ class BestModel(Checkpoints):
 
 @dataclasses.dataclass(frozen=True)
 class _KeepForeignFiles:
-    """As `policy` says, but a checkpoint with a file in it that is not of a run stays: Orbax would remove both."""
+    """`policy`, but a checkpoint whose directory holds a foreign file is kept: Orbax would remove that file, too."""
 
     policy: Any
     directory: Path
@@ -285,25 +306,31 @@ class _KeepForeignFiles:
 
 
 def _foreign_file(step: Path) -> Path | None:
+    """A file in the directory of a checkpoint that is no part of one; None if there is none."""
     with suppress(FileNotFoundError, NotADirectoryError):  # process 0 may be removing it
         return next((entry for entry in step.iterdir() if entry.name not in (*_IN_A_STEP, "commit_success.txt")), None)
     return None
 
 
 def _check_steps(directory: Path) -> None:
-    """Orbax removes old steps, and what it has not finished: raise FileExistsError for what only has such a name."""
+    """Check that all that is named like a checkpoint is one, because Orbax removes old and unfinished ones.
+
+    Raises:
+      FileExistsError: something else has such a name.
+    """
     for path in directory.iterdir() if directory.is_dir() else ():
         if not (path.name.isdecimal() or ".orbax-checkpoint-tmp" in path.name):
             continue
         if not is_remote(path):
             refuse_links(path)
         in_it = [entry.name for entry in path.iterdir()] if path.is_dir() else [path.name]
-        if path.name.isdecimal() and in_it and not {*in_it} & {*_IN_A_STEP}:  # (nothing: killed while it was removed)
+        # An empty directory is a checkpoint, too: its removal was interrupted.
+        if path.name.isdecimal() and in_it and not {*in_it} & {*_IN_A_STEP}:
             raise FileExistsError(f"{path} is not a checkpoint, but has the name of one: move it elsewhere")
 
 
 def _items(state: TrainState) -> dict[str, dict[str, Any]]:
-    """The state as two flat dictionaries, name -> array."""
+    """The state as two flat dictionaries from name to array: "params" and "optimizer"."""
     leaves = named_leaves(state)
     params = {name: leaf for name, leaf in leaves.items() if name.startswith("model.")}
     rest = {name: leaf for name, leaf in leaves.items() if not name.startswith(("model.", "frozen."))}
@@ -315,7 +342,7 @@ def _copy(state: TrainState) -> TrainState:
 
 
 def _read(directory: Path, targets: dict[str, Any], verify: bool) -> dict[str, jax.Array]:
-    """The arrays of `targets`, by name; this process reads only what its devices hold."""
+    """The arrays with the shapes and shardings of `targets`, by name. A process reads only its devices' shards."""
     stored = open_stored(directory, verify)
     for name, target in targets.items():
         if name not in stored:
@@ -332,9 +359,16 @@ def _crc32(data: dict[str, Any]) -> int:
 
 
 class Due:
-    """When a checkpoint is due: after so many steps, at a multiple of `keep_every`, after so many minutes.
+    """`due(step)` says whether a checkpoint is due after this step.
 
-    All processes get the same answer, because process 0 reads the clock.
+    It is at multiples of `every` and of `keep_every`, and when the last one is `minutes` old. All processes get the
+    same answer, because process 0 reads the clock.
+
+    Args:
+      every: steps.
+      minutes: minutes, or None.
+      keep_every: steps, or None.
+      first: the step at which this start begins.
     """
 
     def __init__(self, every: int, minutes: float | None, keep_every: int | None, first: int):
@@ -350,7 +384,7 @@ class Due:
             return False
         now = time.monotonic()
         pace = (now - self._looked) / (step - self._last_look)
-        # Agreeing costs the devices a moment: not at every step where steps are short.
+        # A broadcast costs the devices some time, so short steps do not have one each.
         wait = 1 if jax.process_count() == 1 else int(np.clip(_LOOK_SECONDS / max(pace, 1e-6), 1, 10_000))
         answer = np.asarray([now - self._saved >= self._minutes * 60, wait], np.int32)
         if jax.process_count() > 1:
@@ -360,13 +394,14 @@ class Due:
         return bool(answer[0])
 
     def saved(self) -> None:
+        """Count the minutes from now on."""
         self._saved = time.monotonic()
 
 
 class Termination:
     """A context in which SIGTERM or Ctrl-C requests a checkpoint and a clean end.
 
-    A second signal ends the process at once, and so does a Ctrl-C before the first step, when there is nothing to save.
+    A second signal ends the process at once. So does a Ctrl-C before the first step, when there is nothing to save.
 
     Attributes:
       came: the first of these signals, or None.
@@ -375,7 +410,7 @@ class Termination:
     def __enter__(self) -> "Termination":
         self.came: int | None = None
         self._stepped = False
-        # Of several processes, JAX listens to SIGTERM, and lets all agree on a step.
+        # In a job, JAX handles SIGTERM and makes all processes agree on a step.
         job = jax.distributed.is_initialized()
         self._signals = Signals(self._note, signal.SIGINT, *(() if job else (signal.SIGTERM,)))
         self._signals.__enter__()
@@ -394,12 +429,12 @@ class Termination:
         self._signals.__exit__()
 
     def asked(self, step: int) -> bool:
-        """Whether to stop after `step`: the same on all processes, which must ask at every step."""
+        """Whether to stop after `step`. All processes must ask at every step, and get the same answer."""
         self._stepped = True
         if jax.distributed.is_initialized():
             return multihost_utils.reached_preemption_sync_point(step)
         return self.came is not None
 
     def reason_and_exit_code(self) -> tuple[str, int]:
-        """(name of the signal, exit code)."""
+        """The name of the signal, and the exit code."""
         return ("Ctrl-C", INTERRUPTED) if self.came == signal.SIGINT else ("SIGTERM", processes.PREEMPTED)

@@ -1,4 +1,4 @@
-"""What a run trains on and is validated on: documents -> tokenizer -> windows, or the examples of a task."""
+"""The data that a run trains and validates on: documents -> tokenizer -> windows, or the examples of a task."""
 
 import dataclasses
 from collections.abc import Callable
@@ -26,12 +26,13 @@ class TrainingData:
     """The data of a run, the same on all processes.
 
     Attributes:
+      tokenizer: the tokenizer.
       training: gives the batch of each step.
-      held_out: what the validation loss is measured on; None: there is too little.
-      task: of --task; None: the run is a pretraining run.
-      summary: for the log.
-      tokens_per_step: with a task, their mean.
-      sample_from: whose first tokens a sample goes on from; None with a task.
+      held_out: the data for the validation loss; None if there are too few.
+      task: the task of --task (see `tasks.common`); None in pretraining.
+      summary: a line for the log.
+      tokens_per_step: with a task, the mean.
+      sample_from: the tokens whose beginning is the prompt of the sample; None with a task.
     """
 
     tokenizer: OPTTokenizer
@@ -43,7 +44,7 @@ class TrainingData:
     sample_from: Tokens | None
 
     def record(self) -> dict[str, dict[str, Any]]:
-        """What the run record says of the data."""
+        """The sections of the run record (run.json) that describe the data."""
         return {
             "data": self.training.description(),
             "held-out data": self.held_out.description() if self.held_out else {},
@@ -51,10 +52,11 @@ class TrainingData:
 
 
 def open_data(setup: Setup, saved_tokenizer: epath.Path | None) -> TrainingData:
-    """The same data on all processes.
+    """The data of the run, the same on all processes.
 
     Args:
-      saved_tokenizer: of the run that goes on; None: it begins.
+      setup: the run.
+      saved_tokenizer: the directory of a resumed run's tokenizer; None for a new run.
 
     Raises:
       ValueError: data, tokenizer and model do not go together, or the processes have different data.
@@ -63,8 +65,10 @@ def open_data(setup: Setup, saved_tokenizer: epath.Path | None) -> TrainingData:
     options, config = setup.options, setup.config
     corpus = None
     if options.task is None:
-        corpus = Corpus(options.data, options.validation_data, bool(options.mixture), options.skip_bad_records)
-    # The tokenizer of process 0, on all of them.
+        corpus = Corpus(
+            options.data, options.validation_data, bool(options.mixture), options.skip_bad_records, options.text_key
+        )
+    # All processes use the tokenizer of process 0.
     choose = partial(_choose_tokenizer, setup, corpus, saved_tokenizer)
     tokenizer = tokenizer_from_bytes(agreement.from_first(lambda: tokenizer_to_bytes(choose())))
     if len(tokenizer) > config.vocab_size:
@@ -134,7 +138,10 @@ def _pretraining_data(setup: Setup, tokenizer: OPTTokenizer, corpus: Corpus) -> 
 
 
 def make_validation(setup: Setup, data: TrainingData) -> Callable[[TrainState], dict[str, float] | float | None]:
-    """A function state -> the loss on held-out data, or the measures of a task; None: there is no such data."""
+    """A function that measures a training state on the held-out data.
+
+    It returns the mean loss per token in nats; with a task, a dictionary of its measures; None if no data are held out.
+    """
     options = setup.options
     make_step = make_predict_step if data.task else make_eval_step
     eval_step = make_step(setup.shardings.full_model, setup.mesh)

@@ -1,4 +1,4 @@
-"""Files of a run directory, which may be on this machine or in an object store (`gs://...`)."""
+"""The files of a run directory, which may be on a disk or in an object store (`gs://...`)."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from opt_jax.system.temporary import MARKER, refuse_links, write_file
 
 LOCK = f"{MARKER}.lock"  # see run_lock.py
 _UPLOAD_SECONDS = 60.0
-_MOST_BYTES = 16 << 20  # of a line of metrics.jsonl, which may name the rows of a batch
+_MOST_BYTES = 16 << 20  # the longest line of metrics.jsonl; a line may list the rows of a batch
 _WRITTEN = (
     "run.json",
     "metrics.jsonl",
@@ -33,7 +33,11 @@ _WRITTEN = (
 
 
 def run_directory(name: str) -> epath.Path:
-    """ValueError: see `hub.check_remote`, `hub.as_path` and `hub.check_array_path`."""
+    """The path of the run directory called `name`.
+
+    Raises:
+      ValueError: see `hub.check_remote`, `hub.as_path` and `hub.check_array_path`.
+    """
     if is_remote(name):
         check_remote(name)
     path = as_path(name)
@@ -45,34 +49,34 @@ def check_run_directory(output: epath.Path) -> None:
     """Check that `output` is new or the directory of a run.
 
     Raises:
-      FileExistsError: a name that a run would write or clear is a link, or exists and is not a run's: `output` has no
-        run.json, and is not of a start that was killed before it wrote one.
+      FileExistsError: a file that a run would write is a link; or it exists, although `output` has neither a run.json
+        nor the marker of a start that was killed before it wrote one.
     """
     if not is_remote(output):
         refuse_links(*(output / name for name in (*_WRITTEN, ".model.new", MARKER, LOCK)))
     ours = any((output / name).exists() for name in ("run.json", MARKER))
     foreign = [name for name in _WRITTEN if not ours and (output / name).exists()]
     if not is_remote(output) and (output / "model").exists() and not (output / "model" / "config.json").exists():
-        foreign.append("model")  # a model of ours appears complete
+        foreign.append("model")  # a run's model always has a config.json, because it appears complete
     if foreign:
         raise FileExistsError(f"{output} holds {foreign[0]}, but no run of train.py: choose another --output")
 
 
 def begin_run(output: epath.Path) -> None:
-    """Create the run directory, and mark it as ours until `write_record`."""
+    """Create the run directory, and mark it as ours until `write_record` writes run.json."""
     output.mkdir(parents=True, exist_ok=True)
     if not (output / "run.json").exists():
         (output / MARKER).write_bytes(b"")
 
 
 def write_record(output: epath.Path, record: dict[str, Any]) -> None:
-    """run.json, by which the directory is a run's from now on."""
+    """Write run.json, which makes the directory a run's."""
     write_file(output / "run.json", json.dumps(record, indent=2).encode() + b"\n")
     (output / MARKER).unlink(missing_ok=True)
 
 
 def read_record(path: epath.Path) -> dict[str, dict[str, Any]]:
-    """The record of a run.
+    """The record of a run: section -> name -> value.
 
     Raises:
       ValueError: `path` does not hold what `write_record` wrote.
@@ -82,18 +86,19 @@ def read_record(path: epath.Path) -> dict[str, dict[str, Any]]:
         if {"options", "model"} <= set(record) and all(isinstance(section, dict) for section in record.values()):
             return record
     raise ValueError(
-        f"{path} is damaged: not the JSON that train.py wrote. Copy it back from elsewhere; or, if options and data "
-        f"are those of the first start, which it is there to compare: mv {path} {path.parent / MARKER}"
+        f"{path} is damaged: not the JSON that train.py wrote. Copy it back from elsewhere. If you know that options "
+        f"and data are those of the first start, you can do without it: mv {path} {path.parent / MARKER}"
     )
 
 
 def read_metrics(path: epath.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each line of a run's `metrics.jsonl` and its values, in order; none without the file.
+    """The lines of a run's `metrics.jsonl` and their values, in order. No lines if the file does not exist.
 
-    An incomplete last line is being written, or its writer was killed. It is left out.
+    Leaves out an incomplete last line, which is being written or whose writer was killed.
 
     Raises:
-      ValueError: a line is not one of a run's metrics (numbered), once it is reached; or it is not a regular file.
+      ValueError: a line (its number is named) is not one of a run's metrics, once it is reached; or the path is not a
+        regular file.
     """
     if not path.exists():
         return
@@ -118,8 +123,9 @@ def read_metrics(path: epath.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def _metrics_of(line: bytes) -> dict[str, Any] | None:
+    """The values in a line; None if a run does not write such lines."""
     with suppress(ValueError, RecursionError):
-        values = json.loads(line.decode("utf-8-sig"), parse_constant=int)  # a ValueError: null stands for NaN
+        values = json.loads(line.decode("utf-8-sig"), parse_constant=int)  # ValueError for NaN: a run writes null
         if isinstance(values, dict) and type(values.get("step")) is int and values["step"] > 0:
             rows = values.get("batch", [])
             others = [value for name, value in values.items() if name != "batch"]
@@ -129,12 +135,12 @@ def _metrics_of(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_finite(value: Any) -> bool:
-    """Of a value of JSON, where 1e999 is an infinity, True no number, and an integer may be beyond all floats."""
+    """True for a finite number. In JSON, 1e999 is read as infinity, and an integer may be larger than any float."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """[2, 3, 4, 7] is "2 to 4, 7"; of many ranges, the first eight."""
+    """The numbers as text: [2, 3, 4, 7] becomes "2 to 4, 7". At most eight ranges are shown."""
     ends = [n for i, n in enumerate(numbers) if i + 1 == len(numbers) or numbers[i + 1] != n + 1]
     starts = [n for i, n in enumerate(numbers) if i == 0 or numbers[i - 1] != n - 1]
     texts = [str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True)]
@@ -144,11 +150,12 @@ def ranges(numbers: Sequence[int]) -> str:
 class Lines:
     """Appends lines to a text file.
 
-    A local file has each line at once, whatever happens to this process afterwards. An object in a store cannot be
-    appended to: it is rewritten by `flush`, and otherwise at most once a minute.
+    A local file has each line at once, even if this process is killed afterwards. An object in a store cannot be
+    appended to, so it is rewritten: by `flush`, and else at most once a minute.
 
     Args:
-      before_write: called before each write; if it raises, there is no write.
+      path: the file.
+      before_write: called before each write. If it raises, nothing is written.
     """
 
     def __init__(self, path: epath.Path, before_write: Callable[[], None] = lambda: None):

@@ -1,4 +1,4 @@
-"""What train.py needs to start a fine-tuning task: the model's configuration, its data, the checkpoint with a head."""
+"""The beginning of a fine-tuning run: the model's configuration, the task's data, the checkpoint with a task's head."""
 
 import dataclasses
 from typing import Any
@@ -20,7 +20,16 @@ from opt_jax.training.tasks.squad import QuestionAnswering
 
 
 def task_config(options: Options, config: OPTConfig, start: str | None) -> OPTConfig:
-    """The configuration of the model with the task's head; for classification with the names of the labels."""
+    """The configuration of the model with the task's head; for classification, with the names of the labels.
+
+    Args:
+      options: the options of the run, with a task.
+      config: the configuration that --model stands for.
+      start: the checkpoint that --model stands for; None: the weights are new.
+
+    Raises:
+      ValueError: options, configuration and data do not go together.
+    """
     assert options.task is not None
     if start is None and options.tokenizer is None:
         raise ValueError(f"--task {options.task} fine-tunes a checkpoint: name one with --model (or a --tokenizer)")
@@ -35,7 +44,17 @@ def task_config(options: Options, config: OPTConfig, start: str | None) -> OPTCo
 
 
 def make_task(options: Options, tokenizer: OPTTokenizer, seq_len: int, multiple: int) -> Any:
-    """The data of --task; multiple: of which the lengths of all batches are one."""
+    """The data of --task: a `Classification` or `QuestionAnswering`.
+
+    Args:
+      options: the options of the run.
+      tokenizer: the tokenizer.
+      seq_len: the largest number of tokens of an example.
+      multiple: the padded length of each batch is a multiple of this.
+
+    Raises:
+      FileNotFoundError, ValueError: see `tasks.classification.read_tsv` and `tasks.squad.read_squad`.
+    """
     kind: Any = Classification if options.task == "sequence-classification" else QuestionAnswering
     return kind(
         options.data,
@@ -49,10 +68,17 @@ def make_task(options: Options, tokenizer: OPTTokenizer, seq_len: int, multiple:
 
 
 def load(start: str, before: OPTConfig, plain: Any, seed: int, mesh: Mesh, verify: bool = True) -> Any:
-    """The model of checkpoint `start`, on the mesh, in the form of `plain`: an abstract, stacked one, of any class.
+    """The model that a run begins with: the weights of the checkpoint `start`, and new weights for a new head.
 
-    before: the checkpoint's configuration. The head of a task is kept if it is of this class and for the same labels;
-    else it is new, drawn from the seed. verify: see `from_pretrained`.
+    A task's head in the checkpoint is kept if it is of the same class and for the same labels.
+
+    Args:
+      start: the directory of the checkpoint.
+      before: the configuration of the checkpoint.
+      plain: the model to return, as `jax.ShapeDtypeStruct`s, with stacked layers.
+      seed: for the weights of a new head.
+      mesh: the mesh on which the parameters are placed.
+      verify: see `from_pretrained`.
     """
     cls, config = type(plain), plain.config
     labels = lambda c: [c.extra.get(name) for name in ("architectures", "id2label")]  # noqa: E731
@@ -64,11 +90,11 @@ def load(start: str, before: OPTConfig, plain: Any, seed: int, mesh: Mesh, verif
     shardings = dict(zip(names, jax.tree.leaves(state_shardings(plain, mesh)), strict=True))
     fresh = {name: sharding for name, sharding in shardings.items() if name not in values}
 
-    def head() -> dict[str, jax.Array]:  # the compiler leaves out all else
+    def head() -> dict[str, jax.Array]:  # XLA removes the computation of all other parameters
         new = named_leaves(new_model(config, seed, plain.dtype, cls))
         return {name: new[name] for name in fresh}
 
     if fresh:
         values |= jax.jit(head, out_shardings=fresh)()
-    # In a model built from the run's configuration, which may ask for another dropout.
+    # Not the model that was read: the run's configuration may have another dropout.
     return jax.tree.unflatten(jax.tree.structure(plain), [values[name] for name in names])

@@ -1,12 +1,12 @@
-"""How much arithmetic a training step is, and how much the chips could do: what MFU compares."""
+"""FLOPs of a training step, and peak FLOP/s of devices: their ratio is the model FLOPs utilization (MFU)."""
 
 import re
 from typing import Any
 
 from opt_jax.config import OPTConfig
 
-# Dense bfloat16 FLOP/s of one device, by a pattern for JAX's `device_kind`, the first that matches. From the vendors'
-# data sheets (cloud.google.com/tpu/docs, nvidia.com), where those of NVIDIA print twice as much "with sparsity".
+# Dense bfloat16 FLOP/s of one device. The first pattern that matches JAX's `device_kind` counts. Source: the vendors'
+# data sheets (cloud.google.com/tpu/docs, nvidia.com). NVIDIA's also print twice as much, "with sparsity".
 PEAK_FLOPS = (
     (r"TPU v4", 275e12),
     (r"TPU v5 ?lite|TPU v5e", 197e12),
@@ -24,13 +24,19 @@ PEAK_FLOPS = (
 
 
 def peak_flops(device: Any) -> float | None:
-    """Dense bfloat16 FLOP/s of a `jax.Device`; None if its kind is not in the table."""
+    """Peak of a `jax.Device` in dense bfloat16 FLOP/s; None if its kind is not in the table."""
     return next((peak for kind, peak in PEAK_FLOPS if re.fullmatch(kind, device.device_kind)), None)
 
 
 def flops_per_token(config: OPTConfig, parameters: int, seq_len: int) -> float:
-    """Model FLOPs of forward and backward for one token: 6 N + 12 L H Q T (PaLM, Chowdhery et al. 2022, appendix B).
+    """Model FLOPs of forward and backward pass for one token: 6 N + 12 L H Q T.
 
-    As there, the whole attention matrix counts though half of it is masked, and recomputation does not count.
+    Source: PaLM (Chowdhery et al. 2022), appendix B. As there, all of the attention matrix counts, although half of it
+    is masked, and recomputation does not count.
+
+    Args:
+      config: the architecture; L = layers, H Q = hidden size.
+      parameters: N.
+      seq_len: T, tokens per sequence.
     """
     return 6 * parameters + 12 * config.num_hidden_layers * config.hidden_size * seq_len

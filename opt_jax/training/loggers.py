@@ -1,4 +1,4 @@
-"""Where a run's numbers go besides `metrics.jsonl`: TensorBoard, Weights & Biases; and traces of the profiler."""
+"""Loggers of a run's metrics besides `metrics.jsonl` (TensorBoard, Weights & Biases), and traces of the profiler."""
 
 import threading
 import uuid
@@ -13,26 +13,34 @@ from opt_jax.system.disk import disk_errors
 from opt_jax.system.reading import read_small
 from opt_jax.system.temporary import write_file
 
-_MOST_WAITING = 100_000  # numbers on their way to TensorBoard's files
+_MOST_WAITING = 100_000  # numbers that wait to be written to TensorBoard's files
 
 
 class TensorBoard:
-    """Event files in `directory`. What an earlier start wrote behind step `start` no longer counts for TensorBoard."""
+    """Writes event files of TensorBoard.
+
+    Args:
+      directory: where the files are written.
+      start: the step at which this start begins. TensorBoard then ignores later steps of an earlier start.
+
+    Raises:
+      OSError: here or in the methods: the files cannot be written.
+    """
 
     def __init__(self, directory: epath.Path, start: int):
         from tensorboardX import SummaryWriter  # of the extra `tensorboard`
 
-        # The suffix: the names of the files hold the second, in which two starts may lie.
+        # The suffix keeps files apart: their names contain the time in seconds, and two starts may share a second.
         self._directory, self._error = directory, None
         self._hook, threading.excepthook = threading.excepthook, self._note
         with disk_errors(directory):
-            # The queue: see `_note`. Who waits for room in it, when that thread ends, never learns of the error.
+            # A long queue: if the writing thread has ended (see `_note`), `add_scalar` waits forever on a full one.
             self._writer = SummaryWriter(
                 str(directory), purge_step=start + 1, filename_suffix=f".{start}", max_queue=_MOST_WAITING
             )
 
     def _note(self, failed: threading.ExceptHookArgs) -> None:
-        """The thread that writes the files ends at an error, and what is handed to it then waits for ever."""
+        """A `threading.excepthook` that keeps the error at which the writing thread has ended, for `_raise`."""
         if isinstance(failed.exc_value, OSError):
             self._error = failed.exc_value
         else:
@@ -57,12 +65,17 @@ class TensorBoard:
 
 
 class WandB:
-    """One run of Weights & Biases for all starts of a run; its id is in `output`.
+    """Sends metrics to Weights & Biases. All starts of a run are one run there; its id is in the file `wandb-id`.
 
     For steps that a resumed run repeats, the service keeps the first numbers. (On the same mesh they are equal.)
 
+    Args:
+      project: the name of the project.
+      output: the run directory.
+      config: what the service shows as the run's configuration.
+
     Raises:
-      ValueError: the service refuses the login.
+      ValueError: the service cannot be reached or refuses the login.
     """
 
     def __init__(self, project: str, output: epath.Path, config: dict[str, Any]):
@@ -72,7 +85,7 @@ class WandB:
         if not path.exists():
             write_file(path, f"{uuid.uuid4().hex[:12]}\n".encode())
         run_id = read_small(path).decode().strip()
-        self._directory = output / "wandb"  # an error of writing there has no name
+        self._directory = output / "wandb"  # for messages: an error of writing there names no file
         try:
             with disk_errors(self._directory):
                 self._run = wandb.init(
@@ -97,7 +110,14 @@ class WandB:
 
 
 class Trace:
-    """Traces those of the `wanted` steps that lie behind `start` and not behind `last`, with jax.profiler."""
+    """Traces steps with `jax.profiler`: those of the `wanted` ones that this start does.
+
+    Args:
+      wanted: steps.
+      directory: where the trace is written.
+      start, last: this start does the steps start + 1 to last.
+      say: called with lines for the log.
+    """
 
     def __init__(self, wanted: range, directory: epath.Path, start: int, last: int, say: Callable[[str], Any]):
         steps = range(max(wanted.start, start + 1), min(wanted.stop, last + 1)) if wanted else wanted
@@ -112,19 +132,21 @@ class Trace:
         self._stop()
 
     def before(self, step: int) -> None:
+        """Start the trace if `step` is the first wanted one."""
         if self._steps and step == self._steps[0]:
             with disk_errors(self._directory):
                 jax.profiler.start_trace(str(self._directory))
             self._running = True
 
     def after(self, step: int, results: Any) -> None:
+        """Stop the trace if `step` is the last wanted one, when its `results` have been computed."""
         if self._steps and step == self._steps[-1]:
             jax.block_until_ready(results)
             self._stop()
 
     def _stop(self) -> None:
         if self._running:
-            self._running = False  # whatever comes of it
+            self._running = False  # even if stopping fails
             with disk_errors(self._directory):
                 jax.profiler.stop_trace()
             self._say(f"traced: steps {self._steps[0]} to {self._steps[-1]} are in {self._directory}")

@@ -1,4 +1,4 @@
-"""What a run tells its user: `metrics.jsonl`, and a progress bar (or plain lines where there is no terminal)."""
+"""The metrics of a run: `metrics.jsonl`, and a progress bar (or plain lines if the output is not a terminal)."""
 
 import importlib.metadata
 import json
@@ -23,11 +23,11 @@ from opt_jax.system.temporary import write_file
 from opt_jax.training.files import Lines, ranges, read_metrics
 from opt_jax.training.nonfinite import NonFiniteError
 
-# A loss is a spike if it lies so many deviations above the median of the recent ones: at least SPIKE_AFTER and at most
-# SPIKE_WINDOW finite losses. A deviation is 1.4826 times their median absolute deviation (the standard deviation, were
-# they normal; earlier spikes do not blunt it), and at least 1 % of the median.
+# A loss is a spike if it is more than SPIKE_DEVIATIONS deviations above the median of the last finite losses, of which
+# there must be SPIKE_AFTER; at most SPIKE_WINDOW count. A deviation is 1.4826 times their median absolute deviation,
+# and at least 1 % of the median. For normal losses this is the standard deviation, but earlier spikes hardly change it.
 SPIKE_DEVIATIONS, SPIKE_AFTER, SPIKE_WINDOW = 6.0, 20, 100
-# With --skip-nonfinite: after so many in a row it is the weights that are bad, not the data.
+# With --skip-nonfinite: so many skipped updates in a row mean that the weights are bad, not the data.
 MOST_SKIPS_IN_A_ROW = 20
 
 
@@ -38,7 +38,7 @@ def say(line: str) -> None:
 
 
 def complain(line: str) -> None:
-    """Print a line to stderr, on every process: what is wrong may be so for one of them only."""
+    """Print a line to stderr, on every process, because the others may not know what is wrong."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -57,16 +57,21 @@ def machine(mesh: Mesh) -> str:
 
 
 def cut_back(path: epath.Path, step: int, say: Callable[[str], Any]) -> None:
-    """Keep the lines of `metrics.jsonl` up to `step`, without an incomplete one. `say` gets the steps without a line.
+    """Remove from `metrics.jsonl` the lines after that of `step`, and an incomplete last one.
+
+    Args:
+      path: the file; it need not exist.
+      step: the last step to keep.
+      say: called with a line that names the steps without a line, if there are any.
 
     Raises:
-      ValueError: one of these lines is damaged, or foreign. (What follows the line of `step` goes unread.)
+      ValueError: a line that is kept is damaged, or train.py has not written it.
     """
     lines, last = {}, 0
     past = read_metrics(path)
-    while last < step and (read := next(past, None)) is not None:
-        last = read[1]["step"]
-        lines[last] = read[0]
+    while last < step and (entry := next(past, None)) is not None:
+        last = entry[1]["step"]
+        lines[last] = entry[0]
     if missing := [i for i in range(1, step + 1) if i not in lines]:
         say(f"{path} has no line for {len(missing)} of {step} steps ({ranges(missing)}): their numbers are lost")
     if path.exists():
@@ -74,19 +79,24 @@ def cut_back(path: epath.Path, step: int, say: Callable[[str], Any]) -> None:
 
 
 def best_validation(path: epath.Path) -> tuple[int, float] | tuple[None, None]:
-    """(step, val_loss) where it was lowest, the first if several are."""
+    """(step, val_loss) of the step with the lowest validation loss, the first of equal ones; (None, None) without."""
     losses = [(line["val_loss"], line["step"]) for _, line in read_metrics(path) if line.get("val_loss") is not None]
     return min(losses)[::-1] if losses else (None, None)
 
 
 class Metrics:
-    """Appends one JSON object per step to `path`, shows progress, and finds spikes and numbers that are not finite.
+    """Appends one JSON object per step to `metrics.jsonl`, shows progress, and reports spikes, NaNs and infinities.
 
     Args:
-      path: the file; None (on every process but 0): only find numbers that are not finite.
+      path: the file. None, on every process but 0: only look for NaNs and infinities.
+      start: the step at which this start begins.
+      steps: the steps of the run.
+      tokens_per_step: the tokens of a global batch.
       log_every: steps between lines if the output is not a terminal.
-      flops_per_step, peak_flops: of all devices. With both, MFU is among the numbers.
-      batch_rows: returns the positions in the data of a step's batch, for errors.
+      flops_per_step: the model FLOPs of a step, over all devices.
+      peak_flops: the peak FLOP/s of all devices together. With both, MFU is among the metrics.
+      batch_rows: called with a step; returns where in the data its batch is, for messages.
+      skip_nonfinite: updates with NaNs or infinities are skipped; otherwise they are an error.
       loggers: objects with `write(values)` and `close()`, on process 0.
       memory_of: devices whose memory is reported.
       before_write: see `Lines`.
@@ -143,13 +153,18 @@ class Metrics:
     def record(
         self, step: int, measured: dict[str, Any], val_loss: Callable[[], float | dict[str, float] | None] | None = None
     ) -> float | None:
-        """Write the numbers of update number `step` (from 1), fetched from the devices here, and so awaited.
+        """Write the metrics of a step, and return its validation loss, or None.
 
-        val_loss: measures the held-out loss, after the time of the training step has been taken; also returned. Or it
-          gives {"val_loss": ..., other measures}.
+        Waits for the step, because it fetches the metrics from the devices.
+
+        Args:
+          step: the number of the update, from 1.
+          measured: the metrics that the compiled step returns.
+          val_loss: measures the validation loss, or {"val_loss": ..., other measures}. It is called after the time of
+            the training step has been taken.
 
         Raises:
-          NonFiniteError: the loss or the gradient norm is not finite, and updates are not to be skipped.
+          NonFiniteError: the loss or the gradient norm is not finite, and `skip_nonfinite` is false.
           ValueError: too many updates in a row have been skipped.
         """
         fetched = jax.device_get(measured)
@@ -173,7 +188,7 @@ class Metrics:
         if val_loss is not None and (measurement := val_loss()) is not None:
             if isinstance(measurement, dict):
                 measures = measurement
-            else:  # no NaN, no infinity
+            else:  # math.exp overflows above 709; JSON has no infinity, so the perplexity is null then
                 perplexity = math.exp(measurement) if measurement < 700 else math.nan
                 measures = {"val_loss": measurement, "val_perplexity": perplexity}
             self._val_loss = measures["val_loss"]
@@ -185,12 +200,12 @@ class Metrics:
         return values.get("val_loss")
 
     def flush(self) -> None:
-        """What has been recorded is on disk; on a remote file system, too."""
+        """Write everything that was recorded to the disk or the object store."""
         if self._file is not None:
             self._file.flush()
 
     def pause(self) -> None:
-        """The time since the last record was spent on something other than training."""
+        """Do not count the time since the last record: it was not spent on training."""
         self._last = time.perf_counter()
 
     def _nonfinite(self, values: dict[str, Any], numbers: dict[str, float]) -> None:
@@ -198,14 +213,14 @@ class Metrics:
         what = f"step {step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}"
         if self._batch_rows is not None:
             rows = values["batch"] = self._batch_rows(step).tolist()
-            more = ", ..." if len(rows) > 8 else ""
-            what += f"; its batch is the windows at {', '.join(map(str, rows[:8]))}{more} of the tokens"
+            ellipsis = ", ..." if len(rows) > 8 else ""
+            what += f"; its batch is the windows at {', '.join(map(str, rows[:8]))}{ellipsis} of the tokens"
         if not self._skip:
             self._write(values)
             raise NonFiniteError(step, what)
         if self._in_a_row >= MOST_SKIPS_IN_A_ROW:
             self._write(values)
-            raise ValueError(f"{what}; the {self._in_a_row}th update in a row that would have to be skipped")
+            raise ValueError(f"{what}; the {self._in_a_row}th update in a row that is skipped: the weights must be bad")
         self._print(f"{what}: skipped, {self._skipped} so far")
 
     def _look_for_spike(self, values: dict[str, Any]) -> None:
@@ -244,8 +259,8 @@ class Metrics:
         if self._val_loss is not None:
             line += f"  val {self._val_loss:.4f}"
             digits = {"val_perplexity": 2}
-            more = [(n, v) for n, v in self._measures.items() if math.isfinite(v)]
-            texts = [f"{name.removeprefix('val_')} {value:.{digits.get(name, 4)}f}" for name, value in more]
+            finite = [(n, v) for n, v in self._measures.items() if math.isfinite(v)]
+            texts = [f"{name.removeprefix('val_')} {value:.{digits.get(name, 4)}f}" for name, value in finite]
             line += f" ({', '.join(texts)})" if texts else ""
         self._bar.update(self._task, completed=step, line=line)
         if self._bar.disable and (step % self._log_every == 0 or step == self._steps or "val_loss" in values):
@@ -253,6 +268,6 @@ class Metrics:
 
 
 def peak_memory(devices: Sequence[Any]) -> int | None:
-    """The most bytes in use so far on any of the devices; None where the backend does not report it (CPU)."""
+    """The peak of the bytes in use on any of the devices so far; None if the backend does not report it (CPU)."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
     return max((peak for peak in peaks if peak is not None), default=None)

@@ -1,4 +1,4 @@
-"""What happens to a run whose loss or gradient is NaN or infinite: it ends, and the state from before is kept."""
+"""Ends a run whose loss or gradient is NaN or infinite, with a checkpoint of the state before that update."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from opt_jax.training.step import TrainState
 
 
 class NonFiniteError(ValueError):
-    """Update number `step` met a loss or gradient that is not finite, and was not done."""
+    """The loss or gradient of update number `step` is not finite, and the update was not done."""
 
     def __init__(self, step: int, message: str):
         super().__init__(message)
@@ -22,22 +22,26 @@ class NonFiniteError(ValueError):
 
 @contextmanager
 def kept_before_nonfinite(checkpoints: Checkpoints, state: Callable[[], TrainState], shardings: Any) -> Iterator[None]:
-    """Around the loop: when it ends by a NonFiniteError, the state from before that update becomes a checkpoint.
+    """A context around the training loop: at a NonFiniteError it saves the state from before that update.
 
-    state: gives the loop's newest. Steps that were under way have not changed it: it is halted (see TrainState).
+    Args:
+      checkpoints: where it is saved.
+      state: returns the loop's newest state. Steps dispatched after that update have not changed it, because it is
+        halted (see `TrainState`).
+      shardings: of the state.
 
     Raises:
-      ValueError: instead of the NonFiniteError; says where the checkpoint is.
+      ValueError: in place of the NonFiniteError; says which checkpoint it is.
     """
     try:
         yield
     except NonFiniteError as error:
         before = error.step - 1
         if before:
-            go_on = lambda s: dataclasses.replace(s, halted=jnp.zeros_like(s.halted))  # noqa: E731
-            checkpoints.save(before, jax.jit(go_on, donate_argnums=0, out_shardings=shardings)(state()))
+            resume = lambda s: dataclasses.replace(s, halted=jnp.zeros_like(s.halted))  # noqa: E731
+            checkpoints.save(before, jax.jit(resume, donate_argnums=0, out_shardings=shardings)(state()))
         checkpoints.close()
         kept = f"checkpoint {before} is the state before it" if before else "the run is where it began"
         raise ValueError(
-            f"{error}\nThat update was not done: {kept}. To pass over such updates, go on with --skip-nonfinite."
+            f"{error}\nThat update was not done: {kept}. To skip such updates, start again with --skip-nonfinite."
         ) from None

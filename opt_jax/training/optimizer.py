@@ -12,9 +12,10 @@ from jax.typing import ArrayLike
 def make_schedule(
     *, peak: float, warmup_steps: int, steps: int, final: float = 0.1
 ) -> Callable[[ArrayLike], jax.Array]:
-    """Linear warm-up to `peak` over `warmup_steps` updates, then linear decay to `final * peak` at the last of `steps`.
+    """A schedule: linear warm-up to `peak` over `warmup_steps` updates, then linear decay to `final * peak`.
 
-    The schedule's argument counts the updates done before this one, and the first update already has a rate above zero.
+    The last of the `steps` updates has the final rate. The schedule's argument is the number of updates done so far;
+    the first update already has a rate above zero.
     """
 
     def schedule(step: ArrayLike) -> jax.Array:
@@ -26,7 +27,7 @@ def make_schedule(
 
 
 def make_optimizer(schedule: optax.Schedule, *, weight_decay: float = 0.1, clip_norm: float = 1.0, betas=(0.9, 0.95)):
-    """Clipping by the global norm, Adam (eps 1e-8), decoupled decay of *every* parameter, norms and biases included."""
+    """AdamW with eps 1e-8, after clipping by the global norm. *Every* parameter decays, also LayerNorms and biases."""
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
         _scale_by_adam(*betas, eps=1e-8),
@@ -36,10 +37,11 @@ def make_optimizer(schedule: optax.Schedule, *, weight_decay: float = 0.1, clip_
 
 
 def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_adam` with an argument `skipped`: where it is true, the moments stay as they are.
+    """`optax.scale_by_adam` with an argument `skipped`: if it is true, the moments do not change.
 
-    The update is made of the moments that are kept, so that XLA writes these in place. Had the caller to choose between
-    old and new ones, XLA on CPU would compute the new ones twice and copy the old ones, 1 GB of a 125M, at each step.
+    The choice is made here, before the update is computed from the moments, so that XLA updates them in place. If the
+    caller chose between old and new moments, XLA on CPU would compute the new ones twice and copy the old ones (1 GB
+    for 125M) in every step.
     """
     plain = optax.scale_by_adam(b1, b2, eps)
 

@@ -1,4 +1,4 @@
-"""What `train.py` can be told, and what may not be told together: its options, and the model they stand for."""
+"""The options of `train.py`, their checks, and the model configuration that they stand for."""
 
 import argparse
 import dataclasses
@@ -25,8 +25,9 @@ from opt_jax.system.temporary import refuse_links
 from opt_jax.training.files import read_record
 from opt_jax.training.recipes import RECIPES, recipe_options
 
-# The model of a run without --model: 1.1M parameters, minutes on two CPU cores. Deviations from the paper's recipe: no
-# dropout, because so short a run does not overfit, and a wider initialisation, because 0.006 suits wide models.
+# The model of a run without --model: 1.1M parameters, which train in minutes on two CPU cores. Deviations from the
+# paper's recipe: no dropout, because such a short run does not overfit, and a larger init_std, because 0.006 suits wide
+# models.
 SMALL = OPTConfig(
     vocab_size=2048,
     hidden_size=128,
@@ -47,28 +48,32 @@ class Options:
     """Train an OPT language model."""
 
     recipe: Annotated[str | None, tyro.conf.arg(metavar="{" + ",".join(RECIPES) + "}")] = None
-    """The paper's settings for one of its sizes: defaults for all options below, which win where they are given.
-    `--recipe opt-125m --help` shows them."""
+    """The paper's settings for one of its sizes. They are the defaults of the options below; an option that you give
+    wins. `--recipe opt-125m --help` shows them."""
     data: tuple[str, ...] = ()
-    """Text or .jsonl files (key "text"), .npy files of `opt-jax tokenize`, directories or globs of them, datasets as
-    hf:NAME[,CONFIG][:SPLIT]. Default: the standard library's sources."""
+    """Text, .jsonl, .json, .csv, .parquet or .arrow files, compressed or not; .npy files of `opt-jax tokenize`;
+    directories or globs of them; URLs (gs://, s3://, hf://); datasets as hf:NAME[,CONFIG][:SPLIT]. Default: the
+    sources of the standard library."""
     mixture: tuple[float, ...] = ()
-    """A weight for each of --data, as in `--data wiki.npy books/ --mixture 0.7 0.3`: so many of the sequences come from
-    it. Default: all of the data is one."""
+    """A weight for each of --data, as in `--data wiki.npy books/ --mixture 0.7 0.3`: the share of the sequences that
+    come from it. Default: all data is one stream."""
     validation_data: tuple[str, ...] = ()
-    """What the validation loss (with --task also accuracy, or EM and F1) is measured on, as --data. Default: a part of
-    the data, which is then held out."""
+    """The data for the validation loss (with --task also accuracy, or EM and F1), in the forms of --data. Default: a
+    part of the data, which is then held out."""
     pack: Literal["concat", "segments"] = "concat"
-    """Documents follow each other, with </s> between them. concat: a token sees all before it in its sequence;
-    segments: only its own document, and positions restart with each."""
+    """Documents follow each other, with </s> between them. concat: a token attends to all tokens before it in its
+    sequence. segments: only to those of its own document, and positions restart with each document."""
+    text_key: str = "text"
+    """The key or column of the text, in all files but text files."""
     skip_bad_records: bool = False
-    """Leave out broken lines, bytes that are no UTF-8 and empty files, and count them. Default: stop at the first."""
+    """Leave out broken lines, bytes that are not UTF-8 and empty files, and count them. Default: stop at the first."""
     task: Literal["sequence-classification", "question-answering"] | None = None
-    """Fine-tune for this, from the checkpoint --model. --data then takes lines "text TAB label", or SQuAD's JSON."""
+    """Fine-tune the checkpoint --model for this task. --data is then lines "text TAB label", or SQuAD's JSON."""
     lora_rank: int | None = None
-    """Train adapters of this rank (and a task's head), not the model's own weights. They are merged in at the end."""
+    """Train LoRA adapters of this rank (and a task's head) in place of the model's weights, and merge them into these
+    at the end."""
     lora_alpha: float = 16.0
-    """For --lora-rank: adapters count alpha / rank."""
+    """For --lora-rank: adapters are scaled by alpha / rank."""
     lora_targets: tuple[Literal["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"], ...] = ("q_proj", "v_proj")
     """For --lora-rank: the matrices of each layer that get an adapter."""
     output: str = "runs/small"
@@ -76,25 +81,29 @@ class Options:
     model: str = "small"
     """"small", a preset (125m ... 175b), a config.json, or a checkpoint to start from (directory, hub id, "tiny")."""
     tokenizer: str | None = None
-    """Directory or hub id. Default: the starting checkpoint's, else one is trained on the data."""
+    """Directory or hub id. Default: that of the checkpoint --model; without one, a new one is trained on the data."""
     vocab_size: int | None = None
-    """Entries of the tokenizer trained on the data. Default: the model's vocabulary."""
+    """Number of entries of a new tokenizer. Default: the size of the model's vocabulary."""
     steps: int = 1000
+    """Number of updates of the whole run."""
     batch_size: int = 8
     """Sequences per step, over all devices."""
     accumulate: int = 1
-    """Split each step's batch into so many parts, one after the other: less memory, the same update."""
+    """Split each step's batch into this number of micro-batches, one after the other: less memory, the same update."""
     seq_len: int | None = None
     """Tokens per sequence. Default: the model's max_position_embeddings."""
     learning_rate: float = 3e-3
-    """The peak, reached after the warm-up. The paper's are lower: see --recipe."""
+    """The peak learning rate, reached after the warm-up. The paper's are lower: see --recipe."""
     warmup_steps: int = 100
+    """Steps in which the learning rate rises linearly to its peak."""
     final_lr: float = 0.1
-    """The learning rate falls linearly to this share of the peak at the last step."""
+    """After the warm-up the learning rate falls linearly, to this share of the peak at the last step."""
     weight_decay: float = 0.1
+    """Weight decay of AdamW, for all parameters."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Of Adam."""
+    """Betas of AdamW."""
     clip_norm: float = 1.0
+    """The largest global norm of the gradients; larger ones are scaled down."""
     dropout: float | None = None
     """Default: the model configuration's (0.1 in the presets, 0 in "small")."""
     attention_dropout: float | None = None
@@ -102,71 +111,78 @@ class Options:
     init_std: float | None = None
     """Standard deviation of new weights. Default: the model configuration's; the paper's 0.006 for a preset."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """auto: splash on TPUs, cudnn on GPUs in bfloat16, else xla; xla also where there is dropout on its weights."""
+    """Implementation of attention. auto: splash on TPUs, cudnn on GPUs in bfloat16, else xla; xla also if attention
+    weights have dropout."""
     remat: Remat = "none"
-    """What the backward pass computes again, from the most memory to the least: none, dots (all but products of
-    matrices), names (all but what comes out of attention), full (all but each layer's input)."""
+    """What the backward pass computes again, from the most memory to the least: none, dots (all but matrix products),
+    names (all but the outputs of attention), full (all but each layer's input)."""
     grad_dtype: Literal["float32", "bfloat16"] = "float32"
-    """In which gradients are added up over fsdp. bfloat16 sends half as much; optimizer state is always float32."""
+    """The dtype in which gradients are summed over fsdp. bfloat16 sends half as much. Optimizer state is float32."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the computation; parameters are float32. auto: float32 on CPU, bfloat16 elsewhere."""
+    """The dtype of the computation. Parameters are float32. auto: float32 on CPU, bfloat16 elsewhere."""
     seed: int = 0
-    # These may differ from one start of a run to the next.
+    """Seed of new weights, the order of the data, and dropout."""
+    # These may differ from one start of a run to the next, as may some of those above: see MAY_CHANGE.
     data_workers: int = 0
     """Processes that read ahead. Default: threads of this one."""
     mesh: str | None = None
-    """Devices, as in data=2,fsdp=4 (-1: the rest). Default: all on fsdp."""
+    """The device mesh, as in data=2,fsdp=4 (-1: the remaining devices). Default: all devices on fsdp."""
     dcn_mesh: str | None = None
-    """How many slices (or, without slices, processes) along each axis, as in data=2; part of --mesh, not beside it.
-    Default: all slices on data."""
+    """How many slices (or, without slices, processes) there are along each axis of --mesh, as in data=2. Default: all
+    slices on data."""
     checkpoint_every: int = 200
-    """Steps between checkpoints; there is always one at the end."""
+    """Steps between checkpoints. There is always one at the end."""
     checkpoint_minutes: float | None = None
-    """Also one when the last is so many minutes old."""
+    """Write a checkpoint also when the last one is this old."""
     keep_checkpoints: int = 2
-    """So many of the newest stay."""
+    """Number of newest checkpoints to keep."""
     keep_every: int | None = None
-    """Keep those of every so many steps for good."""
+    """Also keep the checkpoints of all steps that are multiples of this."""
     fall_back: bool = False
-    """If the newest checkpoint is damaged, go on from the newest that is not, and rename those after it."""
+    """If the newest checkpoint is damaged, resume from the newest that is not, and rename the later ones."""
     verify: bool = True
-    """Compare what is read of a checkpoint with its checksums."""
+    """Compare the data of a checkpoint with their checksums."""
     eval_every: int = 200
-    """Steps between measurements of the loss on held-out documents; there is always one at the end."""
+    """Steps between measurements of the validation loss. There is always one at the end."""
     eval_batches: int = 20
+    """The largest number of batches in such a measurement."""
     log_every: int = 20
-    """Steps between lines where the output is not a terminal."""
+    """Steps between lines if the output is not a terminal."""
     stop_after: int | None = None
-    """End after this many steps of this start, with a checkpoint; start again to go on."""
+    """End this start after this many steps, with a checkpoint. The same command resumes the run."""
     skip_nonfinite: bool = False
-    """Where a loss or gradient is NaN or infinite, pass over the update and go on. Default: stop, before the update."""
+    """Skip updates whose loss or gradient is NaN or infinite. Default: stop before the first of them."""
     tensorboard: bool = False
-    """Write the metrics for TensorBoard, too, below the run directory."""
+    """Also write the metrics for TensorBoard, below the run directory."""
     wandb: str | None = None
-    """Send the metrics to this project of Weights & Biases, too."""
+    """Also send the metrics to this project of Weights & Biases."""
     profile: str | None = None
-    """Trace the steps FIRST:LAST, both included, to the directory `profile` of the run directory; as in 10:13."""
+    """Trace the steps FIRST to LAST, as in 10:13, to the directory `profile` of the run directory."""
     deterministic: bool = False
-    """On GPU: only kernels that give the same bits every time, so that a resumed run repeats exactly. (CPU and TPU
+    """On GPU: use only kernels that give the same bits every time, so that a resumed run repeats exactly. (CPU and TPU
     always do.)"""
     distributed: Literal["auto", "on", "off"] = "auto"
-    """One run on several hosts. auto: if a TPU pod, SLURM, Open MPI or a Kubernetes job, or the next three, say so."""
+    """One run on several hosts. auto: on a TPU pod, under SLURM or Open MPI, in a Kubernetes job, or if the next three
+    options are given."""
     coordinator_address: str | None = None
     """host:port of process 0."""
     num_processes: int | None = None
+    """Number of processes of the job."""
     process_id: int | None = None
+    """Number of this process, from 0."""
     heartbeat_seconds: int = 30
-    """A process not heard of for so long is lost, and the others end."""
+    """A process that sends nothing for this time counts as lost, and the others end."""
     hang_minutes: int = 60
-    """With several processes: end when a step, or the compilation before the first, takes longer."""
+    """With several processes: end if a step, or the compilation before the first one, takes longer."""
     plan: bool = False
     """Train nothing: compile the step for the TPUs of --topology, and print what it needs and sends. Needs no TPU."""
     topology: str | None = None
     """For --plan: a TPU slice by its shape in chips, as in v5e:4x8, v6e:16x16 or v5p:8x8x8."""
     plan_output: str | None = None
-    """For --plan: also write its numbers to this JSON file."""
+    """For --plan: also write the plan to this JSON file."""
 
 
+# The options that a resumed run may change.
 MAY_CHANGE = {
     "output",
     "mesh",
@@ -200,7 +216,7 @@ MAY_CHANGE = {
     "attention",
     "remat",
 }
-# What the compiled step depends on, and with it a plan.
+# The options that the compiled step, and so a plan, depends on.
 PLANNED = {
     "recipe",
     "pack",
@@ -232,15 +248,15 @@ PLANNED = {
 
 
 def parse_options(args: Sequence[str] | None = None, program: str | None = None) -> Options:
-    """The options on the command line, over those of its --recipe, over the defaults.
+    """The options of a command line. Those that are not given have the value of --recipe, or else the default.
 
     Raises:
-      ValueError: no such recipe. (Other mistakes, and --help, end the program as tyro does.)
+      ValueError: there is no such recipe. (For other mistakes and --help, tyro ends the program.)
     """
     args = sys.argv[1:] if args is None else list(args)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", nargs="?")  # without a name: tyro says what is wrong
-    name = first.parse_known_args(args)[0].recipe
+    recipe_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    recipe_parser.add_argument("--recipe", nargs="?")  # if the name is missing, tyro prints the error
+    name = recipe_parser.parse_known_args(args)[0].recipe
     return tyro.cli(Options, args=args, default=_defaults(name), prog=program)
 
 
@@ -253,14 +269,19 @@ def _flag(name: str) -> str:
 
 
 def _in_float32(number: float) -> bool:
-    """Whether float32 has a finite number for it, and not 0 for what is none."""
+    """True for 0, and for numbers that float32 neither rounds to infinity nor to a subnormal number or 0."""
     return number == 0 or float(_FLOAT32.tiny) <= abs(number) <= float(_FLOAT32.max)  # False for NaN
 
 
 def check_options(options: Options) -> None:
+    """Check each option, and that they go together.
+
+    Raises:
+      ValueError: an option has a bad value, contradicts another one, or has no effect.
+    """
     for name, value in dataclasses.asdict(options).items():
         values = value if isinstance(value, tuple) else (value,)
-        if "" in values:  # as of a shell's variable that is not set
+        if "" in values:  # as from an unset shell variable
             raise ValueError(f"{_flag(name)} '': the value is empty; leave the option out, or give one")
         for number in values:
             if isinstance(number, float) and not _in_float32(number):
@@ -293,7 +314,7 @@ def check_options(options: Options) -> None:
     for name in ("weight_decay", "warmup_steps", "process_id", "data_workers", "seed"):
         if (getattr(options, name) or 0) < 0:
             raise ValueError(f"{_flag(name)} {getattr(options, name)}: must not be negative")
-    if options.seed >= 2**32:  # JAX would take the lower bits
+    if options.seed >= 2**32:  # JAX would use the lower 32 bits only
         raise ValueError(f"--seed {shown(options.seed)}: must be below 2**32")
     if not 0 <= options.final_lr <= 1:
         raise ValueError(f"--final-lr {options.final_lr}: must be a share of the peak, from 0 to 1")
@@ -336,15 +357,25 @@ def check_options(options: Options) -> None:
         ("wandb", options.wandb is not None, "wandb"),
     ):
         if given and importlib.util.find_spec(package) is None:
-            raise ValueError(f"--{option} needs the package {package}: pip install 'opt-jax[{option}]'")
+            raise ValueError(f"--{option} needs the package {package}: pip install {package}")
 
 
 def check_grad_dtype(options: Options, mesh: Mesh) -> None:
+    """Check that --grad-dtype has an effect on this mesh.
+
+    Raises:
+      ValueError: it has none.
+    """
     if options.grad_dtype != Options.grad_dtype and mesh.shape["fsdp"] == 1:
         raise ValueError(f"--grad-dtype {options.grad_dtype} without effect: the mesh has fsdp=1, and adds up nothing")
 
 
 def check_fine_tuning(options: Options) -> None:
+    """Check the options of fine-tuning.
+
+    Raises:
+      ValueError: see `check_options`.
+    """
     default = Options()
     if options.task:
         if not options.data:
@@ -355,7 +386,7 @@ def check_fine_tuning(options: Options) -> None:
             )
         if options.eval_batches != default.eval_batches:
             raise ValueError("--eval-batches: with --task all held-out examples are measured; leave it out")
-        for name in ("mixture", "pack", "skip_bad_records", "data_workers"):
+        for name in ("mixture", "pack", "text_key", "skip_bad_records", "data_workers"):
             if getattr(options, name) != getattr(default, name):
                 raise ValueError(f"{_flag(name)} is for pretraining data: leave it out with --task")
     if options.lora_rank is None:
@@ -363,14 +394,14 @@ def check_fine_tuning(options: Options) -> None:
             if getattr(options, name) != getattr(default, name):
                 raise ValueError(f"{_flag(name)} is for --lora-rank: leave it out, or add --lora-rank")
     elif importlib.util.find_spec("qwix") is None:
-        raise ValueError("--lora-rank needs the package qwix: pip install 'opt-jax[lora]'")
+        raise ValueError("--lora-rank needs the package qwix: pip install qwix")
 
 
 def profiled_steps(profile: str | None) -> range:
-    """The steps of --profile FIRST:LAST, LAST included.
+    """The steps of --profile FIRST:LAST, with LAST; none without the option.
 
     Raises:
-      ValueError: not of this form, or no steps.
+      ValueError: the value does not have this form, or there are no such steps.
     """
     if profile is None:
         return range(0)
@@ -381,14 +412,21 @@ def profiled_steps(profile: str | None) -> range:
 
 
 def make_deterministic() -> None:
-    """Ask XLA for GPU kernels that repeat bit for bit; before JAX starts, which reads this then."""
+    """Make XLA use only GPU kernels that repeat bit for bit. Call this before JAX looks for devices."""
     flag = "--xla_gpu_deterministic_ops=true"
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 
 def model_config(options: Options) -> tuple[OPTConfig, str | None]:
-    """(configuration, checkpoint to start from or None) that --model stands for, with the options that change it."""
+    """The model's configuration, and the directory of the checkpoint to start from, or None.
+
+    Both are what --model stands for. Other options may change the configuration.
+
+    Raises:
+      OSError: --model names a checkpoint that does not exist or cannot be read.
+      ValueError: --model is no configuration, or options do not go together with it.
+    """
     name, start = options.model, None
     changes = {n: getattr(options, n) for n in ("dropout", "attention_dropout", "init_std")}
     changes = {name: value for name, value in changes.items() if value is not None}
@@ -415,10 +453,17 @@ def model_config(options: Options) -> tuple[OPTConfig, str | None]:
 
 
 def compare_with_first_start(path: epath.Path, record: dict) -> None:
-    """Refuse to resume a run with anything changed that would change its losses.
+    """Check that nothing has changed since the first start of a run that would change its losses.
 
-    An option that did not exist when the run began counts as having had its default; what was not recorded then is not
-    compared.
+    An option that did not exist at the first start counts as if it had had its default. Other sections that were not
+    recorded then are not compared.
+
+    Args:
+      path: the run.json of the first start; it need not exist.
+      record: the record of this start.
+
+    Raises:
+      ValueError: the record of the first start is damaged, or this one differs from it.
     """
     if not path.exists():
         return

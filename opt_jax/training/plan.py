@@ -26,15 +26,17 @@ from opt_jax.parallel.hlo import Program, collective_bytes
 from opt_jax.system.temporary import write_file
 from opt_jax.training.flops import flops_per_token
 
-# device_kind -> HBM that a program may use, bytes: what libtpu 0.0.42 says where a program does not fit. (A device of
-# "TPU v4" is one of the two cores of a chip.)
+# device_kind -> HBM that a program may use, bytes: what libtpu 0.0.42 says where a program does not fit. (For "TPU v4",
+# a device is a chip: see `_MEGACORE`.)
 HBM = {
     name: int(gib * 2**30)
-    for name, gib in {"TPU v4": 15.25, "TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25}.items()
+    for name, gib in {"TPU v4": 30.75, "TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25}.items()
 }
 # Generation in a topology's name -> how the environment of such a machine calls a slice of n chips, and the chips of a
 # whole pod (Google Cloud's page on each): libtpu takes any shape, until memory is used up.
 _PODS = {"v4": ("v4-{2n}", 4096), "v5e": ("v5litepod-{n}", 256), "v5p": ("v5p-{2n}", 8960), "v6e": ("v6e-{n}", 256)}
+# The two cores of a chip of this generation are one device if libtpu is told so, as JAX's meshes need them to be.
+_MEGACORE = {"v4": {"chip_config_name": "megacore"}}
 
 
 def topology_devices(name: str) -> Sequence[Any]:
@@ -60,11 +62,11 @@ def topology_devices(name: str) -> Sequence[Any]:
     if importlib.util.find_spec("libtpu") is None and (beside / "libtpu").is_dir():
         sys.path.append(str(beside))
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError('--plan needs libtpu, the compiler for TPUs: pip install "opt-jax[tpu]" (Linux on x86)')
+        raise ValueError("--plan needs libtpu, the compiler for TPUs: pip install 'jax[tpu]' (Linux on x86)")
     from jax.experimental import topologies
 
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **_MEGACORE.get(parts[1], {})).devices
     except Exception as error:  # whatever libtpu raises: its words are the best there are
         raise ValueError(f"--topology {name}: {str(error).splitlines()[0]}") from None
 
@@ -145,7 +147,12 @@ def make_plan(
     def compile_at(micro: int) -> dict[str, Any]:
         ids = jax.ShapeDtypeStruct((rows // micro, micro * shards, seq_len), jnp.int32)
         names = ["input_ids", "labels", *(["segment_ids"] if options.pack == "segments" else [])]
-        return compile_step(train_step, abstract, dict.fromkeys(names, ids), capacity)
+        what = f"the step with {micro} sequences at a time, for {mesh.size} chips"
+        print(f"compiling {what} (up to some minutes) ...", file=sys.stderr, flush=True)
+        plan = compile_step(train_step, abstract, dict.fromkeys(names, ids), capacity)
+        result = f"{plan['hbm_bytes_per_chip'] / 1e9:,.1f} of {capacity / 1e9:,.1f} GB a chip"
+        print(f"  {plan['compile_seconds']:.0f} s: {result}", file=sys.stderr, flush=True)
+        return plan
 
     asked = rows // options.accumulate
     measured = {asked: compile_at(asked)}

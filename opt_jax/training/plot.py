@@ -1,4 +1,4 @@
-"""Curves of training runs, from their `metrics.jsonl` to a picture."""
+"""Draws the curves of training runs from their `metrics.jsonl`."""
 
 import io
 import math
@@ -11,14 +11,14 @@ from etils import epath
 from opt_jax.system.temporary import check_new_file, write_file
 from opt_jax.training import files
 
-# Title, scale, and (name in metrics.jsonl, how to draw it) of each curve.
+# Title, scale, and the curves: (name in metrics.jsonl, matplotlib's options).
 PANELS: tuple[tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]], ...] = (
     ("loss", "linear", (("loss", dict(linewidth=0.8, alpha=0.6)), ("val_loss", dict(linestyle="--", marker="o")))),
     ("learning rate", "linear", (("lr", {}),)),
     ("gradient norm", "log", (("grad_norm", dict(linewidth=0.8)),)),
     ("tokens/s", "linear", (("tokens_per_s", dict(linewidth=0.8)),)),
 )
-# Instead of tokens/s, where there is a fine-tuning task among the runs.
+# In place of tokens/s, if one of the runs is a fine-tuning task.
 MEASURES: tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]] = (
     "on held-out examples: accuracy, F1, exact match",
     "linear",
@@ -29,10 +29,10 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`.
+    """The values in each line of a run's `metrics.jsonl`.
 
     Raises:
-      FileNotFoundError: there is none.
+      FileNotFoundError: there is no such file.
       ValueError: it has no line; or see `files.read_metrics`.
     """
     path = run / "metrics.jsonl"
@@ -47,17 +47,21 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 def plot_runs(runs: Sequence[Path], output: Path) -> None:
     """Draw the curves of runs as a PNG: loss and perplexity, learning rate, gradient norm, tokens/s.
 
-    For tasks, their measures replace perplexity and tokens/s.
+    If one of them is a fine-tuning task, its measures replace perplexity and tokens/s.
+
+    Args:
+      runs: the run directories.
+      output: the PNG; an existing one is replaced.
 
     Raises:
       FileNotFoundError, ValueError: see `metrics_of`; or matplotlib is missing.
-      FileExistsError: `output` exists and is not a PNG; or see `new_file`.
+      FileExistsError: `output` exists and is not a PNG; or see `temporary.check_new_file`.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError(f"plot needs the package matplotlib ({error}): pip install 'opt-jax[plot]'") from None
+        raise ValueError(f"plot needs the package matplotlib ({error}): pip install matplotlib") from None
     measured = [(run, metrics_of(run)) for run in runs]
     check_new_file(output, lambda content: content.startswith(_PNG), "a PNG")
     names = {name for _, lines in measured for line in lines for name in line}
@@ -70,16 +74,16 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
             for name, style in curves:
                 points = [(line["step"], line[name]) for line in lines if name in line]
                 if points:
-                    # A number that was not finite is null in the file, and a gap in the curve.
+                    # NaN and infinity are null in the file, and a gap in the curve.
                     values = [math.nan if value is None else value for _, value in points]
-                    label = (run.name or Path.cwd().name).replace("$", r"\$")  # "." has no name; "$" begins a formula
+                    label = (run.name or Path.cwd().name).replace("$", r"\$")  # Path(".") has no name; "$" is a formula
                     label += ", validation" if name == "val_loss" else ""
                     axes.plot([step for step, _ in points], values, color=f"C{i}", label=label, **style)
         axes.set(title=title, xlabel="step", yscale=scale)
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize="small")
     if panels is PANELS:
-        right = figure.axes[0].secondary_yaxis("right")  # the same ticks, as perplexities
+        right = figure.axes[0].secondary_yaxis("right")  # the ticks of the loss, labelled with perplexities
         right.set_ylabel("perplexity")
         right.yaxis.set_major_formatter(lambda loss, _: f"{math.exp(min(loss, 99)):,.{0 if loss > 5 else 2}f}")
     picture = io.BytesIO()

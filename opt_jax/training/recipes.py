@@ -1,4 +1,4 @@
-"""How the nine published sizes were trained, as the options of train.py that make it so."""
+"""The training recipes of the nine published sizes, as options of train.py."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ SEQ_LEN = 2048
 WARMUP_TOKENS, TOKENS = 375e6, 300e9
 M = 2**20
 
-# Table 1 of the OPT paper (Zhang et al. 2022): tokens per batch, peak learning rate. For 175B, metaseq's launcher has a
-# rate of 3e-5 in its table of sizes, beside a batch of 0.25M tokens, not the 2M of the run: the paper's pair is here.
+# Tokens per batch and peak learning rate: table 1 of the OPT paper (Zhang et al. 2022). For 175B metaseq's launcher
+# differs: it has a rate of 3e-5 with a batch of 0.25M tokens. The run had 2M, so the paper's pair stands here.
 _TABLE = {
     "opt-125m": (M // 2, 6e-4),
     "opt-350m": (M // 2, 3e-4),
@@ -23,13 +23,14 @@ RECIPES = tuple(_TABLE)
 
 
 def recipe_options(name: str) -> dict[str, Any]:
-    """The options that a recipe sets (section 2.2 of the paper); whatever is not in it has its own default.
+    """The options that a recipe sets, by name. Other options have their defaults. Source: section 2.2 of the paper.
 
-    Deviations: no dropout of attention weights (the paper has 0.1), because no flash attention has it; bfloat16 needs
-    no loss scaling. Not followed: what was changed by hand amid the run of 175B (its clipping at 0.3, its rates).
+    Deviations: no dropout of attention weights (the paper has 0.1), because flash attention does not support it. No
+    loss scaling, because bfloat16 does not need it. None of the changes that were made by hand during the run of 175B
+    (clipping at 0.3, lower rates).
 
     Raises:
-      ValueError: no such recipe.
+      ValueError: there is no such recipe.
     """
     if name not in _TABLE:
         raise ValueError(f"--recipe {name}: unknown; the recipes are {', '.join(RECIPES)}")

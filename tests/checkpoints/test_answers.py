@@ -1,4 +1,4 @@
-"""What a hub, or a mirror, may not do to who downloads from it (tests/support/hub_server.py)."""
+"""Hubs and mirrors that lie or stall: a download ends in one line of error (tests/support/hub_server.py)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,12 @@ def impatient(server, tmp_path_factory):
 
 
 def lie(answer: str, **changes: Any) -> Callable[[str, Any], Any]:
-    """Change what is said about each file, or (a key `sha`) about the repository; None: leave it out."""
+    """What `Repository.lie` takes: in an answer of this kind it replaces fields of each file, or of the repository.
+
+    Args:
+      answer: "tree" or "info".
+      changes: field -> its value. `sha` is a field of the repository.
+    """
 
     def lie(kind: str, content: Any) -> Any:
         if kind == answer:
@@ -70,7 +75,7 @@ def test_a_hub_cannot_name_files_outside_the_cache(server, impatient, tmp_path, 
         repository = Repository(DATA)
         if answer == "headers":
             repository.headers[key.replace("-", "_")] = value
-            # The list of files that huggingface_hub keeps would spare it the question.
+            # Without ids of the content, huggingface_hub must ask for the headers of each file.
             repository.lie = lie("tree", oid=None, blobId=None)
         else:
             lied = {"size": 10, "sha256": value, "oid": value, "pointerSize": 1} if key == "lfs" else value

@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from support.conversions import assert_same
 from support.hf_files import TINY, VARIANTS, hf_weights, write_hf
 
 import opt_jax
@@ -28,7 +29,7 @@ EMBEDDING = "model.decoder.embed_tokens.embedding"
 
 def random_model(cls="OPTForCausalLM", variant="125m", scan_layers=False, param_dtype=jnp.float32, **changes):
     config = OPTConfig.from_hf(VARIANTS[variant] | changes)
-    create = getattr(opt_jax, cls)  # only its shapes: random values of JAX's would be compiled for each shape
+    create = getattr(opt_jax, cls)  # shapes alone: JAX would compile its random values for each shape
     model = nnx.eval_shape(lambda: create(config, rngs=nnx.Rngs(0), param_dtype=param_dtype, scan_layers=scan_layers))
     rng = np.random.default_rng(0)
     for param in named_parameters(model).values():  # LayerNorms and biases too
@@ -38,12 +39,6 @@ def random_model(cls="OPTForCausalLM", variant="125m", scan_layers=False, param_
 
 def arrays(model) -> dict[str, np.ndarray]:
     return {path: np.asarray(param.get_value()) for path, param in named_parameters(model).items()}
-
-
-def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert found.keys() == expected.keys()
-    for path, array in expected.items():
-        assert found[path].dtype == array.dtype and found[path].tobytes() == array.tobytes(), path
 
 
 def hidden(directory) -> list[str]:
@@ -90,16 +85,16 @@ def test_loading_onto_a_mesh(tmp_path, kind):
     if kind == "orbax":
         OPTForCausalLM.from_pretrained(source, param_dtype="auto").save_pretrained(tmp_path / "out")
         source = tmp_path / "out"
-    whole = OPTForCausalLM.from_pretrained(source)
+    expected = arrays(OPTForCausalLM.from_pretrained(source))
     for spec in ("data=2,fsdp=2,tensor=2", "fsdp=8", "tensor=4,data=2"):
         mesh = make_mesh(spec)
         model = OPTForCausalLM.from_pretrained(source, mesh=mesh)
         for path, param in named_parameters(model).items():
             value = param.get_value()
             assert value.sharding == param_sharding(path, value.shape, mesh)
-        assert_same(arrays(model), arrays(whole))
+        assert_same(arrays(model), expected)
     model.save_pretrained(tmp_path / "from-mesh")
-    assert_same(arrays(OPTForCausalLM.from_pretrained(tmp_path / "from-mesh")), arrays(whole))
+    assert_same(arrays(OPTForCausalLM.from_pretrained(tmp_path / "from-mesh")), expected)
 
 
 @pytest.mark.slow
@@ -143,7 +138,7 @@ def test_large_arrays_are_stored_in_chunks(tmp_path, monkeypatch):
     "options, compute, param",
     [
         ({}, "float32", "float32"),
-        ({"dtype": "auto"}, "float16", "float16"),  # as HF's one option means it
+        ({"dtype": "auto"}, "float16", "float16"),  # HF's `dtype` is that of the parameters too
         ({"dtype": "auto", "param_dtype": "float32"}, "float16", "float32"),
         ({"dtype": "auto", "param_dtype": "auto"}, "float16", "float16"),
         ({"dtype": jnp.bfloat16}, "bfloat16", "bfloat16"),
@@ -160,9 +155,9 @@ def test_dtypes_on_cpu(tmp_path, kind, options, compute, param):
         source = tmp_path / "out"
     model = OPTForCausalLM.from_pretrained(source, **options)
     assert (model.dtype, model.param_dtype) == (compute, param)
-    found = arrays(model)
-    assert {array.dtype for array in found.values()} == {jnp.dtype(param)}
-    kernel = found["model.decoder.layers.0.fc1.kernel"]
+    loaded = arrays(model)
+    assert {array.dtype for array in loaded.values()} == {jnp.dtype(param)}
+    kernel = loaded["model.decoder.layers.0.fc1.kernel"]
     expected = weights["model.decoder.layers.0.fc1.weight"].T.astype(jnp.dtype(param))
     assert kernel.tobytes() == expected.tobytes()
 
@@ -181,9 +176,9 @@ def test_dtypes_on_cpu(tmp_path, kind, options, compute, param):
 )
 def test_default_dtypes_of_every_platform(platform, stored, asked, chosen, caplog, tmp_path):
     dtype, param_dtype = asked
-    found = {EMBEDDING: np.dtype(stored)}
+    dtypes = {EMBEDDING: np.dtype(stored)}
     with caplog.at_level(logging.INFO, "opt_jax"):
-        compute, params = pretrained._choose_dtypes(dtype, param_dtype, found, platform, tmp_path)
+        compute, params = pretrained._choose_dtypes(dtype, param_dtype, dtypes, platform, tmp_path)
     assert (compute, params[EMBEDDING]) == chosen
     assert bool(caplog.records) == ("bfloat16" in chosen and stored == "float16")
 
@@ -205,10 +200,10 @@ def test_a_missing_head_is_new_and_reported(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "opt_jax"):
         model = OPTForSequenceClassification.from_pretrained(tmp_path / "out")
     assert [r.levelname for r in caplog.records] == ["WARNING"] and "score.kernel" in caplog.text
-    found = arrays(model)
-    score = found.pop("score.kernel")
+    loaded = arrays(model)
+    score = loaded.pop("score.kernel")
     assert score.shape == (8, 3) and 0 < np.std(score) < 10 * base.config.init_std
-    assert_same(found, arrays(base))
+    assert_same(loaded, arrays(base))
 
     caplog.clear()
     qa = opt_jax.OPTForQuestionAnswering.from_pretrained(tmp_path / "out", param_dtype="bfloat16")
@@ -343,12 +338,12 @@ def test_damaged_orbax_directories(tmp_path):
     random_model().save_pretrained(tmp_path / "out")
     params = tmp_path / "out" / "params"
     biggest = max((p for p in params.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    whole = biggest.read_bytes()
-    biggest.write_bytes(whole[: len(whole) // 2])
+    content = biggest.read_bytes()
+    biggest.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="params cannot be read: ") as error:
         OPTForCausalLM.from_pretrained(tmp_path / "out")
     assert "\n" not in str(error.value)
-    biggest.write_bytes(whole)
+    biggest.write_bytes(content)
     (params / "_METADATA").write_text("{")
     with pytest.raises(ValueError, match="params cannot be read"):
         OPTForCausalLM.from_pretrained(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Chunks with checksums: damage of any kind is noticed, on one bit as on whole files; metadata beyond all limits."""
+"""Chunks with checksums: damage is noticed, from one bit to a missing file. Metadata beyond the limits is refused."""
 
 import json
 import os
@@ -50,23 +50,23 @@ def files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
-def outcomes(directory: Path, damaged: Iterator[Path], load: Callable[[], Any], whole: Any) -> Counter:
-    """What `load` does with each damage: "noticed", by a line that names the directory, or "harmless"."""
-    found = Counter()
+def outcomes(directory: Path, damaged: Iterator[Path], load: Callable[[], Any], expected: Any) -> Counter:
+    """Count what `load` makes of each damage: "noticed", in a line that names the directory, or "harmless"."""
+    counts = Counter()
     for path in damaged:
         try:
             loaded = load()
         except (ValueError, OSError) as error:
             assert str(directory) in str(error) and str(error).isprintable(), path
-            found["noticed"] += 1
+            counts["noticed"] += 1
         else:
-            assert same(loaded, whole), f"{path} is damaged, and other values are read without a word"
-            found["harmless"] += 1
-    return found
+            assert same(loaded, expected), f"{path} is damaged, and other values are read without an error"
+            counts["harmless"] += 1
+    return counts
 
 
 def flipped_bits(directory: Path, per_file: int) -> Iterator[Path]:
-    """Flip one bit after the other, in every file."""
+    """Flip bits of every file, one at a time."""
     rng = random.Random(0)
     for path in files(directory):
         content = path.read_bytes()
@@ -100,18 +100,18 @@ def model(request, tmp_path, monkeypatch) -> Path:
 
 
 def test_every_flipped_bit_is_noticed_or_harmless(model):
-    found = outcomes(model, flipped_bits(model, 8), lambda: read(model), ARRAYS)
-    assert found["noticed"] > 20
+    counts = outcomes(model, flipped_bits(model, 8), lambda: read(model), ARRAYS)
+    assert counts["noticed"] > 20
 
 
 def test_every_bit_of_a_chunk_counts(tmp_path):
-    values = np.arange(300, dtype=np.float32)  # above 1 kB: smaller ones lie in the index, whose damage is its own
+    values = np.arange(300, dtype=np.float32)  # above 1 kB: the database keeps smaller values in its index
     directory = write(tmp_path / "params", {"a": values})
     path = file_with(directory, values)
-    whole = path.read_bytes()
-    start = whole.index(values.tobytes())
+    content = path.read_bytes()
+    start = content.index(values.tobytes())
     for bit in range(8 * start, 8 * (start + values.nbytes + 4), 101):
-        changed = bytearray(whole)
+        changed = bytearray(content)
         changed[bit // 8] ^= 1 << bit % 8
         path.write_bytes(changed)
         with pytest.raises(ValueError, match="tensor a cannot be read: "):
@@ -119,12 +119,12 @@ def test_every_bit_of_a_chunk_counts(tmp_path):
 
 
 def test_every_missing_file_is_noticed_or_harmless(model):
-    found = outcomes(model, missing_files(model), lambda: read(model), ARRAYS)
-    assert found["noticed"] >= 3
+    counts = outcomes(model, missing_files(model), lambda: read(model), ARRAYS)
+    assert counts["noticed"] >= 3
 
 
 def test_a_missing_chunk_is_an_error(model):
-    """Not zeros, which is what TensorStore gives for it by itself."""
+    """TensorStore by itself reads zeros for it."""
     base = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{model}/"}).result()
     key = min(key for key in base.list().result() if b"kernel/c/" in key)
     base.delete_range(ts.KvStore.KeyRange(key, key + b"\0")).result()
@@ -134,7 +134,7 @@ def test_a_missing_chunk_is_an_error(model):
 
 
 def test_without_verifying_arrays_of_many_chunks_are_read_whole(tmp_path, monkeypatch):
-    """And parts of them, which end within a chunk."""
+    """So are parts that end within a chunk."""
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 256)
     array = np.arange(24 * 18, dtype=np.float32).reshape(24, 18)
     write_arrays(tmp_path / "out", {"a": jnp.asarray(array)})
@@ -167,7 +167,7 @@ def test_without_checksums_a_line_says_so(tmp_path, zarr3):
     with pytest.warns(UserWarning, match=f"^{tmp_path} has no checksums") as said:
         assert same(read(tmp_path / "params"), ARRAYS)
     assert len(said) == 1
-    assert same(read(tmp_path / "params", verify=False), ARRAYS)  # nothing to say
+    assert same(read(tmp_path / "params", verify=False), ARRAYS)  # without a warning
     with warnings.catch_warnings(action="ignore"):
         path = next(p for p in files(tmp_path / "params") if p.parent.name == "d")
         path.unlink()
@@ -199,10 +199,10 @@ def restore(directory: Path, says: list[str], **options: Any) -> tuple[int, Any,
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", [lambda directory: flipped_bits(directory, 3), missing_files])
 def test_damage_of_a_training_checkpoint_is_noticed_or_harmless(run, damage):
-    whole, says = (6, state(6), {"step": 6}), []
-    found = outcomes(run / "6", damage(run / "6"), lambda: restore(run, says), whole)
-    assert found["noticed"] >= 5
-    assert not says and same(restore(run, says), whole)
+    expected, says = (6, state(6), {"step": 6}), []
+    counts = outcomes(run / "6", damage(run / "6"), lambda: restore(run, says), expected)
+    assert counts["noticed"] >= 5
+    assert not says and same(restore(run, says), expected)
 
 
 def test_falling_back(run):
@@ -221,13 +221,13 @@ def test_falling_back(run):
     assert [re.sub(": .*;", ": ...;", line) for line in says] == [
         f"checkpoint {run}/6 is damaged: ...; falling back to the one before it, 3"
     ]
-    with Checkpoints(run, keep=3) as checkpoints:  # the damaged one is not in the way of its successor
+    with Checkpoints(run, keep=3) as checkpoints:  # step 6 can be saved again
         assert checkpoints.latest_step() == 3
         checkpoints.save(6, state(6))
     assert same(restore(run, [])[1], state(6))
     file_with(run / "6", np.asarray(state(6).model["layers.kernel"])).write_bytes(b"")
     restore(run, [], fall_back=True)
-    aside = [f"{run.name}-damaged-6", f"{run.name}-damaged-6.2"]  # nothing is removed
+    aside = [f"{run.name}-damaged-6", f"{run.name}-damaged-6.2"]  # both damaged ones are kept
     assert sorted(p.name for p in run.parent.iterdir() if "damaged" in p.name) == aside
     assert path.name in {p.name for p in (run.parent / aside[0]).rglob("*")}
 

@@ -1,4 +1,4 @@
-"""Downloads from a server that speaks the hub's API (tests/support/hub_server.py), and what the cache has offline."""
+"""Downloads from a server that speaks the hub's API (tests/support/hub_server.py), and reading the cache offline."""
 
 import json
 import subprocess
@@ -43,7 +43,7 @@ def index(*names: str) -> bytes:
 
 
 def asked(repository: Repository) -> set[str]:
-    """The files of which something was sent since the last call."""
+    """The files whose content was sent since the last call."""
     names = {each.file for each in repository.asked}
     repository.asked.clear()
     return names
@@ -61,7 +61,7 @@ def wait_until(condition: Callable[[], Any], process: Resolver) -> None:
 
 
 def check(answer: dict, repository: Repository, *names: str) -> Path:
-    """`answer` is a snapshot with exactly these files."""
+    """Check that `answer` names a snapshot with exactly these files. Returns its directory."""
     assert "error" not in answer, answer
     folder = Path(answer["path"])
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == {name: repository.files[name] for name in names}
@@ -97,7 +97,7 @@ def test_downloads_what_is_needed_and_no_more(server, resolve):
         assert resolve(name) == resolve(name, local_files_only=True)
         assert asked(repository) == set()
     blobs = folder.parents[1] / "blobs"
-    assert {path.stat().st_size for path in blobs.iterdir()} == {1, 2}  # nothing incomplete stays behind
+    assert {path.stat().st_size for path in blobs.iterdir()} == {1, 2}  # no incomplete file is left
 
 
 def test_revisions(server, resolve):
@@ -124,7 +124,7 @@ def test_weights_that_were_deleted_in_the_cache_are_not_replaced_by_others(serve
     server.repositories["org/deleted"] = repository = Repository(files)
     folder = check(resolve("org/deleted", cache_dir=str(tmp_path)), repository, *files)
     (folder / "pytorch_model.bin").write_bytes(b"others")
-    (folder / "model.safetensors").resolve().unlink()  # the link to it stays
+    (folder / "model.safetensors").resolve().unlink()  # the link to the blob stays
     error = resolve("org/deleted", cache_dir=str(tmp_path), local_files_only=True)["error"]
     assert "the copy of org/deleted in the cache lacks model.safetensors: run" in error
     assert "error" not in resolve("org/deleted", cache_dir=str(tmp_path))
@@ -163,7 +163,7 @@ def test_what_the_cache_lacks(server, resolve, tmp_path):
     gone = "no repository org/cache at"
     del server.repositories["org/cache"]
     answer = resolve("org/cache", cache_dir=str(tmp_path))
-    assert answer["path"] == str(folder)  # gone from the hub, but in the cache: said, not silent
+    assert answer["path"] == str(folder)  # gone from the hub, but in the cache: the copy is used, with a warning
     assert len(answer["log"]) == 1 and gone in answer["log"][0] and "using the copy in the cache" in answer["log"][0]
     (folder / TWO[0]).unlink()
     assert gone in resolve("org/cache", cache_dir=str(tmp_path))["error"]

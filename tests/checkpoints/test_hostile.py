@@ -1,7 +1,7 @@
-"""Over a thousand damaged and malicious checkpoints through `python -m convert`: one line each, and nothing else.
+"""Over a thousand damaged and malicious checkpoints through `python -m convert`: each ends in one line of error.
 
-They run in one child process, which may not do what a checkpoint could ask for (an audit hook sees to it) and may not
-take more than a bounded amount of memory. By hand:
+They run in one child process. An audit hook forbids it what a checkpoint could ask for, and its memory is bounded. By
+hand:
 `PYTHONPATH=.:tests python tests/checkpoints/test_hostile.py DIRECTORY [PART OF A CASE'S NAME [HANDFUL]]`.
 Without --exhaustive the test runs a handful of each kind (see `kind`).
 """
@@ -25,14 +25,14 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
-from support import hostile_files, hostile_pickles, metaseq_files
+from support import hostile_files, hostile_pickles, hostile_weights, metaseq_files
 from support.hf_files import hf_weights, write_hf
 from support.hostile_files import CONFIG, EITHER, HARMLESS, REFUSED, Case
 from support.processes import environment
 
 FORMS = ("safetensors", "safetensors-sharded", "bin", "bin-sharded")
-MEMORY = 256 << 20  # growth of the child's peak: pieces of arrays and parsed headers, nothing that a file announces
-SECONDS = 60  # for one case: far more than any needs, on any machine
+MEMORY = 256 << 20  # the child's peak may grow by this: pieces of arrays and parsed headers
+SECONDS = 60  # for one case: far more than it needs
 LINE = 2000  # characters
 HANDFUL = 3  # cases of each kind, without --exhaustive
 
@@ -84,7 +84,7 @@ def test_hostile_checkpoints(tmp_path, pytestconfig):
         env=environment(PYTHONPATH=os.pathsep.join(map(str, [REPOSITORY, REPOSITORY / "tests"]))),
         timeout=600,
     )
-    assert done.returncode == 0 and not done.stderr, done.stderr[-3000:]  # threads print their tracebacks there
+    assert done.returncode == 0 and not done.stderr, done.stderr[-3000:]  # threads print their tracebacks to stderr
     report = json.loads(done.stdout)
     assert not report["failures"], "\n".join(report["failures"][:20])
     assert sum(report["outcomes"].values()) >= (1000 if exhaustive else 500)
@@ -94,13 +94,13 @@ def test_hostile_checkpoints(tmp_path, pytestconfig):
 
 
 def all_cases(bases: dict[str, dict[str, bytes]], weights) -> Iterator[Case]:
-    """bases: form -> the files of a valid checkpoint of that form, which holds `weights`."""
+    """All cases. `bases`: form -> the files of a valid checkpoint of that form, which holds `weights`."""
     state = hostile_pickles.state_dict(weights)
-    yield from hostile_files.safetensors_cases(bases["safetensors"])
+    yield from hostile_weights.safetensors_cases(bases["safetensors"])
     for form in ("safetensors-sharded", "bin-sharded"):
         yield from hostile_files.index_cases(form, bases[form])
     yield from hostile_files.config_cases()
-    yield from hostile_files.zip_cases(bases["bin"])
+    yield from hostile_weights.zip_cases(bases["bin"])
     yield from hostile_pickles.tensor_cases(state)
     yield from hostile_pickles.bomb_cases(state)
     yield from hostile_pickles.code_cases(state)
@@ -116,13 +116,13 @@ def all_cases(bases: dict[str, dict[str, bytes]], weights) -> Iterator[Case]:
 
 
 def kind(name: str) -> str:
-    """Cases of one kind differ in a number, a value, the name of a global, or the file that has random damage."""
+    """The kind of a case: its name without a number, a value, the name of a global, or the file that is damaged."""
     label = re.split(r" |=|\d+$", name)[0]
     return f"{label.partition('/')[0]}/{label.rpartition('/')[2]}"
 
 
 def handful(names: list[str], count: int) -> set[int]:
-    """Places in `names` of up to `count` of each kind, drawn with a fixed seed."""
+    """Indices into `names`: up to `count` of each kind, drawn with a fixed seed."""
     kinds: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         kinds.setdefault(kind(name), []).append(i)
@@ -134,7 +134,7 @@ def handful(names: list[str], count: int) -> set[int]:
 
 
 class Watch:
-    """Notes, and forbids, what no checkpoint may cause; `root` is the only place to open files in."""
+    """An audit hook that records and forbids what no checkpoint may cause. Files may be opened in `root` only."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.armed, self.seen = str(root.resolve()), False, []
@@ -169,7 +169,7 @@ class Runner:
         self.expected: dict = {}
 
     def make(self) -> None:
-        """The valid checkpoints; each is converted, so that all modules and threads that are needed are there."""
+        """Write the valid checkpoints and convert each, so that all modules are imported and all threads run."""
         weights = hf_weights(CONFIG)
         for form in FORMS:
             write_hf(self.bases / form, CONFIG, weights, form)
@@ -190,7 +190,7 @@ class Runner:
         yield from all_cases({form: self.files(form) for form in (*FORMS, "metaseq", "orbax")}, hf_weights(CONFIG))
 
     def convert(self, source: Path, destination: Path) -> tuple[int | BaseException, str]:
-        """(exit code or what was raised, stderr)"""
+        """Returns (exit code or exception, stderr)."""
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
@@ -200,7 +200,7 @@ class Runner:
         return code, err.getvalue()
 
     def run(self, case: Case) -> tuple[str, str | None]:
-        """(what happened, what is wrong with that)"""
+        """Returns ("converted" or "refused", what is wrong with that or None)."""
         directory = self.root / "case"
         shutil.copytree(self.bases / case.form, directory / "src")
         for name, content in case.changes.items():
@@ -229,10 +229,10 @@ class Runner:
             noted = re.fullmatch(r"(warning: [^\n]*: without effect: [^\n]*\n)*", err)
             if not noted or left != ["dst", "src"]:
                 return f"stderr {err[:500]!r}, files {left}"
-            found = described(directory / "dst")
+            arrays = described(directory / "dst")
             if case.form == "orbax" and values(directory / "dst") != values(self.bases / "orbax"):
                 return "converted, but to other values: its chunks have checksums"
-            return None if found == self.expected else f"converted, but to {found}"
+            return None if arrays == self.expected else f"converted, but to {arrays}"
         if isinstance(code, BaseException):
             return "".join(traceback.format_exception(code))[-800:]
         if code != 1:
@@ -264,7 +264,7 @@ def child(root: Path, part: str = "", count: str = "0") -> None:
     os.chdir(root)
     runner = Runner(root)
     runner.make()
-    names = [case.name for case in runner.cases()]  # not the cases: all at once they take memory
+    names = [case.name for case in runner.cases()]  # names alone: all cases at once would take too much memory
     chosen = handful(names, int(count) or len(names))
     signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError("it hangs")))
     if sys.platform == "linux":

@@ -1,4 +1,4 @@
-"""Names to directories, as far as no hub is needed; tests/checkpoints/test_download.py has the rest."""
+"""From a model's name to its directory, without a hub; with one: test_download.py."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def test_directories(tmp_path, monkeypatch):
 
 
 def test_home_is_where_is_written_and_where_is_read(tmp_path, monkeypatch):
-    """A shell leaves the ~ of --output=~/x alone, and a program has none."""
+    """`~` is expanded here: a shell leaves that of --output=~/x alone, and a program has no shell."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     OPTTokenizer.from_pretrained("tiny").save_pretrained("~/saved")
@@ -102,7 +102,7 @@ def test_config_and_companions_of_a_run(tmp_path, monkeypatch):
         (tmp_path / "run" / "run.json").write_text(content)
         with pytest.raises(ValueError, match=f"run.json {message}"):
             hub.read_config(step)
-    (step / "config.json").write_text('{"a": 1}')  # its own one counts
+    (step / "config.json").write_text('{"a": 1}')  # the step's own config.json wins
     assert hub.read_config(step) == {"a": 1}
     assert hub.companion_directories(step) == (step,)
 
@@ -170,7 +170,7 @@ def test_links_to_files_are_read(tmp_path):
 
 def test_a_damaged_newest_checkpoint_is_not_passed_over(tmp_path):
     run = make_run(tmp_path / "run", "4", "8")
-    (run / "checkpoints" / "12").mkdir()  # of a process that was killed while it removed it
+    (run / "checkpoints" / "12").mkdir()  # left by a process that was killed while it removed it
     (run / "checkpoints" / "16.orbax-checkpoint-tmp").mkdir()
     assert hub.resolve(run) == run / "checkpoints" / "8"
     (run / "checkpoints" / "8" / "params" / "_METADATA").unlink()

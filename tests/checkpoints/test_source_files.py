@@ -1,4 +1,4 @@
-"""Checkpoints that change while they are read: no mixture of two is published, loaded or called equal."""
+"""Checkpoints that change while they are read: a mixture of old and new is never written, loaded or called equal."""
 
 import os
 import shutil
@@ -23,21 +23,21 @@ MIXTURE = r"{} has changed while it was read: run again when nothing writes to i
 
 
 def rewrite(file: Path) -> None:
-    """In place, with other bytes of the same number."""
+    """Change a byte in place."""
     with open(file, "r+b") as opened:
         opened.seek(-1, os.SEEK_END)
         opened.write(b"?")
 
 
 def rewrite_at_the_same_time(file: Path) -> None:
-    """As `rewrite`, and the time of its last change is set back."""
+    """Change a byte in place, and set the time of the last change back."""
     before = file.stat().st_mtime_ns
     rewrite(file)
     os.utime(file, ns=(before, before))
 
 
 def rename_over(file: Path) -> None:
-    """By a file of the same size and time."""
+    """Replace the file by another of the same size and time."""
     shutil.copy2(file, file.with_name("copy"))
     os.rename(file.with_name("copy"), file)
 
@@ -47,7 +47,7 @@ def remove(file: Path) -> None:
 
 
 def age(directory: Path) -> Path:
-    """Give all files a time in the past: that of a change is sure to differ."""
+    """Set the time of all files to the past, so that a change is sure to have another one."""
     for file in directory.rglob("*"):
         os.utime(file, (1e9, 1e9))
     return directory
@@ -63,7 +63,7 @@ def at(directory: Path, form: str) -> Path:
 
 
 def changing(file: Path, change: Callable[[Path], None]) -> Callable[[str, int], None]:
-    """A `progress` that changes the file when a part has been read."""
+    """A `progress` callback that changes the file after the first part has been read."""
     left = [change]
     return lambda name, nbytes: left.pop()(file) if left else None
 
@@ -114,7 +114,7 @@ def test_a_worker_completes_no_file_of_a_mixture(tmp_path):
 
 
 def test_workers_do_not_share_a_destination_across_a_change(tmp_path):
-    """Of a matrix a plan knows some rows only."""
+    """Row 7 is not among the rows that the plan hashes, but the time of the file is."""
     source = at(tmp_path / "hf", "safetensors")
     write(source, tmp_path / "out", max_shard_size="1KB", shard_of=(1, 2))
     file = source / "model.safetensors"

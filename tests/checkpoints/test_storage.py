@@ -49,8 +49,8 @@ def test_parts_and_transposes_are_those_of_the_array(dtype, shape):
     array = RNG.standard_normal(shape).astype(dtype)
     for ours, theirs in ((lazy(array), array), (lazy(array).T, array.T), (lazy(array).T.T, array)):
         assert (ours.shape, ours.size, ours.nbytes) == (theirs.shape, theirs.size, theirs.nbytes)
-        whole = ours.load()
-        assert whole.flags.c_contiguous and whole.dtype == dtype and whole.tobytes() == theirs.tobytes()
+        loaded = ours.load()
+        assert loaded.flags.c_contiguous and loaded.dtype == dtype and loaded.tobytes() == theirs.tobytes()
         index = tuple(slice(n // 3, n - n // 4) for n in theirs.shape)
         assert ours.load(index).tobytes() == theirs[index].tobytes()
         buffer = np.zeros(theirs.nbytes + 3, np.uint8)
@@ -85,7 +85,7 @@ def test_first_difference(monkeypatch):
     other[7, 4] = -array[7, 4]
     assert first_difference(lazy(array), lazy(other)) == (7, 4)
     zeros = np.zeros(3, np.float16)
-    assert first_difference(lazy(zeros), lazy(-zeros)) == (0,)  # equal to ==, not bit for bit
+    assert first_difference(lazy(zeros), lazy(-zeros)) == (0,)  # equal by ==, but with other bits
     assert first_difference(lazy(array), lazy(array.T)) == ()
     assert first_difference(lazy(array), lazy(array.astype(np.float64))) == ()
     assert first_difference(lazy(array[0, 0]), lazy(array[0, 0])) is None
@@ -130,10 +130,10 @@ def test_what_is_written_is_read_by_us_and_by_plain_orbax(tmp_path, monkeypatch)
 def test_stacked_layers_appear_one_by_one(tmp_path):
     stacked = RNG.standard_normal((3, 4, 5)).astype(np.float32)
     write_arrays(tmp_path / "out", {"m.layers.fc1.kernel": lazy(stacked), "m.norm.scale": lazy(stacked[0, 0])})
-    found = open_arrays(tmp_path / "out")
-    assert found.keys() == {"m.norm.scale", *(f"m.layers.{i}.fc1.kernel" for i in range(3))}
+    arrays = open_arrays(tmp_path / "out")
+    assert arrays.keys() == {"m.norm.scale", *(f"m.layers.{i}.fc1.kernel" for i in range(3))}
     for i in range(3):
-        one = found[f"m.layers.{i}.fc1.kernel"]
+        one = arrays[f"m.layers.{i}.fc1.kernel"]
         assert one.shape == (4, 5)
         np.testing.assert_array_equal(one.load(), stacked[i])
         np.testing.assert_array_equal(one.T.load((slice(2, 4), slice(0, 3))), stacked[i].T[2:4, :3])
@@ -149,7 +149,7 @@ def test_an_error_while_reading_comes_out_as_it_is(tmp_path):
 
 
 def test_nothing_is_written_after_an_interrupt(tmp_path, monkeypatch):
-    """TensorStore goes on with what it has begun, whoever waits for it; so the directory must not go before."""
+    """TensorStore finishes a write that it has begun, so the directory may be removed only afterwards."""
     loaded, interrupted, opened = [], [], ts.open
     arrays = {f"a{i}": LazyArray((4,), np.dtype("f4"), lambda _: loaded.append(1) or np.ones(4)) for i in range(5)}
     pool, main_thread = ThreadPoolExecutor(1), threading.get_ident()
@@ -160,7 +160,7 @@ def test_nothing_is_written_after_an_interrupt(tmp_path, monkeypatch):
             return opened(*args, **kwargs).result()
 
         future = pool.submit(slowly)
-        if not interrupted:  # a second Ctrl-C would end the wait for what is being written
+        if not interrupted:  # once: a second Ctrl-C would end the wait
             interrupted.append(True)
             signal.pthread_kill(main_thread, signal.SIGINT)
         return future
@@ -180,7 +180,7 @@ REFUSED = ["a?b", "a*b", "x[1]", "x[!a]", "a\\b", "logs:", "bad\udcff"]
 @pytest.mark.parametrize("name", READ_BACK)
 def test_names_of_directories_are_read_back(tmp_path, name):
     array = np.arange(3.0)
-    write_arrays(tmp_path / "a b" / "params", {"x": lazy(-array)})  # which a%20b is not
+    write_arrays(tmp_path / "a b" / "params", {"x": lazy(-array)})  # "a%20b" must not be read as this name
     write_arrays(tmp_path / name / "params", {"x": lazy(array)})
     np.testing.assert_array_equal(open_arrays(tmp_path / name / "params")["x"].load(), array)
 
@@ -234,7 +234,7 @@ def model_at(path: Path, content: str = "old") -> Path:
 
 
 def killed(path: Path, old: str | None = None, new: str | None = None) -> Path:
-    """What a process that wrote `path` has left beside it when it was killed; `old`, `new`: contents of models."""
+    """Write what a killed process has left beside its destination `path`. `old`, `new`: contents of models, or None."""
     place = path.with_name(f".{path.name}.new")
     place.mkdir()
     (place / MARKER).touch()
@@ -247,7 +247,7 @@ def killed(path: Path, old: str | None = None, new: str | None = None) -> Path:
 def test_leftovers_of_a_killed_process_are_cleaned_up(tmp_path):
     killed(tmp_path / "out", "old", "half")
     with new_directory(tmp_path / "out", overwrite=True) as new:
-        # killed between two renamings: the old one is back, until the new one is complete
+        # killed between two renamings: the old model is put back until the new one is complete
         assert (tmp_path / "out" / "params" / "_METADATA").read_text() == "old"
         assert list(new.iterdir()) == []
         (new / "params").mkdir()
@@ -338,7 +338,7 @@ def test_two_processes_do_not_write_the_same_destination(tmp_path):
     with pytest.raises(FileExistsError, match="in use"):
         with new_directory(tmp_path / "out"):
             pass
-    assert (tmp_path / ".out.new" / "new" / "x").exists()  # still the other's
+    assert (tmp_path / ".out.new" / "new" / "x").exists()  # the other process's file is still there
     other.communicate()
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "x").exists()
 

@@ -1,6 +1,6 @@
-"""The readers of safetensors and torch files: what torch wrote, and what nobody should read.
+"""The readers of safetensors and torch files: files that torch has written, and malformed ones.
 
-Malformed files are made by hand here, one for each refusal; test_hostile.py makes them by the hundred.
+The malformed files are written by hand, one for each refusal. test_hostile.py has hundreds more.
 """
 
 import json
@@ -23,7 +23,7 @@ from opt_jax.checkpoints.formats.torch_files import read_torch
 
 
 def test_files_written_by_torch(tmp_path):
-    """tests/data/torch was made by tests/parity/test_convert_parity.py with torch itself."""
+    """tests/parity/test_convert_parity.py has written tests/fixtures/torch with torch itself."""
     arange = np.arange(24, dtype=np.float32)
     expected = {
         "float32": arange.reshape(4, 6),
@@ -37,9 +37,9 @@ def test_files_written_by_torch(tmp_path):
         "scalar": np.float32(7),
         "empty": np.zeros((0, 5), np.float32),
     }
-    found = read_torch(DATA / "torch" / "views.bin")
-    assert_same({k: np.array(v) for k, v in found.items()}, {k: np.asarray(v) for k, v in expected.items()})
-    assert not found["float32"].flags.writeable
+    tensors = read_torch(DATA / "torch" / "views.bin")
+    assert_same({k: np.array(v) for k, v in tensors.items()}, {k: np.asarray(v) for k, v in expected.items()})
+    assert not tensors["float32"].flags.writeable
 
     convert(DATA / "torch" / "tiny-opt", tmp_path / "out")
     out = load_hf_names(tmp_path / "out")
@@ -48,7 +48,7 @@ def test_files_written_by_torch(tmp_path):
 
 
 def test_parts_of_what_is_in_a_file(monkeypatch):
-    """Of every kind of strides, any part is that of the mapped view; of rows and columns no other byte is read."""
+    """For all kinds of strides, a part equals that of the mapped view. Parts of rows or columns read no other byte."""
     count = 0
     preadv = os.preadv
 
@@ -60,9 +60,9 @@ def test_parts_of_what_is_in_a_file(monkeypatch):
 
     monkeypatch.setattr(os, "preadv", counting)
     path, random = DATA / "torch" / "views.bin", np.random.default_rng(0)
-    found = read_torch(path)
-    for name, view in found.items():
-        stored = locate(path, found.map, view).lazy()
+    tensors = read_torch(path)
+    for name, view in tensors.items():
+        stored = locate(path, tensors.map, view).lazy()
         assert (stored.shape, stored.dtype) == (view.shape, view.dtype)
         assert stored.load().tobytes() == view.tobytes() and stored.T.load().tobytes() == view.T.tobytes()
         for _ in range(20):
@@ -87,11 +87,11 @@ def test_a_transposed_matrix_is_read_in_its_columns(tmp_path, monkeypatch):
         read.clear()
         part = lazy.load(index)
         np.testing.assert_array_equal(part, array.T[index])
-        assert sum(read) == part.nbytes  # not all from the first to the last
+        assert sum(read) == part.nbytes  # not all bytes from the first to the last
 
 
 def test_a_file_that_is_truncated_while_it_is_read(tmp_path):
-    """A mapped file would kill the process."""
+    """With mmap, reading beyond its end would kill the process."""
     source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
     opened = open_directory(source)
     file = source / "model.safetensors"
@@ -102,7 +102,7 @@ def test_a_file_that_is_truncated_while_it_is_read(tmp_path):
 
 
 def test_a_file_that_is_replaced_by_a_pipe_while_it_is_read(tmp_path):
-    """To open a pipe would wait for who writes to it."""
+    """Opening a pipe would wait for a writer."""
     opened = open_directory(write_hf(tmp_path / "hf", TINY, hf_weights(TINY)))
     (file := tmp_path / "hf/model.safetensors").unlink()
     os.mkfifo(file)
@@ -171,7 +171,7 @@ def test_pickle_that_asks_for_code_is_refused_by_name(tmp_path, capsys, monkeypa
         ),
         (tensor_pickle("0", "float32", 16, 0, (4,))[:-2] + b"K\1tR", "tensor x: torch's neg or conj bit"),
         (global_("torch Size") + tensor_pickle("0", "float32", 16, 0, (4,)) + b"\x85R", "damaged"),
-        # BUILD tries to change what a global stands for; later files must not notice.
+        # BUILD tries to change the object behind a global, which later files use too.
         (global_("torch._utils _rebuild_tensor_v2") + b"N}X\x08\0\0\0__code__Ns\x86b", "damaged"),
     ],
 )
@@ -198,7 +198,7 @@ def test_odd_archives(tmp_path):
     torch_zip(tmp_path / "d.bin", b"\x80\x02]q\0.", {})
     with pytest.raises(ValueError, match="holds a list"):
         read_torch(tmp_path / "d.bin")
-    # torch may leave the checksums 0: they are not looked at
+    # torch may leave the checksums 0, so they are not compared
     path = write_state(tmp_path / "e.bin", tensor)
     raw = bytearray(path.read_bytes())
     for signature, offset in ((b"PK\x03\x04", 14), (b"PK\x01\x02", 16)):
@@ -283,6 +283,6 @@ def test_safetensors_may_be_unaligned_and_in_any_order(tmp_path):
     }
     data = bytes(range(5)) + np.array([1.5, -2], ml_dtypes.bfloat16).tobytes() + np.float32(3).tobytes()
     (tmp_path / "x").write_bytes(safetensors_bytes(header, data))
-    found = read_safetensors(tmp_path / "x")
-    assert found.keys() == {"a", "b", "c", "d"} and found["c"] == 3 and found["d"].shape == (3, 0)
-    np.testing.assert_array_equal(found["b"].astype(np.float32), [[1.5], [-2]])
+    tensors = read_safetensors(tmp_path / "x")
+    assert tensors.keys() == {"a", "b", "c", "d"} and tensors["c"] == 3 and tensors["d"].shape == (3, 0)
+    np.testing.assert_array_equal(tensors["b"].astype(np.float32), [[1.5], [-2]])

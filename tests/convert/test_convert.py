@@ -1,4 +1,4 @@
-"""The converter, run as its users run it, on small checkpoints made without torch; and the readers of foreign files."""
+"""The converter, run as users run it, on small checkpoints that are written without torch."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ from opt_jax.checkpoints import orbax, pretrained
 from opt_jax.checkpoints.arrays import LazyArray
 from opt_jax.checkpoints.formats import names
 
-# What works -----------------------------------------------------------------------------------------------------------
+# Accepted -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.combinations
@@ -33,7 +33,7 @@ from opt_jax.checkpoints.formats import names
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_every_form_and_dtype_arrives_bit_for_bit(tmp_path, form, dtype):
     weights = hf_weights(TINY, dtype=dtype)
-    weights["model.decoder.layers.1.fc1.weight"].view(np.uint8)[:] = 255  # a NaN with all its bits
+    weights["model.decoder.layers.1.fc1.weight"].view(np.uint8)[:] = 255  # NaNs whose bits must not change
     convert(write_hf(tmp_path / "hf", TINY, weights, form), tmp_path / "out")
     assert_same(load_hf_names(tmp_path / "out"), weights)
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == TINY
@@ -56,7 +56,7 @@ def test_every_architecture_and_class_arrives_and_loads(tmp_path, variant, head,
     with caplog.at_level(logging.WARNING, "opt_jax"):
         from_hf = getattr(opt_jax, cls).from_pretrained(source, param_dtype="auto")
         from_orbax = getattr(opt_jax, cls).from_pretrained(tmp_path / "out", param_dtype="auto")
-    assert not caplog.records  # nothing initialised, nothing dropped
+    assert not caplog.records  # no parameter is new, no tensor unused
     params = named_parameters(from_hf)
     for path, param in named_parameters(from_orbax).items():
         name, transposed = names.to_hf(path)
@@ -65,11 +65,11 @@ def test_every_architecture_and_class_arrives_and_loads(tmp_path, variant, head,
 
 
 def test_official_layouts_of_names(tmp_path):
-    """Base-model names, and a tied lm_head that is stored all the same: both are in files on the hub."""
+    """Files on the hub have names without `model.`, and lm_head.weight although it is tied."""
     weights = hf_weights(TINY)
     expected = dict(weights)
     weights["lm_head.weight"] = weights["model.decoder.embed_tokens.weight"]
-    weights["model.decoder.version"] = np.full(1, 3, np.float32)  # HF ignores it, too
+    weights["model.decoder.version"] = np.full(1, 3, np.float32)  # HF ignores it too
     convert(write_hf(tmp_path / "tied", TINY, weights), tmp_path / "out1")
     assert_same(load_hf_names(tmp_path / "out1"), expected)
     bare = {name.removeprefix("model."): array for name, array in weights.items()}
@@ -122,7 +122,7 @@ def test_command_needs_neither_torch_nor_noise(tmp_path):
     assert re.fullmatch(pattern, done.stdout)
 
 
-# What is refused ------------------------------------------------------------------------------------------------------
+# Refused -------------------------------------------------------------------------------------------------------------
 
 
 def test_existing_destination(tmp_path, capsys):
@@ -132,7 +132,7 @@ def test_existing_destination(tmp_path, capsys):
     assert "--overwrite" in refused(capsys, source, out)
     assert_same(load_hf_names(out), weights)
     (tmp_path / "broken").mkdir()
-    assert "config" in refused(capsys, tmp_path / "broken", out, "--overwrite")  # the old one survives a failure
+    assert "config" in refused(capsys, tmp_path / "broken", out, "--overwrite")  # the old checkpoint survives a failure
     assert_same(load_hf_names(out), weights)
     convert(source, out, "--overwrite")
     assert_same(load_hf_names(out), hf_weights(TINY))
@@ -192,7 +192,7 @@ def test_tensors_that_do_not_fit(tmp_path, capsys, config, changes, message):
 
 
 def with_integers(directory: Path, form: str, dtype: str) -> Path:
-    """A checkpoint whose FC1 is of this dtype, and what to open."""
+    """Write a checkpoint whose FC1 has this dtype. Returns the path to convert."""
     weights = hf_weights(TINY)
     weights[FC1] = np.ones((16, 8), getattr(ml_dtypes, dtype, dtype))
     if form == "metaseq":
@@ -277,7 +277,7 @@ def test_cast_that_would_overflow(tmp_path, capsys):
     weights[FC1][3, 4] = 1e5
     source = write_hf(tmp_path / "hf", TINY, weights)
     assert FC1 in refused(capsys, source, tmp_path / "out", "--dtype", "float16")
-    weights[FC1][3, 4] = np.inf  # as it is: kept
+    weights[FC1][3, 4] = np.inf  # without a cast it is kept
     convert(write_hf(tmp_path / "inf", TINY, weights), tmp_path / "out", "--dtype", "float16")
 
 
@@ -297,10 +297,10 @@ def test_shards_that_contradict_the_index(tmp_path, capsys, form):
     assert "is not the name of a file in this directory" in with_map(nowhere="../" + first.name)
     assert "not an index" in with_map(nowhere=7)
     index.write_text(json.dumps(content))
-    whole = second.read_bytes()
+    content_of_second = second.read_bytes()
     second.write_bytes(first.read_bytes())
     assert "in another shard" in refused(capsys, source, tmp_path / "out")
-    second.write_bytes(whole)
+    second.write_bytes(content_of_second)
     convert(source, tmp_path / "fine")
     second.unlink()
     assert second.name in refused(capsys, source, tmp_path / "out")
@@ -312,11 +312,11 @@ def test_shards_that_contradict_the_index(tmp_path, capsys, form):
 def test_truncated_at_every_place(tmp_path, capsys, form):
     source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY, dtype="float16"), form)
     file = next(p for p in source.iterdir() if p.name != "config.json")
-    whole = file.read_bytes()
-    for length in [0, 1, 7, 8, 9, 100, *range(200, len(whole), 997), len(whole) - 1]:
-        file.write_bytes(whole[:length])
+    content = file.read_bytes()
+    for length in [0, 1, 7, 8, 9, 100, *range(200, len(content), 997), len(content) - 1]:
+        file.write_bytes(content[:length])
         assert str(file) in refused(capsys, source, tmp_path / "out")
-    file.write_bytes(whole + b"\0" * 8)
+    file.write_bytes(content + b"\0" * 8)
     if form == "safetensors":
         assert "belong to none" in refused(capsys, source, tmp_path / "out")
 
@@ -341,7 +341,7 @@ def test_other_things_than_weights(tmp_path, capsys):
 
 
 def test_cut_short_by_an_error_while_writing(tmp_path, capsys):
-    """The last tensor fails: those before it are on disk already, and must go."""
+    """The last tensor fails. Those before it are on disk already and must be removed."""
     weights = hf_weights(TINY)
     weights["model.decoder.final_layer_norm.bias"][:] = 1e30
     source = write_hf(tmp_path / "hf", TINY, weights)

@@ -1,8 +1,7 @@
-"""The commands of `python -m convert` beside the conversion itself, and the checkpoints of train.py as a source."""
+"""The other commands of `python -m convert`, and checkpoints of train.py as a source."""
 
 import json
 import re
-import resource
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from support.hf_files import TINY, VARIANTS, hf_weights, write_hf
 from support.metaseq_files import contents, write
+from support.processes import largest_file
 
 from convert.__main__ import main
 from opt_jax import OPTConfig, OPTForCausalLM, named_parameters, unstack_layers
@@ -33,9 +33,10 @@ def run(capsys, *args: object) -> tuple[int, str, str]:
 
 
 def failed(capsys, code: int, *args: object) -> str:
-    """The one line of error."""
-    found, out, err = run(capsys, *args)
-    assert (found, out) == (code, "") and err.startswith("error: ") and err.count("\n") == 1, (found, out, err)
+    """Run a command that exits with `code`. Returns its one line of error."""
+    exit_code, out, err = run(capsys, *args)
+    assert (exit_code, out) == (code, ""), (exit_code, out, err)
+    assert err.startswith("error: ") and err.count("\n") == 1, err
     return err
 
 
@@ -43,25 +44,25 @@ def failed(capsys, code: int, *args: object) -> str:
 
 
 def sources(directory: Path) -> dict[str, Path | str]:
-    """One checkpoint in several forms."""
+    """Write one checkpoint in several forms. Returns form -> what to open."""
     weights = hf_weights(TINY, dtype="float16")
-    found: dict[str, Path | str] = {
+    paths: dict[str, Path | str] = {
         form: write_hf(directory / form, TINY, weights, form) for form in ("safetensors", "safetensors-sharded", "bin")
     }
-    assert main([str(found["bin"]), str(directory / "orbax")]) == 0
+    assert main([str(paths["bin"]), str(directory / "orbax")]) == 0
     write(directory / "metaseq", contents(weights, 2, 2, flat=True, cfg=None))
-    return found | {"orbax": directory / "orbax", "metaseq": f"{directory}/metaseq/*.pt"}
+    return paths | {"orbax": directory / "orbax", "metaseq": f"{directory}/metaseq/*.pt"}
 
 
 def test_inspect_shows_every_form_without_loading_it(tmp_path, capsys, monkeypatch):
-    found = sources(tmp_path)
+    paths = sources(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     weights = hf_weights(TINY, dtype="float16")
     weights["lm_head.weight"] = weights["model.decoder.embed_tokens.weight"]
-    found["with-head"] = write_hf(tmp_path / "with-head", TINY, weights)
+    paths["with-head"] = write_hf(tmp_path / "with-head", TINY, weights)
     monkeypatch.setattr(arrays.LazyArray, "load", lambda *args: pytest.fail("tensor data were read"))
     count = sum(a.size for a in hf_weights(TINY).values())
-    for form, source in found.items():
+    for form, source in paths.items():
         given = ["--config", tmp_path / "config.json"] if form == "metaseq" else []
         code, out, err = run(capsys, "inspect", source, *given)
         assert (code, err) == (0, "")
@@ -78,8 +79,10 @@ def test_inspect_shows_every_form_without_loading_it(tmp_path, capsys, monkeypat
         assert cls == "class: OPTForCausalLM" and "hidden_size=8, num_attention_heads=2," in config
         assert total == f"{len(hf_weights(TINY))} tensors (36 float16), {count:,} parameters, {2 * count:,} bytes"
         lines = {line.split()[0]: line.split()[1:] for line in tensors}
-        assert lines.keys() == hf_weights(TINY).keys()
-        assert lines[FC1] == ["float16", "16x8", "256"]
+        assert lines.keys() == {name.replace("layers.1.", "layers.0-1.") for name in hf_weights(TINY)} - {
+            name for name in hf_weights(TINY) if "layers.0." in name
+        }
+        assert lines[FC1.replace("layers.1.", "layers.0-1.")] == ["float16", "16x8", "512"]  # of both layers
 
 
 def test_inspect_shows_what_is_wrong_with_it(tmp_path, capsys):
@@ -108,9 +111,9 @@ def test_a_directory_named_like_a_command(tmp_path, capsys, monkeypatch):
 @pytest.mark.slow
 def test_verify_finds_the_first_difference(tmp_path, capsys):
     weights = hf_weights(TINY)
-    found = sources(tmp_path)
+    paths = sources(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(TINY))
-    for form, source in found.items():
+    for form, source in paths.items():
         given = ["--config", tmp_path / "config.json"] if form == "metaseq" else []
         code, out, err = run(capsys, "verify", tmp_path / "orbax", "--against", source, *given)
         assert (code, err) == (0, "") and "the same 36 tensors" in out
@@ -229,26 +232,21 @@ def test_checkpoints_of_a_training_run(tmp_path, capsys, tied):
         assert run(capsys, source, out)[0] == 0
         assert ": checkpoint of train.py\n" in run(capsys, "inspect", source)[1]
         assert run(capsys, "verify", out, "--against", source)[0] == 0
-        for name in (out, source):  # converted, and as it is
+        for name in (out, source):  # the converted one, and the checkpoint of train.py
             loaded = named_parameters(OPTForCausalLM.from_pretrained(name))
             assert loaded.keys() == params.keys()
             for path, param in loaded.items():
                 np.testing.assert_array_equal(param.get_value(), params[path].get_value())
-        assert json.loads((out / "config.json").read_text())["torch_dtype"] == "float32"  # as they are trained
+        assert json.loads((out / "config.json").read_text())["torch_dtype"] == "float32"  # as trained
         assert (out / "vocab.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize("command", ["", "to-hf"])
 def test_a_full_disk_behind_the_weights_names_file_and_bytes(tmp_path, capsys, command):
-    """A limit on the size of files fails where a full disk does, without being root."""
     source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
     (source / "vocab.json").write_text("x" * 300_000)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
-    try:
+    with largest_file(200_000):
         assert main([*command.split(), str(source), str(tmp_path / "out"), "--quiet"]) == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().err
     assert re.fullmatch(r"error: .*vocab.json: File too large \(300,000 bytes are needed\): .*\n", said), said
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.hf_files import TINY, hf_shapes, hf_weights, write_hf
-from support.processes import environment
+from support.processes import environment, free_address, outcomes, start
 
 from convert.__main__ import main
 from opt_jax import OPTForCausalLM
@@ -300,16 +299,10 @@ def test_memory_is_bounded_for_metaseq(tmp_path):
 
 def together(code: str, *args: object, count: int = 2) -> list[subprocess.CompletedProcess]:
     """The same code in `count` processes; argv: i, address, count, *args."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     commands = [[sys.executable, "-c", code, str(i), address, str(count), *map(str, args)] for i in range(count)]
-    running = [
-        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT)
-        for c in commands
-    ]
-    outputs = [process.communicate(timeout=300) for process in running]
-    return [subprocess.CompletedProcess(p.args, p.returncode, *o) for p, o in zip(running, outputs, strict=True)]
+    done = outcomes([start(command) for command in commands])
+    return [subprocess.CompletedProcess(c, *outcome) for c, outcome in zip(commands, done, strict=True)]
 
 
 CONVERT = """
@@ -382,6 +375,20 @@ def test_several_processes_convert_and_load_their_parts(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_processes_with_different_options_refuse(tmp_path):
+    """Else each would cast the part that it writes in its own way."""
+    code = CONVERT.replace("*job", "'--dtype', ['float16', 'bfloat16'][int(i)], *job")
+    results = together(code, "tiny", tmp_path / "out")
+    assert [done.returncode for done in results] == [1, 1], results
+    for i, done in enumerate(results):
+        error = f'convert: error: process {i}: the processes differ: --dtype is "float16" on process 0, but ' + (
+            '"bfloat16" on process 1'
+        )
+        assert error in done.stderr.splitlines(), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_all(tmp_path):
     # While writing, and while opening what only one of them has.
     weights = hf_weights(TINY)
@@ -395,8 +402,8 @@ def test_an_error_in_one_process_ends_all(tmp_path):
     assert sum("failed: see its message" in error for error in errors) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["hf"] and hub.is_model(source)
 
-    here_only = CONVERT.replace("*sys.argv[4:]", "'tiny' if i == '0' else sys.argv[4], *sys.argv[5:]")
-    results = together(here_only, tmp_path / "nowhere", tmp_path / "out")
+    in_directory = f"import os\nos.chdir('{tmp_path}' if i == '0' else '/')\njob ="
+    results = together(CONVERT.replace("job =", in_directory), "hf", tmp_path / "out")
     assert [done.returncode for done in results] == [1, 1]
     assert "convert: error: process 0: process 1 failed: see its message" in results[0].stderr
     assert "convert: error: process 1: no directory" in results[1].stderr and list(tmp_path.iterdir()) == [source]

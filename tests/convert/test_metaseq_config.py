@@ -1,4 +1,4 @@
-"""The architecture of metaseq checkpoints: found in their settings, in each form these have, and checked."""
+"""The architecture of metaseq checkpoints: read from their settings, in each form that these have, and checked."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What a conversion says while it runs: a bar on a terminal, lines elsewhere, nothing with --quiet."""
+"""Progress of a conversion: a bar on a terminal, lines elsewhere, no output with --quiet."""
 
 import os
 import pty
@@ -32,11 +32,11 @@ def test_lines_are_few(capsys):
     with progress.Report(1000) as report:
         for _ in range(1000):
             report("x", 1)
-    assert capsys.readouterr().err == ""  # the first one comes after ten seconds
+    assert capsys.readouterr().err == ""  # the first line comes after ten seconds
 
 
 def on_terminal(*args: str) -> str:
-    """What the command writes to a terminal on stderr."""
+    """Run the command with a terminal as stderr. Returns what it writes there."""
     ours, theirs = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "80", "NO_COLOR": "1"}
     command = [sys.executable, "-m", "convert", *args]
@@ -46,7 +46,7 @@ def on_terminal(*args: str) -> str:
     while True:
         try:
             written += os.read(ours, 1 << 16)
-        except OSError:  # Linux: the other side is closed
+        except OSError:  # Linux: the program has closed its side
             break
     os.close(ours)
     assert process.wait() == 0

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.hf_files import TINY, hf_weights, write_hf
 from support.hf_output import expected, files_of, hidden, read, write
-from support.processes import environment
+from support.processes import environment, free_address, outcomes, start
 
 from convert import staging, to_hf
 from convert.source import open_directory
@@ -28,20 +27,20 @@ ENVIRONMENT = environment()
 def test_workers_in_any_order(tmp_path, order, size):
     source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
     (source / "vocab.json").write_text("{}")
-    whole = write(source, tmp_path / "whole", max_shard_size=size)
+    expected_directory = write(source, tmp_path / "expected", max_shard_size=size)
     out = tmp_path / "out"
     for i in order:
         if size == "1KB":
             assert not out.exists()
-        if not out.exists():  # one file: whoever writes it has finished
+        if not out.exists():  # of a single file, the worker that writes it completes the directory
             write(source, out, max_shard_size=size, shard_of=(i, 3))
-    assert files_of(out) == files_of(whole)
+    assert files_of(out) == files_of(expected_directory)
     assert hidden(tmp_path) == [] and to_hf.unfinished(out) == []
 
 
 def test_workers_at_once(tmp_path):
     source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
-    whole, out = write(source, tmp_path / "whole", max_shard_size="1KB"), tmp_path / "out"
+    expected_directory, out = write(source, tmp_path / "expected", max_shard_size="1KB"), tmp_path / "out"
     errors: list[Exception] = []
 
     def work(i: int) -> None:
@@ -55,7 +54,7 @@ def test_workers_at_once(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert errors == [] and files_of(out) == files_of(whole) and hidden(tmp_path) == []
+    assert errors == [] and files_of(out) == files_of(expected_directory) and hidden(tmp_path) == []
 
 
 def test_a_worker_run_again_writes_only_what_is_missing(tmp_path):
@@ -75,7 +74,7 @@ def test_a_worker_run_again_writes_only_what_is_missing(tmp_path):
     assert reports == ["model.decoder.embed_tokens.embedding"]
     assert {p.name for p in place.glob("*.safetensors") if p.stat().st_ino == inodes[p.name]} >= set(files[1:])
     assert list(place.glob("*.part")) == []
-    write(source, out, **options, shard_of=(1, 1))  # another division of the work
+    write(source, out, **options, shard_of=(1, 1))  # another number of workers
     assert read(out) == expected(hf_weights(TINY)) and hidden(tmp_path) == []
 
 
@@ -130,7 +129,7 @@ def test_the_same_file_is_not_written_twice_at_once(tmp_path):
 
 
 def other_weights(source: Path) -> dict:
-    """One bias of one layer differs."""
+    """Rewrite the checkpoint with another bias."""
     weights = hf_weights(TINY)
     weights["model.decoder.layers.1.fc1.bias"][3] += 1
     write_hf(source, TINY, weights)
@@ -205,8 +204,8 @@ JOB = """
 import json, sys
 from pathlib import Path
 import jax
-port, k, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, k)
+address, k, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+jax.distributed.initialize(address, 2, k)
 from convert import to_hf
 from convert.source import open_directory
 def attempt(source, destination, **options):
@@ -228,27 +227,21 @@ results = [
 
 @pytest.mark.slow
 def test_a_distributed_job(tmp_path):
-    """Each process writes its part; what one finds wrong ends both; what a killed job has left is no obstacle."""
+    """Each process writes its part. An error in one ends both. A job goes on from what a killed one has left."""
     source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
     too_large = hf_weights(TINY)
     too_large["model.decoder.final_layer_norm.bias"][:] = 1e30  # in the second file: process 1 finds it
     write_hf(tmp_path / "large", TINY, too_large)
     write(source, tmp_path / "begun", max_shard_size="2KB", shard_of=(1, 2))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-c", JOB, port]
-    jobs = [
-        subprocess.Popen([*command, k, str(tmp_path)], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE) for k in "01"
-    ]
-    outputs = [job.communicate(timeout=120)[1] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], outputs
+    command = [sys.executable, "-c", JOB, free_address()]
+    done = outcomes([start([*command, k, str(tmp_path)]) for k in "01"])
+    assert [code for code, *_ in done] == [0, 0], done
     for k in (0, 1):
         fine, exists, overflow, begun, shard_of = json.loads((tmp_path / f"results{k}.json").read_text())
         assert fine is None and begun is None
         assert ("--overwrite" if k == 0 else "process 0 failed") in exists
         assert ("final_layer_norm.bias has values" if k == 1 else "process 1 failed") in overflow
         assert "shares out the files itself" in shard_of
-    whole = files_of(write(source, tmp_path / "whole", max_shard_size="1KB"))
-    assert files_of(tmp_path / "out") == whole == files_of(tmp_path / "begun")
+    expected_files = files_of(write(source, tmp_path / "expected", max_shard_size="1KB"))
+    assert files_of(tmp_path / "out") == expected_files == files_of(tmp_path / "begun")
     assert not (tmp_path / "half").exists() and not (tmp_path / "other").exists() and hidden(tmp_path) == []

@@ -1,9 +1,8 @@
-"""The Hugging Face destination: what it writes, read back by the safetensors library and by our own reader."""
+"""Writing Hugging Face directories: the safetensors library and our reader read the same back."""
 
 import dataclasses
 import errno
 import json
-import resource
 import shutil
 
 import ml_dtypes
@@ -13,6 +12,7 @@ import safetensors
 from safetensors.numpy import save_file
 from support.hf_files import TINY, VARIANTS, hf_weights, write_hf
 from support.hf_output import expected, hidden, read, write
+from support.processes import largest_file
 
 from convert import to_hf, to_orbax
 from convert.source import open_directory
@@ -28,7 +28,7 @@ HEADS = {
 }
 
 
-# What works -----------------------------------------------------------------------------------------------------------
+# Accepted -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.combinations
@@ -38,7 +38,7 @@ HEADS = {
 def test_there_and_back_is_bit_exact(tmp_path, dtype, head):
     config = VARIANTS["350m"] | {"architectures": [HEADS[head]], "a field of tomorrow": {"kept": [1, None]}}
     weights = hf_weights(config, head, dtype)
-    next(iter(weights.values())).view(np.uint8)[0] = 255  # NaNs with all their bits
+    next(iter(weights.values())).view(np.uint8)[0] = 255  # NaNs whose bits must not change
     source = write_hf(tmp_path / "hf", config, weights, "bin")
     to_orbax.convert(open_directory(source), tmp_path / "orbax")
     back = write(tmp_path / "orbax", tmp_path / "back")
@@ -69,7 +69,7 @@ def test_layers_beyond_ten_are_in_order(tmp_path):
 
 
 def test_bytes_are_those_of_the_library(tmp_path):
-    """Mixed dtypes as well, which decide about the order."""
+    """With mixed dtypes, by which the library orders tensors."""
     weights = hf_weights(TINY)
     for name in list(weights)[::3]:
         weights[name] = weights[name].astype(np.float16)
@@ -82,7 +82,7 @@ def test_bytes_are_those_of_the_library(tmp_path):
 
 @pytest.mark.parametrize("form", ["safetensors", "orbax"])
 def test_large_tensors_are_written_in_slabs(tmp_path, monkeypatch, form):
-    """Of a size that does not divide the number of rows; reported one by one."""
+    """The size of a slab does not divide the number of rows. Each slab is reported."""
     weights = hf_weights(TINY)
     source = write_hf(tmp_path / "hf", TINY, weights)
     if form == "orbax":
@@ -98,8 +98,7 @@ def test_large_tensors_are_written_in_slabs(tmp_path, monkeypatch, form):
 
 
 def test_each_stored_chunk_is_read_once(tmp_path, monkeypatch):
-    """However many slabs are written, here of less than a row: slabs across the grain of Orbax's grid would read each
-    chunk several times."""
+    """Slabs here are less than a row. If each read what it needs, each chunk would be read many times."""
     weights = hf_weights(TINY)
     source = open_directory(write_hf(tmp_path / "hf", TINY, weights))
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 20)
@@ -119,7 +118,7 @@ def test_each_stored_chunk_is_read_once(tmp_path, monkeypatch):
     write_lazily(True, tmp_path / "out")
     assert asked == [(slice(0, 8), slice(0, 16))]
     asked.clear()
-    write_lazily(False, tmp_path / "streamed")  # what is not in chunks is never held as a whole
+    write_lazily(False, tmp_path / "streamed")  # an array that is not stored in chunks is read slab by slab
     assert len(asked) == 16 and all(columns.stop - columns.start == 1 for _, columns in asked)
 
 
@@ -139,8 +138,8 @@ def test_cast(tmp_path):
 
 def test_what_lies_beside_the_weights(tmp_path):
     source = write_hf(tmp_path / "hf", TINY | {"bos_token_id": 7, "eos_token_id": [2, 3]}, hf_weights(TINY))
-    made = write(source, tmp_path / "made") / "generation_config.json"
-    assert json.loads(made.read_text()) == {
+    generation_config = write(source, tmp_path / "derived") / "generation_config.json"
+    assert json.loads(generation_config.read_text()) == {
         "_from_model_config": True,
         "bos_token_id": 7,
         "eos_token_id": [2, 3],
@@ -203,7 +202,7 @@ def test_shards_keep_to_the_limit(tmp_path):
         f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)
     ]
     assert max(sizes) == 48 * 8 * 4  # the embedding, by itself
-    assert all(a + b > 1000 for a, b in zip(sizes[2:], sizes[3:], strict=False))  # no file is split without need
+    assert all(a + b > 1000 for a, b in zip(sizes[2:], sizes[3:], strict=False))  # no two files would fit into one
     total = sum(a.nbytes for a in weights.values())
     assert len(list(write(source, tmp_path / "one", max_shard_size=total).glob("*.safetensors"))) == 1
     two = write(source, tmp_path / "two", max_shard_size=total - 1)
@@ -211,7 +210,7 @@ def test_shards_keep_to_the_limit(tmp_path):
     assert len(list(two.glob("*.safetensors"))) == 2
 
 
-# What is refused ------------------------------------------------------------------------------------------------------
+# Refused -------------------------------------------------------------------------------------------------------------
 
 
 def test_existing_destination(tmp_path):
@@ -241,17 +240,11 @@ def test_existing_destination(tmp_path):
 
 @pytest.mark.parametrize("shard_of", [None, (1, 1)])
 def test_full_disk(tmp_path, shard_of):
-    """A limit on the size of files fails where a full disk does, without being root."""
     source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
     out = write(source, tmp_path / "out", dtype="float16")
     before = read(out)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, hard))
-    try:
-        with pytest.raises(OSError) as failed:
-            write(source, out, overwrite=True, shard_of=shard_of)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with largest_file(8000), pytest.raises(OSError) as failed:
+        write(source, out, overwrite=True, shard_of=shard_of)
     assert failed.value.errno == errno.EFBIG and str(failed.value.filename).endswith("model.safetensors")
     assert read(out) == before
     assert [p.name for p in tmp_path.rglob("*.part")] == []
@@ -270,7 +263,7 @@ def test_too_little_space(tmp_path, monkeypatch):
 
 
 def test_a_worker_without_files_has_nothing_to_do(tmp_path):
-    """More workers than files: the late ones neither fail nor begin anything."""
+    """With more workers than files, those without a file neither fail nor write."""
     source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
     for shard_of in ((2, 2), (1, 2), (2, 2)):
         write(source, tmp_path / "out", shard_of=shard_of)
@@ -279,12 +272,11 @@ def test_a_worker_without_files_has_nothing_to_do(tmp_path):
 
 
 def test_what_is_on_disk_is_compared(tmp_path, monkeypatch):
-    """A writer that loses bytes, or a tensor, is found out before anything is published."""
+    """If the writer loses bytes, the conversion fails before it publishes the directory."""
     source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
-    whole = hf_writer._pwrite
-    monkeypatch.setattr(
-        hf_writer, "_pwrite", lambda fd, data, offset: whole(fd, data[: -1 if offset else None], offset)
-    )
+    pwrite = hf_writer._pwrite
+    lossy = lambda fd, data, offset: pwrite(fd, data[: -1 if offset else None], offset)  # noqa: E731
+    monkeypatch.setattr(hf_writer, "_pwrite", lossy)
     for shard_of in (None, (1, 1)):
         with pytest.raises((OSError, ValueError), match=r"bytes, not|does not have"):
             write(source, tmp_path / "out", shard_of=shard_of)
@@ -308,6 +300,6 @@ def test_the_library_checks_each_header(tmp_path, monkeypatch):
 
 
 def test_every_parameter_has_its_place_in_the_order():
-    """Else the conversion of a model variant ends in an error about tuples."""
+    """Without it, `to-hf` of that model fails when it compares tuples."""
     parts = {part for name, _ in names.TABLE.values() for part in name.split(".")} - {"decoder", "*"}
     assert parts <= set(hf_writer.ORDER)

@@ -1,4 +1,4 @@
-"""The data pipeline: what is read, arrays of tokens, the order of batches for any number of readers, and its state."""
+"""The data pipeline: files, arrays of tokens, the order of batches for any number of readers, and its state."""
 
 import contextlib
 import json
@@ -21,7 +21,9 @@ from opt_jax import OPTTokenizer
 from opt_jax.cli import main
 from opt_jax.data import tokens
 from opt_jax.data.corpus import Corpus
-from opt_jax.data.documents import BadRecords, find_files, find_sources, pieces, read_documents
+from opt_jax.data.documents import find_sources, pieces, read_documents
+from opt_jax.data.files import find_files
+from opt_jax.data.records import BadRecords
 from opt_jax.data.tokenizers import train_tokenizer
 from opt_jax.data.tokens import Tokens, open_tokens, tokenize, write_tokens
 from opt_jax.data.windows import Reader, Windows
@@ -63,7 +65,7 @@ def test_worker_processes_read_the_same(tmp_path):
         for step, place in enumerate(reader, start=3):
             labels = place(slice(2, 6))["labels"]
             np.testing.assert_array_equal(labels, windows.rows(step)[2:6, 1:])
-            assert type(labels) is np.ndarray  # and not one of Grain's in shared memory
+            assert type(labels) is np.ndarray  # not an array in Grain's shared memory
     assert step == 8
 
 
@@ -127,7 +129,7 @@ def test_text_is_cut_where_the_tokenizer_does_not_see_it(block, tmp_path, tokeni
 
 
 def words(cut, tokenizer):
-    """What no token goes beyond, whatever the vocabulary."""
+    """The words of the pieces. A token never crosses the end of a word."""
     split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str
     return [word for piece, _ in cut for word, _ in split(piece)]
 
@@ -173,7 +175,7 @@ def test_what_lies_beside_an_array_is_named_where_it_is_broken(tmp_path, tokeniz
 
 
 def test_two_that_tokenise_to_one_name_do_not_mix_array_and_description(tmp_path, tokenizer, monkeypatch):
-    """Between the array and what lies beside it a second one, which could finish there, is refused."""
+    """A second writer is refused between the renaming of the array and that of its description."""
     (tmp_path / "a.txt").write_text("text")
     array, real, refused = tmp_path / "a.npy", os.rename, []
 
@@ -210,7 +212,7 @@ def test_all_cores_tokenise_what_is_large(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tokenising(tmp_path):
-    """`opt-jax tokenize` at work, with standard error on a terminal; what it writes there; its workers."""
+    """(process, terminal, ids of its workers) of `opt-jax tokenize`, whose standard error is a terminal."""
     (tmp_path / "a.txt").write_text("def f(x):\n    return x\n" * 2_000_000)
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "opt_jax.cli", "tokenize", str(tmp_path / "a.txt"), "--workers", "2"]
@@ -222,9 +224,9 @@ def tokenising(tmp_path):
     shown = b""
     while not re.search(rb"[1-9][0-9.]*/4[0-9.]+ MB", shown):
         shown += os.read(ours, 1 << 16)
-    found = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    assert len(found) >= 2
-    yield process, ours, found
+    workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert len(workers) >= 2
+    yield process, ours, workers
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -243,11 +245,11 @@ def test_a_bar_on_a_terminal_and_nothing_left_of_what_is_ended(tokenising, sent,
     process, ours, workers = tokenising
     os.killpg(process.pid, sent) if sent == signal.SIGINT else process.send_signal(sent)
     shown = b""
-    with contextlib.suppress(OSError):  # Linux: when all have closed the other side, workers too
+    with contextlib.suppress(OSError):  # Linux: all processes have closed the terminal
         while select.select([ours], [], [], 60)[0]:
             shown += os.read(ours, 1 << 16)
     assert process.wait() == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(sent, -signal.SIGKILL)
-    for _ in range(100):  # what has closed its files may take a moment to be gone
+    for _ in range(100):  # a worker may end a moment after it has closed its files
         if all(map(ended, workers)):
             break
         time.sleep(0.1)
@@ -281,7 +283,7 @@ def test_corpus_of_arrays_and_text_with_validation_data(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("dtype", [np.uint64, np.int64, np.uint32])
 def test_ids_of_an_array_that_are_no_int32(dtype, tmp_path):
-    """Cast, they would be other ids, which the vocabulary has."""
+    """Cast to int32, they would become ids that the vocabulary has."""
     ids = np.arange(50).astype(dtype)
     ids[37] = 2**32 - 5 if dtype == np.uint32 else 2**32 + 5
     np.save(tmp_path / "a.npy", ids)

@@ -1,4 +1,4 @@
-"""What is taken for text: files of other formats, directories, bad records, long lines, files that are no files."""
+"""Reading text: files of other formats, directories, bad records, long lines, pipes."""
 
 import bz2
 import errno
@@ -14,9 +14,11 @@ import pytest
 
 from opt_jax import OPTTokenizer
 from opt_jax.cli import main
-from opt_jax.data import documents
+from opt_jax.data import documents, records
 from opt_jax.data.corpus import Corpus
-from opt_jax.data.documents import BadRecords, find_files, pieces, read_documents
+from opt_jax.data.documents import pieces, read_documents
+from opt_jax.data.files import find_files
+from opt_jax.data.records import BadRecords
 from opt_jax.data.tokens import tokenize
 from opt_jax.evaluation.command import read_ids
 
@@ -42,7 +44,7 @@ def numpy_file() -> bytes:
 
 
 OTHERS = {
-    # by the first bytes, whatever the name
+    # known by their first bytes, not by their name
     "a.txt": (gzip.compress(RECORDS), "gzip"),
     "b.jsonl": (gzip.compress(RECORDS), "gzip"),
     "c.md": (b"\x28\xb5\x2f\xfd rest", "zstd"),
@@ -65,15 +67,17 @@ OTHERS = {
     "ad.txt": (b"Obj\x01\x04\x14avro.codec", "avro"),
     "ae.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n", "a Git LFS pointer"),
     "af.txt": (b'["one \\"text\\"",\n "two"]', "JSON"),
-    # by the ending, whatever is in it
-    "q.jsonl.gz": (b"text", "gzip"),
-    "r.PARQUET": (b"text", "parquet"),
-    "s.csv": (b"text,label\n", "csv"),
-    "t.tsv": (b"text\tlabel\n", "tsv"),
-    "u.json": (RECORDS, "JSON"),
-    "v.ndjson": (RECORDS, "JSON lines"),
-    "w.arrow": (b"text", "arrow"),
-    "x.zst": (b"text", "zstd"),
+    # known by the ending of the name, not by the content
+    "q.jsonl.7Z": (b"text", "7z"),
+    "r.parquet.GZ": (b"text", "parquet inside of gzip"),
+    "s.xlsx": (b"text,label\n", "xlsx"),
+    "t.tgz": (b"text", "tar"),
+    "x.zstd": (b"text", "zstd"),
+    # by the ending of what is compressed
+    "y.pdf.gz": (b"text", "pdf"),
+    # by what it decompresses to
+    "z.txt.gz": (gzip.compress(b"PAR1"), "parquet"),
+    "za.csv.gz": (gzip.compress(b"some \0 text"), "binary"),
 }
 
 
@@ -86,7 +90,7 @@ def test_other_formats_are_refused_by_name(tmp_path, name):
         find_files([tmp_path / name])
     with pytest.raises(ValueError, match=message):
         find_files([f"{tmp_path}/{name[0]}*"])
-    for skip in (False, True, None):  # --skip-bad-records does not mean this
+    for skip in (False, True, None):  # --skip-bad-records makes no difference
         with pytest.raises(ValueError, match=message):
             read_documents([tmp_path / name], BadRecords(skip))
 
@@ -104,8 +108,8 @@ def test_leaving_out_bad_records_needs_text(tmp_path):
 
 
 def test_every_command_refuses_them(tmp_path, tokenizer, capsys):
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(RECORDS))
-    source = str(tmp_path / "a.jsonl.gz")
+    (tmp_path / "a.jsonl").write_bytes(gzip.compress(RECORDS))
+    source = str(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match="gzip is a format"):
         Corpus([source], skip_bad=True)
     with pytest.raises(ValueError, match="gzip is a format"):
@@ -113,8 +117,8 @@ def test_every_command_refuses_them(tmp_path, tokenizer, capsys):
     with pytest.raises(ValueError, match="gzip is a format"):
         read_ids([source], tokenizer)
     assert main(["tokenize", source, "--skip-bad-records", "--output", str(tmp_path / "a.npy")]) == 1
-    assert "gzip is a format that is not read as text: unpack it first" in capsys.readouterr().err
-    assert sorted(os.listdir(tmp_path)) == ["a.jsonl.gz"]
+    assert "gzip is a format that is not read as text: add .gz to its name" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -127,14 +131,14 @@ def test_prose_that_begins_like_another_format_is_prose(tmp_path, text):
 
 def test_a_directory_says_what_it_leaves_out(tmp_path, capsys):
     (tmp_path / "sub").mkdir()
-    for name in ("a.parquet", "sub/b.parquet", "c.Csv", "README", "x.npy.json"):
+    for name in ("a.avro", "sub/b.avro", "c.Csv", "README", "x.npy.json"):
         (tmp_path / name).write_text("x")
-    with pytest.raises(ValueError, match=r"looked for .*; there are 2 \.parquet, "):
+    with pytest.raises(ValueError, match=r"looked for .*; there are 2 \.avro, "):
         find_files([tmp_path])
     (tmp_path / "d.TXT").write_text("text")
     assert find_files([tmp_path]) == [tmp_path / "d.TXT"]
     shown = capsys.readouterr().err
-    assert shown.startswith(f"left out: {tmp_path}: what is not read: 2 .parquet, ")
+    assert shown.startswith(f"left out: {tmp_path}: what is not read: 2 .avro, ")
     assert "1 .csv" in shown and "1 without ending" in shown and ".json" not in shown and shown.count("\n") == 1
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "a.jsonl").write_bytes(RECORDS)
@@ -213,11 +217,11 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
 def test_long_lines_are_read_in_parts(tmp_path, monkeypatch, tokenizer):
     text = "it's  one\tline - of \N{SNOWMAN} def f(x): \n and\r\n two   spaces\n" * 20
     (tmp_path / "a.txt").write_bytes(("\ufeff" + text).encode())
-    whole = read_documents([tmp_path / "a.txt"])
-    for part in range(3, 20):  # within characters, between \r and \n
+    expected = read_documents([tmp_path / "a.txt"])
+    for part in range(3, 20):  # cuts within characters, and between \r and \n
         monkeypatch.setattr(documents, "_PART", part)
-        assert read_documents([tmp_path / "a.txt"]) == whole
-        assert "".join(piece for piece, _ in pieces([tmp_path / "a.txt"], BadRecords(), 8)) == whole[0]
+        assert read_documents([tmp_path / "a.txt"]) == expected
+        assert "".join(piece for piece, _ in pieces([tmp_path / "a.txt"], BadRecords(), 8)) == expected[0]
     (tmp_path / "b.txt").write_bytes("fine \u2603".encode()[:-1])
     with pytest.raises(ValueError, match=r"b\.txt:1: not UTF-8 text"):
         read_documents([tmp_path / "b.txt"])
@@ -245,12 +249,12 @@ def test_documents_are_tokenised_piece_by_piece(tmp_path, tokenizer, monkeypatch
     blank = call(tokenizer, " ", return_tensors=None, add_special_tokens=False).input_ids
     assert ids.tolist() == [2, *row, 2, *blank, 2, *row, 2]
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n")
-    found, count = read_ids([str(tmp_path / "a.jsonl")], tokenizer)
-    assert found.tolist() == [2, *row] and count == 1
+    read, count = read_ids([str(tmp_path / "a.jsonl")], tokenizer)
+    assert read.tolist() == [2, *row] and count == 1
 
 
 def test_limits_of_a_record_and_of_a_text_without_spaces(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "_RECORD", 1 << 20)
+    monkeypatch.setattr(records, "_RECORD", 1 << 20)
     (tmp_path / "a.jsonl").write_bytes(RECORDS + b'{"text": "' + b"x" * (1 << 21) + b'"}\n' + RECORDS)
     with pytest.raises(ValueError, match=r"a\.jsonl:3: a record of 1 MiB or more; --skip-bad-records"):
         read_documents([tmp_path / "a.jsonl"], BadRecords())
@@ -260,7 +264,7 @@ def test_limits_of_a_record_and_of_a_text_without_spaces(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"a\.txt:2: 1 Mi characters without a space"):
         list(pieces([tmp_path / "a.txt"], BadRecords(), 1000))
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "x" * (1 << 20) + " x"}))
-    monkeypatch.setattr(documents, "_RECORD", 1 << 24)
+    monkeypatch.setattr(records, "_RECORD", 1 << 24)
     assert len(list(pieces([tmp_path / "b.jsonl"], BadRecords(), 1000))) == 2
     monkeypatch.setattr(documents, "_LONGEST", 1 << 19)
     with pytest.raises(ValueError, match=r"b\.jsonl: 0 Mi characters without a space"):
@@ -285,7 +289,7 @@ def test_a_glob_does_not_pass_over_a_directory_that_cannot_be_read(tmp_path, mon
     (tmp_path / "a").mkdir()
     for name in ("a/a.txt", "sub/b.txt", "sub/deeper/c.txt"):
         (tmp_path / name).write_text("text")
-    monkeypatch.chdir(tmp_path)  # the directories above it are for this user only
+    monkeypatch.chdir(tmp_path)  # another user cannot read the directories above
     tmp_path.chmod(0o755)
     closed = tmp_path / "sub" / "deeper" if "deeper" in pattern else tmp_path / "sub"
     closed.chmod(0)

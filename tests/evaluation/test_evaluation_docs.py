@@ -1,4 +1,4 @@
-"""The examples of docs/evaluation.md run: those that say `data` where ../shared/data is, all but `no-run`."""
+"""The examples of docs/evaluation.md run, but for those marked `no-run`. Those marked `data` need ../shared/data."""
 
 import re
 import shlex
@@ -27,7 +27,7 @@ def test_examples_run(request, monkeypatch, tmp_path, capsys, language, kind, co
 
 
 def test_what_is_not_run_can_be_read():
-    """The options that its commands name exist."""
+    """The options in its commands exist."""
     lines = [code for language, kind, code in BLOCKS if language == "sh"]
     named = set(re.findall(r"--([a-z-]+)", "".join(lines)))
     from opt_jax.evaluation.command import EvalOptions

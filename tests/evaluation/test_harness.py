@@ -1,4 +1,4 @@
-"""The adapter to the lm-evaluation-harness: numbers against `model.score`; tests/parity has PyTorch's beside them."""
+"""The adapter to the lm-evaluation-harness against `model.score`. tests/parity compares it with PyTorch."""
 
 import json
 import shutil
@@ -50,10 +50,10 @@ def requests(*arguments):
 
 def test_loglikelihood_of_continuations(lm, model, tokenizer):
     pairs = [(text, f" return {i}") for i, text in enumerate(TEXTS)] + [("", "import os"), ("x ", "= 1")]
-    found = lm.loglikelihood(requests(*pairs), disable_tqdm=True)
-    for (context, continuation), (value, greedy) in zip(pairs, found, strict=True):
+    results = lm.loglikelihood(requests(*pairs), disable_tqdm=True)
+    for (context, continuation), (value, greedy) in zip(pairs, results, strict=True):
         ids = tokenizer.encode(context + continuation)
-        first = 1 if not context else len(tokenizer.encode(context.rstrip()))  # the space belongs to what follows
+        first = 1 if not context else len(tokenizer.encode(context.rstrip()))  # the space belongs to the token after it
         assert value == pytest.approx(float(model.score([ids])[0, first:].sum()), rel=1e-5)
         assert greedy is False
     prompt = tokenizer.encode("def f(x):")
@@ -74,7 +74,7 @@ def test_a_context_that_is_too_long_loses_its_beginning(lm, model):
 
 def test_rolling_scores_every_token_once(lm, model, tokenizer):
     long = " ".join(TEXTS)
-    ids = [2, *tokenizer.encode(long)]  # as with `hf`: the text's own </s> is predicted too
+    ids = [2, *tokenizer.encode(long)]  # as with `hf`, the </s> of the text is predicted too
     assert CONTEXT < len(ids) < 2 * CONTEXT
     expected = model.score(np.array([ids[: CONTEXT + 1]]))[0, 1:].sum()
     rest = len(ids) - CONTEXT - 1
@@ -85,7 +85,7 @@ def test_rolling_scores_every_token_once(lm, model, tokenizer):
 
 
 def test_few_compilations(lm, tokenizer, compiled):
-    """One for each bucket of tokens, and of rows of the last batch; not one for each length."""
+    """One for each bucket of lengths and one for the last batch, not one for each length."""
     text = " ".join(TEXTS)
     contexts = [text[:n] for n in range(4, 94, 3)]
     rows = [len(tokenizer.encode(context + " x")) - 1 for context in contexts]
@@ -98,7 +98,7 @@ def test_few_compilations(lm, tokenizer, compiled):
     assert 1 <= len(scores) <= len(buckets) + 1, (scores, buckets)
     compiled.clear()
     lm.loglikelihood(requests(*((context, " yz") for context in contexts[1:-1])), disable_tqdm=True)
-    assert len([name for name in compiled if "_score" in name]) <= 1  # perhaps other rows in the last batch
+    assert len([name for name in compiled if "_score" in name]) <= 1  # the last batch may have another number of rows
 
 
 def test_generation_ends_at_new_stop_strings_which_are_cut_off(lm, model, tokenizer):
@@ -110,7 +110,7 @@ def test_generation_ends_at_new_stop_strings_which_are_cut_off(lm, model, tokeni
         assert text == tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
     stop = texts[0][3:5]
     assert stop and stop not in texts[0][:4]
-    found = lm.generate_until(
+    stopped = lm.generate_until(
         requests(
             (TEXTS[0], dict(until=[stop], max_gen_toks=10)),
             (TEXTS[1], free),
@@ -118,17 +118,17 @@ def test_generation_ends_at_new_stop_strings_which_are_cut_off(lm, model, tokeni
         ),
         disable_tqdm=True,
     )
-    assert found == [texts[0][: texts[0].index(stop)], texts[1], found[0]]
-    straddling = TEXTS[0][-1] + texts[0][0]  # begins in the prompt: no end
+    assert stopped == [texts[0][: texts[0].index(stop)], texts[1], stopped[0]]
+    straddling = TEXTS[0][-1] + texts[0][0]  # it begins in the prompt, so it ends nothing
     assert straddling not in texts[0]
-    (found,) = lm.generate_until(requests((TEXTS[0], dict(until=[straddling], max_gen_toks=10))), disable_tqdm=True)
-    assert found == texts[0]
+    (text,) = lm.generate_until(requests((TEXTS[0], dict(until=[straddling], max_gen_toks=10))), disable_tqdm=True)
+    assert text == texts[0]
 
 
 def test_options_of_generation(lm):
     sampled = dict(until=["\n\n"], max_gen_toks=8, do_sample=True, temperature=1.5, top_k=500)
-    found = lm.generate_until(requests(*[("import os", sampled)] * 3), disable_tqdm=True)
-    assert len(set(found)) > 1  # repeats of a request are draws of their own
+    texts = lm.generate_until(requests(*[("import os", sampled)] * 3), disable_tqdm=True)
+    assert len(set(texts)) > 1  # equal requests are drawn independently
     with pytest.raises(ValueError, match="no_such_option"):
         lm.generate_until(requests(("x", sampled | dict(no_such_option=1))), disable_tqdm=True)
     with pytest.raises(ValueError, match="64 new tokens leave no room for a prompt in the context of 64"):
@@ -184,7 +184,7 @@ def test_by_its_name_in_python(tasks):
 
     manager, names = find_tasks(["colours"], [str(tasks)])
     evaluate: Any = lm_eval.simple_evaluate
-    found = evaluate(
+    report = evaluate(
         model="opt-jax",
         model_args=dict(pretrained="tiny", dtype="float32"),
         tasks=names,
@@ -192,7 +192,7 @@ def test_by_its_name_in_python(tasks):
         batch_size=2,
         bootstrap_iters=0,
     )
-    assert found["n-samples"]["colours"]["effective"] == 5 and 0 <= found["results"]["colours"]["acc,none"] <= 1
+    assert report["n-samples"]["colours"]["effective"] == 5 and 0 <= report["results"]["colours"]["acc,none"] <= 1
 
 
 def test_command(tasks, capsys, tmp_path):
@@ -218,7 +218,7 @@ def test_tasks_that_nobody_has(tasks, capsys):
 
 
 def test_tasks_of_the_harness_itself(tasks, tmp_path, monkeypatch):
-    """In a harness with one task: looking through all of its 14,000 takes a minute."""
+    """The harness is cut down to one task: reading all of its 14,000 takes a minute."""
     real = Path(task_manager.__file__)
     shutil.copytree(real.parent / "piqa", tmp_path / "piqa")
     monkeypatch.setattr(task_manager, "__file__", str(tmp_path / real.name))
@@ -228,5 +228,5 @@ def test_tasks_of_the_harness_itself(tasks, tmp_path, monkeypatch):
 
 
 def test_settings_reach_the_harness(tasks, model, tokenizer):
-    found = run(model, tokenizer, find_tasks(["colours"], [str(tasks)]), 4, limit=0.4)
-    assert found["results"]["colours"]["sample_len"] == 2 and "samples" not in found
+    report = run(model, tokenizer, find_tasks(["colours"], [str(tasks)]), 4, limit=0.4)
+    assert report["results"]["colours"]["sample_len"] == 2 and "samples" not in report

@@ -1,4 +1,4 @@
-"""Beam search against enumeration of all continuations, sums of log-probabilities, and itself; HF: tests/parity."""
+"""Beam search against all continuations, and against sums of log-probabilities. HF's beams: tests/parity."""
 
 import dataclasses
 import itertools
@@ -36,7 +36,7 @@ CONFIG = OPTConfig(
 # Left-padded; the third row has a hole.
 IDS = np.array([[1, 1, 1, 7, 9], [4, 5, 6, 7, 8], [3, 9, 1, 5, 11]], np.int32)
 MASK = IDS != PAD
-ENDS = [3, 41, 6, 30, 59, 38, 58, 52]  # some of them likely in the middle
+ENDS = [3, 41, 6, 30, 59, 38, 58, 52]  # some of them are likely before the last step
 
 
 GIVEN: dict[str, Any] = dict(max_new_tokens=10, num_beams=4, eos_token_id=ENDS, pad_token_id=PAD)
@@ -52,7 +52,7 @@ def search(model, ids: Any = IDS, mask: Any = MASK, **options: Any) -> Any:
 
 
 def sums(model, prompt, continuations):
-    """The sum of log-probabilities of each continuation [M, n] of one prompt [T], all in one call without a cache."""
+    """Cumulative log-probabilities of continuations [M, n] of one prompt [T], from one call without a cache."""
     rows = np.concatenate([np.tile(prompt, (len(continuations), 1)), continuations], axis=1).astype(np.int32)
     log_probs = jax.nn.log_softmax(model(rows).logits[:, len(prompt) - 1 : -1])
     return np.take_along_axis(np.asarray(log_probs), rows[:, len(prompt) :, None], axis=2)[:, :, 0].cumsum(1)
@@ -60,7 +60,7 @@ def sums(model, prompt, continuations):
 
 @pytest.mark.parametrize(("length_penalty", "ends"), [(0.0, [2]), (1.0, [2, 4]), (2.0, [3]), (1.0, [])])
 def test_wide_search_finds_the_best_of_all_continuations(length_penalty, ends):
-    """With as many beams as there are prefixes nothing is pruned, and "never" stops when it is safe."""
+    """With as many beams as prefixes, no beam is pruned. "never" goes on until no better sequence is possible."""
     vocabulary, new, best = 5, 3, 5
     small = OPTForCausalLM(dataclasses.replace(CONFIG, vocab_size=vocabulary), rngs=nnx.Rngs(1))
     prompts = np.array([[1, 1, 4, 2], [3, 0, 2, 4]], np.int32)
@@ -82,9 +82,9 @@ def test_wide_search_finds_the_best_of_all_continuations(length_penalty, ends):
             length = next((i + 1 for i, token in enumerate(sequence) if token in ends), new)
             expected[tuple(sequence[:length])] = total[length - 1] / length**length_penalty
         ranked = sorted(expected, key=lambda key: -expected[key])
-        found = [tuple(s[4 : 4 + n]) for s, n in zip(out.sequences.tolist(), out.lengths, strict=True)]
+        sequences = [tuple(s[4 : 4 + n]) for s, n in zip(out.sequences.tolist(), out.lengths, strict=True)]
         mine = slice(row * best, (row + 1) * best)
-        assert found[mine] == ranked[:best]
+        assert sequences[mine] == ranked[:best]
         np.testing.assert_allclose(out.sequences_scores[mine], [expected[key] for key in ranked[:best]], atol=1e-5)
 
 
@@ -100,7 +100,7 @@ def test_scores_are_sums_of_log_probabilities_over_length(model):
             new = sequence[5 : 5 + length]
             assert (sequence[5 + length :] == PAD).all()
             assert not set(new[:-1]) & set(ENDS) and (new[-1] in ENDS or length == GIVEN["max_new_tokens"])
-            # (Filled up behind, where nobody looks, so that there is one length to compile.)
+            # Padded on the right, where the causal mask hides it, so that one length is compiled.
             prompt = np.concatenate([IDS[row][MASK[row]], new, np.zeros(20, np.int32)])[:20]
             real = int(MASK[row].sum())
             total = sums(model, prompt[:1], prompt[None, 1:])[0]
@@ -141,7 +141,7 @@ def test_sampling_from_a_peaked_distribution_is_search(model):
 
 def test_sampling_is_repeatable_and_depends_on_seed_and_row(model):
     same = np.tile(IDS[1], (3, 1))
-    given: dict[str, Any] = dict(do_sample=True, eos_token_id=[])  # the fewest draws, of which the best go on
+    given: dict[str, Any] = dict(do_sample=True, eos_token_id=[])  # without end tokens the fewest candidates are drawn
     runs = [search(model, same, same > 0, seed=seed, **given).sequences for seed in (1, 1, 2, [1, 1, 5])]
     np.testing.assert_array_equal(runs[0], runs[1])
     assert runs[0].shape != runs[2].shape or (runs[0] != runs[2]).any()
@@ -150,7 +150,7 @@ def test_sampling_is_repeatable_and_depends_on_seed_and_row(model):
 
 
 def test_sampling_draws_without_replacement_by_probability():
-    """One step, two beams: the two sequences are the best of four draws from six tokens; all pairs, by chi-square."""
+    """One step of two beams: the two best of four tokens that are drawn from six. Chi-square over all pairs."""
     rows, vocabulary = 4000, 6
     config = dataclasses.replace(CONFIG, vocab_size=vocabulary, num_hidden_layers=1)
     small = OPTForCausalLM(config, rngs=nnx.Rngs(2))
@@ -183,7 +183,7 @@ def test_sampling_draws_without_replacement_by_probability():
 
 
 def test_the_number_of_candidates_drawn_follows_the_end_tokens(model):
-    """Of 2 * 4 draws other ones go on than of 9 * 4; end tokens that never come make the difference."""
+    """With one end token 2 * 4 candidates are drawn, with eight 9 * 4. Even end tokens that never come change which."""
     given: dict[str, Any] = dict(num_return_sequences=4, do_sample=True, seed=1)
     unlikely = np.argsort(np.asarray(model(IDS[1:2]).logits)[0, -1])[:8].tolist()
     one, eight = (search(model, eos_token_id=unlikely[:n], **given).sequences for n in (1, 8))
@@ -193,7 +193,7 @@ def test_the_number_of_candidates_drawn_follows_the_end_tokens(model):
 
 
 def test_compiles_once_per_shape_and_kind(model, compiled):
-    """(With five beams, which no other test here has.)"""
+    """No other test here has five beams, so nothing is compiled yet."""
 
     def run(**options):
         del compiled[:]
@@ -229,7 +229,7 @@ def test_no_step_copies_the_cache(model):
     results = re.findall(rf"= f32\[{','.join(map(str, shape))}\]\S* ([\w-]+)\(", text)
     assert results.count("dynamic-update-slice") == 2 * layers, results
     assert not {"copy", "select", "gather", "concatenate", "transpose", "reshape"} & set(results), results
-    # nor in another shape
+    # It is not copied in another shape either.
     elements = int(np.prod(shape))
     moved = re.findall(r"= f32\[([\d,]+)\]\S* (?:copy|gather|concatenate|transpose)\(", text)
     assert max((int(np.prod([int(n) for n in dims.split(",")])) for dims in moved), default=0) < elements / 4, moved
@@ -238,7 +238,7 @@ def test_no_step_copies_the_cache(model):
 
 
 def test_a_branched_cache(model):
-    """Branches that are dropped, repeated and reordered compute what their tokens compute alone."""
+    """Dropped, repeated and reordered branches give the logits of their tokens without a cache."""
     random = np.random.RandomState(0)
     out = model(IDS, MASK, cache=model.init_cache(3, 5 + 4 * 2))
     cache, tokens = out.cache.branch(2), np.zeros((3, 2, 0), np.int32)
@@ -253,7 +253,7 @@ def test_a_branched_cache(model):
         for branch in range(2):
             alone = np.pad(np.concatenate([IDS, tokens[:, branch]], axis=1), ((0, 0), (0, 4 - length)))
             mask = np.concatenate([MASK, np.ones((3, 4), bool)], axis=1)
-            expected = model(alone, mask).logits[:, 4 + length]  # nobody looks at what comes behind
+            expected = model(alone, mask).logits[:, 4 + length]  # the causal mask hides the padding after it
             np.testing.assert_allclose(out.logits[:, branch], expected, atol=2e-5)
 
 
@@ -272,7 +272,7 @@ def test_on_a_mesh():
     np.testing.assert_allclose(out.sequences_scores, expected.sequences_scores, atol=1e-5)
 
 
-# With what else generation does --------------------------------------------------------------------------------
+# With other options ---------------------------------------------------------------------------------------
 
 
 def test_prefix(model):
@@ -287,7 +287,7 @@ def test_prefix(model):
 
 @pytest.mark.parametrize("options", [{}, dict(repetition_penalty=1.4), dict(do_sample=True, temperature=2.0)])
 def test_logprobs_are_those_of_the_sequences(model, options):
-    """The model's own, before any processor, as `score` gives them; of each beam's ancestors, not of its place."""
+    """They are those of `score`, before any processor, and follow each beam's ancestors."""
     out = search(model, num_return_sequences=4, logprobs=2, **options)
     for i, (sequence, length) in enumerate(zip(out.sequences, out.lengths, strict=True)):
         mask = np.concatenate([MASK[i // 4], np.ones(len(sequence) - 5, bool)])
@@ -301,9 +301,9 @@ def test_logprobs_are_those_of_the_sequences(model, options):
 
 
 def test_stop_sequences_end_beams_as_end_tokens_do(model):
-    """One token that ends a sequence is an end token; of two tokens the first must be there too."""
+    """A stop sequence of one token acts as an end token. One of two tokens needs both."""
     options: dict[str, Any] = dict(num_return_sequences=4)
-    # As many candidates: HF and we draw them for each end token, of which there are as many in both.
+    # Both searches have two ends, and so the same number of candidates (as in HF, it depends on the end tokens).
     ends = search(model, eos_token_id=[3, 41], **options)
     stops = search(model, eos_token_id=[3], stop_token_ids=[41], **options)
     assert set(ends.finish_reasons) == {"stop", "length"}

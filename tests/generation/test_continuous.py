@@ -1,4 +1,4 @@
-"""Long lists of prompts (continuous batching), prefixes, and what is compiled for them."""
+"""Long lists of prompts (continuous batching) and prefixes, and what is compiled for them."""
 
 import dataclasses
 import re
@@ -66,15 +66,15 @@ def assert_same(a, b):
 def test_a_long_list_gives_what_one_batch_gives(model, kind):
     rows = prompts(50, 16)
     options = KINDS[kind] | ENDS | dict(max_new_tokens=21)
-    whole = model.generate(rows, **options)
-    assert {"stop", "length"} == set(whole.finish_reasons) or kind == "processors"
-    assert len(set(whole.lengths.tolist())) > 5  # else nothing was refilled in between
+    expected = model.generate(rows, **options)
+    assert {"stop", "length"} == set(expected.finish_reasons) or kind == "processors"
+    assert len(set(expected.lengths.tolist())) > 5  # so slots are refilled at different times
     for slots in (1, 17) if kind == "greedy" else (17,):
-        assert_same(model.generate(rows, batch_size=slots, **options), whole)
+        assert_same(model.generate(rows, batch_size=slots, **options), expected)
 
 
 def test_one_by_one(model):
-    """Rows of a list are what each prompt gives alone, with the defaults and limits that it has alone."""
+    """Each prompt of a list gives what it gives alone, with its own default lengths and limits."""
     rows = [*prompts(3, 14), [5] * 85, [7] * 90]
     for options in (dict(), dict(max_length=95, min_length=92)):
         many = model.generate(rows, batch_size=2, **ENDS, **options)
@@ -88,7 +88,7 @@ def test_one_by_one(model):
 
 
 def test_pads_of_a_list_are_pads_whatever_the_other_rows_are(model):
-    for pad in (1, 2):  # the latter is an end token: then none of them is a pad
+    for pad in (1, 2):  # 2 is an end token too, so no token counts as a pad
         options: dict[str, Any] = dict(ENDS, max_length=9, pad_token_id=pad)
         alone, both = (model.generate(rows, **options) for rows in ([[1, 7]], [[1, 7], [8]]))
         n = alone.lengths[0]
@@ -100,9 +100,9 @@ def test_one_seed_and_several_samples(model):
     rows, options = prompts(9, 16), dict(do_sample=True, seed=4, max_new_tokens=9, num_return_sequences=3, **ENDS)
     assert_same(model.generate(rows, batch_size=4, **options), model.generate(rows, **options))
     options = dict(do_sample=True, seed=4, max_new_tokens=9, num_beams=3, num_return_sequences=2, **ENDS)
-    some, whole = model.generate(rows, batch_size=4, **options), model.generate(rows, **options)
-    assert_same(some, whole)
-    np.testing.assert_allclose(some.sequences_scores, whole.sequences_scores, atol=1e-4)
+    queued, together = model.generate(rows, batch_size=4, **options), model.generate(rows, **options)
+    assert_same(queued, together)
+    np.testing.assert_allclose(queued.sequences_scores, together.sequences_scores, atol=1e-4)
 
 
 def test_ended_rows_make_room(model, monkeypatch):
@@ -118,24 +118,24 @@ def test_ended_rows_make_room(model, monkeypatch):
     rows, slots = prompts(80, 16), 17
     out = model.generate(rows, batch_size=slots, max_new_tokens=30, **ENDS)
     chunks = sum(out.lengths[i : i + slots].max() for i in range(0, 80, slots))
-    assert steps[-1] <= out.lengths.sum() / slots + 30 + len(steps)  # no slot waits, but at the end of the list
+    assert steps[-1] <= out.lengths.sum() / slots + 30 + len(steps)  # a slot is idle only at the end of the list
     assert steps[-1] < 0.75 * chunks
 
 
 def test_what_is_compiled(model, compiled):
-    """(With eight slots, which no other test here has.)"""
+    """No other test here has eight slots, so nothing is compiled yet."""
 
     def run(rows, **options):
         del compiled[:]
         model.generate(rows, max_new_tokens=10, **options)
         return sorted(name for name in compiled if re.search("begin|advance|place", name)), compiled
 
-    # widths 16, 24, 32, each for one prompt, and one for the first eight
+    # `begin` for one prompt of width 16, 24 and 32, and for the first eight prompts.
     names, _ = run(prompts(80, 30), batch_size=8)
     assert names.count("jit(advance)") == 1
     assert 3 <= names.count("jit(begin)") <= 4 and 2 <= names.count("jit(place_rows)") <= 3
     assert run(prompts(99, 30, seed=7), batch_size=8)[1] == []
-    # batches of 5 and 6 are one bucket
+    # Batches of 5 and 6 rows share a bucket.
     prefix = model.prefill([[5, 6, 7]])
     assert run(prompts(5, 16), cache=prefix)[0] == ["jit(advance)", "jit(begin)"]
     assert run(prompts(6, 16), cache=model.prefill([[9] * 8]))[1] == []
@@ -147,30 +147,30 @@ def test_a_prefix_is_as_good_as_its_tokens(model, kind):
     options: dict[str, Any] = dict(KINDS[kind], max_new_tokens=12, **ENDS)
     if kind == "sampling":
         options["seed"] = options["seed"][:12]
-    whole = model.generate([prefix + row for row in rows], **options)
+    expected = model.generate([prefix + row for row in rows], **options)
     cache = model.prefill([prefix])
     longest = max(map(len, rows))
     for more in (dict(), dict(batch_size=3)):
         out = model.generate(rows, cache=cache, **options, **more)
-        assert out.sequences.shape[1] == longest + whole.lengths.max()
-        np.testing.assert_array_equal(out.sequences[:, longest:], whole.sequences[:, longest + 5 :])
-        assert out.finish_reasons == whole.finish_reasons
+        assert out.sequences.shape[1] == longest + expected.lengths.max()
+        np.testing.assert_array_equal(out.sequences[:, longest:], expected.sequences[:, longest + 5 :])
+        assert out.finish_reasons == expected.finish_reasons
         if kind == "processors":
-            np.testing.assert_allclose(out.logprobs, whole.logprobs, atol=1e-5)
+            np.testing.assert_allclose(out.logprobs, expected.logprobs, atol=1e-5)
     if kind == "sampling":
         steps = np.stack(list(stream(model, rows, cache=cache, **options)), axis=1)
-        np.testing.assert_array_equal(steps, whole.sequences[:, longest + 5 :])
+        np.testing.assert_array_equal(steps, expected.sequences[:, longest + 5 :])
 
 
 def test_a_prefix_is_read_once_and_counts(model):
-    cache = model.prefill([[1, 1, 7, 8, 9]], [[0, 0, 1, 1, 1]])  # pads are no part of it
+    cache = model.prefill([[1, 1, 7, 8, 9]], [[0, 0, 1, 1, 1]])  # pads are dropped
     assert cache.input_ids.tolist() == [[7, 8, 9]]
     again = model.generate([[4]], cache=cache, max_new_tokens=4)
     np.testing.assert_array_equal(model.generate([[4]], cache=cache, max_new_tokens=4).sequences, again.sequences)
     assert model.generate([[4]], cache=cache, max_length=9, eos_token_id=[]).lengths == 5
     with pytest.raises(ValueError, match="a prompt of 94 tokens and 3 new ones"):
         model.generate([[4]], cache=model.prefill([[5] * 93]), max_new_tokens=3)
-    # the keys and values of the prefix are those that count, not its ids
+    # The keys and values of the prefix are used, not its ids.
     wrong = type(cache)(cache.input_ids, model.prefill([[30, 40, 50]]).cache)
     assert (model.generate([[4]], cache=wrong, max_new_tokens=4, logprobs=0).logprobs != again.logprobs).all()
 
@@ -196,7 +196,7 @@ def test_errors(model):
 def test_progress_bar(model, capfd):
     model.generate(prompts(20), batch_size=4, max_new_tokens=3, progress_bar=True)
     assert "20/20" in capfd.readouterr().err
-    model.generate(prompts(3), batch_size=4, max_new_tokens=3, progress_bar=True)  # with room for all at once
+    model.generate(prompts(3), batch_size=4, max_new_tokens=3, progress_bar=True)  # all fit into one batch
     assert "3/3" in capfd.readouterr().err
     model.generate(prompts(20), batch_size=4, max_new_tokens=3)
     assert capfd.readouterr().err == ""
@@ -221,7 +221,7 @@ def test_texts_of_a_long_list_end_at_their_stop_strings():
     options: dict[str, Any] = dict(
         stop_strings=["\n", "(s", " in"], max_new_tokens=24, seed=list(range(9)), return_full_text=False
     )
-    whole = generator(texts, batch_size=9, **options)
-    assert generator(texts, batch_size=2, **options) == whole
-    ended = [any(s in row[0]["generated_text"] for s in ("\n", "(s", " in")) for row in whole]
+    expected = generator(texts, batch_size=9, **options)
+    assert generator(texts, batch_size=2, **options) == expected
+    ended = [any(s in row[0]["generated_text"] for s in ("\n", "(s", " in")) for row in expected]
     assert sum(ended) > 4

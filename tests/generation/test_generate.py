@@ -1,4 +1,4 @@
-"""The compiled loop against the plain model called without a cache; HF's `generate` is in tests/parity."""
+"""The compiled loop against the model called without a cache. HF's `generate`: tests/parity."""
 
 import re
 import warnings
@@ -27,10 +27,10 @@ CONFIG = OPTConfig(
     word_embed_proj_dim=16,
     init_std=0.3,
 )
-# Left-padded; the second row has no pad, the third a hole, which its mask hides.
+# Left-padded. The second row has no pad, the third has a hole that its mask hides.
 IDS = np.array([[1, 1, 1, 7, 9], [4, 5, 6, 7, 8], [3, 9, 1, 5, 11]], np.int32)
 MASK = (IDS != PAD).astype(np.int32)
-# Three rows and 17 to 32 new tokens: one bucket, so that most tests run the same compiled programs.
+# Most tests have three rows and numbers of new tokens of one bucket, and so run the same compiled programs.
 FREE: dict[str, Any] = dict(max_new_tokens=20, eos_token_id=[])
 SAMPLE: dict[str, Any] = FREE | dict(do_sample=True)
 
@@ -41,9 +41,9 @@ def model():
 
 
 def next_logits(model, row):
-    """Of one row of real tokens.
+    """The logits after one row of real tokens.
 
-    (The sequence is filled up behind, where nobody looks, so that there is one length to compile.)
+    The row is padded on the right, where the causal mask hides it, so that one length is compiled.
     """
     ids = np.zeros((1, 64), np.int32)
     ids[0, : len(row)] = row
@@ -51,7 +51,7 @@ def next_logits(model, row):
 
 
 def by_hand(model, row, n, eos=()):
-    """Greedy continuation of one row of real tokens: the whole sequence through the model for every token."""
+    """Greedy continuation of one row of real tokens. Each token is computed from the full sequence."""
     ids = list(row)
     while len(ids) < len(row) + n and (len(ids) == len(row) or ids[-1] not in eos):
         ids.append(int(np.argmax(next_logits(model, ids))))
@@ -60,7 +60,7 @@ def by_hand(model, row, n, eos=()):
 
 @pytest.fixture(scope="module")
 def free(model):
-    """Greedy continuations by 20 tokens."""
+    """Greedy continuations of 20 tokens."""
     return [by_hand(model, row[mask > 0], 20) for row, mask in zip(IDS, MASK, strict=True)]
 
 
@@ -72,7 +72,7 @@ def test_greedy_is_the_argmax_of_the_model_called_without_a_cache(model, free):
     out = generate(model, IDS, MASK, **FREE)
     assert out.sequences.dtype == np.int32 and out.sequences.shape == (3, 25)
     np.testing.assert_array_equal(out.sequences[:, :5], IDS)
-    assert len(set(map(tuple, free))) == 3 and all(len(set(row)) > 3 for row in free)  # else the test is no test
+    assert len(set(map(tuple, free))) == 3 and all(len(set(row)) > 3 for row in free)  # the rows differ, and vary
     assert out.sequences[:, 5:].tolist() == free
 
 
@@ -84,7 +84,7 @@ def test_rows_end_at_their_end_token_and_are_padded(model, free):
     out = generate(model, IDS, MASK, max_new_tokens=20, eos_token_id=ends, pad_token_id=60)
     expected = [row + [60] * (max(lengths) - len(row)) for row in rows]
     assert out.sequences[:, 5:].tolist() == expected
-    # one end token, as a number; and the default, the config's
+    # One end token as a number, and the default from the config.
     one = generate(model, IDS, MASK, max_new_tokens=20, eos_token_id=ends[0])
     assert [row[:n].tolist() for row, n in zip(one.sequences[:, 5:], one.lengths, strict=True)] == [
         up_to(row, ends[:1]) for row in free
@@ -103,7 +103,7 @@ def test_min_new_tokens(model, free):
     out = generate(model, IDS, MASK, max_new_tokens=20, eos_token_id=end, min_new_tokens=4)
     row = out.sequences[1, 5:]
     assert end not in row[:4] and out.lengths[1] >= 5
-    # what is not an end token is chosen as ever
+    # Among the other tokens the best one is chosen.
     assert row[0] == np.argsort(next_logits(model, IDS[1]))[-2]
 
 
@@ -113,10 +113,10 @@ def test_lengths(model, free):
     one = generate(model, IDS, MASK, max_new_tokens=1, eos_token_id=[]).sequences
     assert one[:, 5:].tolist() == [row[:1] for row in free]
     long = np.random.RandomState(0).randint(3, 61, (1, 50)).astype(np.int32)
-    full = generate(model, long, eos_token_id=[])  # what the context has room for
+    full = generate(model, long, eos_token_id=[])  # as many as fit into the context
     assert full.sequences.shape == (1, 64)
     assert full.sequences[0, 50:].tolist() == by_hand(model, long[0], 14)
-    # pads take no room
+    # Pads take up no position.
     padded = np.pad(long[:, :49], ((0, 0), (15, 0)), constant_values=PAD)
     out = generate(model, padded, max_new_tokens=15, eos_token_id=[]).sequences
     assert out[0, 64:].tolist() == by_hand(model, long[0, :49], 15)
@@ -126,7 +126,7 @@ def test_inputs_of_every_kind(model):
     expected = generate(model, IDS, MASK, max_new_tokens=5).sequences
     for kind in (np.ndarray.tolist, partial(np.asarray, dtype=np.int64), jnp.asarray):
         np.testing.assert_array_equal(model.generate(kind(IDS), kind(MASK), max_new_tokens=5).sequences, expected)
-    # as in HF, pads are found by their id where there is no mask, unless the pad is an end token too
+    # As in HF, without a mask pads are known by their id, unless the pad token is an end token.
     np.testing.assert_array_equal(model.generate(IDS, max_new_tokens=5).sequences, expected)
     unmasked = model.generate(IDS, np.ones_like(IDS), max_new_tokens=5).sequences
     assert not np.array_equal(unmasked, expected)
@@ -146,7 +146,7 @@ def test_sampling_is_repeatable_and_depends_on_the_seed(model):
     assert not np.array_equal(one, other)
     greedy = model.generate(IDS, MASK, **FREE).sequences
     assert not np.array_equal(one, greedy)
-    noise = model.generate(IDS, MASK, **SAMPLE, temperature=1e6).sequences[:, 5:]  # hardly anything else
+    noise = model.generate(IDS, MASK, **SAMPLE, temperature=1e6).sequences[:, 5:]  # nearly uniform
     assert all(len(set(row)) > 6 for row in noise)
     for limit in (dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-4)):
         np.testing.assert_array_equal(model.generate(IDS, MASK, **SAMPLE, **limit).sequences, greedy)
@@ -161,7 +161,7 @@ def test_a_row_does_not_depend_on_the_others_or_on_padding(model):
     np.testing.assert_array_equal(model.generate(short, **SAMPLE, seed=9).sequences[0, 2:], out[0])
     wide = [np.pad(x, ((0, 0), (30, 0)), constant_values=value) for x, value in ((IDS, PAD), (MASK, 0))]
     np.testing.assert_array_equal(model.generate(*wide, **SAMPLE, seed=9).sequences[:, 35:], out)
-    # rows with the same prompt draw different tokens
+    # Rows with the same prompt draw different tokens.
     same = model.generate(np.tile(IDS[1], (3, 1)), **SAMPLE).sequences
     assert len({tuple(row) for row in same}) == 3
 
@@ -187,16 +187,16 @@ def test_stream_checks_at_once_and_can_be_left(model):
 
 
 def test_stream_has_the_next_step_under_way_when_it_gives_a_token(model, monkeypatch):
-    """So the device works while the caller does, and the host waits only for what it is about to give."""
+    """So the device computes while the caller works, and the host waits only for the token that it yields."""
     calls, advance = [], loop.advance
     monkeypatch.setattr(loop, "advance", lambda *args, **kwargs: calls.append(1) or advance(*args, **kwargs))
     under_way = [len(calls) for _ in stream(model, IDS, MASK, max_new_tokens=5, eos_token_id=[])]
-    assert under_way == [1, 2, 3, 4, 4]  # the prompts give the first one
+    assert under_way == [1, 2, 3, 4, 4]  # the prefill gives the first token
 
 
 @pytest.mark.slow
 def test_compiles_once_per_bucket_batch_and_kind(model, compiled):
-    """(With two and with six rows, which no other test here has.)"""
+    """No other test here has two or six rows, so nothing is compiled yet."""
     rows = np.random.RandomState(0).randint(3, 61, (6, 32)).astype(np.int32)
 
     def run(batch, length, **options):
@@ -226,12 +226,12 @@ def test_compiles_once_per_bucket_batch_and_kind(model, compiled):
         dict(temperature=2, top_k=3, top_p=0.2, seed=2**32 - 1, min_new_tokens=3),
     ):
         assert run(2, 11, max_new_tokens=6, do_sample=True, **options)[1] == [], options
-    # another kind of decoding is another program, which takes all values
+    # Another kind of decoding is another program. It serves all values of its options.
     kind: dict[str, Any] = dict(repetition_penalty=1.2, stop_token_ids=[[5, 6]], suppress_tokens=[9], logprobs=2)
     assert run(2, 10, max_new_tokens=8, **kind)[0] == both
     kind = dict(repetition_penalty=0.7, stop_token_ids=[[7, 8], 3], suppress_tokens=[4, 5, 6], logprobs=2)
     assert run(2, 12, max_new_tokens=6, **kind)[1] == []
-    # the next buckets of batch, prompt and new tokens
+    # The next buckets of batch, prompt and new tokens.
     assert run(6, 17, max_new_tokens=20)[0] == both
     assert run(5, 24, max_new_tokens=9)[1] == []
 
@@ -240,7 +240,7 @@ def test_buckets(model):
     sizes = [bucket(n) for n in range(1, 2049)]
     assert sorted(set(sizes)) == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
     assert all(n <= size and (size == 16 or 2 * size <= 3 * n) for n, size in enumerate(sizes, 1))
-    for length in (17, 33, 60):  # a bucket past the context is cut to it
+    for length in (17, 33, 60):  # a bucket is never longer than the context
         ids = np.full((1, length), 5, np.int32)
         assert check_request(model, ids).prompts.ids.shape[1] <= 64
 

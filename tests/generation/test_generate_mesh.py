@@ -1,4 +1,4 @@
-"""A model spread over eight (fake) devices generates what it generates on one."""
+"""A model on eight (fake) devices generates what it generates on one."""
 
 import contextlib
 from typing import Any
@@ -6,12 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from reference import our_model
+from support.small_models import on_mesh
 
-from opt_jax import named_parameters
 from opt_jax.parallel.mesh import make_mesh, use_mesh
-from opt_jax.parallel.rules import param_sharding
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")]
 
@@ -41,17 +39,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def expected(model):
-    """On one device."""
+    """What the model generates on one device."""
     return {kind: model.generate(IDS, logprobs=0, **options) for kind, options in KINDS.items()}
-
-
-def spread(model, mesh):
-    """The same model on the mesh."""
-    copy = nnx.clone(model)
-    for path, param in named_parameters(copy).items():
-        value = param.get_value()
-        param.set_value(jax.device_put(value, param_sharding(path, value.shape, mesh)))
-    return copy
 
 
 @pytest.mark.parametrize(
@@ -60,8 +49,8 @@ def spread(model, mesh):
 )
 def test_same_tokens_as_on_one_device(model, expected, spec, kind):
     mesh = make_mesh(spec, jax.devices()[:8])
-    meshed = spread(model, mesh)
-    with contextlib.nullcontext() if spec == "fsdp=8" else use_mesh(mesh):  # either way
+    meshed = on_mesh(model, mesh)
+    with contextlib.nullcontext() if spec == "fsdp=8" else use_mesh(mesh):  # with and without use_mesh
         out = meshed.generate(IDS, logprobs=0, **KINDS[kind])
     np.testing.assert_array_equal(out.sequences, expected[kind].sequences)
     np.testing.assert_allclose(out.logprobs, expected[kind].logprobs, atol=1e-4)
@@ -69,9 +58,9 @@ def test_same_tokens_as_on_one_device(model, expected, spec, kind):
 
 
 def test_tensors_alone_are_split(model, expected):
-    """And without log-probabilities, for which each device needs the logits of all tokens."""
+    """Without log-probabilities too, which would need the logits of all tokens on each device."""
     mesh = make_mesh("tensor=8", jax.devices()[:8])
-    meshed = spread(model, mesh)
+    meshed = on_mesh(model, mesh)
     with use_mesh(mesh):
         out = meshed.generate(IDS, **KINDS["greedy"])
         np.testing.assert_array_equal(out.sequences, expected["greedy"].sequences)
@@ -80,7 +69,7 @@ def test_tensors_alone_are_split(model, expected):
 
 def test_refilled_rows_and_prefixes_on_a_mesh(model):
     mesh = make_mesh("fsdp=2,tensor=4", jax.devices()[:8])
-    meshed, rows = spread(model, mesh), [[7, 9], [5] * 14, [4, 40, 6], [3, 9, 17, 5, 11], [33], [8, 30], [21, 2]]
+    meshed, rows = on_mesh(model, mesh), [[7, 9], [5] * 14, [4, 40, 6], [3, 9, 17, 5, 11], [33], [8, 30], [21, 2]]
     options: dict[str, Any] = dict(max_new_tokens=12, eos_token_id=list(range(40, 60)), batch_size=4, do_sample=True)
     with use_mesh(mesh):
         out = meshed.generate(rows, cache=meshed.prefill([[60, 61, 62]]), **options)
@@ -92,7 +81,7 @@ def test_refilled_rows_and_prefixes_on_a_mesh(model):
 def test_heads_that_do_not_divide_are_refused():
     shape: dict[str, Any] = SHAPE | {"num_attention_heads": 4}
     model = our_model("opt-125m", **shape)
-    meshed = spread(model, make_mesh("tensor=8", jax.devices()[:8]))
+    meshed = on_mesh(model, make_mesh("tensor=8", jax.devices()[:8]))
     with pytest.raises(ValueError, match="4 attention heads cannot be split over 8 devices"):
         meshed.generate(IDS)
     with pytest.raises(ValueError, match="4 attention heads"):

@@ -1,4 +1,4 @@
-"""Rows, seeds, ends and log-probabilities, against the definition; processors are in tests/parity."""
+"""Rows, seeds, ends and log-probabilities against their definitions. Processors: tests/parity."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def model():
 
 
 def prompts(rows: int, width: int = 9, seed: int = 0) -> np.ndarray:
-    """Left-padded, of 1 to `width` tokens."""
+    """Left-padded prompts of 1 to `width` tokens."""
     random = np.random.RandomState(seed)
     ids = random.randint(3, 99, (rows, width)).astype(np.int32)
     ids[np.arange(width) < random.randint(0, width, rows)[:, None]] = PAD
@@ -55,7 +55,7 @@ def test_several_sequences_for_each_prompt(model):
 
 @pytest.mark.slow
 def test_hundreds_of_rows_do_not_depend_on_their_batch(model):
-    """Tokens equal, log-probabilities to 1e-5: in one batch, in small ones, in another order, more padded."""
+    """In one batch, in small ones, in another order and with more padding: equal tokens, log-probabilities to 1e-5."""
     ids, seeds = prompts(384), np.arange(384)
     options: dict[str, Any] = dict(
         do_sample=True, max_new_tokens=8, logprobs=0, top_p=0.95, repetition_penalty=1.3, eos_token_id=[5]
@@ -63,7 +63,7 @@ def test_hundreds_of_rows_do_not_depend_on_their_batch(model):
     together = model.generate(ids, seed=seeds, **options)
     assert len({tuple(row) for row in together.sequences[:, 9:]}) > 360
     order = np.random.RandomState(1).permutation(384)
-    queued = model.generate(ids, seed=seeds, batch_size=96, **options)  # each in a slot that others had before
+    queued = model.generate(ids, seed=seeds, batch_size=96, **options)  # slots are used again
     np.testing.assert_array_equal(queued.sequences, together.sequences)
     np.testing.assert_allclose(queued.logprobs, together.logprobs, atol=1e-5, rtol=0)
     fill = 20
@@ -80,7 +80,7 @@ def test_hundreds_of_rows_do_not_depend_on_their_batch(model):
 
 
 def cut(row: np.ndarray, sequences) -> int:
-    """Number of tokens up to the first completed sequence."""
+    """The number of tokens up to the end of the first stop sequence."""
     row = row.tolist()
     for n in range(1, len(row) + 1):
         if any(row[max(0, n - len(s)) : n] == list(s) for s in sequences):
@@ -92,7 +92,7 @@ def cut(row: np.ndarray, sequences) -> int:
 def test_stop_sequences_and_reasons(model):
     free = model.generate(IDS, do_sample=True, seed=3, **FREE).sequences[:, 9:]
     sequences = [free[0, 3:5], [free[1, 6]], free[2, :3], [*free[3, 4:6], 98], free[4, 5:10]]
-    sequences.append([IDS[3, -1], free[3, 0]])  # begins in the prompt: does not count
+    sequences.append([IDS[3, -1], free[3, 0]])  # it begins in the prompt, so it does not count
     lengths = [cut(row, sequences) for row in free]
     assert len(set(lengths)) > 3
     expected = [row[:n].tolist() + [PAD] * (max(lengths) - n) for row, n in zip(free, lengths, strict=True)]
@@ -105,7 +105,7 @@ def test_stop_sequences_and_reasons(model):
     assert {"stop", "length"} == set(out.finish_reasons)
     steps = np.stack(list(stream(model, IDS, do_sample=True, seed=3, stop_token_ids=sequences, **FREE)), axis=1)
     assert steps.tolist() == expected
-    # single tokens need no brackets, and are what end tokens are
+    # Single tokens need no brackets, and act as end tokens.
     ends = [int(free[0, 2]), int(free[1, 4])]
     one = model.generate(IDS, do_sample=True, seed=3, stop_token_ids=ends, **FREE)
     two = model.generate(IDS, do_sample=True, seed=3, eos_token_id=ends, max_new_tokens=10)
@@ -128,14 +128,14 @@ def test_completes_looks_at_new_tokens_only():
 
 
 def log_probabilities(model, row: np.ndarray) -> np.ndarray:
-    """After each token of one row. (Filled up behind, where nobody looks: one length to compile.)"""
+    """Log-probabilities after each token of one row, padded on the right so that one length is compiled."""
     logits = np.asarray(model(np.pad(row, (0, 48 - len(row)))[None]).logits, np.float64)[0, : len(row)]
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
 @pytest.mark.slow
 def test_logprobs_are_those_of_the_model(model):
-    """Mixed lengths, sampled with processors that change the distribution: what is recorded is the model's own."""
+    """Processors change the distribution that is sampled, not the log-probabilities. The prompts' lengths differ."""
     end = int(model.generate(IDS, **FREE).sequences[0, 13])
     options: dict[str, Any] = dict(
         do_sample=True, temperature=0.7, top_k=20, repetition_penalty=1.5, seed=3, max_new_tokens=12
@@ -164,7 +164,7 @@ def test_score_is_what_generation_records(name):
     model = our_model(name)
     out = model.generate(IDS, logprobs=0, do_sample=True, seed=1, **FREE)
     real = out.sequences != PAD
-    real[:, 9:] = True  # it may draw a pad
+    real[:, 9:] = True  # a pad that was drawn counts
     scores = model.score(out.sequences, real)
     assert scores.dtype == np.float32 and scores.shape == out.sequences.shape
     np.testing.assert_allclose(scores[:, 9:], out.logprobs, atol=2e-5)
@@ -208,7 +208,7 @@ def test_config_objects_and_the_checkpoint(model, tmp_path):
     greedy = loaded.generate(IDS, do_sample=False, **FREE).sequences
     np.testing.assert_array_equal(greedy, model.generate(IDS, **FREE).sequences)
     (tmp_path / "model" / "generation_config.json").write_text('{"penalty_alpha": 0.6}')
-    loaded = OPTForCausalLM.from_pretrained(tmp_path / "model")  # good for all else
+    loaded = OPTForCausalLM.from_pretrained(tmp_path / "model")  # it is refused only when it is used
     with pytest.raises(ValueError, match=r"generation_config\.json: penalty_alpha=0.6 is not supported"):
         loaded.generate(IDS)
     np.testing.assert_array_equal(loaded.generate(IDS, penalty_alpha=0, **FREE).sequences, greedy)
@@ -292,7 +292,7 @@ def test_memory_is_looked_at_before_anything_is_made(model, options, monkeypatch
         generate(model, IDS, **options)
     monkeypatch.setattr("opt_jax.generation.request.host_memory", lambda: 10**9)
     monkeypatch.setattr("opt_jax.generation.engines.device_memory", lambda model: 1000)
-    rows = options.get("batch_size", 6)  # 6: the bucket of 5 rows
+    rows = options.get("batch_size", 6)  # 5 rows are in the bucket of 6
     with pytest.raises(ValueError, match=f"max_new_tokens=4.*: {rows} rows at a time need 0.0 GB, more than the 0.0"):
         generate(model, IDS, **options)
     if not {"num_beams", "logprobs", "batch_size"} & options.keys():
@@ -330,7 +330,7 @@ def test_errors_of_others(model):
 
 @pytest.mark.slow
 def test_beams(model):
-    """One function for the search whatever the values; what beams cannot do is refused."""
+    """One compiled program serves all values. Options that beams cannot take are refused."""
     options: dict[str, Any] = dict(num_beams=3, num_return_sequences=2, max_new_tokens=5)
     out = model.generate(IDS, **options)
     assert len(out) == 2 * len(IDS) and out.sequences_scores is not None

@@ -1,4 +1,4 @@
-"""Which options there are, which layer wins, and what is refused, by name; HF's list of names is in tests/parity."""
+"""Options, which layer of them wins, and which are refused by name. HF's list of names: tests/parity."""
 
 import ast
 import dataclasses
@@ -57,24 +57,24 @@ def test_no_file(tmp_path):
 @pytest.mark.parametrize(
     ("checkpoint", "config", "options", "result"),
     [
-        # the higher layer wins; None is not given
+        # The higher layer wins. None counts as not given.
         (dict(top_k=1, do_sample=True), dict(top_k=2, top_p=0.5), dict(top_k=3), dict(top_k=3, top_p=0.5)),
         (dict(top_k=1, do_sample=True), dict(top_k=2), dict(top_k=None), dict(top_k=2)),
         (dict(top_k=1, do_sample=True), None, dict(temperature=0.5), dict(top_k=1, temperature=0.5, do_sample=True)),
-        # what it contradicts is dropped
+        # An option of a lower layer that contradicts it is dropped.
         (dict(max_length=20), None, dict(max_new_tokens=3), dict(max_new_tokens=3, max_length=None)),
         ({}, dict(max_length=20), dict(max_new_tokens=3), dict(max_new_tokens=3, max_length=None)),
         (dict(min_length=20), dict(min_new_tokens=0), {}, dict(min_new_tokens=0, min_length=None)),
         (dict(do_sample=True, top_k=5), None, dict(do_sample=False), dict(do_sample=False, top_k=None)),
         ({}, dict(do_sample=True, num_return_sequences=2), dict(do_sample=False), dict(num_return_sequences=None)),
-        # a checkpoint may say how to sample without saying to sample, and how to draft
+        # A checkpoint may say how to sample or draft without asking for it.
         (dict(top_k=5, temperature=0.5), None, dict(do_sample=True), dict(top_k=5, temperature=0.5)),
         (dict(top_k=5), None, dict(do_sample=False), dict(top_k=None)),
         (dict(max_matching_ngram_size=5), None, dict(prompt_lookup_num_tokens=3), dict(max_matching_ngram_size=5)),
         (dict(num_assistant_tokens=5), None, {}, dict(num_assistant_tokens=None)),
-        # one option may be overruled that is not supported
+        # An unsupported option may be overruled by its default.
         (dict(penalty_alpha=0.6), None, dict(penalty_alpha=0), {}),
-        # options of beams go with the beams
+        # Options of beams are dropped together with the beams.
         (dict(num_beams=4, length_penalty=2), None, {}, dict(num_beams=4, length_penalty=2)),
         (dict(num_beams=4, length_penalty=2), None, dict(num_beams=1), dict(num_beams=1, length_penalty=None)),
     ],
@@ -180,7 +180,7 @@ def test_every_option_is_documented():
 
 
 def test_what_only_draws_use_is_refused_without_them():
-    """Of every option that `sampling.truncate` reads: it must be in this table, or it would be accepted and ignored."""
+    """The table must hold each option that `sampling.truncate` reads, or greedy decoding would ignore one silently."""
     tree = ast.parse(inspect.getsource(sampling.truncate))
     read = {
         node.attr

@@ -1,4 +1,4 @@
-"""The examples of docs/generation.md run, and its table speaks of every option."""
+"""The examples of docs/generation.md run, and its table lists every option."""
 
 import re
 import shutil
@@ -15,7 +15,7 @@ TEXT = (REPOSITORY / "docs" / "generation.md").read_text(encoding="utf-8")
 
 @pytest.mark.slow
 def test_examples_run(capsys, tmp_path):
-    """Of "tiny" the first layer: the examples are many programs."""
+    """With the first layer of "tiny", because the examples compile many programs."""
     first_layers().save_pretrained(tmp_path / "tiny", tokenizer=OPTTokenizer.from_pretrained("tiny"))
     shutil.copy(REPOSITORY / "opt_jax" / "tiny" / "generation_config.json", tmp_path / "tiny")
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)

@@ -1,4 +1,4 @@
-"""Our models against numbers that PyTorch computed earlier (make_goldens.py): parity where PyTorch is not installed.
+"""Our models against stored results of PyTorch (make_goldens.py): parity where PyTorch is not installed.
 
 The limits are those of parity/test_model_parity.py.
 """
@@ -62,7 +62,7 @@ def test_heads(golden, case):
     model = our_model(name, cls, **changes)
     for padding in PADDINGS:
         inputs = case_inputs(name, case, padding)
-        got = model.forward(**inputs)  # not compiled: the operations are, once for all cases
+        got = model.forward(**inputs)  # operation by operation: each is compiled once for all cases
         assert_close(got.loss, arrays[f"{case}/{padding}/loss"])
         if case == "answers":
             mask = inputs["attention_mask"] == 1
@@ -73,7 +73,7 @@ def test_heads(golden, case):
 
 
 def test_goldens_are_what_pytorch_computes(golden):
-    """The files belong to the weights, inputs and cases as they are now."""
+    """The files are those of the present weights, inputs and cases."""
     pytest.importorskip("torch", reason="making goldens needs PyTorch")
     pytest.importorskip("transformers", reason="making goldens needs transformers")
     from make_goldens import goldens

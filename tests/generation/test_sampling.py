@@ -1,4 +1,4 @@
-"""Each function against its definition, computed with NumPy; the HF processors are in tests/parity."""
+"""Each function against its definition in NumPy. HF's processors: tests/parity."""
 
 import jax
 import jax.numpy as jnp
@@ -45,12 +45,12 @@ def test_top_p(p):
 
 def test_top_p_off_and_after_another_filter():
     np.testing.assert_array_equal(sampling.keep_top_p(X, 1.0), LOGITS)
-    filtered = jnp.log(jnp.array([[0.5, 0.3, 0.0, 0.2]]))  # -inf is no probability, and stays out
+    filtered = jnp.log(jnp.array([[0.5, 0.3, 0.0, 0.2]]))  # the token of -inf stays out
     assert kept(sampling.keep_top_p(filtered, 0.75)).tolist() == [[True, True, False, False]]
     assert kept(sampling.keep_top_p(filtered, 0.85)).tolist() == [[True, True, False, True]]
 
 
-PEAKED = jnp.array([[0.0, 1, 2, 300], [5, 3, 4, -200]])  # all but one probability underflows; in row 1 one does
+PEAKED = jnp.array([[0.0, 1, 2, 300], [5, 3, 4, -200]])  # in row 0 all but one probability underflow, in row 1 one does
 
 
 @pytest.mark.parametrize(("min_keep", "count"), [(1, 1), (2, 2), (3, 3), (9, 4)])
@@ -59,14 +59,14 @@ PEAKED = jnp.array([[0.0, 1, 2, 300], [5, 3, 4, -200]])  # all but one probabili
     [(sampling.keep_top_k, 1), (sampling.keep_top_p, 0.5), (sampling.keep_min_p, 0.9), (sampling.keep_typical, 0.2)],
 )
 def test_min_keep_where_probabilities_underflow(keep, value, min_keep, count):
-    """The rest is chosen by logits: probabilities of 0 all tie."""
+    """Tokens of probability 0 tie, so the logits choose among them."""
     out = np.asarray(keep(PEAKED[:1], value, min_keep))
     np.testing.assert_array_equal(out, np.where(np.arange(4) >= 4 - count, PEAKED[:1], -np.inf))
 
 
 def test_min_p_compares_logits():
     assert kept(sampling.keep_min_p(PEAKED, 0.3)).tolist() == [[False] * 3 + [True], [True, False, True, False]]
-    np.testing.assert_array_equal(sampling.keep_min_p(PEAKED, 0.0), PEAKED)  # off
+    np.testing.assert_array_equal(sampling.keep_min_p(PEAKED, 0.0), PEAKED)  # 0 turns it off
     tied = jnp.array([[2.0, -jnp.inf, 2.0, 1.0]])
     assert kept(sampling.keep_min_p(tied, 1.0)).tolist() == [[True, False, True, False]]
 
@@ -82,7 +82,7 @@ def test_a_share_that_underflows_keeps_a_token(keep):
     """A top_p of 1e-50 is 0 in float32."""
     assert kept(jax.jit(keep)(X, np.float32(1e-50))).sum(1).tolist() == [1] * 4
     zeros = jnp.array([[0.0, -0.0, -1.0]])
-    assert kept(sampling.keep_top_p(zeros, 0.1)).tolist() == [[True, True, False]]  # equal, though not bit for bit
+    assert kept(sampling.keep_top_p(zeros, 0.1)).tolist() == [[True, True, False]]  # 0.0 and -0.0 are equal
 
 
 def test_suppress():

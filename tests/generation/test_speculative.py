@@ -1,6 +1,5 @@
-"""Drafts change how fast tokens come, not which: against plain generation, and against the exact distribution."""
+"""Drafts change the speed, not the tokens: against plain generation. Distributions: test_speculative_sampling.py."""
 
-import itertools
 import re
 import warnings
 from typing import Any
@@ -9,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats
 from flax import nnx
-from support.small_models import first_layers
+from support.small_models import first_layers, on_mesh
 
 from opt_jax import OPTConfig, OPTForCausalLM, OPTModel, named_parameters, stack_layers
 from opt_jax.generation import drafts, speculative
@@ -20,19 +18,18 @@ from opt_jax.generation.loop import FlatModel
 from opt_jax.generation.processors import History
 from opt_jax.generation.request import check_request
 from opt_jax.parallel.mesh import make_mesh
-from opt_jax.parallel.rules import param_sharding
 from opt_jax.text.tokenizer import OPTTokenizer
 
 pytestmark = pytest.mark.slow
 
-# Sizes divide over the meshes.
+# The sizes divide over the meshes.
 _SHAPE: dict[str, Any] = dict(
     vocab_size=64, hidden_size=32, num_attention_heads=4, ffn_dim=40, max_position_embeddings=52, init_std=0.35
 )
 CONFIG = OPTConfig(**_SHAPE, num_hidden_layers=2)
 PAD = 1
-# Left-padded: 1 to 9 tokens. One batch, one length and one number of drafts for most tests: what they have in common is
-# compiled once. With so many new tokens the row without pads ends at the end of the context.
+# Left-padded prompts of 1 to 9 tokens. Most tests share the batch, the lengths and the number of drafts, and so share
+# compiled programs. The row without pads ends at the end of the context.
 IDS = np.random.RandomState(0).randint(3, 61, (5, 9)).astype(np.int32)
 IDS[np.arange(9) < np.array([[3], [0], [8], [5], [1]])] = PAD
 FREE: dict[str, Any] = dict(eos_token_id=[], max_new_tokens=43)
@@ -57,13 +54,13 @@ def good(model):
 
 @pytest.fixture(scope="module")
 def bad():
-    """One of the same shape that is hardly ever right."""
+    """A draft model of the same shape that is hardly ever right."""
     return OPTForCausalLM(CONFIG, rngs=nnx.Rngs(4))
 
 
 @pytest.fixture
 def compactions(monkeypatch):
-    """How often holes are removed, where there is hardly a column to spare."""
+    """A list that grows each time that holes are removed. The cache has hardly a column more than needed."""
     calls, compact = [], speculative.compact
     monkeypatch.setattr(drafts, "_STEPS_OF_HOLES", 0)
     monkeypatch.setattr(speculative, "compact", lambda s: calls.append(1) or compact(s))
@@ -80,12 +77,12 @@ def assert_equal(out, plain):
 
 
 def test_greedy(model, good, bad, compactions):
-    """With drafts that are right, wrong, or both by turns; rows that go on, and rows that end at different steps.
+    """Drafts are right, wrong, or both in turn. Rows end together, or at different steps.
 
-    Drafts that would stand behind the last position of the context are not read.
+    Drafts beyond the last position of the context are not used.
     """
     plain = model.generate(IDS, **FREE)
-    assert all(len(set(row)) > 8 for row in plain.sequences[:, 9:].tolist())  # else the test is no test
+    assert all(len(set(row)) > 8 for row in plain.sequences[:, 9:].tolist())  # or repetitions could hide a mistake
     rates, holes = [], []
     for assistant in (model, good, bad):
         del compactions[:]
@@ -94,7 +91,7 @@ def test_greedy(model, good, bad, compactions):
         rates.append(out.acceptance_rate)
         holes.append(len(compactions))
     assert rates[0] == 1 and 0.3 < rates[1] < 0.95 and 0 <= rates[2] < 0.1
-    # 42 tokens after the first, 6 at a time, none of them alone
+    # After the first, 42 tokens come in steps of 6: five drafts and the token after them.
     out = model.generate(IDS, assistant_model=model, **FREE)
     assert out.accepted.tolist() == out.drafted.tolist() == [35] * 5
     assert holes[0] == 0 and holes[1] > 0
@@ -110,7 +107,7 @@ def test_greedy(model, good, bad, compactions):
 
 
 def test_a_row_of_one_wastes_no_column(model, good, compactions):
-    """Exactly as many columns as tokens and drafts need."""
+    """The cache has exactly as many columns as tokens and drafts need."""
     out = model.generate(IDS[1:2], assistant_model=good, **FREE)
     assert_equal(out, model.generate(IDS[1:2], **FREE))
     assert not compactions and 0 < out.acceptance_rate < 1
@@ -134,7 +131,7 @@ PROCESSORS = [
 @pytest.mark.usefixtures("compactions")
 @pytest.mark.parametrize("options", PROCESSORS, ids=["penalties-logprobs", "bans-forced-stops"])
 def test_greedy_with_processors(model, good, options):
-    """Each position sees the tokens that it would see in plain generation; so do the assistant's."""
+    """The processors of each position, and of the assistant, see the tokens that they see in plain generation."""
     options = FREE | options
     plain = model.generate(IDS, **options)
     assert_differs(model, plain, options)
@@ -154,9 +151,9 @@ def assert_differs(model, plain, options):
 
 @pytest.mark.usefixtures("compactions")
 def test_prompt_lookup(model):
-    """Of a row that has said it before, by tokens that are its own."""
+    """Drafts come from the real tokens of the same row, which repeats itself."""
     plain = model.generate(IDS, **FREE)
-    repeated = np.concatenate([IDS[:, -6:], plain.sequences[:, 9:13], IDS[:, -6:]], axis=1)  # what it goes on with too
+    repeated = np.concatenate([IDS[:, -6:], plain.sequences[:, 9:13], IDS[:, -6:]], axis=1)  # with its continuation
     repeated = [row[row != PAD] for row in repeated]
     options: dict[str, Any] = FREE | dict(max_new_tokens=36)
     out = model.generate(repeated, prompt_lookup_num_tokens=4, **options)
@@ -167,7 +164,7 @@ def test_prompt_lookup(model):
 
 
 def test_what_is_looked_up():
-    """The longest n-gram first, of several places the first, as HF's PromptLookupCandidateGenerator."""
+    """The longest n-gram wins, then its first occurrence, as in HF's PromptLookupCandidateGenerator."""
     rows = [[9, 4, 5, 6, 7, 4, 5, 8, 4, 5], [0, 0, 5, 1, 6, 5, 2, 6, 5], [0, 0, 0, 0, 0, 0, 0, 3, 4], [5, 5, 5, 5]]
     starts = [0, 2, 7, 0]
     tokens = np.zeros((4, 12), np.int32)
@@ -178,10 +175,10 @@ def test_what_is_looked_up():
     valid = (columns >= np.array(starts)[:, None]) & (columns < end[:, None])
     history = History(*map(jnp.asarray, (tokens, valid, end, end)))
     look_up = jax.jit(speculative._look_up, static_argnums=2)
-    found = {n: look_up(history, jnp.int32(n), 3) for n in (1, 2, 3)}
+    looked_up = {n: look_up(history, jnp.int32(n), 3) for n in (1, 2, 3)}
 
     def drafts_of(n, row):
-        return found[n][0][row][: found[n][1][row]].tolist()
+        return looked_up[n][0][row][: looked_up[n][1][row]].tolist()
 
     assert drafts_of(1, 0) == drafts_of(2, 0) == drafts_of(3, 0) == [6, 7, 4]
     assert drafts_of(1, 1) == [1, 6, 5] and drafts_of(2, 1) == [2, 6, 5]
@@ -204,7 +201,7 @@ def test_prefix_and_stream(model, good):
 
 @pytest.mark.usefixtures("compactions")
 def test_stop_strings():
-    """Of a model that says something, and the same again."""
+    """With a trained model, whose text repeats itself."""
     tokenizer, model = OPTTokenizer.from_pretrained("tiny"), first_layers()
     inputs = tokenizer(["def main():\n    return main(", "import os\nimport"])
     width = inputs["input_ids"].shape[1]
@@ -222,103 +219,28 @@ def test_stop_strings():
 
 @pytest.mark.parametrize("kind", ["assistant", "lookup", "sampling"])
 def test_rows_make_room(model, good, compactions, kind):
-    """Continuous batching: what each prompt gives beside others that have begun before, holes or not."""
+    """Continuous batching: a prompt gives the same beside rows that began earlier, with holes or without."""
     random = np.random.RandomState(4)
     prompts = [random.randint(3, 61, random.randint(1, 10)).tolist() for _ in range(14)]
     options: dict[str, Any] = dict(max_new_tokens=40, eos_token_id=list(range(3, 64, 6)), logprobs=1)
     options |= dict(prompt_lookup_num_tokens=3) if kind == "lookup" else dict(assistant_model=good)
     if kind == "sampling":
         options |= dict(do_sample=True, num_return_sequences=2, seed=list(range(14)))
-    everything = model.generate(prompts, **options)
-    assert len(set(everything.lengths.tolist())) > 5
+    together = model.generate(prompts, **options)
+    assert len(set(together.lengths.tolist())) > 5
     for slots in (1, 5):
         del compactions[:]
         out = model.generate(prompts, batch_size=slots, **options)
-        assert_equal(out, everything)
-        np.testing.assert_allclose(out.logprobs, everything.logprobs, atol=1e-4)
-        np.testing.assert_array_equal(out.accepted, everything.accepted)
-        np.testing.assert_array_equal(out.drafted, everything.drafted)
+        assert_equal(out, together)
+        np.testing.assert_allclose(out.logprobs, together.logprobs, atol=1e-4)
+        np.testing.assert_array_equal(out.accepted, together.accepted)
+        np.testing.assert_array_equal(out.drafted, together.drafted)
         assert compactions or slots == 1
-
-
-# The same distribution ----------------------------------------------------------------------------------------
-
-TOKENS, NEW, ROWS = 6, 4, 24576
-SAMPLE: dict[str, Any] = dict(
-    do_sample=True, temperature=0.8, top_k=4, repetition_penalty=1.2, eos_token_id=[], max_new_tokens=NEW
-)
-
-
-def small(layers, seed):
-    shape: dict[str, Any] = dict(hidden_size=8, num_attention_heads=2, ffn_dim=16, max_position_embeddings=32)
-    config = OPTConfig(vocab_size=TOKENS, num_hidden_layers=layers, init_std=0.5, tie_word_embeddings=False, **shape)
-    return OPTForCausalLM(config, rngs=nnx.Rngs(seed))
-
-
-def exact(model, prompt):
-    """The probability of each continuation by NEW tokens, [TOKENS] * NEW, by definition, in NumPy."""
-    rows = np.array([[*prompt, *new] for new in itertools.product(range(TOKENS), repeat=NEW - 1)])
-    logits = np.asarray(model(rows).logits, np.float64)[:, len(prompt) - 1 :]
-    result = np.ones([TOKENS] * NEW)
-    for i in range(NEW):
-        at = logits[:, i].copy()
-        for row, x in zip(rows, at, strict=True):
-            seen = list(set(row[: len(prompt) + i].tolist()))
-            x[seen] = np.where(x[seen] < 0, x[seen] * 1.2, x[seen] / 1.2)
-        at /= 0.8
-        at[at < np.sort(at, axis=1)[:, -4][:, None]] = -np.inf
-        p = np.exp(at - at.max(1, keepdims=True))
-        p = (p / p.sum(1, keepdims=True)).reshape(*[TOKENS] * (NEW - 1), TOKENS)
-        p = p[(*[slice(None)] * i, *[0] * (NEW - 1 - i))]  # what comes later makes no difference
-        result *= p.reshape(*p.shape, *[1] * (NEW - 1 - i))
-    return result
-
-
-def p_value(new, probabilities):
-    """Of the chi-square test that the rows are drawn from these; impossible rows: 0."""
-    counts = np.zeros(probabilities.shape)
-    np.add.at(counts, tuple(new.T), 1)
-    if counts[probabilities == 0].any():
-        return 0.0
-    counts, expected = counts.ravel(), probabilities.ravel() * len(new)
-    order = np.argsort(expected)
-    few = order[np.cumsum(expected[order]) < 8]  # together one cell
-    kept = order[len(few) :]
-    counts = np.append(counts[kept], counts[few].sum())
-    expected = np.append(expected[kept], max(expected[few].sum(), 1e-9))
-    return float(scipy.stats.chisquare(counts, expected * counts.sum() / expected.sum()).pvalue)
-
-
-@pytest.fixture(scope="module")
-def distributions():
-    """A model, an assistant, a prompt, and the exact distribution of each."""
-    model, assistant = small(2, 3), small(1, 8)
-    prompt = [3, 4, 0, 3, 4, 1, 3, 5, 2, 5, 0, 2, 1, 1, 4]  # each token has been followed by another
-    return model, assistant, prompt, exact(model, prompt), exact(assistant, prompt)
-
-
-@pytest.mark.usefixtures("compactions")  # half the columns for so many rows
-@pytest.mark.parametrize("kind", ["assistant", "lookup"])
-def test_sampling_is_from_the_distribution_of_the_model(kind, distributions):
-    """All tokens of a row together, 256 continuations. (Seen to fail, with p-values of less than 1e-20: always
-    accepting; drawing from p after a rejection; one key for drafting and for accepting.)"""
-    model, assistant, prompt, target, other_target = distributions
-    how: dict[str, Any] = dict(assistant_model=assistant, num_assistant_tokens=2)
-    if kind == "lookup":
-        how = dict(prompt_lookup_num_tokens=2, max_matching_ngram_size=1)
-    out = model.generate([prompt], [[1] * len(prompt)], num_return_sequences=ROWS, seed=5, **SAMPLE, **how)
-    assert out.acceptance_rate is not None and 0.05 < out.acceptance_rate < 0.9
-    new = out.sequences[:, len(prompt) :]
-    assert p_value(new, target) > 0.01
-    # the test can tell a distribution like it
-    near = target**1.1
-    assert p_value(new, near / near.sum()) < 1e-6
-    assert p_value(new, other_target) < 1e-10
 
 
 @pytest.mark.usefixtures("compactions")
 def test_seeds(model, good):
-    """What a row draws depends on its seed and its sample, not on its batch mates."""
+    """What a row draws depends on its seed and the number of its sample, not on the other rows."""
     out = model.generate(IDS, assistant_model=good, **SAMPLES)
     assert len({tuple(row) for row in out.sequences[:, 9:]}) == 10
     assert out.accepted is not None and out.acceptance_rate is not None and 0 < out.acceptance_rate < 1
@@ -334,7 +256,7 @@ def test_seeds(model, good):
 
 
 def test_compiles_once_per_bucket_batch_and_kind(model, good, bad, compiled):
-    """(With two rows, which no other test here has.)"""
+    """No other test here has two rows, so nothing is compiled yet."""
 
     def run(length, **options):
         del compiled[:]
@@ -385,13 +307,8 @@ def test_the_loop_updates_both_caches_in_place(model, good, kind):
 )
 def test_same_tokens_on_a_mesh(model, good, spec, options):
     mesh = make_mesh(spec, jax.devices()[:4])
-    meshed = [nnx.clone(model), nnx.clone(good)]
-    for copy in meshed:
-        for path, param in named_parameters(copy).items():
-            value = param.get_value()
-            param.set_value(jax.device_put(value, param_sharding(path, value.shape, mesh)))
     expected = model.generate(IDS, assistant_model=good, **options)
-    out = meshed[0].generate(IDS, assistant_model=meshed[1], **options)
+    out = on_mesh(model, mesh).generate(IDS, assistant_model=on_mesh(good, mesh), **options)
     assert_equal(out, expected)
     np.testing.assert_array_equal(out.accepted, expected.accepted)
 
@@ -439,7 +356,7 @@ def test_errors_of_stream(model):
 
 
 def test_checkpoints_may_say_how_to_draft(model, good):
-    """Of the assistant: how many, as in HF. Of the model: what has no effect without drafts is left out."""
+    """As in HF, the assistant's file gives the number of drafts. Without drafts, that of the model is ignored."""
 
     def count(text, options=None):
         good.generation_config_json = text

@@ -25,7 +25,7 @@ def arrays(head_dim, length, kind):
         jnp.asarray(np.stack([columns // 37, columns // 50])) if kind == "segments" else None,
         0,
     )
-    if mask.key_mask is not None:  # what pads read does not matter
+    if mask.key_mask is not None:  # the output at pads does not matter
         weight = jnp.where(mask.key_mask[:, None, :, None], weight, 0)
     return q * head_dim**-0.5, k, v, mask, weight
 
@@ -44,13 +44,13 @@ def test_causal_attention_in_blocks_is_attention(kind, monkeypatch):
         alone = jax.jit(lambda q, k, v: attend(q, k, v, mask)[0]).lower(q, k, v).compile().as_text()
         return gradients(q, k, v), alone or ""
 
-    (expected, whole), (got, blocks) = run(1), run(8)
+    (expected, one_block), (got, blocks) = run(1), run(8)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max()), got, expected)
-    assert ["[2,2,300,300]" in text for text in (whole, blocks)] == [True, False]  # scores of all queries and keys
+    assert ["[2,2,300,300]" in text for text in (one_block, blocks)] == [True, False]  # all scores
 
 
 def test_dropout_acts_on_weights_of_many_queries_too():
-    """Of so many that without dropout they would be attended to in blocks."""
+    """So many that, without dropout, attention would run in blocks."""
     q, k, v, mask, _ = arrays(8, 300, None)
     _, weights = attend(q, k, v, mask, dropout_rate=0.5, dropout_key=DropoutKey.of(jax.random.key(1), 2))
     seen = np.asarray(weights)[:, :, np.tri(300, dtype=bool)]
@@ -88,7 +88,7 @@ def test_splash_on_a_mesh_is_attention(kind, monkeypatch):
 
     expected = jax.jit(jax.value_and_grad(partial(loss, lambda *qkv_mask: attend(*qkv_mask)[0]), (0, 1, 2)))(q, k, v)
     split = partial(loss, partial(flash_attend, "splash"))
-    # The compiler splits the model, as in evaluation or with `from_pretrained`: each device has a row and a head.
+    # The compiler shards the model, as in evaluation or with `from_pretrained`: each device has a row and a head.
     with use_mesh(make_mesh("data=2,tensor=2", jax.devices()[:4])):
         step = jax.jit(jax.value_and_grad(split, (0, 1, 2)))
         text, got = str(jax.make_jaxpr(split)(q, k, v)), step(q, k, v)
@@ -107,17 +107,19 @@ def cudnn_gradients(q, k, v, segment_ids=None, weight=1.0):
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 @pytest.mark.parametrize("segments", [False, True])
 def test_cudnn_takes_the_head_dims_of_all_sizes(head_dim, segments, monkeypatch):
-    """Lowered for CUDA without a GPU: JAX checks sizes and options against cuDNN's, of which only the version is made
-    up here (9.1, the oldest that JAX knows this kernel to work with)."""
+    """Lowered for CUDA, without a GPU. JAX checks sizes and options against cuDNN's.
+
+    Only cuDNN's version is made up: 9.1, the oldest for which JAX has this kernel.
+    """
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 90100)
     x = jax.ShapeDtypeStruct((2, 4, 256, head_dim), jnp.bfloat16)
     ids = jax.ShapeDtypeStruct((2, 256), jnp.int32) if segments else None
     lowered = jax.jit(cudnn_gradients).trace(x, x, x, ids).lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmha" in lowered and "Backward" in lowered
-    assert "256x256xf32" not in lowered and "256x256xbf16" not in lowered or segments  # no weights; the mask, though
-    if jax.default_backend() != "gpu":  # (a Hopper GPU takes it)
+    assert "256x256xf32" not in lowered and "256x256xbf16" not in lowered or segments  # [T, T]: at most the mask
+    if jax.default_backend() != "gpu":  # a Hopper GPU accepts it
         odd = jax.ShapeDtypeStruct((2, 4, 256, 136), jnp.bfloat16)
-        with pytest.raises(NotImplementedError, match="head dim"):  # what is checked is real
+        with pytest.raises(NotImplementedError, match="head dim"):  # so JAX does check
             jax.jit(cudnn_gradients).trace(odd, odd, odd).lower(lowering_platforms=("cuda",))
 
 
@@ -176,6 +178,6 @@ def test_what_a_flash_model_cannot_do_is_refused():
         build(attn_implementation="flash")
     with pytest.raises(ValueError, match="remat 'some': choose one of none"):
         build(remat="some")
-    model = build(attn_implementation="splash")  # decoding with a cache is plain attention, wherever it runs
+    model = build(attn_implementation="splash")  # with a cache, attention is always plain
     cached = model(ids, cache=model.init_cache(1, 8)).logits
     np.testing.assert_allclose(cached, build()(ids).logits, rtol=1e-5)

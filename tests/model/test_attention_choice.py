@@ -1,4 +1,4 @@
-"""What "auto" stands for, and which implementations of attention are refused where."""
+"""What "auto" chooses, and where an implementation of attention is refused."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The cache: any way of cutting a text into calls computes what one call computes."""
+"""The cache: a text in several calls gives what it gives in one call."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ LENGTH = 10
 
 
 def call(model, **inputs):
-    """`model(**inputs)`, not compiled."""
+    """`model(**inputs)`, operation by operation."""
     return model.forward(**check_inputs(model, inputs))
 
 
@@ -28,7 +28,7 @@ def chunks(random) -> list[slice]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_any_chunking_equals_one_call(name, sample):
-    """Random cuts, random holes in the mask (pads anywhere), a cache longer than needed, either form of the mask."""
+    """With random cuts, pads anywhere, a cache longer than needed, and both forms of the mask."""
     for seed in (0, *sample(range(1, 4), 1)):
         random = np.random.RandomState(seed)
         model, ids = our_model(name, num_hidden_layers=2), batch(name)["input_ids"]
@@ -50,7 +50,7 @@ def test_any_chunking_equals_one_call(name, sample):
 
 @pytest.mark.slow
 def test_compiled_steps_equal_one_call():
-    """Prefill and steps as a sampler makes them: compiled, left-padded, in half precision too."""
+    """Prefill and steps as in generation: compiled, left-padded, also in half precision."""
     inputs = batch("opt-350m", "left")
     for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 0.1)):
         model = our_model("opt-350m", dtype=dtype, num_hidden_layers=2)
@@ -64,7 +64,7 @@ def test_compiled_steps_equal_one_call():
 
 @pytest.mark.slow
 def test_a_fresh_cache_attends_to_the_new_tokens_alone():
-    """Prefill costs T * T scores, not T * max_length; the flag is known while tracing."""
+    """Prefill computes T * T scores, not T * max_length. `fresh` is known while tracing."""
     model, ids = our_model("opt-125m"), batch("opt-125m")["input_ids"]
     cache = model.init_cache(3, 16)
     assert cache.fresh and (cache.batch_size, cache.max_length) == (3, 16)
@@ -72,7 +72,7 @@ def test_a_fresh_cache_attends_to_the_new_tokens_alone():
     assert out.attentions[0].shape == (3, 3, 4, 4)
     out = call(model, input_ids=ids[:, 4:6], cache=out.cache, output_attentions=True)
     assert out.attentions[0].shape == (3, 3, 2, 16)
-    assert not np.asarray(out.attentions[0])[..., 6:].any()  # what is not written yet is not seen
+    assert not np.asarray(out.attentions[0])[..., 6:].any()  # columns that are not written yet are hidden
     assert jax.tree.structure(cache) != jax.tree.structure(out.cache)
 
 
@@ -111,7 +111,7 @@ def test_shape_of_an_empty_cache():
 
 @pytest.mark.parametrize("column", [0, 3, 6])
 def test_columns_may_wrap(column):
-    """Later columns of this call are hidden from earlier tokens; every other valid column is in the past."""
+    """A token does not see columns of later tokens of its call. All other valid columns are in its past."""
     keys, queries = 8, 4
     valid = np.ones((1, keys), bool)
     valid[0, 1] = False

@@ -1,4 +1,4 @@
-"""What is a token id, what is a mask, and what only looks like one."""
+"""What is accepted as token ids and as a mask, and what is refused."""
 
 import ml_dtypes
 import numpy as np
@@ -17,7 +17,7 @@ def test_ids_of_every_dtype(dtype):
 
 
 class Unreadable:
-    """As torch's tensors of bfloat16 are."""
+    """NumPy cannot convert it, as torch's tensors of bfloat16."""
 
     def __array__(self, *args, **kwargs):
         raise TypeError("no array of this")

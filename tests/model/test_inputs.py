@@ -1,4 +1,4 @@
-"""What a plain call refuses, and what it says."""
+"""What a call of a model refuses, and with which message."""
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +113,7 @@ def test_positions_may_not_run_past_the_table():
     check_inputs(model, dict(input_ids=ids[:, :4], cache=cache))
     with pytest.raises(ValueError, match="position 65 exceeds max_position_embeddings=64"):
         model(ids[:, :5], cache=cache)
-    check_inputs(model, dict(input_ids=ids[:, :5], attention_mask=[[0, 1, 1, 1, 1]], cache=cache))  # a pad takes none
+    check_inputs(model, dict(input_ids=ids[:, :5], attention_mask=[[0, 1, 1, 1, 1]], cache=cache))  # pads need none
     check_inputs(model, dict(input_ids=ids[:, :4], attention_mask=np.ones((1, 64)), cache=cache))
     with pytest.raises(ValueError, match="covers 63 tokens, but the cache holds 60 and 4 are new"):
         model(ids[:, :4], attention_mask=np.ones((1, 63)), cache=cache)
@@ -135,7 +135,7 @@ def test_accepted_at_the_limits():
 
 
 def test_a_mask_is_read_before_it_is_cast():
-    """As float32 and int32 these are 0."""
+    """Cast to float32 or int32, these values would be 0."""
     for mask in (np.full((3, 4), 1e-300), np.full((3, 4), 2**32)):
         assert check_inputs(MODELS["lm"], dict(input_ids=IDS, attention_mask=mask))["attention_mask"].all()
 
@@ -157,13 +157,13 @@ def test_shapes_are_checked_under_jit_too_and_values_are_not():
 
 
 def test_ids_under_jit_do_not_wrap():
-    """Values are not known there: what is no int32 gives NaN, not another id's result."""
+    """While tracing, values are unknown. An id that is no int32 gives NaN, not the result of another id."""
     call = jax.jit(lambda ids, **inputs: MODELS["lm"](ids, **inputs))
-    ids = jnp.array([[5, 2**32 - 90]], jnp.uint32)  # as int32: -90, which counts from the end
+    ids = jnp.array([[5, 2**32 - 90]], jnp.uint32)  # as int32 it is -90, which would index from the end
     assert np.isnan(call(ids).logits).all()
     good = jnp.array([[5, 6]], jnp.uint32)
-    assert np.isnan(call(jnp.array([[5, -1]])).logits).all()  # not the last id's
-    assert np.isnan(call(good, position_ids=jnp.array([[0, -3]])).logits).all()  # nor the last position's
+    assert np.isnan(call(jnp.array([[5, -1]])).logits).all()  # -1 does not index the last id
+    assert np.isnan(call(good, position_ids=jnp.array([[0, -3]])).logits).all()  # nor -3 a position from the end
     assert not np.isnan(call(good, position_ids=jnp.array([[0, -1]])).logits).any()
     assert np.isnan(call(good, labels=jnp.array([[5, 2**32 - 100]], jnp.uint32)).loss)  # not the label -100
     assert not np.isnan(call(good, labels=good).loss)

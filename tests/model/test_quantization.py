@@ -1,4 +1,4 @@
-"""int8 weights and the int8 cache against float32: how many arrays, how many bytes, how far off, and on every path."""
+"""int8 weights and the int8 cache against float32: number of arrays, bytes and errors, in all uses of a model."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from reference import batch, our_model
-from support.small_models import first_layers
+from support.small_models import first_layers, on_mesh
 
 from opt_jax import (
     AutoModelForCausalLM,
@@ -33,14 +33,13 @@ from opt_jax.model.cache import init_cache
 from opt_jax.model.int8 import Int8Array
 from opt_jax.model.quantization import Int8Embed, Int8Linear, count_int8
 from opt_jax.parallel.mesh import make_mesh, use_mesh
-from opt_jax.parallel.rules import param_sharding
 
 pytestmark = pytest.mark.slow
 
-pytest.importorskip("qwix", reason='pip install "opt-jax[int8]"')
+pytest.importorskip("qwix", reason='pip install -e ".[int8]"')
 
 IDS = np.array([[1, 1, 1, 7, 9], [4, 5, 6, 7, 8], [3, 9, 17, 5, 11]], np.int32)
-# Per layer: q, k, v, out, fc1, fc2; the table; what else the variant has.
+# Number of int8 arrays: six for each layer, the embedding, and what the variant adds.
 COUNTS = {"opt-125m": 3 * 6 + 1, "opt-350m": 3 * 6 + 1 + 2, "galactica": 3 * 6 + 1, "untied": 3 * 6 + 1 + 2 + 1}
 
 
@@ -69,7 +68,7 @@ def test_an_array_is_within_half_a_step():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_products_are_those_of_the_rounded_weights(tokens, dtype):
-    """The activations keep 15 bits: both forms give what float32 gives with the same weights, an outlier or not."""
+    """Activations keep 15 bits, so products agree with those of the rounded weights, even beside an outlier."""
     random = np.random.RandomState(tokens)
     x = random.standard_normal((2, tokens, 96)).astype(np.float32)
     x[0, 0, 5] = 100
@@ -79,7 +78,7 @@ def test_products_are_those_of_the_rounded_weights(tokens, dtype):
     for product in (int8.einsum, int8._in_digits, int8._as_float):
         out = product("btd,fd->btf", x, weight.values)
         assert out.dtype == jnp.float32 and out.shape == (2, tokens, 40)
-        # Each term is off by at most absmax / 65278 times the largest value, 128; they add up as a random walk.
+        # Each term is off by at most absmax / 65278 times the largest value, 128. Errors add up as a random walk.
         bound = np.abs(np.asarray(x, np.float64)).max(-1, keepdims=True) / 65278 * 128 * 96**0.5
         assert (np.abs(out - exact) < bound).all(), product
 
@@ -114,14 +113,14 @@ def test_all_matrices_become_int8_and_the_rest_stays(name):
 
 def test_the_embedded_model_shrinks():
     model = AutoModelForCausalLM.from_pretrained("tiny")
-    assert nbytes(model) / nbytes(quantize(model)) > 3.5  # its position table is 3 % of it
+    assert nbytes(model) / nbytes(quantize(model)) > 3.5  # the positions, which stay float32, are 3 % of it
 
 
 @pytest.mark.parametrize(
     ("name", "dtype"), [*((name, "float32") for name in COUNTS if name != "galactica"), ("opt-125m", "bfloat16")]
 )
 def test_logits_are_those_of_a_float_model_with_rounded_weights(name, dtype):
-    """Which pins every layout: scales by output, the transposes, the table as head and as embedding."""
+    """This tests each layout: scales by output, transposes, and the table as head and as embedding."""
     inputs = dict(input_ids=batch(name, "left")["input_ids"], attention_mask=batch(name, "left")["attention_mask"])
     original = our_model(name, dtype=dtype, num_hidden_layers=2)
     quantized, model = quantize(original), nnx.clone(original)
@@ -172,7 +171,7 @@ def test_what_cannot_be_quantized_or_saved_is_refused(tmp_path):
 
 
 def test_without_qwix_one_line_says_what_to_install():
-    """In a process that cannot find it; everything else works there, and imports none of it where it is."""
+    """In a process without qwix, all else works. With qwix, `import opt_jax` does not load it."""
     code = """
 import sys
 import opt_jax, opt_jax.model.quantization
@@ -191,7 +190,7 @@ for use in (lambda: quantize(model), lambda: model.generate([[5, 6]], max_new_to
         print(error)
 """
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=REPOSITORY)
-    assert re.fullmatch(r'(int8 needs qwix \(.*\): pip install "opt-jax\[int8\]"\n){2}', run.stdout), run.stdout
+    assert re.fullmatch(r"(int8 needs the package qwix \(.*\): pip install qwix\n){2}", run.stdout), run.stdout
 
 
 # Generation ---------------------------------------------------------------------------------------------------
@@ -211,7 +210,7 @@ def models():
 
 @pytest.mark.parametrize(("kind", "weights"), [("greedy", "float32"), ("sampling", "int8"), ("beams", "int8")])
 def test_generation_with_an_int8_cache_follows_the_plain_model(models, kind, weights):
-    """Generation records the log-probabilities of one pass over its tokens, within the cache's rounding."""
+    """The log-probabilities that generation records are those of `score`, but for the rounding of the cache."""
     model = models[weights]
     out: Any = model.generate(IDS, cache_dtype="int8", eos_token_id=[], **KINDS[kind])
     rows = 3 * KINDS[kind].get("num_return_sequences", 1)
@@ -222,13 +221,13 @@ def test_generation_with_an_int8_cache_follows_the_plain_model(models, kind, wei
     else:
         error = np.abs(out.logprobs - logprobs)
         assert 0 < error.max() < 0.1
-        np.testing.assert_allclose(error[:, 0], 0, atol=3e-4)  # prefill attends to what it has not rounded yet
+        np.testing.assert_allclose(error[:, 0], 0, atol=3e-4)  # prefill attends to keys that are not rounded yet
         again = model.generate(IDS, cache_dtype="int8", eos_token_id=[], **KINDS[kind])
         np.testing.assert_array_equal(out.sequences, again.sequences)
 
 
 def test_int8_weights_generate_what_they_score(models):
-    """The cache and the loop are exact in themselves: only the weights are rounded."""
+    """Only the weights are rounded, so generation and `score` agree."""
     model = models["int8"]
     out: Any = model.generate(IDS, eos_token_id=[], **KINDS["greedy"])
     np.testing.assert_allclose(out.logprobs, model.score(out.sequences)[:, -6:], atol=2e-3)
@@ -239,14 +238,14 @@ def test_a_pipeline_of_the_embedded_model():
     options: dict[str, Any] = dict(max_new_tokens=8, cache_dtype="int8", do_sample=False)
     text = pipeline("text-generation", model=model, tokenizer=tokenizer)("def main():", **options)[0]["generated_text"]
     assert text == tokenizer.decode(model.generate(**tokenizer("def main():"), **options)[0], skip_special_tokens=True)
-    assert len(text) > len("def main():") + 8  # words, not noise
+    assert len(text) > len("def main():") + 8  # it is text, not noise
 
 
 # The cache ----------------------------------------------------------------------------------------------------
 
 
 def test_the_int8_cache_holds_rounded_keys_and_values():
-    """Three times the same tokens: all at once, and in calls that read what earlier ones have written."""
+    """In two calls, of which the second one reads what the first one has written."""
     model, ids = our_model("opt-125m", num_hidden_layers=1), batch("opt-125m")["input_ids"]
     floats, ints = (model.init_cache(3, 12, dtype=dtype) for dtype in (None, "int8"))
     assert isinstance(ints.k[0], Int8Array) and ints.max_length == 12 and ints.batch_size == 3
@@ -259,14 +258,14 @@ def test_the_int8_cache_holds_rounded_keys_and_values():
         assert jax.tree.structure(out.cache) == jax.tree.structure(ints)
         error = relative(out.logits, expected.logits)
         assert error < 1e-6 if chunk.start == 0 else 1e-4 < error < 0.03
-    k, exact = ints.k[0], np.asarray(floats.k[0])  # the first layer's keys come from tokens alone: the same in both
+    k, exact = ints.k[0], np.asarray(floats.k[0])  # keys of the first layer do not depend on the cache
     assert k.values.dtype == jnp.int8 and k.values.shape == exact.shape and k.scale.shape == (*exact.shape[:3], 1)
     assert (np.abs(k.dequantize() - exact) <= 0.5001 * np.abs(exact).max(-1, keepdims=True) / 127.5).all()
     assert not np.asarray(k.values)[:, :, 8:].any()
 
 
 def test_branches_of_an_int8_cache():
-    """One token of each of two branches, chosen and swapped: as two rows with caches of their own."""
+    """Two branches that are selected and swapped give what rows with their own caches give."""
     model, ids = our_model("opt-125m", num_hidden_layers=1), batch("opt-125m")["input_ids"][:2]
     cache = model(ids[:, :6], cache=model.init_cache(2, 16, "int8")).cache.branch(2)
     tokens = np.array([[5, 6], [7, 8]], np.int32)
@@ -310,7 +309,7 @@ def test_other_cache_dtypes_are_refused():
 
 
 def test_the_loop_reads_int8_and_writes_no_float_copy_of_it():
-    """Neither weights nor cache appear as float32 in the compiled loop, and the cache is updated in place."""
+    """The compiled loop has no float32 copy of weights or cache, and updates the cache in place."""
     config: dict[str, Any] = dict(
         vocab_size=208,
         hidden_size=48,
@@ -343,15 +342,6 @@ def test_the_loop_reads_int8_and_writes_no_float_copy_of_it():
 # On a mesh ----------------------------------------------------------------------------------------------------
 
 
-def spread(model, mesh):
-    """The same model on the mesh."""
-    copy = nnx.clone(model)
-    for path, param in named_parameters(copy).items():
-        value = param.get_value()
-        param.set_value(jax.device_put(value, param_sharding(path, value.shape, mesh)))
-    return copy
-
-
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 @pytest.mark.parametrize("spec", ["data=2,fsdp=2,tensor=2"])
 def test_the_same_on_a_mesh(spec):
@@ -360,7 +350,7 @@ def test_the_same_on_a_mesh(spec):
     )
     model = our_model("opt-125m", **config)
     mesh = make_mesh(spec, jax.devices()[:8])
-    meshed = spread(model, mesh)
+    meshed = on_mesh(model, mesh)
     alone, small = quantize(model), quantize(meshed)
     layers: Any = small.model.decoder.layers
     fc1: Any = layers[0].fc1
@@ -368,7 +358,7 @@ def test_the_same_on_a_mesh(spec):
     assert fc1.weight.get_value().sharding.spec == P(*reversed(kernel.sharding.spec))
     assert fc1.scale.get_value().sharding.spec[0] == kernel.sharding.spec[1]
     ids = np.tile(IDS, (4, 1))[:8]
-    for dtype, tolerance in ((None, 1e-3), ("int8", 0.02)):  # a key that is rounded the other way is a step off
+    for dtype, tolerance in ((None, 1e-3), ("int8", 0.02)):  # a key may be rounded the other way
         options: dict[str, Any] = dict(max_new_tokens=6, logprobs=0, cache_dtype=dtype)
         expected: Any = alone.generate(ids, **options)
         with use_mesh(mesh):
@@ -382,6 +372,6 @@ def test_heads_that_do_not_divide_are_refused():
     model = our_model(
         "opt-125m", vocab_size=96, hidden_size=32, num_attention_heads=4, word_embed_proj_dim=32, num_hidden_layers=1
     )
-    model = spread(model, make_mesh("tensor=8", jax.devices()[:8]))
+    model = on_mesh(model, make_mesh("tensor=8", jax.devices()[:8]))
     with pytest.raises(ValueError, match="4 attention heads cannot be split over 8 devices"):
         quantize(model).generate(IDS)

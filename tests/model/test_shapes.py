@@ -1,7 +1,7 @@
-"""The shapes and dtypes in the model's annotations hold: jaxtyping and beartype check every call of the library.
+"""The shapes and dtypes in the model's annotations are true: jaxtyping and beartype check every call.
 
-The checks are put in while opt_jax is imported, so this happens in a process of its own. Nothing is computed: all calls
-are made under `jax.eval_shape`.
+The checks are added while opt_jax is imported, so this needs its own process. All calls are made under
+`jax.eval_shape`, which computes nothing.
 """
 
 import subprocess

@@ -1,4 +1,4 @@
-"""The two forms of one stack of layers, separate and scanned: one becomes the other, and both compute the same."""
+"""Separate and stacked layers: each form converts to the other, and both compute the same."""
 
 import gc
 from typing import Any
@@ -33,7 +33,7 @@ def test_stacking_and_back(name, cls):
         np.testing.assert_array_equal(stacked[f"{head}.layers.{rest}"][int(index)] if tail else stacked[path], value)
     assert {k: v.shape for k, v in stacked.items()} == {k: v.shape for k, v in values(build(name, cls, True)).items()}
     assert jax.tree.structure(model) == jax.tree.structure(build(name, cls, True))
-    assert stack_layers(model) is model  # nothing left to do
+    assert stack_layers(model) is model  # it is stacked already
     after = values(unstack_layers(model))
     assert after.keys() == before.keys() and all((after[k] == before[k]).all() for k in before)
     assert jax.tree.structure(model) == jax.tree.structure(build(name, cls))
@@ -63,7 +63,7 @@ def test_remat_keeps_less_in_both_forms(scan_layers):
     ids = batch("opt-125m")["input_ids"]
 
     def kept(remat):
-        """Bytes that the forward pass hands to the backward one."""
+        """Bytes that the forward pass keeps for the backward pass."""
         build = lambda: OPTForCausalLM(  # noqa: E731
             CONFIGS["opt-125m"], rngs=nnx.Rngs(0), scan_layers=scan_layers, remat=remat
         )
@@ -89,7 +89,7 @@ def test_remat_computes_the_same_in_separate_layers():
 @pytest.mark.slow
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_changing_the_form_never_holds_two_copies(scan_layers, monkeypatch):
-    """At most the model and one of its (stacked) leaves beside it; afterwards the old arrays are gone."""
+    """Memory holds at most the model and one more stacked leaf. Afterwards the old arrays are deleted."""
     shape: dict[str, Any] = dict(hidden_size=128, num_hidden_layers=16, num_attention_heads=4, ffn_dim=512)
     config = OPTConfig(vocab_size=8, max_position_embeddings=8, **shape)
     model = OPTForCausalLM(config, rngs=nnx.Rngs(0), scan_layers=scan_layers)

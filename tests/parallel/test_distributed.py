@@ -1,4 +1,4 @@
-"""When a process takes itself for one of several. (What several do: test_train_processes.py.)"""
+"""How a process knows that it is one of several. What they do together: test_train_processes.py."""
 
 import os
 
@@ -18,26 +18,26 @@ def no_cluster(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("variables", "several"),
+    ("variables", "in_cluster"),
     [
         ({}, False),
         (SLURM, True),
         (SLURM | {"SLURM_NTASKS": "1"}, False),
-        ({"SLURM_NTASKS": "2"}, False),  # an allocation, but no step: a batch script, or a shell
+        ({"SLURM_NTASKS": "2"}, False),  # an allocation without a step: a batch script, or a shell
         ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
         ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
         ({"MEGASCALE_NUM_SLICES": "2"}, True),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),  # a pod, but not of an indexed job
     ],
 )
-def test_clusters_are_known_by_their_environment(monkeypatch, variables, several):
+def test_clusters_are_known_by_their_environment(monkeypatch, variables, in_cluster):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert processes.in_cluster() == several
+    assert processes.in_cluster() == in_cluster
 
 
 @pytest.mark.parametrize(
-    ("variables", "packages", "devices", "several"),
+    ("variables", "packages", "devices", "in_cluster"),
     [
         ({}, ["libtpu"], 4, True),  # a Cloud TPU VM: JAX asks its metadata server
         ({}, ["libtpu"], 0, False),
@@ -45,20 +45,25 @@ def test_clusters_are_known_by_their_environment(monkeypatch, variables, several
         ({"TPU_SKIP_MDS_QUERY": "1"}, ["libtpu"], 4, False),
         ({"JAX_PLATFORMS": "cpu"}, ["libtpu"], 4, False),
         ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_SKIP_MDS_QUERY": "1"}, ["libtpu"], 4, True),  # GKE
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, ["libtpu"], 0, False),  # of a plan, say
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, ["libtpu"], 0, False),  # as for a plan
         ({"TPU_PROCESS_ADDRESSES": "a:1,b:1", "TPU_WORKER_HOSTNAMES": "a"}, ["libtpu"], 4, True),
         ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1"}, ["libtpu"], 4, False),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, ["kubernetes"], 0, True),
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, [], 0, False),  # JAX could not ask it
+        (
+            {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"},
+            [],
+            0,
+            False,
+        ),  # JAX could not ask the cluster
     ],
 )
-def test_tpu_hosts_and_kubernetes_jobs_are_known(monkeypatch, variables, packages, devices, several):
+def test_tpu_hosts_and_kubernetes_jobs_are_known(monkeypatch, variables, packages, devices, in_cluster):
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: object() if name in packages else None)
     monkeypatch.setattr(processes, "_tpu_devices", lambda: ["/dev/accel0"] * devices)
-    assert processes.in_cluster() == several
+    assert processes.in_cluster() == in_cluster
 
 
 def test_a_pod_that_cannot_find_the_others_does_not_work_alone(monkeypatch):

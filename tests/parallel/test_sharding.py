@@ -1,4 +1,4 @@
-"""Meshes, the table from parameter path to mesh axes, and a model on eight (fake) devices against one."""
+"""Meshes, the table from parameter path to mesh axes, and a model on eight (fake) devices against one device."""
 
 import os
 import re
@@ -68,7 +68,7 @@ def abstract(cls: str, config: OPTConfig, scan_layers: bool = False):
 @pytest.mark.slow
 def test_every_parameter_has_exactly_one_row_and_every_row_a_parameter(pytestconfig):
     used = set()
-    # variants that together have every kind of parameter; the other sizes are only larger
+    # These variants have all kinds of parameters. The other sizes are only larger.
     small: dict[str, Any] = dict(num_hidden_layers=2)
     configs = [OPTConfig.preset(name, **small) for name in ("125m", "350m")]
     configs += [OPTConfig.preset("125m", **small, tie_word_embeddings=False, word_embed_proj_dim=512)]

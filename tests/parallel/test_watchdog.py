@@ -1,4 +1,4 @@
-"""The watchdog's port among strangers. (What it does for a job: test_train_processes.py.)"""
+"""The watchdog when strangers connect, and when messages are odd. What it does for a job: test_train_processes.py."""
 
 import socket
 import time
@@ -36,14 +36,14 @@ def test_strangers_neither_end_nor_hold_up_a_job(monkeypatch):
     monkeypatch.setattr(watchdog, "_STRANGERS", 5)
     port = int(address.partition("|")[2])
     strangers = []
-    for message in STRANGERS * 2 + [b""] * len(STRANGERS):  # more than there is room for; the last of them are silent
+    for message in STRANGERS * 2 + [b""] * len(STRANGERS):  # more than the limit; the last of them are silent
         strangers.append(socket.create_connection(("127.0.0.1", port)))
         strangers[-1].sendall(message.replace(b"{token}", token.encode()))
     strangers[0].close()
     first, others = make(0), [make(1), make(2)]
     for other in others:
         assert other.connect(address, token) is None
-        other._tell("beat")  # may come before the greeting is read, and is not lost
+        other._tell("beat")  # it may arrive with the greeting, and must not be lost
     first.accept(server, token, 2)
     assert sorted(first._peers.values()) == [1, 2]
     for connection in [*strangers, *first._peers, *(peer for other in others for peer in other._peers)]:
@@ -62,7 +62,7 @@ def test_processes_that_do_not_come_are_missed():
 
 @pytest.fixture
 def pair(monkeypatch):
-    """A watchdog and the other end of its connection with process 1; what ends the process is a line in a list."""
+    """(watchdog, its connection to process 1, the other end, a list). The list gets what would end the process."""
     ended: list[str] = []
     ours, theirs = socket.socketpair()
     first = make(0)

@@ -1,9 +1,9 @@
-"""Comparisons with a limit. All of them go through `within`, so that those that live near their limit can be seen:
+"""Comparisons with a limit. All go through `within`, which records how much of its limit each one uses:
 
   PARITY_RATIOS=/tmp/ratios pytest tests/parity; sort -gr /tmp/ratios | head -40
 
-A limit that is nearly reached here is passed on a machine whose kernels round differently. Then the principle of the
-limit is to be mended (for what is zero in theory it needs the size of what adds up to it), not its size.
+An error near its limit may exceed it on a machine whose kernels round differently. Then correct what the limit is
+derived from, not its size. (The limit of a value that is zero in theory must grow with the summands of that value.)
 """
 
 import os
@@ -12,12 +12,12 @@ import numpy as np
 
 RATIOS = os.environ.get("PARITY_RATIOS")
 TOLERANCE = 1e-4
-ROUNDING = 32 * 2**-24  # of a sum, beside its summands: 2**-24 in one operation, and dozens lead to them
-RELU_ROUNDING = 4e-6  # of a ReLU's input: five times the usual in the real size
+ROUNDING = 32 * 2**-24  # error of a sum, relative to its summands: 2**-24 for each of dozens of operations
+RELU_ROUNDING = 4e-6  # error of a ReLU's input: five times the usual one at the real size
 
 
 def within(error, limit, what="") -> None:
-    """`error`, a number or an array, is at most `limit` everywhere."""
+    """Assert that `error`, a number or an array, is at most `limit` everywhere."""
     error, limit = np.broadcast_arrays(np.asarray(error, np.float64), np.asarray(limit, np.float64))
     ratios = np.where(error == 0, 0, error / np.maximum(limit, np.finfo(np.float64).tiny))
     if RATIOS and ratios.size:
@@ -28,12 +28,17 @@ def within(error, limit, what="") -> None:
 
 
 def gradient_limit(gradient, summands: float) -> float:
-    """How far from `gradient`, of the oracle in float64, one of float32 may be. `summands` are `oracle.summands`."""
+    """The norm of the error that a float32 gradient may have.
+
+    Args:
+      gradient: of the oracle, in float64.
+      summands: of this gradient, from `oracle.summands`.
+    """
     return TOLERANCE * np.linalg.norm(gradient) + ROUNDING * summands
 
 
 def assert_close(got, expected, atol=0.0, rtol=0.0, what="") -> None:
-    """Arrays of the same shape; as `np.testing.assert_allclose`, but recorded."""
+    """`np.testing.assert_allclose` for arrays of one shape, by way of `within`."""
     got, expected = np.asarray(got), np.asarray(expected)
     assert got.shape == expected.shape, what
     assert np.isfinite(expected).all(), what

@@ -1,4 +1,4 @@
-"""Writes tests/goldens/*.npz: what PyTorch computes for the cases of reference.py, for machines without PyTorch.
+"""Write tests/goldens/*.npz: what PyTorch computes for the cases of reference.py, for machines without PyTorch.
 
 Usage: python tests/parity/make_goldens.py
 Weights and inputs are not stored: reference.py draws them again. PyTorch computes in float64.
@@ -16,8 +16,11 @@ GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 
 
 def goldens(name: str) -> dict[str, np.ndarray]:
-    """Key: "case/padding/what"; hidden states, attentions, gradients and the size of the summands of each gradient
-    (`oracle.summands`) of the left-padded causal model only."""
+    """The arrays of one configuration, with keys "case/padding/what".
+
+    The left-padded causal model has also hidden states, attentions, gradients, and the size of the summands of each
+    gradient (`oracle.summands`).
+    """
     arrays = {}
     for case, (cls, changes, _) in CASES.items():
         hf = oracle.make_hf(name, cls, np.float64, **changes)

@@ -1,6 +1,6 @@
 """The reference: `transformers`' PyTorch OPT with eager attention, and our model with the same weights.
 
-The mapping of names is written out here a second time on purpose: a mistake in `formats/names.py` must not hide itself.
+The mapping of names is written out here a second time, so that a mistake in `formats/names.py` shows.
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ from opt_jax import OPTConfig, named_parameters, stack_layers
 
 torch = pytest.importorskip("torch", reason="parity tests compare with PyTorch")
 transformers = pytest.importorskip("transformers", reason="parity tests compare with transformers")
-# Threads that wait for each other cost small models more than they give.
+# For small models more threads are slower.
 torch.set_num_threads(int(os.environ.get("PARITY_TORCH_THREADS", "1")))
 
 
 def hf_config(config: OPTConfig):
-    """Field by field, not by way of `to_hf`."""
+    """The same config for `transformers`, copied field by field, without `to_hf`."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "extra"}
     if isinstance(config.eos_token_id, tuple):
         fields["eos_token_id"] = list(config.eos_token_id)
@@ -33,7 +33,7 @@ def hf_config(config: OPTConfig):
 def make_hf(name: str, cls: str = "OPTForCausalLM", dtype=jnp.float32, seed: int = 0, **config):
     """The PyTorch model of `reference.our_model(name, cls, ...)`, in eval mode."""
     settings = dataclasses.replace(CONFIGS[name], **config)
-    with torch.device("meta"):  # no time for an initialisation that is overwritten
+    with torch.device("meta"):  # no initial values, which would be overwritten
         model = getattr(transformers, cls)(hf_config(settings))
     model.to_empty(device="cpu")
     model.tie_weights()
@@ -47,9 +47,15 @@ def make_hf(name: str, cls: str = "OPTForCausalLM", dtype=jnp.float32, seed: int
 
 
 def make_pair(name: str, cls: str = "OPTForCausalLM", dtype=jnp.float32, seed: int = 0, scan_layers=False, **config):
-    """(PyTorch model, our model) with the same random weights, LayerNorms and biases included, computing in `dtype`.
+    """(PyTorch model, our model) with the same random weights. Both compute in `dtype`.
 
-    name: a key of `reference.CONFIGS`; `config` replaces fields of it.
+    Args:
+      name: a key of `reference.CONFIGS`.
+      cls: the class of both models.
+      dtype: of parameters and computation.
+      seed: of the weights.
+      scan_layers: whether our layers are stacked.
+      config: fields that differ from `CONFIGS[name]`.
     """
     hf = make_hf(name, cls, dtype, seed, **config)
     settings = dataclasses.replace(CONFIGS[name], **config)
@@ -59,13 +65,13 @@ def make_pair(name: str, cls: str = "OPTForCausalLM", dtype=jnp.float32, seed: i
 
 
 def make_exact_pair(name: str, cls: str = "OPTForCausalLM", scan_layers=False, **config):
-    """As `make_pair`, but the PyTorch model computes in float64, for `run`: what ours, in float32, is to come near."""
+    """`make_pair` with a PyTorch model in float64, for `run`. Ours computes in float32."""
     hf, model = make_pair(name, cls, scan_layers=scan_layers, **config)
     return hf.double(), model
 
 
 class _Float64(torch.overrides.TorchFunctionMode):
-    """`transformers` computes softmax and losses in float32, whatever its model computes in. Not here."""
+    """Compute everything in float64, also the softmax and losses that `transformers` casts to float32."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.float:
@@ -75,7 +81,7 @@ class _Float64(torch.overrides.TorchFunctionMode):
 
 
 class _Rounded(_Float64):
-    """Every result is rounded to the nearest number of `dtype`, once, whatever the machine's kernels would do."""
+    """Compute in float64, and round the result of each operation to `dtype`. So results are equal on all machines."""
 
     def __init__(self, dtype):
         super().__init__()
@@ -84,7 +90,7 @@ class _Rounded(_Float64):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = super().__torch_function__(func, types, args, kwargs)
         if isinstance(result, torch.Tensor) and result.dtype is torch.float64:
-            # Else the mask's lowest float64 would become -inf, and a row without a visible key NaN.
+            # Without the clamp the mask's lowest float64 becomes -inf, and a row without a visible key NaN.
             return result.clamp(self.limits.min, self.limits.max).to(self.dtype).double()
         return result
 
@@ -92,7 +98,11 @@ class _Rounded(_Float64):
 def run(hf, inputs: dict, rounded_to=None, **options):
     """The output of a PyTorch model in float64 for numpy inputs.
 
-    rounded_to: compute as an ideal machine would do in this dtype: each operation exactly, its result rounded once.
+    Args:
+      hf: a model of `make_exact_pair`.
+      inputs: its inputs.
+      rounded_to: a dtype to which the result of each operation is rounded.
+      options: further arguments of the call.
     """
     assert hf.dtype is torch.float64
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in torch_inputs(inputs).items()}
@@ -102,10 +112,10 @@ def run(hf, inputs: dict, rounded_to=None, **options):
 
 @contextmanager
 def summands(hf):
-    """Yields {HF name: the sum of the norms that the gradient has of each position alone}, filled in by `backward`.
+    """Yields {HF name: sum over positions of the norm of a position's part of the gradient}. `backward` fills it.
 
-    A gradient is a sum over positions. Where it is small beside its summands, or zero in theory (of a bias of the keys,
-    which moves no softmax), its rounding errors are of the size that these have.
+    A gradient is a sum over positions. Its rounding errors grow with the summands. They may exceed a gradient that is
+    small beside its summands, or zero in theory, like that of a bias of the keys, which does not change the softmax.
     """
     names = {id(p): name for name, p in hf.named_parameters()}
     sizes = dict.fromkeys(names.values(), 0.0)
@@ -136,7 +146,7 @@ def summands(hf):
 
 @contextmanager
 def relu_inputs(hf):
-    """Yields the list of them, one of each layer, filled in by a call; none where the activation is another one."""
+    """Yields a list that a call fills with the inputs of each layer's ReLU. It stays empty for other activations."""
     values = []
     layers = [m for m in hf.modules() if hasattr(m, "fc1")] if hf.config.activation_function == "relu" else []
     hooks = [layer.fc1.register_forward_hook(lambda *args: values.append(args[2])) for layer in layers]
@@ -148,16 +158,20 @@ def relu_inputs(hf):
 
 
 def assert_no_relu_near_zero(values, mask):
-    """`values`: `relu_inputs`. Where rounding decides the sign of one, float32 gradients agree with nobody's.
+    """Assert that rounding cannot change the sign of a ReLU's input, on which the gradient depends.
 
-    The distances to zero are those of float64, so they are the same on every machine.
+    The distances to zero are computed in float64, so they are the same on every machine.
+
+    Args:
+      values: from `relu_inputs`.
+      mask: the real tokens.
     """
     for x in values:
         within(RELU_ROUNDING, np.abs(to_numpy(x).reshape(*mask.shape, -1)[mask]).min(), "zero of a ReLU")
 
 
 def talkative_pair(name: str, **config):
-    """As `make_pair`, but position counts for more, constants for less, or they would say one token for ever."""
+    """`make_pair` with larger position embeddings and smaller biases, so that the models do not repeat one token."""
     hf = make_hf(name, **dict[str, Any](num_hidden_layers=2) | config)
     with torch.no_grad():
         for parameter, value in hf.named_parameters():
@@ -174,7 +188,7 @@ def to_jax(hf_model, our_cls, dtype=jnp.float32, param_dtype=jnp.float32):
 
 
 def set_parameters(model, tensors) -> None:
-    """Give `model` the values of PyTorch `tensors`, {HF name: tensor}; both must have exactly the same parameters."""
+    """Set the parameters of `model` to `tensors`, {HF name: tensor}, which must be the same parameters."""
     params = named_parameters(model)
     values = canonical(tensors)
     assert values.keys() == params.keys(), values.keys() ^ params.keys()
@@ -184,7 +198,7 @@ def set_parameters(model, tensors) -> None:
 
 
 def canonical(tensors) -> dict[str, np.ndarray]:
-    """{HF name: tensor} as {canonical path: array in our layout}; of float32 but for float64."""
+    """{HF name: tensor} as {our path: array in our layout}, in float32 or float64."""
     values = {}
     for name, tensor in tensors.items():
         path, transposed = canonical_path(name)
@@ -206,7 +220,7 @@ def canonical_path(hf_name: str) -> tuple[str, bool]:
 
 
 def torch_inputs(inputs: dict) -> dict:
-    """numpy inputs as torch tensors (integers as int64, which `transformers` expects)."""
+    """numpy inputs as torch tensors, integers as int64."""
     convert = {"i": torch.int64, "f": torch.float32, "b": torch.bool}
     return {k: torch.from_numpy(np.asarray(v)).to(convert[np.asarray(v).dtype.kind]) for k, v in inputs.items()}
 

@@ -1,7 +1,7 @@
-"""Small models with weights that everyone can draw again: no PyTorch here. Used by the oracle and by the goldens.
+"""Small models with reproducible weights, for the oracle and the goldens. Needs no PyTorch.
 
-A weight depends on its canonical path, shape and a seed only, through `np.random.RandomState`, whose streams NumPy has
-frozen. LayerNorms and biases are random too: at their initial values, 1 and 0, swapped ones would go unnoticed.
+A weight depends only on its path, shape and a seed, through `np.random.RandomState`, whose streams NumPy has frozen.
+LayerNorms and biases are random too, because swapped ones would go unnoticed at their initial values, 1 and 0.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ CONFIGS = {
     "galactica": OPTConfig(
         **_SMALL, activation_function="gelu", enable_bias=False, layer_norm_elementwise_affine=False
     ),
-    # Projections after a final LayerNorm too, which no published size has: their order shows here only.
+    # Projections and a final LayerNorm together, which no published size has: only here their order matters.
     "untied": OPTConfig(**_SMALL, tie_word_embeddings=False, word_embed_proj_dim=16),
     "real-125m": OPTConfig.preset("125m"),
 }
@@ -44,7 +44,7 @@ def f32(values) -> np.ndarray:
 
 
 def draw(path: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    """The float32 weight at a canonical path; scaled so that activations and logits are of order one."""
+    """The float32 weight at a path, scaled so that activations and logits are of order one."""
     random = np.random.RandomState((zlib.crc32(path.encode()) + seed) % 2**32)
     values = random.standard_normal(shape).astype(np.float32)
     kind = path.rpartition(".")[2]
@@ -58,7 +58,7 @@ def draw(path: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 def our_model(
     name: str, cls: str = "OPTForCausalLM", dtype=jnp.float32, param_dtype=jnp.float32, seed=0, **config: Any
 ):
-    """One of our models with the drawn weights; `config` replaces fields of `CONFIGS[name]`."""
+    """Our model of `CONFIGS[name]` with the drawn weights. `config` replaces fields."""
     model = unset_model(dataclasses.replace(CONFIGS[name], **config), cls, dtype, param_dtype)
     for path, param in named_parameters(model).items():
         param.set_value(jnp.asarray(draw(path, param.get_value().shape, seed), param_dtype))
@@ -66,21 +66,21 @@ def our_model(
 
 
 def unset_model(config: OPTConfig, cls: str, dtype=jnp.float32, param_dtype=jnp.float32):
-    """A model whose parameters are shapes yet: no time for initial values that are replaced at once."""
+    """A model whose parameters are shapes, without initial values."""
     model = _traced(config, repr(config.extra), cls, dtype, param_dtype, jax.config.jax_enable_x64)  # type: ignore[reportAttributeAccessIssue]
-    return jax.tree.map(lambda shape: shape, model)  # another one of the same
+    return jax.tree.map(lambda shape: shape, model)  # a copy, which may be changed
 
 
-@functools.cache  # to trace the constructor takes 0.15 s, and tests ask for a thousand models
-def _traced(config: OPTConfig, _extra: str, cls: str, dtype, param_dtype, _x64: bool):  # (`extra` is not compared)
+@functools.cache  # tracing a constructor takes 0.15 s, and the tests need a thousand models
+def _traced(config: OPTConfig, _extra: str, cls: str, dtype, param_dtype, _x64: bool):  # `==` ignores `extra`
     build = getattr(opt_jax, cls)
     return nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype))
 
 
 def batch(name: str, padding: str = "none", rows: int = 3, length: int = 10, seed: int = 0) -> dict[str, np.ndarray]:
-    """ids, mask and causal labels: a pad is id 1, its label -100; the rows have different numbers of real tokens.
+    """Ids, mask and causal labels. Rows have different numbers of real tokens. A pad has id 1 and label -100.
 
-    With left padding the label of the first real token is -100 too: its logits come from a pad.
+    With left padding the first real token has label -100 too, because a pad would predict it.
     """
     config = CONFIGS[name]
     random = np.random.RandomState(seed)
@@ -96,7 +96,7 @@ def batch(name: str, padding: str = "none", rows: int = 3, length: int = 10, see
     return dict(input_ids=ids, attention_mask=mask, labels=labels)
 
 
-# The computations whose results are stored in tests/goldens: class, changes to the config, inputs besides ids and mask.
+# What tests/goldens stores: (class, changes to the config, inputs besides ids and mask).
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, np.ndarray]]] = {
     "causal": ("OPTForCausalLM", {}, {}),
     "regression": (

@@ -30,7 +30,7 @@ def one_pair():
 def hf_beams(hf, ids, mask, eos, **options):
     given = dict(max_new_tokens=NEW, do_sample=False, pad_token_id=1, eos_token_id=eos or -1) | options
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # advice on options
+        warnings.simplefilter("ignore")  # its advice on options
         out = hf.generate(
             torch.tensor(ids, dtype=torch.int64),
             attention_mask=torch.tensor(mask),
@@ -48,11 +48,11 @@ def our_beams(model, ids, mask, eos, **options):
 
 
 def compare(pair, eos, ids=PROMPTS["input_ids"], mask=PROMPTS["attention_mask"], **options):
-    """Checks that both agree; returns ours."""
+    """Assert that both agree. Returns our result."""
     sequences, scores = hf_beams(pair[0], ids, mask, eos, **options)
     ours = our_beams(pair[1], ids, mask, eos, **options)
     np.testing.assert_array_equal(ours.sequences, sequences)
-    # The relative part is float32's: with a negative length penalty, scores are in the thousands.
+    # With a negative length penalty scores are in the thousands, hence the relative limit.
     assert_close(ours.sequences_scores, scores, atol=1e-4, rtol=5e-7, what="scores")
     return ours
 
@@ -75,7 +75,7 @@ def test_stopping_and_penalties(one_pair, early_stopping, length_penalty):
 
 
 def test_the_options_matter(one_pair):
-    """Else the test above would say nothing."""
+    """Different options give different results, so the test above can fail."""
     ids, mask = PROMPTS.values()
 
     def run(**options):
@@ -111,8 +111,8 @@ def test_random_combinations(one_pair, num_beams, slots, early_stopping):
 
 
 def test_process(one_pair):
-    """Processors see log-probabilities, not logits, and all tokens so far of the beam they are for."""
-    ids = PROMPTS["input_ids"][:2, 3:]  # without pads, which HF counts as tokens
+    """Processors see log-probabilities, not logits, and all earlier tokens of their beam."""
+    ids = PROMPTS["input_ids"][:2, 3:]  # without pads, because HF's processors see them as tokens
     ids = np.where(ids == 1, 5, ids)
     plain = hf_beams(one_pair[0], ids, np.ones_like(ids), MANY, num_beams=3)
     sequences, scores = hf_beams(one_pair[0], ids, np.ones_like(ids), MANY, num_beams=3, repetition_penalty=1.7)
@@ -123,7 +123,7 @@ def test_process(one_pair):
 
 
 def test_stop_strings():
-    """A beam that completes a stop string has ended, as with an end token."""
+    """A stop string ends a beam, as an end token does."""
     from opt_jax import OPTTokenizer
     from opt_jax.checkpoints import hub
 
@@ -152,16 +152,16 @@ def test_stop_strings():
     [
         ([3], dict(max_new_tokens=2)),
         ([], dict(max_new_tokens=3, early_stopping="never", length_penalty=2.0, top_p=0.5)),
-        ([], dict(max_new_tokens=3, top_k=1)),  # with beams that keeps two tokens
+        ([], dict(max_new_tokens=3, top_k=1)),  # with beams, top_k=1 keeps two tokens
     ],
     ids=["free", "top_p", "top_k"],
 )
 def test_sampling(eos, options):
-    """The same distribution of pairs of sequences, by chi-square."""
+    """Pairs of sequences have the same distribution. Chi-square."""
     hf = make_hf("opt-125m", vocab_size=7, num_hidden_layers=1)
     with torch.no_grad():
         for parameter in hf.parameters():
-            parameter *= 0.4  # or one sequence would be all
+            parameter *= 0.4  # or one sequence would have nearly all probability
     rows = 4000
     ids = np.tile([[4, 5, 3]], (rows, 1))
     options = dict(num_beams=2, do_sample=True, top_k=0) | options
@@ -174,11 +174,11 @@ def test_sampling(eos, options):
     both = np.concatenate([x[:, 3:].reshape(rows, -1) for x in (theirs, ours.sequences)])
     _, which = np.unique(both, axis=0, return_inverse=True)
     counts = np.stack([np.bincount(x, minlength=which.max() + 1) for x in np.split(which.ravel(), 2)])
-    few = counts.sum(0) < 16  # together one cell
+    few = counts.sum(0) < 16  # these are one cell
     counts = np.column_stack([counts[:, ~few], counts[:, few].sum(1)])
     counts = counts[:, counts.sum(0) > 0]
     if options["top_k"] == 1:
-        assert counts.shape[1] == 1  # all of them the same
+        assert counts.shape[1] == 1  # all pairs are the same
     else:
         result: Any = scipy.stats.chi2_contingency(counts)
         assert counts.shape[1] > 5 and result.pvalue > 0.01

@@ -49,7 +49,7 @@ def test_the_same_fields_and_defaults():
     assert fields(OPTConfig()) == fields(transformers.OPTConfig())
     usual = fields(OPTConfig())
     same = [name for name in FIELDS if getattr(UNUSUAL, name) == usual[name]]
-    assert not same  # the round trips below see every field
+    assert not same  # so the round trips below test every field
 
 
 @pytest.mark.parametrize("name", CONFIG_CASES)
@@ -84,7 +84,7 @@ def test_label_names_survive():
 
 @pytest.mark.parametrize("size", [size if size in ("125m", "350m", "66b") else exhaustive(size) for size in _SIZES])
 def test_full_size_models_have_as_many_parameters(size):
-    """The counts that tests/model/test_model.py uses."""
+    """`small_models.count`, which tests/model/test_model.py uses, counts as `transformers` does."""
     config = OPTConfig.preset(size)
     for cls in ("OPTForCausalLM", "OPTForSequenceClassification", "OPTForQuestionAnswering"):
         with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Checkpoints that torch and transformers write themselves give PyTorch's outputs, loaded directly and converted.
+"""Checkpoints that torch and transformers have written give PyTorch's outputs, loaded directly and converted.
 
 `python tests/parity/test_convert_parity.py` writes tests/fixtures/torch, for the tests without torch.
 """
@@ -25,7 +25,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures" / "torch"
 
 
 def save(hf, directory: Path, form: str) -> Path:
-    """Not `save_pretrained` alone: transformers 5 writes safetensors whatever it is asked for."""
+    """Save the model. `save_pretrained` of transformers 5 writes safetensors only, so others are written by torch."""
     if "safetensors" in form:
         hf.save_pretrained(directory, max_shard_size="8KB" if form.endswith("sharded") else "1GB")
         assert bool(list(directory.glob("*.index.json"))) == form.endswith("sharded")
@@ -69,21 +69,21 @@ def test_outputs_are_those_of_pytorch(tmp_path, name, cls, form):
     direct = named_parameters(getattr(opt_jax, cls).from_pretrained(source))
     for path, param in named_parameters(model).items():
         np.testing.assert_array_equal(param.get_value(), direct[path].get_value())
-    found = main_output(model.forward(**check_inputs(model, inputs)))  # not compiled
-    if found.shape[1:2] == inputs["input_ids"].shape[1:]:  # one output per position: compare the real ones
+    got = main_output(model.forward(**check_inputs(model, inputs)))  # not compiled
+    if got.shape[1:2] == inputs["input_ids"].shape[1:]:  # one output per position: compare the real ones
         real = inputs["attention_mask"] == 1
-        found, expected = found[real], expected[real]
-    assert_close(found, expected, atol=1e-4 * np.abs(expected).max(), what="output")
+        got, expected = got[real], expected[real]
+    assert_close(got, expected, atol=1e-4 * np.abs(expected).max(), what="output")
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_half_precision_bits(tmp_path, dtype, form):
     hf = make_hf("opt-125m", dtype=dtype)
-    found = open_checkpoint(save(hf, tmp_path, form))
+    arrays = open_checkpoint(save(hf, tmp_path, form))
     for name, tensor in hf.named_parameters():
-        assert found[name].dtype == dtype
-        assert found[name].load().tobytes() == tensor.detach().view(torch.int16).numpy().tobytes(), name
+        assert arrays[name].dtype == dtype
+        assert arrays[name].load().tobytes() == tensor.detach().view(torch.int16).numpy().tobytes(), name
 
 
 def test_what_torch_negates_when_it_reads_is_refused(tmp_path):

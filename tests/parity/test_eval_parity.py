@@ -1,4 +1,4 @@
-"""Perplexity and tasks of the lm-evaluation-harness, beside PyTorch on the same weights."""
+"""Perplexity and tasks of the lm-evaluation-harness against PyTorch with the same weights."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def ids(shared_data):
 
 
 def torch_loss(hf, ids, scored):
-    """The sum over the last `scored` tokens, of PyTorch."""
+    """PyTorch's sum of the losses of the last `scored` tokens."""
     labels = torch.from_numpy(ids).long()[None]
     with torch.no_grad():
         logits = hf(labels).logits[0, :-1].double()
@@ -39,19 +39,19 @@ def torch_loss(hf, ids, scored):
 
 
 def test_non_overlapping_windows(pair, ids):
-    """As GPTQ's code (opt.py, `opt_eval`) makes the published numbers: whole windows, the mean of their mean losses."""
+    """The mean of the mean losses of full windows, as in GPTQ's `opt_eval` (opt.py), which gives published numbers."""
     hf, ours = pair
     count = len(ids) // CONTEXT
     losses = [torch_loss(hf, ids[i * CONTEXT : (i + 1) * CONTEXT], CONTEXT - 1) / (CONTEXT - 1) for i in range(count)]
-    found = perplexity(ours, ids)
-    assert count > 8 and len(ids) % CONTEXT and found.windows == count and found.tokens == count * (CONTEXT - 1)
-    assert_close(found.loss, np.mean(losses), rtol=1e-5)
-    assert_close(found.perplexity, math.exp(np.mean(losses)), rtol=1e-5, what="perplexity")
+    result = perplexity(ours, ids)
+    assert count > 8 and len(ids) % CONTEXT and result.windows == count and result.tokens == count * (CONTEXT - 1)
+    assert_close(result.loss, np.mean(losses), rtol=1e-5)
+    assert_close(result.perplexity, math.exp(np.mean(losses)), rtol=1e-5, what="perplexity")
 
 
 @pytest.mark.parametrize("stride", [16, 50])
 def test_sliding_windows(pair, ids, stride):
-    """The loop of https://huggingface.co/docs/transformers/perplexity, but for its weights."""
+    """The loop of https://huggingface.co/docs/transformers/perplexity. Its weights of windows differ slightly."""
     hf, ours = pair
     total, tokens, theirs, previous = 0.0, 0, [0.0, 0], 0
     for begin in range(0, len(ids), stride):
@@ -59,15 +59,15 @@ def test_sliding_windows(pair, ids, stride):
         scored = end - previous - (begin == 0)
         loss = torch_loss(hf, ids[begin:end], scored)
         total, tokens, previous = total + loss, tokens + scored, end
-        weight = scored - (begin > 0)  # the page takes one off for a shift that was already made
+        weight = scored - (begin > 0)  # the page subtracts one token too many
         theirs = [theirs[0] + loss / scored * weight, theirs[1] + weight]
         if end == len(ids):
             break
-    found = perplexity(ours, ids, "sliding", stride=stride)
-    assert found.tokens == tokens == len(ids) - 1
-    assert_close(found.loss, total / tokens, rtol=1e-5)
-    assert_close(found.perplexity, math.exp(total / tokens), rtol=1e-5)
-    assert_close(found.loss, theirs[0] / theirs[1], rtol=1e-3)  # so little do the weights matter
+    result = perplexity(ours, ids, "sliding", stride=stride)
+    assert result.tokens == tokens == len(ids) - 1
+    assert_close(result.loss, total / tokens, rtol=1e-5)
+    assert_close(result.perplexity, math.exp(total / tokens), rtol=1e-5)
+    assert_close(result.loss, theirs[0] / theirs[1], rtol=1e-3)  # the weights matter little
 
 
 # The harness ------------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ TASKS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, pair, shared_data) -> Path:
-    """A model of ours, exported by `convert.to_hf`; sentences of SST-2 and pieces of WikiText-2; tasks over them."""
+    """A directory with our model, its export by `convert.to_hf`, texts of SST-2 and WikiText-2, and tasks over them."""
     path = tmp_path_factory.mktemp("harness")
     pair[1].save_pretrained(path / "orbax", tokenizer=OPTTokenizer.from_pretrained("tiny"))
     to_hf.convert(open_directory(path / "orbax"), path / "hf")
@@ -129,7 +129,7 @@ def folder(tmp_path_factory, pair, shared_data) -> Path:
 
 @pytest.fixture(scope="module")
 def both(folder):
-    """(of `hf`, of ours): what simple_evaluate returns."""
+    """Results of `simple_evaluate` for the harness's `hf` model, and for ours."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -161,14 +161,14 @@ def test_same_answer_to_every_request(both, task):
     assert len(theirs) == len(ours) == (6 if task == "rolling" else 12)
     for their, our in zip(theirs, ours, strict=True):
         assert json.dumps(their["arguments"]) == json.dumps(our["arguments"])
-        for (expected,), (found,) in zip(their["resps"], our["resps"], strict=True):
+        for (expected,), (got,) in zip(their["resps"], our["resps"], strict=True):
             if task == "generation":
-                assert found == expected
+                assert got == expected
             elif task == "rolling":
-                assert_close(found, expected, rtol=1e-4)
+                assert_close(got, expected, rtol=1e-4)
             else:
-                assert_close(found[0], expected[0], rtol=1e-4)
-                assert found[1] == expected[1]
+                assert_close(got[0], expected[0], rtol=1e-4)
+                assert got[1] == expected[1]
     if task == "generation":
-        texts = [found for our in ours for (found,) in our["resps"]]
+        texts = [text for our in ours for (text,) in our["resps"]]
         assert any(texts) and not any("a" in text for text in texts)

@@ -1,4 +1,4 @@
-"""Tokens of `transformers`' `generate`; its processors are in test_processors_parity.py."""
+"""Tokens of `transformers`' `generate`. Its processors: test_processors_parity.py."""
 
 import warnings
 
@@ -28,7 +28,7 @@ def one_pair():
 def hf_generate(hf, input_ids, attention_mask=None, **options):
     mask = {} if attention_mask is None else {"attention_mask": torch.tensor(attention_mask)}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # advice on options
+        warnings.simplefilter("ignore")  # its advice on options
         return hf.generate(torch.tensor(input_ids, dtype=torch.int64), **mask, **options).numpy()
 
 
@@ -98,7 +98,7 @@ def test_greedy_with_processors(one_pair, options):
 
 
 def test_stop_strings():
-    """The token after which HF's criterion says stop, on random text and on random bytes, prompts included."""
+    """On random texts and bytes we stop after the same token as HF, also where a string begins in the prompt."""
     from support.stop_strings import stop_lengths
 
     from opt_jax import OPTTokenizer
@@ -131,7 +131,7 @@ def test_stop_strings():
 
 
 def test_every_option_of_hf_is_known():
-    """By name, with its default harmless; so a new version of transformers shows what is new."""
+    """We know each option by name and accept its default. So this fails when transformers adds an option."""
     config = transformers.GenerationConfig()
     options = config.to_dict() | {k: v for k, v in config._get_default_generation_params().items() if k != "top_k"}
     GenerationConfig.from_dict(options)
@@ -148,7 +148,7 @@ def test_every_option_of_hf_is_known():
     ],
 )
 def test_beams(one_pair, options):
-    """By way of `generate`, with its processors; tests/parity/test_beams_parity.py has the search, with all models."""
+    """`generate` with processors. The search by itself, with all models: test_beams_parity.py."""
     ids, mask = PROMPTS.values()
     options |= dict(num_beams=3, max_new_tokens=12, eos_token_id=[5, 17, 40])
     hf, model = one_pair

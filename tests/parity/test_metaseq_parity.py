@@ -1,4 +1,4 @@
-"""metaseq checkpoints that torch.save writes, foreign objects and all, converted to Orbax: logits are PyTorch's."""
+"""metaseq checkpoints with foreign objects, written by torch.save and converted to Orbax, give PyTorch's logits."""
 
 import sys
 import types
@@ -22,27 +22,27 @@ from opt_jax.model.inputs import check_inputs
 
 @contextmanager
 def foreign_modules():
-    """Modules with the classes that such files have objects of; gone afterwards, so that nobody can import them."""
-    made: dict[str, types.ModuleType] = {}
+    """Define the classes whose objects such files hold. Afterwards their modules cannot be imported."""
+    modules: dict[str, types.ModuleType] = {}
 
     def define(name: str, *bases: type) -> type:
         module, _, short = name.rpartition(".")
         parts = module.split(".")
         for path in (".".join(parts[: i + 1]) for i in range(len(parts))):
-            made[path] = sys.modules.setdefault(path, types.ModuleType(path))
+            modules[path] = sys.modules.setdefault(path, types.ModuleType(path))
         cls = type(short, bases or (object,), {"__module__": module})
-        setattr(made[module], short, cls)
+        setattr(modules[module], short, cls)
         return cls
 
     try:
         yield define
     finally:
-        for name in made:
+        for name in modules:
             del sys.modules[name]
 
 
 def save(directory: Path, files: dict, values: dict, style: str) -> list[Path]:
-    """The files of `metaseq_files.contents`, written by torch.save with the settings as objects."""
+    """Write the files of `metaseq_files.contents` by torch.save, with the settings as objects."""
     directory.mkdir()
     with foreign_modules() as define:
         meter = define("metaseq.logging.meters.AverageMeter")()
@@ -67,7 +67,7 @@ def save(directory: Path, files: dict, values: dict, style: str) -> list[Path]:
 
 
 def omega(define, values: dict):
-    """As omegaconf's DictConfig looks like to pickle."""
+    """The objects that pickle writes for omegaconf's DictConfig."""
     node_class = define("omegaconf.nodes.AnyNode")
     config_class = define("omegaconf.dictconfig.DictConfig")
     metadata_class = define("omegaconf.base.ContainerMetadata")
@@ -109,7 +109,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_those_of_pytorch(tmp_path, case):
     name, form, style = CASES[case]
-    hf = make_hf(name, vocab_size=102, num_hidden_layers=2)  # for three parts, as ffn_dim
+    hf = make_hf(name, vocab_size=102, num_hidden_layers=2)  # sizes that divide by three
     if name != "opt-350m":
         hf = make_hf(name, vocab_size=102, num_hidden_layers=2, ffn_dim=51)
     weights = {n: p.detach().numpy() for n, p in hf.named_parameters() if not n.startswith("lm_head")}
@@ -123,13 +123,13 @@ def test_logits_are_those_of_pytorch(tmp_path, case):
     with torch.no_grad():
         expected = hf(**{key: torch.from_numpy(value).long() for key, value in inputs.items()}).logits.numpy()
     model = opt_jax.OPTForCausalLM.from_pretrained(tmp_path / "out")
-    found = np.asarray(model.forward(**check_inputs(model, inputs)).logits)  # not compiled
+    got = np.asarray(model.forward(**check_inputs(model, inputs)).logits)  # not compiled
     real = inputs["attention_mask"] == 1
-    assert_close(found[real], expected[real], atol=1e-4 * np.abs(expected).max(), what="logits")
+    assert_close(got[real], expected[real], atol=1e-4 * np.abs(expected).max(), what="logits")
 
 
 def test_views_of_one_storage(tmp_path):
-    """What metaseq's reshard_fsdp writes: the tensors of a unit are views of the storage it was merged in."""
+    """metaseq's reshard_fsdp writes the tensors of a unit as views of one storage."""
     hf = make_hf("opt-125m")
     weights = {n: p.detach().numpy() for n, p in hf.named_parameters()}
     model = contents(weights)["reshard.pt"]["model"]

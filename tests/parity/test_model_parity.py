@@ -1,8 +1,8 @@
 """Our models against `transformers`' PyTorch ones, the same random weights: outputs, losses, gradients.
 
-Ours compute in float32, PyTorch's in float64, whose rounding errors do not show here, whatever the machine's kernels.
-Outputs agree within 1e-4 of the largest value where the mask is 1 (what a pad computes is nobody's business); gradients
-within 1e-4 of their norm, and what rounding does to the summands of each (`oracle.summands`).
+Ours compute in float32, PyTorch's in float64, so that its own rounding errors do not matter. Where the mask is 1,
+outputs agree within 1e-4 of the largest value. Gradients agree within 1e-4 of their norm, plus the rounding errors of
+their summands (`oracle.summands`).
 """
 
 from functools import cache
@@ -29,32 +29,32 @@ EVERYTHING = dict(output_hidden_states=True, output_attentions=True)
 
 @cache
 def pair(name, cls="OPTForCausalLM", **config: Any):
-    """Of two layers, for another number than that of heads; where the head is under test, of one."""
+    """A pair of models with two layers, because the number of heads is three. Tests of a head take one layer."""
     return make_exact_pair(name, cls, **dict[str, Any](num_hidden_layers=2) | config)
 
 
-def own_loss(output, inputs):
+def loss_of_output(output, inputs):
     return output.loss
 
 
-def loss_and_output(model, inputs, loss=own_loss):
+def loss_and_output(model, inputs, loss=loss_of_output):
     output = model.forward(**inputs, **EVERYTHING)
     return loss(output, inputs), output
 
 
-# Operation by operation: nothing to compile once another test has used the same shapes. (The goldens test plain calls.)
+# Operation by operation, which compiles nothing for shapes that another test has used. (The goldens test plain calls.)
 eager = jax.value_and_grad(loss_and_output, has_aux=True)
-# Optimising the machine code takes longer than models this small can win back.
+# For small models optimising takes longer than it saves.
 jitted = jax.jit(eager, static_argnums=2, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def call(model, **inputs):
-    """`model(**inputs)`, operation by operation: nothing to compile once another test has used the same shapes."""
+    """`model(**inputs)`, operation by operation."""
     return model.forward(**check_inputs(model, inputs))
 
 
 def inputs_of(name, padding, **kwargs):
-    """Inputs and the boolean mask; without padding no mask is among the inputs."""
+    """(inputs, boolean mask). Without padding the inputs have no mask."""
     inputs = batch(name, padding, **kwargs)
     mask = inputs["attention_mask"] == 1
     if padding == "none":
@@ -63,7 +63,7 @@ def inputs_of(name, padding, **kwargs):
 
 
 def masked_inputs_of(name, padding, *removed):
-    """The same with a mask in any case, of ones without padding. Without the inputs `removed`."""
+    """(inputs, boolean mask). The inputs always have a mask, and lack `removed`."""
     inputs = batch(name, padding)
     for key in removed:
         del inputs[key]
@@ -76,7 +76,7 @@ def assert_close(got, expected, mask=..., what=""):
 
 
 def assert_states_close(got, expected, mask):
-    """Every hidden state and attention, where `mask`."""
+    """All hidden states and attentions agree where `mask` is true."""
     for a, b in zip(got.hidden_states, expected.hidden_states, strict=True):
         assert_close(a, b, mask, "hidden states")
     for a, b in zip(got.attentions, expected.attentions, strict=True):
@@ -84,8 +84,13 @@ def assert_states_close(got, expected, mask):
 
 
 def assert_gradients_close(gradients, hf, sizes):
-    """`gradients`: a model of gradients, layers in either form; `hf`: the PyTorch model after `backward`, whose
-    `summands` are `sizes`."""
+    """All gradients agree.
+
+    Args:
+      gradients: a model of gradients, with separate or stacked layers.
+      hf: the PyTorch model after `backward`.
+      sizes: its `summands`.
+    """
     got = {path: np.asarray(p.get_value()) for path, p in named_parameters(unstack_layers(gradients)).items()}
     expected = canonical({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in hf.named_parameters()})
     sizes = {canonical_path(name)[0]: size for name, size in sizes.items()}
@@ -95,8 +100,8 @@ def assert_gradients_close(gradients, hf, sizes):
         within(np.linalg.norm(got[path] - g), gradient_limit(g, sizes[path]), path)
 
 
-def check(hf, model, inputs, mask, our_loss=own_loss, their_loss=own_loss, run=eager):
-    """Loss, hidden states, attentions and gradients (of other losses, where they are given); returns both outputs."""
+def check(hf, model, inputs, mask, our_loss=loss_of_output, their_loss=loss_of_output, run=eager):
+    """Compare loss, hidden states, attentions, and the gradients of the given losses. Returns both outputs."""
     hf.zero_grad()
     with summands(hf) as sizes, oracle.relu_inputs(hf) as values:
         expected = oracle.run(hf, inputs, **EVERYTHING)
@@ -122,7 +127,7 @@ def test_causal_lm(name, padding):
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("name", SMALL)
 def test_causal_lm_scanned(name, padding):
-    """One stacked layer, compiled; all ones for a mask where there is no padding."""
+    """Stacked layers, compiled. Without padding the mask is all ones."""
     inputs, mask = masked_inputs_of(name, padding)
     got, expected = check(*pair(name, scan_layers=True), inputs, mask, run=jitted)
     assert_close(got.logits, expected.logits, mask)
@@ -130,7 +135,7 @@ def test_causal_lm_scanned(name, padding):
 
 @pytest.mark.slow
 def test_real_125m_size():
-    """A row of each padding. The seed gives ids without a ReLU's input near 0."""
+    """One row for each padding. With this seed no input of a ReLU is near 0."""
     kinds = [batch("real-125m", padding, length=8, seed=REAL_SEED) for padding in PADDINGS]
     inputs = {key: np.stack([kind[key][row] for row, kind in enumerate(kinds)]) for key in kinds[0]}
     mask = inputs["attention_mask"] == 1
@@ -166,8 +171,8 @@ CLASSIFICATION = {  # problem_type, num_labels, labels of three rows
 }
 
 
-# How the loss is chosen does not depend on the decoder, nor the decoder's gradients on the loss: each loss once, each
-# model twice.
+# The choice of the loss does not depend on the decoder, nor the decoder's gradients on the loss. So each loss is tested
+# once, and each model twice.
 @pytest.mark.parametrize(("problem", "name"), list(zip(CLASSIFICATION, cycle(SMALL), strict=False)))
 def test_classification(name, problem):
     problem_type, num_labels, labels = CLASSIFICATION[problem]
@@ -180,7 +185,7 @@ def test_classification(name, problem):
 
 
 def test_classification_pools_as_hf():
-    """By id, whatever the mask says; the last column for embeddings; column 0 where all ids are pads."""
+    """The last token is known by its id, not by the mask. Embeddings: the last column. A row of pads: column 0."""
     hf, model = pair("opt-125m", "OPTForSequenceClassification")
     ids = i32([[5, 6, 7, 8] * 2 + [9, 9], [1, 1, 5, 1] * 2 + [1, 1], [5] + [1] * 9])
     more = i32([[1] * 10, [1, 5, 6, 7] * 2 + [1, 5], [7] * 10])
@@ -194,12 +199,12 @@ def test_classification_pools_as_hf():
     assert_close(call(model, input_ids=ids[1:2]).logits, oracle.run(hf, dict(input_ids=ids[1:2])).logits)
 
 
-# Row r of the padded batches has 10 - 3 r real tokens. 10 and above is past the end (not counted), below 0 counts as 0.
+# Row r of the padded batches has 10 - 3 r real tokens. Positions from 10 on are ignored, negative ones count as 0.
 ANSWERS = {"inside": ([0, 5, 9], [3, 6, 8]), "outside": ([-4, 10, 7], [99, -1, 8]), "[B, 1]": ([[4], [5], [9]],) * 2}
 
 
-# The gradient that a row without any visible key sends into its scores differs by backend within PyTorch too. So with
-# left padding the loss whose gradients are compared leaves the pads out of the normalisation, on both sides.
+# In PyTorch too, the gradient of the scores of a row without visible keys depends on the backend. So with left padding,
+# the loss whose gradients are compared leaves pads out of its normalisation, on both sides.
 def our_visible_loss(output, inputs):
     masked = jnp.where(inputs["attention_mask"] == 1, output.start_logits, -1e9) + output.end_logits
     return cross_entropy(masked, inputs["start_positions"].reshape(-1).clip(0, 10), ignore_index=10)
@@ -213,7 +218,7 @@ def their_visible_loss(output, inputs):
     )
 
 
-# Positions do not meet the decoder: in the other shape with one model only.
+# The shape of the positions does not concern the decoder, so [B, 1] is tested with one model.
 @pytest.mark.combinations
 @pytest.mark.parametrize(
     ("name", "answers"),
@@ -267,41 +272,41 @@ def test_logits_to_keep():
 @pytest.mark.parametrize("pad", [1, 7, None])
 @pytest.mark.parametrize("tied", [True, False])
 def test_padding_idx_gradient(pad, tied):
-    """Looking up the pad id gives its row no gradient, though it may count as a token; the tied head does."""
+    """A lookup of the pad id gives its row no gradient, even where the mask counts it as a token. A tied head does."""
     hf, model = pair("opt-125m", num_hidden_layers=1, pad_token_id=pad, tie_word_embeddings=tied)
     inputs, mask = inputs_of("opt-125m", "none")
     inputs["input_ids"][:, 2:6] = [1, 7, 1, 5]
     check(hf, model, inputs, mask)
     row = hf.model.decoder.embed_tokens.weight.grad[7]
-    assert (row.abs().max() == 0) == (pad == 7 and not tied)  # the oracle does have the rule
+    assert (row.abs().max() == 0) == (pad == 7 and not tied)  # so the oracle follows this rule
 
 
 ONE_BY_ONE = "prefill, then one by one"
-CHUNKS = {ONE_BY_ONE: [4, 1, 1, 1, 1, 1, 1], "several into a non-empty cache": [4, 4, 1, 1], "all": [10]}
+CHUNKS = {ONE_BY_ONE: [4, 1, 1, 1, 1, 1, 1], "four into a non-empty cache": [4, 4, 1, 1], "all": [10]}
 MASK_FORMS = ("none", "new tokens", "past and new tokens")
 
 
-# Every layer keeps its keys alike: all forms of a call with one model, one form with all.
+# All layers use the cache alike. So one model is tested with all forms of a call, the others with one form.
 @pytest.mark.parametrize(
     ("name", "mask_form", "chunks"),
     [("opt-350m", mask_form, chunks) for mask_form in MASK_FORMS for chunks in CHUNKS]
     + [(name, "new tokens", ONE_BY_ONE) for name in SMALL if name != "opt-350m"],
 )
 def test_cache(name, mask_form, chunks):
-    """Chunk by chunk against HF's cache. Left-padded where there is a mask; our cache needs the new tokens' only."""
+    """In chunks, against HF's cache. With a mask, rows are left-padded. Our cache needs the mask of new tokens only."""
     hf, model = pair(name)
     inputs, mask = inputs_of(name, "none" if mask_form == "none" else "left")
     ids = inputs["input_ids"]
     cache, past, start = model.init_cache(3, 12), transformers.DynamicCache(), 0
     for size in CHUNKS[chunks]:
         stop = start + size
-        theirs, own = {}, {}
+        theirs, ours = {}, {}
         if mask_form != "none":
             theirs["attention_mask"] = mask[:, :stop].astype(np.int64)
-            own["attention_mask"] = mask[:, start if mask_form == "new tokens" else 0 : stop]
+            ours["attention_mask"] = mask[:, start if mask_form == "new tokens" else 0 : stop]
         with torch.no_grad():
             expected = oracle.run(hf, dict(input_ids=ids[:, start:stop]) | theirs, cache=past, use_cache=True)
-        got = call(model, input_ids=ids[:, start:stop], cache=cache, **own)
+        got = call(model, input_ids=ids[:, start:stop], cache=cache, **ours)
         where = mask[:, start:stop]
         if where.any():
             assert_close(got.logits, expected.logits, where)
@@ -310,8 +315,8 @@ def test_cache(name, mask_form, chunks):
     np.testing.assert_array_equal(cache.valid[:, :10], mask)
     for layer in range(2):
         theirs = to_numpy(past.layers[layer].keys).transpose(0, 2, 1, 3)[mask]
-        own = np.asarray(cache.k[layer][:, :, :10]).transpose(0, 2, 1, 3)[mask]
-        limits.assert_close(own, theirs, TOLERANCE * np.abs(theirs).max(), what="keys")
+        ours = np.asarray(cache.k[layer][:, :, :10]).transpose(0, 2, 1, 3)[mask]
+        limits.assert_close(ours, theirs, TOLERANCE * np.abs(theirs).max(), what="keys")
 
 
 FIELDS = {
@@ -339,10 +344,10 @@ def test_config_fields(field):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("name", SMALL)
 def test_half_precision(name, dtype):
-    """Few more roundings than the reference has when it rounds every result once.
+    """Our error is at most that of twice the roundings of the reference, which rounds each result once.
 
-    Squares of independent errors add up. So what ours have in excess of the reference's stands for roundings in excess,
-    and the limit for twice as many as there are; LayerNorm in half precision, say, has more than that.
+    Squares of independent errors add up, so the sum of squares counts roundings. A LayerNorm in half precision, for
+    example, exceeds the limit.
     """
     hf, model = oracle.make_pair(name, dtype=dtype, num_hidden_layers=2)
     hf = hf.double()
@@ -358,7 +363,7 @@ def test_half_precision(name, dtype):
 
 
 def test_oracle_is_what_it_says():
-    """The reference computes eagerly, tied as the config says, with no parameter left at its initial value."""
+    """Its attention is eager, its head is tied as the config says, and no parameter has its initial value."""
     for name in SMALL:
         hf = make_hf(name)
         assert hf.config._attn_implementation == "eager" and not hf.training
@@ -368,7 +373,7 @@ def test_oracle_is_what_it_says():
 
 
 def test_limits_are_narrow(monkeypatch):
-    """A gradient off by a thousandth is noticed; of those that are zero in theory, one that is not."""
+    """A gradient that is off by a thousandth fails, and so does one that should be zero and is not."""
     monkeypatch.setattr(limits, "RATIOS", None)
     hf, model = pair("opt-350m")
     inputs, _ = inputs_of("opt-350m", "left")
@@ -386,7 +391,7 @@ def test_limits_are_narrow(monkeypatch):
 
 
 def test_the_exact_oracle_computes_nothing_in_float32():
-    """Else what is zero in theory would be of float32's size; and its summands are not."""
+    """Gradients that are zero in theory are as small as in float64, though their summands are not."""
     hf, _ = pair("opt-125m")
     with summands(hf) as sizes:
         oracle.run(hf, batch("opt-125m", "left")).loss.backward()

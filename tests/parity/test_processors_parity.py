@@ -1,6 +1,6 @@
 """Logits after our processors, inside `jax.jit`, and after those that `transformers` builds from the same options.
 
-HF sees each row by itself and without padding; we see the rows of one batch, padded. So pads must not count.
+HF sees each row alone, without padding. We see the rows of one batch, padded. So pads must not count.
 """
 
 from functools import lru_cache, partial
@@ -29,10 +29,10 @@ def models():
 
 
 def draw_case(seed: int, step: int) -> tuple[np.ndarray, list[list[int]], list[list[int]]]:
-    """Logits, prompts, new tokens. There are few different tokens, so that n-grams and words come again."""
+    """(logits, prompts, new tokens). They have few different tokens, so that n-grams and words repeat."""
     random = np.random.RandomState(seed)
     logits = random.standard_normal((len(LENGTHS), VOCABULARY)).astype(np.float32) * 3
-    logits[:, ENDS] += 6  # likely, so that their suppression shows
+    logits[:, ENDS] += 6  # likely, so that suppressing them matters
     rows = [random.randint(3, 8, n + step).tolist() for n in LENGTHS]
     rows[0] = [3 + i % 5 for i in range(LENGTHS[0] + step)]  # long repetitions
     cut = [(row[:n], row[n:]) for row, n in zip(rows, LENGTHS, strict=True)]
@@ -61,7 +61,7 @@ def theirs(options: dict[str, Any], logits, prompts, new) -> np.ndarray:
 
 
 def openai_penalties(prompt_length, input_ids, scores, *, presence_penalty, frequency_penalty):
-    """https://platform.openai.com/docs/guides/text-generation: mu[j] - c[j] * frequency - (c[j] > 0) * presence."""
+    """mu[j] - c[j] * frequency - (c[j] > 0) * presence: https://platform.openai.com/docs/guides/text-generation."""
     counts = torch.bincount(input_ids[0, prompt_length:], minlength=VOCABULARY)
     return scores - counts * frequency_penalty - (counts > 0).float() * presence_penalty
 
@@ -91,7 +91,7 @@ def compare(options, seed=0, steps=(0, 1, 4, NEW - 1)):
         expected, got = theirs(options, *case), ours(options, *case)
         np.testing.assert_array_equal(np.isneginf(got), np.isneginf(expected), str((options, step)))
         kept = np.isfinite(expected)
-        # The relative part is float32's: divided by a temperature, logits are in the hundreds.
+        # Divided by a temperature, logits are in the hundreds, hence the relative limit.
         assert_close(got[kept], expected[kept], atol=1e-5, rtol=5e-7, what=f"logits, {options}, step {step}")
         changed |= not np.array_equal(got, case[0])
     return changed
@@ -139,7 +139,7 @@ def test_alone(name, value):
     ids=lambda o: "-".join(o),
 )
 def test_of_beams(options):
-    """Of the tokens of a beam as many are left that one goes on if all end tokens are among them."""
+    """Each beam keeps one token more than there are end tokens, so that it can go on."""
     options = SAMPLE | options
     assert compare(options | dict(num_beams=3))
     case = draw_case(0, 1)
@@ -148,13 +148,13 @@ def test_of_beams(options):
 
 
 def test_begin_suppress_waits_for_a_forced_first_token():
-    """Of a prompt of one token: there the second new token is the first that is free."""
+    """After a prompt of one token, the second new token is the first that is not forced."""
     assert compare(dict(forced_bos_token_id=7, begin_suppress_tokens=ENDS))
 
 
 @pytest.mark.parametrize("least", [11, 14])
 def test_min_length(least, monkeypatch):
-    """It counts columns, pads too: so rows of one length."""
+    """It counts columns, pads included, so the rows here have one length."""
     monkeypatch.setattr(f"{__name__}.LENGTHS", (9, 9))
     assert compare({"min_length": least})
 
@@ -164,21 +164,21 @@ def random_options(random) -> dict[str, Any]:
     options = {name: CHOICES[name][random.randint(len(CHOICES[name]))] for name in names}
     forced = [options.get(name) for name in ("forced_bos_token_id", "forced_eos_token_id")]
     if any(token in options.get("suppress_tokens", []) for token in forced):
-        del options["suppress_tokens"]  # a contradiction, refused by both
+        del options["suppress_tokens"]  # both refuse to force a suppressed token
     return options | (SAMPLE if any(name in OF_SAMPLING for name in names) else {})
 
 
 def test_combinations(sample):
     seeds = sample(range(50), 15)
     cases = {seed: random_options(np.random.RandomState(seed)) for seed in seeds}
-    assert set().union(*cases.values()) == CHOICES.keys() | SAMPLE.keys()  # each processor is among them
-    assert {seed % 2 for seed in seeds} == {0, 1}  # and all steps
+    assert set().union(*cases.values()) == CHOICES.keys() | SAMPLE.keys()  # each processor is drawn
+    assert {seed % 2 for seed in seeds} == {0, 1}  # and all steps are tested
     for seed, options in cases.items():
         compare(options, 100 * seed, steps=(0, 1, 7) if seed % 2 else (3, NEW - 1))
 
 
 def test_values_are_traced_and_unused_processors_cost_nothing():
-    """One compilation for all values; and without processors the program is the one of plain sampling."""
+    """One program serves all values. Neutral values give the program of plain sampling."""
     before = process._cache_size()  # type: ignore[reportFunctionMemberAccess]
     many = {name: values for name, values in CHOICES.items() if name != "bad_words_ids"}
     for pick in (0, -1):
@@ -202,5 +202,5 @@ def test_values_are_traced_and_unused_processors_cost_nothing():
     )
     plain = operations()
     assert len(operations(**neutral)) == len(plain)
-    whole = [o.primitive.name for o in plain if any(x.aval.shape == (1, 99) for x in o.outvars)]
-    assert whole == ["scatter-min"]  # of an end token that would come too early
+    over_vocabulary = [o.primitive.name for o in plain if any(x.aval.shape == (1, 99) for x in o.outvars)]
+    assert over_vocabulary == ["scatter-min"]  # it suppresses end tokens that would come too early

@@ -1,4 +1,4 @@
-"""Tokens of `transformers`' assisted generation and prompt lookup, one row at a time: it takes no more."""
+"""Tokens of `transformers`' assisted generation and prompt lookup, which take one row at a time."""
 
 import numpy as np
 import pytest
@@ -13,13 +13,13 @@ def pair():
 
 @pytest.fixture(scope="module")
 def assistants():
-    """A model of one layer, of theirs and of ours."""
+    """(HF's, our) assistant of one layer."""
     hf = make_hf("opt-125m", num_hidden_layers=1)
     return hf, to_jax(hf, "OPTForCausalLM")
 
 
 def compare(pair, theirs, ours, **options):
-    """`theirs` and `ours`: what to draft with."""
+    """Assert equal tokens. `theirs` and `ours` are the options that choose the drafts."""
     hf, model = pair
     options = dict(max_new_tokens=20) | options
     ids, mask = PROMPTS["input_ids"], PROMPTS["attention_mask"]
@@ -36,7 +36,7 @@ def compare(pair, theirs, ours, **options):
         assert drafted.lengths[row] == len(new)
 
 
-# tests/generation/test_speculative.py crosses the two with options, beside our plain generation.
+# tests/generation/test_speculative.py combines both with other options, and compares with our plain generation.
 def test_assistant_with_processors(pair, assistants):
     theirs, ours = assistants
     compare(pair, dict(assistant_model=theirs), dict(assistant_model=ours), repetition_penalty=1.3, min_new_tokens=12)

@@ -1,4 +1,4 @@
-"""What `to-hf` writes: files equal to those of save_pretrained, and models that `transformers` loads without a word."""
+"""`to-hf` writes the files that save_pretrained writes, and `transformers` loads them without a warning."""
 
 import json
 from pathlib import Path
@@ -65,7 +65,7 @@ def test_transformers_loads_it_and_gives_the_same_outputs(tmp_path, name, cls, d
     ],
 )
 def test_files_are_those_of_save_pretrained(tmp_path, name, cls, size):
-    """Byte for byte: names, shards, header, order; the two configurations as JSON."""
+    """Names, shards and tensor files are equal byte for byte, the two configurations as JSON."""
     theirs = saved(make_hf(name, cls), tmp_path / "hf", size)
     ours = through_orbax(theirs, tmp_path, size)
     assert sorted(p.name for p in ours.iterdir()) == sorted(p.name for p in theirs.iterdir())
@@ -80,8 +80,8 @@ def test_generation_config_made_here_is_that_of_transformers(tmp_path):
     expected = transformers.GenerationConfig.from_pretrained(theirs)
     (theirs / "generation_config.json").unlink()
     ours = through_orbax(theirs, tmp_path, "1GB")
-    found = transformers.GenerationConfig.from_pretrained(ours)
+    loaded = transformers.GenerationConfig.from_pretrained(ours)
     for key in ("bos_token_id", "eos_token_id", "pad_token_id", "_from_model_config"):
-        assert getattr(found, key) == getattr(expected, key), key
+        assert getattr(loaded, key) == getattr(expected, key), key
     model = transformers.OPTForCausalLM.from_pretrained(ours)
     assert model.generate(torch.tensor([[2, 11, 12]]), max_new_tokens=3, do_sample=False).shape[1] <= 6

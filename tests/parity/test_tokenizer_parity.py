@@ -1,4 +1,4 @@
-"""The tokenizer against transformers': ids, masks and text, with the real OPT files and what either side saves."""
+"""The tokenizer against that of `transformers`: ids, masks and texts, with OPT's files and with saved ones."""
 
 import json
 import warnings
@@ -46,7 +46,7 @@ HARD = [
 
 @pytest.fixture(scope="module")
 def opt_directory(shared_data, tmp_path_factory):
-    """The layout of facebook/opt-*."""
+    """A directory with the files of facebook/opt-*."""
     folder = tmp_path_factory.mktemp("opt")
     for file in ("vocab.json", "merges.txt"):
         (folder / file).write_bytes((shared_data / "opt-tokenizer" / file).read_bytes())
@@ -102,7 +102,7 @@ def test_special_tokens(pair):
 
 
 def test_bare_files_are_an_opt_tokenizer(pair, shared_data):
-    """Without tokenizer_config.json, too: what AutoTokenizer gives for facebook/opt-*."""
+    """Without tokenizer_config.json too, we do what AutoTokenizer does for facebook/opt-*."""
     paths = (shared_data / "opt-tokenizer" / "vocab.json", shared_data / "opt-tokenizer" / "merges.txt")
     assert_same(OPTTokenizer.from_file(*paths), pair[1], HARD)
 
@@ -156,7 +156,7 @@ def test_each_reads_what_the_other_saved(pair, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     assert_same(OPTTokenizer.from_pretrained(tmp_path / "theirs"), theirs, HARD)
     assert_same(ours, transformers.AutoTokenizer.from_pretrained(tmp_path / "ours"), HARD)
-    (tmp_path / "ours" / "tokenizer.json").unlink()  # readers that know vocab.json and merges.txt alone
+    (tmp_path / "ours" / "tokenizer.json").unlink()  # vocab.json and merges.txt suffice
     assert_same(ours, transformers.GPT2Tokenizer.from_pretrained(tmp_path / "ours"), HARD)
 
 
@@ -175,7 +175,7 @@ def test_a_tokenizer_with_added_tokens(pair, opt_directory, tmp_path):
 
 @pytest.mark.parametrize("in_file", [False, True])
 def test_a_blank_in_front(pair, tmp_path, in_file):
-    """As the config says of OPT's class, whatever tokenizer.json says; as the latter says of other classes."""
+    """For OPT's class the config decides, for other classes tokenizer.json does."""
     pair[0].save_pretrained(tmp_path)
     path = tmp_path / "tokenizer.json"
     text = path.read_text()
@@ -192,13 +192,13 @@ def test_a_blank_in_front(pair, tmp_path, in_file):
 
 
 def changed(tokenizer):
-    """The idioms of fine-tuning scripts."""
+    """Change the tokenizer as fine-tuning scripts do."""
     tokenizer.pad_token = tokenizer.eos_token
     counts = [tokenizer.add_tokens(["<|user|>", "ein Wort", "hello"]), tokenizer.add_tokens("<|user|>")]
     counts.append(tokenizer.add_special_tokens({"sep_token": "<|sep|>", "extra_special_tokens": ["<|end|>"]}))
     counts.append(tokenizer.add_special_tokens({"cls_token": "</s>"}))
     tokenizer.bos_token_id = tokenizer.convert_tokens_to_ids("<|sep|>")
-    tokenizer.add_bos_token = True  # HF follows here; we did above
+    tokenizer.add_bos_token = True  # HF obeys from here on, we did above
     return counts
 
 
@@ -274,7 +274,7 @@ def test_pad(pair):
 
 
 def test_pipeline_returns_what_transformers_returns(tmp_path):
-    """A checkpoint of transformers, read by both: same text, same structure."""
+    """Both read a checkpoint of `transformers`, and return the same texts in the same structure."""
     torch = pytest.importorskip("torch", reason="transformers' pipeline needs PyTorch")
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -283,7 +283,10 @@ def test_pipeline_returns_what_transformers_returns(tmp_path):
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=280, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator([__doc__], trainer)
+    text = (
+        "The tokenizer against transformers': ids, masks and text, with the real OPT files and what either side saves."
+    )
+    backend.train_from_iterator([text], trainer)
     OPTTokenizer(backend).save_pretrained(tmp_path)
     torch.manual_seed(0)
     config = transformers.OPTConfig(

@@ -1,4 +1,4 @@
-"""Updates beside PyTorch's: AdamW and clipping on the same gradients, and whole training steps on the same batches."""
+"""Updates against PyTorch's: AdamW and clipping on equal gradients, and training steps on equal batches."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def torch_optimizer(model):
 
 
 def torch_backward(model, batch):
-    """The loss; the gradients are in the parameters."""
+    """Run PyTorch's backward pass. Returns the loss."""
     model.zero_grad(set_to_none=True)
     logits = run(model, {"input_ids": batch["input_ids"]}, use_cache=False).logits
     labels = torch.from_numpy(batch["labels"]).long()
@@ -32,7 +32,7 @@ def torch_backward(model, batch):
 
 
 def torch_update(model, optimizer, step, clip_norm=CLIP):
-    """The norm of the gradients; the parameters are updated."""
+    """Update PyTorch's parameters. Returns the norm of the gradients."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     optimizer.param_groups[0]["lr"] = float(SCHEDULE(step))
     optimizer.step()
@@ -40,12 +40,12 @@ def torch_update(model, optimizer, step, clip_norm=CLIP):
 
 
 def parameters(model):
-    """{path: array}, as copies: PyTorch updates in place."""
+    """{path: array} of the PyTorch model. Copies, because PyTorch updates in place."""
     return {path: value.copy() for path, value in canonical(dict(model.named_parameters())).items()}
 
 
 def our_parameters(model):
-    """The same of our stacked model."""
+    """{path: array} of our stacked model."""
     params = {}
     for path, leaf in named_leaves(model).items():
         before, layers, behind = path.partition(".layers.")
@@ -73,7 +73,7 @@ def batches(name, count):
 
 @pytest.mark.parametrize("clip_norm", [0.1, 1e9], ids=["clipped", "not-clipped"])
 def test_fed_pytorchs_gradients_an_update_is_pytorchs(clip_norm):
-    """And its parameters: what is compared is the update, before a parameter of order one rounds it away."""
+    """Fed its parameters too. Updates are compared, because adding them to parameters of order one rounds them."""
     hf, _ = make_exact_pair("opt-125m", dropout=0.0, num_hidden_layers=1)
     theirs = torch_optimizer(hf)
     ours = make_optimizer(SCHEDULE, weight_decay=0.1, clip_norm=clip_norm)
@@ -94,8 +94,10 @@ def test_fed_pytorchs_gradients_an_update_is_pytorchs(clip_norm):
 
 @pytest.mark.parametrize(("name", "accumulate"), [("opt-125m", 1), ("opt-350m", 2)])
 def test_training_steps_are_pytorchs(name, accumulate):
-    """Weights, LayerNorms and biases are random; PyTorch computes in float64. A bias of the keys moves no softmax: its
-    gradient is rounding noise, which Adam makes as large as any other."""
+    """All parameters are random, and PyTorch computes in float64.
+
+    A bias of the keys does not change the softmax. Its gradient is rounding noise, which Adam amplifies.
+    """
     hf, model = make_exact_pair(name, dropout=0.0, scan_layers=True, num_hidden_layers=2)
     theirs, ours = torch_optimizer(hf), make_optimizer(SCHEDULE, weight_decay=0.1, clip_norm=CLIP)
     mesh = make_mesh("data=1", devices=jax.devices()[:1])

@@ -1,4 +1,4 @@
-"""Runs the converter as its users do, and reads what it has written."""
+"""Run the converter as users do, and read what it has written."""
 
 from pathlib import Path
 
@@ -12,23 +12,23 @@ DATA = Path(__file__).parents[1] / "fixtures"
 
 
 def load_hf_names(directory: Path) -> dict[str, np.ndarray]:
-    """What is on disk under DST, read by plain Orbax, under HF's names and in HF's orientation."""
+    """The arrays of a converted checkpoint, read by plain Orbax: HF name -> array in HF's orientation."""
     with ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.restore((directory / "params").absolute())
-    found = {}
+    arrays = {}
     for path, array in orbax.flatten(tree).items():
-        kind = path.rpartition(".")[2]  # not by way of `names`: its mistakes must show
+        kind = path.rpartition(".")[2]  # without `names`, so that its mistakes show
         name = path.removesuffix(kind) + {"kernel": "weight", "embedding": "weight", "scale": "weight"}.get(kind, kind)
-        found[name] = np.asarray(array).T if kind == "kernel" else np.asarray(array)
-    return found
+        arrays[name] = np.asarray(array).T if kind == "kernel" else np.asarray(array)
+    return arrays
 
 
-def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert found.keys() == expected.keys()
+def assert_same(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert got.keys() == expected.keys()
     for name, array in expected.items():
-        assert found[name].dtype == array.dtype, name
-        assert found[name].shape == array.shape, name
-        assert found[name].tobytes() == array.tobytes(), name
+        assert got[name].dtype == array.dtype, name
+        assert got[name].shape == array.shape, name
+        assert got[name].tobytes() == array.tobytes(), name
 
 
 def convert(source: Path, destination: Path, *options: str) -> Path:
@@ -38,7 +38,7 @@ def convert(source: Path, destination: Path, *options: str) -> Path:
 
 
 def refused(capsys, source: Path, destination: Path, *options: str) -> str:
-    """The one line on stderr; nothing is left behind, beside DST either."""
+    """Run a conversion that fails and leaves nothing on the disk. Returns its one line on stderr."""
     before = sorted(destination.parent.iterdir())
     capsys.readouterr()
     assert main([str(source), str(destination), *options]) == 1

@@ -1,4 +1,4 @@
-"""The loops of `generate` as XLA compiles them, for inspection. As a script: for a TPU, of which none is needed.
+"""The loops of `generate` as XLA compiles them, for inspection. As a script it compiles for a TPU, and needs none.
 
 `python -m support.decode_loop FILE` writes the optimized HLO of the decode loop for four chips of a TPU v5e, with the
 tensors of a bfloat16 model split four ways. Needs `libtpu`, and PYTHONPATH pointing at this package.
@@ -50,9 +50,15 @@ def make_model(mesh: Mesh | None = None, **kwargs) -> OPTForCausalLM:
 def arguments(
     compiled: str, model: OPTForCausalLM, rows: int = len(IDS), **options: Any
 ) -> tuple[tuple, dict[str, Any]]:
-    """What `generate` calls a compiled function with, "loop.advance" or "beams.advance"; it is not called.
+    """(positional, keyword) arguments with which `generate` would call a compiled function.
 
-    Without a mesh shapes are enough, and the prompts are not read for them.
+    Without a mesh, arguments are shapes, and the prefill is not run.
+
+    Args:
+      compiled: "loop.advance" or "beams.advance".
+      model: as for `generate`.
+      rows: number of prompts.
+      options: of `generate`.
     """
 
     class CalledError(Exception):

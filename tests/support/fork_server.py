@@ -1,9 +1,9 @@
 """Forks the Python programs that tests start (see `processes.Popen`). Not a test.
 
-This process has imported JAX, Flax and Orbax, which takes three seconds; a program imports only `opt_jax` itself.
-Requests come over a socket, pickled. ("start", words, environment, directory, new session?) comes with the descriptors
-of standard input, output and error, and is answered with the process id. ("wait", id) is answered with the status of
-the process, or None while it runs.
+This process has imported JAX, Flax and Orbax, which takes three seconds. A program imports only `opt_jax` itself.
+Requests are pickled and come over a socket. ("start", words, environment, directory, new session?) comes with the
+descriptors of standard input, output and error. The answer is the process id. The answer to ("wait", id) is the status
+of the process, or None while it runs.
 """
 
 import builtins
@@ -25,7 +25,7 @@ IMPORTED = ("jax.experimental.multihost_utils", PALLAS, "flax.nnx", "grain", "op
 
 
 def serve(connection: socket.socket) -> list[str]:
-    """Returns in the processes that are forked, with the words of their program."""
+    """Answer requests. Returns in forked processes only: the words of the program to run."""
     while True:
         message, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 3)
         if not message:
@@ -59,14 +59,14 @@ def become(descriptors: list[int], environment: dict[str, str], directory: str, 
 
 
 def stream(number: int, like: Any) -> Any:
-    """A new one for the descriptor: the old one has looked at what the descriptor was before."""
+    """A new text stream for the descriptor. The old stream was set up for another file."""
     unbuffered, lines = like.write_through, number == 2 or os.isatty(number)
     binary = open(number, "wb", 0 if unbuffered else -1, closefd=False)
     return io.TextIOWrapper(binary, like.encoding, like.errors, line_buffering=lines, write_through=unbuffered)
 
 
 def run(words: list[str]) -> Any:
-    """As `python words` does."""
+    """Do what `python *words` does."""
     while words[0] == "-W":
         action, _, category = words[1].partition("::")
         simplefilter: Any = warnings.simplefilter

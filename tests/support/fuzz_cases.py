@@ -1,7 +1,7 @@
 """Damage to files, answers and options, drawn by hypothesis. Not a test itself.
 
-A case is plain data: the name of a file and the edits that damage it, or arguments. So one that was found can be
-written down.
+A case is plain data: the name of a file and the edits that damage it, or arguments. So a failing case can be written
+down.
 """
 
 import json
@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 
 @dataclass(frozen=True)
 class Many:
-    """A text, `times` times; within JSON a string, or with `raw` as it stands there."""
+    """A text that is repeated. In JSON it becomes a string.
+
+    Attributes:
+      text: the text.
+      times: how often it is repeated.
+      raw: whether it is put into JSON as it is, and not as a string.
+      around: what replaces it, with the repeated text for "{}".
+    """
 
     text: str
     times: int = 1
@@ -48,7 +55,7 @@ _TREE, _BYTES = (
     ("set", "set", "set", "copy", "drop", "rename", "twice"),
     ("flip", "flip", "cut", "insert", "remove", "double"),
 )
-_WHOLE = (b"", b"null", b"[]", b"{}", b"3", b'"x"', b"\xff\xfe{\0}\0", b"\xef\xbb\xbf{}", b"[" * 200_000, b"\0" * 100)
+_FILES = (b"", b"null", b"[]", b"{}", b"3", b'"x"', b"\xff\xfe{\0}\0", b"\xef\xbb\xbf{}", b"[" * 200_000, b"\0" * 100)
 _INSERTED = (b"\0", b"\xff", b"\n", b"\xed\xa0\x80", b",", b"[", b"}", b'"', b"9" * 400, b"\x1b[2J", bytes(5000))
 
 
@@ -57,7 +64,7 @@ _INSERTED = (b"\0", b"\xff", b"\n", b"\xed\xa0\x80", b",", b"[", b"}", b'"', b"9
 
 @st.composite
 def damage(draw: Any, files: Mapping[str, bytes]) -> tuple[str, tuple]:
-    """The name of one of the files, and one to three edits of it (see `edited`)."""
+    """(name of one of the files, one to three edits of it for `edited`)."""
     name = draw(st.sampled_from(sorted(files)))
     return name, draw(edits(files[name]))
 
@@ -83,7 +90,7 @@ def _edit_of_tree(draw: Any, tree: Any) -> tuple:
 
 @st.composite
 def _path(draw: Any, tree: Any) -> tuple:
-    """From the root down, a step at a time: nodes near the root are drawn as often as the many leaves."""
+    """A path of keys from the root down. It may end at each step, so that not only the many leaves are drawn."""
     path = []
     while isinstance(tree, dict | list) and tree and (not path or draw(st.integers(0, 3))):
         path.append(draw(st.sampled_from(list(tree) if isinstance(tree, dict) else range(len(tree)))))
@@ -93,23 +100,28 @@ def _path(draw: Any, tree: Any) -> tuple:
 
 @st.composite
 def _edit_of_bytes(draw: Any, length: int) -> tuple:
-    kind, at = draw(st.sampled_from((*_BYTES, "whole"))), draw(st.integers(0, length))
-    if kind == "whole":
-        return kind, draw(st.sampled_from(_WHOLE))
+    kind, at = draw(st.sampled_from((*_BYTES, "replace"))), draw(st.integers(0, length))
+    if kind == "replace":
+        return kind, draw(st.sampled_from(_FILES))
     more: dict[str, Any] = dict(flip=st.integers(0, 7), insert=st.sampled_from(_INSERTED), cut=st.none())
     return kind, at, draw(more.get(kind, st.integers(1, 32)))
 
 
 def edited(content: bytes, changes: Sequence[tuple]) -> bytes:
-    """The content with edits: first those of the JSON tree ("set", path, value), ("copy", to, from), ("drop", path),
-    ("rename", path, key), ("twice", path, value of the second key); then those of bytes ("flip", at, bit),
-    ("cut", at, None), ("insert", at, bytes), ("remove" or "double", at, length), ("whole", all bytes)."""
+    """The content after all edits: first those of the JSON tree, then those of the bytes.
+
+    Args:
+      content: of a file.
+      changes: of the tree ("set", path, value), ("copy", to, from), ("drop", path), ("rename", path, key), ("twice",
+        path, value of the second key). Of the bytes ("flip", at, bit), ("cut", at, None), ("insert", at, bytes),
+        ("remove" or "double", at, length), ("replace", the new content).
+    """
     in_tree = [change for change in changes if change[0] in _TREE]
     if in_tree:
         content = _edited_tree(json.loads(content), in_tree)
     for kind, at, *more in (change for change in changes if change[0] not in _TREE):
         value: Any = more[0] if more else None
-        if kind == "whole":
+        if kind == "replace":
             content = at
         elif kind == "flip" and content:
             at %= len(content)
@@ -123,7 +135,7 @@ def edited(content: bytes, changes: Sequence[tuple]) -> bytes:
 
 def _edited_tree(tree: Any, changes: Sequence[tuple]) -> bytes:
     root = {"": tree}
-    texts: list[tuple[str, str]] = []  # of JSON, and what it is replaced by
+    texts: list[tuple[str, str]] = []  # JSON of a marker -> its replacement
 
     def marked(replacement: str) -> str:
         marker = f"\ue000{len(texts)}\ue001"
@@ -131,7 +143,7 @@ def _edited_tree(tree: Any, changes: Sequence[tuple]) -> bytes:
         return marker
 
     def plain(value: Any) -> Any:
-        """`value` as `json.dumps` can write it."""
+        """`value` with a marker for each `Many`, so that `json.dumps` can write it."""
         if isinstance(value, Many):
             return marked(str(value) if value.raw else json.dumps(str(value)))
         if isinstance(value, list | tuple):
@@ -159,7 +171,7 @@ def _edited_tree(tree: Any, changes: Sequence[tuple]) -> bytes:
             elif kind == "twice" and isinstance(node, dict) and path:
                 node[last] = old
                 node[marked(json.dumps(last))] = plain(more[0])
-        except (KeyError, IndexError, TypeError):  # an edit before this one has removed it
+        except (KeyError, IndexError, TypeError):  # an earlier edit has removed the node
             continue
     text = json.dumps(root[""])
     for marker, replacement in texts:
@@ -207,12 +219,12 @@ _HEADERS = (
 
 
 def mostly(first: Any, *others: Any) -> st.SearchStrategy:
-    """The first value half of the time: faults are found one at a time."""
+    """The first value half of the time, because several faults at once would hide each other."""
     return st.one_of(st.just(first), st.sampled_from((first, *others)))
 
 
 def npy_file(header: str, version: tuple[int, int] = (1, 0), length: int | None = None) -> tuple[str, bytes]:
-    """An array of 50 numbers of 16 bits, with a header that may say something else, and its length, too."""
+    """A .npy file of 50 numbers of 16 bits. Its header and the length of the header may be false."""
     raw = header.encode("latin-1")
     size = (len(raw) if length is None else length).to_bytes(2 if version[0] == 1 else 4, "little")
     return "a.npy", b"\x93NUMPY" + bytes(version) + size + raw + np.arange(50, dtype=np.uint16).tobytes()
@@ -220,7 +232,7 @@ def npy_file(header: str, version: tuple[int, int] = (1, 0), length: int | None 
 
 @st.composite
 def arrays(draw: Any) -> tuple[str, bytes]:
-    """Files of arrays whose headers say something else."""
+    """Files of arrays with false headers."""
     fields = {"descr": draw(mostly(*_DESCRS)), "order": draw(mostly(*_ORDERS)), "shape": draw(mostly(*_SHAPES))}
     header = draw(mostly(*_HEADERS)) % fields
     width = draw(mostly(-(-(len(header) + 11) // 64) * 64 - 11, 0, 9990, 10_100, 65_000))
@@ -280,7 +292,7 @@ _IDS = st.one_of(
 
 @st.composite
 def requests(draw: Any, names: Sequence[str]) -> dict[str, Any]:
-    """Arguments of `check_request` and the checks after it."""
+    """Arguments for `check_request` and the checks after it."""
     case: dict[str, Any] = {"input_ids": draw(_IDS) if not draw(st.integers(0, 3)) else [[5, 6, 7]]}
     if not draw(st.integers(0, 3)):
         case["attention_mask"] = draw(st.one_of(st.just([[0, 1, 1]]), _ANY))
@@ -320,8 +332,8 @@ _HEADER_VALUES = (
 
 @st.composite
 def answers(draw: Any, files: Mapping[str, bytes]) -> tuple[str, Any]:
-    """What of the answers is another: ("info" or "tree", edits), ("headers", those of answers about files),
-    ("statuses", (those of the first answers, and their headers)), ("sent", contents of files)."""
+    """What a hub answers instead: ("info" or "tree", edits), ("headers", headers of answers about files), ("statuses",
+    (statuses of the first answers, their headers)), or ("sent", contents of files)."""
     kind = draw(st.sampled_from(("info", "tree", "headers", "headers", "statuses", "sent")))
     headers = st.dictionaries(st.sampled_from(_HEADER_NAMES), st.sampled_from(_HEADER_VALUES), min_size=1, max_size=2)
     if kind in ("info", "tree"):
@@ -355,4 +367,4 @@ def answers(draw: Any, files: Mapping[str, bytes]) -> tuple[str, Any]:
         )
         return kind, (tuple(draw(st.lists(st.sampled_from(codes), min_size=1, max_size=4))), draw(headers))
     names = st.sampled_from(("config.json", "merges.txt", "model.safetensors", "model.safetensors.index.json"))
-    return kind, draw(st.dictionaries(names, st.sampled_from((*_WHOLE, bytes(10_000))), min_size=1, max_size=2))
+    return kind, draw(st.dictionaries(names, st.sampled_from((*_FILES, bytes(10_000))), min_size=1, max_size=2))

@@ -1,6 +1,6 @@
-"""What `fuzz_worker.py` gives damaged files and wild arguments to. Not a test.
+"""The readers to which `fuzz_worker.py` gives damaged files and wild arguments. Not a test.
 
-Each target says which valid files there are, lets the library read the damaged ones, and knows what may come of it.
+Each target writes valid files, lets the library read damaged ones, and knows which results are allowed.
 """
 
 import json
@@ -10,13 +10,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-_OCDBT = b"\x0c\xdb"  # how manifests and nodes of TensorStore's database begin
-
 
 class Target:
-    """What reads files, or takes arguments; the files of a case lie in `directory`, which nothing else may change."""
+    """A part of the library that reads files or takes arguments. The files of a case are in `directory`."""
 
-    writes = ()  # names in the directory that reading may add
+    writes = ()  # names in the directory that reading may write
 
     def __init__(self, root: Path):
         self.directory = root / "case"
@@ -32,7 +30,7 @@ class Target:
         (self.directory / name).write_bytes(content)
 
     def read(self, case: Any) -> str | None:
-        """What is wrong with what was read; raises what reading raises."""
+        """Read the case. Returns what is wrong with the result, or None. Raises what the library raises."""
         raise NotImplementedError
 
 
@@ -103,7 +101,7 @@ class Config(Target):
                 config.check()
                 combine(parse(content.decode("utf-8", "replace"), name), None, {})
             except ValueError as e:
-                raise ValueError(f"{self.directory}: {e}") from None  # which file, its caller knows
+                raise ValueError(f"{self.directory}: {e}") from None  # callers add the name of the file
         elif name == "run.json":
             pretrained.read_config(self.directory / "checkpoints" / "3")
         else:
@@ -113,7 +111,7 @@ class Config(Target):
 
 
 class Tokenizers(Target):
-    """`fast/` has a tokenizer.json, `slow/` the two files that came before it."""
+    """`fast/` has tokenizer.json, `slow/` has vocab.json and merges.txt."""
 
     def __init__(self, root: Path):
         from opt_jax import OPTTokenizer
@@ -158,155 +156,12 @@ class Tokenizers(Target):
             _ = repr(tokenizer), len(tokenizer), tokenizer.all_special_ids
             tokenizer.stop_strings(["b"], [], 16)
         except ValueError as e:
-            raise ValueError(f"{self.directory}: {e}") from None  # which files, its caller knows
+            raise ValueError(f"{self.directory}: {e}") from None  # callers add the name of the directory
         return None if all(type(i) is int and i >= 0 for i in ids) else f"ids {ids}"
 
 
-class Model(Target):
-    """The arrays of a model directory. A file `NAME@params` is a value in the database of `params`; of a file
-    `NAME@sealed` the checksum is made right after the damage, so that more than its comparison is tried."""
-
-    def __init__(self, root: Path):
-        import ml_dtypes
-        import numpy as np
-
-        from opt_jax.checkpoints import orbax
-        from opt_jax.checkpoints.arrays import LazyArray
-
-        super().__init__(root)
-        rng = np.random.default_rng(0)
-        self.arrays = {
-            "m.embedding": rng.standard_normal((40, 8)).astype(np.float16),
-            "m.layers.kernel": rng.standard_normal((2, 16, 20)).astype(np.float32),
-            "m.norm": rng.standard_normal(5).astype(ml_dtypes.bfloat16),
-        }
-        arrays = {name: LazyArray(a.shape, a.dtype, a.__getitem__) for name, a in self.arrays.items()}
-        orbax.write_arrays(self.base / "params", arrays)
-        self._leave_uncompressed()
-        self.whole = {name: (a.dtype, a.shape, a.load().tobytes()) for name, a in self.open(self.base).items()}
-
-    @staticmethod
-    def open(directory: Path) -> dict[str, Any]:
-        from opt_jax.checkpoints import orbax
-
-        return orbax.open_arrays(directory / "params")
-
-    def _leave_uncompressed(self) -> None:
-        """Write the database anew, or damage would hit little but Zstandard."""
-        store = self.database(self.base)
-        contents = {key: store.read(key).result().value for key in store.list().result()}
-        (self.base / "params" / "manifest.ocdbt").unlink()
-        for directory in ("d", "ocdbt.process_0"):
-            shutil.rmtree(self.base / "params" / directory)
-        store = self.database(self.base, config={"compression": None})
-        for key, content in contents.items():
-            store.write(key, content).result()
-
-    def database(self, directory: Path, **more: Any) -> Any:
-        import tensorstore as ts
-
-        return ts.KvStore.open({"driver": "ocdbt", "base": f"file://{directory}/params/"} | more).result()
-
-    def files(self) -> dict[str, bytes]:
-        used = super().files()
-        used |= {f"{name}@sealed": content for name, content in used.items() if content[:2] == _OCDBT}
-        store = self.database(self.base)
-        metadata = [key.decode() for key in store.list().result() if key.endswith(b"zarr.json")]
-        used |= {f"{key}@params": store.read(key).result().value for key in metadata}
-        zarr2 = {
-            "zarr_format": 2,
-            "shape": [5],
-            "chunks": [5],
-            "dtype": "<f4",
-            "compressor": {"id": "zlib"},
-            "fill_value": None,
-            "filters": None,
-            "order": "C",
-            "dimension_separator": ".",
-        }
-        return used | {"m.norm/.zarray@params": json.dumps(zarr2).encode()}
-
-    def put(self, case: Any) -> None:
-        name, content = case
-        key, at, _ = name.partition("@")
-        if name.endswith("@sealed"):
-            content = content[:4] + len(content).to_bytes(8, "little") + content[12:-4]
-            content += _crc32c(content).to_bytes(4, "little")
-        if name.endswith("@sealed") or not at:
-            return super().put((key, content))
-        shutil.copytree(self.base, self.directory)
-        store = self.database(self.directory)
-        if key.endswith(".zarray"):
-            store.delete_range(type(store).KeyRange("m.norm/zarr.json", "m.norm/zarr.json\0")).result()
-        store.write(key, content).result()
-
-    def read(self, case: Any) -> str | None:
-        import warnings
-
-        name, _ = case
-        with warnings.catch_warnings(action="ignore" if "@" in name else "error", category=UserWarning):
-            arrays = self.open(self.directory)
-        if name.endswith("@sealed"):
-            [array.load() for path, array in arrays.items() if array.shape == self.whole.get(path, (0, 0, 0))[1]]
-            return None
-        if "@" not in name and arrays.keys() != self.whole.keys():
-            return f"arrays {sorted(arrays)}"
-        changed = name.partition("/")[0].replace(".layers.", ".layers.0.") if "@" in name else None
-        for path, array in arrays.items():
-            dtype, shape, content = self.whole.get(path, (None, None, None))
-            if array.shape == shape:  # others are refused before they are read (check_parameters)
-                values = array.load().tobytes()
-                if (array.dtype, values) != (dtype, content) and not (
-                    "@" in name and changed and path[:5] == changed[:5]
-                ):
-                    return f"{path} has other values"
-        return None
-
-
-class Training(Target):
-    """A checkpoint of a training run."""
-
-    data = {"step": 3, "more": [1, {"a": None}]}
-
-    def __init__(self, root: Path):
-        super().__init__(root)
-        with self.checkpoints(self.base) as checkpoints:
-            checkpoints.save(3, self.state(3))
-
-    @staticmethod
-    def state(step: int) -> Any:
-        import jax
-        import numpy as np
-
-        from opt_jax.training.step import TrainState
-
-        model: Any = {"layers.kernel": np.arange(60, dtype=np.float32).reshape(2, 3, 10) + step}
-        fields = (np.int32(step), model, {"m": np.full((3, 10), 0.5, np.float32)}, np.bool_(False))
-        return TrainState(*jax.device_put(fields))
-
-    @staticmethod
-    def checkpoints(directory: Path) -> Any:
-        from opt_jax.training.checkpoints import Checkpoints
-
-        return Checkpoints(directory, keep=3, data_state=lambda step: Training.data)
-
-    def files(self) -> dict[str, bytes]:
-        return {name: content for name, content in super().files().items() if "ocdbt.process_" not in name}
-
-    def read(self, case: Any) -> str | None:
-        import jax
-        import numpy as np
-
-        shardings = jax.tree.map(lambda x: x.sharding, self.state(0))
-        with self.checkpoints(self.directory) as checkpoints:
-            step, state, data = checkpoints.restore_newest(jax.eval_shape(lambda: self.state(0)), shardings, print)
-        same = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), state, self.state(3))
-        fine = step == 3 and all(jax.tree.leaves(same)) and (data == self.data or "crc32" not in case[1].decode())
-        return None if fine else f"step {step}, {same}, {data}"
-
-
 class Arrays(Target):
-    """Token ids as .npy, and what says which tokenizer made them."""
+    """Token ids as .npy, and the JSON beside them, which names their tokenizer."""
 
     def __init__(self, root: Path):
         import numpy as np
@@ -317,14 +172,13 @@ class Arrays(Target):
         super().__init__(root)
         self.tokenizer = OPTTokenizer.from_pretrained(root / "bases" / "Tokenizers" / "slow")
         np.save(self.base / "a.npy", np.arange(50, dtype=np.uint16))
-        fingerprint = hash_of_vocabulary(self.tokenizer)
-        made_by = {
+        description = {
             "tokens": 50,
             "documents": 1,
-            "tokenizer": {"name": "slow", "fingerprint": fingerprint},
+            "tokenizer": {"name": "slow", "fingerprint": hash_of_vocabulary(self.tokenizer)},
             "sources": ["x"],
         }
-        (self.base / "a.npy.json").write_text(json.dumps(made_by))
+        (self.base / "a.npy.json").write_text(json.dumps(description))
 
     def read(self, case: Any) -> str | None:
         from opt_jax.data.tokens import open_tokens
@@ -340,7 +194,7 @@ class Arrays(Target):
 
 
 class Generation(Target):
-    """The checks of what `generate` is asked for."""
+    """The checks of the options of `generate`."""
 
     def __init__(self, root: Path):
         import jax
@@ -380,7 +234,7 @@ class Generation(Target):
 
 
 class Hub(Target):
-    """`hub.resolve` of a repository on a server in this process; only the cache may be written to."""
+    """`hub.resolve` of a repository on a server in this process. It may write to the cache only."""
 
     writes = ("cache",)
 
@@ -388,16 +242,16 @@ class Hub(Target):
         from support import hub_server
 
         super().__init__(root)
-        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it says each time that it tries again
+        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it logs each retry
         self.server = hub_server.HubServer()
         env = hub_server.environment(self.server.endpoint, root / "home", HF_HUB_DISABLE_PROGRESS_BARS="1")
-        os.environ.clear()  # of HF_XET_HIGH_PERFORMANCE, too, which lm_eval sets when it is imported
+        os.environ.clear()  # also of HF_XET_HIGH_PERFORMANCE, which importing lm_eval sets
         os.environ.update(env)
         self.server.__enter__()
         self.contents = {"config.json": b"{}", "merges.txt": b"merges", "model.safetensors": b"weights"}
 
     def files(self) -> dict[str, bytes]:
-        """What the server answers, as it is asked."""
+        """The valid answers of the server: kind -> JSON."""
         from support.hub_server import Repository
 
         answers: dict[str, bytes] = {}
@@ -408,7 +262,7 @@ class Hub(Target):
 
         self.put(("sent", {}))
         self.server.repositories["org/model"] = Repository(dict(self.contents), lie=note)
-        self.resolve()  # with the waits that users have: the first request may be slow on a busy machine
+        self.resolve()  # with the normal timeouts: the first request may be slow
         shutil.rmtree(self.directory)
         return answers
 
@@ -446,23 +300,11 @@ class Hub(Target):
 
         answers.ANSWER_SECONDS, answers.ANSWERS_SECONDS, answers.STALL_SECONDS, answers.LONGEST_WAIT = 0.5, 1.5, 0.2, 0
         download._WAITS = (0.01,) * 4
-        with warnings.catch_warnings(action="ignore"):  # huggingface_hub's own
+        with warnings.catch_warnings(action="ignore"):  # those of huggingface_hub
             folder = self.resolve()
-        whole = {name: self.repository.sent.get(name, content) for name, content in self.contents.items()}
+        valid = {name: self.repository.sent.get(name, content) for name, content in self.contents.items()}
         for path in folder.iterdir():
-            # Of small files only the server knows what is in them; those with the same ETag are one.
-            if path.read_bytes() != whole.get(path.name) and (case[0] != "headers" or path.suffix == ".safetensors"):
+            # Small files have no checksum, and files with the same ETag share a blob.
+            if path.read_bytes() != valid.get(path.name) and (case[0] != "headers" or path.suffix == ".safetensors"):
                 return f"{path} has another content"
         return None if folder.is_relative_to(self.directory / "cache") else f"it is in {folder}"
-
-
-def _crc32c(content: bytes) -> int:
-    register = 0xFFFFFFFF
-    for byte in content:
-        register ^= byte
-        for _ in range(8):
-            register = register >> 1 ^ (0x82F63B78 if register & 1 else 0)
-    return register ^ 0xFFFFFFFF
-
-
-TARGETS = (Config, Tokenizers, Model, Training, Arrays, Generation, Hub)

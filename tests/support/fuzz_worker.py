@@ -1,7 +1,7 @@
-"""Runs what `test_fuzz.py` draws in a process of its own, which may crash, and looks at what comes of it. Not a test.
+"""Runs the cases of `test_fuzz.py` in a process of its own, which may crash, and judges the outcomes. Not a test.
 
-The process is started once. It takes cases from its standard input, and answers each with what is wrong with its
-outcome: None, or a line.
+The process is started once, and again after a crash. It reads cases from its standard input, and answers with what is
+wrong with each outcome: None, or a line.
 """
 
 import os
@@ -19,13 +19,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from support.fuzz_targets import TARGETS, Target
+from support.fuzz_checkpoints import Model, Training
+from support.fuzz_targets import Arrays, Config, Generation, Hub, Target, Tokenizers
 
 TESTS = Path(__file__).resolve().parents[1]
-SECONDS = 60  # for one case: far more than any needs, on any machine
+SECONDS = 60  # for one case: far more than it needs
 CPU_SECONDS = 10
-MEMORY = 256 << 20  # growth of the peak, as in test_hostile.py
+MEMORY = 256 << 20  # the peak may grow by this, as in test_hostile.py
 LINE = 2000  # characters of a message
+TARGETS = (Config, Tokenizers, Model, Training, Arrays, Generation, Hub)  # Arrays and Generation read Tokenizers' files
 ERRORS = (
     ValueError,
     OSError,
@@ -38,7 +40,7 @@ ERRORS = (
 
 
 class Worker:
-    """The process, seen from the tests. Context manager.
+    """A handle of the process, and a context manager.
 
     Attributes:
       bases: target -> the valid content of each of its files.
@@ -78,7 +80,7 @@ class Worker:
         return pickle.load(self._process.stdout)
 
     def __call__(self, target: str, case: Any) -> str | None:
-        """What is wrong with the outcome of the case."""
+        """Run a case. Returns what is wrong with its outcome, or None."""
         if not self._running:
             self._start()
         assert self._process.stdin is not None
@@ -99,13 +101,13 @@ class Worker:
         self._log.truncate(0)
         return re.sub(
             r"\nthread '.*' .*panicked at .*\n.*\nnote: .*\n", "", said
-        )  # Rust's word on what is an error for us
+        )  # Rust prints a panic that we turn into an error
 
     def _end(self) -> int:
-        """Returns the exit code: of a crash, or of what ends a process that hangs."""
+        """End the process, which may hang or have crashed. Returns its exit code."""
         process, self._running = self._process, False
         assert process.stdin is not None and process.stdout is not None
-        with suppress(OSError):  # what it has not taken is lost
+        with suppress(OSError):  # unread input is lost
             process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
             process.wait(1)
@@ -150,7 +152,7 @@ class Child:
             self.writes.append(f"{event} {path}")
 
     def run(self, name: str, case: Any) -> tuple[str, str | None]:
-        """(outcome, what is wrong)"""
+        """Returns ("read" or "refused", what is wrong with that or None)."""
         target = self.targets[name]
         target.put(case)
         before, peak, start = self._listing(target), _peak(), time.process_time()
@@ -198,7 +200,7 @@ def _peak() -> int:
 
 def main(root: Path) -> None:
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what is printed is no answer
+    os.dup2(2, 1)  # prints go to stderr, so they do not mix with answers
     os.chdir(root)
 
     def answer(value: Any) -> None:
@@ -222,4 +224,4 @@ if __name__ == "__main__":
         main(Path(sys.argv[1]))
     except BaseException:
         traceback.print_exc()
-        os._exit(1)  # threads of a library must not keep a process alive that answers no more
+        os._exit(1)  # a library's threads must not keep the process alive

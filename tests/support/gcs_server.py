@@ -1,8 +1,7 @@
-"""A small loopback server that speaks the part of Cloud Storage's JSON API that gcsfs and TensorStore use. Not a test
-itself.
+"""A small loopback server with the part of Cloud Storage's JSON API that gcsfs and TensorStore use. Not a test itself.
 
-Objects appear when they are complete, each write gives a new generation, and requests can be conditional on it, which
-is what TensorStore's commits rely on. (Google's own storage-testbench is no package to install.)
+Objects appear when they are complete, each write gives a new generation, and requests can be conditional on it.
+TensorStore's commits rely on this. (Google's own storage-testbench is not a package that pip could install.)
 """
 
 import contextlib
@@ -15,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-PAGE = 20  # names in a list at most, whatever a client would take: there are always several pages
+PAGE = 20  # names in an answer at most, so that lists have several pages
 
 
 class Object(NamedTuple):
@@ -26,14 +25,14 @@ class Object(NamedTuple):
 class Store:
     """Attributes:
     objects: "bucket/name" -> content, as clients see them.
-    wrote: called with each such name behind its write, before the client hears of it.
-    environment: what sends gcsfs and TensorStore here, for `os.environ`.
+    wrote: called with the name of an object after it was written, before the client gets the answer.
+    environment: variables that send gcsfs and TensorStore here.
     """
 
     def __init__(self, url: str):
         self.objects: dict[str, Object] = {}
         self.wrote: Callable[[str], object] = lambda name: None
-        self.uploads: dict[str, tuple[str, bytes]] = {}  # resumable ones that have begun: id -> (name, content so far)
+        self.uploads: dict[str, tuple[str, bytes]] = {}  # unfinished: id -> (name, content so far)
         self.lock, self.count = threading.RLock(), itertools.count(1)
         self.environment = {
             "STORAGE_EMULATOR_HOST": url,
@@ -42,7 +41,7 @@ class Store:
         }
 
     def names(self, prefix: str) -> list[str]:
-        """Those that begin with it, without it, sorted."""
+        """Sorted names that begin with the prefix, without it."""
         with self.lock:
             return sorted(name.removeprefix(prefix) for name in self.objects if name.startswith(prefix))
 
@@ -65,13 +64,13 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request, client_address):
-        if not isinstance(sys.exception(), ConnectionError):  # of a client that was killed
+        if not isinstance(sys.exception(), ConnectionError):  # from a client that was killed
             super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # an answer leaves as a whole, or TCP would wait for the acknowledgement of its first part
+    wbufsize = -1  # buffered: otherwise TCP waits for the acknowledgement of the first part
 
     def log_message(self, format, *args):
         pass
@@ -105,10 +104,10 @@ class _Handler(BaseHTTPRequestHandler):
             elif kind == "/download" or self.query.get("alt") == "media":
                 self._content(name)
             else:
-                self._send(200, self._describe(name))
+                self._send(200, self._metadata(name))
 
     def _may(self, name: str) -> bool:
-        """Whether the request's conditions on the generation hold; answers it if not."""
+        """Whether the request's conditions on the generation hold. If not, answers it."""
         now = self.store.objects[name].generation if name in self.store.objects else 0
         if int(self.query.get("ifGenerationMatch", now)) != now:
             self._send(412, {"error": {"code": 412, "message": "conditionNotMet"}})
@@ -140,9 +139,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _write(self, name: str, content: bytes) -> None:
         self.store.objects[name] = Object(next(self.store.count), content)
         self.store.wrote(name)
-        self._send(200, self._describe(name))
+        self._send(200, self._metadata(name))
 
-    def _describe(self, name: str) -> dict[str, str]:
+    def _metadata(self, name: str) -> dict[str, str]:
         (bucket, _, short), (generation, content) = name.partition("/"), self.store.objects[name]
         link = f"http://{self.headers['Host']}/download/storage/v1/b/{bucket}/o/{short.replace('/', '%2F')}?alt=media"
         return {
@@ -158,14 +157,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _list(self, bucket: str) -> None:
         prefix, delimiter = self.query.get("prefix", ""), self.query.get("delimiter")
-        found: dict[str, dict | None] = {}  # a name, or a prefix that several have in common: None
+        entries: dict[str, dict | None] = {}  # name -> description, or common prefix -> None
         for rest in self.store.names(f"{bucket}/{prefix}"):
             head, cut, _ = rest.partition(delimiter) if delimiter else (rest, "", "")
-            found[prefix + head + cut] = None if cut else self._describe(f"{bucket}/{prefix}{rest}")
-        names = [name for name in found if name > self.query.get("pageToken", "")]
+            entries[prefix + head + cut] = None if cut else self._metadata(f"{bucket}/{prefix}{rest}")
+        names = [name for name in entries if name > self.query.get("pageToken", "")]
         page = names[: min(PAGE, int(self.query.get("maxResults", PAGE)))]
-        items = [found[name] for name in page if found[name] is not None]
-        prefixes = [name for name in page if found[name] is None]
+        items = [entries[name] for name in page if entries[name] is not None]
+        prefixes = [name for name in page if entries[name] is None]
         answer = {"kind": "storage#objects", "items": items, "prefixes": prefixes}
         self._send(200, answer | ({"nextPageToken": page[-1]} if len(page) < len(names) else {}))
 

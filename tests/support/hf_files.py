@@ -1,6 +1,6 @@
 """Writes small Hugging Face OPT checkpoints without torch, for tests. Not a test itself.
 
-HF's names and shapes are spelled out here on purpose: a mistake in `formats/names.py` must not hide itself.
+HF's names and shapes are written out here, so that a mistake in `formats/names.py` shows.
 """
 
 import io
@@ -42,7 +42,7 @@ _STORAGES = {
 
 
 def hf_shapes(config: dict, head: str = "lm_head") -> dict[str, tuple[int, ...]]:
-    """HF tensor name -> shape; head: "lm_head", "score", "qa_outputs" or "" (base model, names without `model.`)."""
+    """HF name -> shape. `head`: "lm_head", "score", "qa_outputs", or "" for a base model, without `model.` in names."""
     width, ffn, embed = config["hidden_size"], config["ffn_dim"], config["word_embed_proj_dim"]
     bias, affine = config.get("enable_bias", True), config.get("layer_norm_elementwise_affine", True)
     shapes: dict[str, tuple[int, ...]] = {
@@ -77,14 +77,14 @@ def hf_shapes(config: dict, head: str = "lm_head") -> dict[str, tuple[int, ...]]
 
 
 def hf_weights(config: dict, head: str = "lm_head", dtype: str = "float32") -> dict[str, np.ndarray]:
-    """Random tensors; no two alike."""
+    """Random tensors, all different."""
     rng = np.random.default_rng(0)
     kind = getattr(ml_dtypes, dtype, dtype)
     return {name: rng.standard_normal(shape).astype(kind) for name, shape in hf_shapes(config, head).items()}
 
 
 def write_hf(directory: Path, config: dict, weights: dict[str, np.ndarray], form: str = "safetensors") -> Path:
-    """A checkpoint directory; form: "safetensors" or "bin", with "-sharded" for two files and an index."""
+    """Write a checkpoint. `form`: "safetensors" or "bin", with "-sharded" for two files and an index."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
     stem, suffix = ("model", ".safetensors") if "safetensors" in form else ("pytorch_model", ".bin")
@@ -105,11 +105,11 @@ def write_hf(directory: Path, config: dict, weights: dict[str, np.ndarray], form
     return directory
 
 
-# torch.save's format, written out by hand so that hostile and damaged files can be made too ---------------------------
+# torch.save's format, written by hand, so that tests can write hostile and damaged files ------------------------------
 
 
 def torch_zip(path: Path, data_pkl: bytes, storages: dict[str, bytes], byteorder: str = "little", **kwargs) -> None:
-    """A file as `torch.save` writes it: records aligned to 64 bytes by the local header's extra field."""
+    """Write a file as `torch.save` does: the extra field of local headers aligns records to 64 bytes."""
     raw = io.BytesIO()
     with zipfile.ZipFile(raw, "w", **kwargs) as archive:
         records = {"data.pkl": data_pkl, "byteorder": byteorder.encode()}
@@ -119,14 +119,14 @@ def torch_zip(path: Path, data_pkl: bytes, storages: dict[str, bytes], byteorder
             padding = -(raw.tell() + 30 + len(info.filename) + 4) % 64
             info.extra = struct.pack("<HH", 0x4246, padding) + b"Z" * padding
             archive.writestr(info, data)
-            info.extra = b""  # the central directory does not have it
+            info.extra = b""  # the central directory lacks the extra field
     path.write_bytes(raw.getvalue())
 
 
 def state_dict_pickle(tensors: dict[str, np.ndarray]) -> bytes:
-    """The pickle of an OrderedDict of contiguous tensors, each with the storage of its own name."""
+    """The pickle of an OrderedDict of contiguous tensors. Each has its own storage, of its name."""
     items = b"".join(_text(name) + tensor_pickle(name, a.dtype.name, a.size, 0, a.shape) for name, a in tensors.items())
-    metadata = b"}" + _text("_metadata") + b"}" + b"s"  # state_dict() carries an attribute
+    metadata = b"}" + _text("_metadata") + b"}" + b"s"  # state_dict() has this attribute
     return b"\x80\x02" + _ORDERED_DICT + b"(" + items + b"u" + metadata + b"b."
 
 

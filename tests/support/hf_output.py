@@ -1,4 +1,4 @@
-"""Writes Hugging Face directories with `convert.to_hf`, reads them with the safetensors library. Not a test itself."""
+"""Write Hugging Face directories with `convert.to_hf`, and read them with the safetensors library. Not a test."""
 
 import json
 from pathlib import Path
@@ -11,23 +11,23 @@ from convert.source import open_directory
 
 
 def read(directory: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """HF name -> (dtype, shape, bytes), by the library; an index must agree with the files."""
-    found: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
+    """HF name -> (dtype, shape, bytes). Asserts that an index agrees with the files."""
+    tensors: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
     where = {}
     for file in sorted(directory.glob("*.safetensors")):
         for name, entry in safetensors.deserialize(file.read_bytes()):
-            assert name not in found
-            found[name] = entry["dtype"], tuple(entry["shape"]), bytes(entry["data"])
+            assert name not in tensors
+            tensors[name] = entry["dtype"], tuple(entry["shape"]), bytes(entry["data"])
             where[name] = file.name
     index = directory / "model.safetensors.index.json"
     if index.exists():
         content = json.loads(index.read_text())
         assert content["weight_map"] == where
         assert content["metadata"] == {
-            "total_parameters": sum(int(np.prod(shape)) for _, shape, _ in found.values()),
-            "total_size": sum(len(data) for *_, data in found.values()),
+            "total_parameters": sum(int(np.prod(shape)) for _, shape, _ in tensors.values()),
+            "total_size": sum(len(data) for *_, data in tensors.values()),
         }
-    return found
+    return tensors
 
 
 def expected(weights: dict[str, np.ndarray]) -> dict[str, tuple[str, tuple[int, ...], bytes]]:

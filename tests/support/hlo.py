@@ -1,6 +1,6 @@
-"""Questions of the tests to a compiled program (`parallel/hlo.py`): what it copies, reads and updates in place.
+"""What a compiled program (`parallel/hlo.py`) copies, reads and updates in place.
 
-What `Program` finds is what costs memory traffic: arrays that a computation writes out. Within a fusion nothing is.
+Arrays that a computation writes to memory cost bandwidth. Those within a fusion are not written to memory.
 """
 
 import re
@@ -15,7 +15,7 @@ _SAME_ARRAY = {"bitcast", "copy-start", "copy-done", "async-start", "async-done"
 
 
 def _is_prefetch(instruction: Instruction) -> bool:
-    """Of a TPU: a copy from HBM to the memory beside the processor (S(1)), the one place where arrays are read."""
+    """Whether it copies from a TPU's HBM to the memory beside the processor, S(1), where arrays are used."""
     copies = {"copy-start", "copy-done", "slice-start", "slice-done", "custom-call"}
     return "S(1)" in instruction.shape and instruction.op in copies
 
@@ -28,11 +28,11 @@ class Program(hlo.Program):
 
     @classmethod
     def compiled(cls, lowered: Any) -> "Program":
-        """Of what `jax.jit(f).lower(...)` returns."""
+        """Compile what `jax.jit(f).lower(...)` returns."""
         return cls(lowered.compile().as_text())
 
     def written_out(self, computation: str) -> Iterator[Instruction]:
-        """The instructions of a computation and of the loops, branches and calls in it, not those within fusions."""
+        """Instructions of a computation, its loops, branches and calls, without those within fusions."""
         for instruction in self.computations[computation].values():
             yield instruction
             if instruction.op in {"while", "conditional", "call"}:
@@ -43,12 +43,12 @@ class Program(hlo.Program):
         return [i for i in self.written_out(computation or self.entry) if i.op == "while"]
 
     def donated(self) -> list[str]:
-        """The arguments whose memory the results take over, each as "f32[2,3]"."""
+        """The arguments whose memory the results reuse, as "f32[2,3]"."""
         entry = self.computations[self.entry].values()
         return [i.arrays[0][0] for i in entry if i.op == "parameter" and i.arguments in self._aliased]
 
     def large_results(self, computation: str, least: int) -> list[Instruction]:
-        """What writes an array of at least so many bytes anew: not in place, and not as the one read of a prefetch."""
+        """Instructions that write a new array of at least `least` bytes: no updates in place, no prefetches."""
         return [
             i
             for i in self.written_out(computation)
@@ -58,7 +58,7 @@ class Program(hlo.Program):
         ]
 
     def readers(self, body: str, least: int) -> dict[str, list[Instruction]]:
-        """For each array of at least so many bytes that a loop's body is handed: what reads it (passing on is free)."""
+        """For each argument of a loop's body of at least `least` bytes: the instructions that read it."""
         handed = [
             i
             for i in self.computations[body].values()
@@ -84,18 +84,18 @@ class Program(hlo.Program):
         return list({user.name: user for user in users}.values())
 
     def multiplies(self, instruction: Instruction) -> bool:
-        """Whether it is a matrix product, alone or in a fusion."""
+        """Whether the instruction is a matrix product, or a fusion with one."""
         inside = self.computations.get(instruction.called.get("calls", ""), {}).values()
         return any(i.op in {"dot", "convolution"} for i in (instruction, *inside))
 
     def is_update(self, instruction: Instruction) -> bool:
-        """Whether it writes into an array that it was given."""
+        """Whether the instruction writes into one of its operands."""
         return any(self._in_place(instruction))
 
     def _in_place(self, instruction: Instruction) -> list[bool]:
-        """For each array of the result: whether it is a dynamic-update-slice of one that the instruction was given.
+        """For each array of the result: whether it is a dynamic-update-slice of an operand.
 
-        (Where that array is still needed afterwards, XLA adds a `copy` before.)
+        If the operand is used again afterwards, XLA copies it first, in another instruction.
         """
         inside = self.computations.get(instruction.called.get("calls", ""), {})
         if instruction.op != "fusion" or not inside:

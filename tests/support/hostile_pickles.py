@@ -1,4 +1,4 @@
-"""Malicious pickles in torch files: malformed tensors, bombs, code in many disguises. Not a test itself."""
+"""Malicious pickles in torch files: malformed tensors, bombs, and code. Not a test itself."""
 
 import pickletools
 import random
@@ -34,7 +34,7 @@ class StateDict:
     storages: dict[str, bytes]
 
     def pickled(self, entry: bytes = b"", after: bytes = b"") -> bytes:
-        """With `entry` as the value of FC1, and `after` before the end."""
+        """The pickle, with `entry` as the value of FC1 and `after` before its end."""
         entries = self.entries | {FC1: entry} if entry else self.entries
         items = b"".join(text(name) + value for name, value in entries.items())
         return b"\x80\x02" + global_("collections OrderedDict") + b")R(" + items + b"u" + after + b"."
@@ -134,7 +134,7 @@ def tensor_cases(state: StateDict) -> Iterator[Case]:
 
 
 def bomb_cases(state: StateDict) -> Iterator[Case]:
-    """Small files that ask for a lot of memory or time, and instructions that no torch file has."""
+    """Small files that would take much memory or time, and instructions that no torch file has."""
     big = (
         struct.pack("<I", 2**31),
         struct.pack("<I", 2**32 - 1),
@@ -167,14 +167,14 @@ def bomb_cases(state: StateDict) -> Iterator[Case]:
                   f"frame-{i}": b"\x95" + size + b"N"}  # fmt: skip
     for label, entry in bombs.items():
         yield Case(f"bomb/{label}", "bin", {"pytorch_model.bin": state.file(entry)}, REFUSED, ("pytorch_model.bin",))
-    whole = state.pickled()
+    pickled = state.pickled()
     rng = random.Random(3)
-    for i in range(60):  # flips that the checksum does not tell
-        pickled = flip(whole, rng.randrange(len(whole) * 8))
-        file = zipped(pickled, state.storages).replace(struct.pack("<I", zlib.crc32(pickled)), bytes(4))
+    for i in range(60):  # flips without a checksum that would notice them
+        flipped = flip(pickled, rng.randrange(len(pickled) * 8))
+        file = zipped(flipped, state.storages).replace(struct.pack("<I", zlib.crc32(flipped)), bytes(4))
         yield Case(f"bomb/pickle-bit{i}", "bin", {"pytorch_model.bin": file}, EITHER)
     for i in range(20):
-        cut = whole[: rng.randrange(len(whole))]
+        cut = pickled[: rng.randrange(len(pickled))]
         yield Case(
             f"bomb/pickle-cut{i}",
             "bin",
@@ -183,10 +183,10 @@ def bomb_cases(state: StateDict) -> Iterator[Case]:
             ("pytorch_model.bin",),
         )
     ends = sorted(
-        p or 0 for op, _, p in pickletools.genops(whole) if op.name in ("REDUCE", "BINPERSID", "TUPLE", "MARK")
+        p or 0 for op, _, p in pickletools.genops(pickled) if op.name in ("REDUCE", "BINPERSID", "TUPLE", "MARK")
     )
     for i, at in enumerate(rng.sample(ends, 20)):
-        dropped = whole[:at] + whole[at + 1 :]
+        dropped = pickled[:at] + pickled[at + 1 :]
         yield Case(f"bomb/pickle-without{i}", "bin", {"pytorch_model.bin": zipped(dropped, state.storages)}, EITHER)
 
 
@@ -229,7 +229,7 @@ GLOBALS = (
 
 
 def code_cases(state: StateDict) -> Iterator[Case]:
-    """Pickles that would run a command, were they given to Python's unpickler (all but a few, which name nonsense)."""
+    """Pickles with which Python's unpickler would run a command. A few name globals that do not exist."""
 
     def case(label: str, entry: bytes, *says: str, after: bytes = b"") -> Case:
         changes: dict[str, bytes | None | Path] = {"pytorch_model.bin": state.file(entry, after)}
@@ -325,7 +325,7 @@ def metaseq_contents(weights) -> dict[str, dict]:
 
 
 def metaseq_cases(weights) -> Iterator[Case]:
-    """What stubs, which only metaseq's files may have, could be talked into; settings and metadata that lie."""
+    """Attacks on the stubs for foreign objects, which only metaseq's files may have. False settings and metadata."""
     name = "reshard-model_part-1-shard0.pt"
 
     def case(label: str, opcodes: bytes = b"", outcome: str = EITHER, **entries) -> Case:

@@ -1,8 +1,8 @@
 """A small loopback server that speaks the hub's HTTP API, with faults on demand. Not a test itself.
 
 It answers what `huggingface_hub` asks: `/api/models/<id>[/revision/<rev>][?blobs=true]`, `/api/models/<id>/tree/<rev>`
-and `/<id>/resolve/<rev>/<file>`, the latter for large files (LFS) with a redirect to a second origin, as the hub does
-to its CDN: size and SHA-256 are in the headers of the redirect, and the token has no business there.
+and `/<id>/resolve/<rev>/<file>`. For large files (LFS) this redirects to a second origin, like the hub to its CDN. The
+headers of the redirect have the size and the SHA-256. The token must not be sent to the second origin.
 
 It also takes uploads: `/api/repos/create`, `preupload` (which files are large), the LFS batch with a PUT of each large
 file to the second origin, and `commit`.
@@ -30,7 +30,7 @@ _LARGE = (".safetensors", ".bin", ".msgpack", ".h5")
 
 
 class Asked(NamedTuple):
-    """A GET of a file's content: from which byte, to which one it was answered, with which token at the last origin."""
+    """A GET of a file's content: the range of bytes that was sent, and the token that the last origin got."""
 
     file: str
     start: int
@@ -43,23 +43,27 @@ class Repository:
     """What the server has under one id.
 
     Attributes:
-      files: name -> content, the same at each of `revisions` (name -> commit; a commit is a revision, too).
-      token: who may read it; None: everyone. `gated`: its list is public, its files are not.
-      listed: sizes that the listing gives instead of the true ones.
+      files: name -> content, the same at each revision.
+      revisions: name -> commit. A commit is a revision too.
+      token: the token that may read it. None: everyone may.
+      gated: whether its list is public while its files are not.
+      listed: name -> false size in the listing.
       sent: name -> what is sent in place of the content that the listing and the headers describe.
-      absent: files that are listed and answered with 404.
-      drop: connections to cut after that many bytes of the file's content, one after the other.
-      stall: file -> after how many bytes the next connection sends no more, without closing.
-      statuses: of the first answers, to any request that names the repository; 0: as without.
-      lengths: whether answers with a file's content say how long it is.
-      html: the answer to everything, as that of a proxy that wants a password.
-      ranges: whether the CDN honours Range.
+      absent: files that are listed, but answered with 404.
+      drop: file -> numbers of bytes after which the next connections are cut, one after the other.
+      stall: file -> number of bytes after which the next connection sends no more, without closing.
+      statuses: of the first answers to requests that name the repository. 0: an ordinary answer.
       busy: headers of those answers.
-      lie: changes what is about to be sent as JSON: called with "tree" or "info" and the content. Bytes
-        are sent as they are.
-      headers: of answers about files, in place of the true ones.
-      endless: "tree", "info", "redirect" or a file -> seconds between the pieces of a body that never ends;
-        "headers": of an answer about a file, whose headers never end.
+      lengths: whether answers with a file's content have its length.
+      html: the answer to everything, like that of a proxy that wants a password.
+      ranges: whether the CDN honours Range.
+      lie: called with "tree" or "info" and the content, returns what is sent as JSON. Bytes are sent as they are.
+      headers: false headers of answers about files.
+      endless: "tree", "info", "redirect" or a file -> seconds between the pieces of a body that never ends.
+        "headers" -> the same for the headers of an answer about a file.
+      asked: the GETs of files.
+      heads: names of files for which HEAD was asked.
+      release: ends answers that stall.
     """
 
     files: dict[str, bytes]
@@ -80,15 +84,15 @@ class Repository:
     headers: dict[str, Any] = field(default_factory=dict)
     endless: dict[str, float] = field(default_factory=dict)
     asked: list[Asked] = field(default_factory=list)
-    heads: list[str] = field(default_factory=list)  # files whose headers alone were asked for
+    heads: list[str] = field(default_factory=list)
     private: bool | None = None  # as it was created; None: not said
     uploaded: dict[str, bytes] = field(default_factory=dict)  # SHA-256 -> content that is in no commit yet
     commits: list[str] = field(default_factory=list)  # titles
-    release: threading.Event = field(default_factory=threading.Event)  # ends what is stalled
+    release: threading.Event = field(default_factory=threading.Event)
 
 
 class HubServer:
-    """Context manager; `repositories`: id -> Repository, to be changed at any time."""
+    """A context manager. Tests may change `repositories`, id -> Repository, at any time."""
 
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
@@ -98,7 +102,7 @@ class HubServer:
             server.daemon_threads = True
             server.hub = self  # pyright: ignore
         self.endpoint = f"http://127.0.0.1:{self._servers[0].server_port}"
-        self.cdn = f"http://localhost:{self._servers[1].server_port}"  # some versions compare the hosts, not the ports
+        self.cdn = f"http://localhost:{self._servers[1].server_port}"  # huggingface_hub may ignore ports
 
     def __enter__(self) -> "HubServer":
         threads = [threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True) for server in self._servers]
@@ -153,11 +157,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
-            with contextlib.suppress(ConnectionError):  # the client has seen enough
+            with contextlib.suppress(ConnectionError):  # the client has closed the connection
                 self.wfile.write(content)
 
     def send_endless(self, repository: Repository, what: str, status: int = 200, **headers: Any) -> bool:
-        """Until the client has enough or the test is over; False if this one has an end."""
+        """Send until the client closes or the test ends. False if this answer is not endless."""
         pause = repository.endless.get(what)
         if pause is None:
             return False
@@ -178,7 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
         return (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
 
     def send_file(self, repository: Repository, name: str, **headers: Any) -> None:
-        """The content, or the range of it that is asked for, or as much as is sent before the connection is cut."""
+        """Send the content, or the range that is asked for, until it ends or the connection is to be cut."""
         if self.command == "HEAD":
             return self.send(b"", announced=len(repository.files[name]), **headers)
         if self.send_endless(repository, name, **headers):
@@ -207,11 +211,11 @@ class _Handler(BaseHTTPRequestHandler):
 class _Hub(_Handler):
     def answer(self, hub: HubServer, name: str, repository: Repository, path: str) -> None:
         if repository.token not in (None, self.token):
-            return self.refuse(401, "RepoNotFound")  # the hub does not tell
+            return self.refuse(401, "RepoNotFound")  # as the hub, it does not tell whether the repository exists
         kind, _, rest = path.removeprefix("/").partition("/")
         if kind == "resolve":
             revision, _, file = rest.partition("/")
-        else:  # a branch may have slashes in its name, too
+        else:  # a branch may have slashes in its name
             revision, file = rest if kind in ("revision", "tree") else "main", ""
         commits = set(repository.revisions.values())
         short = [commit for commit in commits if len(revision) >= 7 and commit.startswith(revision)]
@@ -305,7 +309,7 @@ class _Hub(_Handler):
         if not file.endswith(_LARGE):
             about |= {"ETag": f'"{hashlib.sha1(content).hexdigest()}"'} | repository.headers
             return self.send_file(repository, file, **about)
-        about["X_Xet_Hash"] = hashlib.sha256(content).hexdigest()  # as the hub has, whatever the client wants
+        about["X_Xet_Hash"] = hashlib.sha256(content).hexdigest()  # as the hub sends to all clients
         about["X_Xet_Refresh_Route"] = f"/api/models/{name}/xet-read-token/{commit}"
         about["X_Linked_Size"] = str(len(content))
         about["X_Linked_ETag"] = f'"{hashlib.sha256(content).hexdigest()}"'
@@ -331,16 +335,16 @@ class _Cdn(_Handler):
 
 
 def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
-    """For a process that talks to the server and to nobody else; `home` is its HF_HOME."""
+    """The environment of a process that talks to this server only. `home` is its HF_HOME."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and "OFFLINE" not in k}
     kept |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": _LOCAL, "no_proxy": _LOCAL}
     return kept | {"HF_HUB_DISABLE_TELEMETRY": "1"} | more
 
 
 class Resolver:
-    """`hub.resolve` in another process, because huggingface_hub reads its environment when it is imported.
+    """`hub.resolve` in another process, because huggingface_hub reads the environment when it is imported.
 
-    Called like `hub.resolve`; returns {"path": ...} or {"error": "Type: message"}, and under "log" what was logged.
+    It is called like `hub.resolve`. Returns {"path": ...} or {"error": "Type: message"}, with the "log".
     """
 
     CODE = """
@@ -363,7 +367,7 @@ for line in sys.stdin:
 """
 
     def __init__(self, endpoint: str, home: Path, limits: Mapping[str, Any] = MappingProxyType({}), **more: str):
-        """`limits`: of opt_jax/checkpoints/answers.py."""
+        """`limits`: values for the constants of opt_jax/checkpoints/answers.py."""
         self.home = home
         self.process = subprocess.Popen(
             [sys.executable, "-W", "error", "-c", self.CODE, json.dumps(dict(limits))],

@@ -1,7 +1,6 @@
 """Writes small metaseq checkpoints without torch, for tests. Not a test itself.
 
-metaseq's names, joins and layouts are spelled out here a second time on purpose: a mistake in `convert.metaseq` must
-not hide itself.
+metaseq's names, joins and layouts are written out here a second time, so that a mistake in `convert.metaseq` shows.
 """
 
 import struct
@@ -15,7 +14,13 @@ from support.hf_files import global_, tensor_pickle, torch_zip
 
 @dataclass(frozen=True, eq=False)
 class Foreign:
-    """An object of a class that is not here: its global, what it is made with, and what it is restored to."""
+    """An object of a class that is not installed.
+
+    Attributes:
+      name: of its class, "module name".
+      args: of its constructor.
+      state: what unpickling sets, or None.
+    """
 
     name: str
     args: tuple = ()
@@ -23,7 +28,7 @@ class Foreign:
 
 
 def settings(config: dict, **changes) -> dict[str, Any]:
-    """metaseq's settings of the model that HF's config describes; a change to None takes one out."""
+    """metaseq's settings of a model, from HF's config. Changes to None remove a setting."""
     values = dict(
         decoder_layers=config["num_hidden_layers"],
         decoder_embed_dim=config["hidden_size"],
@@ -50,7 +55,7 @@ def namespace(values: dict) -> Foreign:
 
 
 def omega(values: dict) -> Foreign:
-    """As omegaconf 2.1 pickles it: nodes with a type each, and with references to their parent."""
+    """A config as omegaconf 2.1 pickles it: nodes with types and with references to their parent."""
     metadata = Foreign("omegaconf.base ContainerMetadata", state={"ref_type": dict, "key": None, "flags": {}})
     content = {
         key: omega(value)
@@ -65,7 +70,7 @@ def omega(values: dict) -> Foreign:
 
 
 def part_of(weights: dict[str, np.ndarray], part: int, parts: int, fused: bool = True) -> dict[str, np.ndarray]:
-    """The tensors of one model-parallel part, by metaseq's names; weights: those of HF's causal LM."""
+    """metaseq name -> tensor of one model-parallel part. `weights` are those of HF's causal LM."""
     tensors: dict[str, np.ndarray] = {"decoder.version": np.array([3.0], next(iter(weights.values())).dtype)}
     for name, array in weights.items():
         name = name.removeprefix("model.")
@@ -102,16 +107,16 @@ LAYER = [
 
 
 def units(tensors: dict[str, np.ndarray]) -> dict[str, list[str]]:
-    """Path of each FSDP unit -> names of its tensors, within it, in order."""
+    """Path of each FSDP unit -> names of its tensors within the unit, in order."""
     layers = sorted({int(name.split(".")[2]) for name in tensors if ".layers." in name})
     root = ["embed_tokens.weight", "embed_positions.weight", "layer_norm.weight", "layer_norm.bias"]
-    found = {"": [f"decoder.{name}" for name in root if f"decoder.{name}" in tensors]}
+    names_of_units = {"": [f"decoder.{name}" for name in root if f"decoder.{name}" in tensors]}
     for i in layers:
         prefix = f"decoder.layers.{i}"
         separate = sorted(n.removeprefix(f"{prefix}.") for n in tensors if n.startswith(f"{prefix}."))
         fused = [name for name in LAYER if f"{prefix}.{name}" in tensors]
-        found[prefix] = fused if len(fused) == len(separate) else separate
-    return found
+        names_of_units[prefix] = fused if len(fused) == len(separate) else separate
+    return names_of_units
 
 
 def flatten(tensors: dict[str, np.ndarray], shards: int) -> list[tuple[dict, dict]]:
@@ -155,11 +160,16 @@ def contents(
     fused: bool = True,
     **entries,
 ) -> dict[str, dict[str, Any]]:
-    """File name -> what is in it, with arrays for tensors.
+    """File name -> content, with arrays for tensors.
 
     Args:
-      parts, shards: None: one, and the name does not number it. flat: FSDP's form. metadata: `shard_metadata` is there.
-      entries: what else is in each file; None is left out.
+      weights: of HF's causal LM.
+      parts: number of model-parallel parts. None: one, without a number in the file's name.
+      shards: number of FSDP shards, likewise.
+      flat: whether tensors are flattened by FSDP.
+      metadata: whether files have `shard_metadata`.
+      fused: whether query, key and value are one tensor.
+      entries: further entries of each file. Those that are None are left out.
     """
     files = {}
     for part in range(parts or 1):
@@ -177,7 +187,7 @@ def contents(
 
 
 def write(directory: Path, files: dict[str, dict[str, Any]]) -> list[Path]:
-    """The files, as torch.save writes them. Their paths are shuffled, so that nothing depends on the order."""
+    """Write the files as torch.save does. Returns their paths in random order, because it must not matter."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         storages: dict[str, bytes] = {}
@@ -187,7 +197,7 @@ def write(directory: Path, files: dict[str, dict[str, Any]]) -> list[Path]:
 
 
 def encode(value: Any, storages: dict[str, bytes]) -> bytes:
-    """Pickle instructions that make the value; the tensors' bytes go to `storages`."""
+    """Pickle opcodes for the value. The bytes of tensors are added to `storages`."""
     if isinstance(value, np.ndarray):
         key = str(len(storages))
         storages[key] = value.tobytes()
@@ -198,8 +208,8 @@ def encode(value: Any, storages: dict[str, bytes]) -> bytes:
         items = b"(" + b"".join(encode(part, storages) for part in value)
         return b"](" + items[1:] + b"e" if isinstance(value, list) else items + b"t"
     if isinstance(value, Foreign):
-        made = global_(value.name) + encode(value.args, storages) + (b"R" if value.args else b"\x81")
-        return made if value.state is None else made + encode(value.state, storages) + b"b"
+        constructed = global_(value.name) + encode(value.args, storages) + (b"R" if value.args else b"\x81")
+        return constructed if value.state is None else constructed + encode(value.state, storages) + b"b"
     if isinstance(value, type):
         return global_(f"__builtin__ {value.__name__}")
     if value is None or isinstance(value, bool):

@@ -1,38 +1,81 @@
-"""The processes that tests start, and their environments."""
+"""The processes that tests start, their environments, and a limit on files of this process."""
 
+import contextlib
 import functools
 import os
 import pickle
 import re
+import resource
 import select
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-START = subprocess.Popen  # Python's own
-_READ_AT_IMPORT = ("JAX_", "LD_", "MALLOC_", "OMP_", "PYTHON")  # what a program forked later would not see change
+_ROOT = Path(__file__).parents[2]
+START = subprocess.Popen  # Python's, before conftest.py replaces it
+_READ_AT_IMPORT = ("JAX_", "LD_", "MALLOC_", "OMP_", "PYTHON")  # a forked program would not notice a change of these
 
 
 def environment(devices: int = 1, **changes: str) -> dict[str, str]:
-    """That of the tests (see conftest.py), but for the number of CPU devices, and `changes`.
+    """The environment of the tests (see conftest.py) with another number of CPU devices, and with `changes`.
 
-    START="fresh": the program is to import everything by itself (see `Popen`).
+    With START="fresh" the program is not forked, and imports everything by itself (see `Popen`).
     """
     flag = "--xla_force_host_platform_device_count"
     return os.environ | {"XLA_FLAGS": re.sub(rf"{flag}=\d+", f"{flag}={devices}", os.environ["XLA_FLAGS"])} | changes
 
 
-class Popen(subprocess.Popen):
-    """Starts a Python program by `fork_server.py` where that can run it, and all else as `subprocess.Popen` does.
+def start(command: Sequence[str], devices: int = 1, **variables: str) -> subprocess.Popen:
+    """Start a program in the repository's root, with pipes for its stdout and stderr.
 
-    It overrides `_execute_child`, which is private: Python has no public place for another way to start a process.
+    Args:
+      command: the program and its arguments.
+      devices: the number of its CPU devices.
+      variables: of the environment, beside those of the tests.
+    """
+    settings = environment(devices, **{"TF_CPP_MIN_LOG_LEVEL": "2"} | variables)  # no warnings of lost connections
+    return subprocess.Popen(command, env=settings, cwd=_ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def outcomes(processes: Sequence[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """Wait for programs that `start` has started. Returns (exit code, stdout, stderr) of each."""
+    try:
+        texts = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *text) for process, text in zip(processes, texts, strict=True)]
+
+
+def free_address() -> str:
+    """An address of this machine, with a port that no program listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+@contextlib.contextmanager
+def largest_file(nbytes: int) -> Iterator[None]:
+    """Limit the size of files that this process writes. Writing more fails as on a full disk, and needs no root."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class Popen(subprocess.Popen):
+    """Starts a Python program by `fork_server.py` if that can run it, and others as `subprocess.Popen` does.
+
+    It overrides the private `_execute_child`, because Python has no public way to replace how a process starts.
     """
 
-    _end: int | None = None  # of a forked process: a descriptor that is readable when it has ended
+    _end: int | None = None  # of a forked process: a descriptor that becomes readable when it ends
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
         words = [os.fsdecode(word) for word in ([args] if isinstance(args, str | bytes | Path) else args)]

@@ -6,7 +6,7 @@ from opt_jax.text.streaming import StopStrings
 
 
 def stop_lengths(stops: StopStrings, tokens: np.ndarray) -> list[int | None]:
-    """How many of the tokens [B, N] of each row there are when a string is complete; None: it never is."""
+    """For each row of `tokens` [B, N]: the number of tokens after which a stop string is complete, or None."""
     lengths = []
     for state, row in zip(stops.states.tolist(), tokens.tolist(), strict=True):
         length = None

@@ -1,9 +1,8 @@
-"""What the operating system refuses is one line; what was there before stays, and is gone on from."""
+"""An error of the operating system is one line, and an earlier checkpoint stays usable."""
 
 import contextlib
 import errno
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from support.processes import largest_file
 
 from opt_jax import cli
 from opt_jax.system.disk import disk_errors, error_line, without_tracebacks
@@ -72,7 +72,7 @@ def test_other_errors_pass_and_the_innermost_explanation_stays(tmp_path):
     assert error_line(failed.value).startswith(f"{tmp_path / 'file'}: {FULL} (7 bytes are needed, ")
 
 
-def test_without_a_path_it_is_said_as_well(tmp_path, monkeypatch):
+def test_an_error_without_a_path_is_one_line_too(tmp_path, monkeypatch):
     assert error_line(system(errno.EMFILE)).startswith("Too many open files: raise the limit with `ulimit -n`")
     assert error_line(system(errno.EROFS, tmp_path)).startswith(f"{tmp_path}: Read-only file system: make it writable")
     assert error_line(system(errno.ENOENT, "mistyped")) == "mistyped: No such file or directory"
@@ -86,7 +86,7 @@ def test_without_a_path_it_is_said_as_well(tmp_path, monkeypatch):
         assert error_line(error.value) == "the current directory: No such file or directory"
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
-    with open("/dev/full", "w") as full:  # closing it would fail, were the rest not given up
+    with open("/dev/full", "w") as full:  # closing it would fail if the unwritten text were not dropped
         monkeypatch.setattr("sys.stdout", full)
         full.write("text")
         with pytest.raises(OSError) as failed:
@@ -95,16 +95,6 @@ def test_without_a_path_it_is_said_as_well(tmp_path, monkeypatch):
     with pytest.raises(OSError) as failed, contextlib.closing(Lines("/dev/full")) as lines:  # type: ignore[arg-type]
         lines.write('{"step": 1}\n')
     assert error_line(failed.value).startswith(f"/dev/full: {FULL} (")
-
-
-@contextlib.contextmanager
-def largest_file(nbytes: int):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def state_of(step: int) -> TrainState:
@@ -121,7 +111,7 @@ def newest(checkpoints: Checkpoints) -> tuple[int, TrainState]:
     return checkpoints.restore_newest(jax.eval_shape(lambda: state), shardings, pytest.fail)[:2]
 
 
-def test_a_checkpoint_that_does_not_fit_is_said_and_leaves_the_one_before(tmp_path, caplog, capfd):
+def test_a_checkpoint_that_does_not_fit_is_an_error_and_leaves_the_one_before(tmp_path, caplog, capfd):
     directory = tmp_path / "checkpoints"
     checkpoints = open_checkpoints(directory)
     checkpoints.save(3, state_of(3))
@@ -142,7 +132,7 @@ def test_a_checkpoint_that_does_not_fit_is_said_and_leaves_the_one_before(tmp_pa
 
     checkpoints = open_checkpoints(directory)
     shutil.rmtree(directory)
-    directory.write_bytes(b"")  # a read-only directory would not stop root
+    directory.write_bytes(b"")  # a file, because root could write to a read-only directory
     with without_tracebacks(), pytest.raises(OSError) as failed:
         checkpoints.save(5, state_of(5))
         checkpoints.close()
@@ -152,11 +142,11 @@ def test_a_checkpoint_that_does_not_fit_is_said_and_leaves_the_one_before(tmp_pa
 def test_of_a_checkpoint_whose_parts_all_fail_each_error_is_one_line(tmp_path):
     directory, said = tmp_path / "checkpoints", []
     checkpoints = open_checkpoints(directory)
-    with without_tracebacks(), largest_file(100):  # room for no description of an array
+    with without_tracebacks(), largest_file(100):  # too small even for the metadata of an array
         for call in (lambda: checkpoints.save(3, state_of(3)), checkpoints._wait, checkpoints.close):
             try:
                 call()
-            except OSError as error:  # of one part; which others fail before it ends is a matter of time
+            except OSError as error:  # of one part; others may fail too, in any order
                 said.append(error_line(error))
     expected = f"{directory / '3'}: File too large (80,025 bytes are needed): the file system or"
     assert said and all(line.startswith(expected) for line in said), said

@@ -1,4 +1,4 @@
-"""Ctrl-C is not lost, wherever the main thread is; what it does to a run before and after the first step."""
+"""Ctrl-C is never lost, whatever the main thread is doing. Its effect on a run before and after the first step."""
 
 import gc
 import os
@@ -27,10 +27,10 @@ def send(number: int = signal.SIGINT) -> None:
 def test_a_signal_amid_a_garbage_collection_reaches_the_thread_and_all_is_restored():
     before, came = signal.getsignal(signal.SIGINT), threading.Event()
 
-    def collected(*_: object) -> None:  # a KeyboardInterrupt is lost here
+    def collected(*_: object) -> None:  # Python drops a KeyboardInterrupt that is raised here
         gc.callbacks.remove(collected)
         send()
-        assert came.wait(timeout=20)  # the main thread is not needed
+        assert came.wait(timeout=20)  # the signal's thread gets it without the main thread
 
     with raises():
         handler = signal.getsignal(signal.SIGINT)
@@ -60,7 +60,7 @@ def test_a_signal_waits_for_the_end_of_a_block_that_delays_it(number, kind):
     with pytest.raises(KeyboardInterrupt) as interrupt, raises():
         with delayed():
             send(number)
-            threading.Thread(target=send, args=(number,)).start()  # one without the mask, which takes it
+            threading.Thread(target=send, args=(number,)).start()  # from a thread that does not block the signal
             time.sleep(0.05)
             reached.append("the end of the block")
         reached.append("behind it")
@@ -76,7 +76,7 @@ def test_a_lost_signal_that_is_repeated_too_soon_is_repeated_again(monkeypatch):
             Busy.count += 1
             super().start()
             if Busy.count == 1:
-                self.join()  # the signal has been sent
+                self.join()  # until the signal has been sent
                 time.sleep(10)
 
     monkeypatch.setattr(threading, "Timer", Busy)
@@ -102,7 +102,7 @@ def test_ctrl_c_ends_at_once_before_the_first_step_then_saves_and_the_second_end
         assert calls.acquire(timeout=20) and ended == [signal.SIGINT] * 2
     assert capfd.readouterr().err.startswith("Ctrl-C: saving a checkpoint; a second Ctrl-C ends at once")
     with Termination() as termination:
-        send(signal.SIGTERM)  # before the first step: a preemption loses nothing
+        send(signal.SIGTERM)  # before the first step too, SIGTERM waits for a checkpoint
         while not termination.asked(1):
             pass
         assert termination.reason_and_exit_code() == ("SIGTERM", 143)
@@ -131,9 +131,9 @@ def test_a_line_for_a_pipe_that_nobody_reads_is_given_up():
 @pytest.mark.parametrize("program, module", [("train.py", "jax"), ("-m opt_jax", "tyro"), ("-m convert", "tyro")])
 @pytest.mark.parametrize("ignored", [False, True])
 def test_amid_the_imports_ctrl_c_ends_a_program_but_not_a_job_in_the_background(tmp_path, ignored, program, module):
-    """A shell lets its jobs in the background ignore Ctrl-C."""
+    """Jobs that a shell starts in the background ignore Ctrl-C."""
     code = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemExit('went on')"
-    (tmp_path / f"{module}.py").write_text(code)  # the first import that takes long
+    (tmp_path / f"{module}.py").write_text(code)  # in place of the first slow import
     command = f"exec {sys.executable} {program}"
     run = subprocess.run(
         ["sh", "-c", f"trap '' INT; {command}" if ignored else command],

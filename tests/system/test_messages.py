@@ -1,4 +1,4 @@
-"""Messages quote what comes from outside in one printable line of limited length."""
+"""Messages quote foreign values in one printable line of limited length."""
 
 from opt_jax.system.messages import one_line, shown
 

@@ -1,4 +1,4 @@
-"""Files that others have written: no pipe is waited for, and small files have a largest size, wherever they are."""
+"""Reading foreign files: pipes are refused, and small files have a size limit, local or remote."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_small_files_have_a_largest_size(tmp_path):
 
 
 class Remote:
-    """As `epath` gives an object in a store."""
+    """Stands for an `epath.Path` in a store."""
 
     def __init__(self, length):
         self.length = length
@@ -68,7 +68,7 @@ class Remote:
         return b"content"
 
 
-def test_objects_have_it_too():
+def test_objects_have_a_limit():
     assert reading.read_small(Remote(7)) == b"content"  # type: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="has 1,000,000,000 bytes, more than"):
         reading.read_small(Remote(10**9))  # type: ignore[reportArgumentType]

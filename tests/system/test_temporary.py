@@ -1,9 +1,8 @@
-"""Nothing is cleared or written through that is not ours: links, and foreign files with the names of temporary ones."""
+"""We never remove foreign files, even with the names of temporary ones, and never write through links."""
 
 import fcntl
 import os
 import re
-import resource
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from etils import epath
 from support.hf_files import TINY, hf_weights, write_hf
 from support.hf_output import expected, files_of, read, write
+from support.processes import largest_file
 
 from convert.__main__ import main
 from opt_jax import OPTTokenizer
@@ -29,7 +29,7 @@ from opt_jax.training.files import begin_run, check_run_directory, write_record
 
 
 def precious(directory: Path) -> Path:
-    """A directory of somebody else's."""
+    """Write a directory that belongs to somebody else."""
     (directory / "sub").mkdir(parents=True)
     (directory / "thesis.tex").write_text("years of work")
     (directory / "sub" / "notes").write_text("more of it")
@@ -37,7 +37,7 @@ def precious(directory: Path) -> Path:
 
 
 def content(directory: Path) -> dict[str, str | bytes]:
-    """Everything below: files and where links point to."""
+    """Path -> content of the files below, and target of the links."""
     return {
         str(path.relative_to(directory)): f"-> {os.readlink(path)}" if path.is_symlink() else path.read_bytes()
         for path in sorted(directory.rglob("*"))
@@ -46,7 +46,7 @@ def content(directory: Path) -> dict[str, str | bytes]:
 
 
 def linked(path: Path) -> None:
-    """To an existing directory outside."""
+    """A link to an existing directory elsewhere."""
     path.symlink_to(precious(path.parent / "precious"))
 
 
@@ -59,7 +59,7 @@ def foreign(path: Path) -> None:
 
 
 def foreign_by_our_names(path: Path) -> None:
-    """Names that anybody may choose: without the marker they are not ours."""
+    """A directory with our names inside, but without the marker that makes it ours."""
     for name in ("new", "old"):
         precious(path / name)
 
@@ -177,7 +177,7 @@ def draw(path: Path) -> None:
 
 
 def test_a_temporary_name_is_not_what_an_error_names(tmp_path):
-    path = tmp_path / ("x" * 230)  # room for the name, and none for the temporary one
+    path = tmp_path / ("x" * 230)  # the name is allowed, but the longer temporary one is not
     with pytest.raises(OSError, match="choose a shorter name") as error:
         write_new(path)
     assert error.value.filename == str(path)
@@ -236,7 +236,7 @@ def test_a_pipe_is_not_replaced(tmp_path, writer: Callable[[Path], None]):
 
 
 def test_two_files_that_begin_in_the_same_moment_see_each_other(tmp_path, monkeypatch):
-    """Between looking for others and having its lock, a writer is alone."""
+    """A writer locks the directory from the moment when it looks for others until it has the lock of its file."""
 
     def is_locked(path: Path) -> bool:
         fd = os.open(path, os.O_RDONLY)
@@ -284,7 +284,7 @@ def test_tokenize_keeps_an_array_that_it_did_not_write(tmp_path):
 
 
 def test_a_tokenizer_is_not_saved_through_links(tmp_path):
-    """In the hub's cache all files are links to blobs."""
+    """Files in the hub's cache are links to blobs, which must not be changed."""
     tokenizer = OPTTokenizer.from_pretrained("tiny")
     (tmp_path / "blob").write_text("keep")
     for name in ("vocab.json", "tokenizer.json", "special_tokens_map.json"):
@@ -297,19 +297,14 @@ def test_a_tokenizer_is_not_saved_through_links(tmp_path):
 
 
 def test_a_tokenizer_is_saved_as_whole_files(tmp_path):
-    """A pipe would be waited at for ever; behind a full disk half of merges.txt would be another tokenizer."""
+    """Writing to a pipe would wait for ever. After an error, half of merges.txt would be another tokenizer."""
     tokenizer = OPTTokenizer.from_pretrained("tiny")
     os.mkfifo(tmp_path / "tokenizer.json")
     with pytest.raises(FileExistsError, match="json is a pipe or a device"):
         tokenizer.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        with pytest.raises(OSError, match="File too large .* bytes are needed"):
-            tokenizer.save_pretrained(tmp_path / "full")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with largest_file(20_000), pytest.raises(OSError, match="File too large .* bytes are needed"):
+        tokenizer.save_pretrained(tmp_path / "full")
     assert all(path.stat().st_size < 20_000 for path in (tmp_path / "full").iterdir())
     assert not list((tmp_path / "full").glob("*.part"))
 
@@ -341,14 +336,14 @@ def test_a_run_begins_beside_foreign_files_and_after_a_kill(tmp_path):
     (tmp_path / "README").touch()
     check_run_directory(output)
     begin_run(output)
-    (tmp_path / "tokenizer").mkdir()  # killed before it had written run.json
+    (tmp_path / "tokenizer").mkdir()  # as a start that was killed before it wrote run.json
     check_run_directory(output)
     begin_run(output)
     write_record(output, {})
     assert sorted(os.listdir(tmp_path)) == ["README", "run.json", "tokenizer"]
     check_run_directory(output)
     (tmp_path / "model").mkdir()
-    with pytest.raises(FileExistsError, match="holds model, but no"):  # now, and not at the end of the training
+    with pytest.raises(FileExistsError, match="holds model, but no"):  # at the start, and not when training ends
         check_run_directory(output)
 
 

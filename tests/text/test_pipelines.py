@@ -1,4 +1,4 @@
-"""Texts through a model: stop strings, pieces of text, scores. (The pipeline itself is in test_text.py.)"""
+"""Texts through a model: stop strings, pieces of text, scores. (The pipeline itself: test_text.py.)"""
 
 import copy
 import itertools
@@ -28,7 +28,7 @@ def model():
 
 
 def first_end(tok, prompt: str, ids: list[int], strings) -> int:
-    """By definition: the first token after which one of the strings ends in the text, and did not before."""
+    """The number of tokens up to the first one that completes one of the strings, by definition."""
     for n in range(1, len(ids) + 1):
         before = prompt + tok.decode(ids[: n - 1])
         now = prompt + tok.decode(ids[:n])
@@ -62,7 +62,7 @@ def test_stop_strings_end_rows(tok, model):
 
 
 def test_stop_strings_straddle_tokens_and_characters(tok):
-    """Every string that is in a text stops it at the token where it ends, whatever tokens make up the text."""
+    """A string of the text stops it at the token in which it ends. The text is cut into tokens in two ways."""
     text = "naïve 日本語 </s> 👩‍👩‍👧‍👦 def f(x): return x"
     bytewise = [tok.backend_tokenizer.token_to_id(c) for c in _byte_tokens(text)]
     for ids in (tok.encode(text, add_special_tokens=False), bytewise):
@@ -152,11 +152,11 @@ def test_stream_text_gives_whole_characters(tok, model):
     assert "".join(pieces) == tok.decode(ids, skip_special_tokens=True) and len(pieces) > 5
     with pytest.raises(ValueError, match="one prompt, not 2"):
         stream_text(model, tok, tok(["a", "b"]))
-    several: dict[str, Any] = dict(do_sample=True, num_return_sequences=2)
-    for options in (several, dict(generation_config=GenerationConfig(**several))):
+    two_samples: dict[str, Any] = dict(do_sample=True, num_return_sequences=2)
+    for options in (two_samples, dict(generation_config=GenerationConfig(**two_samples))):
         with pytest.raises(ValueError, match="num_return_sequences"):
             stream_text(model, tok, "a", **options)
-    with pytest.raises(ValueError, match="top_q"):  # at once
+    with pytest.raises(ValueError, match="top_q"):  # by the call, before the first piece is asked for
         stream_text(model, tok, "a", top_q=2)
 
 

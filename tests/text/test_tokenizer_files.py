@@ -1,4 +1,4 @@
-"""Files of tokenizers that are damaged or hostile: one error that names them, and no panic, whatever is in them."""
+"""Damaged and hostile files of tokenizers: each is one error that names the file, and no panic of the Rust library."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ def saved(tmp_path_factory):
 
 
 def edited(saved, directory, file="tokenizer.json", **changes):
-    """`directory` with the tiny tokenizer and one of its files changed; "a.b" is b in a."""
+    """Write the tiny tokenizer to `directory`, with fields of one file changed: `a__b=value` sets field b of a."""
     for name in saved.iterdir():
         shutil.copy(name, directory)
     content = json.loads((directory / file).read_text())
@@ -94,7 +94,7 @@ def test_what_is_not_of_the_right_shape_is_named(saved, tmp_path, file, content,
 
 
 class Counting:
-    """A backend that counts how often tokens are added: each time the library goes through all that there are."""
+    """A backend that counts how often tokens are added. The library reads all its tokens each time."""
 
     def __init__(self, backend):
         self.backend, self.added = backend, 0

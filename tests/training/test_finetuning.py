@@ -1,4 +1,4 @@
-"""Fine-tuning: the tasks' losses and batches, SQuAD's rules, LoRA's adapters, the step on one device and on meshes."""
+"""Fine-tuning: losses and batches of the tasks, SQuAD's rules, LoRA, and the step on one device and on meshes."""
 
 import json
 from functools import cache, partial
@@ -121,11 +121,11 @@ def test_the_loss_of_a_task_is_that_of_the_model(kind):
 @pytest.mark.parametrize("kind, rank", [exhaustive("classify", 0), ("answer", 0), ("classify", 2), exhaustive("lm", 2)])
 def test_meshes_and_micro_batches_train_alike(kind, rank):
     _, expected = train(kind, rank, "data=1")
-    assert not np.allclose(expected[0], expected[2], rtol=1e-3)  # it learns something
-    _, found = train(kind, rank, "data=2,fsdp=2,tensor=2", accumulate=2 if kind == "answer" else 1)
-    if kind == "answer":  # dropout's bits depend on how a batch is split: only on one device with the same split
+    assert not np.allclose(expected[0], expected[2], rtol=1e-3)  # the loss changes
+    _, losses = train(kind, rank, "data=2,fsdp=2,tensor=2", accumulate=2 if kind == "answer" else 1)
+    if kind == "answer":  # its dropout depends on the number of micro-batches
         _, expected = train(kind, rank, "data=1", accumulate=2)
-    np.testing.assert_allclose(found, expected, rtol=2e-5)
+    np.testing.assert_allclose(losses, expected, rtol=2e-5)
 
 
 @pytest.mark.slow
@@ -152,16 +152,16 @@ def test_predictions_are_those_of_all_rows():
 def test_a_batch_depends_on_seed_and_step_alone():
     make = lambda seed: Batches(EXAMPLES, np.arange(40), BATCH, 32, 1, seed)  # noqa: E731
     straight, jumping = make(3), make(3)
-    found = [straight.batch(step) for step in range(12)]
+    batches_in_order = [straight.batch(step) for step in range(12)]
     for step in (11, 0, 5):
         again, part = jumping.batch(step), jumping.batch(step, slice(2, 5))
-        for name, values in found[step].items():
+        for name, values in batches_in_order[step].items():
             np.testing.assert_array_equal(again[name], values)
             np.testing.assert_array_equal(part[name], values[2:5])
-    epoch = np.concatenate([batch["labels"] for batch in found[:5]])
+    epoch = np.concatenate([batch["labels"] for batch in batches_in_order[:5]])
     assert sorted(epoch) == list(range(40)) and list(epoch) != list(range(40))
-    assert list(np.concatenate([batch["labels"] for batch in found[5:10]])) != list(epoch)
-    assert not np.array_equal(make(4).batch(0)["labels"], found[0]["labels"])
+    assert list(np.concatenate([batch["labels"] for batch in batches_in_order[5:10]])) != list(epoch)
+    assert not np.array_equal(make(4).batch(0)["labels"], batches_in_order[0]["labels"])
 
 
 def test_batches_are_padded_to_few_lengths():
@@ -260,8 +260,8 @@ CONTEXT = "The tower was built by Gustave Eiffel's company. It opened in 1889, i
 def squad_file(path, **changes):
     start = CONTEXT.index("1889")
     answer = {"id": "q1", "question": " When did it open?", "answers": [{"text": "1889", "answer_start": start}]}
-    nothing = {"id": "q2", "question": "Who painted it?", "answers": [], "is_impossible": True}
-    qas = [answer | changes, nothing]
+    unanswerable = {"id": "q2", "question": "Who painted it?", "answers": [], "is_impossible": True}
+    qas = [answer | changes, unanswerable]
     content = {"version": "v2.0", "data": [{"title": "x", "paragraphs": [{"context": CONTEXT, "qas": qas}]}]}
     path.write_text(json.dumps(content))
     return [str(path)]
@@ -272,20 +272,20 @@ def test_windows_cover_a_long_context_and_find_the_answer(tmp_path):
 
     tokenizer = OPTTokenizer.from_pretrained("tiny")
     questions = squad.read_squad(squad_file(tmp_path / "x.json"))
-    found = [w for w in squad.windows(questions, tokenizer, 48) if w.question == 0]
-    assert len(found) > 2 and all(len(w.ids) <= 48 and w.ids[0] == tokenizer.bos_token_id for w in found)
-    covered = {i for w in found for o in w.offsets if o for i in range(*o)}
+    windows = [w for w in squad.windows(questions, tokenizer, 48) if w.question == 0]
+    assert len(windows) > 2 and all(len(w.ids) <= 48 and w.ids[0] == tokenizer.bos_token_id for w in windows)
+    covered = {i for w in windows for o in w.offsets if o for i in range(*o)}
     assert covered >= set(range(len(CONTEXT.rstrip())))
-    spans: Any = [(w.offsets[w.answer[0]], w.offsets[w.answer[1]]) for w in found if w.answer[0]]
+    spans: Any = [(w.offsets[w.answer[0]], w.offsets[w.answer[1]]) for w in windows if w.answer[0]]
     texts = {CONTEXT[first[0] : last[1]].strip() for first, last in spans}
     assert texts and all("1889" in text for text in texts)
     assert all(w.answer == (0, 0) for w in squad.windows(questions, tokenizer, 48) if w.question == 1)
 
-    window = next(w for w in found if w.answer[0])
+    window = next(w for w in windows if w.answer[0])
     logits = np.zeros((48, 2))
     logits[window.answer[0], 0] = logits[window.answer[1], 1] = 5
-    logits[window.answer[1] + 1, 0] = 9  # the end would be before the start
-    logits[1, 1] = 9  # in the question
+    logits[window.answer[1] + 1, 0] = 9  # an end before the start
+    logits[1, 1] = 9  # an end in the question
     assert squad.best_answer(questions[0], [(window, logits)], may_lack=True).strip() in texts
     logits[0] = 6
     assert squad.best_answer(questions[0], [(window, logits)], may_lack=True) == ""
@@ -355,7 +355,7 @@ def test_only_adapters_and_heads_are_trained_and_have_moments(kind):
     for name, value in named_leaves(after.frozen).items():
         np.testing.assert_array_equal(value, named_leaves(before.frozen)[name], err_msg=name)
     assert all((v != named_leaves(before.model)[n]).any() for n, v in named_leaves(after.model).items())
-    # Merged, it is a plain model that computes the same.
+    # Merged, they give a plain model that computes the same.
     merged, ids = lora.merge(after.full_model, plain), np.array([EXAMPLES[0]])
     assert type(merged) is CLASSES[kind] and set(named_leaves(merged)) == set(named_leaves(plain))
     ours = merged.model.forward(ids).last_hidden_state

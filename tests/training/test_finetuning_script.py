@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from support.training_runs import metrics
 
 import train
 from convert.__main__ import main as convert
@@ -51,30 +52,30 @@ def run(output, start, **options):
     common = dict(batch_size=8, warmup_steps=1, learning_rate=1e-2, eval_every=2, mesh="data=-1", steps=4)
     chosen: Any = common | dict(output=str(output), model=str(start)) | options
     train.main(train.Options(**chosen))
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return metrics(output)
 
 
 def test_classification_with_lora_from_start_to_export(start, texts, tmp_path, capsys):
     options: dict[str, Any] = dict(
         task="sequence-classification", data=(texts,), lora_rank=2, lora_targets=("q_proj", "fc1")
     )
-    whole = run(tmp_path / "whole", start, **options)
+    uninterrupted = run(tmp_path / "uninterrupted", start, **options)
     assert "LoRA of rank 2" in capsys.readouterr().out
-    assert [0 <= line["val_accuracy"] <= 1 for line in whole if "val_loss" in line] == [True, True]
+    assert [0 <= line["val_accuracy"] <= 1 for line in uninterrupted if "val_loss" in line] == [True, True]
 
     run(tmp_path / "run", start, stop_after=2, **options)
     with pytest.raises(ValueError, match="holds the adapters of a run with --lora-rank"):
         OPTForSequenceClassification.from_pretrained(tmp_path / "run")
     with pytest.raises(ValueError, match="lora_rank was 2, is now 3"):
         run(tmp_path / "run", start, **options | dict(lora_rank=3))
-    moved = start.rename(start.with_name("moved"))  # what is not trained is in no checkpoint
+    moved = start.rename(start.with_name("moved"))  # frozen parameters are read from here, not from checkpoints
     save(start, seed=1)
     with pytest.raises(ValueError, match="not trained: checksum of the parameters was [0-9]+, is now "):
         run(tmp_path / "run", start, **options)
     shutil.rmtree(start)
     moved.rename(start)
     resumed = run(tmp_path / "run", start, **options)
-    assert [line["loss"] for line in resumed] == [line["loss"] for line in whole]
+    assert [line["loss"] for line in resumed] == [line["loss"] for line in uninterrupted]
     printed = capsys.readouterr().out
     assert "adapters are merged in" in printed
     assert f'OPTForSequenceClassification.from_pretrained("{tmp_path / "run"}")' in printed
@@ -119,7 +120,7 @@ def test_the_accuracy_on_sst2_is_that_of_the_saved_model(shared_data, tmp_path):
     model = OPTForSequenceClassification.from_pretrained(tmp_path / "run")
     tokenizer = OPTTokenizer.from_pretrained(tmp_path / "run")
     inputs = tokenizer([text for text, _ in rows], padding_side="right")
-    assert inputs["input_ids"].shape[1] > 64  # some were cut in training
+    assert inputs["input_ids"].shape[1] > 64  # longer rows were cut in training
     logits = model(**{name: array[:, :64] for name, array in inputs.items()}).logits
     right = [str(i) == label for i, (_, label) in zip(logits.argmax(-1), rows, strict=True)]
     assert 0 < sum(right) < len(right) and lines[-1]["val_accuracy"] == pytest.approx(np.mean(right))

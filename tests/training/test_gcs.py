@@ -2,30 +2,24 @@
 it; docs/training.md says what else it was tried with.)"""
 
 import json
-import random
 import re
 import signal
-import socket
 import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Iterable
 
-import jax
 import numpy as np
 import pytest
 from etils import epath
 from support import gcs_server
-from support.processes import environment
+from support.processes import outcomes, start
+from support.training_runs import command_line, metrics, run_here, run_options, start_two
 
-import train
 from convert.__main__ import main as convert_main
-from opt_jax import OPTConfig, OPTForCausalLM, OPTTokenizer, named_parameters
+from opt_jax import OPTForCausalLM, OPTTokenizer, named_parameters
 from opt_jax.cli import main as cli
 from opt_jax.data.tokenizers import read_tokenizer
-from opt_jax.parallel.mesh import make_mesh
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 STEPS = 12
 
 
@@ -42,80 +36,41 @@ def here(store, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A directory with a model's configuration, text, and a run on the disk."""
-    place = tmp_path_factory.mktemp("gcs")
-    config = OPTConfig(
-        vocab_size=304,
-        hidden_size=16,
-        num_hidden_layers=2,
-        ffn_dim=32,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        dropout=0.1,
-        init_std=0.05,
-    )
-    (place / "config.json").write_text(json.dumps(config.to_hf()))
-    rng = random.Random(0)
-    lines = [json.dumps({"text": " ".join(rng.choices(["def", "self", "x", "(", ")"], k=60))}) for _ in range(40)]
-    (place / "text.jsonl").write_text("\n".join(lines) + "\n")
-    run(place, place / "run")
-    return place
+def options(tmp_path_factory):
+    """Those of all runs but `output`."""
+    return run_options(tmp_path_factory.mktemp("inputs"), steps=STEPS, batch_size=4)
 
 
-def words(place: Path, output: str | Path, **changes) -> list[str]:
-    options = (
-        dict(
-            data=place / "text.jsonl",
-            model=place / "config.json",
-            output=output,
-            steps=STEPS,
-            batch_size=4,
-            warmup_steps=3,
-            learning_rate=6e-4,
-            checkpoint_every=4,
-            eval_every=6,
-            eval_batches=1,
-        )
-        | changes
-    )
-    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-
-
-def run(place: Path, output: str | Path) -> None:
-    """In this process, on one of its devices."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_mesh", lambda spec, *_, dcn: make_mesh(spec, jax.devices()[:1], dcn))
-        train.main(train.parse_options(words(place, output)))
-
-
-def start(place: Path, output: str, store: gcs_server.Store, devices: int = 1, **changes) -> subprocess.Popen:
-    command = [sys.executable, "-W", "error", "train.py", *words(place, output, **changes)]
-    settings = environment(devices, **store.environment)
-    return subprocess.Popen(command, env=settings, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@pytest.fixture(scope="module")
+def on_disk(options, tmp_path_factory):
+    """A finished run on the disk."""
+    output = tmp_path_factory.mktemp("runs") / "run"
+    run_here(options, output)
+    return output
 
 
 def end(process: subprocess.Popen, code: int = 0) -> str:
-    try:
-        out, err = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    assert process.returncode == code, err
+    """Wait for a program, and check its exit code. Returns what it has printed."""
+    [(returned, out, err)] = outcomes([process])
+    assert returned == code, err
     return out + err
 
 
-def losses(text: str) -> dict[int, tuple]:
-    lines = map(json.loads, text.splitlines())
+def losses(lines: Iterable[dict]) -> dict[int, tuple]:
     return {line["step"]: (line["loss"], line["grad_norm"], line.get("val_loss")) for line in lines}
+
+
+def metrics_in(store: gcs_server.Store, directory: str) -> list[dict]:
+    return [json.loads(line) for line in store.read(f"{directory}/metrics.jsonl").decode().splitlines()]
 
 
 def steps_in(store: gcs_server.Store, directory: str) -> set[str]:
     return {name.partition("/")[0] for name in store.names(directory + "/")}
 
 
-def test_a_run_is_killed_while_it_writes_a_checkpoint_and_goes_on(store, place, here, capsys):
+def test_a_run_is_killed_while_it_writes_a_checkpoint_and_goes_on(store, options, on_disk, here, capsys, tmp_path):
     """The same losses and parameters as on a disk, bit for bit; the same checkpoints are kept."""
-    begun = start(place, "gs://bucket/run", store)
+    begun = start(command_line(options, "gs://bucket/run"), **store.environment)
     store.wrote = lambda name: begun.kill() if name.startswith("bucket/run/checkpoints/8/optimizer/d/") else None
     end(begun, -signal.SIGKILL)
     store.wrote = lambda name: None
@@ -125,20 +80,20 @@ def test_a_run_is_killed_while_it_writes_a_checkpoint_and_goes_on(store, place, 
 
     model = OPTForCausalLM.from_pretrained("gs://bucket/run")
     assert model.name_or_path == "gs://bucket/run/checkpoints/4"  # not the one that was never finished
-    text, tokenizer = "def self x", read_tokenizer(epath.Path(place / "run" / "tokenizer"))
+    text, tokenizer = "def self x", read_tokenizer(epath.Path(on_disk / "tokenizer"))
     ids = tokenizer(text).input_ids
     assert OPTTokenizer.from_pretrained("gs://bucket/run")(text).input_ids.tolist() == ids.tolist()
 
     capsys.readouterr()
-    run(place, "gs://bucket/run")
+    run_here(options, "gs://bucket/run")
     out = capsys.readouterr().out
     assert "steps 4 to 12" in out and "opt-jax generate --model gs://bucket/run" in out
-    whole = losses((place / "run" / "metrics.jsonl").read_text())
-    assert len(whole) == STEPS and losses(store.read("bucket/run/metrics.jsonl").decode()) == whole
+    expected_losses = losses(metrics(on_disk))
+    assert len(expected_losses) == STEPS and losses(metrics_in(store, "bucket/run")) == expected_losses
     for name in ("checkpoints", "best"):
-        assert steps_in(store, f"bucket/run/{name}") == {path.name for path in (place / "run" / name).iterdir()}
+        assert steps_in(store, f"bucket/run/{name}") == {path.name for path in (on_disk / name).iterdir()}
 
-    expected = named_parameters(OPTForCausalLM.from_pretrained(place / "run"))
+    expected = named_parameters(OPTForCausalLM.from_pretrained(on_disk))
     for name in ("run", "run/best", "run/checkpoints"):
         for path, param in named_parameters(OPTForCausalLM.from_pretrained(f"gs://bucket/{name}")).items():
             np.testing.assert_array_equal(param.get_value(), expected[path].get_value())
@@ -146,33 +101,29 @@ def test_a_run_is_killed_while_it_writes_a_checkpoint_and_goes_on(store, place, 
     model.save_pretrained("gs://bucket/run/model", overwrite=True)  # over itself, tokenizer included
     assert OPTTokenizer.from_pretrained("gs://bucket/run")(text).input_ids.tolist() == ids.tolist()
     assert cli(["plot", "gs://bucket/run"]) == 1  # there is no place for the picture
-    assert cli(["plot", "gs://bucket/run", str(place / "run"), "--output", str(place / "curves.png")]) == 0
+    assert cli(["plot", "gs://bucket/run", str(on_disk), "--output", str(tmp_path / "curves.png")]) == 0
     capsys.readouterr()
-    run(place, "gs://bucket/run")
+    run_here(options, "gs://bucket/run")
     assert "is finished: 12 steps" in capsys.readouterr().out
 
 
-def test_two_processes_share_a_bucket(store, place, here):
+def test_two_processes_share_a_bucket(store, options, on_disk, here):
     """Each writes its part of the checkpoints; both are killed, and both go on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
 
-    def both() -> list[subprocess.Popen]:
-        job = dict(coordinator_address=f"127.0.0.1:{port}", num_processes=2, mesh="fsdp=4", batch_size=4)
-        return [start(place, "gs://bucket/two", store, devices=2, process_id=i, **job) for i in range(2)]
+    def start_job():
+        return start_two(options | dict(mesh="fsdp=4"), "gs://bucket/two", **store.environment)
 
-    begun = both()
+    begun = start_job()
     last = "bucket/two/checkpoints/4/commit_success.txt"
     store.wrote = lambda name: [process.kill() for process in begun] if name == last else None
     for process in begun:
         end(process, -signal.SIGKILL)
     store.wrote = lambda name: None
     assert any("ocdbt.process_1/" in name for name in store.names("bucket/two/checkpoints/4/"))
-    assert "steps 4 to 12" in [end(process) for process in both()][0]
-    found = losses(store.read("bucket/two/metrics.jsonl").decode())
-    for step, (loss, *_) in losses((place / "run" / "metrics.jsonl").read_text()).items():
-        assert found[step][0] == pytest.approx(loss, rel=1e-5)
+    assert "steps 4 to 12" in [end(process) for process in start_job()][0]
+    of_two = losses(metrics_in(store, "bucket/two"))
+    for step, (loss, *_) in losses(metrics(on_disk)).items():
+        assert of_two[step][0] == pytest.approx(loss, rel=1e-5)
     assert convert_main(["verify", "gs://bucket/two", "--against", "gs://bucket/two/checkpoints"]) == 0
 
 

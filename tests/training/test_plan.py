@@ -1,4 +1,4 @@
-"""`train.py --plan`: what is counted in traced and compiled programs, and whole plans for TPUs that are not there."""
+"""`train.py --plan`: what is counted in traced and compiled programs, and plans for TPUs that are not there."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ needs_libtpu = pytest.mark.skipif(
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 @pytest.mark.parametrize(
     ("collective", "kind", "sent"),
-    [  # of 8 devices and float32 [16, 4] each, 256 bytes: what a ring sends
+    [  # bytes that a ring of 8 devices sends, each with 256 bytes: float32 [16, 4]
         (lambda x: lax.all_gather(x, "fsdp"), "all-gather", 256 * 7),
         (lambda x: lax.psum_scatter(x, "fsdp", tiled=True), "reduce-scatter", 256 / 8 * 7),
         (lambda x: lax.psum(x, "fsdp"), "all-reduce", 256 * 2 * 7 / 8),
@@ -43,7 +43,7 @@ needs_libtpu = pytest.mark.skipif(
 def test_collectives_are_counted_as_often_as_they_run(collective, kind, sent):
     mesh = make_mesh("fsdp=8", jax.devices()[:8])
 
-    def loop(x):  # the result must matter, and differ from turn to turn
+    def loop(x):  # a loop whose collective depends on the iteration, and whose result is used
         return lax.fori_loop(0, 5, lambda i, x: x + jnp.sum(jnp.sin(collective(x * i))), x)
 
     mapped = jax.shard_map(loop, mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp"), check_vma=False)
@@ -61,18 +61,18 @@ def test_flops_count_loops_and_what_is_recomputed():
         body = jax.checkpoint(layer) if remat else layer
         return lax.scan(lambda x, w: (body(x, w), None), x, ws)[0].sum()
 
-    def products(remat):  # in units of one product
+    def products(remat):  # number of products
         traced = jax.jit(jax.grad(partial(loss, remat=remat))).trace(jnp.ones((5, 2, 16, 16)), jnp.ones((4, 16)))
         return hardware_flops(traced.jaxpr.jaxpr) / (5 * 2 * 4 * 16 * 16)
 
     assert products(remat=False) == 2 + 4
-    assert products(remat=True) == 2 + 1 + 4  # the second product of a layer need not be done again
+    assert products(remat=True) == 2 + 1 + 4  # only the first product of a layer is computed again
 
 
-@pytest.mark.parametrize(("limit", "found"), [(0, None), (1, 1), (5, 4), (100, 16)])
-def test_the_largest_that_fits(limit, found):
+@pytest.mark.parametrize(("limit", "largest"), [(0, None), (1, 1), (5, 4), (100, 16)])
+def test_the_largest_that_fits(limit, largest):
     asked = []
-    assert largest_that_fits([1, 2, 4, 8, 16], lambda n: asked.append(n) or n <= limit) == found
+    assert largest_that_fits([1, 2, 4, 8, 16], lambda n: asked.append(n) or n <= limit) == largest
     assert len(asked) <= 3
 
 
@@ -85,7 +85,7 @@ def test_unknown_topologies_are_errors():
 
 @pytest.fixture
 def libtpu():
-    """What `topology_devices` sets in the environment is taken back."""
+    """Restores the environment, which `topology_devices` changes."""
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -93,8 +93,10 @@ def libtpu():
 
 
 def plan(directory, *words):
-    """The JSON of `train.py --plan`, with one small layer and short sequences: libtpu takes four times as long for two
-    layers of width 256 and sequences of 2048."""
+    """The JSON of `train.py --plan` for one small layer and short sequences.
+
+    For two layers of width 256 and sequences of 2048, libtpu takes four times as long.
+    """
     config = OPTConfig(
         vocab_size=512,
         hidden_size=128,
@@ -113,21 +115,22 @@ def plan(directory, *words):
 @pytest.mark.slow
 @needs_libtpu
 def test_a_plan_for_a_slice(tmp_path, libtpu, capsys):
-    # A mesh that splits an axis of the torus.
+    # This mesh splits an axis of the torus.
     words = "--topology v5e:4x4 --mesh fsdp=8,tensor=2 --batch-size 32".split()
-    found = plan(tmp_path, *words)
-    printed = capsys.readouterr().out
-    assert found["fits"] and found["largest_micro_batch"] == 4
-    assert found["mesh"] == {"data": 1, "fsdp": 8, "tensor": 2} and found["micro_batch"] == 4
-    assert found["hbm_capacity_bytes"] == int(15.75 * 2**30)
-    on_chip = found["parameter_bytes_per_chip"]
-    assert found["parameters"] * 4 / 16 < on_chip < found["parameters"] * 4 / 12  # float32; positions split 8 ways
-    assert found["optimizer_bytes_per_chip"] == pytest.approx(2 * on_chip, rel=1e-3)
-    assert found["hbm_bytes_per_chip"] > 3 * on_chip + 0.9 * found["temporary_bytes"]
-    assert found["model_flops"] == 32 * 256 * (6 * found["parameters"] + 12 * 128 * 256)
-    assert found["compile_seconds"] > 0
-    assert sum(found["collective_bytes"].values()) > 0.5 * found["floor_bytes"]
-    assert found["collective_bytes"]["all-gather"] > 0 and found["collective_bytes"]["reduce-scatter"] > 0
+    report = plan(tmp_path, *words)
+    printed, said = capsys.readouterr()
+    assert "compiling the step with 4 sequences at a time, for 16 chips" in said and " GB a chip" in said
+    assert report["fits"] and report["largest_micro_batch"] == 4
+    assert report["mesh"] == {"data": 1, "fsdp": 8, "tensor": 2} and report["micro_batch"] == 4
+    assert report["hbm_capacity_bytes"] == int(15.75 * 2**30)
+    on_chip = report["parameter_bytes_per_chip"]
+    assert report["parameters"] * 4 / 16 < on_chip < report["parameters"] * 4 / 12  # float32; positions split 8 ways
+    assert report["optimizer_bytes_per_chip"] == pytest.approx(2 * on_chip, rel=1e-3)
+    assert report["hbm_bytes_per_chip"] > 3 * on_chip + 0.9 * report["temporary_bytes"]
+    assert report["model_flops"] == 32 * 256 * (6 * report["parameters"] + 12 * 128 * 256)
+    assert report["compile_seconds"] > 0
+    assert sum(report["collective_bytes"].values()) > 0.5 * report["floor_bytes"]
+    assert report["collective_bytes"]["all-gather"] > 0 and report["collective_bytes"]["reduce-scatter"] > 0
     for words in ("HBM", "all-gather", "largest micro-batch", "v5e:4x4"):
         assert words in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "plan.json"]  # no run was begun
@@ -136,12 +139,13 @@ def test_a_plan_for_a_slice(tmp_path, libtpu, capsys):
 @pytest.mark.slow
 @needs_libtpu
 def test_a_plan_that_does_not_fit_says_what_would(tmp_path, libtpu, capsys):
-    # A prime number of sequences for each chip: 1 is what else there is to try.
-    found = plan(tmp_path, "--topology", "v5e:2x2", "--batch-size", str(4 * 16421))
+    # Each chip has a prime number of sequences, so 1 is the only other micro-batch. A chip of a v4 is one device.
+    report = plan(tmp_path, "--topology", "v4:2x2x1", "--batch-size", str(4 * 32843))
     printed = capsys.readouterr().out
-    assert not found["fits"] and found["hbm_bytes_per_chip"] > found["hbm_capacity_bytes"]
-    assert found["largest_micro_batch"] == 1
-    assert "DOES NOT FIT" in printed and "--accumulate 16421" in printed
+    assert report["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1} and report["hbm_capacity_bytes"] == int(30.75 * 2**30)
+    assert not report["fits"] and report["hbm_bytes_per_chip"] > report["hbm_capacity_bytes"]
+    assert report["largest_micro_batch"] == 1
+    assert "DOES NOT FIT" in printed and "--accumulate 32843" in printed
 
 
 def test_a_plan_is_of_the_runs_own_batches(monkeypatch):
@@ -161,17 +165,17 @@ def test_a_plan_is_of_the_runs_own_batches(monkeypatch):
     shardings = SimpleNamespace(model=shardings, opt_state=shardings)
     concat, segments = Options(batch_size=4, accumulate=2), Options(batch_size=4, accumulate=2, pack="segments")
     for options, names in ((concat, ["input_ids", "labels"]), (segments, ["input_ids", "labels", "segment_ids"])):
-        found = make_plan(None, state, shardings, mesh, config, options, 64)
+        report = make_plan(None, state, shardings, mesh, config, options, 64)
         assert batches == [dict.fromkeys(names, (2, 2, 64)), dict.fromkeys(names, (4, 1, 64))]
-        assert found["largest_micro_batch"] is None and found["advice"].startswith("not even one fits: more chips, ")
+        assert report["largest_micro_batch"] is None and report["advice"].startswith("not even one fits: more chips, ")
         batches.clear()
-    # Where the asked one fits, it is larger ones that are tried.
+    # If the given micro-batch fits, larger ones are tried.
     for fits, largest in (({1}, 2), ({1, 2}, 4)):
         fitting.update(fits)
-        found = make_plan(None, state, shardings, mesh, config, concat, 64)
+        report = make_plan(None, state, shardings, mesh, config, concat, 64)
         assert [batch["labels"] for batch in batches] == [(2, 2, 64), (1, 4, 64)]
-        assert found["largest_micro_batch"] == largest
-        assert found["advice"].endswith(f"--accumulate {4 // largest}")
+        assert report["largest_micro_batch"] == largest
+        assert report["advice"].endswith(f"--accumulate {4 // largest}")
         batches.clear()
 
 
@@ -213,11 +217,11 @@ def test_what_a_layer_sends(libtpu, monkeypatch):
         if instruction.group_size == 2 and times == layers * parts:
             activations[passed] += 1
         if instruction.group_size == 4 and times == layers:
-            weights[kind] += len(instruction.operands)  # several may be sent together
-    assert activations == {"forward": 4, "backward": 7}  # the last sum of a layer is not computed again
-    # q, k, v, out_proj, fc1 and fc2: gathered once for each pass, their gradients scattered, never added up everywhere.
+            weights[kind] += len(instruction.operands)  # one collective may send more than one array
+    assert activations == {"forward": 4, "backward": 7}  # rematerialisation skips the last sum of a layer
+    # q, k, v, out_proj, fc1 and fc2 are gathered once for each pass. Their gradients are reduce-scattered.
     assert weights == {"all-gather": 12, "reduce-scatter": 6}
-    assert 0 < largest < 4 * rows * length * vocab // 2  # of a device's tokens, no float32 logits
+    assert 0 < largest < 4 * rows * length * vocab // 2  # no float32 logits of all tokens of a device
 
 
 def test_gradients_are_sent_in_their_dtype():

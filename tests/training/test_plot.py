@@ -1,11 +1,11 @@
-"""`opt-jax plot`: curves of runs to a PNG."""
+"""`opt-jax plot`: curves of runs as a PNG."""
 
 import builtins
 import json
 import re
-import resource
 
 import pytest
+from support.processes import largest_file
 
 from opt_jax.cli import main
 
@@ -20,12 +20,12 @@ def make_run(directory, steps=30, bad=()):
         line |= {"val_loss": 6 / step} if step % 10 == 0 else {}
         line |= {"loss": None, "grad_norm": None, "skipped": 1} if step in bad else {}
         lines.append(json.dumps(line) + "\n")
-    (directory / "metrics.jsonl").write_text("".join(lines) + '{"step": 99, "lo')  # a line being written
+    (directory / "metrics.jsonl").write_text("".join(lines) + '{"step": 99, "lo')  # a line that is being written
     return directory
 
 
 def curves(monkeypatch):
-    """What is drawn where: {panel: {label: (x, y)}}."""
+    """A dict {panel: {label: (x, y)}} that is filled when a figure is saved."""
     figure = pytest.importorskip("matplotlib.figure")
     drawn = {}
     save = figure.Figure.savefig
@@ -106,14 +106,9 @@ def test_a_file_that_is_no_picture_is_not_replaced(tmp_path, capsys):
 
 
 def test_a_full_disk_names_the_bytes_needed(tmp_path, capsys):
-    """A limit on the size of files fails where a full disk does, without being root."""
     run = make_run(tmp_path / "run")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
+    with largest_file(1000):
         assert main(["plot", str(run)]) == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().err
     assert re.search(r"curves.png: File too large \([\d,]{5,} bytes are needed\): ", said), said
     assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]

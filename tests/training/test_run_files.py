@@ -1,4 +1,4 @@
-"""The files of a run directory, here and on a file system that is not this machine's (in memory, by way of fsspec)."""
+"""The files of a run directory, local and remote (in memory, through fsspec)."""
 
 import json
 
@@ -24,7 +24,7 @@ from opt_jax.training.metrics import best_validation, cut_back
 
 
 class Store(MemoryFileSystem):
-    """What `s3://` stands for in these tests. (For gs:// and s3:// alike, etils goes by way of fsspec.)"""
+    """The file system of `s3://` in these tests. etils reads both gs:// and s3:// through fsspec."""
 
     protocol = "s3"
     store = {}
@@ -66,7 +66,7 @@ def test_lines_are_appended_and_cut_back(directory):
     cut_back(path, 3, pytest.fail)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
     assert best_validation(path) == (3, 1)
-    assert best_validation(directory / "nothing") == (None, None)
+    assert best_validation(directory / "no such file") == (None, None)
 
 
 def lines_of(steps, last: bytes = b"") -> bytes:
@@ -77,8 +77,8 @@ def test_a_damaged_record_is_named_with_what_to_do(directory):
     path, record = directory / "run.json", {"options": {"seed": 0}, "model": {}}
     write_record(directory, record)
     assert read_record(path) == record
-    whole = path.read_bytes()
-    damaged = (b"", whole[: len(whole) // 2], b"\0" * len(whole), b"\xff" + whole, whole + b"}", b"[" * 100_000)
+    valid = path.read_bytes()
+    damaged = (b"", valid[: len(valid) // 2], b"\0" * len(valid), b"\xff" + valid, valid + b"}", b"[" * 100_000)
     foreign = (b"3", b"null", b"[]", b"{}", b'{"options": {}}', b'{"options": {}, "model": null}')
     for content in (*damaged, *foreign):
         path.write_bytes(content)
@@ -88,7 +88,7 @@ def test_a_damaged_record_is_named_with_what_to_do(directory):
     if not is_remote(directory):
         path.rename(directory / MARKER)
         (directory / "metrics.jsonl").write_bytes(b"")
-        check_run_directory(directory)  # a run as before
+        check_run_directory(directory)  # the directory still holds a run
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_damaged_or_foreign_line_is_named(directory, line):
             read()
         assert "\n" not in str(error.value)
     assert path.read_bytes() == content
-    cut_back(path, 2, pytest.fail)  # what goes anyway may be damaged
+    cut_back(path, 2, pytest.fail)  # lines that are cut off may be damaged
     assert path.read_bytes() == lines_of([1, 2])
 
 
@@ -200,7 +200,7 @@ def test_a_run_is_known_by_what_it_writes(directory):
     begin_run(directory)
     (directory / "tokenizer").mkdir()
     (directory / "tokenizer" / "vocab.json").write_bytes(b"{}")
-    check_run_directory(directory)  # of a start that was killed before it had written run.json
+    check_run_directory(directory)  # as after a start that was killed before it wrote run.json
     write_record(directory, {})
     assert sorted(path.name for path in directory.iterdir()) == ["run.json", "tokenizer"]
     check_run_directory(directory)
@@ -215,7 +215,7 @@ def names(directory: epath.Path) -> list[str]:
 
 @pytest.mark.parametrize("directory", ["s3://bucket/models"], indirect=True)
 def test_in_a_store_only_what_is_marked_is_cleared(directory):
-    """And models that are replaced."""
+    """Models that are replaced are cleared too."""
     out = directory / "out"
     (out / "params").mkdir(parents=True)
     (out / "params" / "_METADATA").write_bytes(b"of another library")
@@ -225,7 +225,7 @@ def test_in_a_store_only_what_is_marked_is_cleared(directory):
                 pass
     assert (out / "params" / "_METADATA").read_bytes() == b"of another library"
 
-    (out / MARKER).write_bytes(b"")  # of a process that was killed
+    (out / MARKER).write_bytes(b"")  # left by a process that was killed
     directories.check_destination(out, overwrite=False)
     with pytest.raises(KeyError), directories.new_directory(out) as new:
         assert names(out) == [MARKER]

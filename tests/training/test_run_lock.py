@@ -1,4 +1,4 @@
-"""One start of a run at a time: the second is told who is there, a dead one is in nobody's way."""
+"""A run has one start at a time. A second one is told who is running. A dead one does not block others."""
 
 import errno
 import fcntl
@@ -38,7 +38,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def holder(tmp_path):
-    """A living process that has the lock of the run `tmp_path/run`, in which a run has begun."""
+    """A living process that holds the lock of the run in `tmp_path/run`."""
     (tmp_path / "run").mkdir()
     write_record(epath.Path(tmp_path / "run"), {})
     command = [sys.executable, "-I", "-S", "-c", HOLD, str(tmp_path / "run" / LOCK)]
@@ -92,7 +92,7 @@ def test_whatever_the_lock_holds_the_error_is_one_short_line(tmp_path, text):
         with pytest.raises(FileExistsError, match="is in use by") as error:
             RunLock(epath.Path(tmp_path)).take()
         assert str(error.value).isprintable() and len(str(error.value)) < 1000
-    assert (tmp_path / LOCK).read_bytes() == text  # no longer ours
+    assert (tmp_path / LOCK).read_bytes() == text  # it is not removed, because it is no longer ours
 
 
 def test_without_create_a_new_directory_stays_as_it_is(tmp_path):
@@ -128,12 +128,12 @@ def test_a_lock_that_is_no_file_is_refused_and_ends_the_run_that_had_it(tmp_path
         for use in (lock.check, RunLock(epath.Path(tmp_path)).take):
             with ThreadPoolExecutor(1) as thread, pytest.raises(FileExistsError, match=LOCK):
                 thread.submit(use).result(timeout=20)
-    assert (tmp_path / LOCK).exists()  # not ours
+    assert (tmp_path / LOCK).exists()  # it is not removed
 
 
 @pytest.fixture(params=["a mount without locks", "a store"])
 def unlocked(request, tmp_path, monkeypatch):
-    """A run directory where there are no locks."""
+    """A run directory on a file system without locks."""
     if request.param == "a store":
         fsspec.register_implementation("s3", Store, clobber=True)
         Store.store.clear()
@@ -160,16 +160,16 @@ def test_without_locks_the_newest_start_ends_the_older_before_its_next_write(unl
             with pytest.raises(FileExistsError, match=gone):
                 lines.write("2\n")
                 lines.flush()
-            with suppress(FileExistsError):  # a store's are written anew at the end
+            with suppress(FileExistsError):  # lines in a store are written once more at the end
                 lines.close()
             with Checkpoints(tmp_path / "checkpoints", keep=1, before_write=older.check) as checkpoints:
                 with pytest.raises(FileExistsError, match=gone), jax.transfer_guard("disallow"):
                     checkpoints.save(1, state)
             assert (unlocked / "metrics.jsonl").read_text() == "1\n" and not any((tmp_path / "checkpoints").iterdir())
-        newer.check()  # the older one leaves it alone
+        newer.check()  # the older start has not removed the lock
         (unlocked / LOCK).unlink()
         with pytest.raises(FileExistsError, match=rf"no longer this process's: {re.escape(LOCK)} is gone from it"):
             newer.check()
     with RunLock(unlocked) as last:
         last.take()
-    assert (unlocked / LOCK).exists() == is_remote(unlocked)  # in a store an older start may yet look at it
+    assert (unlocked / LOCK).exists() == is_remote(unlocked)  # in a store an older start may still read it

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.processes import environment
-
-from opt_jax import OPTConfig
+from support.training_runs import run_options
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -138,32 +137,8 @@ def choose(sample) -> list[tuple[str, float]]:
 
 
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, sample):
-    config = OPTConfig(
-        vocab_size=304,
-        hidden_size=16,
-        num_hidden_layers=2,
-        ffn_dim=32,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        dropout=0.1,
-        init_std=0.05,
-    )
-    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
-    rng = random.Random(0)
-    texts = [" ".join(rng.choices(["def", "return", "self", "x", "(", ")"], k=60)) for _ in range(40)]
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    options = dict(
-        data=[str(tmp_path / "text.jsonl")],
-        model=str(tmp_path / "config.json"),
-        mesh="data=1",
-        steps=STEPS,
-        batch_size=4,
-        warmup_steps=5,
-        learning_rate=6e-4,
-        checkpoint_every=4,
-        eval_every=20,
-        eval_batches=1,
-    )
+    changes = dict(steps=STEPS, batch_size=4, warmup_steps=5, eval_every=20)
+    options = run_options(tmp_path, positions=32, mesh="data=1", **changes)
     moments = [(kind, part * STEPS) for kind, part in choose(sample)]
     done = subprocess.run(
         [sys.executable, "-c", KILLER, json.dumps(options), str(tmp_path), json.dumps(moments)],

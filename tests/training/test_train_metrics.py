@@ -6,7 +6,6 @@ import importlib.util
 import json
 import math
 import os
-import resource
 import struct
 import sys
 import threading
@@ -18,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_train_script import metrics, one_device, options, run, same
+from support.processes import largest_file
+from support.training_runs import metrics
+from test_train_script import one_device, options, run, same
 from test_training import BATCH, CONFIG, ONE, WINDOWS, Run
 
 from opt_jax import OPTConfig, OPTForCausalLM, OPTTokenizer
@@ -325,14 +326,10 @@ def test_a_full_disk_ends_tensorboard_also_while_it_is_behind(tmp_path):
             ended.append(str(error))
 
     writer = TensorBoard(tmp_path / "tensorboard", 0)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, before[1]))
-    try:
+    with largest_file(1 << 12):
         thread = threading.Thread(target=write, daemon=True)
         thread.start()
         thread.join(timeout=20)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     writer.close()
     assert len(ended) == 1 and "File too large" in ended[0]
 
@@ -371,7 +368,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, changes, package
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
     (option,) = changes
-    message = rf"--{option} needs the package {package}: pip install 'opt-jax\[{option}\]'"
+    message = rf"--{option} needs the package {package}: pip install {package}"
     with pytest.raises(ValueError, match=message):
         check_options(Options(**changes))
 

@@ -2,10 +2,8 @@
 
 import json
 import os
-import random
 import shutil
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,17 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.processes import environment
+from support.training_runs import command_line, metrics, run_options
 
 import train
 from convert.__main__ import main as convert
-from opt_jax import OPTConfig, OPTForCausalLM, OPTTokenizer
+from opt_jax import OPTForCausalLM, OPTTokenizer
 from opt_jax.cli import main
 from opt_jax.parallel import mesh
 from opt_jax.training.checkpoints import Checkpoints
 from opt_jax.training.step import TrainState
 
 pytestmark = pytest.mark.slow
-REPOSITORY = Path(train.__file__).parent
 STEPS = 20
 
 
@@ -43,49 +41,13 @@ def one_device(monkeypatch):
 def options(tmp_path_factory):
     """Options of a run of seconds: a config file, text that no dictionary has, dropout on."""
     directory = tmp_path_factory.mktemp("train")
-    config = OPTConfig(
-        vocab_size=304,
-        hidden_size=16,
-        num_hidden_layers=2,
-        ffn_dim=32,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        dropout=0.1,
-        init_std=0.05,
-    )
-    (directory / "config.json").write_text(json.dumps(config.to_hf()))
-    rng = random.Random(0)
-    lines = [
-        json.dumps({"text": " ".join(rng.choices(["def", "return", "self", "x", "(", ")"], k=60))}) for _ in range(40)
-    ]
-    (directory / "text.jsonl").write_text("\n".join(lines) + "\n")
-    return dict(
-        data=(str(directory / "text.jsonl"),),
-        model=str(directory / "config.json"),
-        steps=STEPS,
-        batch_size=8,
-        warmup_steps=5,
-        learning_rate=6e-4,
-        checkpoint_every=5,
-        eval_every=10,
-        eval_batches=2,
-    )
+    changes = dict(steps=STEPS, warmup_steps=5, checkpoint_every=5, eval_every=10, eval_batches=2)
+    return run_options(directory, positions=32, **changes)
 
 
 def run(options, output, **changes):
     train.main(train.Options(**(options | dict(output=str(output)) | changes)))
     return metrics(output)
-
-
-def metrics(output):
-    return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
-
-
-def command_line(options, output, **changes):
-    words = [sys.executable, "-W", "error", str(REPOSITORY / "train.py")]
-    for name, value in (options | dict(output=str(output)) | changes).items():
-        words += ["--" + name.replace("_", "-"), *(value if isinstance(value, tuple) else [str(value)])]
-    return words
 
 
 def same(ours, theirs):
@@ -100,7 +62,7 @@ def uninterrupted(options, tmp_path_factory):
     """The finished run, one device, and what it printed."""
     output = tmp_path_factory.mktemp("runs") / "whole"
     done = subprocess.run(
-        command_line(options, output, mesh="data=1"),
+        command_line(options | dict(mesh="data=1"), output),
         env=environment(),
         capture_output=True,
         text=True,
@@ -234,7 +196,7 @@ def test_a_damaged_checkpoint_is_said_and_fallen_back_from(options, tmp_path, ca
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 def test_with_deterministic_a_gpu_goes_on_bitwise(options, tmp_path):
     def start(name, **changes):
-        command = [*command_line(options, tmp_path / name, mesh="data=1", **changes), "--deterministic"]
+        command = command_line(options | dict(mesh="data=1", deterministic=True) | changes, tmp_path / name)
         memory = environment(XLA_PYTHON_CLIENT_PREALLOCATE="false")  # this process has its own
         done = subprocess.run(command, env=memory, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -393,7 +355,7 @@ def test_unknown_options_are_errors_and_help_lists_all(capsys):
 
 
 def test_errors_reach_the_shell_as_one_line(options, tmp_path):
-    command = command_line(options, tmp_path / "run", data=("no-such-file",))
+    command = command_line(options | dict(data=("no-such-file",)), tmp_path / "run")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == "train.py: error: no-such-file: no such file or directory\n"

@@ -1,4 +1,4 @@
-"""opt_jax.training: data order, recipe, initialisation, the step on one device and on meshes, checkpoints, metrics."""
+"""Training: data order, recipe, initialisation, the step on one device and on meshes, checkpoints, metrics."""
 
 import dataclasses
 import json
@@ -16,7 +16,8 @@ from support.hlo import Program
 from opt_jax import OPTConfig, OPTTokenizer
 from opt_jax.config import _SIZES
 from opt_jax.data.corpus import split_documents
-from opt_jax.data.documents import find_files, read_documents, stdlib_files
+from opt_jax.data.documents import read_documents
+from opt_jax.data.files import find_files, stdlib_files
 from opt_jax.data.tokenizers import save_tokenizer, train_tokenizer
 from opt_jax.data.tokens import tokenize
 from opt_jax.data.windows import Windows
@@ -55,7 +56,7 @@ ONE = "data=1"
 
 @cache
 def programs(spec, config, seed):
-    """(mesh, abstract state, shardings, compiled beginning, compiled step): what train.py builds before its loop."""
+    """(mesh, abstract state, shardings, compiled initialisation, compiled step), as train.py builds them."""
     mesh = make_mesh(spec, devices=jax.devices()[:1] if spec == ONE else None)
     schedule = make_schedule(peak=6e-4, warmup_steps=5, steps=30)
     optimizer = make_optimizer(schedule)
@@ -108,7 +109,7 @@ def test_a_batch_depends_on_seed_and_step_alone():
     batches = [straight.rows(step) for step in range(40)]  # more than three epochs
     for step in (39, 0, 11, 12, 5):
         np.testing.assert_array_equal(jumping.rows(step), batches[step])
-        np.testing.assert_array_equal(jumping.rows(step, slice(4, 9)), batches[step][4:9])  # one host's share
+        np.testing.assert_array_equal(jumping.rows(step, slice(4, 9)), batches[step][4:9])  # the rows of one host
     assert not (make(4).rows(0) == batches[0]).all()
 
 
@@ -127,7 +128,7 @@ def test_documents_from_files_and_directories(tmp_path):
     files = find_files([str(tmp_path)])
     assert [file.name for file in files] == ["a.jsonl", "b.txt"]
     assert read_documents(files) == ["one", "two\u2028lines", "text\nof two lines\n"]
-    assert find_files([tmp_path / "c.png"]) == [tmp_path / "c.png"]  # named: taken as it is
+    assert find_files([tmp_path / "c.png"]) == [tmp_path / "c.png"]  # a file that is named is taken whatever its ending
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,7 @@ def test_optimizer_is_clipped_adamw_that_decays_everything():
     state, ours, reference = optimizer.init(params), params, params
     m, v = ({name: np.zeros_like(value) for name, value in params.items()} for _ in range(2))
     for t in range(1, 4):
-        # Small at first: only where some gradients are clipped and some are not does Adam notice.
+        # Small at first, because Adam shows clipping only if some gradients are clipped and others are not.
         scale = (0.01, 1.0, 3.0)[t - 1]
         grads = {name: scale * rng.normal(size=value.shape).astype(np.float32) for name, value in params.items()}
         updates, state = optimizer.update(grads, state, ours)
@@ -240,7 +241,7 @@ def test_initialisation_is_the_papers():
     assert (params["model.decoder.embed_tokens.embedding"][1] == 0).all()
     assert (params["model.decoder.embed_positions.embedding"][1] == 0).all()
     kernel = params["model.decoder.layers.fc1.kernel"]
-    assert kernel.shape == (8, 64, 256) and not (kernel[0] == kernel[1]).any()  # every layer its own
+    assert kernel.shape == (8, 64, 256) and not (kernel[0] == kernel[1]).any()  # layers differ
 
 
 # The step -------------------------------------------------------------------------------------------------------------
@@ -324,7 +325,7 @@ def test_a_mesh_computes_what_one_device_does(mesh, reference):
     grads = step_0_gradients(run)
     total = np.sqrt(sum((g**2).sum() for g in expected_grads.values()))
     for name, expected in expected_grads.items():
-        # k_proj's bias has gradient zero in theory and rounding in practice: measured against all of them
+        # The gradient of k_proj's bias is rounding noise, so its limit depends on the norm of all gradients.
         error = np.linalg.norm(grads[name] - expected)
         assert error <= 1e-5 * max(np.linalg.norm(expected), 1e-3 * total), name
     np.testing.assert_allclose(run.losses(0, 20), expected_losses, rtol=1e-5)
@@ -336,18 +337,18 @@ def test_moments_lie_where_their_parameters_do(name):
     mesh = make_mesh("data=2,fsdp=2,tensor=2")
     optimizer = make_optimizer(make_schedule(peak=6e-4, warmup_steps=5, steps=30))
     state = jax.eval_shape(lambda: new_state(new_model(OPTConfig.preset(name), 0, "bfloat16"), optimizer))
-    found = {name: sharding.spec for name, sharding in named_leaves(state_shardings(state, mesh)).items()}
-    parameters = {name: spec for name, spec in found.items() if name.startswith("model.")}
+    specs = {name: sharding.spec for name, sharding in named_leaves(state_shardings(state, mesh)).items()}
+    parameters = {name: spec for name, spec in specs.items() if name.startswith("model.")}
     assert len(parameters) > 10 and all(any(spec) for name, spec in parameters.items() if name.endswith("kernel"))
     for moment in ("mu", "nu"):
-        assert {k: found[f"opt_state.1.{moment}.{k.removeprefix('model.')}"] for k in parameters} == parameters
+        assert {k: specs[f"opt_state.1.{moment}.{k.removeprefix('model.')}"] for k in parameters} == parameters
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
 @pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=4,tensor=2"])
 def test_a_device_begins_with_its_own_shards(mesh):
-    """Nothing in the program that makes the state is as large as a parameter that is split."""
+    """No array in the program that initialises the state is larger than a device's shard of a parameter."""
     _, abstract, shardings, begin, _ = programs(mesh, CONFIG, 0)
     text = begin.lower().compile().as_text()
     assert text is not None
@@ -365,7 +366,7 @@ def test_checkpoint_continues_bitwise_and_on_another_mesh(tmp_path, reference):
     run.losses(0, 8)
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
     assert checkpoints.latest_step() is None
-    checkpoints.save(7, run.state)  # not kept
+    checkpoints.save(7, run.state)  # removed when 8 is saved
     checkpoints.save(8, run.state)
     checkpoints.close()
 
@@ -396,7 +397,7 @@ def test_checkpoint_continues_bitwise_and_on_another_mesh(tmp_path, reference):
 def test_metrics_are_cut_back_to_a_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     said = []
-    cut_back(path, 0, said.append)  # nothing there: nothing to do
+    cut_back(path, 0, said.append)  # there is no file, so there is nothing to cut
     assert not path.exists()
     lines = [json.dumps({"step": step}) + "\n" for step in range(1, 6)]
     path.write_text("".join(lines) + '{"step": 6, "lo')

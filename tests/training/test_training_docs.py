@@ -14,12 +14,12 @@ DOCS = ("data", "finetuning", "training")
 
 
 def commands(doc, program):
-    """The words behind `program` in its blocks; a line that ends in a backslash goes on."""
+    """The arguments of `program` in the blocks of code of a page. Lines that end in a backslash are joined."""
     text = (REPOSITORY / f"docs/{doc}.md").read_text()
     for _, block in re.findall(r"^```([^\n]*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         for line in block.replace("\\\n", " ").splitlines():
             if match := re.search(rf"(?:^|bin/)(?:python )?{program} (.*?)(?: & .*)?$", line):
-                quoted = "--command" in line  # all of it is one word
+                quoted = "--command" in line  # the quoted command is one word
                 yield shlex.split(match[1].rstrip("'") if quoted else match[1].replace(" ...", ""), comments=True)
 
 
@@ -29,7 +29,7 @@ TRAIN = [(doc, words) for doc in DOCS for words in commands(doc, "train.py") if 
 @pytest.mark.parametrize("doc, words", TRAIN, ids=lambda value: value if isinstance(value, str) else " ".join(value))
 def test_train_takes_these_options(monkeypatch, doc, words):
     options = parse_options(words)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # as if all extras were there
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # as if all extras were installed
     check_options(options)
 
 

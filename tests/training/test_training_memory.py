@@ -1,4 +1,4 @@
-"""What a training step keeps and never makes: chunks of logits, rematerialisation, accumulation."""
+"""Memory of a training step: the loss in chunks, rematerialisation, accumulation."""
 
 import dataclasses
 import re
@@ -68,15 +68,15 @@ def ids(shape):
 
 def test_remat_keeps_less_and_computes_the_same():
     batch = {"input_ids": ids((1, 8, 16)), "labels": ids((1, 8, 16))}
-    found = {remat: gradients(batch, remat=remat) for remat in ("none", "dots", "names", "full")}
+    results = {remat: gradients(batch, remat=remat) for remat in ("none", "dots", "names", "full")}
     for remat in ("dots", "names", "full"):
-        assert_same(found[remat], found["none"])
-    # What the forward loop hands to the backward one: arrays with an axis of layers and one of the batch's rows.
+        assert_same(results[remat], results["none"])
+    # What the forward loop keeps for the backward loop: arrays with an axis of layers and one of rows.
     kept = {}
-    for remat, (compiled, *_) in found.items():
+    for remat, (compiled, *_) in results.items():
         loops = [line for line in (compiled.as_text() or "").splitlines() if re.search(r"\) while\(", line)]
         handed = [re.findall(r"f32\[3,8,([\d,]+)\]", loop.split("while(")[0]) for loop in loops]
-        shapes = next(filter(None, handed))  # loops of other things may come first
+        shapes = next(filter(None, handed))  # other loops may come first
         kept[remat] = sum(int(np.prod([int(n) for n in dims.split(",")])) for dims in shapes)
     assert kept["none"] > kept["dots"] > kept["names"] > kept["full"] == 16 * 32
     assert kept["names"] == 3 * kept["full"] and kept["dots"] == 8 * kept["full"]
@@ -89,15 +89,15 @@ def test_a_layer_in_parts_of_rows_computes_the_same(mesh, monkeypatch):
         pytest.skip("needs eight devices")
     batch = {"input_ids": ids((1, 8, 16)), "labels": ids((1, 8, 16))}
     batch["segment_ids"] = jnp.asarray(np.random.default_rng(1).integers(0, 3, (1, 8, 16)).cumsum(-1))
-    config = dataclasses.replace(CONFIG, dropout=0.1, attention_dropout=0.1)  # bits are a matter of the row's number
+    config = dataclasses.replace(CONFIG, dropout=0.1, attention_dropout=0.1)  # drawn for each row
     key = jax.random.key(1)
     expected = gradients(batch, mesh, devices, config=config, key=key, remat="full")
     monkeypatch.setattr("opt_jax.model.remat.PART_BYTES", 2 * 4 * 16 * 32)  # two rows
     got = gradients(batch, mesh, devices, config=config, key=key, remat="full")
     assert_same(got, expected)
     rows, heads = (8, 4) if devices == 1 else (4, 2)
-    scores = [f"f32[{n},{heads},16,16]" in (found[0].as_text() or "") for found in (expected, got) for n in (rows, 2)]
-    assert scores == [True, False, False, True]  # of all of a device's rows, or of two
+    scores = [f"f32[{n},{heads},16,16]" in (result[0].as_text() or "") for result in (expected, got) for n in (rows, 2)]
+    assert scores == [True, False, False, True]  # scores of all rows of a device, or of two
 
 
 @pytest.mark.parametrize("mesh", ["data=1", "data=2,fsdp=2,tensor=2"])
@@ -105,17 +105,17 @@ def test_micro_batches_weigh_every_label_the_same(mesh):
     devices = 1 if mesh == "data=1" else 8
     if jax.device_count() < devices:
         pytest.skip("needs eight devices")
-    whole = {"input_ids": ids((1, 16, 16)), "labels": ids((1, 16, 16)).at[0, :5].set(-100).at[0, 8, 3:].set(-100)}
-    parts = {name: value.reshape(4, 4, 16) for name, value in whole.items()}
+    one_batch = {"input_ids": ids((1, 16, 16)), "labels": ids((1, 16, 16)).at[0, :5].set(-100).at[0, 8, 3:].set(-100)}
+    parts = {name: value.reshape(4, 4, 16) for name, value in one_batch.items()}
     options: dict[str, Any] = dict(
         config=dataclasses.replace(CONFIG, dropout=0.1, attention_dropout=0.1), key=jax.random.key(1)
     )
-    expected = gradients(whole, **options)
-    assert_same(gradients(parts, mesh, devices, **options), expected)  # and drop the same, whatever their number
+    expected = gradients(one_batch, **options)
+    assert_same(gradients(parts, mesh, devices, **options), expected)  # with the same dropout
     if devices == 1:
-        assert_same(gradients(parts), gradients(whole))
+        assert_same(gradients(parts), gradients(one_batch))
     else:
-        assert_same(gradients(whole, mesh, devices, **options), expected)
+        assert_same(gradients(one_batch, mesh, devices, **options), expected)
 
 
 def test_sizes_that_do_not_divide_over_tensor_are_refused():

@@ -1,8 +1,9 @@
 """Writes Hugging Face directories: safetensors files, their index and generation_config.json.
 
-The safetensors library writes a file in one call, from tensors that are all in memory. A shard of 5 GB would take 5 GB
-of it. So a file is written here, slab by slab: a JSON header, then the tensors. The library checks each file before the
-directory is published. Names, order, shards and padding are those of `transformers`' save_pretrained: so are the bytes.
+The safetensors library needs all tensors of a file in memory: a shard of 5 GB takes 5 GB. To need less, this module
+writes the format itself: a JSON header with the offsets of the tensors, then the tensors, slab by slab. The library
+checks each file before the directory is published. Names, order, shards and padding are those of `save_pretrained` in
+`transformers`, so the bytes are equal, too.
 """
 
 import json
@@ -28,8 +29,8 @@ from opt_jax.system.disk import disk_errors, write_content
 
 Progress = Callable[[str, int], None]
 
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # in the order of the safetensors library
-# The order of the modules in PyTorch, at every level.
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # in the order in which safetensors sorts them
+# The order of modules and parameters in PyTorch, for all levels together.
 ORDER = (
     "model",
     "lm_head",
@@ -58,7 +59,11 @@ _THREADS = min(4, os.cpu_count() or 1)  # each holds a slab
 
 
 def parse_size(size: str | int) -> int:
-    """Bytes; units are decimal (KB, MB, GB, TB) or binary (KiB, ...), without regard to case."""
+    """The size in bytes. Units are decimal (KB, MB, GB, TB) or binary (KiB, ...); case does not matter.
+
+    Raises:
+      ValueError: it is not a size, or is less than one byte.
+    """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?|[KMGT]I)B?", str(size).strip().upper())
     nbytes = 0 if match is None else int(Fraction(match[1]) * _UNITS[match[2]])
     if not 1 <= nbytes < 2**63:
@@ -68,11 +73,11 @@ def parse_size(size: str | int) -> int:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor to be written: its name, our path, and the array in HF's orientation."""
+    """A tensor to be written."""
 
-    name: str
-    path: str
-    array: LazyArray
+    name: str  # in the file
+    path: str  # our parameter path
+    array: LazyArray  # in PyTorch's layout
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ class File:
 
     @cached_property
     def header(self) -> bytes:
-        """The length of the rest in 8 bytes, then JSON, padded so that the first tensor is aligned to 8 bytes."""
+        """The length of the JSON in 8 bytes, then the JSON, padded so that the first tensor is aligned to 8 bytes."""
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for tensor in self.tensors:
@@ -101,9 +106,14 @@ class File:
 
 
 def plan_files(cls: str, arrays: Mapping[str, LazyArray], limit: int) -> list[File]:
-    """The files for a model of class `cls`, parameter path -> array in our orientation.
+    """The tensors of a model, divided into files of at most `limit` bytes in the way of `huggingface_hub`.
 
-    A file has at most `limit` bytes of tensors. Files are filled in order, as `huggingface_hub` splits a state dict.
+    Source: huggingface_hub's split_state_dict_into_shards_factory.
+
+    Args:
+      cls: the class of the model.
+      arrays: parameter path -> array in our layout.
+      limit: the most bytes of tensors in a file. A larger tensor has a file of its own.
     """
     tensors = []
     for path, array in arrays.items():
@@ -122,16 +132,16 @@ def plan_files(cls: str, arrays: Mapping[str, LazyArray], limit: int) -> list[Fi
         current.append(tensor)
         size += tensor.array.nbytes
     shards += [current] if current else []
-    kinds = [*DTYPES]
-    for shard in shards:  # the widest first, so that all are aligned; then by name, as the library does
-        shard.sort(key=lambda tensor: (kinds.index(tensor.array.dtype.name), tensor.name))
+    dtypes = [*DTYPES]
+    for shard in shards:  # the widest dtype first, so that all tensors are aligned; then by name, as safetensors does
+        shard.sort(key=lambda tensor: (dtypes.index(tensor.array.dtype.name), tensor.name))
     if len(shards) == 1:
         return [File("model.safetensors", shards[0])]
     return [File(f"model-{i:05d}-of-{len(shards):05d}.safetensors", shard) for i, shard in enumerate(shards, 1)]
 
 
 def _order(tensor: Tensor) -> list[int]:
-    """Sorts tensors as a PyTorch state dict has them."""
+    """A key that sorts tensors in the order of a PyTorch state dict."""
     parts = names.to_hf(tensor.path)[0].split(".")
     return [int(part) if part.isdigit() else ORDER.index(part) for part in parts if part != "decoder"]
 
@@ -160,7 +170,7 @@ class FileWriter:
                 os.fsync(out.fileno())
 
     def write(self, fd: int, file: File) -> None:
-        """Write the content of a file to the descriptor."""
+        """Write the content of `file` to the descriptor."""
         _pwrite(fd, memoryview(file.header), 0)
         offset = len(file.header)
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -186,7 +196,7 @@ class FileWriter:
 
 
 def _pwrite(fd: int, data: memoryview, offset: int) -> None:
-    while data:
+    while data:  # os.pwrite may write less
         written = os.pwrite(fd, data, offset)
         data, offset = data[written:], offset + written
 
@@ -213,9 +223,13 @@ def write_descriptions(directory: Path, cls: str, config: OPTConfig, files: Sequ
 
 
 def check_written(directory: Path, files: Iterable[File]) -> None:
-    """Let the safetensors library read all headers; compare names, shapes, dtypes and files' sizes with the plan.
+    """Compare names, shapes, dtypes and the sizes of the files with what was to be written.
 
-    (metaseq's own merge once "succeeded" with 376 KB of 2.5 GB: its issue 695.)
+    The safetensors library reads the headers. (metaseq's own merge once "succeeded" with 376 KB of 2.5 GB: its issue
+    695.)
+
+    Raises:
+      OSError: they differ.
     """
     for file in files:
         path = directory / file.name
