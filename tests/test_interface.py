@@ -152,6 +152,19 @@ def test_unknown_arguments_name_the_nearest(wrong, right):
         OPTForCausalLM.from_pretrained("tiny", **options)
 
 
+@pytest.mark.parametrize("name", hf_scripts.TOKENIZER)
+def test_arguments_of_tokenizers_say_what_to_write(name):
+    with pytest.raises(ValueError, match=f"from_pretrained takes no {name} "):
+        OPTTokenizer.from_pretrained("tiny", **{name: "x"})
+
+
+@pytest.mark.parametrize("name", hf_scripts.PIPELINE)
+def test_arguments_of_pipelines_say_what_to_write(name):
+    options: dict[str, Any] = {name: "x"}
+    with pytest.raises(ValueError, match=f"pipeline takes no {name} "):
+        opt_jax.pipeline("text-generation", "tiny", **options)
+
+
 @pytest.mark.parametrize("name", hf_scripts.SAVING)
 def test_arguments_of_save_pretrained_say_what_to_write(model, tmp_path, name):
     with pytest.raises(ValueError, match=f"save_pretrained takes no {name} "):

@@ -71,6 +71,23 @@ ATTENTION = {
     "flash_attention_3": 'cudnn" on NVIDIA GPUs, "splash" on TPUs, or "xla',
     "flex_attention": "xla",
 }
+# Arguments of a tokenizer's `from_pretrained`, and of `pipeline`.
+_ATTRIBUTE = "set the attribute of the tokenizer after loading"
+TOKENIZER = {
+    "use_fast": _LEAVE_OUT + "there is one tokenizer, and its ids are those of both",
+    "from_slow": _LEAVE_OUT + "there is one tokenizer",
+    **dict.fromkeys(
+        ("model_max_length", "add_bos_token", "bos_token", "eos_token", "pad_token", "unk_token"), _ATTRIBUTE
+    ),
+    **{name: LOADING[name] for name in ("trust_remote_code", "token", "use_auth_token", "subfolder", "force_download")},
+}
+PIPELINE = {
+    "device": _DEVICES,
+    "framework": _LEAVE_OUT + "this one is JAX's",
+    "model_kwargs": "pass dtype, param_dtype or mesh by name, or a model",
+    "use_fast": TOKENIZER["use_fast"],
+    **{name: LOADING[name] for name in ("torch_dtype", "device_map", "trust_remote_code", "token")},
+}
 # Arguments of a model's call.
 CALL = {
     "past_key_values": _CACHE,

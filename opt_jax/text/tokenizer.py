@@ -168,6 +168,7 @@ class OPTTokenizer(Vocabulary):
           FileNotFoundError: there is no tokenizer.
           ValueError: a file is malformed, or a side is not "left" or "right"; or see `hub.resolve`.
         """
+        sides = hf_scripts.known("OPTTokenizer.from_pretrained", sides, hf_scripts.TOKENIZER)
         _check_sides(**sides)  # here, because errors below are reported as errors of the files
         place = hub.resolve(
             name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, weights=False
