@@ -289,7 +289,7 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
         model.generation_config_json = read_small(directory / "generation_config.json").decode("utf-8", "replace")
     files.check() if mesh is None else on_every_process(files.check)
     if scan_layers:
-        model = _stacked(model, mesh)
+        model = stack_layers(model)
     if not output_loading_info:
         return model
     keys = {path: stored_as(path, ())[0] for path in (*fresh, *dropped)}
@@ -316,16 +316,6 @@ def _config_of(directory: Path, config: Any, fields: Mapping[str, Any]) -> OPTCo
         kind = f"{type(config).__module__}.{type(config).__name__}"
         raise ValueError(f"config must be an opt_jax.OPTConfig, not a {kind}: use OPTConfig.from_hf(config.to_dict())")
     return config_json.override(config, fields, inspect.signature(load_pretrained).parameters)
-
-
-def _stacked(model: M, mesh: Mesh | None) -> M:
-    """The model with stacked layers, on the same devices."""
-    model = stack_layers(model)
-    if mesh is not None:
-        for path, param in named_parameters(model).items():
-            value = param.get_value()
-            param.set_value(jax.device_put(value, rules.param_sharding(path, value.shape, mesh)))
-    return model
 
 
 def expected_shapes(cls: type[OPTPreTrainedModel], config: OPTConfig) -> Iterator[tuple[str, Shape]]:
