@@ -1,13 +1,13 @@
-"""Train OPT: `python train.py` trains a small one on the sources of Python's standard library; `--help` lists the rest.
+"""Train OPT: `python train.py` trains a small model on the sources of Python's standard library.
 
-`main` reads from top to bottom: options -> mesh and model -> run directory -> data -> state -> loop -> export. A run
-that was killed at any moment goes on from its last checkpoint when it is started again with the same command, bit for
-bit as if nothing had happened.
+`main` reads from top to bottom: options -> mesh and model -> run directory -> data -> state -> loop -> export. If a run
+is killed at any moment, the same command resumes it from its last checkpoint, bit for bit as if nothing had happened.
 """
 
 import signal
 
-# Ctrl-C ends the process: a KeyboardInterrupt may be lost amid the imports. (A job in the background may ignore it.)
+# Ctrl-C during the imports ends the process; a KeyboardInterrupt may be lost there. A background job that ignores
+# SIGINT still ignores it.
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -45,8 +45,14 @@ from opt_jax.training.step import TrainState, checksum, local_rows, place_batch
 
 
 def main(options: Options) -> None:
+    """Do one start of a run: train to the last step, or as far as the options say, and save the model at the end.
+
+    Raises:
+      OSError, ValueError: an option, the data or the run directory is bad, or training failed.
+      SystemExit: see `fit`.
+    """
     check_options(options)
-    # Three things that must be said before JAX looks for devices.
+    # JAX must know these three before it looks for devices.
     if options.deterministic:
         make_deterministic()
     absent_tpus = plan.topology_devices(options.topology) if options.topology else None  # for --plan
@@ -61,7 +67,7 @@ def main(options: Options) -> None:
     agreement.check_same_options(dataclasses.asdict(options))
     agreement.check_same_code(__file__)
 
-    # Mesh, model, optimizer, step: shapes and shardings, no array yet
+    # Mesh, model, optimizer, step: shapes and shardings, no arrays yet
     mesh = make_mesh(options.mesh, absent_tpus, dcn=options.dcn_mesh)
     setup = make_setup(options, mesh)
     if options.plan:
@@ -80,7 +86,7 @@ def main(options: Options) -> None:
         "model": setup.config.to_hf(),
     }
     with open_run(options.output, record) as run:
-        if not run.resuming:  # a run may go on with fewer devices
+        if not run.resuming:  # a resumed run may have a mesh on which the option has no effect
             check_grad_dtype(options, mesh)
         if run.finished:
             say(f"{run.path} is finished: {options.steps} steps. Try it: opt-jax generate --model {run.path}")
@@ -91,7 +97,7 @@ def main(options: Options) -> None:
         data = open_data(setup, run.path / "tokenizer" if run.resuming else None)
         run.compare(data.record())
 
-        # Nothing is written before this line, where all that was asked for is known to make sense.
+        # Nothing is written before this line. All options and data have been checked.
         run.begin(data.tokenizer)
         checkpoints = Checkpoints(
             run.path / "checkpoints",
@@ -102,7 +108,7 @@ def main(options: Options) -> None:
         )
         best = BestModel(run.path / "best", keep=1, before_write=run.check_lock)
 
-        # State: restored, or begun, straight into its shards
+        # State: restored or new, each array directly in its shards
         start, state = restore_state(setup, run, data, checkpoints)
         restore_metrics(run, start, state, best)
 
@@ -110,20 +116,24 @@ def main(options: Options) -> None:
         announce(setup, run, data, start)
         state = fit(setup, run, data, checkpoints, best, state, start, last)
         if last < options.steps:
-            say(f"stopped after step {last} of {options.steps}, as asked: the same command goes on from there")
+            say(f"stopped after step {last} of {options.steps}, as asked: the same command resumes the run")
             return
 
-        state = dataclasses.replace(state, opt_state=None)  # its memory may be needed
+        state = dataclasses.replace(state, opt_state=None)  # frees memory for the export
         export(setup, run, data, state)
 
 
 def restore_state(
     setup: Setup, run: RunDirectory, data: TrainingData, checkpoints: Checkpoints
 ) -> tuple[int, TrainState]:
-    """(step, state) of the newest checkpoint; without one, (0, the state before step 1). Also writes the run record."""
+    """The step and the state of the newest checkpoint, or 0 and the state before step 1. Also writes the run record.
+
+    Raises:
+      ValueError: the checkpoint is damaged, or the data or the frozen parameters are not those of the first start.
+    """
     options, start = setup.options, checkpoints.latest_step() or 0
     state: Any = None
-    if not start or setup.lora:  # what LoRA does not train is in no checkpoint
+    if not start or setup.lora:  # parameters that LoRA does not train are in no checkpoint
         state = setup.first_state()
     if setup.lora:
         run.compare({"not trained": {"checksum of the parameters": checksum(state.frozen)}})
@@ -139,17 +149,17 @@ def restore_state(
 
 
 def restore_metrics(run: RunDirectory, start: int, state: TrainState, best: BestModel) -> None:
-    """Go on with `metrics.jsonl` and the best model after step `start`."""
+    """Cut `metrics.jsonl` back to step `start`, and restore the lowest validation loss (and a lost model of it)."""
     path = run.path / "metrics.jsonl"
     on_first_process(run.check_lock)
     on_first_process(lambda: cut_back(path, start, complain))
     best_step, best.loss = json.loads(agreement.from_first(lambda: json.dumps(best_validation(path)).encode()))
-    if start and best_step == start:  # the last start may have been killed between the checkpoint and its copy
+    if start and best_step == start:  # an earlier start may have been killed before it saved the best model
         best.save_model(start, state)
 
 
 def announce(setup: Setup, run: RunDirectory, data: TrainingData, start: int) -> None:
-    """Say what will be done."""
+    """Print model, data and steps of the run."""
     options, (trained, parameters) = setup.options, setup.parameter_counts()
     recipe = f" (recipe {options.recipe})" if options.recipe else ""
     share = f" ({trained:,} of them trained: LoRA of rank {setup.lora.rank})" if setup.lora else ""
@@ -167,18 +177,19 @@ def announce(setup: Setup, run: RunDirectory, data: TrainingData, start: int) ->
 
 
 def open_metrics(setup: Setup, run: RunDirectory, data: TrainingData, start: int) -> Metrics:
-    """`metrics.jsonl`, the progress bar, and the loggers that were asked for."""
+    """The `Metrics` of this start, with the loggers of the options."""
     options, mesh, is_main = setup.options, setup.mesh, jax.process_index() == 0
     trained, parameters = setup.parameter_counts()
-    counted = round(trained + (parameters - trained) * 2 / 3)  # of what is not trained there are no gradients
+    # Of the 6 FLOPs per parameter and token, a parameter's gradient takes 2. Frozen parameters have none.
+    counted = round(trained + (parameters - trained) * 2 / 3)
     device = mesh.devices.flat[0]
     if (peak := peak_flops(device)) is None:
         say(f"no MFU: the peak of {device.device_kind!r} is not in opt_jax/training/flops.py")
-    also = []
+    chosen_loggers = []
     if is_main and options.tensorboard:
-        also.append(loggers.TensorBoard(run.path / "tensorboard", start))
+        chosen_loggers.append(loggers.TensorBoard(run.path / "tensorboard", start))
     if is_main and options.wandb:
-        also.append(loggers.WandB(options.wandb, run.path, run.record))
+        chosen_loggers.append(loggers.WandB(options.wandb, run.path, run.record))
     return Metrics(
         run.path / "metrics.jsonl" if is_main else None,
         start=start,
@@ -189,7 +200,7 @@ def open_metrics(setup: Setup, run: RunDirectory, data: TrainingData, start: int
         peak_flops=peak and peak * mesh.size,
         batch_rows=lambda step: data.training.starts(step - 1),
         skip_nonfinite=options.skip_nonfinite,
-        loggers=also,
+        loggers=chosen_loggers,
         memory_of=mesh.local_devices,
         before_write=run.check_lock,
     )
@@ -205,10 +216,11 @@ def fit(
     start: int,
     last: int,
 ) -> TrainState:
-    """The state after step `last`, from the one after step `start`; there is a checkpoint of it.
+    """The training loop: takes the state after step `start`, and returns that after step `last`, with a checkpoint.
 
     Raises:
-      SystemExit: SIGTERM or Ctrl-C asked for the end; there is a checkpoint of the last step that was done.
+      SystemExit: SIGTERM or Ctrl-C has ended the loop, after a checkpoint of its last step.
+      ValueError: a loss or gradient is NaN or infinite; see `kept_before_nonfinite` and `Metrics.record`.
     """
     options, mesh = setup.options, setup.mesh
     train_step = setup.make_train_step()
@@ -232,10 +244,10 @@ def fit(
         metrics,
         trace,
         guard,
-        jax.debug_nans(False),  # a run looks for NaN by itself; JAX's search for the operation cannot run within a step
+        jax.debug_nans(False),  # the step looks for NaNs; JAX would repeat it operation by operation, against the guard
     ):
         step, stopping = start, False
-        pending = None  # the numbers of a step are fetched when the next one is already under way
+        pending = None  # a step's metrics are fetched when the next step has been dispatched
         for step, batch_rows in enumerate(reader, start=start + 1):
             batch = place(batch_rows)
             trace.before(step)
@@ -249,7 +261,7 @@ def fit(
             stopping = termination.asked(step)
             evaluate = step % options.eval_every == 0 or step == options.steps
             save = due(step) or step == last or stopping
-            if evaluate or save:  # the metrics of a checkpoint's step are on disk before the checkpoint
+            if evaluate or save:  # a checkpoint's step must be in `metrics.jsonl` before the checkpoint is written
                 val_loss = metrics.record(*pending, val_loss=partial(validate, state) if evaluate else None)
                 pending = None
                 if val_loss is not None:
@@ -262,38 +274,39 @@ def fit(
                 metrics.pause()
             if stopping:
                 break
-    if stopping or termination.came and jax.process_count() == 1:  # it may come while the last checkpoint is written
+    # The signal may also have come after the loop, while the last checkpoint was written.
+    if stopping or termination.came and jax.process_count() == 1:
         what, code = termination.reason_and_exit_code()
-        say(f"{what}: stopped after step {step} of {options.steps}, and saved it: the same command goes on from there")
+        say(f"{what}: stopped after step {step} of {options.steps}, and saved it: the same command resumes the run")
         sys.exit(code)
     return state
 
 
 def export(setup: Setup, run: RunDirectory, data: TrainingData, state: TrainState) -> None:
-    """Write the model to the run directory and show a first sample of it."""
+    """Save the model in the run directory, and print a sample of it."""
     model = setup.lora.merge(state.full_model, setup.saved_model) if setup.lora else state.model
     on_first_process(run.check_lock)
     model.save_pretrained(run.path / "model", tokenizer=data.tokenizer)
     if setup.lora:
-        say(f"the adapters are merged in: {run.path / 'model'} is a model like any other")
+        say(f"the adapters are merged in: {run.path / 'model'} is a model without adapters")
     if data.task:
         say(f'finished. Load it: {setup.model_class.__name__}.from_pretrained("{run.path}")')
     elif jax.process_count() == 1:
         assert data.sample_from is not None
         model = OPTForCausalLM.from_pretrained(run.path / "model")
-        # `</s>`, and how a document begins, one that it has never seen where there is one.
+        # `</s>` and the beginning of a document, which is held out if any are.
         prompt = data.sample_from.read(0, min(12, -(-setup.seq_len // 2)))[None]
         room = min(120, setup.config.max_position_embeddings - prompt.shape[1])
         sample = model.generate(prompt, max_new_tokens=room, do_sample=True, temperature=0.8, top_p=0.95, seed=0)
         beginning, continuation = (data.tokenizer.decode(row) for row in (prompt[0, 1:], sample[0][prompt.shape[1] :]))
-        say(f"\na sample: {run.path / 'model'} goes on from {beginning!r}\n\n{beginning}{continuation}\n")
-        say(f"more of it: opt-jax generate --model {run.path} 'def '")
+        say(f"\na sample: {run.path / 'model'} continues {beginning!r}\n\n{beginning}{continuation}\n")
+        say(f"more samples: opt-jax generate --model {run.path} 'def '")
     else:
         say(f"finished: the model is in {run.path / 'model'}")
 
 
 def run(args: Sequence[str] | None = None, program: str = "train.py") -> None:
-    """`main` as a program: what ends it is one line on stderr, and an exit code."""
+    """Run `main` as a program. An error is one line on stderr, and an exit code."""
     keep_standard_descriptors()
     with processes.last_words(program, at_once=True):
         main(parse_options(args, program))

@@ -194,7 +194,7 @@ def _join(
             hf_name = hf_name.replace(ours, theirs) if name.startswith(ours) else hf_name
         if ".self_attn.qkv_proj." in name:
             for i, letter in enumerate("kvq"):
-                thirds = [_third(source, i, name) for source in sources]
+                thirds = [_third_of_rows(source, i, name) for source in sources]
                 joined[hf_name.replace("qkv", letter)] = _concatenate(name, thirds, 0)
         elif re.search(r"\.(embed_tokens|output_projection|fc1|[kvq]_proj)\.(weight|bias)$", name):
             joined[hf_name] = _concatenate(name, sources, 0)
@@ -206,7 +206,7 @@ def _join(
     return joined
 
 
-def _third(source: Source, i: int, name: str) -> Source:
+def _third_of_rows(source: Source, i: int, name: str) -> Source:
     """The i-th third of a tensor's rows: metaseq stores the key, value and query projections as one."""
     if not source.shape or source.shape[0] % 3:
         raise ValueError(f"{source.file}: tensor {name} has shape {source.shape}, which three projections cannot share")

@@ -38,7 +38,7 @@ _REQUIRED = ("decoder_layers", "decoder_embed_dim", "decoder_ffn_embed_dim", "de
 _LIMITS = {"decoder_layers": 1000}  # a huge number in a damaged file would cost minutes and memory
 TRAINING = ("dropout", "attention_dropout")  # no part of the architecture: a given config's values count
 # OPT has these values only. Others add no parameters, so the check of the tensors would not notice them.
-_ONLY: dict[str, Any] = {
+_SUPPORTED_VALUES: dict[str, Any] = {
     "no_scale_embedding": True,
     "decoder_learned_pos": True,
     "alibi": False,
@@ -46,7 +46,7 @@ _ONLY: dict[str, Any] = {
 }
 _ACTIVATIONS = {"relu": "relu", "tanh": "tanh", "gelu_accurate": "gelu_new", "gelu_fast": "gelu_new"}
 # A given config may have these instead: metaseq's gelu has meant both forms, and the tanh form has two names.
-_ALSO = {"gelu": ("gelu_new", "gelu_pytorch_tanh"), "gelu_new": ("gelu_pytorch_tanh",)}
+_EQUAL_ACTIVATIONS = {"gelu": ("gelu_new", "gelu_pytorch_tanh"), "gelu_new": ("gelu_pytorch_tanh",)}
 
 
 def read_settings(content: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -58,7 +58,7 @@ def read_settings(content: Mapping[str, Any]) -> dict[str, Any] | None:
         root = _entries(dict.get(dict(content), key))
         for group in (_entries(root.get("model")), root):
             if "decoder_layers" in group:
-                values = {name: _resolve(root, group[name]) for name in (*_FIELDS, *_ONLY) if name in group}
+                values = {name: _resolve(root, group[name]) for name in (*_FIELDS, *_SUPPORTED_VALUES) if name in group}
                 return {name: value for name, value in values.items() if value not in (None, "???")}
     return None
 
@@ -112,7 +112,7 @@ def choose_config(settings: Mapping[str, Any] | None, given: OPTConfig | None, w
         if given is None:
             raise ValueError(f"{where} holds no settings of its model: {ask}")
         return given
-    for name, value in _ONLY.items():
+    for name, value in _SUPPORTED_VALUES.items():
         if settings.get(name, value) != value:
             shown = repr(settings[name])[:40]
             raise ValueError(f"{where}: {name}={shown} in its settings is not supported, only {value!r} is")
@@ -131,7 +131,11 @@ def choose_config(settings: Mapping[str, Any] | None, given: OPTConfig | None, w
             raise ValueError(f"{where}: {e}") from None
     for ours, (name, value) in fields.items():
         want = getattr(given, ours)
-        same = want == value or (ours == "activation_function" and want in _ALSO.get(value, ())) or ours in TRAINING
+        same = (
+            want == value
+            or (ours == "activation_function" and want in _EQUAL_ACTIVATIONS.get(value, ()))
+            or ours in TRAINING
+        )
         # A given config may contradict decoder_normalize_before=True, because other versions of metaseq note it for
         # the 350M, too, which is post-norm. The check of the tensors finds a real contradiction: a pre-norm model has a
         # decoder.layer_norm, a post-norm one has none.

@@ -218,7 +218,7 @@ def part_tensors(part: Part, config: OPTConfig, parts: int, checks: list[Callabl
     flat = set(filter(is_flat, part.stored))
     if not flat and len(part.paths) > 1:
         raise ValueError(f"{part.paths[1]}: its tensors are whole, so it cannot be a shard beside {part.paths[0]}")
-    units = _derive(part, flat, config, parts) if part.units is None else part.units
+    units = _derive_units(part, flat, config, parts) if part.units is None else part.units
     if absent := sorted((units.keys() - part.stored.keys()) | (flat - units.keys())):
         raise ValueError(f"{part.paths[0]}: {absent[0]} is in its model or in its shard_metadata, but not in both")
     tensors: dict[str, Source] = {}
@@ -265,11 +265,11 @@ def _unflatten(part: Part, name: str, unit: _Unit) -> Iterator[tuple[str, Source
     start = 0
     for inner, shape in unit:
         stop = start + math.prod(shape)
-        yield inner, _span([run for run in runs if run[0] < stop and run[1] > start], start, shape, shards[0])
+        yield inner, _tensor_in_runs([run for run in runs if run[0] < stop and run[1] > start], start, shape, shards[0])
         start = stop
 
 
-def _span(runs: Sequence[tuple[int, int, Stored]], start: int, shape: Shape, like: Stored) -> Source:
+def _tensor_in_runs(runs: Sequence[tuple[int, int, Stored]], start: int, shape: Shape, like: Stored) -> Source:
     """The tensor that starts at element `start` of a flat parameter.
 
     Args:
@@ -290,12 +290,12 @@ def _span(runs: Sequence[tuple[int, int, Stored]], start: int, shape: Shape, lik
         for run_start, run_stop, stored in runs:
             a, b = max(low, run_start), min(high, run_stop)
             if a < b:
-                _place(out, stored.read((slice(a - run_start, b - run_start),)), a - corner, width, columns)
+                _copy_columns(out, stored.read((slice(a - run_start, b - run_start),)), a - corner, width, columns)
 
     return Source(runs[0][2].path if runs else like.path, shape, like.dtype, copy)
 
 
-def _place(out: np.ndarray, run: np.ndarray, position: int, width: int, columns: slice) -> None:
+def _copy_columns(out: np.ndarray, run: np.ndarray, position: int, width: int, columns: slice) -> None:
     """Copy from `run`, consecutive elements of a matrix, to `out`, which holds some columns of it.
 
     Args:
@@ -321,10 +321,10 @@ def _place(out: np.ndarray, run: np.ndarray, position: int, width: int, columns:
         run = run[n:]
 
 
-def _derive(part: Part, flat: set[str], config: OPTConfig, parts: int) -> dict[str, _Unit]:
+def _derive_units(part: Part, flat: set[str], config: OPTConfig, parts: int) -> dict[str, _Unit]:
     """The tensors in each flat parameter of files without metadata, such as those released in May 2022."""
     units: dict[str, list[tuple[str, Shape]]] = {name: [] for name in sorted(flat)}
-    for name, shape in _layout(config, parts, part.paths[0]) if flat else ():
+    for name, shape in _tensors_in_order(config, parts, part.paths[0]) if flat else ():
         inside = [key for key in units if key.endswith("flat_param_0") and name.startswith(key[: -len("flat_param_0")])]
         if not inside:
             raise ValueError(f"{part.paths[0]}: tensor {name} is missing: its model has no flat parameter for it")
@@ -332,7 +332,7 @@ def _derive(part: Part, flat: set[str], config: OPTConfig, parts: int) -> dict[s
     return {name: tuple(unit) for name, unit in units.items()}
 
 
-def _layout(config: OPTConfig, parts: int, where: Path) -> Iterator[tuple[str, Shape]]:
+def _tensors_in_order(config: OPTConfig, parts: int, where: Path) -> Iterator[tuple[str, Shape]]:
     """Names and shapes of a part's tensors, in the order of metaseq's modules.
 
     Source: the metadata of 175B, quoted in metaseq PR 197.

@@ -20,7 +20,7 @@ from . import staging
 from .checkpoint import Checkpoint
 from .to_orbax import cast
 
-_SAMPLES = 64  # `_Writer._sample` hashes at most so many vectors
+_SAMPLES = 64  # `_Writer._content_hash` hashes at most so many vectors
 
 
 def convert(
@@ -93,13 +93,13 @@ class _Writer:
         """The plan (`staging.join`) by which workers notice that they do not write the same files."""
         return {
             "source": os.path.realpath(self.source.where),
-            "content": self._sample(),
+            "content": self._content_hash(),
             "dtype": self.dtype,
             "max_shard_size": self.limit,
             "files": {file.name: file.nbytes for file in self.files},
         }
 
-    def _sample(self) -> str:
+    def _content_hash(self) -> str:
         """A hash of the config, the files' sizes and times, some vectors, and one row of each of a few matrices.
 
         To hash all data would take too long.
@@ -117,11 +117,11 @@ class _Writer:
         return digest.hexdigest()
 
     def _load(self, tensor: Tensor) -> LazyArray:
-        held = dataclasses.replace(self.source, arrays={tensor.path: self._hold(tensor.path)})
+        held = dataclasses.replace(self.source, arrays={tensor.path: self._in_memory(tensor.path)})
         array = cast(held, tensor.path, self.dtype)
         return array.T if names.to_hf(tensor.path)[1] else array
 
-    def _hold(self, path: str) -> LazyArray:
+    def _in_memory(self, path: str) -> LazyArray:
         """The array at `path`. If it is stored in chunks, it is read into memory.
 
         A slab of rows in PyTorch's layout is a slab of columns in ours. To read these one by one would read each chunk

@@ -21,7 +21,7 @@ import opt_jax
 from convert import __main__ as convert_command
 from convert import job, source
 from opt_jax import GenerationConfig, OPTTokenizer
-from opt_jax.checkpoints import publish
+from opt_jax.checkpoints import hub, publish
 from opt_jax.checkpoints.pretrained import load_pretrained, save_pretrained
 from opt_jax.evaluation import command
 from opt_jax.evaluation._perplexity import perplexity
@@ -359,7 +359,7 @@ def test_arguments_of_loading_and_saving(model, tmp_path):
         "revision": Refused("revision='x' is for models on the hub", revision="x"),
         "cache_dir": at_hub,
         "local_files_only": at_hub,
-        "verify": Because("test_checkpoint.test_without_verifying_a_damaged_model_is_read_as_it_is"),
+        "verify": Refused("--no-verify. is for Orbax directories", name=hub.resolve("tiny"), verify=False),
     }
     check_all(names(load_pretrained), entries, loaded)
 

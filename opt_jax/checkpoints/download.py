@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from opt_jax.checkpoints.answers import NO_HUB, guarded
+from opt_jax.checkpoints.formats import foreign
 from opt_jax.system.messages import one_line
 from opt_jax.system.reading import SMALL_FILE, json_object, name_from_outside, read_small
 from opt_jax.system.temporary import refuse_links
@@ -32,6 +33,8 @@ WEIGHT_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "flax_model.msgpack",
+    "flax_model.msgpack.index.json",
 )
 _MOST_FILES = 10_000  # weight files: OPT-175B in files of 100 MB has 3,500
 _PARALLEL = 4  # files at once, because one connection seldom uses the full bandwidth
@@ -150,7 +153,7 @@ def _complete(repository: Repository, folder: Path) -> None:
         return
     chosen = next((name for name in WEIGHT_FILES if name in files), None)
     if chosen is None or "config.json" not in files:
-        lacking = "config.json" if chosen else f"weights: none of {', '.join(WEIGHT_FILES)}"
+        lacking = "config.json" if chosen else f"weights: none of {', '.join(WEIGHT_FILES)}{foreign.hint(files)}"
         raise FileNotFoundError(f"{_where(repository)} has no {lacking}")
     at_commit = Repository(repository.name, folder.name, repository.cache_dir)
     if chosen.endswith(".json"):

@@ -11,6 +11,7 @@ from urllib.parse import quote
 from etils import epath
 
 from opt_jax.checkpoints.download import WEIGHT_FILES, Repository, download
+from opt_jax.checkpoints.formats import foreign
 from opt_jax.system.messages import shown
 from opt_jax.system.reading import json_object, read_small
 
@@ -24,7 +25,7 @@ TOKENIZER_FILES = (
 )
 # Files that are copied along with a model's weights, besides config.json.
 COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
-_WEIGHTS = re.compile(r"(pytorch_)?model(-[0-9]+(-of-[0-9]+)?)?\.(safetensors|bin)(\.index\.json)?")
+_WEIGHTS = re.compile(r"(pytorch_|flax_)?model(-[0-9]+(-of-[0-9]+)?)?\.(safetensors|bin|msgpack)(\.index\.json)?")
 # Files that Orbax and TensorStore write into the directory of a tree.
 _IN_PARAMS = re.compile(
     r"params/(_[A-Z_]*METADATA|_sharding|array_metadatas/process_\d+|checkpoint|commit_success\.txt|"
@@ -136,13 +137,13 @@ def resolve(
       revision: branch, tag or commit of a hub id.
       cache_dir: where downloads are kept; default: Hugging Face's cache.
       local_files_only: never download.
-      weights: False leaves out the weights (for a tokenizer). Of the two formats only safetensors are downloaded if the
-        repository has them.
+      weights: False leaves out the weights (for a tokenizer). Of several formats in a repository only the first is
+        downloaded: safetensors, PyTorch's .bin, Flax's msgpack.
 
     Raises:
       FileNotFoundError, PermissionError, OSError: no such directory or repository, or see `download.download`.
-      ValueError: `name` is a file; `revision` is given for a directory; a name in the directory is a broken link or not
-        a file; or see `check_remote`.
+      ValueError: `name` is a file (if its format is not read, the message names it); `revision` is given for a
+        directory; a name in the directory is a broken link or not a file; or see `check_remote`.
     """
     name = os.fspath(name)
     if is_remote(name):
@@ -158,6 +159,10 @@ def resolve(
             raise ValueError(f"{path} is not an Orbax directory: others are read from a disk only, so copy it to one")
         return _without_broken_names(path, weights)
     if name and path.exists():
+        if (says := foreign.of_file(path)) is not None:
+            raise ValueError(f"{name} is {says}")
+        if says := quantization_hint(path.parent):
+            raise ValueError(f"{name}{says}")
         raise ValueError(f"{name} is a file; give the directory it is in")
     if name == "tiny" or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise FileNotFoundError(f"no directory {name!r}" + (" in this package" if name == "tiny" else ""))
@@ -271,7 +276,8 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     """
     path = config_file(directory)
     if not path.is_file():
-        raise FileNotFoundError(f"no OPT configuration at {path}")
+        hint = "" if is_remote(path) else foreign.hint_of_directory(path.parent)
+        raise FileNotFoundError(f"no OPT configuration at {path}{hint}")
     content = json_object(read_small(path), path)
     if path.name == "config.json":
         return content

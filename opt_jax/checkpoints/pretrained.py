@@ -231,12 +231,14 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
     Raises:
       FileNotFoundError: no such model, or an incomplete one.
       ValueError: a bad config or checkpoint, a checkpoint that changed while it was read, a dtype that is not floating
-        point, or an argument that does not exist. For one of `transformers` it says what to write instead.
+        point, an argument that does not exist (for one of `transformers` it says what to write instead), or
+        `verify=False` for a model without checksums.
     """
     fields = hf_scripts.known("from_pretrained", fields, hf_scripts.LOADING)
     hf_scripts.check_attention(attn_implementation)
-    origin: Any = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
-    directory = hub.resolve(name, **origin)
+    directory = hub.resolve(name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+    if not (verify or hub.is_orbax(directory)):
+        raise ValueError(f"verify=False (--no-verify) is for Orbax directories: {directory} has no checksums")
     files = files_of_model(directory)
     config = _config_of(directory, config, fields)
     arrays, checks = open_parameters(directory, config, verify)

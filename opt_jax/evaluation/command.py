@@ -85,6 +85,9 @@ def evaluate(options: Annotated[EvalOptions, tyro.conf.arg(name="")]) -> None:
 
 def check(options: EvalOptions) -> None:
     """Raise ValueError for options that contradict each other, before anything is loaded."""
+    for name, value in dataclasses.asdict(options).items():
+        if "" in (value if isinstance(value, tuple) else (value,)):  # as of a shell's variable that is not set
+            raise ValueError(f"--{name.replace('_', '-')} '': the value is empty; leave the option out, or give one")
     if bool(options.data) == bool(options.tasks):
         raise ValueError("give one of --data (a text, for perplexity) and --tasks (of the lm-evaluation-harness)")
     for name in _TASKS_ONLY if options.data else _TEXT_ONLY:
@@ -95,14 +98,22 @@ def check(options: EvalOptions) -> None:
         raise ValueError("--stride without effect: non-overlapping windows have none")
     if options.log_samples and options.output is None:
         raise ValueError("--log-samples without effect: say where to write them with --output")
-    if options.hang_minutes < 1:
-        raise ValueError(f"--hang-minutes {options.hang_minutes}: must be at least 1")
-    if options.limit is not None and not options.limit > 0:
-        raise ValueError(f"--limit {options.limit}: must be above 0")
+    _check_numbers(options)
     if options.output is not None and (options.output.is_dir() or not options.output.absolute().parent.is_dir()):
         raise ValueError(f"--output {options.output}: must be a file in an existing directory")
     if options.output is not None:
         check_new_file(options.output, _is_report, "a report of opt-jax eval")
+
+
+def _check_numbers(options: EvalOptions) -> None:
+    if options.hang_minutes < 1:
+        raise ValueError(f"--hang-minutes {options.hang_minutes}: must be at least 1")
+    if options.limit is not None and not 0 < options.limit < 2**31:
+        raise ValueError(f"--limit {options.limit}: must be above 0, and below 2**31")
+    if options.limit is not None and options.limit > 1 and not options.limit.is_integer():
+        raise ValueError(f"--limit {options.limit}: must be a number of documents, or a share of them below 1")
+    if options.num_fewshot is not None and options.num_fewshot < 0:
+        raise ValueError(f"--num-fewshot {options.num_fewshot}: must not be negative")
 
 
 def _is_report(content: bytes) -> bool:

@@ -234,7 +234,10 @@ def find_tasks(names: Sequence[str], include_path: Sequence[str]) -> tuple[TaskM
         raise FileNotFoundError(f"--include-path {absent[0]}: no such directory")
     names = [part for name in names for part in name.split(",") if part]
     for defaults in (False, True):
-        manager = TaskManager(include_path=list(include_path), include_defaults=defaults)
+        try:
+            manager = TaskManager(include_path=list(include_path), include_defaults=defaults)
+        except Exception as e:  # of a file that is no task, where the harness expects nothing else
+            raise ValueError(f"--include-path {' '.join(include_path)}: the tasks there cannot be read ({e!r})") from e
         missing = [name for name in names if not manager.match_tasks([name])]
         if not missing:
             return manager, manager.match_tasks(names)

@@ -175,11 +175,6 @@ def _tpu_devices() -> list[str]:
 def _watch(coordinator_address: str | None, heartbeat_seconds: int, hang_minutes: float) -> None:
     """Start the watchdog, which connects every process with process 0."""
     global _watchdog
-    server, address, token = None, "", ""
-    if jax.process_index() == 0:
-        host = coordinator_address.rpartition(":")[0].strip("[]") if coordinator_address else None
-        server, address, token = listen(host, jax.process_count())
-    address, token = json.loads(from_first(lambda: json.dumps([address, token]).encode()))
     watchdog = Watchdog(
         jax.process_index(),
         jax.process_count(),
@@ -187,7 +182,14 @@ def _watch(coordinator_address: str | None, heartbeat_seconds: int, hang_minutes
         hang_minutes=hang_minutes,
         exit_code=LOST_PROCESS,
     )
-    problem = None if server else watchdog.connect(address, token)
+    accepting, stop, address, token = None, threading.Event(), "", ""
+    if jax.process_index() == 0:
+        host = coordinator_address.rpartition(":")[0].strip("[]") if coordinator_address else None
+        server, address, token = listen(host, jax.process_count())
+        accepting = threading.Thread(target=watchdog.accept, args=(server, token, stop), daemon=True)
+        accepting.start()
+    address, token = json.loads(from_first(lambda: json.dumps([address, token]).encode()))
+    problem = None if accepting else watchdog.connect(address, token)
     connected = multihost_utils.process_allgather(np.asarray(problem is None)).reshape(-1)
     if problem is not None:
         print(
@@ -196,8 +198,10 @@ def _watch(coordinator_address: str | None, heartbeat_seconds: int, hang_minutes
             file=sys.stderr,
             flush=True,
         )
-    if server:
-        watchdog.accept(server, token, int(connected.sum()) - 1)
+    if accepting:
+        stop.set()
+        accepting.join()
+        watchdog.watch_only(np.flatnonzero(connected))
     watchdog.start()
     _watchdog = watchdog
 

@@ -1,7 +1,8 @@
 """A thread in each process of a job. It ends the process, with one line that says why, when another process is lost.
 
 Without it, the other processes would wait in a collective until JAX aborts them in C++. Every process keeps a TCP
-connection with process 0. Both ends send lines: `beat`, `lost N`, `failed N` and `bye`.
+connection with process 0. It begins with the token and the number of the process, and process 0's answer `welcome`.
+Then both ends send lines: `beat`, `lost N`, `failed N` and `bye`.
 """
 
 import os
@@ -12,12 +13,15 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Collection
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 _GRACE = 5.0  # seconds in which a process may report the error that another process has reported
 _LONGEST = 100  # most bytes of a line
 _STRANGERS = 200  # most connections that have not identified themselves; one more closes the oldest
+_WELCOME = b"welcome\n"  # what process 0 answers when it knows a process
 _WORD = re.compile(rb"(beat|bye)|(lost|failed) ([0-9]{1,9})")
 
 
@@ -57,43 +61,59 @@ class Watchdog(threading.Thread):
         self._failed: tuple[int, float] | None = None
 
     def connect(self, address: str, token: str) -> str | None:
-        """None after connecting to process 0, or the reason why that failed."""
+        """None after connecting to process 0, or the reason why that failed.
+
+        Process 0 may close the connection to make room for another one. Then this tries again, for `seconds`.
+        """
         host, _, port = address.partition("|")
-        try:
-            connection = socket.create_connection((host, int(port)), timeout=self.seconds)
-            connection.sendall(f"{token} {self._process}\n".encode())
-        except OSError as e:
-            return str(e)
-        self._add(connection, 0)
-        return None
+        end = time.monotonic() + self.seconds
+        while True:
+            try:
+                connection = socket.create_connection((host, int(port)), timeout=self.seconds)
+            except OSError as e:
+                return str(e)
+            try:
+                connection.settimeout(self.seconds / 4)
+                connection.sendall(f"{token} {self._process}\n".encode())
+                answer = b""
+                while not answer.startswith(_WELCOME):
+                    if not (data := connection.recv(_LONGEST)):
+                        raise ConnectionResetError("process 0 has closed the connection")
+                    answer += data
+            except OSError as e:
+                connection.close()
+                if time.monotonic() > end:
+                    return str(e)
+                time.sleep(0.05)
+            else:
+                self._add(connection, 0, answer.removeprefix(_WELCOME))
+                return None
 
-    def accept(self, server: socket.socket, token: str, count: int) -> None:
-        """Accept connections from `count` processes, which have connected already.
+    def accept(self, server: socket.socket, token: str, stop: threading.Event) -> None:
+        """Accept connections from the other processes until `stop` is set.
 
-        Other connections are closed, and do not delay those of the processes.
-
-        Raises:
-          TimeoutError: not all processes have identified themselves within `seconds`.
+        Process 0 runs this in a thread from the moment at which the port is open. Strangers could fill the port's queue
+        otherwise. Their connections are closed, and do not delay those of the processes.
         """
         said: dict[socket.socket, bytes] = {}
-        end = time.monotonic() + self.seconds
         with server, selectors.DefaultSelector() as selector:
             server.setblocking(False)
             selector.register(server, selectors.EVENT_READ)
-            try:
-                while len(self._peers) < count:
-                    if time.monotonic() > end:
-                        here = f"{len(self._peers)} of {count} processes have reached the watchdog's port"
-                        raise TimeoutError(f"only {here} in {self.seconds:g} s")
-                    for key, _ in selector.select(timeout=min(0.5, self.seconds)):
-                        connection = key.fileobj
-                        if connection is server:
-                            self._open(server, selector, said)
-                        elif connection in said:
-                            self._greet(connection, selector, said, token.encode())
-            finally:
-                for connection in said:
-                    connection.close()
+            while not stop.is_set():
+                for key, _ in selector.select(timeout=0.1):
+                    connection = key.fileobj
+                    if connection is server:
+                        self._open(server, selector, said)
+                    elif connection in said:
+                        self._greet(connection, selector, said, token.encode())
+        for connection in said:
+            connection.close()
+
+    def watch_only(self, processes: Collection[int]) -> None:
+        """Close the connections of all other processes, which have given up waiting for an answer."""
+        for connection, process in list(self._peers.items()):
+            if process not in processes:
+                self._remove(connection)
 
     def _open(self, server: socket.socket, selector: selectors.BaseSelector, said: dict[socket.socket, bytes]) -> None:
         if len(said) >= _STRANGERS:
@@ -124,15 +144,23 @@ class Watchdog(threading.Thread):
         del said[connection]
         selector.unregister(connection)
         known, _, process = line.partition(b" ")
-        others = {b"%d" % i: i for i in range(self._count) if i != self._process and i not in self._peers.values()}
-        if ended and secrets.compare_digest(known, token) and process in others:
-            self._add(connection, others[process], rest)
-        else:
+        others = {b"%d" % i: i for i in range(self._count) if i != self._process}
+        if not (ended and secrets.compare_digest(known, token) and process in others):
             connection.close()
+            return
+        for older in [peer for peer, number in self._peers.items() if number == others[process]]:
+            self._remove(older)  # its process has not seen the welcome in time, and tries again
+        self._add(connection, others[process], rest)
+        with suppress(OSError):  # the process has closed it, and tries again
+            connection.sendall(_WELCOME)
 
     def _add(self, connection: socket.socket, process: int, unread: bytes = b"") -> None:
         connection.settimeout(1.0)
         self._peers[connection], self._heard[connection], self._unread[connection] = process, time.monotonic(), unread
+
+    def _remove(self, connection: socket.socket) -> None:
+        del self._peers[connection]
+        connection.close()
 
     def reached(self, where: str) -> None:
         self._where, self._since = where, time.monotonic()
@@ -186,8 +214,7 @@ class Watchdog(threading.Thread):
                 self._failed = self._failed or (who, time.monotonic())
                 self._tell(f"failed {who}")
             if word in (b"bye", b"failed"):
-                del self._peers[connection]
-                connection.close()
+                self._remove(connection)
                 return False
         return True
 

@@ -57,13 +57,14 @@ def disk_errors(path: str | os.PathLike, nbytes: int | None = None) -> Iterator[
 def keep_standard_descriptors() -> None:
     """Open those of the descriptors 0 to 2 that are closed (`2>&-`) on the null device.
 
-    Otherwise a file that is opened later would get such a number, and logs of native code would go into it.
+    Otherwise a file that is opened later would get such a number, and logs of native code would go into it. Programs
+    that this one starts inherit them.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest number that is free
 
 
 def write_content(path: Any, content: bytes) -> None:

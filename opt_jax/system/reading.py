@@ -5,10 +5,11 @@ import os
 import re
 import stat
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from typing import IO, Any
 
-from opt_jax.system.messages import shown
+from opt_jax.system.messages import one_line, shown
 
 MOST_LEVELS = 50  # of JSON; a tokenizer.json with every option has less than ten
 SMALL_FILE = 128 << 20  # the most bytes of a config, a tokenizer file or an index. The largest known has 5 MB
@@ -57,10 +58,10 @@ def json_object(content: bytes | str, where: object, levels: int = MOST_LEVELS) 
       levels: the most levels of nested objects and lists. (Recursive code would otherwise exceed Python's limit.)
 
     Raises:
-      ValueError: it is not JSON, not an object, or has more levels.
+      ValueError: it is not JSON, not an object, has more levels, or names something twice.
     """
     try:
-        value = json.loads(content.decode() if isinstance(content, bytes) else content)
+        value = json.loads(content.decode() if isinstance(content, bytes) else content, object_pairs_hook=unique_keys)
     except RecursionError:
         raise ValueError(f"{where} is not valid JSON: it has more than {levels} levels") from None
     except ValueError as e:
@@ -75,6 +76,19 @@ def json_object(content: bytes | str, where: object, levels: int = MOST_LEVELS) 
     if layer:
         raise ValueError(f"{where} is not valid JSON: it has more than {levels} levels")
     return value
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of the pairs, for `json.loads`, which would take the last of two values of the same name.
+
+    Raises:
+      ValueError: a name is there twice.
+    """
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"{one_line(counts.most_common(1)[0][0], 100)} is there twice")
+    return unique
 
 
 def _check_size(path: os.PathLike, size: int, limit: int) -> None:

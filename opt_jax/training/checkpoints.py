@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import time
+import uuid
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -143,9 +144,10 @@ class Checkpoints:
             if self._data_state is not None:
                 data = self._data_state(step)
                 args["data"] = ocp.args.JsonSave({**data, "crc32": _crc32(data)})
+            about = {"save": uuid.uuid4().hex}  # process 0 writes it into each `_METADATA`
             for name, tree in items.items():
                 save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunks.CHUNK_BYTES), tree)
-                args[name] = ocp.args.PyTreeSave(tree, save_args=save_args)
+                args[name] = ocp.args.PyTreeSave(tree, save_args=save_args, custom_metadata=about)
             self._writing = self._directory / str(step), sum(x.nbytes for x in jax.tree.leaves(items))
             with disk_errors(*self._writing):
                 self._manager.save(step, args=ocp.args.Composite(**args))
@@ -230,6 +232,7 @@ class Checkpoints:
         items = _items(jax.tree.map(place, abstract, shardings))
         error, leaves = None, {}
         try:
+            _check_together([self._directory / str(step) / name for name in items])
             for name, targets in items.items():
                 leaves |= _read(self._directory / str(step) / name, targets, verify)
         except Exception as e:
@@ -352,6 +355,14 @@ def _read(directory: Path, targets: dict[str, Any], verify: bool) -> dict[str, j
     with ThreadPoolExecutor(_READERS) as pool:
         arrays = pool.map(lambda name: read_array(stored[name], targets[name]), targets)
         return dict(zip(targets, arrays, strict=True))
+
+
+def _check_together(directories: Sequence[Path]) -> None:
+    """ValueError if one save did not write all of the directories: then some were copied here from elsewhere."""
+    abouts = [json_object(read_small(path / "_METADATA"), path).get("custom_metadata") for path in directories]
+    if any(about != abouts[0] for about in abouts):  # older ones have none
+        names = " and ".join(path.name for path in directories)
+        raise ValueError(f"its {names} were not saved together: one of them is another checkpoint's")
 
 
 def _crc32(data: dict[str, Any]) -> int:

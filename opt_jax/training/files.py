@@ -50,7 +50,7 @@ def check_run_directory(output: epath.Path) -> None:
 
     Raises:
       FileExistsError: a file that a run would write is a link; or it exists, although `output` has neither a run.json
-        nor the marker of a start that was killed before it wrote one.
+        nor the marker of a start that was killed before it wrote one; or `model` is not a saved model.
     """
     if not is_remote(output):
         refuse_links(*(output / name for name in (*_WRITTEN, ".model.new", MARKER, LOCK)))

@@ -1,6 +1,7 @@
-"""The next-token loss of hidden states, a chunk of tokens at a time: the logits of a whole batch never exist.
+"""The next-token loss of hidden states, a chunk of tokens at a time: the logits of all tokens never exist together.
 
-The gradients are computed with the loss, while a chunk's logits are at hand, so that no logits are kept or made twice.
+The forward pass also computes the gradients, while it has a chunk's logits, so that logits are neither kept nor
+computed twice.
 """
 
 import jax
@@ -12,22 +13,28 @@ from opt_jax.parallel.collectives import local_tokens, tensor_offset
 from opt_jax.parallel.reductions import gather_rows, max_over_tensor, scatter_rows, sum_over_tensor
 
 IGNORED = -100
-CHUNK_BYTES = 2**28  # of a chunk's float32 logits on one device
+CHUNK_BYTES = 2**28  # the largest size of a chunk's float32 logits on one device
 
 
 def next_token_loss(
     x: Float[Array, "B T P"], table: Float[Array, "V P"], labels: Int[Array, "B T"], chunk_bytes: int = CHUNK_BYTES
 ) -> Float[Array, ""]:
-    """Sum over the labels that are not -100 of the negative log-likelihood, in float32, of logits `x table^T`.
+    """The sum of the negative log-likelihoods of the labels that are not -100, in float32; the logits are `x table^T`.
 
-    Inside `rules.per_device`, x holds this device's tokens and table its part of the vocabulary. The loss is the
-    sum over all tokens of the devices along `tensor`, and so are the gradients.
+    Inside `rules.per_device`, x holds this device's tokens, and table its part of the vocabulary. The loss and the
+    gradients are then sums over all tokens of the devices along `tensor`.
+
+    Args:
+      x: hidden states.
+      table: the output embedding.
+      labels: the next token of each; -100 does not count.
+      chunk_bytes: the largest size of a chunk's float32 logits on one device.
     """
     labels = local_tokens(labels).reshape(-1)
     x = x.reshape(-1, x.shape[-1])
-    together = gather_rows(jnp.zeros(1, jnp.float32)).shape[0]  # devices that share the vocabulary work on one chunk
-    most = max(1, chunk_bytes // (4 * table.shape[0] * together))
-    chunks = -(-len(labels) // most)
+    devices = gather_rows(jnp.zeros(1, jnp.float32)).shape[0]  # along `tensor`: they work on the same chunk
+    largest = max(1, chunk_bytes // (4 * table.shape[0] * devices))
+    chunks = -(-len(labels) // largest)
     size = -(-len(labels) // chunks)
     padding = chunks * size - len(labels)
     labels = jnp.pad(labels, (0, padding), constant_values=IGNORED).reshape(chunks, size)
@@ -36,15 +43,16 @@ def next_token_loss(
 
 
 def _nll(x: Array, table: Array, labels: Array) -> tuple[Array, Array, Array, Array]:
-    """(sum of the losses, softmax [N, V], one-hot labels [N, V], x gathered [N, P]) of one chunk."""
+    """For one chunk: the sum of the losses, the softmax [N, V], one-hot labels [N, V], and the gathered x [N, P]."""
     x, labels = gather_rows(x), gather_rows(labels)
     logits = jnp.einsum("np,vp->nv", x, table, preferred_element_type=jnp.float32)
     local_labels = labels - tensor_offset(table.shape[0])
     hot = local_labels[:, None] == jnp.arange(table.shape[0], dtype=jnp.int32)[None]
     highest = max_over_tensor(logits.max(axis=-1))
     exponentials = jnp.exp(logits - highest[:, None])
-    both = jnp.stack([exponentials.sum(axis=-1), jnp.where(hot, logits, 0).sum(axis=-1)])
-    total, chosen = sum_over_tensor(both)
+    # One collective for both sums.
+    local_sums = jnp.stack([exponentials.sum(axis=-1), jnp.where(hot, logits, 0).sum(axis=-1)])
+    total, chosen = sum_over_tensor(local_sums)
     counted = labels != IGNORED
     loss = jnp.where(counted, jnp.log(total) + highest - chosen, 0).sum()
     weight = jnp.where(counted, 1 / total, 0)

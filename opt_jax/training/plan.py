@@ -1,7 +1,7 @@
-"""`train.py --plan`: the step of a run, compiled for TPUs that are not there, and what it needs of them.
+"""`train.py --plan`: compiles the step of a run for TPUs that are not there, and reports its memory and communication.
 
-The compiler for TPUs (libtpu) runs on any Linux machine and knows every slice by name: what it gives is the program
-that a pod would run, with the memory it takes and all that it sends.
+The compiler for TPUs (libtpu) runs on any Linux machine and knows every slice by name. The program is the one that a
+pod would run.
 """
 
 import importlib.util
@@ -26,23 +26,24 @@ from opt_jax.parallel.hlo import Program, collective_bytes
 from opt_jax.system.temporary import write_file
 from opt_jax.training.flops import flops_per_token
 
-# device_kind -> HBM that a program may use, bytes: what libtpu 0.0.42 says where a program does not fit. (For "TPU v4",
-# a device is a chip: see `_MEGACORE`.)
+# device_kind -> bytes of HBM that a program may use. Source: the message of libtpu 0.0.42 for a program that does not
+# fit. (A device of "TPU v4" is a chip: see `_MEGACORE`.)
 HBM = {
     name: int(gib * 2**30)
     for name, gib in {"TPU v4": 30.75, "TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25}.items()
 }
-# Generation in a topology's name -> how the environment of such a machine calls a slice of n chips, and the chips of a
-# whole pod (Google Cloud's page on each): libtpu takes any shape, until memory is used up.
+# Generation of TPUs -> the name of a slice of n chips in TPU_ACCELERATOR_TYPE, and the chips of a pod (Google Cloud's
+# page on each). libtpu itself accepts larger shapes, until the host's memory is used up.
 _PODS = {"v4": ("v4-{2n}", 4096), "v5e": ("v5litepod-{n}", 256), "v5p": ("v5p-{2n}", 8960), "v6e": ("v6e-{n}", 256)}
 # The two cores of a chip of this generation are one device if libtpu is told so, as JAX's meshes need them to be.
 _MEGACORE = {"v4": {"chip_config_name": "megacore"}}
 
 
 def topology_devices(name: str) -> Sequence[Any]:
-    """The devices of a TPU topology such as "v5p:8x8x8", none of which need exist. Call it before JAX looks for any.
+    """The devices of a TPU topology such as "v5p:8x8x8". They need not exist. Call this before JAX looks for devices.
 
-    Raises ValueError for a name that libtpu does not know, or without libtpu.
+    Raises:
+      ValueError: libtpu does not know the name, or is not installed.
     """
     parts = re.fullmatch(r"(v\w+):(\d+(?:x\d+)+)", name)
     if parts is None or parts[1] not in _PODS:
@@ -54,7 +55,7 @@ def topology_devices(name: str) -> Sequence[Any]:
     if chips > most:
         raise ValueError(f"--topology {name}: {chips} chips, a pod of {parts[1]} has {most}: choose a smaller shape")
     accelerator = accelerator.replace("{n}", str(chips)).replace("{2n}", str(2 * chips))
-    # There is no TPU: do not ask the cloud for one, nor keep other processes from using the library.
+    # There is no TPU: libtpu must not ask the cloud's metadata server for one, nor lock out other processes.
     os.environ |= dict(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE=accelerator, TPU_WORKER_HOSTNAMES="localhost")
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     jax.config.update("jax_platforms", "cpu")
@@ -67,44 +68,55 @@ def topology_devices(name: str) -> Sequence[Any]:
 
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **_MEGACORE.get(parts[1], {})).devices
-    except Exception as error:  # whatever libtpu raises: its words are the best there are
+    except Exception as error:  # libtpu raises several types; its message says what is wrong
         raise ValueError(f"--topology {name}: {str(error).splitlines()[0]}") from None
 
 
 def hardware_flops(jaxpr: Any, times: int = 1) -> int:
-    """FLOPs of the matrix products that a traced function does, recomputation included (over all devices)."""
+    """FLOPs of the matrix products of a traced function, with recomputation, over all devices.
+
+    Args:
+      jaxpr: the traced function.
+      times: how often it runs.
+    """
     total = 0
     for equation in jaxpr.eqns:
-        parameters, inside = equation.params, times
+        parameters, inner_times = equation.params, times
         if equation.primitive.name == "dot_general":
             contracted = (equation.invars[0].aval.shape[i] for i in parameters["dimension_numbers"][0][0])
             total += times * 2 * equation.outvars[0].aval.size * math.prod(contracted)
         elif equation.primitive.name == "scan":
-            inside = times * parameters["length"]
+            inner_times = times * parameters["length"]
         elif equation.primitive.name == "shard_map":  # shapes inside are those of one device
-            inside = times * parameters["mesh"].size
+            inner_times = times * parameters["mesh"].size
         elif equation.primitive.name == "pallas_call":
-            inside = times * math.prod(n for n in parameters["grid_mapping"].grid if isinstance(n, int))
+            inner_times = times * math.prod(n for n in parameters["grid_mapping"].grid if isinstance(n, int))
         for value in parameters.values():
             for item in value if isinstance(value, (tuple, list)) else (value,):
                 if hasattr(item := getattr(item, "jaxpr", item), "eqns"):
-                    total += hardware_flops(item, inside)
+                    total += hardware_flops(item, inner_times)
     return total
 
 
 def compile_step(train_step: Any, state: Any, batch: Any, capacity: int) -> dict[str, Any]:
     """Compile a step and measure the program.
 
+    Args:
+      train_step: the jitted step.
+      state: the training state as `jax.ShapeDtypeStruct`s.
+      batch: a batch as `jax.ShapeDtypeStruct`s.
+      capacity: bytes of HBM of a device.
+
     Returns:
-      {"fits", "hbm_bytes_per_chip", "temporary_bytes", "collective_bytes", "hardware_flops", "compile_seconds"}. For a
-      step that does not fit, the memory that the compiler reports, without collectives.
+      {"fits", "hbm_bytes_per_chip", "temporary_bytes", "collective_bytes", "hardware_flops", "compile_seconds"}. If the
+      compiler refuses a step that does not fit, the bytes are those in its message, and "collective_bytes" is None.
     """
     start = time.perf_counter()
     traced = train_step.trace(state, batch)
     lowered = traced.lower()
     measured: dict[str, Any] = {"hardware_flops": hardware_flops(traced.jaxpr.jaxpr)}
     with tempfile.TemporaryDirectory() as dump:
-        # Not `as_text`: it fails for the programs of large slices.
+        # A dump, because `compiled.as_text()` fails for the programs of large slices.
         options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": ".*train_step.*"}
         try:
             compiled = lowered.compile(compiler_options=options)
@@ -125,7 +137,10 @@ def compile_step(train_step: Any, state: Any, batch: Any, capacity: int) -> dict
 
 
 def largest_that_fits(candidates: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """Of sizes in ascending order, the largest for which `fits` says so; None where not even the first does."""
+    """The largest of the candidates for which `fits` is true, by bisection; None if there is none.
+
+    The candidates are in ascending order. If one does not fit, none of the later ones does.
+    """
     low, high = 0, len(candidates)  # candidates[:low] fit, candidates[high:] do not
     while low < high:
         middle = (low + high) // 2
@@ -136,13 +151,22 @@ def largest_that_fits(candidates: Sequence[int], fits: Callable[[int], bool]) ->
 def make_plan(
     train_step: Any, abstract: Any, shardings: Any, mesh: Any, config: OPTConfig, options: Any, seq_len: int
 ) -> dict[str, Any]:
-    """Compile the step of a run for its mesh of TPUs, and for other micro-batches; see `report` for what comes of it.
+    """The plan of a run: its step compiled for its mesh of TPUs, also with other micro-batches to find the largest.
 
-    abstract, shardings: the TrainState's. mesh: of `topology_devices`.
+    Args:
+      train_step: the jitted step.
+      abstract, shardings: of the training state.
+      mesh: a mesh of `topology_devices`.
+      config: the architecture.
+      options: the options of train.py.
+      seq_len: tokens per sequence.
+
+    Returns:
+      What `report` shows and `--plan-output` contains. Sizes are in bytes; names say if they are of one chip.
     """
     capacity = HBM[mesh.devices.flat[0].device_kind]
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = options.batch_size // shards  # of one step, for a group of chips that share their sequences
+    rows = options.batch_size // shards  # sequences per step of one group of chips along `tensor`
 
     def compile_at(micro: int) -> dict[str, Any]:
         ids = jax.ShapeDtypeStruct((rows // micro, micro * shards, seq_len), jnp.int32)
@@ -158,9 +182,8 @@ def make_plan(
     measured = {asked: compile_at(asked)}
 
     def fits(micro: int) -> bool:
-        if micro not in measured and measured[asked]["fits"] != (
-            micro > asked
-        ):  # more memory than one that does not fit ...
+        # A smaller micro-batch than one that fits also fits. A larger one than one that does not fit does not fit.
+        if micro not in measured and measured[asked]["fits"] != (micro > asked):
             return measured[asked]["fits"]
         measured[micro] = measured.get(micro) or compile_at(micro)
         return measured[micro]["fits"]
@@ -206,7 +229,12 @@ def floor_bytes(config: OPTConfig, parameters: int, mesh: Any, micro_batches: in
     gradients scattered), and 11 gathers or scatters of the activations of each layer along `tensor`.
 
     Args:
-      rows: sequences at a time that one group of chips shares.
+      config: the architecture.
+      parameters: number of parameters.
+      mesh: the mesh.
+      micro_batches: number of micro-batches in a step.
+      rows: sequences in a micro-batch of one group of chips along `tensor`.
+      seq_len: tokens per sequence.
     """
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     weights = 3 * 2 * parameters / tensor * (fsdp - 1) / fsdp
@@ -215,7 +243,7 @@ def floor_bytes(config: OPTConfig, parameters: int, mesh: Any, micro_batches: in
 
 
 def report(plan: dict[str, Any], output: str | None) -> None:
-    """Print the plan as a table; `output`: also write it there, as JSON."""
+    """Print the plan as a table. If `output` is the path of a file, also write it there as JSON."""
     table = Table(title=plan["title"], show_header=False, title_justify="left")
     table.add_column("what", no_wrap=True)
     table.add_column("how much", justify="right", no_wrap=True)
@@ -224,16 +252,14 @@ def report(plan: dict[str, Any], output: str | None) -> None:
     capacity, peak = plan["hbm_capacity_bytes"], plan["hbm_bytes_per_chip"]
     table.add_row("parameters, per chip", gigabytes(plan["parameter_bytes_per_chip"]), "float32")
     table.add_row("optimizer, per chip", gigabytes(plan["optimizer_bytes_per_chip"]), "two moments, float32")
-    table.add_row("activations and temporaries", gigabytes(plan["temporary_bytes"]), "gradients among them")
+    table.add_row("activations and temporaries", gigabytes(plan["temporary_bytes"]), "with gradients")
     table.add_row("peak", gigabytes(peak), f"of {gigabytes(capacity)} HBM")
     table.add_row("headroom", gigabytes(capacity - peak), "fits" if plan["fits"] else "DOES NOT FIT")
     table.add_section()
     teraflops = lambda flops: f"{flops / 1e12:,.0f} TFLOP"  # noqa: E731
     table.add_row("FLOPs per step, model", teraflops(plan["model_flops"]), "6N + attention, all chips")
     share = plan["hardware_flops"] / plan["model_flops"]
-    table.add_row(
-        "FLOPs per step, hardware", teraflops(plan["hardware_flops"]), f"{share:.2f} x, recomputation included"
-    )
+    table.add_row("FLOPs per step, hardware", teraflops(plan["hardware_flops"]), f"{share:.2f} x, with recomputation")
     if plan["collective_bytes"] is not None:
         table.add_section()
         for kind, size in plan["collective_bytes"].items():

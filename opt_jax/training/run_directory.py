@@ -1,4 +1,4 @@
-"""The run directory: one start of a run at a time writes it, and no start that differs from the first one."""
+"""The run directory. One start of a run at a time may write to it, and it must not differ from the first one."""
 
 import json
 from collections.abc import Iterator
@@ -16,30 +16,35 @@ from opt_jax.training.files import begin_run, check_run_directory, run_directory
 from opt_jax.training.options import compare_with_first_start
 from opt_jax.training.run_lock import RunLock
 
-Record = dict[str, dict[str, Any]]  # section -> name -> value of JSON
+Record = dict[str, dict[str, Any]]  # section -> name -> value, as in run.json
 
 
 @contextmanager
 def open_run(name: str, record: Record) -> Iterator["RunDirectory"]:
-    """The run directory, until the block ends. All processes must have the same record.
+    """A context with the run directory, which holds the run's lock until the block ends.
+
+    Args:
+      name: the directory.
+      record: see `RunDirectory`; the same on all processes.
 
     Raises:
-      ValueError: the run was begun with another record.
-      FileExistsError: another process has the run, or the directory is not a run's.
+      ValueError: the first start of the run had another record.
+      FileExistsError: another process is writing to the directory, or it is not a run's.
     """
     path = run_directory(name)
     agreement.check_same(record)
-    with RunLock(path) as lock:  # for process 0 to take
+    with RunLock(path) as lock:  # process 0 takes it
         yield RunDirectory(path, record, lock)
 
 
 class RunDirectory:
-    """What a start finds in the run directory, and writes there first. Nothing is written before `begin`.
+    """What a start finds in the run directory, and what it writes there first. Nothing is written before `begin`.
 
     Attributes:
-      record: what must not change from one start to the next.
-      resuming: an earlier start has written its record.
-      finished: an earlier start has written the model.
+      path: the directory.
+      record: what must be equal in all starts of a run.
+      resuming: true if an earlier start has written its record.
+      finished: true if an earlier start has also written the model.
     """
 
     def __init__(self, path: epath.Path, record: Record, lock: RunLock):
@@ -82,11 +87,15 @@ class RunDirectory:
         on_first_process(write)
 
     def check_lock(self) -> None:
-        """To be called on process 0 before each write; see `RunLock.check`."""
+        """Call this on process 0 before each write; see `RunLock.check`."""
         self._lock.check()
 
     def write_record(self) -> None:
-        """Write the record, by which the directory is a run's; all processes see it afterwards."""
+        """Write the record, which makes the directory a run's, and check that all processes see it.
+
+        Raises:
+          OSError: the file cannot be written, or a process does not see it.
+        """
         if jax.process_index() == 0:
             write_record(self.path, self.record)
         agreement.check_shared(self.path / "run.json")

@@ -1,4 +1,4 @@
-"""One start of a run at a time: who writes a run directory is named in it, and keeps others out."""
+"""The lock of a run directory: one start of a run at a time may write to it."""
 
 import os
 import socket
@@ -14,17 +14,17 @@ from opt_jax.system.reading import open_regular
 from opt_jax.system.temporary import lock_file, refuse_links
 from opt_jax.training.files import LOCK
 
-_MOST_BYTES = 1000  # that are read of a lock
+_MOST_BYTES = 1000  # no more is read of a lock file
 
 
 class RunLock:
-    """The lock that a process holds while it writes a run directory; in a job, process 0 holds it.
+    """The lock that a process holds while it writes to a run directory. In a job, process 0 holds it.
 
-    No file is touched before `take`. The `with` block releases the lock.
+    `take` is the first to touch a file. The end of the `with` block releases the lock.
 
-    The file `LOCK` names the holder, and is locked while that process lives: another one is refused. An object store
-    has no locks, and a lease would keep a run waiting after a preemption. There the newest start takes the run over,
-    and an older one learns of it from `check`, before its next write.
+    On a disk, the file `LOCK` names the holder and is locked while that process lives, so that others are refused. An
+    object store has no locks, and with a lease a run would wait after a preemption. There the newest start takes the
+    run over, and `check` raises in an older one before its next write.
     """
 
     def __init__(self, output: epath.Path):
@@ -38,19 +38,21 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         if self._name is None:
             return
-        if not is_remote(self._output) and self._read() == self._name:  # in a store an older start may yet look at it
+        # In an object store the file stays, because an older start may still compare it with its own name.
+        if not is_remote(self._output) and self._read() == self._name:
             self._path.unlink(missing_ok=True)
         if self._descriptor is not None:
             os.close(self._descriptor)
         self._name = self._descriptor = None
 
     def take(self, create: bool = True) -> None:
-        """Take the lock.
+        """Take the lock. Does nothing if this process has it.
 
-        Without `create`, take it only if an earlier start has left its lock file, so that a new directory stays empty.
+        Args:
+          create: create the lock file. Otherwise take the lock only if an earlier start has left its file.
 
         Raises:
-          FileExistsError: another process holds it; or the lock is a link.
+          FileExistsError: another process holds it, or the lock file is a link or not a regular file.
         """
         if self._name is not None or not create and (is_remote(self._output) or not self._path.exists()):
             return
@@ -68,7 +70,7 @@ class RunLock:
     def _lock(self) -> int:
         refuse_links(self._path)
         if self._path.exists() and not Path(self._path).is_file():
-            raise FileExistsError(f"{self._path} is not a regular file, so no lock of a run: move it elsewhere")
+            raise FileExistsError(f"{self._path} is not a regular file, so it is not a run's lock: move it elsewhere")
         while True:
             try:
                 if (descriptor := lock_file(self._path)) is not None:
@@ -79,7 +81,7 @@ class RunLock:
                 ) from None
 
     def check(self) -> None:
-        """To be called by the process that holds the run, before it writes.
+        """Check that this process still has the lock. Call this before each write.
 
         Raises:
           FileExistsError: another start has taken the run over.
@@ -95,12 +97,13 @@ class RunLock:
             raise FileExistsError(f"{self._output} is no longer this process's: {who}, so nothing more is written")
 
     def _read(self) -> bytes:
-        with suppress(FileNotFoundError, IsADirectoryError, ValueError):  # (another kind of file: it is not our lock)
+        """The content of the lock file; b"" if there is none."""
+        with suppress(FileNotFoundError, IsADirectoryError, ValueError):  # ValueError: it is not a regular file
             with self._path.open("rb") if is_remote(self._path) else open_regular(self._path) as file:
                 return file.read(_MOST_BYTES)
         return b""
 
     def _holder(self) -> str:
-        """In one line, whatever the file holds."""
+        """The holder's name from the lock file, in one printable line."""
         text = " ".join(self._read().decode(errors="replace").partition(" (start ")[0].split())
         return text if text.isprintable() and text else "another process"

@@ -1,4 +1,4 @@
-"""What a run computes: configuration, optimizer, shapes and shardings. It has no array yet."""
+"""What a run computes: configuration, optimizer, shapes and shardings. No arrays are created here."""
 
 import dataclasses
 from collections.abc import Callable
@@ -34,17 +34,22 @@ class Setup:
     """What a run computes.
 
     Attributes:
-      config: of the model, with the head of the task.
-      model_class: with the head of the task.
-      checkpoint: the directory that the weights come from; None: they are new.
-      checkpoint_config: the configuration there.
-      dtype: of the computation.
+      options: the options of the command line.
+      mesh: the device mesh.
+      config: the model's configuration, with the head of the task.
+      model_class: the model's class, with the head of the task.
+      checkpoint: the directory that the weights come from; None if they are new.
+      checkpoint_config: the configuration there; without a checkpoint, that of --model.
+      seq_len: tokens per sequence; with a task, the largest number.
+      dtype: the dtype of the computation.
       attention: the implementation of attention.
-      saved_model: shapes of the model that is saved at the end. One in training may have adapters.
-      lora: the adapters that are trained; None: all parameters are.
-      state: shapes of the training state.
-      shardings: of the training state.
-      begin: a model, or None for new weights -> the state before step 1; for use in `jax.jit`.
+      schedule: the learning rate schedule.
+      optimizer: see `make_optimizer`.
+      saved_model: the model that is saved at the end, as `jax.ShapeDtypeStruct`s. In training it may have adapters.
+      lora: the adapters that are trained; None if all parameters are.
+      state: the training state, as `jax.ShapeDtypeStruct`s.
+      shardings: a pytree of `NamedSharding`s like `state`.
+      begin: returns the state before step 1 of a model, or of new weights without one. For use in `jax.jit`.
     """
 
     options: Options
@@ -65,7 +70,7 @@ class Setup:
     begin: Callable[..., TrainState]
 
     def make_train_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
-        """See `step.make_train_step`."""
+        """The jitted step; see `step.make_train_step`."""
         return make_train_step(
             self.optimizer,
             self.schedule,
@@ -78,7 +83,7 @@ class Setup:
         )
 
     def first_state(self) -> TrainState:
-        """The state before step 1 on the mesh: of the checkpoint that the run starts from, or of new weights."""
+        """The state before step 1 on the mesh, with the weights of `checkpoint` or new ones."""
         begin = jax.jit(self.begin, out_shardings=self.shardings)
         if self.checkpoint is None:
             return begin()
@@ -89,17 +94,18 @@ class Setup:
         return begin(model)
 
     def parameter_counts(self) -> tuple[int, int]:
-        """The numbers of (trained parameters, all parameters)."""
+        """The number of trained parameters, and of all parameters."""
         models = self.state.model, self.state.full_model
         trained, total = (sum(leaf.size for leaf in jax.tree.leaves(model)) for model in models)
         return trained, total
 
 
 def make_setup(options: Options, mesh: Mesh) -> Setup:
-    """What a run with these options computes on the mesh.
+    """The setup of a run with these options on the mesh.
 
     Raises:
-      ValueError: options that do not fit the model or the mesh.
+      OSError: see `options.model_config`.
+      ValueError: the options do not fit the model or the mesh.
     """
     platform = mesh.devices.flat[0].platform
     checkpoint_config, checkpoint = model_config(options)
@@ -152,7 +158,9 @@ def make_setup(options: Options, mesh: Mesh) -> Setup:
 
 def _check_sizes(options: Options, config: OPTConfig, seq_len: int, mesh: Mesh) -> None:
     if seq_len > config.max_position_embeddings:
-        raise ValueError(f"--seq-len {seq_len}: the model has {config.max_position_embeddings} positions")
+        raise ValueError(
+            f"--seq-len {seq_len}: the model has {config.max_position_embeddings} positions; take a smaller --seq-len"
+        )
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if options.batch_size % shards:
         raise ValueError(f"--batch-size {options.batch_size} does not divide over the mesh's data x fsdp = {shards}")
@@ -161,4 +169,4 @@ def _check_sizes(options: Options, config: OPTConfig, seq_len: int, mesh: Mesh) 
             f"--batch-size {options.batch_size} does not divide into --accumulate {options.accumulate} parts over the "
             f"mesh's data x fsdp = {shards}"
         )
-    check_divides(config, seq_len if options.task is None else mesh.shape["tensor"], mesh)  # tasks pad to a multiple
+    check_divides(config, seq_len if options.task is None else mesh.shape["tensor"], mesh)  # a task pads to a multiple

@@ -1,4 +1,4 @@
-"""The training state, how it begins, where it lives on the mesh, and the one compiled update."""
+"""The training state, its first value, its shardings, and the compiled update."""
 
 import dataclasses
 import re
@@ -24,22 +24,26 @@ from opt_jax.parallel.reductions import sum_gradients, sum_over_batch
 from opt_jax.parallel.rules import named_leaves, param_sharding, per_device
 from opt_jax.training.loss import IGNORED, next_token_loss
 
-# "input_ids", "labels" (the next id of each, -100 where none counts) and, for packed documents, "segment_ids"; those of
-# fine-tuning tasks are described in tasks/common.py. [A, B, T], or [B, T] of one micro-batch.
+# Arrays [A, B, T], or [B, T] for one micro-batch: "input_ids", "labels" (the next ids; -100 does not count) and, for
+# packed documents, "segment_ids". tasks/common.py describes the batches of fine-tuning tasks.
 Batch = dict[str, Int[Array, "..."]]
-# (model, micro-batch, dropout key or None) -> (sum of its losses, how many labels counted), inside `per_device`.
+# (model, micro-batch, dropout key or None) -> (sum of the losses, number of labels that count), inside `per_device`.
 Loss = Callable[[Any, Batch, DropoutKey | None], tuple[Array, Array]]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that changes from step to step, as one pytree: the checkpoint, and what the step is given and donates.
+    """All that changes from step to step, as one pytree. Checkpoints hold it, and the compiled step donates it.
 
-    step: int32, updates done so far. model: float32, layers stacked. opt_state: of optax, its moments like the model.
-    halted: a loss or gradient was not finite, so this is the state before that update, and no later one changes it.
-    frozen: with LoRA, the parameters that are not trained; `model` then has only the others (see `split`). It has no
-    moments, and is in no checkpoint.
+    Attributes:
+      step: int32, the number of updates done so far.
+      model: the trained parameters in float32, with stacked layers.
+      opt_state: optax's state. Its moments have the shapes of `model`.
+      halted: true if a loss or gradient was not finite. This is the state before that update, and later steps do not
+        change it.
+      frozen: with LoRA, the parameters that are not trained; `model` then has only the others (see `split`). They have
+        no moments and are in no checkpoint.
     """
 
     step: Int[Array, ""]
@@ -55,7 +59,7 @@ class TrainState:
 
 
 def split(model: Any, trained: Callable[[str], bool]) -> tuple[Any, Any]:
-    """(the parameters whose names are `trained`, the others): two models, each with None in place of the other's."""
+    """Two models: one with the parameters for whose names `trained` is true, one with the others. The rest are None."""
     names, (leaves, structure) = named_leaves(model), jax.tree.flatten(model)
     one = [leaf if trained(name) else None for name, leaf in zip(names, leaves, strict=True)]
     other = [None if trained(name) else leaf for name, leaf in zip(names, leaves, strict=True)]
@@ -63,27 +67,32 @@ def split(model: Any, trained: Callable[[str], bool]) -> tuple[Any, Any]:
 
 
 def join(one: Any, other: Any) -> Any:
-    """The inverse of `split`; `other` None: there is nothing to add."""
+    """The model that `split` has split. If `other` is None, `one` is all of it."""
     if other is None:
         return one
     return jax.tree.map(lambda a, b: b if a is None else a, one, other, is_leaf=lambda x: x is None)
 
 
 def new_model(config: OPTConfig, seed: int, dtype: DTypeLike, cls: type = OPTForCausalLM, **options: Any) -> Any:
-    """A model with the paper's initialisation. The constructor alone initialises as HF does.
+    """A model with the paper's initialisation and stacked layers.
 
-    Kernels and embeddings are normal(0, config.init_std), `out_proj` of the attention and `fc2` times 1/sqrt(2L).
-    Biases are zero, and so are the rows of the pad in both embeddings.
+    Kernels and embeddings are normal(0, config.init_std); those of the attention's `out_proj` and of `fc2` are scaled
+    by 1/sqrt(2L). Biases are zero, and so are the pad's rows in both embeddings. Deviation from HF, which the
+    constructor follows: the scale, and the zero row of the positions.
 
     Args:
-      cls, options: a class of model with a head, and its attn_implementation, remat, grad_dtype.
+      config: the architecture.
+      seed: for the weights.
+      dtype: the dtype of the computation. Parameters are float32.
+      cls: a class of model with a head.
+      options: its attn_implementation, remat and grad_dtype.
     """
     model = cls(config, rngs=nnx.Rngs(jax.random.key(seed)), dtype=dtype, scan_layers=True, **options)
     decoder, pad = model.model.decoder, config.pad_token_id
     layers: Any = decoder.layers  # one stacked layer
     for linear in (layers.self_attn.out_proj, layers.fc2):
         linear.kernel.set_value(linear.kernel.get_value() * (2 * config.num_hidden_layers) ** -0.5)
-    if pad is not None:  # the constructor has zeroed the pad's row of embed_tokens; a pad's position reads row 1
+    if pad is not None:  # the constructor has zeroed the pad's row of embed_tokens; pads have row 1 of the positions
         positions = decoder.embed_positions.embedding
         positions.set_value(positions.get_value().at[1].set(0))
     return model
@@ -92,14 +101,20 @@ def new_model(config: OPTConfig, seed: int, dtype: DTypeLike, cls: type = OPTFor
 def new_state(
     model: Any, optimizer: optax.GradientTransformation, trained: Callable[[str], bool] | None = None
 ) -> TrainState:
-    """trained: by their names, the parameters to train. Default: all."""
+    """The state before the first update.
+
+    Args:
+      model: the model.
+      optimizer: the optimizer.
+      trained: true for the names of the parameters to train. Default: all are trained.
+    """
     model, frozen = (model, None) if trained is None else split(model, trained)
     zeros = dict(step=jnp.zeros((), jnp.int32), halted=jnp.zeros((), bool))
     return TrainState(model=model, opt_state=optimizer.init(model), frozen=frozen, **zeros)
 
 
 def checksum(tree: Any) -> int:
-    """32 bits that tell float32 arrays apart; the same on any mesh, for sums of integers do not depend on the order."""
+    """A checksum of 32 bits of a pytree of float32 arrays. It is the same on all meshes, because it adds integers."""
 
     @jax.jit
     def total(leaves: list[jax.Array]) -> jax.Array:
@@ -110,7 +125,11 @@ def checksum(tree: Any) -> int:
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """Pytree of NamedSharding like `state` (concrete or abstract): moments live where their parameter does."""
+    """A pytree of `NamedSharding`s like `state`, whose leaves may be abstract. Moments have their parameter's sharding.
+
+    Raises:
+      ValueError: see `rules.param_sharding`.
+    """
 
     def sharding(name: str, leaf: Any):
         parameter = re.search(r"(model\.decoder|lm_head|score|qa_outputs)\..*", name)
@@ -121,12 +140,12 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
 
 
 def gathered(model: Any) -> Any:
-    """What a loss begins with: all but the layers whole along `fsdp`."""
+    """The model with all parameters but those of the layers gathered along `fsdp`, as a loss needs it."""
     return gather_parameters(model, model.dtype, model.model.decoder.grad_dtype)
 
 
 def batch_loss(model: OPTForCausalLM, batch: Batch, dropout_key: DropoutKey | None = None) -> tuple[Array, Array]:
-    """(sum of the next-token losses in float32, how many labels counted) of one micro-batch [B, T]."""
+    """The sum of the next-token losses of one micro-batch [B, T] in float32, and the number of labels that count."""
     model = gathered(model)
     segment_ids = batch.get("segment_ids")
     out = model.model.forward(batch["input_ids"], segment_ids=segment_ids, dropout_key=dropout_key)
@@ -137,7 +156,11 @@ def batch_loss(model: OPTForCausalLM, batch: Batch, dropout_key: DropoutKey | No
 
 
 def check_divides(config: OPTConfig, seq_len: int, mesh: Mesh) -> None:
-    """ValueError for heads or tokens that do not divide over the mesh; of widths `state_shardings` says so."""
+    """Check that heads and tokens divide over the mesh. For parameters, `state_shardings` checks it.
+
+    Raises:
+      ValueError: they do not.
+    """
     tensor = mesh.shape["tensor"]
     for what, size in {"attention heads": config.num_attention_heads, "tokens per sequence": seq_len}.items():
         if size % tensor:
@@ -154,18 +177,27 @@ def _check(config: OPTConfig, batch: Batch, mesh: Mesh) -> None:
 def make_gradients(
     config: OPTConfig, shardings: Any, mesh: Mesh, loss_of: Loss = batch_loss, frozen_shardings: Any = None
 ) -> Callable[..., tuple[Array, Any]]:
-    """(model, batch, dropout key or None, frozen) -> (mean loss, its gradients in float32), for use in `jax.jit`.
+    """A function that returns the mean loss of a batch and its gradients in float32, for use in `jax.jit`.
 
-    batch: arrays [A, B, T]. Gradients of the A micro-batches are accumulated, every counted label weighing the same.
-    shardings: of the model. frozen: see `TrainState`; there are no gradients of it.
+    Its arguments are the model, a batch of arrays [A, B, T], a dropout key or None, and the frozen parameters (see
+    `TrainState`), which get no gradients. It adds up the gradients of the A micro-batches. All labels that count have
+    the same weight.
 
-    Raises ValueError for sizes that do not divide over the mesh.
+    Args:
+      config: the architecture.
+      shardings: of the model.
+      mesh: the mesh.
+      loss_of: the loss.
+      frozen_shardings: of the frozen parameters.
+
+    Raises:
+      ValueError: the returned function raises it for sizes that do not divide over the mesh.
     """
 
     def gradients(model: Any, batch: Batch, key: jax.Array | None, frozen: Any):
         counted = sum_over_batch((batch["labels"] != IGNORED).sum(dtype=jnp.int32))
         total = jnp.maximum(counted, 1).astype(jnp.float32)
-        parts, rows = batch["labels"].shape[:2]  # of this device
+        micro_batches, rows = batch["labels"].shape[:2]  # of this device
 
         def micro_gradients(batch: Batch, i: Array):
             dropout_key = DropoutKey.of(key, rows, i * rows * mesh.shape["data"] * mesh.shape["fsdp"])
@@ -174,11 +206,11 @@ def make_gradients(
         def accumulate(carry: Any, micro: Any):
             return jax.tree.map(jnp.add, carry, micro_gradients(*micro)), None
 
-        if parts == 1:
+        if micro_batches == 1:
             loss, grads = micro_gradients(jax.tree.map(lambda x: x[0], batch), jnp.int32(0))
         else:
             zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, model))
-            (loss, grads), _ = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(parts, dtype=jnp.int32)))
+            (loss, grads), _ = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(micro_batches, dtype=jnp.int32)))
         return sum_over_batch(loss), sum_gradients(grads)
 
     specs, frozen_specs = jax.tree.map(lambda sharding: sharding.spec, (shardings, frozen_shardings))
@@ -193,7 +225,7 @@ def make_gradients(
 
 
 def make_eval_step(shardings: Any, mesh: Mesh) -> Callable[[OPTForCausalLM, Batch], tuple[Array, Array]]:
-    """(model, batch [1, B, T]) -> (sum of the losses, how many labels counted), compiled once."""
+    """A jitted function: (model, batch [1, B, T]) -> (sum of the losses, number of labels that count)."""
 
     def losses(model: OPTForCausalLM, batch: Batch):
         loss, count = batch_loss(model, jax.tree.map(lambda x: x[0], batch))
@@ -215,13 +247,22 @@ def make_train_step(
     skip_nonfinite: bool = False,
     loss_of: Loss = batch_loss,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """(state, batch) -> (next state, {"loss", "grad_norm", "lr", "skipped"}), compiled once; the state is donated.
+    """A jitted function: (state, batch [A, B, T]) -> (next state, {"loss", "grad_norm", "lr", "skipped"}).
 
-    An update with a loss or gradient that is not finite is skipped. The next ones then are, too (by the time the host
-    knows, they may be under way), unless `skip_nonfinite`.
+    It donates the state. It skips an update whose loss or gradient is not finite. Unless `skip_nonfinite`, it then
+    skips all later updates, too, because the host may have dispatched some before it knows.
 
-    batch: arrays [A, B, T], see `make_gradients`. The dropout key is a function of (seed, step); its bits depend on a
-    row's number in the batch of the step, and neither on the mesh nor on the number of micro-batches.
+    Dropout depends on (seed, step) and on a row's index in the global batch, neither on the mesh nor on the number of
+    micro-batches.
+
+    Args:
+      optimizer, schedule: see `optimizer.py`.
+      config: the architecture.
+      seed: for dropout.
+      shardings: of the training state.
+      mesh: the mesh.
+      skip_nonfinite: go on after an update that is not finite.
+      loss_of: the loss.
     """
     uses_dropout = max(config.dropout, config.attention_dropout, config.layerdrop) > 0
     gradients = make_gradients(config, shardings.model, mesh, loss_of, shardings.frozen)
@@ -235,7 +276,7 @@ def make_train_step(
         skipped = ~finite | state.halted
         keep = partial(jnp.where, skipped)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model, skipped=skipped)  # type: ignore[reportArgumentType]
-        # The optimizer has kept the moments of its own accord; the rest of its state are counts.
+        # The optimizer itself has kept the moments of a skipped update. The rest of its state are counts.
         opt_state = jax.tree.map(lambda old, new: new if old.ndim else keep(old, new), state.opt_state, opt_state)
         model: Any = jax.tree.map(keep, state.model, optax.apply_updates(state.model, updates))  # type: ignore[reportArgumentType]
         halted = state.halted | (~finite & (not skip_nonfinite))
@@ -253,31 +294,37 @@ def make_train_step(
 
 
 def local_rows(batch_size: int, accumulate: int, mesh: Mesh) -> np.ndarray:
-    """Which rows of a global batch this process's devices hold, and so `place_batch` asks for; sorted."""
+    """The sorted indices of the rows of a global batch that this process's devices hold (see `place_batch`)."""
     rows = np.arange(batch_size).reshape(accumulate, batch_size // accumulate)
-    places = batch_sharding(mesh, leading=1).addressable_devices_indices_map(rows.shape)
-    return np.unique(np.concatenate([rows[index].reshape(-1) for index in places.values()]))
+    indices = batch_sharding(mesh, leading=1).addressable_devices_indices_map(rows.shape)
+    return np.unique(np.concatenate([rows[index].reshape(-1) for index in indices.values()]))
 
 
 def place_batch(
     rows: Callable[[slice], Mapping[str, np.ndarray]], batch_size: int, accumulate: int, mesh: Mesh
 ) -> Batch:
-    """The global batch on the mesh, [accumulate, batch_size / accumulate, T]; each process makes only its own rows.
+    """The global batch on the mesh, arrays [accumulate, batch_size / accumulate, T].
 
-    rows: gives the arrays [n, T] of a range of the `batch_size` rows; micro-batch i has the i-th share of them.
-    The one transfer to the devices that a training loop needs, so it passes a `transfer_guard`.
+    Each process asks only for its own rows. This is the only transfer to the devices in the training loop, so a
+    `transfer_guard` allows it.
+
+    Args:
+      rows: returns the arrays [n, T] of a slice of the `batch_size` rows. Micro-batch i has the i-th part of the rows.
+      batch_size: rows of the global batch.
+      accumulate: number of micro-batches.
+      mesh: the mesh.
     """
     size = batch_size // accumulate
 
-    def part(name: str, index: Any) -> np.ndarray:
+    def shard(name: str, index: Any) -> np.ndarray:
         micro, (first, last, _) = range(*index[0].indices(accumulate)), index[1].indices(size)
         return np.stack([rows(slice(i * size + first, i * size + last))[name] for i in micro])
 
-    mine = int(local_rows(batch_size, accumulate, mesh)[0])
+    first_local = int(local_rows(batch_size, accumulate, mesh)[0])
     with jax.transfer_guard_host_to_device("allow"):
         return {
             name: jax.make_array_from_callback(
-                (accumulate, size, *example.shape[1:]), batch_sharding(mesh, leading=1), partial(part, name)
+                (accumulate, size, *example.shape[1:]), batch_sharding(mesh, leading=1), partial(shard, name)
             )
-            for name, example in rows(slice(mine, mine + 1)).items()
+            for name, example in rows(slice(first_local, first_local + 1)).items()
         }

@@ -241,6 +241,24 @@ def test_without_a_checkpoint_before_it(run):
     assert len(says) == 1 and sorted(p.name for p in run.iterdir()) == ["3", "6"]  # nothing is removed
 
 
+@pytest.mark.parametrize("name", ["params", "optimizer"])
+def test_a_part_of_another_checkpoint_is_noticed(run, tmp_path, name):
+    """Of another step, and of another run's same step; all of their chunks are whole."""
+    shutil.copytree(run, tmp_path / "other")
+    with Checkpoints(tmp_path / "other", keep=3) as checkpoints:
+        checkpoints.save(9, state(6))
+    for other in (run / "3", tmp_path / "other" / "9"):
+        shutil.rmtree(run / "6" / name)
+        shutil.copytree(other / name, run / "6" / name)
+        message = f"^checkpoint {run}/6 is damaged: its params and optimizer were not saved together"
+        with pytest.raises(ValueError, match=message):
+            restore(run, [])
+    for part in ("params", "optimizer"):  # of a version that wrote no id
+        content = json.loads((run / "6" / part / "_METADATA").read_text())
+        (run / "6" / part / "_METADATA").write_text(json.dumps(content | {"custom_metadata": None}))
+    assert restore(run, [])[0] == 6
+
+
 def test_damage_of_the_state_of_the_data_is_not_blamed_on_the_data(run):
     path = run / "6" / "data" / "metadata"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 7}))

@@ -75,12 +75,18 @@ def test_downloads_what_is_needed_and_no_more(server, resolve):
         "pytorch_model-00001-of-00001.bin": b"t",
         "pytorch_model.bin.index.json": index("pytorch_model-00001-of-00001.bin"),
     }
+    flax_files = {
+        "flax_model-00001-of-00001.msgpack": b"m",
+        "flax_model.msgpack.index.json": index("flax_model-00001-of-00001.msgpack"),
+    }
     sharded = {name: weights(i) for i, name in enumerate(TWO)} | {"model.safetensors.index.json": index(*TWO)}
     server.repositories |= {
         "org/both": (both := Repository(small | other | torch_files | {"model.safetensors": b"s"})),
         "org/torch": (torch := Repository(small | other | torch_files)),
         "org/sharded": (many := Repository(small | sharded | {"model-3.safetensors": b"?", "pytorch_model.bin": b"p"})),
         "canonical": (one := Repository(small | {"pytorch_model.bin": b"p"})),
+        "org/flax": (flax := Repository(small | other)),
+        "org/flax-sharded": (flax_sharded := Repository(small | flax_files | {"tf_model.h5": b"t"})),
     }
     check(resolve("org/both", weights=False), both, *small)
     assert asked(both) == {*small}
@@ -90,6 +96,9 @@ def test_downloads_what_is_needed_and_no_more(server, resolve):
     assert asked(torch) == {*small, *torch_files}
     check(resolve("org/sharded"), many, *small, *sharded)
     assert asked(many) == {*small, *sharded}
+    check(resolve("org/flax"), flax, *small, "flax_model.msgpack")
+    assert asked(flax) == {*small, "flax_model.msgpack"}
+    check(resolve("org/flax-sharded"), flax_sharded, *small, *flax_files)
     folder = check(resolve("canonical"), one, *small, "pytorch_model.bin")
     assert folder.name == COMMIT
     for repository, name in ((both, "org/both"), (torch, "org/torch"), (many, "org/sharded"), (one, "canonical")):
@@ -266,7 +275,9 @@ def test_missing_files(server, resolve):
         "listed": (Repository(config | st, absent=("model.safetensors",)), "lists model.safetensors, but does not"),
         "listed2": (Repository(config | st, absent=("config.json",)), "lists config.json, but does not have it (404)"),
         "config": (Repository(st), "has no config.json"),
-        "weights": (Repository(config | {"flax_model.msgpack": b"f", "x/model.safetensors": b"s"}), "has no weights:"),
+        "weights": (Repository(config | {"flax.msgpack": b"f", "x/model.safetensors": b"s"}), "has no weights:"),
+        "tf": (Repository(config | {"tf_model.h5": b"t"}), "; tf_model.h5 is a TensorFlow checkpoint (HDF5), which is"),
+        "gguf": (Repository({"x.Q8_0.gguf": b"g"}), "; x.Q8_0.gguf is a GGUF file"),
         "shard": (Repository(config | many), "has no model-2.safetensors, but model.safetensors.index.json names it"),
         "index": (Repository(config | bad), "index.json is not an index of weight files"),
         "size": (Repository(config | st, listed={"model.safetensors": 10**15}), "org/size needs 1000000.0 GB, but"),

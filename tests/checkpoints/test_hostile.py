@@ -25,12 +25,12 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
-from support import hostile_files, hostile_pickles, hostile_weights, metaseq_files
+from support import hostile_files, hostile_flax, hostile_pickles, hostile_weights, metaseq_files
 from support.hf_files import hf_weights, write_hf
 from support.hostile_files import CONFIG, EITHER, HARMLESS, REFUSED, Case
 from support.processes import environment
 
-FORMS = ("safetensors", "safetensors-sharded", "bin", "bin-sharded")
+FORMS = ("safetensors", "safetensors-sharded", "bin", "bin-sharded", "flax", "flax-sharded")
 MEMORY = 256 << 20  # the child's peak may grow by this: pieces of arrays and parsed headers
 SECONDS = 60  # for one case: far more than it needs
 LINE = 2000  # characters
@@ -97,7 +97,8 @@ def all_cases(bases: dict[str, dict[str, bytes]], weights) -> Iterator[Case]:
     """All cases. `bases`: form -> the files of a valid checkpoint of that form, which holds `weights`."""
     state = hostile_pickles.state_dict(weights)
     yield from hostile_weights.safetensors_cases(bases["safetensors"])
-    for form in ("safetensors-sharded", "bin-sharded"):
+    yield from hostile_flax.flax_cases(bases["flax"])
+    for form in ("safetensors-sharded", "bin-sharded", "flax-sharded"):
         yield from hostile_files.index_cases(form, bases[form])
     yield from hostile_files.config_cases()
     yield from hostile_weights.zip_cases(bases["bin"])
@@ -106,7 +107,7 @@ def all_cases(bases: dict[str, dict[str, bytes]], weights) -> Iterator[Case]:
     yield from hostile_pickles.code_cases(state)
     yield from hostile_pickles.metaseq_cases(weights)
     yield from hostile_files.random_damage("metaseq", bases["metaseq"], 25, 6)
-    for seed, form in enumerate(("safetensors", "safetensors-sharded", "bin", "bin-sharded")):
+    for seed, form in enumerate(FORMS):
         yield from hostile_files.random_damage(form, bases[form], 25, seed)
     unused = ("ocdbt.process_", "commit_success", "_CHECKPOINT_METADATA")
     used = {name: content for name, content in bases["orbax"].items() if not any(part in name for part in unused)}

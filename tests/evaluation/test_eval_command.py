@@ -114,6 +114,11 @@ def test_on_a_mesh(file, expected, capsys):
         (["--tasks", "sst2", "--window", "64"], "--window without effect: it goes with --data"),
         (["--tasks", "sst2", "--log-samples"], "--log-samples without effect: say where"),
         (["--tasks", "sst2", "--limit", "0"], "--limit 0.0: must be above 0"),
+        (["--tasks", "sst2", "--limit", "inf"], "--limit inf: must be above 0, and below"),
+        (["--tasks", "sst2", "--limit", "1.5"], "--limit 1.5: must be a number of documents, or a share"),
+        (["--tasks", "sst2", "--num-fewshot", "-1"], "--num-fewshot -1: must not be negative"),
+        (["--data", ""], "--data '': the value is empty"),
+        (["--data", "FILE", "--mesh", ""], "--mesh '': the value is empty"),
         (["--data", "FILE", "--protocol", "non-overlapping", "--stride", "4"], "--stride without effect"),
         (
             ["--data", "FILE", "--window", "513"],

@@ -227,6 +227,13 @@ def test_tasks_of_the_harness_itself(tasks, tmp_path, monkeypatch):
         find_tasks(["colours", "no_such_task"], [str(tasks)])
 
 
+def test_a_file_that_is_no_task_is_an_error_of_one_line(tmp_path):
+    for name in ("a", "b"):  # the harness compares their names
+        (tmp_path / f"{name}.yaml").write_text("task: null" if name == "a" else "task: b")
+    with pytest.raises(ValueError, match=f"--include-path {tmp_path}: the tasks there cannot be read"):
+        find_tasks(["b"], [str(tmp_path)])
+
+
 def test_settings_reach_the_harness(tasks, model, tokenizer):
     report = run(model, tokenizer, find_tasks(["colours"], [str(tasks)]), 4, limit=0.4)
     assert report["results"]["colours"]["sample_len"] == 2 and "samples" not in report

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from limits import assert_close
-from oracle import make_hf, torch, transformers
+from oracle import canonical_path, make_hf, torch, transformers
 from reference import CLASSES, SMALL, batch
 
 import opt_jax
@@ -84,6 +84,32 @@ def test_half_precision_bits(tmp_path, dtype, form):
     for name, tensor in hf.named_parameters():
         assert arrays[name].dtype == dtype
         assert arrays[name].load().tobytes() == tensor.detach().view(torch.int16).numpy().tobytes(), name
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+@pytest.mark.parametrize("named", [None, "bfloat16"])
+def test_float8_is_cast_as_transformers_does(tmp_path, form, named):
+    hf = make_hf("opt-125m", dtype=jnp.float16, num_hidden_layers=1)
+    hf.config.save_pretrained(tmp_path)
+    small = {"fc1.weight": torch.float8_e4m3fn, "fc2.weight": torch.float8_e5m2, "q_proj.weight": torch.float8_e4m3fn}
+    state = {name: t for name, t in hf.state_dict().items() if name != "lm_head.weight"}
+    state = {name: t.to(small.get(".".join(name.split(".")[-2:]), t.dtype)) for name, t in state.items()}
+    if form == "bin":
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    else:
+        hf.save_pretrained(tmp_path, state_dict=dict(state))
+    config = json.loads((tmp_path / "config.json").read_text()) | {"dtype": named}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = transformers.OPTForCausalLM.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="and 2 more tensors are float8_e.*, read as (b?)float16"):
+        ours = named_parameters(opt_jax.OPTForCausalLM.from_pretrained(tmp_path, param_dtype="auto"))
+    for name, tensor in theirs.named_parameters():
+        if state[name].dtype in small.values():  # each other tensor keeps its own dtype here
+            path, transposed = canonical_path(name)
+            found = np.asarray(ours[path].get_value())
+            assert found.dtype == str(tensor.dtype).removeprefix("torch.") == (named or "float16")
+            expected = tensor.detach().view(torch.int16).numpy().tobytes()
+            assert (found.T if transposed else found).tobytes() == expected, name
 
 
 def test_what_torch_negates_when_it_reads_is_refused(tmp_path):

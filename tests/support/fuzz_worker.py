@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from support.fuzz_checkpoints import Model, Training
+from support.fuzz_checkpoints import Flax, Model, Training
 from support.fuzz_targets import Arrays, Config, Generation, Hub, Target, Tokenizers
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -27,7 +27,16 @@ SECONDS = 60  # for one case: far more than it needs
 CPU_SECONDS = 10
 MEMORY = 256 << 20  # the peak may grow by this, as in test_hostile.py
 LINE = 2000  # characters of a message
-TARGETS = (Config, Tokenizers, Model, Training, Arrays, Generation, Hub)  # Arrays and Generation read Tokenizers' files
+TARGETS = (
+    Config,
+    Tokenizers,
+    Model,
+    Flax,
+    Training,
+    Arrays,
+    Generation,
+    Hub,
+)  # Arrays and Generation read Tokenizers' files
 ERRORS = (
     ValueError,
     OSError,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from flax import serialization, traverse_util
 from safetensors.numpy import save_file
 
 TINY = dict(
@@ -30,6 +31,11 @@ VARIANTS = {
     "galactica": TINY | dict(activation_function="gelu", enable_bias=False, layer_norm_elementwise_affine=False),
     "untied": TINY | dict(tie_word_embeddings=False),
     "no-final-norm": TINY | dict(_remove_final_layer_norm=True),
+}
+_FILES = {
+    "safetensors": ("model", ".safetensors"),
+    "bin": ("pytorch_model", ".bin"),
+    "flax": ("flax_model", ".msgpack"),
 }
 _STORAGES = {
     "float16": "HalfStorage",
@@ -84,10 +90,11 @@ def hf_weights(config: dict, head: str = "lm_head", dtype: str = "float32") -> d
 
 
 def write_hf(directory: Path, config: dict, weights: dict[str, np.ndarray], form: str = "safetensors") -> Path:
-    """Write a checkpoint. `form`: "safetensors" or "bin", with "-sharded" for two files and an index."""
+    """Write a checkpoint. `form`: "safetensors", "bin" or "flax", with "-sharded" for two files and an index."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
-    stem, suffix = ("model", ".safetensors") if "safetensors" in form else ("pytorch_model", ".bin")
+    stem, suffix = _FILES[form.removesuffix("-sharded")]
+    weights = flax_arrays(weights) if suffix == ".msgpack" else weights
     names = list(weights)
     if not form.endswith("-sharded"):
         shards = {stem + suffix: names}
@@ -100,9 +107,23 @@ def write_hf(directory: Path, config: dict, weights: dict[str, np.ndarray], form
         tensors = {name: np.ascontiguousarray(weights[name]) for name in part}
         if suffix == ".safetensors":
             save_file(tensors, directory / file)
+        elif suffix == ".msgpack":
+            tree = traverse_util.unflatten_dict(tensors, sep="/")
+            (directory / file).write_bytes(serialization.msgpack_serialize(tree))
         else:
             torch_zip(directory / file, state_dict_pickle(tensors), {n: a.tobytes() for n, a in tensors.items()})
     return directory
+
+
+def flax_arrays(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors under the names, and in the orientation, of transformers 4's FlaxOPT classes."""
+    arrays = {}
+    for name, array in weights.items():
+        path, _, last = name.replace(".", "/").rpartition("/")
+        embedding, norm = "embed_" in path, path.endswith("norm")
+        last = last if last != "weight" else "embedding" if embedding else "scale" if norm else "kernel"
+        arrays[f"{path}/{last}"] = array.T if last == "kernel" else array
+    return arrays
 
 
 # torch.save's format, written by hand, so that tests can write hostile and damaged files ------------------------------

@@ -56,10 +56,10 @@ def run_options(directory: Path, positions: int = 16, **changes: Any) -> dict[st
 
 def run_here(options: dict[str, Any], output: str | Path, devices: int = 1) -> None:
     """Run train.py in this process, on its first `devices` devices, with the options that are not None."""
-    given = {name: value for name, value in options.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "make_mesh", lambda spec, _, dcn: make_mesh(spec, jax.devices()[:devices], dcn))
-        train.main(train.Options(**given | dict(output=str(output))))
+        train.main(train.Options(**given, output=str(output)))
 
 
 def command_line(options: dict[str, Any], output: str | Path, script: Path = SCRIPT) -> list[str]:

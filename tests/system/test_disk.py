@@ -178,9 +178,18 @@ def test_a_closed_stdout_is_no_other_error(monkeypatch):
     cli._print("a text")
 
 
+# Both write into a file which number it has: this program, and one that it starts.
+TWO_PROGRAMS = """
+import os, sys
+from opt_jax.system.disk import keep_standard_descriptors
+keep_standard_descriptors()
+write = "import sys; file = open(sys.argv[1], 'a'); print(file.fileno(), file=file, flush=True)"
+exec(write)
+os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", write, sys.argv[1]])
+"""
+
+
 def test_a_closed_descriptor_is_no_file_of_ours(tmp_path):
-    code = "from opt_jax.system.disk import keep_standard_descriptors as keep; import sys; keep()\n"
-    code += "file = open(sys.argv[1], 'w'); file.write(str(file.fileno()))"
     command = f'exec {sys.executable} -c "$0" "$1" <&- >&- 2>&-'
-    subprocess.run(["sh", "-c", command, code, str(tmp_path / "file")], cwd=REPOSITORY, check=True)
-    assert int((tmp_path / "file").read_text()) > 2
+    subprocess.run(["sh", "-c", command, TWO_PROGRAMS, str(tmp_path / "file")], cwd=REPOSITORY, check=True)
+    assert [int(line) > 2 for line in (tmp_path / "file").read_text().splitlines()] == [True, True]

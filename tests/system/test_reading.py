@@ -133,6 +133,7 @@ NO_OBJECTS = {
     b"[1]": "holds a list, not",
     b"7": "holds a int, not",
     b"{": "is not valid",
+    b'{"a": [{"bc": 1, "d": {}, "bc": 1}]}': "is not valid JSON: bc is there twice",
     b'{"a": ' * 60 + b"1" + b"}" * 60: "has more than 50 levels",
     b'{"a": ' * 100_000: "has more than 50 levels",
 }

@@ -219,7 +219,7 @@ def test_a_label_that_only_the_held_out_examples_have(tmp_path):
     (tmp_path / "train.tsv").write_text("a\tyes\nb\tno\n")
     (tmp_path / "dev.tsv").write_text("a\tperhaps\n")
     files = ([str(tmp_path / "train.tsv")], [str(tmp_path / "dev.tsv")])
-    with pytest.raises(ValueError, match=r"dev\.tsv: the label 'perhaps' is that of no example in --data"):
+    with pytest.raises(ValueError, match=r"dev\.tsv: no example in --data has the label 'perhaps'"):
         Classification(*files, None, batch_size=2, seq_len=8, seed=0)  # type: ignore[reportArgumentType]
 
 

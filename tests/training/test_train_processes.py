@@ -268,7 +268,7 @@ def test_a_dead_or_silent_process_is_lost(place, sent):
 
 # Without JAX, which takes seconds to start: both sleep.
 WATCHED = """
-import importlib.util, sys, time
+import importlib.util, sys, threading, time
 spec = importlib.util.spec_from_file_location("watchdog", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
@@ -277,7 +277,10 @@ watchdog = module.Watchdog(process, 2, seconds=2, hang_minutes=hang, exit_code=7
 if process == 0:
     server, address, token = module.listen("127.0.0.1", 2)
     print(address, token, flush=True)
-    watchdog.accept(server, token, 1)
+    threading.Thread(target=watchdog.accept, args=(server, token, stop := threading.Event())).start()
+    while not watchdog._peers:
+        time.sleep(0.01)
+    stop.set()
 else:
     assert watchdog.connect(*sys.argv[4:]) is None
 watchdog.reached("the middle")

@@ -126,7 +126,7 @@ def test_documents_from_files_and_directories(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one", "id": 1}\n\n{"text": "two\\u2028lines"}\n{"text": "  "}\n')
     (tmp_path / "c.png").write_bytes(b"\x89PNG")
     files = find_files([str(tmp_path)])
-    assert [file.name for file in files] == ["a.jsonl", "b.txt"]
+    assert files == [tmp_path / "a.jsonl", tmp_path / "sub" / "b.txt"]
     assert read_documents(files) == ["one", "two\u2028lines", "text\nof two lines\n"]
     assert find_files([tmp_path / "c.png"]) == [tmp_path / "c.png"]  # a file that is named is taken whatever its ending
 

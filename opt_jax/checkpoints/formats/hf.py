@@ -1,17 +1,21 @@
 """Hugging Face checkpoint directories: finds the weight files and opens their tensors, lazily, under our paths."""
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 from opt_jax.checkpoints import hub
 from opt_jax.checkpoints.arrays import Checks, LazyArray, first_difference
 from opt_jax.checkpoints.download import WEIGHT_FILES, read_index
-from opt_jax.checkpoints.formats import names
+from opt_jax.checkpoints.formats import float8, foreign, names
+from opt_jax.checkpoints.formats.flax_msgpack import read_flax
 from opt_jax.checkpoints.formats.mapped_files import shown
 from opt_jax.checkpoints.formats.safetensors import read_safetensors
 from opt_jax.checkpoints.formats.stored import locate
 from opt_jax.checkpoints.formats.torch_files import read_torch
 from opt_jax.config import OPTConfig
+
+_KINDS = {".safetensors": "safetensors", ".bin": "torch .bin", ".msgpack": "Flax msgpack"}
 
 
 def open_checkpoint(directory: Path) -> dict[str, LazyArray]:
@@ -22,7 +26,8 @@ def open_checkpoint(directory: Path) -> dict[str, LazyArray]:
       ValueError: a damaged file, or an index that contradicts its shards.
     """
     if (first := weight_file(directory)) is None:
-        raise FileNotFoundError(f"{directory} has no weights: none of {', '.join(WEIGHT_FILES)}")
+        hint = foreign.hint_of_directory(directory) or hub.quantization_hint(directory)
+        raise FileNotFoundError(f"{directory} has no weights: none of {', '.join(WEIGHT_FILES)}{hint}")
     if first.suffix != ".json":
         return _read(first)
     weight_map = read_index(first)
@@ -47,6 +52,8 @@ def weight_file(directory: Path) -> Path | None:
 
 
 def _read(path: Path) -> dict[str, LazyArray]:
+    if path.suffix == ".msgpack":
+        return read_flax(path)
     tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     return {name: locate(path, tensors.map, view).lazy() for name, view in tensors.items()}
 
@@ -71,14 +78,28 @@ def open_parameters(directory: Path, config: OPTConfig) -> tuple[dict[str, LazyA
             path, transposed = names.from_hf(name)
         except KeyError:
             what = f"tensor {shown(name)} is left over: no OPT model has it"
-            raise ValueError(f"{directory}: {what}{hub.quantization_hint(directory)}") from None
+            hint = hub.quantization_hint(directory) or float8.quantized_part(name)
+            raise ValueError(f"{directory}: {what}{hint}") from None
         if path in arrays:
             raise ValueError(f"{directory}: tensor {name} is there twice, with and without 'model.' in front")
         arrays[path] = array.T if transposed else array
+    _check_flax(directory, arrays, config)
+    arrays = float8.cast(directory, arrays, config)
     embedding, checks = arrays.get("model.decoder.embed_tokens.embedding"), []
     if config.tie_word_embeddings and "lm_head.kernel" in arrays and embedding is not None:
         checks.append(partial(_check_tied, directory, arrays.pop("lm_head.kernel").T, embedding))
     return arrays, tuple(checks)
+
+
+def _check_flax(directory: Path, arrays: Mapping[str, LazyArray], config: OPTConfig) -> None:
+    first, norm = weight_file(directory), "model.decoder.final_layer_norm.scale"
+    if first is None or ".msgpack" not in first.name or norm in arrays:
+        return
+    if config.has_final_layer_norm and config.layer_norm_elementwise_affine:
+        raise ValueError(
+            f"{first}: model/decoder/final_layer_norm is missing, as in the Flax files of facebook/opt-13b: convert "
+            "from the PyTorch files of the same model (pytorch_model*.bin)"
+        )
 
 
 def _check_tied(directory: Path, head: LazyArray, embedding: LazyArray) -> None:
@@ -100,6 +121,6 @@ def weights_form(directory: Path) -> str:
     first = weight_file(directory)
     if first is None:
         return "no weights"
-    kind = "safetensors" if ".safetensors" in first.name else "torch .bin"
+    kind = next(kind for ending, kind in _KINDS.items() if ending in first.name)
     count = len(set(read_index(first).values())) if first.suffix == ".json" else 1
     return f"Hugging Face {kind}, {count} file{'s' if count > 1 else ''}"

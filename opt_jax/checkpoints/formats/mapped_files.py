@@ -2,9 +2,8 @@
 
 import math
 import mmap
-import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -23,20 +22,31 @@ class Tensors(dict[str, np.ndarray]):
         self.map = mapped
 
 
-def map_file(path: Path) -> mmap.mmap:
-    """The file's bytes, read-only.
+def open_file(path: Path) -> IO[bytes]:
+    """The file, opened for reading.
 
     Raises:
       ValueError: the file is empty, a Git LFS pointer or not a regular file (`open_regular`).
       OSError: it cannot be read.
     """
-    with open_regular(path) as file:
-        if not os.fstat(file.fileno()).st_size:
+    file = open_regular(path)
+    try:
+        start = file.read(24)
+        if not start:
             raise ValueError(f"{path} is empty")
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if mapped[:24] == b"version https://git-lfs.":
-        raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository")
-    return mapped
+        if start == b"version https://git-lfs.":
+            raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository")
+        file.seek(0)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """The file's bytes, read-only. Raises as `open_file`."""
+    with open_file(path) as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def little_endian(name: str) -> np.dtype:

@@ -1,7 +1,7 @@
 """The table of parameter names: ours (`opt_jax.named_parameters`) <-> those of Hugging Face's OPT classes.
 
 The last part differs: Flax says kernel, embedding and scale where PyTorch says weight. A linear layer's kernel is
-[in, out], and PyTorch's weight is [out, in].
+[in, out], and PyTorch's weight is [out, in]. Hugging Face's old Flax classes have our names, with "/" in msgpack files.
 """
 
 import re
@@ -35,7 +35,8 @@ TABLE: dict[str, tuple[str, bool]] = {
     "score.kernel": ("score.weight", True),
     **_linear("qa_outputs"),
 }
-_FROM_HF = {name: (path, transposed) for path, (name, transposed) in TABLE.items()}
+_FROM_HF = {path: (path, False) for path in TABLE}
+_FROM_HF |= {name: (path, transposed) for path, (name, transposed) in TABLE.items()}
 
 
 def to_hf(path: str) -> tuple[str, bool]:
@@ -44,7 +45,8 @@ def to_hf(path: str) -> tuple[str, bool]:
 
 
 def from_hf(name: str) -> tuple[str, bool]:
-    """HF name, with or without the leading `model.` -> (our path, transposed). Raises KeyError as `to_hf`."""
+    """HF name (PyTorch's or Flax's), with or without `model.` -> (our path, transposed). Raises KeyError as `to_hf`."""
+    name = name.replace("/", ".")
     return _look_up(_FROM_HF, f"model.{name}" if name.startswith("decoder.") else name)
 
 

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from opt_jax.checkpoints.formats.mapped_files import Tensors, is_shape, is_size, little_endian, map_file, shown
+from opt_jax.system.reading import unique_keys
 
-_DTYPES = {
+DTYPES = {
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -53,9 +54,9 @@ def read_safetensors(path: Path) -> Tensors:
             raise ValueError(f"{path}: tensor {shown(name)} has a malformed header entry") from None
         if not (isinstance(dtype, str) and is_shape(shape) and is_size(start, end)):
             raise ValueError(f"{path}: tensor {shown(name)} has a malformed header entry")
-        if dtype not in _DTYPES:
+        if dtype not in DTYPES:
             raise ValueError(f"{path}: tensor {shown(name)} has dtype {shown(dtype)}, which is not supported")
-        if end - start != math.prod(shape) * little_endian(_DTYPES[dtype]).itemsize:
+        if end - start != math.prod(shape) * little_endian(DTYPES[dtype]).itemsize:
             what = f"tensor {shown(name)} ({dtype}, shape {shape})"
             raise ValueError(f"{path}: {what} does not fill its {end - start} bytes")
         spans.append((start, end, name, dtype, shape))
@@ -67,7 +68,7 @@ def read_safetensors(path: Path) -> Tensors:
             raise ValueError(f"{path}: tensor {shown(name)} overlaps another or leaves a gap before it")
         if end > size:
             raise ValueError(f"{path} is truncated: tensor {shown(name)} ends at byte {end} of {size}")
-        flat = np.frombuffer(mapped, little_endian(_DTYPES[dtype]), math.prod(shape), 8 + length + start)
+        flat = np.frombuffer(mapped, little_endian(DTYPES[dtype]), math.prod(shape), 8 + length + start)
         tensors[name] = flat.reshape(shape)
         position = end
     if position != size:
@@ -81,7 +82,7 @@ def _read_header(path: Path, mapped: mmap.mmap) -> tuple[dict[str, Any], int]:
     if len(mapped) < 8 or length > min(len(mapped) - 8, _MAX_HEADER):
         raise ValueError(f"{path} is truncated or not a safetensors file: its header does not fit")
     try:
-        header = json.loads(mapped[8 : 8 + length].decode("utf-8"), object_pairs_hook=_unique)
+        header = json.loads(mapped[8 : 8 + length].decode("utf-8"), object_pairs_hook=unique_keys)
         if not isinstance(header, dict):
             raise ValueError("not a JSON object")
         metadata = header.pop("__metadata__", {})
@@ -90,12 +91,3 @@ def _read_header(path: Path, mapped: mmap.mmap) -> tuple[dict[str, Any], int]:
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: the safetensors header is damaged: {shown(e)}") from None
     return header, length
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in unique:
-            raise ValueError(f"{name} is there twice")
-        unique[name] = value
-    return unique

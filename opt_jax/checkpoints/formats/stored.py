@@ -47,25 +47,27 @@ class Stored(NamedTuple):
             if steps == dense or len(shape) > 1 and steps[1:] == dense[1:] and steps[0] >= dense[0]:
                 out = np.empty(shape, self.dtype)
                 if steps == dense:
-                    self._fill(file, out, start)
+                    fill(self.path, file, out, start)
                 else:  # some columns: read row by row
                     for i in range(shape[0]):
-                        self._fill(file, out[i], start + i * steps[0])
+                        fill(self.path, file, out[i], start + i * steps[0])
                 return out
             if len(shape) == 2 and steps[0] < steps[1]:  # stored by columns: read as rows of the transposed matrix
                 return self._replace(shape=self.shape[::-1], strides=self.strides[::-1]).read(index[::-1]).T
             extent = sum((n - 1) * step for n, step in zip(shape, self.strides, strict=True)) + item
             run = np.empty(extent, np.uint8)  # any other strides: read all bytes from the first to the last
-            self._fill(file, run, start)
+            fill(self.path, file, run, start)
             return np.ndarray(shape, self.dtype, run.data, 0, self.strides)
 
-    def _fill(self, file: int, out: np.ndarray, offset: int) -> None:
-        data = out.reshape(-1).view(np.uint8).data
-        while data:
-            count = os.preadv(file, [data], offset)
-            if count == 0:
-                raise ValueError(f"{self.path} is shorter than it was when it was opened: something is writing to it")
-            data, offset = data[count:], offset + count
+
+def fill(path: Path, file: int, out: np.ndarray, offset: int) -> None:
+    """Read the bytes of `out`, a contiguous array, from the file of this descriptor. Raises as `Stored.read`."""
+    data = out.reshape(-1).view(np.uint8).data
+    while data:
+        count = os.preadv(file, [data], offset)
+        if count == 0:
+            raise ValueError(f"{path} is shorter than it was when it was opened: something is writing to it")
+        data, offset = data[count:], offset + count
 
 
 def locate(path: Path, mapped, view: np.ndarray) -> Stored:

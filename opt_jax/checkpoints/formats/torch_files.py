@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from opt_jax.checkpoints.formats import unpickle
+from opt_jax.checkpoints.formats import foreign, unpickle
 from opt_jax.checkpoints.formats.mapped_files import Tensors, is_shape, is_size, little_endian, map_file, shown
 from opt_jax.checkpoints.formats.unpickle import (
     Refused,
@@ -33,6 +33,7 @@ _STORAGE_DTYPES = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
 }
+_FLOAT8, _UNTYPED = ("float8_e4m3fn", "float8_e5m2"), "bytes"  # they have no typed storage
 
 
 class TorchTensor(NamedTuple):
@@ -70,6 +71,13 @@ def _rebuild_tensor(storage, offset, size, stride, _requires_grad=False, _hooks=
     return TorchTensor(storage, offset, size, stride, metadata)
 
 
+def _rebuild_float8(storage, offset, size, stride, _requires_grad, _hooks, dtype, metadata=None) -> TorchTensor:
+    """The tensor in an untyped storage, whose size is in bytes: for float8, in elements."""
+    if dtype not in _FLOAT8 or type(storage) is not tuple or storage[1:2] != (_UNTYPED,):
+        raise ValueError("a tensor has an unknown dtype")
+    return TorchTensor((storage[0], dtype, *storage[2:]), offset, size, stride, metadata)
+
+
 def _rebuild_parameter(tensor, _requires_grad=False, _hooks=None) -> TorchTensor:
     if not isinstance(tensor, TorchTensor):
         raise ValueError(f"a parameter is made of a {type(tensor).__name__}")
@@ -85,9 +93,13 @@ def _size(dims) -> tuple:
 _GLOBALS: dict[str, Any] = {
     "collections.OrderedDict": dict,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v3": _rebuild_float8,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
     "torch.Size": _size,
-} | {f"torch.{storage}": dtype for storage, dtype in _STORAGE_DTYPES.items()}
+    "torch.storage.UntypedStorage": _UNTYPED,
+}
+_GLOBALS |= {f"torch.{storage}": dtype for storage, dtype in _STORAGE_DTYPES.items()}
+_GLOBALS |= {f"torch.{dtype}": dtype for dtype in _FLOAT8}
 
 
 def _find_global(name: str) -> Any:
@@ -143,7 +155,7 @@ class TorchFile:
         start = self.map[:262]
         if start[257:262] == b"ustar" or b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19" in start[:20]:
             return "the format of torch before 1.6: load it with torch, and torch.save it again"
-        return "not a file written by torch.save, or truncated"
+        return foreign.by_first_bytes(start) or "not a file written by torch.save, or truncated"
 
     def _bytes(self, record: str) -> bytes:
         start, length, crc = self._records[self._prefix + record]
@@ -168,7 +180,7 @@ class TorchFile:
             kind, dtype_name, key, _, numel = tensor.storage
         except (TypeError, ValueError):
             raise ValueError("malformed tensor description") from None
-        known = kind == "storage" and dtype_name in _STORAGE_DTYPES.values() and isinstance(key, str)
+        known = kind == "storage" and dtype_name in (*_STORAGE_DTYPES.values(), *_FLOAT8) and isinstance(key, str)
         if not (known and is_shape(size) and is_size(numel, offset) and type(stride) in (tuple, list)):
             raise ValueError("malformed tensor description")
         if len(stride) != len(size) or not is_size(*stride):
@@ -185,9 +197,8 @@ class TorchFile:
             raise ValueError(f"it reaches beyond its storage {shown(key)} of {numel} elements")
         if math.prod(size) > len(self.map):  # strides of 0 repeat elements, so a small file could claim any size
             raise ValueError(f"shape {tuple(size)} is larger than the whole file")
-        flat = np.frombuffer(self.map, dtype, numel - offset, start + offset * dtype.itemsize)
         strides = [step * dtype.itemsize if n > 1 else 0 for n, step in zip(size, stride, strict=True)]
-        return np.lib.stride_tricks.as_strided(flat, size, strides, writeable=False)
+        return np.ndarray(size, dtype, self.map, start + offset * dtype.itemsize, strides)
 
 
 def read_torch(path: Path) -> Tensors:

@@ -1,1 +1,1 @@
-"""Fine-tuning tasks: classification of sequences, extractive question answering."""
+"""Fine-tuning tasks: sequence classification and extractive question answering."""

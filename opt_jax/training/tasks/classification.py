@@ -1,4 +1,4 @@
-"""Sequence classification: texts and labels in tab-separated files, accuracy. No jax."""
+"""The task of sequence classification: texts and labels from tab-separated files, and accuracy. Does not use JAX."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,11 +10,15 @@ from opt_jax.system.reading import read_small
 from opt_jax.text.tokenizer import OPTTokenizer
 from opt_jax.training.tasks.common import LARGEST_FILE, Batches, evaluate, hold_out, named_files
 
-_HEADERS = {("sentence", "label"), ("text", "label")}  # or the other way round, then of all the file's lines
+_HEADERS = {("sentence", "label"), ("text", "label")}  # or with the columns swapped
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
-    """(number, text) of the lines that are not blank; ValueError with file and line for what is not UTF-8."""
+    """The lines that are not blank, as pairs of line number and text.
+
+    Raises:
+      ValueError: a line (named) is not UTF-8.
+    """
     data = read_small(path, LARGEST_FILE)
     try:
         text = data.decode("utf-8-sig")
@@ -26,13 +30,14 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
 
 
 def read_tsv(paths: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(texts, labels) of lines `text TAB label`.
+    """The texts and the labels of files with lines `text TAB label`.
 
-    A header `sentence TAB label` or `label TAB sentence` gives the order of the columns, and is skipped.
+    A first line `sentence TAB label` or `text TAB label`, or with the columns swapped, is a header. It gives the order
+    of the columns in its file.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: a line that is not of this form (named), no example at all, or columns that seem to be swapped.
+      FileNotFoundError: there is no such file.
+      ValueError: a line (named) does not have this form, there are no examples, or the columns seem to be swapped.
     """
     texts, labels = [], []
     for path in named_files(paths):
@@ -49,19 +54,28 @@ def read_tsv(paths: Sequence[str]) -> tuple[list[str], list[str]]:
             labels.append(parts[columns[1]])
     if not texts:
         raise ValueError(f"{', '.join(paths)}: no examples")
-    if (kinds := len(set(labels))) > len(set(texts)):
+    if (distinct := len(set(labels))) > len(set(texts)):
         raise ValueError(
-            f"{', '.join(paths)}: {kinds} different labels, more than texts: put the text first, then a tab and the "
+            f"{', '.join(paths)}: {distinct} different labels, more than texts: put the text first, then a tab and the "
             "label, or name the columns in a first line (label TAB sentence)"
         )
     return texts, labels
 
 
 class Classification:
-    """What `--task sequence-classification` trains on; see `tasks` for what every task has.
+    """The data of `--task sequence-classification`; `tasks.common` describes what every task has.
+
+    Texts longer than `seq_len` tokens are cut at the end.
+
+    Args:
+      data: files of training examples.
+      held_out: files of examples for validation. Empty: a part of `data` is held out.
+      tokenizer: the tokenizer.
+      batch_size, seq_len, seed, multiple: see `Batches`, where `seq_len` is `longest`.
 
     Raises:
-      ValueError: a held-out label that no training example has; see also `read_tsv` and `label_numbers`.
+      FileNotFoundError: see `read_tsv`.
+      ValueError: no training example has the label of a held-out one; or see `read_tsv` and `label_numbers`.
     """
 
     def __init__(
@@ -84,7 +98,7 @@ class Classification:
             texts, names = [texts[i] for i in kept], [names[i] for i in kept]
         self.labels = list(numbers)
         if unknown := sorted(set(other_names) - set(numbers)):
-            raise ValueError(f"{', '.join(held_out)}: the label {unknown[0]!r} is that of no example in --data")
+            raise ValueError(f"{', '.join(held_out)}: no example in --data has the label {unknown[0]!r}: add one there")
         self.truncated = 0
 
         def batches(texts: list[str], names: list[str], seed: int | None) -> Batches:
@@ -107,24 +121,38 @@ class Classification:
         )
 
     def evaluate(self, predict: Callable) -> dict[str, float]:
-        """{"val_loss", "val_accuracy"} on all held-out texts."""
+        """{"val_loss", "val_accuracy"} on all held-out texts: the mean loss per text, and a share from 0 to 1.
+
+        Args:
+          predict: see `tasks.common.evaluate`.
+        """
         loss, logits = evaluate(self.held_out, predict)
         right = np.argmax(np.stack(logits), axis=1) == self.held_out.labels
         return {"val_loss": loss, "val_accuracy": float(right.mean())}
 
 
 def label_numbers(names: Sequence[str]) -> dict[str, int]:
-    """The different labels, in alphabetical order, or by size if all are whole numbers; ValueError if it is one."""
+    """Label -> number, from 0. Labels are in alphabetical order, or in numerical order if all are integers.
+
+    Raises:
+      ValueError: there is only one label.
+    """
     try:
         labels = sorted(set(names), key=lambda name: (int(name), name))
     except ValueError:
         labels = sorted(set(names))
     if len(labels) < 2:
-        raise ValueError(f"--data: all examples have the label {labels[0]!r}: there is nothing to tell apart")
+        raise ValueError(
+            f"--data: all examples have the label {labels[0]!r}: there is nothing to tell apart; add others"
+        )
     return {name: i for i, name in enumerate(labels)}
 
 
 def label_config(paths: Sequence[str]) -> dict[str, Any]:
-    """What the files mean for a model's config.json."""
+    """The entries `id2label` and `label2id` of a model's config.json, for the labels in the files.
+
+    Raises:
+      FileNotFoundError, ValueError: see `read_tsv` and `label_numbers`.
+    """
     numbers = label_numbers(read_tsv(paths)[1])
     return {"id2label": {str(i): name for name, i in numbers.items()}, "label2id": numbers}

@@ -1,9 +1,10 @@
-"""Fine-tuning tasks: their losses on a mesh, and the batches of examples that differ in length.
+"""What the fine-tuning tasks share: losses on a mesh, and batches of examples of different lengths.
 
-A task's data (`classification.py`, `squad.py`) has
-  training: Batches; held_out: Batches, all of them in order
-  evaluate(predict): {"val_loss", "val_..."} by a function batch -> (loss sum, labels counted, logits)
-  summary(): for the log
+A task (`classification.py`, `squad.py`) is a class whose objects have
+  training: the `Batches` to train on
+  held_out: the `Batches` to validate on, without a seed
+  evaluate(predict): returns {"val_loss", "val_..."}; see `evaluate` for `predict`
+  summary(): a line for the log
 """
 
 import contextlib
@@ -34,15 +35,20 @@ TASKS: dict[str, type] = {
     "sequence-classification": OPTForSequenceClassification,
     "question-answering": OPTForQuestionAnswering,
 }
-LARGEST_FILE = 1 << 30  # bytes of data: they are read at once
-SHORTEST = 32  # tokens; other lengths are its doubles, so that a step is compiled for a few of them only
+LARGEST_FILE = 1 << 30  # bytes; a file is read into memory
+SHORTEST = 32  # tokens; other lengths are this doubled, so that a step is compiled for few lengths
 
 
 def task_logits(model: Any, batch: Batch, key: DropoutKey | None = None) -> Float[Array, "..."]:
-    """[B, C] of a classifier, [B, T, 2] for the start and the end of an answer; the same on all of `tensor`.
+    """Logits [B, C] of a classifier, or [B, T, 2] for the start and the end of an answer; the same along `tensor`.
 
-    batch: input_ids, attention_mask [B, T], pads on the right. What HF's models compute but for one thing: pads cannot
-    be an answer, or the loss would depend on how many of them there are.
+    As in HF's OPTForSequenceClassification and OPTForQuestionAnswering. Deviation: the logits of pads as an answer are
+    the smallest float32, because otherwise the loss would depend on the number of pads.
+
+    Args:
+      model: the model.
+      batch: input_ids and attention_mask [B, T], with pads on the right.
+      key: for dropout; None: no dropout.
     """
     model = gathered(model)
     ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -50,7 +56,7 @@ def task_logits(model: Any, batch: Batch, key: DropoutKey | None = None) -> Floa
     if isinstance(model, OPTForQuestionAnswering):
         logits = gather_sequence(model.qa_outputs(x))
         return jnp.where(mask[..., None] != 0, logits, jnp.finfo(jnp.float32).min)
-    # A row's last token is on one device of `tensor`.
+    # The classifier reads a row's last token, which is on one of the devices along `tensor`.
     last = mask.sum(axis=1, dtype=jnp.int32)[:, None] - 1 - tensor_offset(x.shape[1])
     is_local = (last >= 0) & (last < x.shape[1])
     pooled = jnp.take_along_axis(x, jnp.where(is_local, last, 0)[..., None], axis=1)[:, 0]
@@ -58,6 +64,7 @@ def task_logits(model: Any, batch: Batch, key: DropoutKey | None = None) -> Floa
 
 
 def _losses(logits: Float[Array, "..."], batch: Batch) -> tuple[Array, Array]:
+    """The sum of the losses, and the number of labels that count."""
     labels = batch["labels"]  # [B], or [B, 2] for start and end
     log_probabilities = jax.nn.log_softmax(logits, axis=1).reshape(*logits.shape[:2], -1)
     counted = labels != IGNORED
@@ -67,16 +74,18 @@ def _losses(logits: Float[Array, "..."], batch: Batch) -> tuple[Array, Array]:
 
 
 def task_loss(model: Any, batch: Batch, dropout_key: DropoutKey | None = None) -> tuple[Array, Array]:
-    """(sum of the losses in float32, how many labels counted) of one micro-batch, as `step.Loss` says.
+    """The sum of the losses of one micro-batch in float32, and the number of labels that count: a `step.Loss`.
 
-    batch: see `task_logits`, and labels [B], the classes, or [B, 2], first and last token of the answer.
+    Args:
+      model, dropout_key: see `task_logits`.
+      batch: see `task_logits`; also labels: [B], the classes, or [B, 2], the first and the last token of the answers.
     """
     loss, count = _losses(task_logits(model, batch, dropout_key), batch)
     return divide_gradient_over_tensor(loss), count
 
 
 def make_predict_step(shardings: Any, mesh: Mesh) -> Callable[[Any, Batch], tuple[Array, Array, Array]]:
-    """(model, batch [1, B, T]) -> (sum of the losses, labels counted, logits of all rows), compiled for each length."""
+    """A jitted function: (model, batch [1, B, T]) -> (sum of the losses, number of labels that count, logits)."""
 
     def predict(model: Any, batch: Batch):
         batch = jax.tree.map(lambda x: x[0], batch)
@@ -92,14 +101,19 @@ def make_predict_step(shardings: Any, mesh: Mesh) -> Callable[[Any, Batch], tupl
 
 
 class Batches(Order):
-    """Examples of different lengths in batches, padded on the right to the next of a few lengths.
+    """Batches of examples of different lengths, padded on the right to one of a few lengths.
 
-    The batch of a step is a function of (seed, step): epochs are permutations drawn from (seed, epoch), and batches
-    walk through them end to end. Without a seed, examples come in their order, from the shortest to the longest.
+    The batch of a step is a function of (seed, step). Each epoch is a permutation drawn from (seed, epoch), and batches
+    go through the epochs without a gap. Without a seed, the only epoch goes from the shortest example to the longest.
 
     Args:
-      examples: token ids of each. labels: ints [N, ...].
-      longest: tokens; no example has more. multiple: of which every length is one.
+      examples: the token ids of each example.
+      labels: ints [N, ...].
+      batch_size: examples in a batch.
+      longest: no example has more tokens.
+      pad: the id for padding.
+      seed: see above.
+      multiple: each length is a multiple of this.
     """
 
     def __init__(
@@ -125,7 +139,7 @@ class Batches(Order):
         return self._epoch[1]
 
     def starts(self, step: int) -> np.ndarray:
-        """[batch_size] numbers of the examples of this step's batch; -1 behind the last, where there is no seed."""
+        """The numbers [batch_size] of the examples in this step's batch. Without a seed, -1 fills up the last batch."""
         numbers = []
         for position in range(step * self.batch_size, (step + 1) * self.batch_size):
             epoch, i = divmod(position, len(self.examples))
@@ -140,7 +154,7 @@ class Batches(Order):
         return length + -length % self._multiple
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
-        """input_ids, attention_mask [rows, T] and labels [rows, ...], int32; a row without example is ignored."""
+        """input_ids and attention_mask [rows, T], labels [rows, ...], all int32. Rows without example do not count."""
         numbers = self.starts(step)
         length = self._padded_length(self.lengths[numbers[numbers >= 0]].max())
         numbers = numbers[rows]
@@ -164,17 +178,23 @@ class Batches(Order):
 
     @contextlib.contextmanager
     def reader(self, _rows: Any, first: int, last: int, _workers: int = 0) -> Iterator[Any]:
-        """As `Windows.reader`; examples are in memory, so that nothing is read ahead."""
+        """Like `Windows.reader`. Examples are in memory, so nothing is read ahead."""
         yield (partial(self.batch, step) for step in range(first, last))
 
     def all(self) -> Iterator[tuple[np.ndarray, Callable[[slice], Mapping[str, np.ndarray]]]]:
-        """(numbers of the examples or -1, rows -> arrays) of each batch that it takes to see every example once."""
+        """For each batch of one epoch: the numbers of its examples, and a function slice of rows -> arrays."""
         for step in range(-(-len(self.examples) // self.batch_size)):
             yield self.starts(step), lambda rows, step=step: self.batch(step, rows)
 
 
 def evaluate(held_out: Batches, predict: Callable) -> tuple[float, list[np.ndarray]]:
-    """(mean loss over the labels, logits of every example in order)."""
+    """The mean loss of the labels, and the logits of each example, in the order of the examples.
+
+    Args:
+      held_out: the examples, in batches without a seed.
+      predict: called with a function (slice of rows -> arrays of a batch); returns the sum of the losses, the number of
+        labels that count, and the logits of all rows.
+    """
     total, count, logits = 0.0, 0, [np.zeros(0)] * len(held_out.examples)
     for numbers, rows in held_out.all():
         loss, counted, batch_logits = jax.device_get(predict(rows))
@@ -186,7 +206,11 @@ def evaluate(held_out: Batches, predict: Callable) -> tuple[float, list[np.ndarr
 
 
 def named_files(paths: Sequence[str]) -> list[Path]:
-    """FileNotFoundError for what is no file. Not directories: what is trained on and what is not lie side by side."""
+    """The paths of files. Directories are not allowed, because training and validation files often lie in one.
+
+    Raises:
+      FileNotFoundError: a path is not that of a file.
+    """
     for path in map(Path, paths):
         if not path.is_file():
             what = "a directory: name the files in it" if path.is_dir() else "no such file"
@@ -195,7 +219,7 @@ def named_files(paths: Sequence[str]) -> list[Path]:
 
 
 def hash_of_examples(examples: Sequence[Sequence[int]], labels: np.ndarray) -> str:
-    """A short hash: tells a resumed run that the files or the tokenizer have changed."""
+    """A short hash, by which a resumed run notices that the files or the tokenizer have changed."""
     digest = hashlib.sha256(np.ascontiguousarray(labels, np.int32).tobytes())
     for example in examples:
         digest.update(np.asarray([len(example), *example], np.int32).tobytes())
@@ -203,7 +227,7 @@ def hash_of_examples(examples: Sequence[Sequence[int]], labels: np.ndarray) -> s
 
 
 def hold_out(count: int, fraction: float = 0.05) -> tuple[list[int], list[int]]:
-    """Numbers of the training examples and of those held out: a fixed random share, whatever the run's seed."""
+    """The numbers of the training examples and of the held-out ones: a random share that no seed of a run changes."""
     order = np.random.default_rng(0).permutation(count).tolist()
     held_out = max(1, int(count * fraction))
     return sorted(order[held_out:]), sorted(order[:held_out])

@@ -1,4 +1,7 @@
-"""Extractive question answering: SQuAD's files (v1.1, v2.0), windows over long contexts, exact match and F1. No jax."""
+"""The task of extractive question answering: SQuAD's files (v1.1, v2.0), windows over long contexts, exact match, F1.
+
+Does not use JAX.
+"""
 
 import codecs
 import collections
@@ -17,13 +20,14 @@ from opt_jax.text.tokenizer import OPTTokenizer
 from opt_jax.text.tokenizer_files import panics_as_errors
 from opt_jax.training.tasks.common import LARGEST_FILE, Batches, evaluate, hold_out, named_files
 
-STRIDE = 128  # tokens that neighbouring windows share, and below, as HF's example `run_qa.py` has them
-N_BEST, LONGEST_ANSWER = 20, 30
+# As in HF's example `run_qa.py`: the tokens that neighbouring windows share, the number of candidates for the start and
+# for the end of an answer, and the largest number of tokens in an answer.
+STRIDE, N_BEST, LONGEST_ANSWER = 128, 20, 30
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """answers: (text, where it begins in the context); none: the context does not have one (v2.0)."""
+    """A question about a context. `answers` are pairs (text, index of its first character); v2.0 has some without."""
 
     question: str
     context: str
@@ -32,20 +36,20 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """Part of a context behind its question. offsets: characters of each token in the context; None: not in it."""
+    """A question and the part of its context that fits behind it."""
 
-    question: int
+    question: int  # its number
     ids: list[int]
-    offsets: list[tuple[int, int] | None]
-    answer: tuple[int, int]  # first and last token; (0, 0), where `</s>` is: not in this window
+    offsets: list[tuple[int, int] | None]  # the characters of the context that each token covers; None: not a context's
+    answer: tuple[int, int]  # the first and the last token; (0, 0), which is `</s>`, if it is not in this window
 
 
 def read_squad(paths: Sequence[str]) -> list[Question]:
-    """The questions of files in SQuAD's form: {"data": [{"paragraphs": [{"context", "qas": [...]}]}]}.
+    """The questions in files of SQuAD's form: {"data": [{"paragraphs": [{"context", "qas": [...]}]}]}.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: not JSON, not of this form, or an answer that is not where it should be (the question is named).
+      FileNotFoundError: there is no such file.
+      ValueError: a file is not JSON of this form, or an answer is not where it should be (the question is named).
     """
     questions = []
     for path in named_files(paths):
@@ -75,12 +79,14 @@ def _question(path: Path, context: str, qa: dict[str, Any]) -> Question:
 
 @panics_as_errors()
 def windows(questions: Sequence[Question], tokenizer: OPTTokenizer, seq_len: int) -> list[Window]:
-    """`</s>` question `</s>` and so much of the context as fits into seq_len tokens, with a stride, for each question.
+    """The windows of each question: `</s>` question `</s>`, and a part of the context, together at most seq_len tokens.
+
+    Neighbouring windows share `STRIDE` tokens, or fewer if there is not enough room.
 
     Raises:
-      ValueError: a question that leaves no room for its context.
+      ValueError: a question leaves no room for its context.
     """
-    backend: Any = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy: truncation is a state of it
+    backend: Any = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy, because truncation changes it
     lengths = [len(e.ids) for e in backend.encode_batch([(q.question, "") for q in questions])]
     stride = min(STRIDE, (seq_len - max(lengths)) // 2)
     if stride < 1:
@@ -99,7 +105,11 @@ def windows(questions: Sequence[Question], tokenizer: OPTTokenizer, seq_len: int
 
 
 def _answer_tokens(offsets: list[tuple[int, int] | None], answer: tuple[str, int]) -> tuple[int, int]:
-    """The last token that begins at or before the answer, and the first that ends at or behind its end."""
+    """The first and the last token of the answer; (0, 0) if the window does not contain all of it.
+
+    The first is the last token that begins at or before the answer. The last is the first one that ends at or after
+    its end.
+    """
     text, begin = answer
     end = begin + len(text)
     context = [(i, *offset) for i, offset in enumerate(offsets) if offset is not None]
@@ -109,9 +119,12 @@ def _answer_tokens(offsets: list[tuple[int, int] | None], answer: tuple[str, int
 
 
 def best_answer(question: Question, windows: Sequence[tuple[Window, np.ndarray]], may_lack: bool) -> str:
-    """The most likely span of all windows of a question (logits [T, 2] each).
+    """The text of the most likely span in the windows of a question, as in HF's `run_qa.py`.
 
-    It is "" if the question may lack an answer and the span of `</s>` is more likely.
+    Args:
+      question: the question.
+      windows: its windows, and their logits [T, 2] for the start and the end.
+      may_lack: return "" if the span of `</s>` is more likely.
     """
     best, text = -np.inf, ""
     for window, logits in windows:
@@ -128,26 +141,30 @@ def best_answer(question: Question, windows: Sequence[tuple[Window, np.ndarray]]
 
 
 def normalize(text: str) -> list[str]:
-    """Words as SQuAD's evaluation compares them: lower case, without punctuation and articles."""
+    """The words of a text as SQuAD's evaluation compares them: in lower case, without punctuation and articles."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
 def exact_match(answer: str, truth: str) -> float:
+    """1 if the normalized words are equal, else 0. Source: SQuAD's evaluation script."""
     return float(normalize(answer) == normalize(truth))
 
 
 def f1(answer: str, truth: str) -> float:
-    """Of the words, as often as they occur; without words on one side, 1 only if there are none on the other."""
-    ours, theirs = normalize(answer), normalize(truth)
-    if not ours or not theirs:
-        return float(ours == theirs)
-    common = (collections.Counter(ours) & collections.Counter(theirs)).total()
-    return 2 * common / (len(ours) + len(theirs))
+    """The F1 score, from 0 to 1, of the normalized words, with repetitions. Source: SQuAD's evaluation script.
+
+    If one side has no words, it is 1 if the other has none either, else 0.
+    """
+    answer_words, true_words = normalize(answer), normalize(truth)
+    if not answer_words or not true_words:
+        return float(answer_words == true_words)
+    common = (collections.Counter(answer_words) & collections.Counter(true_words)).total()
+    return 2 * common / (len(answer_words) + len(true_words))
 
 
 def scores(questions: Sequence[Question], answers: Sequence[str]) -> tuple[float, float]:
-    """(exact match, F1), means from 0 to 1, each question by the true answer that suits best."""
+    """The means of exact match and F1, from 0 to 1. Each question counts with the true answer that gives the most."""
     matches, overlaps = [], []
     for question, answer in zip(questions, answers, strict=True):
         truths = [text for text, _ in question.answers if normalize(text)] or [""]
@@ -157,7 +174,17 @@ def scores(questions: Sequence[Question], answers: Sequence[str]) -> tuple[float
 
 
 class QuestionAnswering:
-    """What `--task question-answering` trains on; see `tasks` for what every task has."""
+    """The data of `--task question-answering`; `tasks.common` describes what every task has.
+
+    Args:
+      data: SQuAD's files to train on.
+      held_out: files for validation. Empty: the questions about a part of the contexts in `data` are held out.
+      tokenizer: the tokenizer.
+      batch_size, seq_len, seed, multiple: see `Batches`, where `seq_len` is `longest`.
+
+    Raises:
+      FileNotFoundError, ValueError: see `read_squad` and `windows`; or nothing can be held out.
+    """
 
     def __init__(
         self,
@@ -194,7 +221,11 @@ class QuestionAnswering:
         )
 
     def evaluate(self, predict: Callable) -> dict[str, float]:
-        """{"val_loss", "val_exact_match", "val_f1"} on all held-out questions."""
+        """{"val_loss", "val_exact_match", "val_f1"} on all held-out questions. The last two are from 0 to 1.
+
+        Args:
+          predict: see `tasks.common.evaluate`.
+        """
         loss, logits = evaluate(self.held_out, predict)
         windows_of: list[list] = [[] for _ in self.questions]
         for window, row in zip(self.windows, logits, strict=True):
@@ -206,10 +237,14 @@ class QuestionAnswering:
 
 
 def _hold_out(questions: Sequence[Question]) -> tuple[list[int], list[int]]:
-    """Numbers of the training questions and of those held out: all questions of a context are on the same side."""
+    """The numbers of the training questions and of the held-out ones. No context has questions among both.
+
+    Raises:
+      ValueError: there is only one context.
+    """
     contexts = list(dict.fromkeys(question.context for question in questions))
     if len(contexts) < 2:
-        raise ValueError("--data has only one context, none can be held out: name --validation-data")
+        raise ValueError("--data has only one context, so none can be held out: name --validation-data")
     held_out = {contexts[i] for i in hold_out(len(contexts))[1]}
     sides = [question.context in held_out for question in questions]
     return [i for i, out in enumerate(sides) if not out], [i for i, out in enumerate(sides) if out]
