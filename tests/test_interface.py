@@ -155,8 +155,9 @@ def test_unknown_arguments_name_the_nearest(wrong, right):
 
 @pytest.mark.parametrize("name", hf_scripts.TOKENIZER)
 def test_arguments_of_tokenizers_say_what_to_write(name):
+    options: dict[str, Any] = {name: "x"}
     with pytest.raises(ValueError, match=f"from_pretrained takes no {name} "):
-        OPTTokenizer.from_pretrained("tiny", **{name: "x"})
+        OPTTokenizer.from_pretrained("tiny", **options)
 
 
 @pytest.mark.parametrize("name", hf_scripts.PIPELINE)

@@ -270,7 +270,7 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
     stored = {path: array.dtype for path, array in arrays.items() if path in expected}
     compute, dtypes = _choose_dtypes(dtype, param_dtype, stored, platform, directory)
     options: Any = dict(dtype=compute, attn_implementation=attn_implementation, remat=remat)
-    model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), param_dtype=dtypes[_EMBEDDING], **options))
+    model: Any = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), param_dtype=dtypes[_EMBEDDING], **options))
     targets = {
         path: jax.ShapeDtypeStruct(
             shape,
