@@ -79,7 +79,6 @@ def compare(ours: Checkpoint, theirs: Checkpoint, progress: Callable[[str, int],
     Compares the class, the config, and names, shapes, dtypes and every bit of the tensors.
 
     Args:
-      ours, theirs: the checkpoints.
       progress: called after each tensor with its path and its size in bytes.
     """
     a, b = (opened.raw_config["architectures"][0] for opened in (ours, theirs))

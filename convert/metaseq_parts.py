@@ -128,11 +128,7 @@ def check_copies(parts: Sequence[Part]) -> None:
 
 
 def _open_file(path: Path) -> Part:
-    """A part that consists of one file.
-
-    Raises:
-      ValueError: see `open_part`.
-    """
+    """A part that consists of one file."""
     file = TorchFile(path, stubs=True)
     content = file.content
     model = dict.get(content, "model", content) if isinstance(content, dict) else None
@@ -160,11 +156,7 @@ def _open_file(path: Path) -> Part:
 
 
 def _read_metadata(metadata: Any) -> Iterator[tuple[str, _Unit, int]]:
-    """For each flat parameter: its name, the tensors in it, and its padding in this file.
-
-    Raises:
-      KeyError, TypeError, AttributeError, ValueError: the metadata are malformed.
-    """
+    """For each flat parameter: its name, the tensors in it, and its padding in this file."""
     for entry in metadata["param_metadata"]:
         prefix = entry["fsdp_path"] + "." if entry["fsdp_path"] else ""
         for name, flat in dict.items(entry["params"]):
@@ -207,7 +199,6 @@ def part_tensors(part: Part, config: OPTConfig, parts: int, checks: list[Callabl
     """All tensors of a part, by metaseq's names.
 
     Args:
-      part: the part.
       config: the architecture, which says what is in flat parameters without metadata.
       parts: the number of model-parallel parts.
       checks: gets the comparisons of tensors that every shard repeats.
@@ -236,11 +227,7 @@ def part_tensors(part: Part, config: OPTConfig, parts: int, checks: list[Callabl
 
 
 def _unflatten(part: Part, name: str, unit: _Unit) -> Iterator[tuple[str, Source]]:
-    """The tensors in a flat parameter, which is the concatenation of its shards without their padding.
-
-    Raises:
-      ValueError: the shards do not have as many elements as the tensors.
-    """
+    """The tensors in a flat parameter, which is the concatenation of its shards without their padding."""
     shards, total = part.stored[name], sum(math.prod(shape) for _, shape in unit)
     sizes = [math.prod(stored.shape) for stored in shards]
     if part.units is not None:

@@ -1,14 +1,18 @@
 """Opens every supported form of checkpoint as a `Checkpoint` of lazy arrays."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from opt_jax.checkpoints import hub, pretrained
-from opt_jax.checkpoints.arrays import LazyArray
+from opt_jax.checkpoints.arrays import Checks, LazyArray
 from opt_jax.checkpoints.formats import hf
+from opt_jax.checkpoints.formats.wrappers import torch_files
 from opt_jax.checkpoints.source_files import files_of_model
 from opt_jax.config import OPTConfig
+from opt_jax.system.messages import shown
+from opt_jax.system.reading import note_without_effect
 
 from . import metaseq
 from .checkpoint import CLASSES, Checkpoint
@@ -64,8 +68,9 @@ def _is_metaseq(name: str) -> bool:
     path = Path(name) if hub.is_remote(name) else hub.as_path(name)
     if path.is_dir():
         known = hub.is_orbax(path) or hf.weight_file(path) is not None or (path / "run.json").is_file()
-        return not known and any(path.glob("*.pt"))
-    return path.suffix == ".pt" or any(c in name for c in "*?[")
+        other = known or torch_files(path) or hub.shards_hint(path)
+        return not other and any(path.glob("*.pt"))
+    return path.suffix == ".pt" and path not in torch_files(path.parent) or any(c in name for c in "*?[")
 
 
 def open_directory(directory: Path, verify: bool = True) -> Checkpoint:
@@ -83,7 +88,7 @@ def open_directory(directory: Path, verify: bool = True) -> Checkpoint:
     config, raw = pretrained.read_config(directory)
     orbax = hub.is_orbax(directory)
     arrays, checks = pretrained.open_parameters(directory, config, verify)
-    cls = model_class(config, arrays, directory)
+    cls, notes = model_class(config, arrays, directory)
     trained = orbax and not (directory / "config.json").is_file()
     if trained:  # a run that began from a float16 checkpoint keeps its config, but its parameters are float32
         raw = pretrained.set_dtype(raw, next(iter(arrays.values())).dtype.name)
@@ -95,22 +100,26 @@ def open_directory(directory: Path, verify: bool = True) -> Checkpoint:
         raw_config={**raw, "architectures": [cls]},
         arrays=arrays,
         companions=hub.companion_directories(directory),
-        checks=checks,
+        checks=(*checks, *notes),
         files=files,
     )
 
 
-def model_class(config: OPTConfig, arrays: Mapping[str, LazyArray], where: Path) -> str:
-    """The name of the model class in the config. Without one (older fine-tunes), that of the class with these heads.
+def model_class(config: OPTConfig, arrays: Mapping[str, LazyArray], where: Path) -> tuple[str, Checks]:
+    """The class that the config names, and checks that warn of a name that is not one of ours.
+
+    If the config names none of ours (older fine-tunes; code that builds on OPT), it is the class with these heads.
 
     Raises:
-      ValueError: the config names another class than those of `CLASSES`.
+      ValueError: `architectures` is not a list of names.
     """
-    named: Any = config.extra.get("architectures")
-    if not named:
-        if "score.kernel" in arrays:
-            return "OPTForSequenceClassification"
-        return "OPTForQuestionAnswering" if "qa_outputs.kernel" in arrays else "OPTForCausalLM"
-    if not isinstance(named, (list, tuple)) or len(named) != 1 or named[0] not in CLASSES:
-        raise ValueError(f"{where}/config.json: architectures={named!r} is not one of {', '.join(CLASSES)}")
-    return named[0]
+    named: Any = config.extra.get("architectures") or []
+    named = [named] if isinstance(named, str) else named
+    if not isinstance(named, (list, tuple)) or not all(isinstance(name, str) for name in named):
+        raise ValueError(f"{where}/config.json: architectures={shown(named)} must be a list of names")
+    if known := [name for name in named if name in CLASSES]:
+        return known[0], ()
+    cls = "OPTForQuestionAnswering" if "qa_outputs.kernel" in arrays else "OPTForCausalLM"
+    cls = "OPTForSequenceClassification" if "score.kernel" in arrays else cls
+    fields = {"architectures": ((), f"none of {', '.join(CLASSES)}, so it is read as {cls}")}
+    return cls, (partial(note_without_effect, f"{where}/config.json", {"architectures": named or None}, fields),)

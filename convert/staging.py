@@ -85,8 +85,6 @@ def new_file(directory: Path, name: str, size: int) -> Iterator[int]:
     """A context with a file descriptor. The file gets its name when the block ends, and is removed if it raises.
 
     Args:
-      directory: see `directory_of`.
-      name: the name of the file.
       size: its size in bytes.
 
     Raises:

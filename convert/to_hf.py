@@ -38,13 +38,10 @@ def convert(
     All processes of a `jax.distributed` job call this together; each writes some of the files.
 
     Args:
-      source: the checkpoint.
-      destination: the directory.
       dtype: cast the parameters to it. Default: each keeps its dtype, bit for bit.
       max_shard_size: the largest size of the tensors in one file: a number of bytes, or "500MB", "5GB", "5GiB". A
         larger tensor has a file of its own.
       shard_of: (i, n): write every n-th file, from the i-th on, and publish if all others are there; see `unfinished`.
-      overwrite: replace a model directory.
       progress: called after each slab with the path of its array and its size in bytes. Several threads call it, one
         at a time.
 

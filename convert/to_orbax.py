@@ -29,10 +29,8 @@ def convert(
     All processes of a `jax.distributed` job call this together; each reads and writes its part.
 
     Args:
-      source: the checkpoint.
       destination: the directory, also at `gs://...`.
       dtype: cast the parameters to it. Default: each keeps its dtype, bit for bit.
-      overwrite: replace a model directory.
       progress: called after each piece with the path of its array and its size in bytes.
 
     Raises:

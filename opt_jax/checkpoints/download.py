@@ -128,7 +128,10 @@ def read_index(path: Path) -> dict[str, str]:
         weight_map = json_object(read_small(path), "it").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError("it has no object weight_map that names files")
-        if (count := len({name_from_outside(name) for name in weight_map.values()})) > _MOST_FILES:
+        for name in weight_map.values():
+            for part in name.split("/") if isinstance(name, str) else [name]:  # a shard may be in a sub-directory
+                name_from_outside(part)
+        if (count := len(set(weight_map.values()))) > _MOST_FILES:
             raise ValueError(f"it names {count:,} files, more than the {_MOST_FILES:,} that a checkpoint may have")
         return weight_map
     except ValueError as e:

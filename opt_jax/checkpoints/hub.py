@@ -276,7 +276,7 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     """
     path = config_file(directory)
     if not path.is_file():
-        hint = "" if is_remote(path) else foreign.hint_of_directory(path.parent)
+        hint = shards_hint(directory) or ("" if is_remote(path) else foreign.hint_of_directory(path.parent))
         raise FileNotFoundError(f"no OPT configuration at {path}{hint}")
     content = json_object(read_small(path), path)
     if path.name == "config.json":
@@ -320,6 +320,30 @@ def quantization_hint(directory: str | os.PathLike) -> str:
             f": this is {kind} checkpoint ({name}), which is not supported: take the model that was quantized, or let "
             "transformers dequantize it (model.dequantize(), save_pretrained)"
         )
+    return ""
+
+
+ZERO_3_HINT = (
+    ": DeepSpeed ZeRO-3 has each process save its part of the weights: run the script that it puts beside them, "
+    "`python zero_to_fp32.py . DIRECTORY`, and put config.json into DIRECTORY"
+)
+
+
+def shards_hint(directory: str | os.PathLike) -> str:
+    """A hint for error messages: the command that makes a file of what several processes wrote; "" for others."""
+    path = as_path(directory)
+    if is_remote(path) or not path.is_dir():
+        return ""
+    places = [path, *sorted(entry for entry in path.iterdir() if entry.is_dir())]
+    for place in places:
+        if (place / ".metadata").is_file():
+            command = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
+            file = path / WEIGHT_FILES[2]
+            return f": {place} is of torch.distributed.checkpoint (FSDP): run `{command} {place} {file}`"
+        if any(place.glob("zero_pp_rank_*_model_states.pt")):
+            return ZERO_3_HINT
+        if (place / "mp_rank_01_model_states.pt").is_file():
+            return f": {place} has the model-parallel parts of DeepSpeed: save the model from the code that made them"
     return ""
 
 

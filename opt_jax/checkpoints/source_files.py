@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from opt_jax.checkpoints import hub
-from opt_jax.checkpoints.download import WEIGHT_FILES, read_index
+from opt_jax.checkpoints.formats.hf import weight_files
 
 
 class SourceFiles:
@@ -47,10 +47,7 @@ def files_of_model(directory: Path) -> SourceFiles:
     if hub.is_orbax(directory):
         files.add(_files_below(directory / "params"))
         return files
-    first = next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
-    if first is not None:
-        files.add([first])
-        files.add(directory / name for name in (read_index(first).values() if first.suffix == ".json" else ()))
+    files.add(weight_files(directory))
     return files
 
 

@@ -408,10 +408,10 @@ def _asked_for(config: GenerationConfig, options: Mapping[str, tuple[Any, ...]])
 
 def check_ids(name: str, ids: Any, vocab_size: int, hint: str = "") -> list[int]:
     """A list of ids, from one id or a sequence; ValueError if one is not in the vocabulary."""
-    ids = ids.tolist() if hasattr(ids, "tolist") else ids  # NumPy and JAX
+    given, ids = ids, ids.tolist() if hasattr(ids, "tolist") else ids  # NumPy and JAX
     values = [ids] if is_integer(ids) else list(ids) if isinstance(ids, Iterable) and not isinstance(ids, str) else None
     if values is None or not all(map(is_integer, values)):
-        raise ValueError(f"{name}={shown(ids)} must be a token id or a sequence of them")
+        raise ValueError(f"{name}={shown(given)} must be a token id or a sequence of them")
     for i in values:
         if not 0 <= i < vocab_size:
             raise ValueError(f"{name} holds {i}, outside [0, {vocab_size - 1}]{hint}")
@@ -420,11 +420,11 @@ def check_ids(name: str, ids: Any, vocab_size: int, hint: str = "") -> list[int]
 
 def check_sequences(name: str, sequences: Any, vocab_size: int, or_ids: bool = False) -> list[list[int]]:
     """Lists of ids, from sequences of ids that are not empty (with `or_ids`: or single ids); ValueError otherwise."""
-    sequences = sequences.tolist() if hasattr(sequences, "tolist") else sequences
+    given, sequences = sequences, sequences.tolist() if hasattr(sequences, "tolist") else sequences
     if not isinstance(sequences, Iterable) or isinstance(sequences, str):
-        raise ValueError(f"{name}={shown(sequences)} must be a list of sequences of token ids")
+        raise ValueError(f"{name}={shown(given)} must be a list of sequences of token ids")
     sequences = list(sequences)
     holds = lambda s: or_ids if is_integer(s) else hasattr(s, "__len__") and len(s) > 0  # noqa: E731
     if not sequences or not all(map(holds, sequences)):
-        raise ValueError(f"{name}={shown(sequences)} must hold at least one sequence, and no empty one")
+        raise ValueError(f"{name}={shown(given)} must hold at least one sequence, and no empty one")
     return [check_ids(name, sequence, vocab_size) for sequence in sequences]

@@ -312,6 +312,8 @@ def _special_ids(model: OPTForCausalLM, given: GenerationConfig) -> tuple[list[i
     eos = [] if eos is None else list(dict.fromkeys(check_ids("eos_token_id", eos, config.vocab_size, hint)))
     pad = config.pad_token_id if given.pad_token_id is None else given.pad_token_id
     pad = (eos or [0])[0] if pad is None else pad
+    if not is_integer(pad):
+        raise ValueError(f"pad_token_id={shown(pad)} must be a token id")
     return eos, check_ids("pad_token_id", [pad], config.vocab_size)[0]
 
 
@@ -423,11 +425,11 @@ def _sampling_options(
 
 def _check_seed(seed: Any, batch: int, copies: int) -> tuple[UInt32[np.ndarray, " R"], Int32[np.ndarray, " R"]]:
     """The seed of each row, and its index among the rows with this seed."""
-    seed = seed.tolist() if hasattr(seed, "tolist") else 0 if seed is None else seed
+    given, seed = seed, seed.tolist() if hasattr(seed, "tolist") else 0 if seed is None else seed
     one = is_integer(seed)
     seeds: Sequence[Any] = [seed] * batch if one else seed
     if not isinstance(seeds, Sequence) or isinstance(seeds, str) or len(seeds) != batch:
-        raise ValueError(f"seed={shown(seed)} must be a number, or one number for each of the {batch} prompts")
+        raise ValueError(f"seed={shown(given)} must be a number, or one number for each of the {batch} prompts")
     if bad := [s for s in seeds if not is_integer(s) or not 0 <= s < 2**32]:
         raise ValueError(f"seed={shown(bad[0])} must be in [0, 2**32)")
     samples = np.arange(batch * copies) if one else np.tile(np.arange(copies), batch)

@@ -11,6 +11,7 @@ import numpy as np
 from opt_jax.model.cache import KVCache
 from opt_jax.model.ids import LEAST, MOST, as_array, check_integers, check_mask, check_range
 from opt_jax.model.outputs import problem_type
+from opt_jax.system.messages import shown
 
 _INTEGERS = ("input_ids", "position_ids", "segment_ids", "start_positions", "end_positions")
 
@@ -171,13 +172,13 @@ def _check_options(inputs: dict[str, Any], length: int) -> None:
     if "logits_to_keep" in inputs:
         keep = inputs["logits_to_keep"]
         if not isinstance(keep, (int, np.integer)) or not 0 <= keep <= length:
-            raise ValueError(f"logits_to_keep={keep} must be between 0 (all) and the number of tokens, {length}")
+            raise ValueError(f"logits_to_keep={shown(keep)} must be between 0 (all) and the number of tokens, {length}")
         inputs["logits_to_keep"] = int(keep)
     for name in ("output_hidden_states", "output_attentions"):
         if name in inputs:
             inputs[name] = bool(inputs[name])
     if "dropout_key" in inputs and not isinstance(inputs["dropout_key"], (jax.Array, np.ndarray)):
-        raise ValueError(f"dropout_key must be a key such as jax.random.key(0), not {inputs['dropout_key']!r}")
+        raise ValueError(f"dropout_key must be a key such as jax.random.key(0), not {shown(inputs['dropout_key'])}")
 
 
 def _check_cache(config: Any, cache: KVCache, batch: int, mask: jax.Array | None, length: int) -> None:

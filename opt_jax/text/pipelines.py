@@ -11,6 +11,7 @@ from opt_jax.generation.config import options_of, override
 from opt_jax.generation.generate import generate_requested, stream
 from opt_jax.generation.request import check_request, checkpoint_options
 from opt_jax.model.heads import OPTForCausalLM
+from opt_jax.system.messages import shown
 from opt_jax.text.streaming import TextStream
 from opt_jax.text.tokenizer import BatchEncoding, OPTTokenizer
 
@@ -57,7 +58,7 @@ class TextGenerationPipeline:
 
     The default is 256 new tokens, as in HF. Deviations from HF: the 256 are reduced to the room that the context has.
     Of a list, `batch_size` prompts run at a time (HF: one), with continuous batching. The same call returns the same
-    text unless `seed` changes.
+    text unless `seed` changes. `prefix=""` has its effect on lengths, too (HF still counts the config's prefix).
     """
 
     def __init__(self, model: Any, tokenizer: OPTTokenizer, **defaults):
@@ -70,7 +71,9 @@ class TextGenerationPipeline:
           text_inputs: a string, or a sequence of strings.
           **options: `return_full_text` (True: the prompt is part of the result), `skip_special_tokens` (True),
             `add_special_tokens` (True), `batch_size` (8), `progress_bar` (default: on a terminal, for more than
-            `batch_size` prompts). All others are passed to `model.generate`.
+            `batch_size` prompts), `prefix` (default: that of the model's config.json, `</s>` in several of
+            facebook/opt-*): a text in front of each prompt, which is not in the result and does not count for
+            `max_length` and `min_length`. All others are passed to `model.generate`.
 
         Returns:
           `[{"generated_text": str}]` for a string; a list of such lists for a sequence.
@@ -82,6 +85,10 @@ class TextGenerationPipeline:
         full, skip = options.pop("return_full_text", True), options.pop("skip_special_tokens", True)
         special, size = options.pop("add_special_tokens", True), options.pop("batch_size", None)
         bar, assistant = options.pop("progress_bar", None), options.pop("assistant_model", None)
+        prefix = options.pop("prefix", None)
+        prefix = self.model.config.extra.get("prefix") if prefix is None else prefix
+        if not isinstance(prefix, str | None):
+            raise ValueError(f"prefix={shown(prefix)} must be a text")
         given = {k: v for k, v in (checkpoint_options(self.model) | options).items() if v is not None}  # as HF
         sampling = {k: v for k, v in dict(temperature=0.7, top_k=50).items() if k not in given}
         if given.setdefault("do_sample", True):
@@ -92,9 +99,16 @@ class TextGenerationPipeline:
 
         if not prompts:
             return []
-        inputs = self.tokenizer(
-            prompts, padding=True, padding_side="left", return_tensors="np", add_special_tokens=special
-        )
+        if prefix:
+            inputs = self._with_prefix(prefix, prompts, special)
+            tokens = len(self.tokenizer.encode(prefix, add_special_tokens=False))
+            for name, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+                if new not in given and isinstance(given.get(name), int):
+                    options[name] = given[name] + tokens
+        else:
+            inputs = self.tokenizer(
+                prompts, padding=True, padding_side="left", return_tensors="np", add_special_tokens=special
+            )
         request = check_request(
             self.model, **inputs, tokenizer=self.tokenizer, options=options, default_new_tokens=DEFAULT_NEW_TOKENS
         )
@@ -108,6 +122,13 @@ class TextGenerationPipeline:
             for i, prompt in zip(range(0, len(texts), request.copies), prompts, strict=True)
         ]
         return results[0] if isinstance(text_inputs, str) else results
+
+    def _with_prefix(self, prefix: str, prompts: list[str], add_special_tokens: bool) -> BatchEncoding:
+        """The inputs of a model. Unlike the tokenizer's call, without a warning that `</s>` is there twice."""
+        encodings = self.tokenizer._encode(
+            [prefix + prompt for prompt in prompts], None, add_special_tokens, None, False
+        )
+        return self.tokenizer.pad([{"input_ids": encoding.ids} for encoding in encodings], padding_side="left")
 
 
 def _flat(options: dict[str, Any]) -> dict[str, Any]:

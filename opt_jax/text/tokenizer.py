@@ -19,6 +19,7 @@ from tokenizers.models import BPE
 from opt_jax.checkpoints import hf_scripts, hub, publish
 from opt_jax.model.ids import as_array
 from opt_jax.system.disk import write_content
+from opt_jax.system.messages import shown
 from opt_jax.system.reading import note_without_effect, read_small
 from opt_jax.system.temporary import refuse_links, write_file
 from opt_jax.text.streaming import StopStrings
@@ -89,14 +90,14 @@ class OPTTokenizer(Vocabulary):
     ):
         if not isinstance(backend.model, BPE) or not isinstance(backend.decoder, decoders.ByteLevel):
             raise ValueError(f"not a byte-level BPE, as OPT needs it: {backend.model!r:.40}, {backend.decoder!r:.40}")
-        self.backend_tokenizer, self._special, self._extra = backend, {}, []
+        self.backend_tokenizer, self._special, self._extra, self._add_eos = backend, {}, [], False
         self._config = config = dict(config or {})
         check_fields(config)
         check_growth(backend)
         set_prefix_space(backend, config)
         self.padding_side = padding_side
         self.truncation_side = truncation_side or config.get("truncation_side") or "right"
-        limit = config.get("model_max_length") or 0
+        limit = config.get("model_max_length", config.get("max_len")) or 0  # `max_len` is HF's older name
         self.model_max_length = int(limit) if 0 < limit < 1e9 else None  # HF writes 1e30 for none
 
         ids = {int(i): _added_token(token) for i, token in config.get("added_tokens_decoder", {}).items()}
@@ -111,18 +112,31 @@ class OPTTokenizer(Vocabulary):
             if value := config.get(name) or OPT_SPECIAL_TOKENS.get(name):
                 self._set_special_token(name, _added_token(value))
         extra = list(map(_added_token, _extra_tokens(config)))
-        if absent := [token.content for token in extra if backend.token_to_id(token.content) is None]:
+        named = list(map(_added_token, _tokens_of_one_model(config)))
+        if absent := [token.content for token in extra + named if backend.token_to_id(token.content) is None]:
             raise ValueError(f"special token {absent[0]!r} is not in the vocabulary of the tokenizer files")
-        self._make_special(extra)
+        self._make_special(extra + named)
         self._extra = [token.content for token in extra]
+        self._add_eos = bool(config.get("add_eos_token"))
         if config.get("add_bos_token", True):
             self.add_bos_token = True
+        if self._add_eos:
+            self._set_template(self.add_bos_token)
+        self._set_splitting()
+
+    def _set_splitting(self) -> None:
+        """Whether special tokens in a text are text. The library does not keep this setting in files or copies."""
+        self.backend_tokenizer.encode_special_tokens = bool(self._config.get("split_special_tokens"))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._set_splitting()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("padding_side", "truncation_side"):
             _side(name, value)
         if name == "model_max_length" and value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"model_max_length={value!r} must be a positive integer, or None for no limit")
+            raise ValueError(f"model_max_length={shown(value)} must be a positive integer, or None for no limit")
         if not name.startswith("_") and name != "backend_tokenizer" and not hasattr(type(self), name):
             raise AttributeError(f"an OPTTokenizer has no {name!r}: setting it would change nothing")
         super().__setattr__(name, value)
@@ -186,13 +200,18 @@ class OPTTokenizer(Vocabulary):
                 return cls.from_pretrained(copy, **sides)
         config = read_json(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:  # otherwise the other two files are from old versions, as in HF
-            config |= read_json(folder / "special_tokens_map.json")
+            mapped = read_json(folder / "special_tokens_map.json")
+            first, second = (content.get("extra_special_tokens") for content in (config, mapped))
+            if isinstance(first, list) and isinstance(second, list):
+                mapped["extra_special_tokens"] = first + second
+            config |= mapped
             added = {} if fast.is_file() else read_json(folder / "added_tokens.json")
             if added:
                 config["added_tokens_decoder"] = {str(i): {"content": token} for token, i in added.items()}
-        note_without_effect(folder / "tokenizer_config.json", config, WITHOUT_EFFECT)
         if not fast.is_file():
             return cls.from_file(folder / "vocab.json", folder / "merges.txt", config, **sides)
+        note_without_effect(folder / "tokenizer_config.json", config, WITHOUT_EFFECT)
+        config.pop("add_eos_token", None)
         text = read_small(fast)
         read_as(str(fast), lambda: check_lengths(text))
         backend = read_as(str(fast), lambda: Tokenizer.from_buffer(text))
@@ -244,7 +263,7 @@ class OPTTokenizer(Vocabulary):
         switches = dict(add_special_tokens=add_special_tokens, return_offsets_mapping=return_offsets_mapping)
         for name, value in (switches | {"truncation": truncation}).items():
             if not isinstance(value, bool):
-                raise ValueError(f"{name}={value!r}: use True or False")
+                raise ValueError(f"{name}={shown(value)}: use True or False")
         max_length = self._check_lengths(padding, truncation, max_length, return_tensors, padding_side)
         texts, pairs = _texts("text", text), None if text_pair is None else _texts("text_pair", text_pair)
         if pairs is not None and (isinstance(text, str) != isinstance(text_pair, str) or len(texts) != len(pairs)):
@@ -287,7 +306,7 @@ class OPTTokenizer(Vocabulary):
         given = [encoded_inputs] if isinstance(encoded_inputs, Mapping) else list(encoded_inputs)
         for row in given:
             if not isinstance(row, Mapping) or "input_ids" not in row or row.keys() != given[0].keys():
-                raise ValueError(f"pad takes rows as the tokenizer returns them, with input_ids, not {row!r:.60}")
+                raise ValueError(f"pad takes rows as the tokenizer returns them, with input_ids, not {shown(row, 60)}")
         columns = {name: [_plain(row[name]) for row in given] for name in (given[0] if given else ["input_ids"])}
         flat = isinstance(encoded_inputs, Mapping)
         if flat and columns["input_ids"][0] and isinstance(columns["input_ids"][0][0], list):
@@ -303,9 +322,9 @@ class OPTTokenizer(Vocabulary):
     ) -> int | None:
         """The length to pad or to truncate to, or None."""
         if return_tensors not in (None, "np"):
-            raise ValueError(f'return_tensors={return_tensors!r}: use "np"; JAX takes NumPy arrays as they are')
+            raise ValueError(f'return_tensors={shown(return_tensors)}: use "np"; JAX takes NumPy arrays as they are')
         if padding not in (False, True, "longest", "max_length"):
-            raise ValueError(f'padding={padding!r}: use False, True, "longest" or "max_length"')
+            raise ValueError(f'padding={shown(padding)}: use False, True, "longest" or "max_length"')
         if padding == "max_length" or truncation:
             max_length = self.model_max_length if max_length is None else max_length
             if max_length is None or max_length < 1:
@@ -320,7 +339,7 @@ class OPTTokenizer(Vocabulary):
         self, columns: dict[str, list], padding: Any, max_length: int | None, side: str | None, multiple: int | None
     ) -> dict[str, list]:
         if multiple is not None and (type(multiple) is not int or multiple < 1 or not padding):
-            raise ValueError(f"pad_to_multiple_of={multiple!r} must be a positive integer, with padding=True")
+            raise ValueError(f"pad_to_multiple_of={shown(multiple)} must be a positive integer, with padding=True")
         if not padding:
             return columns
         width = max_length if padding == "max_length" and max_length else max(map(len, columns["input_ids"]), default=0)
@@ -418,8 +437,9 @@ class OPTTokenizer(Vocabulary):
         refuse_links(*(folder / name for name in hub.TOKENIZER_FILES))  # the hub's cache consists of links
         contents = contents_of(self.backend_tokenizer)
         named = self.special_tokens_map
-        # Added tokens are in tokenizer.json. The other two fields are paths from which HF once loaded the tokenizer.
-        gone = {"added_tokens_decoder", "name_or_path", "special_tokens_map_file"}
+        # Added tokens are in tokenizer.json, and so is the EOS, in its template. The other two are paths from which HF
+        # once loaded the tokenizer.
+        gone = {"added_tokens_decoder", "name_or_path", "special_tokens_map_file", "add_eos_token"}
         if [_added_token(token).content for token in _extra_tokens(self._config)] != self._extra:
             gone |= {"additional_special_tokens", "extra_special_tokens"}
         config = {"tokenizer_class": "GPT2Tokenizer"} | {k: v for k, v in self._config.items() if k not in gone}
@@ -500,3 +520,9 @@ def _extra_tokens(config: dict[str, Any]) -> list:
     """The special tokens without a name, as they are in the files."""
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     return list(extra.values() if isinstance(extra, dict) else extra)  # a dict: HF's model-specific names
+
+
+def _tokens_of_one_model(config: dict[str, Any]) -> list:
+    """The special tokens under names of one model, such as "image_token", as they are in the files."""
+    names = [name for name in config if name.endswith("_token") and name not in SPECIAL_TOKENS]
+    return [config[name] for name in names if isinstance(config[name], str | dict)]

@@ -15,11 +15,8 @@ from opt_jax.system.reading import FieldsWithoutEffect, json_object, read_small
 MOST_CHARACTERS = 100_000  # of an added token: the library's automaton takes a hundred bytes for each character
 MOST_OF_NORMALIZER = 1_000_000  # characters of JSON; the largest known, SentencePiece's table, has 400,000
 MOST_GROWTH = 1000  # how many times as long a normalizer may make a text
-# Fields of a tokenizer_config.json. `padding_side` has no effect either, but HF writes it into every file.
-WITHOUT_EFFECT: FieldsWithoutEffect = {
-    "add_eos_token": ((False,), "append tokenizer.eos_token to the text"),
-    "split_special_tokens": ((False,), "special tokens in a text are special"),
-}
+# Fields of a tokenizer_config.json beside a tokenizer.json. (`padding_side` is not noted, because HF always writes it.)
+WITHOUT_EFFECT: FieldsWithoutEffect = {"add_eos_token": ((False,), "tokenizer.json decides, as in transformers")}
 
 
 @contextmanager
@@ -81,10 +78,10 @@ def check_growth(backend: Tokenizer) -> None:
 
 def check_fields(config: dict[str, Any]) -> None:
     """Refuse values of a tokenizer_config.json that Python would misread: the string "false" is true, and true is 1."""
-    for name in ("add_bos_token", "add_prefix_space"):
+    for name in ("add_bos_token", "add_eos_token", "add_prefix_space", "split_special_tokens"):
         if not isinstance(value := config.get(name), bool | None):
             raise ValueError(f"{name}={shown(value)} must be true or false")
-    limit = config.get("model_max_length") or 0
+    limit = config.get("model_max_length", config.get("max_len")) or 0
     is_integer = type(limit) is int or isinstance(limit, float) and (limit >= 1e9 or limit.is_integer())
     if not is_integer:
         raise ValueError(f"model_max_length={shown(limit)} must be a whole number")

@@ -5,6 +5,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, processors
 
+from opt_jax.system.messages import shown
+
 # From facebook/opt-*/tokenizer_config.json. The unknown token is </s> too, so "<unk>" in a text is ordinary text.
 OPT_SPECIAL_TOKENS = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
 SPECIAL_TOKENS = (*OPT_SPECIAL_TOKENS, "sep_token", "cls_token", "mask_token")
@@ -56,6 +58,7 @@ class Vocabulary:
     backend_tokenizer: Tokenizer
     _special: dict[str, str]
     _extra: list[str]
+    _add_eos: bool
 
     @property
     def vocab_size(self) -> int:
@@ -123,12 +126,13 @@ class Vocabulary:
     @property
     def add_bos_token(self) -> bool:
         """Whether texts get the BOS in front. Can be set."""
-        return self.backend_tokenizer.encode("").ids[:1] == [self.bos_token_id]
+        special = self.backend_tokenizer.encode("").ids
+        return special[:1] == [self.bos_token_id] and len(special) > self._add_eos
 
     @add_bos_token.setter
     def add_bos_token(self, value: bool) -> None:
         if not isinstance(value, bool):
-            raise ValueError(f"add_bos_token={value!r}: use True or False")
+            raise ValueError(f"add_bos_token={shown(value)}: use True or False")
         if value != self.add_bos_token:
             self._set_template(value)
 
@@ -144,7 +148,7 @@ class Vocabulary:
         tokens = [new_tokens] if isinstance(new_tokens, (str, AddedToken)) else list(new_tokens)
         for token in tokens:
             if not isinstance(token, (str, AddedToken)) or not _content(token):
-                raise ValueError(f"a token must be a string that is not empty, or an AddedToken, not {token!r}")
+                raise ValueError(f"a token must be a string that is not empty, or an AddedToken, not {shown(token)}")
         add = self.backend_tokenizer.add_special_tokens if special_tokens else self.backend_tokenizer.add_tokens
         return add(tokens)
 
@@ -162,7 +166,7 @@ class Vocabulary:
             names = ", ".join((*SPECIAL_TOKENS, "extra_special_tokens"))
             raise ValueError(f"{wrong[0]!r} is not the name of a special token: they are {names}")
         if isinstance(extra, str) or not isinstance(extra, (Sequence, type(None))):
-            raise ValueError(f"extra_special_tokens={extra!r} must be a list of tokens")
+            raise ValueError(f"extra_special_tokens={shown(extra)} must be a list of tokens")
         if extra and not replace_extra_special_tokens:
             extra = [token for token in extra if _content(token) not in self._extra]
         new = self.add_tokens([_special(token) for token in (*named.values(), *(extra or ()))], special_tokens=True)
@@ -176,7 +180,7 @@ class Vocabulary:
         token, backend = _content(value), self.backend_tokenizer
         if not isinstance(token, str) or backend.token_to_id(token) is None:
             hint = f": use add_special_tokens({{{name!r}: {token!r}}})" if isinstance(token, str) else ""
-            raise ValueError(f"{name} {token!r} is not in the vocabulary of the tokenizer{hint}")
+            raise ValueError(f"{name} {shown(token)} is not in the vocabulary of the tokenizer{hint}")
         self._make_special([value])
         new_bos = name == "bos_token" and token != self.bos_token and self.add_bos_token
         self._special[name] = token
@@ -189,15 +193,19 @@ class Vocabulary:
             self.backend_tokenizer.add_special_tokens(new)
 
     def _set_template(self, add_bos: bool) -> None:
-        bos, first, second = self.bos_token, "", ""
         special: list[dict[str, Any]] = []
-        if add_bos:
+
+        def piece(name: str, token: str) -> str:
             # A template is split at blanks and colons, so a token with one of these gets another name in it.
-            name = "BOS" if any(c in bos for c in ":$") or bos.split() != [bos] else bos
-            first, second = f"{name}:0 ", f" {name}:1"
-            special = [{"id": name, "ids": [self.bos_token_id], "tokens": [bos]}]
+            name = name if any(c in token for c in ":$") or token.split() != [token] else token
+            special.append({"id": name, "ids": [self.backend_tokenizer.token_to_id(token)], "tokens": [token]})
+            return name
+
+        bos = [piece("BOS", self.bos_token)] if add_bos else []
+        eos = [piece("EOS", self.eos_token)] if self._add_eos else []
+        first, second = (" ".join(f"{name}:{i}" for name in (*bos, text, *eos)) for i, text in enumerate(("$A", "$B")))
         self.backend_tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[reportAttributeAccessIssue]
-            single=f"{first}$A:0", pair=f"{first}$A:0{second} $B:1", special_tokens=special
+            single=first, pair=f"{first} {second}", special_tokens=special
         )
 
 

@@ -53,9 +53,8 @@ class Checkpoints:
     taken for a checkpoint. All processes of a job call the methods together.
 
     Args:
-      directory: the directory of the checkpoints.
       keep: the number of newest checkpoints to keep.
-      keep_every: also keep the checkpoints of steps that are multiples of this.
+      keep_every: also keep the checkpoints of steps that are multiples of this, for good.
       data_state: called with a step; returns the state of the data after it, as an object of JSON.
       before_write: called on process 0 before each write. If it raises, nothing is written.
 
@@ -144,7 +143,7 @@ class Checkpoints:
             if self._data_state is not None:
                 data = self._data_state(step)
                 args["data"] = ocp.args.JsonSave({**data, "crc32": _crc32(data)})
-            about = {"save": uuid.uuid4().hex}  # process 0 writes it into each `_METADATA`
+            about: Any = {"save": uuid.uuid4().hex}  # process 0 writes it into each `_METADATA`
             for name, tree in items.items():
                 save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunks.CHUNK_BYTES), tree)
                 args[name] = ocp.args.PyTreeSave(tree, save_args=save_args, custom_metadata=about)
@@ -218,7 +217,6 @@ class Checkpoints:
         Frozen parameters are not in checkpoints; they are None in the result.
 
         Args:
-          step: the step.
           abstract: shapes and dtypes of the state.
           shardings: a pytree like `abstract`.
           verify: compare the data with their checksums.
@@ -316,11 +314,7 @@ def _foreign_file(step: Path) -> Path | None:
 
 
 def _check_steps(directory: Path) -> None:
-    """Check that all that is named like a checkpoint is one, because Orbax removes old and unfinished ones.
-
-    Raises:
-      FileExistsError: something else has such a name.
-    """
+    """Check that all that is named like a checkpoint is one, because Orbax removes old and unfinished ones."""
     for path in directory.iterdir() if directory.is_dir() else ():
         if not (path.name.isdecimal() or ".orbax-checkpoint-tmp" in path.name):
             continue

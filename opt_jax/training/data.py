@@ -55,7 +55,6 @@ def open_data(setup: Setup, saved_tokenizer: epath.Path | None) -> TrainingData:
     """The data of the run, the same on all processes.
 
     Args:
-      setup: the run.
       saved_tokenizer: the directory of a resumed run's tokenizer; None for a new run.
 
     Raises:

@@ -154,7 +154,6 @@ class Lines:
     appended to, so it is rewritten: by `flush`, and else at most once a minute.
 
     Args:
-      path: the file.
       before_write: called before each write. If it raises, nothing is written.
     """
 

@@ -48,8 +48,6 @@ def make_task(options: Options, tokenizer: OPTTokenizer, seq_len: int, multiple:
     """The data of --task: a `Classification` or `QuestionAnswering`.
 
     Args:
-      options: the options of the run.
-      tokenizer: the tokenizer.
       seq_len: the largest number of tokens of an example.
       multiple: the padded length of each batch is a multiple of this.
 

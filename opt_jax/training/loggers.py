@@ -1,5 +1,6 @@
 """Loggers of a run's metrics besides `metrics.jsonl` (TensorBoard, Weights & Biases), and traces of the profiler."""
 
+import logging
 import threading
 import uuid
 from collections.abc import Callable
@@ -70,7 +71,6 @@ class WandB:
     For steps that a resumed run repeats, the service keeps the first numbers. (On the same mesh they are equal.)
 
     Args:
-      project: the name of the project.
       output: the run directory.
       config: what the service shows as the run's configuration.
 
@@ -86,6 +86,8 @@ class WandB:
             write_file(path, f"{uuid.uuid4().hex[:12]}\n".encode())
         run_id = read_small(path).decode().strip()
         self._directory = output / "wandb"  # for messages: an error of writing there names no file
+        # `logging` prints a traceback for each record that W&B's log file has no room for.
+        logging.raiseExceptions = False
         try:
             with disk_errors(self._directory):
                 self._run = wandb.init(

@@ -26,7 +26,6 @@ def next_token_loss(
 
     Args:
       x: hidden states.
-      table: the output embedding.
       labels: the next token of each; -100 does not count.
       chunk_bytes: the largest size of a chunk's float32 logits on one device.
     """

@@ -90,8 +90,6 @@ class Metrics:
     Args:
       path: the file. None, on every process but 0: only look for NaNs and infinities.
       start: the step at which this start begins.
-      steps: the steps of the run.
-      tokens_per_step: the tokens of a global batch.
       log_every: steps between lines if the output is not a terminal.
       flops_per_step: the model FLOPs of a step, over all devices.
       peak_flops: the peak FLOP/s of all devices together. With both, MFU is among the metrics.

@@ -70,8 +70,7 @@ class Options:
     task: Literal["sequence-classification", "question-answering"] | None = None
     """Fine-tune the checkpoint --model for this task. --data is then lines "text TAB label", or SQuAD's JSON."""
     lora_rank: int | None = None
-    """Train LoRA adapters of this rank (and a task's head) in place of the model's weights, and merge them into these
-    at the end."""
+    """Train LoRA adapters of this rank (and a task's head), not the model's weights. They are merged in at the end."""
     lora_alpha: float = 16.0
     """For --lora-rank: adapters are scaled by alpha / rank."""
     lora_targets: tuple[Literal["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"], ...] = ("q_proj", "v_proj")
@@ -89,7 +88,7 @@ class Options:
     batch_size: int = 8
     """Sequences per step, over all devices."""
     accumulate: int = 1
-    """Split each step's batch into this number of micro-batches, one after the other: less memory, the same update."""
+    """Split each step's batch into this many micro-batches, one after the other: less memory, the same update."""
     seq_len: int | None = None
     """Tokens per sequence. Default: the model's max_position_embeddings."""
     learning_rate: float = 3e-3
@@ -105,9 +104,9 @@ class Options:
     clip_norm: float = 1.0
     """The largest global norm of the gradients; larger ones are scaled down."""
     dropout: float | None = None
-    """Default: the model configuration's (0.1 in the presets, 0 in "small")."""
+    """Rate of dropout. Default: the model configuration's (0.1 in the presets, 0 in "small")."""
     attention_dropout: float | None = None
-    """Default: the model configuration's."""
+    """Rate of dropout of attention weights. Default: the model configuration's."""
     init_std: float | None = None
     """Standard deviation of new weights. Default: the model configuration's; the paper's 0.006 for a preset."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
@@ -137,7 +136,7 @@ class Options:
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep."""
     keep_every: int | None = None
-    """Also keep the checkpoints of all steps that are multiples of this."""
+    """Also write and keep a checkpoint at all steps that are multiples of this."""
     fall_back: bool = False
     """If the newest checkpoint is damaged, resume from the newest that is not, and rename the later ones."""
     verify: bool = True
@@ -145,7 +144,7 @@ class Options:
     eval_every: int = 200
     """Steps between measurements of the validation loss. There is always one at the end."""
     eval_batches: int = 20
-    """The largest number of batches in such a measurement."""
+    """The largest number of held-out batches in a measurement of the validation loss."""
     log_every: int = 20
     """Steps between lines if the output is not a terminal."""
     stop_after: int | None = None

@@ -102,7 +102,6 @@ def compile_step(train_step: Any, state: Any, batch: Any, capacity: int) -> dict
     """Compile a step and measure the program.
 
     Args:
-      train_step: the jitted step.
       state: the training state as `jax.ShapeDtypeStruct`s.
       batch: a batch as `jax.ShapeDtypeStruct`s.
       capacity: bytes of HBM of a device.
@@ -154,12 +153,8 @@ def make_plan(
     """The plan of a run: its step compiled for its mesh of TPUs, also with other micro-batches to find the largest.
 
     Args:
-      train_step: the jitted step.
       abstract, shardings: of the training state.
       mesh: a mesh of `topology_devices`.
-      config: the architecture.
-      options: the options of train.py.
-      seq_len: tokens per sequence.
 
     Returns:
       What `report` shows and `--plan-output` contains. Sizes are in bytes; names say if they are of one chip.
@@ -171,7 +166,7 @@ def make_plan(
     def compile_at(micro: int) -> dict[str, Any]:
         ids = jax.ShapeDtypeStruct((rows // micro, micro * shards, seq_len), jnp.int32)
         names = ["input_ids", "labels", *(["segment_ids"] if options.pack == "segments" else [])]
-        what = f"the step with {micro} sequences at a time, for {mesh.size} chips"
+        what = f"the step with {micro} sequences at a time, on {mesh.size} chips"
         print(f"compiling {what} (up to some minutes) ...", file=sys.stderr, flush=True)
         plan = compile_step(train_step, abstract, dict.fromkeys(names, ids), capacity)
         result = f"{plan['hbm_bytes_per_chip'] / 1e9:,.1f} of {capacity / 1e9:,.1f} GB a chip"
@@ -229,12 +224,8 @@ def floor_bytes(config: OPTConfig, parameters: int, mesh: Any, micro_batches: in
     gradients scattered), and 11 gathers or scatters of the activations of each layer along `tensor`.
 
     Args:
-      config: the architecture.
-      parameters: number of parameters.
-      mesh: the mesh.
       micro_batches: number of micro-batches in a step.
       rows: sequences in a micro-batch of one group of chips along `tensor`.
-      seq_len: tokens per sequence.
     """
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     weights = 3 * 2 * parameters / tensor * (fsdp - 1) / fsdp

@@ -50,7 +50,6 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
     If one of them is a fine-tuning task, its measures replace perplexity and tokens/s.
 
     Args:
-      runs: the run directories.
       output: the PNG; an existing one is replaced.
 
     Raises:

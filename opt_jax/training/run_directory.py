@@ -24,7 +24,6 @@ def open_run(name: str, record: Record) -> Iterator["RunDirectory"]:
     """A context with the run directory, which holds the run's lock until the block ends.
 
     Args:
-      name: the directory.
       record: see `RunDirectory`; the same on all processes.
 
     Raises:

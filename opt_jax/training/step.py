@@ -81,7 +81,6 @@ def new_model(config: OPTConfig, seed: int, dtype: DTypeLike, cls: type = OPTFor
     constructor follows: the scale, and the zero row of the positions.
 
     Args:
-      config: the architecture.
       seed: for the weights.
       dtype: the dtype of the computation. Parameters are float32.
       cls: a class of model with a head.
@@ -104,8 +103,6 @@ def new_state(
     """The state before the first update.
 
     Args:
-      model: the model.
-      optimizer: the optimizer.
       trained: true for the names of the parameters to train. Default: all are trained.
     """
     model, frozen = (model, None) if trained is None else split(model, trained)
@@ -184,10 +181,6 @@ def make_gradients(
     the same weight.
 
     Args:
-      config: the architecture.
-      shardings: of the model.
-      mesh: the mesh.
-      loss_of: the loss.
       frozen_shardings: of the frozen parameters.
 
     Raises:
@@ -256,13 +249,9 @@ def make_train_step(
     micro-batches.
 
     Args:
-      optimizer, schedule: see `optimizer.py`.
-      config: the architecture.
       seed: for dropout.
       shardings: of the training state.
-      mesh: the mesh.
       skip_nonfinite: go on after an update that is not finite.
-      loss_of: the loss.
     """
     uses_dropout = max(config.dropout, config.attention_dropout, config.layerdrop) > 0
     gradients = make_gradients(config, shardings.model, mesh, loss_of, shardings.frozen)
@@ -310,9 +299,7 @@ def place_batch(
 
     Args:
       rows: returns the arrays [n, T] of a slice of the `batch_size` rows. Micro-batch i has the i-th part of the rows.
-      batch_size: rows of the global batch.
       accumulate: number of micro-batches.
-      mesh: the mesh.
     """
     size = batch_size // accumulate
 

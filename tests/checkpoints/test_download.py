@@ -109,6 +109,18 @@ def test_downloads_what_is_needed_and_no_more(server, resolve):
     assert {path.stat().st_size for path in blobs.iterdir()} == {1, 2}  # no incomplete file is left
 
 
+def test_shards_in_a_sub_directory(server, resolve):
+    shards = {f"weights/v1/{name}": weights(i, 1000) for i, name in enumerate(TWO)}
+    files = {"config.json": b"{}", "model.safetensors.index.json": index(*shards)}
+    server.repositories["org/below"] = repository = Repository(files | shards | {"weights/other.safetensors": b"o"})
+    answer = resolve("org/below")
+    assert "error" not in answer, answer
+    folder = Path(answer["path"])
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert found == files | shards and asked(repository) == {*found}
+    assert resolve("org/below", local_files_only=True) == answer
+
+
 def test_revisions(server, resolve):
     other = "1234567" + "c" * 33
     revisions = {"main": COMMIT, "v1.0": TAGGED, "refs/pr/1": other, "some/branch": other, COMMIT: COMMIT}
@@ -360,7 +372,16 @@ def test_missing_file(tmp_path):
     assert download.missing_file(tmp_path) is None
     (tmp_path / "pytorch_model.bin").unlink()
     assert download.missing_file(tmp_path) == "pytorch_model-00002-of-00002.bin"
-    for content in (b"{", b"[]", b"{}", index(), index("a/b"), b'{"weight_map": {"a": 1}}', b"[" * 100_000):
+    for content in (
+        b"{",
+        b"[]",
+        b"{}",
+        index(),
+        index("../b"),
+        index("a//b"),
+        b'{"weight_map": {"a": 1}}',
+        b"[" * 100_000,
+    ):
         (tmp_path / "pytorch_model.bin.index.json").write_bytes(content)
         with pytest.raises(ValueError, match="pytorch_model.bin.index.json is not an index of weight files"):
             download.missing_file(tmp_path)

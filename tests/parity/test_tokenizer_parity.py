@@ -1,6 +1,8 @@
 """The tokenizer against that of `transformers`: ids, masks and texts, with OPT's files and with saved ones."""
 
+import copy
 import json
+import pickle
 import warnings
 
 import numpy as np
@@ -273,6 +275,83 @@ def test_pad(pair):
             assert dict(got) == dict(theirs.pad(rows, padding_side=side, **arguments))
 
 
+# Fields of tokenizer_config.json (and of special_tokens_map.json, under "map") that change ids.
+FIELDS = {
+    "split": {"split_special_tokens": True},
+    "not-split": {"split_special_tokens": False},
+    "eos": {"add_eos_token": True},
+    "eos-only": {"add_eos_token": True, "add_bos_token": False},
+    "eos-and-split": {"add_eos_token": True, "split_special_tokens": True},
+    "dict": {"extra_special_tokens": {"image_token": "<mask>", "audio_token": "madeupword0000"}},
+    "dict-of-tokens": {"extra_special_tokens": {"image_token": {"__type": "AddedToken", "content": "Hello"}}},
+    "named": {"image_token": "madeupword0000", "mask_token": "<mask>"},
+    "named-token": {"image_token": {"__type": "AddedToken", "content": "madeupword0000", "lstrip": True}},
+    "list": {"extra_special_tokens": ["<mask>", "madeupword0001"]},
+    "old-list": {"additional_special_tokens": ["<mask>", "madeupword0001"]},
+    "map-list": {"extra_special_tokens": ["<mask>"], "map": {"extra_special_tokens": ["madeupword0001"]}},
+    "map-dict": {"map": {"extra_special_tokens": {"image_token": "<mask>"}}},
+    "map-old-list": {"map": {"additional_special_tokens": ["<mask>"]}},
+    "map-overrides": {"map": {"eos_token": "<mask>"}, "add_eos_token": True},
+    "max_len": {"max_len": 6},
+    "left": {"model_max_length": 6, "truncation_side": "left"},
+    "prefix": {"add_prefix_space": True},
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The files of a small tokenizer, without a tokenizer_config.json: 300 tokens are quick to read."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=297, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([__doc__, "Hello Hello"], trainer)
+    folder = tmp_path_factory.mktemp("small")
+    backend.model.save(str(folder))
+    vocab = json.loads((folder / "vocab.json").read_text())
+    for token in ("madeupword0000", "madeupword0001", "<mask>"):
+        vocab[token] = len(vocab)
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "config.json").write_text('{"model_type": "opt"}')
+    return folder
+
+
+@pytest.mark.parametrize("case", FIELDS)
+def test_fields_that_change_ids(small, tmp_path, case):
+    """From the slow files; and from the directories that both save."""
+    fields = dict(FIELDS[case])
+    for file in ("vocab.json", "merges.txt", "config.json"):
+        (tmp_path / file).symlink_to(small / file)
+    if "map" in fields:
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps(fields.pop("map")))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(FACEBOOK | fields))
+    ours, theirs = OPTTokenizer.from_pretrained(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    texts = ["naïve café", *HARD[8:11], "Hello <mask> Hellomadeupword0001 x", "a  madeupword0000b"]
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    with warnings.catch_warnings(action="ignore"):  # of an add_eos_token beside a tokenizer.json
+        again = OPTTokenizer.from_pretrained(tmp_path / "theirs")
+    for mine, other in (
+        (ours, theirs),
+        (again, transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")),
+        (OPTTokenizer.from_pretrained(tmp_path / "ours"), theirs),
+        (ours, transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")),
+    ):
+        assert_same(mine, other, texts)
+        assert mine.encode("a b", "c") == other.encode("a b", "c")
+        assert set(mine.all_special_ids) == set(other.all_special_ids)
+        assert mine.tokenize(HARD[8]) == other.tokenize(HARD[8])
+        assert mine.model_max_length == (other.model_max_length if other.model_max_length < 1e9 else None)
+        if mine.model_max_length:
+            got = [mine(text, truncation=True, return_tensors=None)["input_ids"] for text in texts]
+            assert got == [other(text, truncation=True)["input_ids"] for text in texts]
+    for copied in (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)):
+        assert copied.encode(HARD[8]) == ours.encode(HARD[8])
+
+
 def test_pipeline_returns_what_transformers_returns(tmp_path):
     """Both read a checkpoint of `transformers`, and return the same texts in the same structure."""
     torch = pytest.importorskip("torch", reason="transformers' pipeline needs PyTorch")
@@ -303,3 +382,21 @@ def test_pipeline_returns_what_transformers_returns(tmp_path):
         assert ours(prompts, batch_size=1, **arguments) == theirs(prompts, **arguments)
     assert ours(prompts, max_new_tokens=12, do_sample=False) == theirs(prompts, max_new_tokens=12, do_sample=False)
     assert ours(prompts[:1], max_length=20, do_sample=False) == theirs(prompts[:1], max_length=20, do_sample=False)
+
+    # The prefix that several of facebook/opt-*'s configs have.
+    content = json.loads((tmp_path / "config.json").read_text())
+    for prefix in ("</s>", "once upon a"):
+        (tmp_path / "config.json").write_text(json.dumps(content | {"prefix": prefix}))
+        theirs = transformers.pipeline("text-generation", model=str(tmp_path), device="cpu")
+        ours = pipeline("text-generation", model=str(tmp_path))
+        greedy = {"max_new_tokens": 12, "do_sample": False}
+        calls: list[dict] = [{"max_length": 33, "min_length": 31, "do_sample": False}]
+        if prefix == "</s>":
+            calls += [greedy | more for more in ({}, {"add_special_tokens": False}, {"prefix": ""}, {"prefix": "the"})]
+        for arguments in calls:
+            assert ours(prompts[2], **arguments) == theirs(prompts[2], **arguments), (prefix, arguments)
+        if prefix == "</s>":
+            assert ours(prompts[2], **greedy) != ours(prompts[2], prefix="", **greedy)
+            assert ours(prompts, **greedy) == theirs(prompts, **greedy)
+    with pytest.raises(ValueError, match="prefix=7 must be a text"):
+        ours("x", prefix=7)

@@ -160,12 +160,8 @@ def config_cases() -> Iterator[Case]:
         ("activation_function", ["relu"]),
         ("model_type", "gpt2"),
         ("model_type", {}),
-        ("architectures", "OPTForCausalLM"),
-        ("architectures", ["__class__"]),
-        ("architectures", ["OPTForCausalLM", "OPTModel"]),
         ("architectures", [[]]),
         ("architectures", ["OPTForQuestionAnswering"]),
-        ("architectures", ["x" * 10_000]),
         ("enable_bias", True),
         ("activation_function", "\x1b[31m\n" * 3000),
         ("problem_type", {}),
@@ -180,6 +176,8 @@ def config_cases() -> Iterator[Case]:
         ("init_std", []),
     ):
         yield case(f"{field}={str(value)[:30]!r}", CONFIG | {field: value})
+    for value in ("OPTForCausalLM", ["__class__"], ["OPTForCausalLM", "OPTModel"], ["x" * 10_000], ["\x1b[31m\n"]):
+        yield case(f"architectures={str(value)[:30]!r}", CONFIG | {"architectures": value}, outcome=HARMLESS)
     for field, value in (
         ("auto_map", {"AutoModel": "evil.Evil"}),
         ("_name_or_path", "../../secret"),

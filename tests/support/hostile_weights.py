@@ -125,8 +125,9 @@ def safetensors_cases(files: dict[str, bytes]) -> Iterator[Case]:
     yield case("no-tensors", safetensors({}, b""))
     yield case("no-tensors-but-data", safetensors({}, data), name)
     yield case("gap", safetensors(header, data + bytes(4)), name)
-    for i, metadata in enumerate(([], 5, "x", {"a": 1}, {"a": {}}, {"a": None}, None)):
+    for i, metadata in enumerate(([], 5, "x", {"a": 1}, {"a": {}}, {"a": None})):
         yield case(f"metadata{i}", safetensors(header | {"__metadata__": metadata}, data), name, "__metadata__")
+    yield case("metadata-null", safetensors(header | {"__metadata__": None}, data), outcome=HARMLESS)
     yield case("metadata-fine", safetensors(header | {"__metadata__": {"a": "b"}}, data), outcome=HARMLESS)
     for i, text in enumerate(
         (

@@ -1,5 +1,8 @@
 """Messages quote foreign values in one printable line of limited length."""
 
+import jax.numpy as jnp
+import numpy as np
+
 from opt_jax.system.messages import one_line, shown
 
 
@@ -13,3 +16,9 @@ def test_texts_become_one_printable_line():
 def test_values_are_quoted_whatever_they_are():
     assert shown("x\n") == "'x\\n'" and len(shown(["y"] * 1000)) <= 100
     assert shown(10**5000) == "a very large int"  # Python refuses to write out its digits
+
+
+def test_of_an_array_the_shape_is_quoted():
+    for array in (np.arange(12.0).reshape(3, 4), jnp.ones((3, 4))):
+        assert shown(array) == "an array of shape (3, 4)"
+    assert shown(np.array(3)) == "array(3)" and shown(np.zeros(0)) == "an array of shape (0,)"

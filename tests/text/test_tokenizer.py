@@ -335,10 +335,28 @@ def test_a_blank_in_front_is_put_where_the_config_says_so(tmp_path):
 
 
 def test_what_has_no_effect_in_the_files_is_noted(tmp_path):
-    config = {"add_eos_token": True, "split_special_tokens": False, "padding_side": "right"}
-    OPTTokenizer(trained(), config).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=r"tokenizer_config.json: without effect: add_eos_token=True \(append"):
-        assert OPTTokenizer.from_pretrained(tmp_path).padding_side == "left"
+    OPTTokenizer(trained(), {"split_special_tokens": False, "padding_side": "right"}).save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"add_eos_token": True}))
+    with pytest.warns(UserWarning, match=r"tokenizer_config.json: without effect: add_eos_token=True \(tokenizer.json"):
+        again = OPTTokenizer.from_pretrained(tmp_path)
+    assert again.padding_side == "left" and again.encode("") == [2]
+
+
+def test_an_eos_behind_each_text(tmp_path):
+    """As `add_eos_token` of GPT2Tokenizer, which has vocab.json and merges.txt; saved, tokenizer.json adds it."""
+    plain, config = OPTTokenizer(trained()), {"add_eos_token": True}
+    ids = plain.encode("hello", add_special_tokens=False)
+    for bos in (True, False):
+        tok = OPTTokenizer(trained(), config | {"add_bos_token": bos})
+        tok.save_pretrained(tmp_path / str(bos))
+        for tokenizer in (tok, OPTTokenizer.from_pretrained(tmp_path / str(bos))):
+            assert tokenizer.encode("hello") == [2] * bos + ids + [2]
+            assert tokenizer.encode("hello", "hello") == ([2] * bos + ids + [2]) * 2
+            assert tokenizer.num_special_tokens_to_add() == bos + 1
+        assert tok.add_bos_token is bos
+        tok.add_bos_token = not bos
+        assert tok.encode("hello") == [2] * (not bos) + ids + [2]
 
 
 def test_special_tokens_with_names_of_one_model(tmp_path):

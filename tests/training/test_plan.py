@@ -119,7 +119,7 @@ def test_a_plan_for_a_slice(tmp_path, libtpu, capsys):
     words = "--topology v5e:4x4 --mesh fsdp=8,tensor=2 --batch-size 32".split()
     report = plan(tmp_path, *words)
     printed, said = capsys.readouterr()
-    assert "compiling the step with 4 sequences at a time, for 16 chips" in said and " GB a chip" in said
+    assert "compiling the step with 4 sequences at a time, on 16 chips" in said and " GB a chip" in said
     assert report["fits"] and report["largest_micro_batch"] == 4
     assert report["mesh"] == {"data": 1, "fsdp": 8, "tensor": 2} and report["micro_batch"] == 4
     assert report["hbm_capacity_bytes"] == int(15.75 * 2**30)
@@ -155,7 +155,7 @@ def test_a_plan_is_of_the_runs_own_batches(monkeypatch):
 
     def compile_step(step, state, batch, capacity):
         batches.append({name: ids.shape for name, ids in batch.items()})
-        return dict(fits=len(batches) in fitting)
+        return dict(fits=len(batches) in fitting, hbm_bytes_per_chip=1, compile_seconds=0.0)
 
     monkeypatch.setattr("opt_jax.training.plan.compile_step", compile_step)
     monkeypatch.setitem(HBM, mesh.devices.flat[0].device_kind, 1)

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import importlib.util
 import json
+import logging
 import math
 import os
 import struct
@@ -374,13 +375,18 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, changes, package
 
 
 @pytest.mark.parametrize("fails", ["init", "log", "finish"])
-def test_a_full_disk_under_wandb_names_its_directory(tmp_path, monkeypatch, fails):
+def test_a_full_disk_under_wandb_names_its_directory(tmp_path, monkeypatch, capsys, fails):
     """Its errors have no file name. (A real disk that is full at each of these moments needs root.)"""
 
-    def call(name: str) -> None:
-        if name == fails:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full(*_: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def call(name: str) -> None:
+        logging.StreamHandler(SimpleNamespace(write=full)).emit(logging.makeLogRecord({}))  # as wandb's own log
+        if name == fails:
+            full()
+
+    monkeypatch.setattr(logging, "raiseExceptions", True)
     run = SimpleNamespace(log=lambda *_, **__: call("log"), finish=lambda: call("finish"))
     module = SimpleNamespace(Error=RuntimeError, init=lambda **_: call("init") or run)
     monkeypatch.setitem(sys.modules, "wandb", module)
@@ -388,3 +394,4 @@ def test_a_full_disk_under_wandb_names_its_directory(tmp_path, monkeypatch, fail
         logger = WandB("project", tmp_path, {})
         logger.write({"step": 1, "loss": 2.0})
         logger.close()
+    assert capsys.readouterr().err == ""

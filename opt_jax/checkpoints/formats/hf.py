@@ -1,11 +1,15 @@
 """Hugging Face checkpoint directories: finds the weight files and opens their tensors, lazily, under our paths."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from opt_jax.checkpoints import hub
 from opt_jax.checkpoints.arrays import Checks, LazyArray, first_difference
+from opt_jax.checkpoints.chunks import Index
 from opt_jax.checkpoints.download import WEIGHT_FILES, read_index
 from opt_jax.checkpoints.formats import float8, foreign, names
 from opt_jax.checkpoints.formats.flax_msgpack import read_flax
@@ -13,42 +17,75 @@ from opt_jax.checkpoints.formats.mapped_files import shown
 from opt_jax.checkpoints.formats.safetensors import read_safetensors
 from opt_jax.checkpoints.formats.stored import locate
 from opt_jax.checkpoints.formats.torch_files import read_torch
+from opt_jax.checkpoints.formats.wrappers import is_metaseq, is_no_weight, plain_names, torch_files
 from opt_jax.config import OPTConfig
 
 _KINDS = {".safetensors": "safetensors", ".bin": "torch .bin", ".msgpack": "Flax msgpack"}
 
 
-def open_checkpoint(directory: Path) -> dict[str, LazyArray]:
-    """HF name -> tensor, for the first of WEIGHT_FILES that is in `directory`, with all shards of an index.
+def open_checkpoint(directory: Path, checks: list[Callable[[], object]] | None = None) -> dict[str, LazyArray]:
+    """HF name -> tensor, for the weight file in `directory`, with all shards of an index.
+
+    Args:
+      directory: the directory.
+      checks: gets the comparisons of tensors that two shards hold.
 
     Raises:
       FileNotFoundError: there is no weight file, or a shard that the index names is missing.
       ValueError: a damaged file, or an index that contradicts its shards.
     """
     if (first := weight_file(directory)) is None:
-        hint = foreign.hint_of_directory(directory) or hub.quantization_hint(directory)
+        if others := [path.name for path in torch_files(directory)]:
+            what = f"has several files of weights ({', '.join(map(shown, others[:5]))}): name one of them"
+            raise ValueError(f"{directory} {what} pytorch_model.bin, or put it and config.json into a directory")
+        hint = hub.shards_hint(directory) or foreign.hint_of_directory(directory) or hub.quantization_hint(directory)
+        if any(map(is_metaseq, sorted(directory.glob("*.pt"))[:1])):
+            hint = f": it is a metaseq checkpoint; convert it with `python -m convert metaseq {directory} DST`"
         raise FileNotFoundError(f"{directory} has no weights: none of {', '.join(WEIGHT_FILES)}{hint}")
     if first.suffix != ".json":
-        return _read(first)
+        tensors = _read(first)
+        if first.name.endswith("_model_states.pt") and not all(array.size for array in tensors.values()):
+            raise ValueError(f"{first} has empty tensors{hub.ZERO_3_HINT}")
+        return tensors
     weight_map = read_index(first)
     if missing := [name for name in sorted(set(weight_map.values())) if not (directory / name).is_file()]:
         raise FileNotFoundError(f"{directory / missing[0]} is missing, but {first.name} names it")
-    tensors: dict[str, LazyArray] = {}
-    for name in sorted(set(weight_map.values())):
-        shard = _read(directory / name)
-        if twice := sorted(tensors.keys() & shard.keys()):
-            raise ValueError(f"{directory / name}: tensor {shown(twice[0])} is in another shard, too")
-        if absent := sorted(n for n, file in weight_map.items() if file == name and n not in shard):
+    tensors = {}
+    for file in sorted(set(weight_map.values())):
+        shard = _read(directory / file)
+        for name in sorted(tensors.keys() & shard.keys()):
+            what = f"{directory / file}: tensor {shown(name)} is in another shard, too, with other numbers"
+            if checks is not None:
+                checks.append(partial(_check_same, what, tensors[name], shard[name]))
+        # An old `save_pretrained` named a tied head in the index and left it out of the shard.
+        needed = (n for n, named in weight_map.items() if named == file and not n.endswith("lm_head.weight"))
+        if absent := sorted(n for n in needed if n not in shard):
             raise ValueError(
-                f"{directory / name}: tensor {shown(absent[0])} is missing, but {first.name} says it is here"
+                f"{directory / file}: tensor {shown(absent[0])} is missing, but {first.name} says it is here"
             )
         tensors |= shard
     return tensors
 
 
 def weight_file(directory: Path) -> Path | None:
-    """The weight file of the directory, or the index of its shards; None without either."""
-    return next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
+    """The weight file of the directory, or the index of its shards; None without either, or with several."""
+    known = next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
+    if known is not None:
+        return known
+    others = torch_files(directory)
+    return others[0] if len(others) == 1 else None
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """All files that hold the weights, and the index that names them.
+
+    Raises:
+      ValueError: the index is malformed.
+    """
+    if (first := weight_file(directory)) is None:
+        return []
+    shards = sorted(set(read_index(first).values())) if first.suffix == ".json" else ()
+    return [first, *(directory / name for name in shards)]
 
 
 def _read(path: Path) -> dict[str, LazyArray]:
@@ -59,36 +96,70 @@ def _read(path: Path) -> dict[str, LazyArray]:
 
 
 def open_parameters(directory: Path, config: OPTConfig) -> tuple[dict[str, LazyArray], Checks]:
-    """The checkpoint's tensors under our paths and in our orientation, and comparisons to run before using them.
+    """The checkpoint's tensors under our paths and in our orientation, and checks to run before using them.
 
-    An `lm_head.weight` that repeats the tied embedding is left out. So is `decoder.version`, a number that HF's classes
-    ignore too (`_keys_to_ignore_on_load_unexpected`).
+    An `lm_head.weight` that repeats the tied embedding is left out, and one without an embedding is the embedding. So
+    is `decoder.version`, a number that HF's classes ignore too (`_keys_to_ignore_on_load_unexpected`).
 
     Returns:
-      The arrays; functions that compare tensors which are stored twice, and raise ValueError if they differ.
+      The arrays; functions that compare tensors which are stored twice, and raise ValueError if they differ, or that
+      warn of what the names and the tensors hold besides the model.
 
     Raises:
       FileNotFoundError, ValueError: as `open_checkpoint`; or a tensor that no OPT model has.
     """
     arrays: dict[str, LazyArray] = {}
-    for name, array in open_checkpoint(directory).items():
+    checks: list[Callable[[], object]] = []
+    stored = open_checkpoint(directory, checks)
+    try:
+        plain, prefixes = plain_names(stored)
+    except ValueError as e:
+        raise ValueError(f"{directory}: {e}") from None
+    dropped = []
+    for full_name, array in stored.items():
+        name = plain[full_name]
         if name in ("model.decoder.version", "decoder.version"):
             continue
         try:
             path, transposed = names.from_hf(name)
         except KeyError:
-            what = f"tensor {shown(name)} is left over: no OPT model has it"
             hint = hub.quantization_hint(directory) or float8.quantized_part(name)
-            raise ValueError(f"{directory}: {what}{hint}") from None
+            if is_no_weight(name, array) and not hint:
+                dropped.append(shown(full_name))
+                continue
+            raise ValueError(f"{directory}: tensor {shown(name)} is left over: no OPT model has it{hint}") from None
+        array = array.T if transposed else array
         if path in arrays:
-            raise ValueError(f"{directory}: tensor {name} is there twice, with and without 'model.' in front")
-        arrays[path] = array.T if transposed else array
+            checks.append(partial(_check_same, f"{directory}: tensor {name} is there twice", arrays[path], array))
+        else:
+            arrays[path] = array
     _check_flax(directory, arrays, config)
     arrays = float8.cast(directory, arrays, config)
-    embedding, checks = arrays.get("model.decoder.embed_tokens.embedding"), []
-    if config.tie_word_embeddings and "lm_head.kernel" in arrays and embedding is not None:
-        checks.append(partial(_check_tied, directory, arrays.pop("lm_head.kernel").T, embedding))
+    embedding = arrays.get("model.decoder.embed_tokens.embedding")
+    if config.tie_word_embeddings and "lm_head.kernel" in arrays:
+        head = arrays.pop("lm_head.kernel").T
+        if embedding is None:
+            arrays["model.decoder.embed_tokens.embedding"] = head
+        else:
+            checks.append(partial(_check_tied, directory, head, embedding))
+    checks += _notes(directory, prefixes, sorted(dropped))
     return arrays, tuple(checks)
+
+
+def _notes(directory: Path, prefixes: list[str], dropped: list[str]) -> Iterator[Callable[[], object]]:
+    """Functions that warn of what was left out."""
+    if prefixes:
+        text = f"{directory}: without effect: {', '.join(map(repr, prefixes))} in the names of its tensors"
+        yield partial(warnings.warn, text, stacklevel=2)
+    if dropped:
+        more = f" and {len(dropped) - 5} more" if len(dropped) > 5 else ""
+        text = f"{directory}: without effect: {', '.join(dropped[:5])}{more}, which are no weights of an OPT model"
+        yield partial(warnings.warn, text, stacklevel=2)
+
+
+def _check_same(what: str, one: LazyArray, other: LazyArray) -> None:
+    if first_difference(one, other) is not None:
+        raise ValueError(what)
 
 
 def _check_flax(directory: Path, arrays: Mapping[str, LazyArray], config: OPTConfig) -> None:
@@ -103,11 +174,17 @@ def _check_flax(directory: Path, arrays: Mapping[str, LazyArray], config: OPTCon
 
 
 def _check_tied(directory: Path, head: LazyArray, embedding: LazyArray) -> None:
+    if head.dtype != embedding.dtype:  # peft's cast head is in float32
+        head, embedding = (LazyArray(x.shape, np.dtype(np.float32), _in_float32(x)) for x in (head, embedding))
     if first_difference(head, embedding) is not None:
         raise ValueError(
             f"{directory}: tensor lm_head.weight differs from model.decoder.embed_tokens.weight, though the config "
             "ties them: set tie_word_embeddings to false in config.json to keep both"
         )
+
+
+def _in_float32(array: LazyArray) -> Callable[[Index], np.ndarray]:
+    return lambda index: array.read(index).astype(np.float32)
 
 
 def stored_as(path: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
@@ -121,6 +198,6 @@ def weights_form(directory: Path) -> str:
     first = weight_file(directory)
     if first is None:
         return "no weights"
-    kind = next(kind for ending, kind in _KINDS.items() if ending in first.name)
+    kind = next((kind for ending, kind in _KINDS.items() if ending in first.name), f"torch {first.suffix}")
     count = len(set(read_index(first).values())) if first.suffix == ".json" else 1
     return f"Hugging Face {kind}, {count} file{'s' if count > 1 else ''}"

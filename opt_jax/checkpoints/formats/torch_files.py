@@ -46,8 +46,25 @@ class TorchTensor(NamedTuple):
     bits: Any = None  # None, or {"neg": ..., "conj": ...}: operations that torch applies to the numbers on reading
 
 
+_STATE_DICTS = ("state_dict", "model_state_dict", "module", "model")  # the names that training code gives them
 # What training code stores beside tensors: settings with their types, enums, meters, NumPy scalars.
-_STUB_MODULES = ("metaseq", "fairseq", "fairscale", "omegaconf", "argparse", "enum", "typing", "pathlib")
+_STUB_MODULES = (
+    "metaseq",
+    "fairseq",
+    "fairscale",
+    "omegaconf",
+    "argparse",
+    "enum",
+    "typing",
+    "pathlib",
+    "deepspeed",
+    "lightning",
+    "lightning_fabric",
+    "pytorch_lightning",
+    "transformers",
+    "accelerate",
+    "datetime",
+)
 _BUILTIN_TYPES = "bool bytearray bytes complex dict float frozenset int list long object set str tuple type unicode"
 _STUB_NAMES = {
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in _BUILTIN_TYPES.split()),
@@ -145,7 +162,7 @@ class TorchFile:
         try:
             self.content = unpickle.loads(pickled, _find_global_or_stub if stubs else _find_global)
         except Refused as e:
-            raise ValueError(
+            raise Refused(
                 f"{path}: refused, because the pickle in it asks for {shown(e)}; only tensors in dictionaries are read"
             ) from None
         except (ValueError, TypeError) as e:
@@ -204,14 +221,27 @@ class TorchFile:
 def read_torch(path: Path) -> Tensors:
     """The tensors of a state dict saved by `torch.save` (`pytorch_model.bin`).
 
+    The state dict may be inside of a training checkpoint, whose other entries are not read. Plain numbers and texts
+    beside tensors are left out.
+
     Raises:
-      ValueError: as `TorchFile`, or the file does not hold a flat dictionary of tensors.
+      ValueError: as `TorchFile`, or the file does not hold a dictionary of tensors.
     """
-    file = TorchFile(path)
-    if not isinstance(file.content, dict):
-        raise ValueError(f"{path} holds a {type(file.content).__name__}, not a state dict")
+    try:
+        file = TorchFile(path)
+        state = _state_dict(file.content)
+    except Refused:
+        file = TorchFile(path, stubs=True)
+        state = _state_dict(file.content)
+        if state is file.content:
+            raise
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict")
+    beside = (str, int, float, type(None)) if any(isinstance(value, TorchTensor) for value in state.values()) else ()
     tensors = Tensors(file.map)
-    for name, value in file.content.items():
+    for name, value in state.items():
+        if isinstance(name, str) and isinstance(value, beside) and not name.endswith((".weight", ".bias")):
+            continue
         if not isinstance(name, str) or not isinstance(value, TorchTensor):
             kind = type(value).__name__
             raise ValueError(f"{path}: entry {shown(name)} is a {kind}, where a state dict has tensors")
@@ -220,3 +250,13 @@ def read_torch(path: Path) -> Tensors:
         except ValueError as e:
             raise ValueError(f"{path}: tensor {shown(name)}: {e}") from None
     return tensors
+
+
+def _state_dict(content: Any) -> Any:
+    """The state dict in the content of a training checkpoint, such as Lightning's or DeepSpeed's; else the content."""
+    for _ in range(3):  # a dictionary may contain itself
+        if not isinstance(content, dict) or any(isinstance(value, TorchTensor) for value in content.values()):
+            break
+        inner = [content[name] for name in _STATE_DICTS if isinstance(content.get(name), dict)]
+        content = inner[0] if inner else content
+    return content

@@ -70,7 +70,6 @@ class Classification:
     Args:
       data: files of training examples.
       held_out: files of examples for validation. Empty: a part of `data` is held out.
-      tokenizer: the tokenizer.
       batch_size, seq_len, seed, multiple: see `Batches`, where `seq_len` is `longest`.
 
     Raises:

@@ -46,7 +46,6 @@ def task_logits(model: Any, batch: Batch, key: DropoutKey | None = None) -> Floa
     the smallest float32, because otherwise the loss would depend on the number of pads.
 
     Args:
-      model: the model.
       batch: input_ids and attention_mask [B, T], with pads on the right.
       key: for dropout; None: no dropout.
     """
@@ -107,12 +106,9 @@ class Batches(Order):
     go through the epochs without a gap. Without a seed, the only epoch goes from the shortest example to the longest.
 
     Args:
-      examples: the token ids of each example.
       labels: ints [N, ...].
-      batch_size: examples in a batch.
       longest: no example has more tokens.
       pad: the id for padding.
-      seed: see above.
       multiple: each length is a multiple of this.
     """
 

@@ -87,6 +87,7 @@ def windows(questions: Sequence[Question], tokenizer: OPTTokenizer, seq_len: int
       ValueError: a question leaves no room for its context.
     """
     backend: Any = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy, because truncation changes it
+    backend.encode_special_tokens = tokenizer.backend_tokenizer.encode_special_tokens  # which a copy lacks
     lengths = [len(e.ids) for e in backend.encode_batch([(q.question, "") for q in questions])]
     stride = min(STRIDE, (seq_len - max(lengths)) // 2)
     if stride < 1:
@@ -122,7 +123,6 @@ def best_answer(question: Question, windows: Sequence[tuple[Window, np.ndarray]]
     """The text of the most likely span in the windows of a question, as in HF's `run_qa.py`.
 
     Args:
-      question: the question.
       windows: its windows, and their logits [T, 2] for the start and the end.
       may_lack: return "" if the span of `</s>` is more likely.
     """
@@ -179,7 +179,6 @@ class QuestionAnswering:
     Args:
       data: SQuAD's files to train on.
       held_out: files for validation. Empty: the questions about a part of the contexts in `data` are held out.
-      tokenizer: the tokenizer.
       batch_size, seq_len, seed, multiple: see `Batches`, where `seq_len` is `longest`.
 
     Raises:
@@ -237,11 +236,7 @@ class QuestionAnswering:
 
 
 def _hold_out(questions: Sequence[Question]) -> tuple[list[int], list[int]]:
-    """The numbers of the training questions and of the held-out ones. No context has questions among both.
-
-    Raises:
-      ValueError: there is only one context.
-    """
+    """The numbers of the training questions and of the held-out ones. No context has questions among both."""
     contexts = list(dict.fromkeys(question.context for question in questions))
     if len(contexts) < 2:
         raise ValueError("--data has only one context, so none can be held out: name --validation-data")
