@@ -185,6 +185,8 @@ def to_hf(
       shard_of: i/n: write only the i-th of n parts of the files. Run the n commands in any order, on any hosts that
         share the file system; the last one completes DST.
     """
+    from opt_jax.checkpoints.formats.hf_writer import parse_size
+
     from . import to_hf
 
     *names, target = _sources_and_destination(paths)
@@ -195,9 +197,9 @@ def to_hf(
     if part is not None:
         job = job.for_one_shard()
     try:
-        to_hf.parse_size(max_shard_size)
+        parse_size(max_shard_size)
     except ValueError as e:
-        raise UsageError(str(e)) from None
+        raise UsageError(str(e).replace("max_shard_size", "--max-shard-size")) from None
     options = _options(names, target, source, metaseq, write) | {"max_shard_size": max_shard_size}
     with started(**dataclasses.asdict(job), options=options):
         opened = _open(names, dst, source, metaseq, write, hub.is_model if part is None else None)
