@@ -13,6 +13,7 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -385,7 +386,8 @@ def test_a_full_disk_under_wandb_names_its_directory(tmp_path, monkeypatch, caps
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def call(name: str) -> None:
-        logging.StreamHandler(SimpleNamespace(write=full)).emit(logging.makeLogRecord({}))  # as wandb's own log
+        stream: Any = SimpleNamespace(write=full)
+        logging.StreamHandler(stream).emit(logging.makeLogRecord({}))  # as wandb's own log
         if name == fails:
             full()
 
