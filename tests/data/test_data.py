@@ -12,6 +12,7 @@ import sys
 import time
 from multiprocessing import active_children
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -215,7 +216,7 @@ def test_all_cores_tokenise_what_is_large(tmp_path, monkeypatch):
 def test_workers_do_not_finish_what_nobody_waits_for(monkeypatch):
     monkeypatch.setattr(tokens, "_TASK", 4)
     before = active_children()
-    encoding = tokens._encode(iter([("def f(x)", True)] * 20), OPTTokenizer.from_pretrained("tiny"), 2)
+    encoding: Any = tokens._encode(iter([("def f(x)", True)] * 20), OPTTokenizer.from_pretrained("tiny"), 2)
     next(encoding)
     workers = [worker for worker in active_children() if worker not in before]
     encoding.close()
