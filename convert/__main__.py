@@ -46,6 +46,8 @@ class SourceOptions:
     """Where downloads are kept. Default: Hugging Face's cache (HF_HOME)."""
     offline: bool = False
     """Take a hub id from the cache, never from the network."""
+    adapter: Path | None = None
+    """A directory with a PEFT adapter (LoRA) of SRC, to be merged in."""
     no_verify: bool = False
     """Do not compare the data of an Orbax directory with their checksums."""
 
@@ -236,8 +238,8 @@ def verify(
 
     metaseq.check()
     leave_accelerators_alone()
-    # --cache-dir and --offline belong to whichever of DST and SRC is a hub id. --revision belongs to SRC.
-    dst_options = dataclasses.replace(source, revision=None)
+    # --cache-dir and --offline belong to whichever of DST and SRC is a hub id. --revision and --adapter belong to SRC.
+    dst_options = dataclasses.replace(source, revision=None, adapter=None)
     if is_here(dst):
         dst_options = SourceOptions(no_verify=source.no_verify)
     elif is_here(against[0]):
@@ -320,7 +322,7 @@ def _open(
         if replaceable is not None:
             directories.check_destination(dst, write.overwrite, replaceable)
         _quiet_downloads(write.quiet)
-        opened = _open_source(names, source, metaseq, from_metaseq)
+        opened = _open_source(names, source, metaseq, from_metaseq, write.dtype)
         _check_no_verify(source, opened)
         inside = os.path.realpath(dst)
         for path in (opened.where, *opened.companions):
@@ -334,13 +336,17 @@ def _open(
 
 
 def _open_source(
-    names: Sequence[str], source: SourceOptions, metaseq: MetaseqOptions, from_metaseq: bool = False
+    names: Sequence[str],
+    source: SourceOptions,
+    metaseq: MetaseqOptions,
+    from_metaseq: bool = False,
+    dtype: str | None = None,
 ) -> "Checkpoint":
     from .source import open_source
 
     options = {**dataclasses.asdict(source), **dataclasses.asdict(metaseq)}
     options["verify"] = not options.pop("no_verify")
-    return open_source(names, **options, from_metaseq=from_metaseq)
+    return open_source(names, **options, from_metaseq=from_metaseq, dtype=dtype)
 
 
 def _check_no_verify(source: SourceOptions, *opened: "Checkpoint") -> None:

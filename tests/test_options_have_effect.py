@@ -136,7 +136,7 @@ def test_options_of_generation(model):
         on_host = {
             field.name: getattr(request, field.name)
             for field in dataclasses.fields(request)
-            if field.name not in ("input_ids", "prompts", "options", "given", "column_bytes")
+            if field.name not in ("input_ids", "prompts", "options", "given", "column_bytes", "stops")
         }
         on_host |= dict(stops=request.options.stop_strings is not None, beams=request.num_beams)
         on_host |= dict(drafts=drafts and (drafts.count, int(drafts.ngram)))
@@ -207,16 +207,18 @@ def test_arguments_of_generate(model):
         "model": Because("what generates"),
         "input_ids": Because("the prompts"),
         "attention_mask": Refused("attention_mask must be of the shape", attention_mask=[[1]]),
+        "inputs_embeds": Refused("inputs_embeds must be", inputs_embeds=np.zeros((5, 8, 3), np.float32)),
         "generation_config": Refused("top_k without effect", generation_config=GenerationConfig(top_k=3)),
         "tokenizer": Refused("stop_strings need the tokenizer", stop_strings="x"),
         "cache": Refused("cache must be what model.prefill returns", cache="x"),
         "assistant_model": Refused("assistant_model must be an OPTForCausalLM", assistant_model="x"),
         "batch_size": Refused("batch_size=0 must be an integer of at least 1", batch_size=0),
         "progress_bar": Refused("progress_bar without effect: pass batch_size", progress_bar=True),
+        "return_cache": Refused("return_cache is not supported with num_beams", return_cache=True, num_beams=2),
     }
     call = lambda **arguments: generate(model, TOKENS, **arguments) if arguments else None  # noqa: E731
     check_all(names(generate), entries, call)
-    assert {*names(generate)} - {*names(stream)} == {"batch_size", "progress_bar"}
+    assert {*names(generate)} - {*names(stream)} == {"batch_size", "progress_bar", "return_cache"}
     entries = {
         "model": Because("it"),
         "input_ids": Because("it"),
@@ -360,6 +362,8 @@ def test_arguments_of_loading_and_saving(model, tmp_path):
         "cache_dir": at_hub,
         "local_files_only": at_hub,
         "verify": Refused("--no-verify. is for Orbax directories", name=hub.resolve("tiny"), verify=False),
+        "adapter": Refused("no PEFT adapter", adapter=tmp_path / "nowhere"),
+        "merge_adapter": Refused("merge_adapter=False is for an adapter", merge_adapter=False),
     }
     check_all(names(load_pretrained), entries, loaded)
 
@@ -415,7 +419,7 @@ def test_options_of_commands_are_read():
         for kind in (convert_command.SourceOptions, convert_command.MetaseqOptions)
         for f in dataclasses.fields(kind)
     }
-    assert given - {"no_verify"} | {"verify"} == {*names(source.open_source)} - {"names", "from_metaseq"}
+    assert given - {"no_verify"} | {"verify"} == {*names(source.open_source)} - {"names", "from_metaseq", "dtype"}
     assert {f.name for f in dataclasses.fields(convert_command.JobOptions)} == {*names(job.started)} - {"options"}
     for function in (source.open_source, job.started):
         body = ast.walk(ast.parse(inspect.getsource(function)))

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -28,14 +29,15 @@ from opt_jax.checkpoints import hf_scripts, hub
 from opt_jax.checkpoints.arrays import Checks, LazyArray
 from opt_jax.checkpoints.chunks import Shape
 from opt_jax.checkpoints.directories import check_space, new_directory
-from opt_jax.checkpoints.formats import config_json, hf, hf_writer
+from opt_jax.checkpoints.formats import config_json, hf, hf_writer, peft
 from opt_jax.checkpoints.orbax import open_arrays, write_arrays
 from opt_jax.checkpoints.source_files import files_of_model
 from opt_jax.config import OPTConfig
 from opt_jax.model.flash import AttentionImplementation
 from opt_jax.model.heads import OPTForCausalLM, OPTPreTrainedModel, named_parameters
+from opt_jax.model.lora import LoRA, is_trained
 from opt_jax.model.remat import Remat
-from opt_jax.model.stacking import stack_layers
+from opt_jax.model.stacking import stack_layers, unstack_layers
 from opt_jax.parallel import rules
 from opt_jax.parallel.agreement import on_every_process, on_first_process
 from opt_jax.system.disk import write_content
@@ -84,7 +86,8 @@ def save_pretrained(
     """Write the model, stacked or not, to a self-contained directory that `load_pretrained` reads.
 
     `directory` appears complete or not at all. Parameters keep their dtype. In a `jax.distributed` job all processes
-    must call this together, with a directory that they share. Each writes its part.
+    must call this together, with a directory that they share. Each writes its part. Of a model with an adapter that
+    was kept apart (`merge_adapter=False`), only the adapter is written, in PEFT's form.
 
     Args:
       model: the model.
@@ -109,6 +112,8 @@ def save_pretrained(
     if safe_serialization and jax.process_count() > 1:
         raise ValueError("a job writes Orbax directories: leave safe_serialization out, then `opt-jax convert to-hf`")
     hub.disk_path(directory) if safe_serialization else hub.check_array_path(directory)
+    if (lora := getattr(model, "lora", None)) is not None:  # see `load_pretrained`
+        return _save_adapter(model, lora, directory, overwrite, tokenizer)
     cls, arrays = type(model).__name__, _arrays_of(model)
     config = set_dtype(model.config.to_hf() | {"architectures": [cls]}, str(arrays[_EMBEDDING].dtype))
     companions: dict[str, bytes] = {}
@@ -162,6 +167,34 @@ def _arrays_of(model: OPTPreTrainedModel) -> dict[str, LazyArray | jax.Array]:
     return arrays
 
 
+def _save_adapter(
+    model: OPTPreTrainedModel, lora: LoRA, directory: str | os.PathLike, overwrite: bool, tokenizer: Any
+) -> None:
+    if tokenizer is not None:
+        raise ValueError("of a model with an adapter only that is saved, without a tokenizer: leave out tokenizer=")
+    trained = {path: param.get_value() for path, param in named_parameters(model).items() if is_trained(path)}
+    with new_directory(directory, overwrite) as new:
+        write_adapter(new, trained, lora, model.name_or_path, type(model).__name__)
+
+
+def write_adapter(
+    directory: str | os.PathLike, parameters: Mapping[str, jax.Array], lora: LoRA, base: str | None, cls: str
+) -> None:
+    """Write an adapter that PEFT loads; see `peft.adapter_files`. All processes of a job call this together."""
+    values = {
+        path: np.asarray(array) if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True)
+        for path, array in parameters.items()
+    }
+
+    def write() -> None:
+        path = hub.as_path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        for name, content in peft.adapter_files(values, lora, base, cls).items():
+            write_content(path / name, content)
+
+    on_first_process(write)
+
+
 def _lazy(value: jax.Array, *layer: int) -> LazyArray | jax.Array:
     """The array, or one layer of it, as an array that is read in parts.
 
@@ -205,6 +238,8 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
     verify: bool = True,
+    adapter: str | os.PathLike | None = None,
+    merge_adapter: bool = True,
     **fields: Any,
 ) -> M:
     """A model of class `cls` from an Orbax or a Hugging Face directory.
@@ -226,10 +261,14 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
         shape in the checkpoint, shape in the model) and `error_msgs`, under the checkpoint's names.
       revision, cache_dir, local_files_only: see `hub.resolve`.
       verify: compare the chunks of an Orbax directory with their checksums. False reads damaged chunks as they are.
+      adapter: a directory with a PEFT adapter (LoRA) for the model.
+      merge_adapter: False keeps the adapter's matrices as parameters of their own, as `lora.LoRA` does (needs qwix).
+        They can be trained, and `save_pretrained` then writes a PEFT adapter: them, and the head of a task.
       **fields: fields of the config that differ from the checkpoint's: `num_labels=5`, `dropout=0.0`, `id2label=...`
 
     Raises:
       FileNotFoundError: no such model, or an incomplete one.
+      ImportError: qwix is not installed (`merge_adapter=False`).
       ValueError: a bad config or checkpoint, a checkpoint that changed while it was read, a dtype that is not floating
         point, an argument that does not exist (for one of `transformers` it says what to write instead), or
         `verify=False` for a model without checksums.
@@ -242,10 +281,18 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
     files = files_of_model(directory)
     config = _config_of(directory, config, fields)
     arrays, checks = open_parameters(directory, config, verify)
+    stored = {path: array.dtype for path, array in arrays.items()}
+    opened = None
+    if adapter is not None:
+        files.add(peft.files_of_adapter(adapter))
+        opened = peft.open_adapter(adapter)
+        how: Any = dict(causal=issubclass(cls, OPTForCausalLM), merge=merge_adapter, dtype="float32")
+        arrays, config = opened.onto(arrays, config, directory, **how)
+    elif not merge_adapter:
+        raise ValueError("merge_adapter=False is for an adapter: give its directory with adapter=")
 
     # A causal LM may neither lose a stored lm_head nor get a random one.
     may_drop = [head for head in _HEADS if not (head == "lm_head." and issubclass(cls, OPTForCausalLM))]
-    stored_as = _stored_as(directory)
     expected, fresh, dropped = check_parameters(
         cls,
         config,
@@ -254,23 +301,26 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
         may_lack=("score.", "qa_outputs."),
         may_drop=may_drop,
         may_differ=ignore_mismatched_sizes,
-        stored_as=stored_as,
+        stored_as=_stored_as(directory),
     )
-    for path in fresh:
-        what = f"{path} of shape {arrays[path].shape}" if path in arrays else f"no {path}"
-        log.warning("%s has %s: newly initialised. Train it before use.", directory, what)
-    for path in dropped:
-        log.warning("%s: %s is not used by %s", directory, path, cls.__name__)
+    info = _report(cls, directory, arrays, expected, fresh, dropped)
 
     for check in checks:  # in a job one process checks, because the others read only their shards
         check() if mesh is None else on_first_process(check)
 
     default = jnp.zeros(()).sharding  # honours jax.default_device
     platform = next(iter(default.device_set)).platform if mesh is None else mesh.devices.flat[0].platform
-    stored = {path: array.dtype for path, array in arrays.items() if path in expected}
+    stored = {path: stored.get(path, stored[_EMBEDDING]) for path in arrays if path in expected}
     compute, dtypes = _choose_dtypes(dtype, param_dtype, stored, platform, directory)
     options: Any = dict(dtype=compute, attn_implementation=attn_implementation, remat=remat)
     model: Any = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), param_dtype=dtypes[_EMBEDDING], **options))
+    if opened is not None and not merge_adapter:
+        lora = opened.lora(config.num_hidden_layers)
+        model = unstack_layers(lora.adapt(stack_layers(model)))
+        model.lora = lora  # for `save_pretrained`
+        kept = opened.kept()
+        arrays, expected = arrays | kept, expected | {path: array.shape for path, array in kept.items()}
+        dtypes |= {path: dtypes[path.rpartition("_lora_")[0]] for path in kept}
     targets = {
         path: jax.ShapeDtypeStruct(
             shape,
@@ -292,20 +342,33 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
     files.check() if mesh is None else on_every_process(files.check)
     if scan_layers:
         model = stack_layers(model)
-    if not output_loading_info:
-        return model
-    keys = {path: stored_as(path, ())[0] for path in (*fresh, *dropped)}
-    stored_and_expected = {path: (arrays[path].shape, expected[path]) for path in fresh if path in arrays}
-    info = {
-        "missing_keys": {keys[path] for path in fresh if path not in arrays},
-        "unexpected_keys": {keys[path] for path in dropped},
+    return cast(Any, (model, info)) if output_loading_info else model
+
+
+def _report(
+    cls: type[OPTPreTrainedModel],
+    directory: Path,
+    arrays: Mapping[str, LazyArray],
+    expected: Mapping[str, Shape],
+    fresh: Sequence[str],
+    dropped: Sequence[str],
+) -> dict[str, Any]:
+    """Log what is newly initialised and what is not used; the dict of `output_loading_info`."""
+    for path in fresh:
+        what = f"{path} of shape {arrays[path].shape}" if path in arrays else f"no {path}"
+        log.warning("%s has %s: newly initialised. Train it before use.", directory, what)
+    for path in dropped:
+        log.warning("%s: %s is not used by %s", directory, path, cls.__name__)
+    stored_as = _stored_as(directory)
+    differing = [path for path in fresh if path in arrays]
+    return {
+        "missing_keys": {stored_as(path, ())[0] for path in fresh if path not in arrays},
+        "unexpected_keys": {stored_as(path, ())[0] for path in dropped},
         "mismatched_keys": {
-            (keys[path], *(stored_as(path, shape)[1] for shape in shapes))
-            for path, shapes in stored_and_expected.items()
+            (*stored_as(path, arrays[path].shape), stored_as(path, expected[path])[1]) for path in differing
         },
         "error_msgs": [],
     }
-    return cast(Any, (model, info))
 
 
 def _config_of(directory: Path, config: Any, fields: Mapping[str, Any]) -> OPTConfig:
