@@ -80,9 +80,7 @@ def push_model(  # noqa: PLR0913  (options, by keyword)
       huggingface_hub.errors.HfHubHTTPError: the hub refuses.
     """
     if getattr(model, "lora", None) is not None:
-        raise ValueError(
-            "push_to_hub uploads complete models: load this one with its adapter merged, or save_pretrained"
-        )
+        raise ValueError("push_to_hub uploads complete models: load this one with its adapter merged")
     with TemporaryDirectory() as temporary:
         folder = Path(temporary, "model")
         model.save_pretrained(folder, tokenizer=tokenizer, safe_serialization=True, max_shard_size=max_shard_size)
