@@ -108,12 +108,12 @@ def save_pretrained(
         raise hf_scripts.unknown_argument("save_pretrained", name, inspect.signature(save_pretrained).parameters)
     if max_shard_size is not None and not safe_serialization:
         raise ValueError("max_shard_size without effect: pass safe_serialization=True as well")
-    if (lora := getattr(model, "lora", None)) is not None:  # see `load_pretrained`
-        return _save_adapter(model, lora, directory, overwrite, tokenizer, max_shard_size)
     limit = hf_writer.parse_size(max_shard_size or "5GB")
     if safe_serialization and jax.process_count() > 1:
         raise ValueError("a job writes Orbax directories: leave safe_serialization out, then `opt-jax convert to-hf`")
     hub.disk_path(directory) if safe_serialization else hub.check_array_path(directory)
+    if (lora := getattr(model, "lora", None)) is not None:  # see `load_pretrained`
+        return _save_adapter(model, lora, directory, overwrite, tokenizer)
     cls, arrays = type(model).__name__, _arrays_of(model)
     config = set_dtype(model.config.to_hf() | {"architectures": [cls]}, str(arrays[_EMBEDDING].dtype))
     companions: dict[str, bytes] = {}
@@ -168,15 +168,8 @@ def _arrays_of(model: OPTPreTrainedModel) -> dict[str, LazyArray | jax.Array]:
 
 
 def _save_adapter(
-    model: OPTPreTrainedModel,
-    lora: LoRA,
-    directory: str | os.PathLike,
-    overwrite: bool,
-    tokenizer: Any,
-    max_shard_size: int | str | None,
+    model: OPTPreTrainedModel, lora: LoRA, directory: str | os.PathLike, overwrite: bool, tokenizer: Any
 ) -> None:
-    if max_shard_size is not None:
-        raise ValueError("max_shard_size without effect: of a model with an adapter only that is saved, in one file")
     if tokenizer is not None:
         raise ValueError("of a model with an adapter only that is saved, without a tokenizer: leave out tokenizer=")
     trained = {path: param.get_value() for path, param in named_parameters(model).items() if is_trained(path)}
@@ -282,8 +275,6 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
     """
     fields = hf_scripts.known("from_pretrained", fields, hf_scripts.LOADING)
     hf_scripts.check_attention(attn_implementation)
-    if adapter is None and not merge_adapter:
-        raise ValueError("merge_adapter=False is for an adapter: give its directory with adapter=")
     directory = hub.resolve(name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
     if not (verify or hub.is_orbax(directory)):
         raise ValueError(f"verify=False (--no-verify) is for Orbax directories: {directory} has no checksums")
@@ -297,10 +288,11 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
         opened = peft.open_adapter(adapter)
         how: Any = dict(causal=issubclass(cls, OPTForCausalLM), merge=merge_adapter, dtype="float32")
         arrays, config = opened.onto(arrays, config, directory, **how)
+    elif not merge_adapter:
+        raise ValueError("merge_adapter=False is for an adapter: give its directory with adapter=")
 
     # A causal LM may neither lose a stored lm_head nor get a random one.
     may_drop = [head for head in _HEADS if not (head == "lm_head." and issubclass(cls, OPTForCausalLM))]
-    stored_as = _stored_as(directory)
     expected, fresh, dropped = check_parameters(
         cls,
         config,
@@ -309,9 +301,10 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
         may_lack=("score.", "qa_outputs."),
         may_drop=may_drop,
         may_differ=ignore_mismatched_sizes,
-        stored_as=stored_as,
+        stored_as=_stored_as(directory),
     )
-    _log_differences(cls, arrays, directory, fresh, dropped)
+    info = _report(cls, directory, arrays, expected, fresh, dropped)
+
     for check in checks:  # in a job one process checks, because the others read only their shards
         check() if mesh is None else on_first_process(check)
 
@@ -349,32 +342,31 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
     files.check() if mesh is None else on_every_process(files.check)
     if scan_layers:
         model = stack_layers(model)
-    if not output_loading_info:
-        return model
-    mismatched = {path: (arrays[path].shape, expected[path]) for path in fresh if path in arrays}
-    missing = [path for path in fresh if path not in arrays]
-    return cast(Any, (model, _loading_info(missing, dropped, mismatched, stored_as)))
+    return cast(Any, (model, info)) if output_loading_info else model
 
 
-def _log_differences(
-    cls: type, arrays: Mapping[str, LazyArray], directory: Path, fresh: Sequence[str], dropped: Sequence[str]
-) -> None:
+def _report(
+    cls: type[OPTPreTrainedModel],
+    directory: Path,
+    arrays: Mapping[str, LazyArray],
+    expected: Mapping[str, Shape],
+    fresh: Sequence[str],
+    dropped: Sequence[str],
+) -> dict[str, Any]:
+    """Log what is newly initialised and what is not used; the dict of `output_loading_info`."""
     for path in fresh:
         what = f"{path} of shape {arrays[path].shape}" if path in arrays else f"no {path}"
         log.warning("%s has %s: newly initialised. Train it before use.", directory, what)
     for path in dropped:
         log.warning("%s: %s is not used by %s", directory, path, cls.__name__)
-
-
-def _loading_info(
-    missing: Sequence[str], dropped: Sequence[str], mismatched: Mapping[str, tuple[Shape, Shape]], stored_as: Any
-) -> dict[str, Any]:
-    """What `load_pretrained` returns with `output_loading_info`, under the checkpoint's names."""
-    shapes_of = lambda path, shapes: (stored_as(path, shape)[1] for shape in shapes)  # noqa: E731
+    stored_as = _stored_as(directory)
+    differing = [path for path in fresh if path in arrays]
     return {
-        "missing_keys": {stored_as(path, ())[0] for path in missing},
+        "missing_keys": {stored_as(path, ())[0] for path in fresh if path not in arrays},
         "unexpected_keys": {stored_as(path, ())[0] for path in dropped},
-        "mismatched_keys": {(stored_as(path, ())[0], *shapes_of(path, shapes)) for path, shapes in mismatched.items()},
+        "mismatched_keys": {
+            (*stored_as(path, arrays[path].shape), stored_as(path, expected[path])[1]) for path in differing
+        },
         "error_msgs": [],
     }
 

@@ -76,9 +76,11 @@ def push_model(  # noqa: PLR0913  (options, by keyword)
       max_shard_size: see `save_pretrained`.
 
     Raises:
-      ValueError: see `save_pretrained`, or not a name of a repository.
+      ValueError: see `save_pretrained`; not a name of a repository; or a model with an adapter that is kept apart.
       huggingface_hub.errors.HfHubHTTPError: the hub refuses.
     """
+    if getattr(model, "lora", None) is not None:
+        raise ValueError("push_to_hub uploads complete models: load this one with its adapter merged")
     with TemporaryDirectory() as temporary:
         folder = Path(temporary, "model")
         model.save_pretrained(folder, tokenizer=tokenizer, safe_serialization=True, max_shard_size=max_shard_size)

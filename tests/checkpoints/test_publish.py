@@ -1,6 +1,7 @@
 """`push_to_hub`, with huggingface_hub's own client and a server on this machine."""
 
 import json
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -11,6 +12,7 @@ from reference import our_model
 from support.hub_server import HubServer, Resolver
 
 from opt_jax import OPTForCausalLM, OPTTokenizer, named_parameters
+from opt_jax.model.lora import LoRA
 
 TOKEN = "hf_writer"
 # huggingface_hub 2.4 itself calls its HTTP client, httpx2, in the way that this one calls old.
@@ -70,6 +72,13 @@ def test_who_may_not_write_gets_the_answer_of_the_hub(server):
     with pytest.raises(HfHubHTTPError, match="401"):
         our_model("opt-125m", num_hidden_layers=1).push_to_hub("me/small", token="hf_reader")
     assert not server.repositories
+
+
+def test_models_with_an_adapter_are_refused():
+    model: Any = our_model("opt-125m", num_hidden_layers=1)
+    model.lora = LoRA(rank=2, alpha=4.0)
+    with pytest.raises(ValueError, match="with its adapter merged"):
+        model.push_to_hub("me/small", token=TOKEN)
 
 
 def test_the_card_names_the_model_that_was_loaded(server):
