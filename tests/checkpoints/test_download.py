@@ -116,8 +116,8 @@ def test_shards_in_a_sub_directory(server, resolve):
     answer = resolve("org/below")
     assert "error" not in answer, answer
     folder = Path(answer["path"])
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert found == files | shards and asked(repository) == {*found}
+    downloaded = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert downloaded == files | shards and asked(repository) == {*downloaded}
     assert resolve("org/below", local_files_only=True) == answer
 
 
