@@ -49,7 +49,7 @@ class RowsCache:
 @partial(jax.jit, static_argnames=("num_beams", "capacity"))
 def search_rows(model: OPTForCausalLM, prompts: Prompts, options: beams.BeamOptions, *, num_beams: int, capacity: int):
     """The search of `BeamEngine` with a `RowsCache`."""
-    batch, width = prompts.ids.shape
+    batch, width = prompts.mask.shape
     out = model.forward(prompts.ids, prompts.mask, cache=model.init_cache(batch, width + capacity), logits_to_keep=1)
     assert out.cache is not None
     per_row = (out.cache.k, out.cache.v, out.cache.valid, out.cache.next_position)

@@ -75,6 +75,7 @@ def generate(  # noqa: PLR0913  (the options of a command)
     )
     if temperature:
         options |= dict(temperature=temperature, top_k=50 if top_k is None else top_k)
+    options = {name: value for name, value in options.items() if value is not None}  # the checkpoint may set these
     for i, prompt in enumerate(prompts):
         inputs = tokenizer(prompt, return_tensors="np")
         room = language_model.config.max_position_embeddings - inputs["input_ids"].shape[1]

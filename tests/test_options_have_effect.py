@@ -135,7 +135,7 @@ def test_options_of_generation(model):
         on_host = {
             field.name: getattr(request, field.name)
             for field in dataclasses.fields(request)
-            if field.name not in ("input_ids", "prompts", "options", "given", "column_bytes")
+            if field.name not in ("input_ids", "prompts", "options", "given", "column_bytes", "stops")
         }
         on_host |= dict(stops=request.options.stop_strings is not None, beams=request.num_beams)
         on_host |= dict(drafts=drafts and (drafts.count, int(drafts.ngram)))
@@ -206,16 +206,18 @@ def test_arguments_of_generate(model):
         "model": Because("what generates"),
         "input_ids": Because("the prompts"),
         "attention_mask": Refused("attention_mask must be of the shape", attention_mask=[[1]]),
+        "inputs_embeds": Refused("inputs_embeds must be", inputs_embeds=np.zeros((5, 8, 3), np.float32)),
         "generation_config": Refused("top_k without effect", generation_config=GenerationConfig(top_k=3)),
         "tokenizer": Refused("stop_strings need the tokenizer", stop_strings="x"),
         "cache": Refused("cache must be what model.prefill returns", cache="x"),
         "assistant_model": Refused("assistant_model must be an OPTForCausalLM", assistant_model="x"),
         "batch_size": Refused("batch_size=0 must be an integer of at least 1", batch_size=0),
         "progress_bar": Refused("progress_bar without effect: pass batch_size", progress_bar=True),
+        "return_cache": Refused("return_cache is not supported with num_beams", return_cache=True, num_beams=2),
     }
     call = lambda **arguments: generate(model, TOKENS, **arguments) if arguments else None  # noqa: E731
     check_all(names(generate), entries, call)
-    assert {*names(generate)} - {*names(stream)} == {"batch_size", "progress_bar"}
+    assert {*names(generate)} - {*names(stream)} == {"batch_size", "progress_bar", "return_cache"}
     entries = {
         "model": Because("it"),
         "input_ids": Because("it"),

@@ -44,8 +44,11 @@ def as_path(name: str | os.PathLike) -> Path:
     """A path with the methods of `pathlib`, also for objects in a store. A leading `~` is the home directory.
 
     Raises:
+      FileNotFoundError: an empty name.
       ValueError: `~NAME`, and there is no user of this name.
     """
+    if os.fspath(name) == "":  # as of a shell's variable that is not set; a Path of it is the current directory
+        raise FileNotFoundError("no directory or file '': the name is empty")
     if is_remote(name):
         return epath.Path(name)  # type: ignore[reportReturnType]
     try:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from opt_jax.evaluation._perplexity import check_batch_size
 from opt_jax.generation.config import SAMPLING
-from opt_jax.generation.request import batch_bucket
+from opt_jax.generation.prompts import batch_bucket
 from opt_jax.model.heads import OPTForCausalLM
 from opt_jax.parallel import processes
 from opt_jax.text.tokenizer import OPTTokenizer

@@ -23,7 +23,8 @@ from opt_jax.generation import sampling
 from opt_jax.generation.engines import NewTokens, Slots, check_fits, padded
 from opt_jax.generation.loop import FlatModel, Model, Prompts, Report, TokenLogprobs, as_module, read
 from opt_jax.generation.processors import History
-from opt_jax.generation.request import Request, batch_bucket, bucket, take_prompts
+from opt_jax.generation.prompts import batch_bucket, bucket, take_prompts
+from opt_jax.generation.request import Request
 from opt_jax.generation.sampling import SamplingOptions
 from opt_jax.model.cache import KVCache
 
@@ -133,7 +134,7 @@ class BeamEngine:
 
     def results(self, slots: Slots) -> NewTokens:
         count, finished = self.rows_per_job, jax.device_get(slots.state.finished)
-        best = jax.tree.map(lambda x: x[:, :count].reshape(-1, *x.shape[2:]), finished)
+        best = jax.tree.map(lambda x: x[:, :count].reshape(len(x) * count, *x.shape[2:]), finished)
         return NewTokens(best.tokens, best.lengths, best.stopped, best.logprobs, scores=best.scores)
 
 
@@ -184,7 +185,7 @@ def new_state(
     prompts: Prompts, cache: KVCache, options: BeamOptions, num_beams: int, capacity: int, logprobs: int | None
 ) -> BeamState:
     """The state before the first token. `cache` holds the prompts, and has one branch for each beam."""
-    shape, matched, records = (len(prompts.ids), num_beams), prompts.matched, None
+    shape, matched, records = (len(prompts.mask), num_beams), prompts.matched, None
     if matched is not None:
         matched = jnp.broadcast_to(matched[:, None], shape)
     if logprobs is not None:

@@ -7,66 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from opt_jax.checkpoints import hub
+from opt_jax.generation.hf_options import check_names, ignored_fields, without_ignored
 from opt_jax.system.messages import shown
 from opt_jax.system.reading import asks_for_nothing, json_object, note_without_effect, read_small
 
-# HF's options that never change tokens here. (HF starts an empty prompt with BOS; here it is an error.)
-_INERT = {"bos_token_id", "transformers_version", "_from_model_config", "return_dict_in_generate"}
-# HF's options that are not supported -> values that are accepted, because they have no effect. None always is.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "num_beam_groups": (1,),
-    "diversity_penalty": (0,),
-    "constraints": (),
-    "force_words_ids": (),
-    "low_memory": (False,),
-    "penalty_alpha": (0,),
-    "dola_layers": (),
-    "max_time": (),
-    "use_mtp": (False,),
-    "use_cache": (True,),
-    "cache_implementation": (),
-    "cache_config": (),
-    "max_cache_len": (),
-    "prefill_chunk_size": (),
-    "top_h": (),
-    "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,),
-    "renormalize_logits": (False,),
-    "remove_invalid_values": (False,),
-    "exponential_decay_length_penalty": (),
-    "sequence_bias": (),
-    "encoder_repetition_penalty": (1,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "decoder_start_token_id": (),
-    "token_healing": (False,),
-    "guidance_scale": (1,),
-    "watermarking_config": (),
-    "negative_prompt_ids": (),
-    "output_attentions": (False,),
-    "output_hidden_states": (False,),
-    "output_scores": (False,),
-    "output_logits": (False,),
-    "is_assistant": (False,),
-    "assistant_model": (),
-    "assistant_tokenizer": (),
-    "num_assistant_tokens_schedule": ("constant",),
-    "assistant_confidence_threshold": (0.4,),
-    "assistant_early_exit": (),
-    "assistant_lookbehind": (10,),
-    "target_lookbehind": (10,),
-    "assistant_ensemble_weight": (),
-    "speculation_type": (),
-    "compile_config": (),
-    "disable_compile": (False,),
-    "continuous_batching_config": (),
-    "logits_processor": (),
-    "stopping_criteria": (),
-    "streamer": (),
-    "prefix_allowed_tokens_fn": (),
-    "synced_gpus": (False,),
-    "custom_generate": (),
-    "inputs_embeds": (),
-}
 # Options that need do_sample=True -> values that have no effect even then.
 SAMPLING: dict[str, tuple[Any, ...]] = {
     "temperature": (1,),
@@ -175,7 +119,7 @@ class GenerationConfig:
 
     def __new__(cls, **options: Any):
         """A new object; ValueError for options that do not exist or have no effect."""
-        _check_names(options, "GenerationConfig")
+        check_names(options, "GenerationConfig", FIELDS)
         if others := [name for name in options if name not in FIELDS]:
             raise ValueError(f"GenerationConfig: {', '.join(others)} have no effect: leave them out, or use from_dict")
         return super().__new__(cls)
@@ -187,7 +131,7 @@ class GenerationConfig:
         Raises:
           ValueError: an unknown or unsupported option; the message begins with `where`.
         """
-        _check_names(options, where)
+        check_names(options, where, FIELDS)
         return cls(**{name: value for name, value in options.items() if name in FIELDS})
 
     @classmethod
@@ -203,6 +147,10 @@ class GenerationConfig:
 
         Raises:
           FileNotFoundError: the checkpoint has no generation_config.json.
+          ValueError: an option of the file would change tokens, and is not supported.
+
+        Warns:
+          UserWarning: the file has options without meaning here. They are left out.
         """
         folder = hub.resolve(
             name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, weights=False
@@ -210,7 +158,8 @@ class GenerationConfig:
         path = folder / "generation_config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
-        return cls.from_dict(parse(read_small(path).decode("utf-8", "replace"), str(path)), str(path))
+        content = parse(read_small(path).decode("utf-8", "replace"), str(path))
+        return cls.from_dict(without_ignored(content, str(path), FIELDS), str(path))
 
     def check(self) -> None:
         """Check values and combinations of options.
@@ -241,7 +190,8 @@ def combine(
 ) -> GenerationConfig:
     """One config from three sources. Keyword arguments win over `config`, and `config` wins over the checkpoint.
 
-    An option of a lower source that contradicts a higher one is dropped.
+    An option of a lower source that contradicts a higher one is dropped. A keyword argument that is None drops the
+    option of the lower sources.
 
     Args:
       checkpoint: content of the checkpoint's generation_config.json.
@@ -254,14 +204,14 @@ def combine(
         source.
 
     Warns:
-      UserWarning: an option of the checkpoint has no effect, such as a temperature without do_sample.
+      UserWarning: an option of the checkpoint has no effect, such as a temperature without do_sample, or no meaning.
     """
     given = override(options_of(config), options)
     _check_each(given)
     merged = override(checkpoint, given)
-    _check_names({k: v for k, v in merged.items() if k not in given}, where)
+    unused = dict(ignored_fields(merged.keys() - given.keys(), FIELDS))
+    check_names({k: v for k, v in merged.items() if k not in given and k not in unused}, where, FIELDS)
     _check_each({k: merged[k] for k in merged.keys() & {"do_sample", "num_beams", "prompt_lookup_num_tokens"}})
-    unused: dict[str, tuple[tuple[Any, ...], str]] = {}
     for names, is_used, hint in (
         (SAMPLING, merged.get("do_sample"), "needs do_sample=True"),
         (_BEAMS, (merged.get("num_beams") or 1) > 1, "needs num_beams"),
@@ -289,25 +239,18 @@ def options_of(config: GenerationConfig | None) -> dict[str, Any]:
 
 
 def override(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of `upper`, and those of `lower` that do not contradict them."""
-    upper = {k: v for k, v in upper.items() if v is not None}
-    dropped = {name for names in _LENGTHS if names & upper.keys() for name in names}
+    """The options of `upper`, and those of `lower` that do not contradict them.
+
+    None in the result says that a source below may not set the option either.
+    """
+    given = {k for k, v in upper.items() if v is not None}
+    dropped = {name for names in _LENGTHS if names & given for name in names}
     if upper.get("do_sample") is False:
         dropped |= {*SAMPLING, "num_return_sequences"}
     for name, off, options in (("num_beams", 1, _BEAMS), ("prompt_lookup_num_tokens", 0, _LOOKUP)):
-        if name in upper and asks_for_nothing(upper[name], (off,)):  # values are not checked yet
+        if name in given and asks_for_nothing(upper[name], (off,)):  # values are not checked yet
             dropped |= {*options}
-    return {k: v for k, v in lower.items() if v is not None and k not in dropped} | upper
-
-
-def _check_names(options: Mapping[str, Any], where: str) -> None:
-    for name, value in options.items():
-        if name in _UNSUPPORTED:
-            plain = isinstance(value, str) or not isinstance(value, Iterable)  # comparing an array gives an array
-            if value is not None and not (plain and value in _UNSUPPORTED[name]):
-                raise ValueError(f"{where}: {name}={shown(value)} is not supported by opt-jax")
-        elif name not in FIELDS and name not in _INERT:
-            raise ValueError(f"{where}: there is no option {shown(name)} (see opt_jax.GenerationConfig)")
+    return {k: v for k, v in lower.items() if k not in dropped} | dict(upper)
 
 
 # Values -------------------------------------------------------------------------------------------------------
@@ -395,7 +338,9 @@ def check_ids(name: str, ids: Any, vocab_size: int, hint: str = "") -> list[int]
 
 def check_sequences(name: str, sequences: Any, vocab_size: int, or_ids: bool = False) -> list[list[int]]:
     """Lists of ids, from sequences of ids that are not empty (with `or_ids`: or single ids); ValueError otherwise."""
-    given, sequences = sequences, sequences.tolist() if hasattr(sequences, "tolist") else sequences
+    given = sequences
+    if hasattr(sequences, "tolist"):  # an array: its rows, or single ids
+        sequences = list(sequences) if sequences.ndim > 1 else sequences.tolist()
     if not isinstance(sequences, Iterable) or isinstance(sequences, str):
         raise ValueError(f"{name}={shown(given)} must be a list of sequences of token ids")
     sequences = list(sequences)

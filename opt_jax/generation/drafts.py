@@ -57,6 +57,8 @@ def check_drafts(model: OPTForCausalLM, request: Request, assistant: Any) -> Dra
             f"{name} is not supported with num_beams: a draft continues one sequence, but beam search compares "
             "many; leave one of them out"
         )
+    if assistant is not None and request.prompts.embeds is not None:
+        raise ValueError("assistant_model reads token ids: leave it out beside inputs_embeds")
     limit = model.config.max_position_embeddings
     if lookup is not None:
         _check_count("prompt_lookup_num_tokens", lookup, limit)

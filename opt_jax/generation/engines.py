@@ -17,8 +17,10 @@ from jaxtyping import Array, Bool, Float32, Int, Int32
 from opt_jax.generation import loop
 from opt_jax.generation.loop import DecodeState, FlatModel, Report, TokenLogprobs
 from opt_jax.generation.memory import check_memory, device_memory
-from opt_jax.generation.request import Request, batch_bucket, take_prompts
+from opt_jax.generation.prompts import batch_bucket, take_prompts
+from opt_jax.generation.request import Request
 from opt_jax.generation.sampling import SamplingOptions
+from opt_jax.model.cache import KVCache
 
 
 @jax.tree_util.register_dataclass
@@ -154,6 +156,10 @@ class PlainEngine:
 
     def results(self, slots: Slots) -> NewTokens:
         return new_tokens(slots.state)
+
+    def cache_of(self, slots: Slots) -> KVCache:
+        """The cache after the last step: all tokens of each row but the last; or pads after a row's end as well."""
+        return slots.state.cache
 
 
 def new_tokens(state: DecodeState) -> NewTokens:

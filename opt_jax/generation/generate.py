@@ -22,7 +22,8 @@ from opt_jax.generation.config import GenerationConfig
 from opt_jax.generation.drafts import Drafts, check_drafts
 from opt_jax.generation.engines import Engine, NewTokens, PlainEngine, Slots
 from opt_jax.generation.loop import FlatModel, Report
-from opt_jax.generation.request import Prefix, Request, check_batch_size, check_request, check_score
+from opt_jax.generation.prompts import Prefix, continued
+from opt_jax.generation.request import Request, check_batch_size, check_request, check_return_cache, check_score
 from opt_jax.generation.speculative import DraftingEngine
 from opt_jax.model.cache import KVCache
 from opt_jax.model.heads import OPTForCausalLM
@@ -41,6 +42,7 @@ class GenerateOutput:
     sequences: Int32[np.ndarray, "R T+N"]  # the prompts as given, the new tokens, then pads
     lengths: Int32[np.ndarray, " R"]  # number of new tokens, the end token included
     finish_reasons: list[str]  # "stop": end token, stop sequence or stop string; "length": the maximum length
+    stop_reasons: list[str | None] | None = None  # with `stop_strings`: the one that ended the row; None: none of them
     # With `logprobs=n`: log-probabilities of the new tokens, the n most likely tokens (best first), and theirs.
     logprobs: Float32[np.ndarray, "R N"] | None = None
     top_token_ids: Int32[np.ndarray, "R N n"] | None = None
@@ -49,6 +51,7 @@ class GenerateOutput:
     # With drafts: the number of drafted tokens that the model has verified, and of those that became new tokens.
     drafted: Int32[np.ndarray, " R"] | None = None
     accepted: Int32[np.ndarray, " R"] | None = None
+    cache: Prefix | None = None  # with `return_cache`: all tokens of each row, for the next call
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -69,15 +72,17 @@ class GenerateOutput:
 
 def generate(
     model: OPTForCausalLM,
-    input_ids: Any,
+    input_ids: Any = None,
     attention_mask: Any = None,
     *,
+    inputs_embeds: Any = None,
     generation_config: GenerationConfig | None = None,
     tokenizer: Any = None,
     cache: Prefix | None = None,
     assistant_model: OPTForCausalLM | None = None,
     batch_size: int | None = None,
     progress_bar: bool | None = None,
+    return_cache: bool = False,
     **options: Any,
 ) -> GenerateOutput:
     """Prompts and their continuations: HF `generate`, with one prefill and one compiled loop.
@@ -85,31 +90,39 @@ def generate(
     Args:
       model: the language model, with separate layers.
       input_ids: int [B, T], NumPy, JAX or nested lists, with shorter prompts padded on the left; or a list of prompts
-        of different lengths.
+        of different lengths. Prompts padded on the right are moved to the right end of their rows, with a warning.
       attention_mask: [B, T], above 0 at real tokens. The default is that of HF: real tokens are those that are not
         `pad_token_id`; all are, if that is an end token. Must be None for a list of prompts of different lengths.
+      inputs_embeds: float [B, T, word_embed_proj_dim]: what the model reads instead of embeddings of `input_ids`. As in
+        HF, without `input_ids` the result has new tokens only, and processors see no others; with them it begins with
+        them. The default of attention_mask is then: all are real tokens.
       generation_config: options. An option that it leaves None comes from the checkpoint's `generation_config.json`.
       tokenizer: an `OPTTokenizer`; `stop_strings` need it.
-      cache: what `prefill` returned for a common prefix of all prompts. The prefix is neither in `input_ids` nor in the
-        output.
+      cache: what `prefill` returned for a common prefix of all prompts, or the `cache` of an earlier result, whose rows
+        `input_ids` continue. These tokens are neither in `input_ids` nor in the output. After an earlier result
+        `input_ids` may be left out.
       assistant_model: a smaller model with the same tokenizer, for speculative decoding: it drafts
         `num_assistant_tokens` tokens, and `model` verifies them in one step. The tokens, or with do_sample their
         distribution, are those without it (`speculative.py`).
       batch_size: the most rows that run at a time. When a row ends, the next one takes its place (continuous batching).
         The result is the same. Default: all rows at once.
       progress_bar: whether stderr shows how many rows have ended. Default: with batch_size, if stderr is a terminal.
-      **options: fields of `GenerationConfig`. They win over generation_config.
+      return_cache: whether the result has `cache`, from which another call can go on.
+      **options: fields of `GenerationConfig`. They win over generation_config; None is the default, whatever other
+        sources say.
 
     Returns:
       The sequences and what was recorded about them.
 
     Raises:
-      ValueError: options that contradict each other or have no effect; a prompt without a token or padded on the right;
-        more positions than the model has; more keys and values than the devices have memory for; a stacked model (see
-        `unstack_layers`); or a model without LM head.
+      ValueError: options that contradict each other or have no effect; a prompt without a token; more positions than
+        the model has; more keys and values than the devices have memory for; a stacked model (see `unstack_layers`); or
+        a model without LM head.
     """
-    request = check_request(model, input_ids, attention_mask, generation_config, tokenizer, cache, options)
-    return generate_requested(model, request, batch_size, progress_bar, assistant_model)
+    request = check_request(
+        model, input_ids, attention_mask, generation_config, tokenizer, cache, options, inputs_embeds=inputs_embeds
+    )
+    return generate_requested(model, request, batch_size, progress_bar, assistant_model, return_cache)
 
 
 def generate_requested(
@@ -118,12 +131,20 @@ def generate_requested(
     batch_size: int | None = None,
     progress_bar: bool | None = None,
     assistant_model: OPTForCausalLM | None = None,
+    return_cache: bool = False,
 ) -> GenerateOutput:
     """The result of `generate` for checked arguments."""
     check_batch_size(batch_size, progress_bar)
+    check_return_cache(request, return_cache, batch_size)
     engine = _engine(model, request, check_drafts(model, request, assistant_model), batch_size)
     shown = False if batch_size is None or progress_bar is None and batch_size >= engine.jobs else progress_bar
-    return _output(request, _run(engine, min(batch_size or engine.jobs, engine.jobs), request, shown))
+    new, slots = _run(engine, min(batch_size or engine.jobs, engine.jobs), request, shown)
+    result = _output(request, new)
+    if not return_cache:
+        return result
+    assert isinstance(engine, PlainEngine)
+    cache = continued(request.prompts, request.copies, new.tokens, new.lengths, engine.cache_of(slots))
+    return dataclasses.replace(result, cache=cache)
 
 
 def _engine(model: OPTForCausalLM, request: Request, drafts: Drafts | None, batch_size: int | None) -> Engine:
@@ -134,14 +155,15 @@ def _engine(model: OPTForCausalLM, request: Request, drafts: Drafts | None, batc
     return PlainEngine(FlatModel.of(model), request)
 
 
-def _run(engine: Engine, size: int, request: Request, progress_bar: bool | None) -> NewTokens:
-    """The new tokens of all jobs of an engine, of which at most `size` run at a time.
+def _run(engine: Engine, size: int, request: Request, progress_bar: bool | None) -> tuple[NewTokens, Any]:
+    """The new tokens of all jobs of an engine, of which at most `size` run at a time; and the last slots.
 
     If the engine supports `place`, a waiting job takes the slot of one that has ended (continuous batching). If not, a
     batch begins when all jobs of the one before have ended.
     """
     jobs: np.ndarray = np.arange(engine.jobs)
     result: Any = None
+    slots: Any = None
     if engine.refills and size < len(jobs):  # longest first: prompts read together have similar lengths
         jobs = np.argsort(-request.prompts.lengths.repeat(request.copies), kind="stable")
     batches = [jobs] if engine.refills else np.split(jobs, range(size, len(jobs), size))
@@ -167,7 +189,7 @@ def _run(engine: Engine, size: int, request: Request, progress_bar: bool | None)
                     places, free = free[: min(chunk, len(waiting))], free[chunk:]
                     working[places] = [waiting.pop() for _ in places]
                     slots = engine.place(slots, working[places], places, chunk)
-    return result
+    return result, slots
 
 
 def _collect(result: Any, engine: Engine, jobs: np.ndarray, slots: np.ndarray, new: NewTokens) -> Any:
@@ -205,6 +227,7 @@ def _output(request: Request, new: NewTokens) -> GenerateOutput:
         sequences=np.concatenate([prompts, tokens], axis=1),
         lengths=new.lengths,
         finish_reasons=["stop" if stop else "length" for stop in new.stopped],
+        stop_reasons=_stop_reasons(request, new),
         sequences_scores=new.scores,
         drafted=new.drafted,
         accepted=new.accepted,
@@ -217,6 +240,18 @@ def _output(request: Request, new: NewTokens) -> GenerateOutput:
         top_token_ids=new.logprobs.top_ids[shown],
         top_logprobs=np.where(ended[:, :, None], np.nan, new.logprobs.top[shown]),
     )
+
+
+def _stop_reasons(request: Request, new: NewTokens) -> list[str | None] | None:
+    """The stop string that ended each row."""
+    if request.stops is None:
+        return None
+    rows = zip(new.tokens, new.lengths, new.stopped, strict=True)
+    prompts = np.arange(len(new.tokens)) // request.copies
+    return [
+        request.stops.ending(prompt, row[:length].tolist())[0] if stopped else None
+        for prompt, (row, length, stopped) in zip(prompts, rows, strict=True)
+    ]
 
 
 def prefill(
@@ -237,14 +272,16 @@ def prefill(
     if len(ids) > 1:
         raise ValueError(f"prefill reads one prefix, not {len(ids)} rows")
     GenerationConfig(cache_dtype=cache_dtype).check()
-    return Prefix(ids[mask][None], _read_prefix(model, padded_ids, padded_mask, cache_dtype))
+    tokens = ids[mask][None]
+    return Prefix(tokens, np.ones_like(tokens, bool), _read_prefix(model, padded_ids, padded_mask, cache_dtype))
 
 
 def stream(
     model: OPTForCausalLM,
-    input_ids: Any,
+    input_ids: Any = None,
     attention_mask: Any = None,
     *,
+    inputs_embeds: Any = None,
     generation_config: GenerationConfig | None = None,
     tokenizer: Any = None,
     cache: Prefix | None = None,
@@ -253,10 +290,19 @@ def stream(
 ) -> Generator[np.ndarray, None, None]:
     """An iterator over the new tokens of `generate`: int32 [R] for each step, pads for rows that have ended.
 
-    Takes the arguments of `generate` but batch_size and progress_bar. Raises the same errors, at the call itself.
-    The device computes the next step while the caller uses the tokens of this one.
+    Takes the arguments of `generate` but batch_size, progress_bar and return_cache. Raises the same errors, at the call
+    itself. The device computes the next step while the caller uses the tokens of this one.
     """
-    request = check_request(model, input_ids, attention_mask, generation_config, tokenizer, cache, options)
+    request = check_request(
+        model, input_ids, attention_mask, generation_config, tokenizer, cache, options, inputs_embeds=inputs_embeds
+    )
+    return stream_requested(model, request, assistant_model)
+
+
+def stream_requested(
+    model: OPTForCausalLM, request: Request, assistant_model: OPTForCausalLM | None = None
+) -> Generator[np.ndarray, None, None]:
+    """The result of `stream` for checked arguments."""
     if request.logprobs is not None or request.num_beams > 1:
         what = "logprobs" if request.num_beams == 1 else "beams, which are known only at the end,"
         raise ValueError(f"{what} are not streamed: use generate")

@@ -57,12 +57,13 @@ def as_module(model: Model) -> OPTForCausalLM:
 class Prompts:
     """Prompts in the form that compiled code takes, padded on the left."""
 
-    ids: Int[Any, "B T"]  # the tokens that the prefill reads
+    ids: Int[Any, "B T"] | None  # the tokens that the prefill reads; None: it reads `embeds`
     mask: Bool[Any, "B T"]
-    tokens: Int[Any, "B W"]  # all tokens before the new ones: the prefix and `ids`
+    tokens: Int[Any, "B W"]  # all tokens before the new ones: the prefix and the prompts
     lengths: Int[Any, " B"]  # number of real tokens in `tokens`
     prefix: KVCache | None = None
     matched: Int[Any, " B"] | None = None  # state of `SamplingOptions.stop_strings` after the prompt
+    embeds: Float[Any, "B T P"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -128,12 +129,9 @@ class Report(NamedTuple):
 
 def read(model: OPTForCausalLM, prompts: Prompts, columns: int, cache_dtype: str | None) -> CausalLMOutput:
     """The last logits of the prompts, and a cache that holds them and has `columns` more columns."""
-    batch, length = prompts.ids.shape
-    if prompts.prefix is None:
-        cache = model.init_cache(batch, length + columns, cache_dtype)
-    else:
-        cache = prompts.prefix.extend(batch, prompts.prefix.max_length + length + columns)
-    return model.forward(prompts.ids, prompts.mask, cache=cache, logits_to_keep=1)
+    batch, columns, prefix = len(prompts.mask), prompts.mask.shape[1] + columns, prompts.prefix
+    cache = model.init_cache(batch, columns, cache_dtype) if prefix is None else prefix.extend(batch, columns)
+    return model.forward(prompts.ids, prompts.mask, inputs_embeds=prompts.embeds, cache=cache, logits_to_keep=1)
 
 
 @partial(jax.jit, static_argnames=("capacity", "do_sample", "copies", "logprobs", "cache_dtype"))

@@ -1,36 +1,37 @@
 """The checks of `generate` and `score` (on the host), and the arrays that they pass to compiled functions."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool, Int32, UInt32
+from jaxtyping import Int32, UInt32
 
 from opt_jax.generation.config import GenerationConfig, check_ids, check_sequences, combine, is_integer, parse
 from opt_jax.generation.loop import Prompts
 from opt_jax.generation.memory import check_memory, column_bytes, host_memory
 from opt_jax.generation.processors import Sequences
+from opt_jax.generation.prompts import (
+    GivenPrompts,
+    Prefix,
+    align,
+    broadcast,
+    bucket,
+    check_ids_of,
+    check_mask,
+    check_prefix,
+    compiled_prompts,
+    given_prompts,
+)
 from opt_jax.generation.sampling import SamplingOptions
-from opt_jax.model.cache import KVCache
 from opt_jax.model.heads import OPTForCausalLM
-from opt_jax.model.ids import as_ids, as_mask
-from opt_jax.model.inputs import check_inputs
 from opt_jax.system.messages import shown
 
 DEFAULT_NEW_TOKENS = 20  # as in HF
 _LARGEST_TABLE = 1 << 24  # most elements of an array of bad words or stop sequences, padded to the longest
 _SLOTS = 8  # numbers of end tokens, stop sequences, ... are padded to multiples of this, so that few shapes compile
-
-
-@dataclasses.dataclass(frozen=True)
-class Prefix:
-    """What `prefill` returns: a common prefix of many prompts, with its keys and values."""
-
-    input_ids: Int32[np.ndarray, "1 P"]  # the real tokens
-    cache: KVCache  # one row; every column is written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Request:
     copies: int  # rows for each prompt
     logprobs: int | None
     cache_dtype: str | None
+    stops: Any  # what `tokenizer.stop_strings` returned; None without stop strings
     vocab_size: int
     column_bytes: int  # bytes of the keys and values in one column of one row
     given: GenerationConfig  # the options of all sources, combined
@@ -72,7 +74,7 @@ class Request:
     def capacity_with(self, more: int) -> int:
         """Number of columns for new tokens and at least `more` others. Fills up the bucket."""
         prefix = self.prompts.prefix
-        width = self.prompts.ids.shape[1] + (0 if prefix is None else prefix.max_length)
+        width = self.prompts.mask.shape[1] + (0 if prefix is None else prefix.max_length)
         return bucket(width + self.max_new_tokens + more) - width
 
     def options_of(self, rows: np.ndarray) -> SamplingOptions:
@@ -82,28 +84,16 @@ class Request:
         return dataclasses.replace(self.options, **chosen)
 
 
-def bucket(size: int, least: int = 16) -> int:
-    """`size` rounded up to one of 16, 24, 32, 48, 64, 96, ...: few shapes to compile, at most a third wasted."""
-    full = least
-    while full < size:
-        full *= 2
-    return full * 3 // 4 if full > least and full % 4 == 0 and size <= full * 3 // 4 else full
-
-
-def batch_bucket(rows: int) -> int:
-    """`rows` rounded up to one of 1, 2, 3, 4, 6, 8, 12, 16, 24, ..."""
-    return bucket(rows, 1)
-
-
-def check_request(
+def check_request(  # noqa: PLR0913  (arguments of `generate`)
     model: OPTForCausalLM,
-    input_ids: Any,
+    input_ids: Any = None,
     attention_mask: Any = None,
     generation_config: GenerationConfig | None = None,
     tokenizer: Any = None,
     prefix: Any = None,
     options: dict[str, Any] | None = None,
     default_new_tokens: int = DEFAULT_NEW_TOKENS,
+    inputs_embeds: Any = None,
 ) -> Request:
     """The arguments of `generate`, checked and with all defaults filled in.
 
@@ -111,68 +101,76 @@ def check_request(
       ValueError: see `generate`.
     """
     _check_model(model)
-    ids, ragged = _rectangle(input_ids, attention_mask, model.config.max_position_embeddings)
-    ids = _check_ids(model, ids)
-    options = dict(options or {})
+    options, prefix, config = dict(options or {}), check_prefix(model, prefix), model.config
     given = combine(checkpoint_options(model), generation_config, options, _generation_config_of(model))
     # HF's scripts pass the model's bos_token_id. Another value would have no effect.
-    if options.get("bos_token_id") not in (None, model.config.bos_token_id):
+    if options.get("bos_token_id") not in (None, config.bos_token_id):
         raise ValueError(f"bos_token_id={shown(options['bos_token_id'])} without effect: put it into input_ids")
     eos, pad = _special_ids(model, given)
-    if ragged is not None:
-        ids = np.where(ragged, ids, pad).astype(np.int32)
-    mask = _check_mask(ids, attention_mask, None if pad in eos else pad)
-    mask = mask if ragged is None else mask & ragged
-    if not mask[:, -1].all():
-        row = int(np.argmin(mask[:, -1]))
-        raise ValueError(f"row {row} ends with padding: generation needs prompts padded on the left")
-    before = _check_prefix(model, prefix)
-    beams = given.num_beams or 1
+    prompts = given_prompts(model, input_ids, attention_mask, inputs_embeds, prefix, pad, pad in eos)
+    _check_embeds(prompts, prefix, given)
     if prefix is not None and given.cache_dtype is not None:
         raise ValueError(f"cache_dtype={given.cache_dtype} cannot change the dtype of a prefix: pass it to prefill")
-    used = before.size + mask.sum(1)
-    # As in HF, the pads of an array count for max_length and min_length.
-    widths = before.size + (np.full(len(ids), ids.shape[1]) if ragged is None else ragged.sum(1))
-    most, least = _check_lengths(widths, used, model.config, given, default_new_tokens)
-    if beams > 1 and (len(set(most.tolist())) > 1 or len(set(least.tolist())) > 1):
+    texts, before = prompts.texts(), np.zeros(1, np.int32)
+    if prefix is not None:
+        texts = [np.append(i[m], t) for i, m, t in zip(*broadcast(prefix, len(texts)), texts, strict=True)]
+        before = prefix.lengths
+    widths, used = before + prompts.widths, before + prompts.mask.sum(1)
+    most, least = _check_lengths(widths, used, config, given, default_new_tokens)
+    if (given.num_beams or 1) > 1 and (len(set(most.tolist())) > 1 or len(set(least.tolist())) > 1):
         raise ValueError("num_beams and prompts of different lengths: give max_new_tokens, and no min_length")
     copies = given.num_return_sequences or 1
-    rows = len(ids) * copies
-    # 16 bytes for each token: its id, and arrays made from the ids. 8 for each log-probability and its token.
-    logprobs = None if given.logprobs is None else min(given.logprobs, model.config.vocab_size)
-    nbytes = int(widths.max() + most.max()) * 16 + int(most.max()) * 8 * (logprobs or 0)
-    check_memory(rows * nbytes, host_memory(), rows, given)
-    texts = (np.append(before, row[m]) for row, m in zip(ids, mask, strict=True))
-    matched, table = _stop_strings(tokenizer, given.stop_strings, texts, model.config.vocab_size)
-    prompts = _prompts(ids, mask, prefix, model.config.max_position_embeddings)
-    sampling_options = _sampling_options(model.config.vocab_size, given, most, least, eos, pad)
+    logprobs = None if given.logprobs is None else min(given.logprobs, config.vocab_size)
+    _check_host_memory(len(used) * copies, widths, most, logprobs, given)
+    stops = _stop_strings(tokenizer, given.stop_strings, texts, config.vocab_size)
+    read = compiled_prompts(prompts, prefix, config.max_position_embeddings)
+    traced = _sampling_options(config.vocab_size, given, most, least, eos, pad)
+    if stops is not None:
+        read = dataclasses.replace(read, matched=stops.states)
+        traced = dataclasses.replace(traced, stop_strings=jax.device_put(stops.table))
     return Request(
-        input_ids=ids,
-        prompts=dataclasses.replace(prompts, matched=matched),
+        input_ids=prompts.ids,
+        prompts=read,
         max_new_tokens=int(most.max()),
-        options=dataclasses.replace(sampling_options, stop_strings=table),
+        options=traced,
         do_sample=bool(given.do_sample),
         pad_token_id=pad,
         copies=copies,
         logprobs=logprobs,
         cache_dtype=given.cache_dtype,
-        vocab_size=model.config.vocab_size,
-        column_bytes=column_bytes(model.config, given.cache_dtype or model.dtype),
+        stops=stops,
+        vocab_size=config.vocab_size,
+        column_bytes=column_bytes(config, given.cache_dtype or model.dtype),
         given=given,
     )
 
 
-def _stop_strings(
-    tokenizer: Any, strings: Any, prompts: Iterable[np.ndarray], vocab_size: int
-) -> tuple[np.ndarray | None, jax.Array | None]:
-    """The state behind each prompt, and the table of states on the device. None and None without stop strings."""
+def _check_embeds(prompts: GivenPrompts, prefix: Prefix | None, given: GenerationConfig) -> None:
+    """Check that the other arguments can be combined with `inputs_embeds`."""
+    if prompts.embeds is None:
+        return
+    if prefix is not None:
+        raise ValueError("inputs_embeds and cache= cannot be combined: put the embeddings of the prefix before them")
+    if not prompts.ids.shape[1] and given.forced_bos_token_id is not None:
+        raise ValueError("forced_bos_token_id looks at the prompt's tokens: pass input_ids beside inputs_embeds")
+
+
+def _check_host_memory(
+    rows: int, widths: np.ndarray, most: np.ndarray, logprobs: int | None, given: GenerationConfig
+) -> None:
+    # 16 bytes for each token: its id, and arrays made from the ids. 8 for each log-probability and its token.
+    nbytes = int(widths.max() + most.max()) * 16 + int(most.max()) * 8 * (logprobs or 0)
+    check_memory(rows * nbytes, host_memory(), rows, given)
+
+
+def _stop_strings(tokenizer: Any, strings: Any, prompts: Sequence[np.ndarray], vocab_size: int) -> Any:
+    """What the tokenizer makes of the stop strings; None without any."""
     if strings is None:
-        return None, None
+        return None
     if not hasattr(tokenizer, "stop_strings"):
         wrong = "" if tokenizer is None else f", an opt_jax.OPTTokenizer, not a {type(tokenizer).__name__}"
         raise ValueError(f"stop_strings need the tokenizer: pass tokenizer={wrong}")
-    stops = tokenizer.stop_strings(strings, list(prompts), vocab_size)
-    return stops.states, jax.device_put(stops.table)
+    return tokenizer.stop_strings(strings, prompts, vocab_size)
 
 
 def check_batch_size(batch_size: Any, progress_bar: Any) -> None:
@@ -185,82 +183,37 @@ def check_batch_size(batch_size: Any, progress_bar: Any) -> None:
         raise ValueError(f"batch_size={shown(batch_size)} must be an integer of at least 1")
 
 
+def check_return_cache(request: Request, return_cache: Any, batch_size: int | None) -> None:
+    """Check that a call can return its cache; ValueError if not."""
+    if not isinstance(return_cache, bool):
+        raise ValueError(f"return_cache={shown(return_cache)} must be True or False")
+    if not return_cache:
+        return
+    if request.num_beams > 1:
+        raise ValueError("return_cache is not supported with num_beams: the cache has one row for all beams")
+    if batch_size is not None and batch_size < request.rows:
+        raise ValueError(f"return_cache needs all rows at a time: leave out batch_size={batch_size}")
+    if request.prompts.embeds is not None:
+        raise ValueError("return_cache is not supported with inputs_embeds: a cache goes on from token ids")
+
+
 def check_score(model: OPTForCausalLM, input_ids: Any, attention_mask: Any, unread: int = 0) -> tuple[np.ndarray, ...]:
     """ids and mask [B, T], and both padded on the left to [B, bucket + unread].
 
     unread: number of tokens at the end of a row that are scored but not read by the model, and need no position.
     """
     _check_model(model)
-    ids = _check_ids(model, input_ids, unread)
+    ids = check_ids_of(model, input_ids, unread)
     eos, pad = _special_ids(model, GenerationConfig())
-    mask = _check_mask(ids, attention_mask, None if pad in eos else pad)
-    return ids, mask, *_align(ids, mask, model.config.max_position_embeddings, unread)
-
-
-def _rectangle(input_ids: Any, attention_mask: Any, limit: int) -> tuple[Any, np.ndarray | None]:
-    """An array padded on the left and its mask, for prompts of different lengths. Other inputs as given, and None."""
-    if not isinstance(input_ids, Sequence) or not all(hasattr(row, "__len__") for row in input_ids):
-        return input_ids, None
-    lengths = np.array([len(row) for row in input_ids])
-    if attention_mask is not None or len(set(lengths.tolist())) < 2:
-        return input_ids, None
-    if not lengths.all():
-        raise ValueError(f"row {int(np.argmin(lengths))} has no token: start empty prompts with the BOS token")
-    if lengths.max() > limit:  # before the array is allocated
-        raise ValueError(f"{lengths.max()} tokens are more than max_position_embeddings={limit}")
-    mask = np.arange(lengths.max())[::-1] < lengths[:, None]
-    rows = [as_ids(f"row {i} of input_ids", row) for i, row in enumerate(input_ids)]
-    if nested := [i for i, row in enumerate(rows) if row.ndim != 1]:
-        raise ValueError(f"row {nested[0]} of input_ids must be a sequence of token ids")
-    ids = np.zeros(mask.shape, np.int32)
-    ids[mask] = np.concatenate(rows)
-    return ids, mask
-
-
-def _check_prefix(model: OPTForCausalLM, prefix: Any) -> np.ndarray:
-    """The tokens of the prefix; ValueError if it is not one of this model."""
-    if prefix is None:
-        return np.zeros(0, np.int32)
-    if not isinstance(prefix, Prefix):
-        raise ValueError(f"cache must be what model.prefill returns, not a {type(prefix).__name__}")
-    config, keys = model.config, prefix.cache.k
-    shape = (config.num_hidden_layers, config.num_attention_heads, config.head_dim)
-    if (len(keys), keys[0].shape[1], keys[0].shape[3]) != shape:
-        raise ValueError("cache is from a model of another shape: call prefill of this model")
-    return prefix.input_ids[0]
-
-
-def _prompts(ids: np.ndarray, mask: np.ndarray, prefix: Prefix | None, limit: int) -> Prompts:
-    padded, padded_mask = _align(ids, mask, limit)
-    if prefix is None:
-        return Prompts(padded, padded_mask, padded, padded_mask.sum(1, dtype=np.int32))
-    before = np.repeat(prefix.input_ids, len(ids), axis=0)
-    all_ids = np.concatenate([before, padded], axis=1)
-    order = np.argsort(np.concatenate([np.ones_like(before, bool), padded_mask], axis=1), axis=1, kind="stable")
-    fill = prefix.cache.max_length - before.shape[1]  # to the width of the two buckets, of prefix and prompts
-    tokens = np.pad(np.take_along_axis(all_ids, order, axis=1), ((0, 0), (fill, 0)))
-    return Prompts(padded, padded_mask, tokens, padded_mask.sum(1, dtype=np.int32) + before.shape[1], prefix.cache)
-
-
-def take_prompts(prompts: Prompts, rows: np.ndarray, cut: bool = True) -> Prompts:
-    """The given rows of the prompts, cut to the bucket of the longest of them unless told not to."""
-    ids, mask = prompts.ids[rows], prompts.mask[rows]
-    if cut:
-        ids, mask = _align(ids, mask, ids.shape[1])
-    matched = None if prompts.matched is None else prompts.matched[rows]
-    return Prompts(ids, mask, prompts.tokens[rows], prompts.lengths[rows], prompts.prefix, matched)
+    mask = check_mask(ids, attention_mask, None if pad in eos else pad)
+    padded_mask, padded = align(mask, model.config.max_position_embeddings, ids, unread=unread)
+    return ids, mask, padded, padded_mask
 
 
 def _check_model(model: Any) -> None:
     if not isinstance(model, OPTForCausalLM):
         raise ValueError(f"generation needs an OPTForCausalLM, not an {type(model).__name__}")
     _check_heads(model)
-
-
-def _check_ids(model: OPTForCausalLM, input_ids: Any, unread: int = 0) -> np.ndarray:
-    longer = getattr(input_ids, "shape", ())[1:] == (model.config.max_position_embeddings + unread,)
-    parts = np.split(np.asarray(input_ids), [unread], axis=1) if longer and unread else [input_ids]
-    return np.concatenate([check_inputs(model, {"input_ids": part})["input_ids"] for part in parts], axis=1)
 
 
 def _check_heads(model: OPTForCausalLM) -> None:
@@ -296,25 +249,6 @@ def _special_ids(model: OPTForCausalLM, given: GenerationConfig) -> tuple[list[i
     if not is_integer(pad):
         raise ValueError(f"pad_token_id={shown(pad)} must be a token id")
     return eos, check_ids("pad_token_id", [pad], config.vocab_size)[0]
-
-
-def _check_mask(ids: np.ndarray, attention_mask: Any, pad: int | None) -> Bool[np.ndarray, "B T"]:
-    """The mask [B, T], true at real tokens."""
-    mask = ids != pad if attention_mask is None else as_mask("attention_mask", attention_mask)
-    if mask.shape != ids.shape:
-        raise ValueError(f"attention_mask must be of the shape of input_ids, {ids.shape}, not {mask.shape}")
-    if not mask.any(1).all():
-        raise ValueError(f"row {int(np.argmin(mask.any(1)))} has no token: start empty prompts with the BOS token")
-    return mask
-
-
-def _align(ids: np.ndarray, mask: np.ndarray, limit: int, unread: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """ids and mask with all pads moved to the left, cut or padded to a bucket."""
-    order = np.argsort(mask, axis=1, kind="stable")
-    ids, mask = (np.take_along_axis(x, order, axis=1) for x in (ids, mask))
-    width = int(mask.sum(1).max())
-    fill = ((0, 0), (min(bucket(width - unread), limit) + unread - width, 0))
-    return np.pad(ids[:, -width:], fill), np.pad(mask[:, -width:], fill)
 
 
 def _check_lengths(

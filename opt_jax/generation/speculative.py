@@ -87,6 +87,9 @@ class DraftingEngine(PlainEngine):
         drafted, accepted = jax.device_get((slots.state.drafted, slots.state.accepted))
         return dataclasses.replace(new_tokens(slots.state.state), drafted=drafted, accepted=accepted)
 
+    def cache_of(self, slots: Slots) -> KVCache:
+        return slots.state.state.cache
+
     def _start(self, state: DecodeState, copies: int) -> Speculation:
         tokens, lengths = state.tokens, state.prompt_lengths
         return Speculation(state, *_begin(self._drafts, tokens, lengths, width=state.width, copies=copies))

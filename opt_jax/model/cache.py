@@ -138,11 +138,11 @@ class KVCache:
             column=count.max(),
         )
 
-    def extend(self, batch: int, max_length: int) -> "KVCache":
-        """A copy of a cache of one row, with `batch` equal rows and `max_length` columns."""
+    def extend(self, batch: int, columns: int) -> "KVCache":
+        """A copy with `columns` more columns; and if the cache has one row, with `batch` equal rows."""
 
         def grown(x: Array, axis: int) -> Array:
-            x = jnp.pad(x, [(0, max_length - n if i == axis else 0) for i, n in enumerate(x.shape)])
+            x = jnp.pad(x, [(0, columns if i == axis else 0) for i in range(x.ndim)])
             return jnp.broadcast_to(x, (batch, *x.shape[1:]))
 
         return dataclasses.replace(

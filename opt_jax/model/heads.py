@@ -195,7 +195,7 @@ class OPTForCausalLM(OPTPreTrainedModel):
         head = self.model.decoder.embed_tokens.attend if self.lm_head is None else self.lm_head
         return constrain(head(x), "logits")
 
-    def generate(self, input_ids: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+    def generate(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
         """Prompts and their continuations: see `opt_jax.generation.generate.generate`."""
         from opt_jax.generation.generate import generate
 

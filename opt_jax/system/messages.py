@@ -10,9 +10,9 @@ def one_line(text: object, limit: int = 1000) -> str:
 
 
 def shown(value: object, limit: int = 100) -> str:
-    """`repr(value)` as one printable line of at most `limit` characters. Of an array, its shape."""
-    shape = getattr(value, "shape", ())
+    """`repr(value)` as one printable line of at most `limit` characters. Of an array, its shape and dtype."""
+    shape, dtype = getattr(value, "shape", ()), getattr(value, "dtype", None)
     try:
-        return one_line(f"an array of shape {shape}" if shape else repr(value), limit)
+        return one_line(f"an array of shape {shape}, {dtype}" if shape else repr(value), limit)
     except ValueError:  # an integer of thousands of digits
         return f"a very large {type(value).__name__}"

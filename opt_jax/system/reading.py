@@ -97,12 +97,12 @@ def _check_size(path: os.PathLike, size: int, limit: int) -> None:
 
 
 # Field of a file -> its neutral values, and what to do instead of setting any other.
-FieldsWithoutEffect = Mapping[str, tuple[tuple, str]]
+FieldsWithoutEffect = Mapping[str, tuple[tuple[Any, ...], str]]
 
 
 def asks_for_nothing(value: object, harmless: tuple) -> bool:
-    """Whether the value is None or one of `harmless`. False for a sequence, whose elements NumPy would compare."""
-    return value is None or not hasattr(value, "__len__") and value in harmless
+    """Whether the value is None or one of `harmless`. False for a list or array, whose elements NumPy would compare."""
+    return value is None or (isinstance(value, str) or not hasattr(value, "__len__")) and value in harmless
 
 
 def note_without_effect(where: object, content: Mapping[str, Any], fields: FieldsWithoutEffect) -> None:

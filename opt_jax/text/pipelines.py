@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from opt_jax.generation.config import options_of, override
-from opt_jax.generation.generate import generate_requested, stream
-from opt_jax.generation.request import check_request, checkpoint_options
+from opt_jax.generation.generate import generate_requested, stream_requested
+from opt_jax.generation.request import Request, check_request, checkpoint_options
 from opt_jax.model.heads import OPTForCausalLM
 from opt_jax.system.messages import shown
-from opt_jax.text.streaming import TextStream
+from opt_jax.text.streaming import TextBeforeStop, TextStream
 from opt_jax.text.tokenizer import BatchEncoding, OPTTokenizer
 
 DEFAULT_NEW_TOKENS = 256  # HF's pipeline's
@@ -68,21 +68,24 @@ class TextGenerationPipeline:
         Args:
           text_inputs: a string, or a sequence of strings.
           **options: `return_full_text` (True: the prompt is part of the result), `skip_special_tokens` (True),
-            `add_special_tokens` (True), `batch_size` (8), `progress_bar` (default: on a terminal, for more than
-            `batch_size` prompts), `prefix` (default: that of the model's config.json, `</s>` in several of
-            facebook/opt-*): a text in front of each prompt, which is not in the result and does not count for
-            `max_length` and `min_length`. All others are passed to `model.generate`.
+            `add_special_tokens` (True), `include_stop_str_in_output` (True: a stop string that ends the text is part of
+            it), `batch_size` (8), `progress_bar` (default: on a terminal, for more than `batch_size` prompts), `prefix`
+            (default: that of the model's config.json, `</s>` in several of facebook/opt-*): a text in front of each
+            prompt, which is not in the result and does not count for `max_length` and `min_length`. All others are
+            passed to `model.generate`.
 
         Returns:
-          `[{"generated_text": str}]` for a string; a list of such lists for a sequence.
+          `[{"generated_text": str}]` for a string; a list of such lists for a sequence. With `stop_strings` the dicts
+          also have "stop_reason": the string that ended the text, or None.
 
         Raises:
           ValueError: the input is not text; or as `generate` raises it.
         """
         options = override(_flat(self._defaults), _flat(options))
-        full, skip = options.pop("return_full_text", True), options.pop("skip_special_tokens", True)
-        special, size = options.pop("add_special_tokens", True), options.pop("batch_size", None)
+        full, skip = _taken(options, "return_full_text", True), _taken(options, "skip_special_tokens", True)
+        special, size = _taken(options, "add_special_tokens", True), _taken(options, "batch_size", DEFAULT_BATCH_SIZE)
         bar, assistant = options.pop("progress_bar", None), options.pop("assistant_model", None)
+        with_stop = _taken(options, "include_stop_str_in_output", True)
         prefix = options.pop("prefix", None)
         prefix = self.model.config.extra.get("prefix") if prefix is None else prefix
         if not isinstance(prefix, str | None):
@@ -112,13 +115,20 @@ class TextGenerationPipeline:
         )
         if request.logprobs is not None:
             raise ValueError("logprobs are no part of a pipeline's result: use model.generate")
-        size = DEFAULT_BATCH_SIZE if size is None else size
+        _check_stop(request, with_stop)
         output = generate_requested(self.model, request, size, bar, assistant)
-        texts = self.tokenizer.batch_decode(output.sequences[:, request.input_ids.shape[1] :], skip_special_tokens=skip)
-        results = [
-            [{"generated_text": prompt + text if full else text} for text in texts[i : i + request.copies]]
-            for i, prompt in zip(range(0, len(texts), request.copies), prompts, strict=True)
-        ]
+        new = output.sequences[:, request.input_ids.shape[1] :]
+        if with_stop:
+            texts = self.tokenizer.batch_decode(new, skip_special_tokens=skip)
+        else:
+            streams = [TextBeforeStop(request.stops, i // request.copies, skip) for i in range(len(new))]
+            rows = zip(streams, new, output.lengths, strict=True)
+            texts = [stream.put(row[:length]) + stream.end() for stream, row, length in rows]
+        results: list[list[dict[str, Any]]] = [[] for _ in prompts]
+        for i, text in enumerate(texts):
+            prompt = prompts[i // request.copies] if full else ""
+            stop = {} if output.stop_reasons is None else {"stop_reason": output.stop_reasons[i]}
+            results[i // request.copies].append({"generated_text": prompt + text} | stop)
         return results[0] if isinstance(text_inputs, str) else results
 
     def _with_prefix(self, prefix: str, prompts: list[str], add_special_tokens: bool) -> BatchEncoding:
@@ -135,6 +145,19 @@ def _flat(options: dict[str, Any]) -> dict[str, Any]:
     return override(options_of(options.get("generation_config")), others)
 
 
+def _taken(options: dict[str, Any], name: str, default: Any) -> Any:
+    """An option, taken out of the others; the default if it is not there or None."""
+    value = options.pop(name, None)
+    return default if value is None else value
+
+
+def _check_stop(request: Request, with_stop: Any) -> None:
+    if not isinstance(with_stop, bool):
+        raise ValueError(f"include_stop_str_in_output={shown(with_stop)} must be True or False")
+    if not with_stop and request.stops is None:
+        raise ValueError("include_stop_str_in_output=False without effect: pass stop_strings as well")
+
+
 def stream_text(model: Any, tokenizer: OPTTokenizer, prompt: str | BatchEncoding, **options: Any) -> Iterator[str]:
     """The continuation of a prompt, piece by piece as it is generated. A piece never ends inside of a character.
 
@@ -142,21 +165,28 @@ def stream_text(model: Any, tokenizer: OPTTokenizer, prompt: str | BatchEncoding
       model: an `OPTForCausalLM`.
       tokenizer: its tokenizer.
       prompt: a text, or the tokenizer's output for one text, [1, T].
-      **options: those of `model.generate`.
+      **options: those of `model.generate`, and `include_stop_str_in_output` (True). False: a stop string that ends the
+        text is left out. Text that may be its beginning then comes later, when it is known not to be.
 
     Raises:
       ValueError: as `model.generate`, when this function is called and not when the first piece is read.
     """
-    if _flat(options).get("num_return_sequences", 1) != 1:
+    if _flat(options).get("num_return_sequences") not in (None, 1):
         raise ValueError("stream_text returns one text: leave out num_return_sequences")
     options["num_return_sequences"] = 1  # whatever the checkpoint says
     inputs = tokenizer(prompt, return_tensors="np") if isinstance(prompt, str) else prompt
     if len(inputs["input_ids"]) != 1:
         raise ValueError(f"stream_text continues one prompt, not {len(inputs['input_ids'])}")
-    tokens = stream(model, **inputs, tokenizer=tokenizer, **options)
+    with_stop = _taken(options, "include_stop_str_in_output", True)
+    config, cache, assistant = (options.pop(k, None) for k in ("generation_config", "cache", "assistant_model"))
+    request = check_request(
+        model, **inputs, generation_config=config, tokenizer=tokenizer, prefix=cache, options=options
+    )
+    _check_stop(request, with_stop)
+    tokens = stream_requested(model, request, assistant)
 
     def pieces() -> Iterator[str]:
-        text = TextStream(tokenizer)
+        text = TextStream(tokenizer) if with_stop else TextBeforeStop(request.stops)
         for token in tokens:
             if piece := text.put(token):
                 yield piece

@@ -54,10 +54,16 @@ class StopStrings:
       table: int16 [S, V], the state after each token, for each state before it. The number of states S is rounded up to
         a multiple of 16, so that few sizes are compiled.
       states: int32 [B], the state after each prompt.
+      sought: the strings, as bytes.
+      tails: the last bytes of each prompt, as many as the strings have together.
+      tokenizer: the tokenizer.
     """
 
     table: np.ndarray
     states: np.ndarray
+    sought: tuple[bytes, ...]
+    tails: Sequence[bytes]
+    tokenizer: Any
 
     @classmethod
     def of(cls, tokenizer: Any, strings: str | Sequence[str], prompts: Sequence[Any], vocab_size: int) -> "StopStrings":
@@ -72,8 +78,8 @@ class StopStrings:
         Raises:
           ValueError: there is no string, one is empty or not a string, or they are too long for a table.
         """
-        given: Any = strings.tolist() if hasattr(strings, "tolist") else strings  # type: ignore[reportAttributeAccessIssue]
-        strings = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else []
+        given, values = strings, strings.tolist() if hasattr(strings, "tolist") else strings  # type: ignore[reportAttributeAccessIssue]
+        strings = [values] if isinstance(values, str) else list(values) if isinstance(values, Iterable) else []
         if not strings or not all(isinstance(string, str) and string for string in strings):
             raise ValueError(f"stop_strings={shown(given)} must be a string or a list of strings, none of them empty")
         try:
@@ -84,11 +90,70 @@ class StopStrings:
             raise ValueError(f"stop_strings have {length:,} bytes together, more than {_MOST_BYTES:,}: shorten them")
         version = tokenizer.backend_tokenizer, len(tokenizer)  # changes when tokens are added
         states = _states(sought)
-        behind = [states[_longest_end(_last_bytes(tokenizer, ids.tolist(), length), states)] for ids in prompts]
-        return cls(_table(sought, tokenizer, version, vocab_size), np.array(behind, np.int32))
+        tails = [_last_bytes(tokenizer, ids.tolist(), length) for ids in prompts]
+        behind = [states[_longest_end(tail, states)] for tail in tails]
+        table = _table(sought, tokenizer, version, vocab_size)
+        return cls(table, np.array(behind, np.int32), sought, tails, tokenizer)
+
+    def ending(self, row: int, new_ids: Sequence[int]) -> tuple[str | None, int]:
+        """The string that the last new token of a row completes, and the number of bytes from its first one on.
+
+        Among several it is the one that ends first, and among those the longest. (None, 0) if there is none.
+        """
+        *before, last = new_ids
+        text, token = self._tail(row, before), self.tokenizer.token_bytes(last)
+        for end in range(1, len(token) + 1):
+            if ending := [string for string in self.sought if (text + token[:end]).endswith(string)]:
+                string = max(ending, key=len)
+                return string.decode(), len(string) + len(token) - end
+        return None, 0
+
+    def beginning(self, row: int, new_ids: Sequence[int]) -> int:
+        """The number of last bytes of a row that may be the beginning of a string."""
+        return len(_longest_end(self._tail(row, new_ids), _states(self.sought)))
+
+    def _tail(self, row: int, new_ids: Sequence[int]) -> bytes:
+        length = sum(map(len, self.sought))
+        return (self.tails[row] + _last_bytes(self.tokenizer, new_ids, length))[-length:]
 
 
-def _last_bytes(tokenizer: Any, ids: list[int], count: int) -> bytes:
+class TextBeforeStop(TextStream):
+    """Decodes the new tokens of a row without the stop string that ends it.
+
+    Holds back characters that may be the beginning of a stop string.
+    """
+
+    def __init__(self, stops: StopStrings, row: int = 0, skip_special_tokens: bool = True):
+        super().__init__(stops.tokenizer, skip_special_tokens)
+        self._stops, self._row, self._ids, self._ended = stops, row, [], False
+        self._held, self._shown = bytearray(), bytearray()  # bytes that were held back; 1 where they are to be shown
+
+    def put(self, token_ids: Any) -> str:
+        """The characters that one or more further ids complete, and that are not part of a stop string."""
+        return "".join(map(self._put, check_ids(to_list(token_ids))))
+
+    def end(self) -> str:
+        """The rest, if no stop string ended the text. Resets nothing: the stream is for one row."""
+        return ("" if self._ended else self._release(0)) + super().end()
+
+    def _put(self, token_id: int) -> str:
+        self._ids.append(token_id)
+        text = self._tokenizer.token_bytes(token_id)
+        self._held += text
+        self._shown += bytes([token_id not in self._skip]) * len(text)
+        string, kept = self._stops.ending(self._row, self._ids)
+        self._ended = string is not None
+        return self._release(kept if self._ended else self._stops.beginning(self._row, self._ids))
+
+    def _release(self, kept: int) -> str:
+        """The characters of all bytes that are held back, but for the last `kept`."""
+        count = max(0, len(self._held) - kept)
+        shown = bytes(byte for byte, wanted in zip(self._held[:count], self._shown, strict=False) if wanted)
+        del self._held[:count], self._shown[:count]
+        return self._utf8.decode(shown)
+
+
+def _last_bytes(tokenizer: Any, ids: Sequence[int], count: int) -> bytes:
     """The last `count` bytes of the text of these tokens. Some tokens have none."""
     text = b""
     for index in reversed(ids):
@@ -98,7 +163,8 @@ def _last_bytes(tokenizer: Any, ids: list[int], count: int) -> bytes:
     return text[-count:]
 
 
-def _states(sought: Sequence[bytes]) -> dict[bytes, int]:
+@lru_cache(maxsize=4)
+def _states(sought: tuple[bytes, ...]) -> dict[bytes, int]:
     """Prefix of a string -> its state, short prefixes first. Complete strings are not among them."""
     beginnings = {string[:i] for string in sought for i in range(len(string))}
     return {text: i for i, text in enumerate(sorted(beginnings, key=lambda text: (len(text), text)))}

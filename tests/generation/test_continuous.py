@@ -171,7 +171,7 @@ def test_a_prefix_is_read_once_and_counts(model):
     with pytest.raises(ValueError, match="a prompt of 94 tokens and 3 new ones"):
         model.generate([[4]], cache=model.prefill([[5] * 93]), max_new_tokens=3)
     # The keys and values of the prefix are used, not its ids.
-    wrong = type(cache)(cache.input_ids, model.prefill([[30, 40, 50]]).cache)
+    wrong = dataclasses.replace(cache, cache=model.prefill([[30, 40, 50]]).cache)
     assert (model.generate([[4]], cache=wrong, max_new_tokens=4, logprobs=0).logprobs != again.logprobs).all()
 
 

@@ -14,7 +14,8 @@ from flax import nnx
 from opt_jax import OPTConfig, OPTForCausalLM, OPTModel, stack_layers
 from opt_jax.generation import engines, loop
 from opt_jax.generation.generate import generate, stream
-from opt_jax.generation.request import bucket, check_request
+from opt_jax.generation.prompts import bucket
+from opt_jax.generation.request import check_request
 
 PAD, EOS = 1, 2
 CONFIG = OPTConfig(
@@ -242,7 +243,7 @@ def test_buckets(model):
     assert all(n <= size and (size == 16 or 2 * size <= 3 * n) for n, size in enumerate(sizes, 1))
     for length in (17, 33, 60):  # a bucket is never longer than the context
         ids = np.full((1, length), 5, np.int32)
-        assert check_request(model, ids).prompts.ids.shape[1] <= 64
+        assert check_request(model, ids).prompts.mask.shape[1] <= 64
 
 
 def plain_engine(model, request):
@@ -322,17 +323,14 @@ def test_the_loop_updates_the_cache_in_place(model, options):
         (dict(bos_token_id=5), "bos_token_id=5 without effect: put it into input_ids"),
         (dict(seed=2**32), "seed"),
         (dict(attention_mask=MASK[:2]), r"\(3, 5\), not \(2, 5\)"),
-        (dict(attention_mask=MASK[:, ::-1]), "row 0 ends with padding.*left"),
         (dict(attention_mask=MASK * [[1], [0], [1]]), "row 1 has no token.*BOS"),
         (dict(input_ids=[[PAD, PAD]]), "row 0 has no token"),
-        (dict(input_ids=[[5, PAD]]), "row 0 ends with padding"),
         (dict(input_ids=np.zeros((1, 0), np.int32)), "empty"),
         (dict(input_ids=np.zeros((0, 4), np.int32)), "empty"),
         (dict(input_ids=[5, 6]), "batch, tokens"),
         (dict(input_ids=[[5], [5, 6]], attention_mask=[[1], [1, 1]]), "different lengths"),
         (dict(input_ids=[[5], []]), "row 1 has no token"),
         (dict(input_ids=[[5], [PAD, PAD]]), "row 1 has no token"),
-        (dict(input_ids=[[5], [5, PAD]]), "row 1 ends with padding"),
         (dict(input_ids=[[5], [5.0, 6]]), "row 1 of input_ids must be integers"),
         (dict(input_ids=[[5], [[5], [6]]]), "row 1 of input_ids must be a sequence of token ids"),
         (dict(input_ids=[[5], np.array([5, 2**32 + 5], np.uint64)]), "row 1 of input_ids holds 4294967301"),

@@ -6,6 +6,7 @@ import inspect
 import json
 import pickle
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -36,9 +37,7 @@ def test_names_come_from_files_and_dicts(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('{"temprature": 1}', "generation_config.json: there is no option 'temprature'"),
         ('{"penalty_alpha": 0.6}', "generation_config.json: penalty_alpha=0.6 is not supported"),
-        ('{"use_cache": false}', "use_cache=False is not supported"),
         ("[]", "holds a list"),
         ("{", "not valid JSON"),
     ],
@@ -49,6 +48,31 @@ def test_bad_files(tmp_path, content, words):
         GenerationConfig.from_pretrained(tmp_path)
 
 
+def test_what_has_no_meaning_in_a_file_is_noted_and_left_out(tmp_path):
+    meaningless = {
+        "use_cache": False,
+        "cache_implementation": "hybrid",
+        "remove_invalid_values": True,
+        "output_scores": True,
+        "cache_config": {"backend": "quanto"},
+        "no_such_option": [1],
+    }
+    content = meaningless | {"top_k": 5, "do_sample": True, "use_mtp": False, "transformers_version": "5.24.0"}
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps(content))
+    words = [f"{name}=" for name in meaningless] + ["(no option of opt-jax)", "(changes no token)"]
+    with pytest.warns(UserWarning, match=r"generation_config\.json: without effect: ") as noted:
+        assert GenerationConfig.from_pretrained(tmp_path).to_dict() == {"top_k": 5, "do_sample": True}
+    assert len(noted) == 1 and all(word in str(noted[0].message) for word in words)
+    with pytest.warns(UserWarning, match=r"generation_config\.json: without effect: ") as noted:
+        assert combine(content, None, {"top_k": None}).to_dict() == {"do_sample": True}
+    assert len(noted) == 1 and all(word in str(noted[0].message) for word in words)
+    # values that change nothing are not noted, nor are those that the caller replaces
+    harmless = {"use_cache": True, "cache_implementation": "static", "remove_invalid_values": False, "low_memory": None}
+    assert combine(harmless, None, {}).to_dict() == {}
+    combine({"use_cache": False, "output_scores": True}, None, {"use_cache": True, "output_scores": None})
+
+
 def test_no_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"generation_config\.json"):
         GenerationConfig.from_pretrained(tmp_path)
@@ -57,9 +81,13 @@ def test_no_file(tmp_path):
 @pytest.mark.parametrize(
     ("checkpoint", "config", "options", "result"),
     [
-        # The higher layer wins. None counts as not given.
+        # The higher layer wins. In a call, None is the default.
         (dict(top_k=1, do_sample=True), dict(top_k=2, top_p=0.5), dict(top_k=3), dict(top_k=3, top_p=0.5)),
-        (dict(top_k=1, do_sample=True), dict(top_k=2), dict(top_k=None), dict(top_k=2)),
+        (dict(top_k=1, do_sample=True), dict(top_k=2), dict(top_k=None), dict(top_k=None, do_sample=True)),
+        (dict(top_k=1, do_sample=True), dict(top_k=None), {}, dict(top_k=1)),
+        (dict(stop_strings="x", penalty_alpha=0.6), None, dict.fromkeys(["stop_strings", "penalty_alpha"]), {}),
+        (dict(max_length=20), None, dict(max_length=None), dict(max_length=None, max_new_tokens=None)),
+        (dict(max_length=20), None, dict(max_new_tokens=None), dict(max_length=20)),
         (dict(top_k=1, do_sample=True), None, dict(temperature=0.5), dict(top_k=1, temperature=0.5, do_sample=True)),
         # An option of a lower layer that contradicts it is dropped.
         (dict(max_length=20), None, dict(max_new_tokens=3), dict(max_new_tokens=3, max_length=None)),
@@ -89,7 +117,7 @@ def test_layers(checkpoint, config, options, result):
     [
         (dict(top_k=5, temperature=0.5, top_p=1.0), {}, r"top_k=5 .*do_sample=True\), temperature=0.5 \(needs"),
         (dict(do_sample=False, min_p=0.5), {}, r"min_p=0.5 \(needs do_sample=True\)$"),
-        (dict(early_stopping=True), dict(top_k=None), r"early_stopping=True \(needs num_beams\)$"),
+        (dict(early_stopping=True), dict(top_k=None, temperature=None), r"early_stopping=True \(needs num_beams\)$"),
         (dict(max_matching_ngram_size=3), {}, r"max_matching_ngram_size=3 \(needs prompt_lookup_num_tokens\)$"),
     ],
 )
@@ -121,6 +149,12 @@ def test_what_has_no_effect_in_a_file_is_noted_and_left_out(checkpoint, options,
         ),
         ({}, dict(num_beams=2, length_penalty=float("nan")), "length_penalty=nan"),
         ({}, dict(assistant_model=object()), "assistant_model=.* is not supported"),
+        ({}, dict(use_cache=False), "generate: use_cache=False is not supported by opt-jax: leave it out"),
+        ({}, dict(cache_implementation="quantized"), 'not supported .* write cache_dtype="int8"$'),
+        ({}, dict(past_key_values=()), "past_key_values=.* not supported .*: write cache=, from model.prefill or"),
+        ({}, dict(streamer=3), "streamer=3 .* iterate over opt_jax.stream_text"),
+        ({}, dict(output_scores=True), "output_scores=True .* logprobs=n"),
+        ({}, dict(top_q=None), "generate: there is no option 'top_q'"),
         ({}, dict(top_q=4), "generate: there is no option 'top_q'"),
         ({}, dict(max_new_tokens=1, max_length=9), "not both"),
         ({}, dict(no_repeat_ngram_size=np.int64(2**32 + 2)), "no_repeat_ngram_size=.*4294967298.* below 2"),
@@ -145,6 +179,15 @@ def test_what_has_no_effect_in_a_file_is_noted_and_left_out(checkpoint, options,
 def test_refused(checkpoint, options, words):
     with pytest.raises(ValueError, match=words):
         combine(checkpoint, None, options)
+
+
+@pytest.mark.parametrize("name", ["num_beams", "temperature", "eos_token_id", "bad_words_ids", "penalty_alpha", "seed"])
+def test_messages_do_not_hold_arrays(name):
+    for value in (np.array([[1.5, 777.25]]), jnp.full((1, 2), 777.25)):
+        with pytest.raises(ValueError, match=rf"{name}=an array of shape \((1, 2|2,)\), float\d\d") as error:
+            config = combine({}, None, {name: value, "do_sample": True})
+            check_sequences(name, value, 10) if name == "bad_words_ids" else check_ids(name, getattr(config, name), 10)
+        assert "777" not in str(error.value)
 
 
 def test_constructor_refuses_what_there_is_not():

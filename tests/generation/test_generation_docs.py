@@ -8,7 +8,8 @@ from conftest import REPOSITORY
 from support.small_models import first_layers
 
 from opt_jax import OPTTokenizer
-from opt_jax.generation.config import _INERT, _UNSUPPORTED, FIELDS
+from opt_jax.generation.config import FIELDS
+from opt_jax.generation.hf_options import INERT, UNSUPPORTED
 
 TEXT = (REPOSITORY / "docs" / "generation.md").read_text(encoding="utf-8")
 
@@ -35,4 +36,4 @@ def test_every_option_has_an_example():
 
 def test_every_option_is_in_the_table():
     table = TEXT.partition("## HF option -> here")[2]
-    assert [name for name in (*FIELDS, *_INERT, *_UNSUPPORTED) if f"`{name}" not in table] == []
+    assert [name for name in (*FIELDS, *INERT, *UNSUPPORTED) if f"`{name}" not in table] == []

@@ -64,7 +64,7 @@ CACHE = MODELS["lm"].init_cache(3, 6)
         (dict(input_ids=IDS, logits_to_keep=5), "logits_to_keep=5 must be between 0 .all. and .* 4"),
         (dict(input_ids=IDS, logits_to_keep=-1), "logits_to_keep=-1"),
         (dict(input_ids=IDS, logits_to_keep=[1]), "logits_to_keep"),
-        (dict(input_ids=IDS, logits_to_keep=np.arange(3)), r"logits_to_keep=an array of shape \(3,\) must be between"),
+        (dict(input_ids=IDS, logits_to_keep=np.arange(3)), r"logits_to_keep=an array of shape \(3,\), int64 must"),
         (dict(input_ids=IDS, dropout_key=0), r"dropout_key must be a key such as jax.random.key\(0\), not 0"),
         (dict(input_ids=IDS, cache=CACHE, segment_ids=IDS), "segment_ids cannot be combined with a cache"),
         (dict(input_ids=IDS[:2], cache=CACHE), r"the cache is for .* \(3, 3, 3, 6, 8\), this call needs \(3, 2, 3, 6"),

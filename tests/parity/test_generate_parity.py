@@ -1,5 +1,6 @@
 """Tokens of `transformers`' `generate`. Its processors: test_processors_parity.py."""
 
+import json
 import warnings
 
 import numpy as np
@@ -29,7 +30,8 @@ def hf_generate(hf, input_ids, attention_mask=None, **options):
     mask = {} if attention_mask is None else {"attention_mask": torch.tensor(attention_mask)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its advice on options
-        return hf.generate(torch.tensor(input_ids, dtype=torch.int64), **mask, **options).numpy()
+        ids = None if input_ids is None else torch.tensor(input_ids, dtype=torch.int64)
+        return hf.generate(ids, **mask, **options).numpy()
 
 
 def both(pair, *inputs, **options):
@@ -128,6 +130,96 @@ def test_stop_strings():
         ours = stop_lengths(StopStrings.of(tok, strings, list(prompt), len(tok)), new)
         assert ours == [n if n <= 20 else None for n in expected.tolist()], strings
         assert strings == "é" or (expected < 20).any()
+
+
+def right_padded(ids, mask):
+    """The rows, with their pads moved behind the tokens."""
+    order = np.argsort(mask == 0, axis=1, kind="stable")
+    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(mask, order, axis=1)
+
+
+def test_prompts_padded_on_the_right(one_pair):
+    """HF's own tests of OPT pass them so. Here the tokens are those of HF for prompts padded on the left."""
+    ids, mask = PROMPTS.values()
+    options = dict(max_new_tokens=12, eos_token_id=5)
+    theirs = hf_generate(one_pair[0], ids, mask, **options)
+    with pytest.warns(UserWarning, match="padded on the right"):
+        ours = one_pair[1].generate(*right_padded(ids, mask), **options).sequences
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def assert_same_for_embeddings(pair, mask, **options):
+    """With the ids the processors see them, and they are part of the result; without them neither, as in HF."""
+    ids, results = PROMPTS["input_ids"], []
+    embeds = np.random.RandomState(3).randn(*ids.shape, pair[1].config.word_embed_proj_dim).astype(np.float32)
+    for given in (None, ids):
+        theirs = hf_generate(pair[0], given, mask, inputs_embeds=torch.tensor(embeds), **options)
+        ours = pair[1].generate(given, mask, inputs_embeds=embeds, **options).sequences
+        np.testing.assert_array_equal(ours, theirs)
+        results.append(ours)
+    assert results[0].shape[1] <= 12 < results[1].shape[1]
+
+
+def test_embeddings(pair):
+    assert_same_for_embeddings(pair, PROMPTS["attention_mask"], max_new_tokens=12, eos_token_id=[5, 17, 40])
+
+
+def test_embeddings_with_options(one_pair):
+    mask = PROMPTS["attention_mask"]
+    beams = dict(num_beams=3, num_return_sequences=2, min_length=16, no_repeat_ngram_size=2)
+    assert_same_for_embeddings(one_pair, mask, max_new_tokens=12, eos_token_id=[5, 17, 40], **beams)
+    # No pads: HF's penalty would pass over as many new tokens as a row has pads, as if they were those.
+    processors = dict(repetition_penalty=1.4, no_repeat_ngram_size=2, begin_suppress_tokens=[5, 17, 40])
+    assert_same_for_embeddings(one_pair, None, max_length=22, pad_token_id=2, **processors)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(use_cache=False, remove_invalid_values=True, disable_compile=True, assistant_lookbehind=3),
+        dict(
+            cache_implementation="dynamic",
+            cache_config={"backend": "x"},
+            output_scores=True,
+            return_dict_in_generate=True,
+        ),
+        dict(do_sample=False, num_beams=1, max_new_tokens=5, low_memory=True, our_own_note=[1, 2]),
+    ],
+    ids=lambda o: "-".join(o),
+)
+def test_files_that_hf_writes(one_pair, monkeypatch, tmp_path, options):
+    """Its `save_pretrained` of a model and of a config: the file, all fields of it, never stops a call."""
+    hf, model = one_pair
+    config = transformers.GenerationConfig(**options)
+    config.save_pretrained(tmp_path / "differences")
+    config.to_json_file(tmp_path / "all.json", use_diff=False)
+    ids, mask = PROMPTS.values()
+    monkeypatch.setattr(hf, "generation_config", config)
+    theirs = hf_generate(
+        hf, ids, mask, pad_token_id=1, max_new_tokens=6, eos_token_id=-1, return_dict_in_generate=False
+    )
+    for path in (tmp_path / "differences" / "generation_config.json", tmp_path / "all.json"):
+        monkeypatch.setattr(model, "generation_config_json", path.read_text())
+        with warnings.catch_warnings(record=True) as noted:
+            warnings.simplefilter("always")
+            ours = model.generate(ids, mask, pad_token_id=1, max_new_tokens=6, eos_token_id=[]).sequences
+        np.testing.assert_array_equal(ours, theirs)
+        left_out = options.keys() - {"do_sample", "num_beams", "max_new_tokens", "return_dict_in_generate"}
+        assert len(noted) == bool(left_out) and all(f"{name}=" in str(noted[0].message) for name in left_out)
+
+
+def test_none_undoes_an_option_of_the_file(one_pair, monkeypatch):
+    hf, model = one_pair
+    options = dict(repetition_penalty=2.5, suppress_tokens=[7, 8, 9], max_new_tokens=8, eos_token_id=[5, 17])
+    monkeypatch.setattr(hf, "generation_config", transformers.GenerationConfig(**options))
+    monkeypatch.setattr(model, "generation_config_json", json.dumps(options))
+    results = []
+    for names in ((), ("repetition_penalty",), ("repetition_penalty", "suppress_tokens")):
+        theirs, ours = both(one_pair, *PROMPTS.values(), pad_token_id=1, **dict.fromkeys(names))
+        np.testing.assert_array_equal(ours, theirs)
+        results.append(ours.tolist())
+    assert results[0] != results[1] != results[2]
 
 
 def test_every_option_of_hf_is_known():

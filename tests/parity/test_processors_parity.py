@@ -75,7 +75,7 @@ def ours(options: dict[str, Any], logits, prompts, new) -> np.ndarray:
     request = check_request(models()[1], ids, options=dict(options, eos_token_id=ENDS, max_new_tokens=NEW))
     step, used = len(new[0]), request.width + len(new[0])
     tokens, valid = np.zeros((len(ids), COLUMNS), np.int32), np.zeros((len(ids), COLUMNS), bool)
-    tokens[:, : request.width], valid[:, : request.width] = request.prompts.ids, request.prompts.mask
+    tokens[:, : request.width], valid[:, : request.width] = request.prompts.tokens, request.prompts.mask
     tokens[:, request.width : used], valid[:, request.width : used] = new, True
     tokens[~valid] = np.tile(3 + np.arange(COLUMNS) % 5, (len(ids), 1))[~valid]  # pads and the future must not count
     counts = (np.full(len(ids), x, np.int32) for x in (used, step))

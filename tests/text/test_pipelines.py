@@ -11,7 +11,7 @@ from support.small_models import first_layers
 from support.stop_strings import stop_lengths
 
 from opt_jax import GenerationConfig, OPTTokenizer, pipeline, score_texts, stream_text
-from opt_jax.text.streaming import StopStrings
+from opt_jax.text.streaming import StopStrings, TextBeforeStop
 
 PROMPTS = ["def main():\n", "import", "class Parser:\n    def __init__(self", "x"]
 NEW = 24
@@ -59,6 +59,76 @@ def test_stop_strings_end_rows(tok, model):
     for prompt, text in zip(PROMPTS, stopped, strict=True):
         pieces = list(stream_text(model, tok, prompt, max_new_tokens=NEW, eos_token_id=[], stop_strings=strings))
         assert "".join(pieces) == text and all(pieces)
+
+
+def cut_at_stop(tok, prompt: str, ids: list[int], strings) -> tuple[str, str | None]:
+    """By definition, on the text of all tokens: what is before the string that ends first, and this string."""
+    text = prompt + tok.decode(ids)
+    ends = {s: end for s in strings if (end := text.find(s, max(0, len(prompt) - len(s) + 1)) + len(s)) >= len(s)}
+    if not ends:
+        return text[len(prompt) :], None
+    string = min(ends, key=lambda s: (ends[s], -len(s)))
+    return text[len(prompt) : max(len(prompt), ends[string] - len(string))], string
+
+
+@pytest.mark.slow
+def test_stop_strings_are_left_out_on_request_and_named(tok, model):
+    options: dict[str, Any] = dict(max_new_tokens=NEW, eos_token_id=[], do_sample=False)
+    inputs = tok(PROMPTS)
+    free = model.generate(**inputs, **options)[:, inputs.input_ids.shape[1] :]
+    texts = [tok.decode(row) for row in free]
+    # within a token, over several, from the prompt on, one within another, one that only begins, and one in no text
+    strings = [
+        texts[0][6:8],
+        texts[1][2:9],
+        "\n" + texts[0][:1],
+        texts[2][3:5],
+        texts[2][2:5],
+        texts[3][:4] + "zq",
+        "zq",
+    ]
+    expected = [cut_at_stop(tok, p, row.tolist(), strings) for p, row in zip(PROMPTS, free, strict=True)]
+    assert len({string for _, string in expected}) > 2 and expected[0] == ("", strings[2]) and expected[3][1] is None
+    out = model.generate(**inputs, **options, stop_strings=strings, tokenizer=tok)
+    assert out.stop_reasons == [string for _, string in expected]
+    assert model.generate(**inputs, **options).stop_reasons is None
+    pipe = pipeline(model=model, tokenizer=tok, **options, return_full_text=False, stop_strings=strings)
+    kept, left_out = pipe(PROMPTS), pipe(PROMPTS, include_stop_str_in_output=False)
+    assert left_out == [[{"generated_text": text, "stop_reason": string}] for text, string in expected]
+    assert [row["stop_reason"] for (row,) in kept] == out.stop_reasons
+    assert all(row["generated_text"].startswith(text) for (row,), (text, _) in zip(kept, expected, strict=True))
+    assert kept != left_out
+    whole = pipe(PROMPTS[1], include_stop_str_in_output=False, return_full_text=True, batch_size=None)
+    assert whole == [{"generated_text": PROMPTS[1] + expected[1][0], "stop_reason": expected[1][1]}]
+    for prompt, (text, _) in zip(PROMPTS, expected, strict=True):
+        more: dict[str, Any] = dict(options, stop_strings=strings, include_stop_str_in_output=False)
+        pieces = list(stream_text(model, tok, prompt, **more))
+        assert "".join(pieces) == text and all(pieces)
+    for call in (pipeline(model=model, tokenizer=tok), lambda *a, **k: stream_text(model, tok, *a, **k)):
+        with pytest.raises(ValueError, match="include_stop_str_in_output=False without effect: pass stop_strings"):
+            call("x", include_stop_str_in_output=False)
+        with pytest.raises(ValueError, match="include_stop_str_in_output=3 must be True or False"):
+            call("x", include_stop_str_in_output=3, stop_strings="x")
+
+
+def test_text_before_a_stop_comes_as_soon_as_it_is_known(tok):
+    """Also of special tokens, which count and are not shown, and of characters that several tokens make up."""
+
+    def pieces(text, strings, prompt=""):
+        ids = [tok.backend_tokenizer.token_to_id(c) for c in _byte_tokens(text)]
+        stops = StopStrings.of(tok, strings, [np.array(tok.encode(prompt, add_special_tokens=False))], len(tok))
+        stream = TextBeforeStop(stops)
+        return [*map(stream.put, ids), stream.end()]
+
+    assert pieces("abcabd", "abd") == ["", "", "abc", "", "", "", ""]
+    assert pieces("abcab", "abd") == ["", "", "abc", "", "", "ab"]
+    assert pieces("cd", "bcd", prompt="ab") == ["", "", ""] and pieces("cx", "bcd", prompt="ab") == ["", "cx", ""]
+    assert "".join(pieces("日本 é", "é")) == "日本 " and "".join(pieces("日本", "本x")) == "日本"
+    ids, end = tok.encode("a", add_special_tokens=False), tok.eos_token_id
+    stops = StopStrings.of(tok, "s>a", [np.array([], np.int32)], len(tok))
+    for skip, text in ((True, "a"), (False, "a</")):
+        stream = TextBeforeStop(stops, 0, skip)
+        assert stream.put([*ids, end, *ids]) + stream.end() == text
 
 
 def test_stop_strings_straddle_tokens_and_characters(tok):
