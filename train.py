@@ -21,9 +21,11 @@ from typing import Any
 import jax
 
 from opt_jax import OPTForCausalLM
+from opt_jax.checkpoints.pretrained import write_adapter
 from opt_jax.parallel import agreement, processes
 from opt_jax.parallel.agreement import on_first_process
 from opt_jax.parallel.mesh import make_mesh, use_mesh
+from opt_jax.parallel.rules import named_leaves
 from opt_jax.system.disk import keep_standard_descriptors
 from opt_jax.training import loggers, plan
 from opt_jax.training.checkpoints import BestModel, Checkpoints, Due, Termination
@@ -286,9 +288,13 @@ def export(setup: Setup, run: RunDirectory, data: TrainingData, state: TrainStat
     """Save the model in the run directory, and print a sample of it."""
     model = setup.lora.merge(state.full_model, setup.saved_model) if setup.lora else state.model
     on_first_process(run.check_lock)
+    if setup.lora:  # before the model, with which the run is finished
+        trained, name = named_leaves(state.model), setup.model_class.__name__
+        write_adapter(run.path / "adapter", trained, setup.lora, setup.options.model, name)
     model.save_pretrained(run.path / "model", tokenizer=data.tokenizer)
     if setup.lora:
         say(f"the adapters are merged in: {run.path / 'model'} is a model without adapters")
+        say(f"for PEFT, they are also in {run.path / 'adapter'}")
     if data.task:
         say(f'finished. Load it: {setup.model_class.__name__}.from_pretrained("{run.path}")')
     elif jax.process_count() == 1:

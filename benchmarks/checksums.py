@@ -22,9 +22,11 @@ SHAPE = (4096, 8192)  # float32: four chunks
 
 
 def contestant(arrays: int, checksums: bool, verify: bool) -> Callable[[str, Path], float]:
-    """run("write" or "read", directory) -> seconds of processor time outside the kernel (whose share is mostly that of
-    fresh pages)."""
-    warnings.simplefilter("ignore")  # of what has no checksums
+    """A function of "write" or "read" and a directory. It returns seconds of processor time outside the kernel.
+
+    The kernel's time is mostly that of fresh pages.
+    """
+    warnings.simplefilter("ignore")  # that arrays have no checksums
     if not checksums:
         chunks.CODECS = chunks.CODECS[:1]
     values = np.random.default_rng(0).standard_normal(SHAPE, dtype=np.float32)

@@ -44,7 +44,7 @@ TORCH_IMPORTS = "import torch, orbax.checkpoint"
 
 
 def write_checkpoint(directory: Path, model: str, form: str) -> tuple[int, int]:
-    """A float16 checkpoint of shards below 2 GB; (bytes of all tensors, of the largest)."""
+    """Write a float16 checkpoint in shards below 2 GB. Returns (bytes of all tensors, bytes of the largest)."""
     import numpy as np
     import torch
     from safetensors.torch import save_file
@@ -87,8 +87,8 @@ def measure(command: list[str], dst: Path | None) -> tuple[float, float, float]:
     if dst is not None:
         shutil.rmtree(dst, ignore_errors=True)
     os.sync()
-    # A virtual machine gives freed memory back to its host within seconds and gets it again page by page. Who starts at
-    # once after the removal above writes into memory that is still there: let all begin alike.
+    # A virtual machine returns freed memory to its host within seconds, and gets it back page by page. Without a wait,
+    # a process that starts right after the removal above would write into memory that is still there.
     time.sleep(SETTLE)
     start = time.perf_counter()
     process = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL)

@@ -93,7 +93,7 @@ def step_bytes(config: OPTConfig, itemsize: int, batch: int, length: float) -> f
 
 
 def write_model(preset: str, folder: str) -> Callable[[], str | None]:
-    """Random weights in files that all contestants read; says which GPU there is."""
+    """A function that writes random weights into files for all contestants. It returns the name of the GPU, or None."""
     import jax
     from flax import nnx
 
@@ -112,7 +112,7 @@ def write_model(preset: str, folder: str) -> Callable[[], str | None]:
     return run
 
 
-# No end token before the last step, in all of the following: all always do all the work.
+# In the functions below no end token comes before the last step, so that all compute all steps.
 def ours(folder: str) -> Generate:
     from opt_jax import OPTForCausalLM
 

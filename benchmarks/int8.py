@@ -33,8 +33,8 @@ def accuracy(path: Path, length: int, windows: int) -> None:
     ids = ids[: min(windows, len(ids) // (length - 1)) * (length - 1)].reshape(-1, length - 1)
     ids = np.pad(ids, ((0, 0), (1, 0)), constant_values=tokenizer.bos_token_id).astype(np.int32)
 
-    exact = AutoModelForCausalLM.from_pretrained("tiny", dtype="float32", param_dtype="float32")
-    half = AutoModelForCausalLM.from_pretrained("tiny", dtype="bfloat16", param_dtype="bfloat16")
+    exact = AutoModelForCausalLM.from_pretrained("tiny", dtype="float32")
+    half = AutoModelForCausalLM.from_pretrained("tiny", dtype="bfloat16")
     small = quantize(exact)
     rows: dict[str, tuple[Any, str]] = {
         "float32": (exact, "float32"),

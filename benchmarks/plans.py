@@ -31,7 +31,7 @@ GENERATIONS = ("v5e", "v5p", "v6e")
 
 
 def likely_micro_batch(size: str, topology: str, fsdp: int, tensor: int) -> int:
-    """Sequences at a time that probably fit, and not many fewer than could: each attempt is minutes of compilation."""
+    """A micro-batch that probably fits, and is not much smaller than possible. Each attempt compiles for minutes."""
     config, rows = OPTConfig.preset(size), recipe_options(f"opt-{size}")["batch_size"] // fsdp
     width, depth = config.hidden_size, config.num_hidden_layers
     weights = 12 * width**2  # of a layer
@@ -43,7 +43,7 @@ def likely_micro_batch(size: str, topology: str, fsdp: int, tensor: int) -> int:
 
 
 def plan(size: str, topology: str, mesh: str, micro_batch: int | None) -> dict:
-    """What `train.py --plan` writes. micro_batch: sequences at a time for each group of chips that share them."""
+    """What `train.py --plan` writes. `micro_batch`: sequences at a time for each group of chips that share them."""
     sizes = {name: int(count) for name, count in (axis.split("=") for axis in mesh.split(","))}
     rows = recipe_options(f"opt-{size}")["batch_size"] // sizes["fsdp"]
     micro_batch = micro_batch or likely_micro_batch(size, topology, sizes["fsdp"], sizes.get("tensor", 1))

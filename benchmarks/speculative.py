@@ -36,7 +36,7 @@ class Queue:
 
 
 def first_layers(model: OPTForCausalLM, count: int) -> OPTForCausalLM:
-    """The same embeddings and head with fewer layers between them; shares the arrays."""
+    """The model without its later layers. It shares the arrays."""
     draft = nnx.clone(model)
     layers: Any = draft.model.decoder.layers
     draft.model.decoder.layers = nnx.List(list(layers)[:count])

@@ -63,7 +63,7 @@ def theirs(config: OPTConfig, batch: np.ndarray, dtype: str, best: bool) -> Step
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as XLA has it by default; on a CPU it changes nothing
-    hf_config = transformers.OPTConfig(**config.to_hf())  # its attention is SDPA, if nobody says otherwise
+    hf_config = transformers.OPTConfig(**config.to_hf())  # its default attention is SDPA
     with torch.device(device):
         model = transformers.OPTForCausalLM(hf_config).train()
     optimizer = torch.optim.AdamW(

@@ -46,6 +46,8 @@ class SourceOptions:
     """Where downloads are kept. Default: Hugging Face's cache (HF_HOME)."""
     offline: bool = False
     """Take a hub id from the cache, never from the network."""
+    adapter: Path | None = None
+    """A directory with a PEFT adapter (LoRA) of SRC, to be merged in."""
     no_verify: bool = False
     """Do not compare the data of an Orbax directory with their checksums."""
 
@@ -183,6 +185,8 @@ def to_hf(
       shard_of: i/n: write only the i-th of n parts of the files. Run the n commands in any order, on any hosts that
         share the file system; the last one completes DST.
     """
+    from opt_jax.checkpoints.formats.hf_writer import parse_size
+
     from . import to_hf
 
     *names, target = _sources_and_destination(paths)
@@ -193,9 +197,9 @@ def to_hf(
     if part is not None:
         job = job.for_one_shard()
     try:
-        to_hf.parse_size(max_shard_size)
+        parse_size(max_shard_size)
     except ValueError as e:
-        raise UsageError(str(e)) from None
+        raise UsageError(str(e).replace("max_shard_size", "--max-shard-size")) from None
     options = _options(names, target, source, metaseq, write) | {"max_shard_size": max_shard_size}
     with started(**dataclasses.asdict(job), options=options):
         opened = _open(names, dst, source, metaseq, write, hub.is_model if part is None else None)
@@ -234,8 +238,8 @@ def verify(
 
     metaseq.check()
     leave_accelerators_alone()
-    # --cache-dir and --offline belong to whichever of DST and SRC is a hub id. --revision belongs to SRC.
-    dst_options = dataclasses.replace(source, revision=None)
+    # --cache-dir and --offline belong to whichever of DST and SRC is a hub id. --revision and --adapter belong to SRC.
+    dst_options = dataclasses.replace(source, revision=None, adapter=None)
     if is_here(dst):
         dst_options = SourceOptions(no_verify=source.no_verify)
     elif is_here(against[0]):
@@ -318,7 +322,7 @@ def _open(
         if replaceable is not None:
             directories.check_destination(dst, write.overwrite, replaceable)
         _quiet_downloads(write.quiet)
-        opened = _open_source(names, source, metaseq, from_metaseq)
+        opened = _open_source(names, source, metaseq, from_metaseq, write.dtype)
         _check_no_verify(source, opened)
         inside = os.path.realpath(dst)
         for path in (opened.where, *opened.companions):
@@ -332,13 +336,17 @@ def _open(
 
 
 def _open_source(
-    names: Sequence[str], source: SourceOptions, metaseq: MetaseqOptions, from_metaseq: bool = False
+    names: Sequence[str],
+    source: SourceOptions,
+    metaseq: MetaseqOptions,
+    from_metaseq: bool = False,
+    dtype: str | None = None,
 ) -> "Checkpoint":
     from .source import open_source
 
     options = {**dataclasses.asdict(source), **dataclasses.asdict(metaseq)}
     options["verify"] = not options.pop("no_verify")
-    return open_source(names, **options, from_metaseq=from_metaseq)
+    return open_source(names, **options, from_metaseq=from_metaseq, dtype=dtype)
 
 
 def _check_no_verify(source: SourceOptions, *opened: "Checkpoint") -> None:

@@ -1,5 +1,6 @@
 """Opens every supported form of checkpoint as a `Checkpoint` of lazy arrays."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from opt_jax.checkpoints import hub, pretrained
 from opt_jax.checkpoints.arrays import Checks, LazyArray
-from opt_jax.checkpoints.formats import hf
+from opt_jax.checkpoints.formats import hf, peft
 from opt_jax.checkpoints.formats.wrappers import torch_files
 from opt_jax.checkpoints.source_files import files_of_model
 from opt_jax.config import OPTConfig
@@ -18,7 +19,7 @@ from . import metaseq
 from .checkpoint import CLASSES, Checkpoint
 
 
-def open_source(
+def open_source(  # noqa: PLR0913  (options, by keyword)
     names: Sequence[str],
     *,
     revision: str | None = None,
@@ -26,8 +27,10 @@ def open_source(
     offline: bool = False,
     model: str | None = None,
     config: Path | None = None,
+    adapter: Path | None = None,
     from_metaseq: bool = False,
     verify: bool = True,
+    dtype: str | None = None,
 ) -> Checkpoint:
     """The checkpoint that `names` stand for; no data is read.
 
@@ -36,8 +39,10 @@ def open_source(
       revision, cache_dir, offline: how to find a hub id; see `hub.resolve`.
       model: the architecture of a metaseq checkpoint, by the name of a preset.
       config: the same, as a config.json.
+      adapter: a directory with a PEFT adapter, to be merged in.
       from_metaseq: `names` are files of a metaseq checkpoint, whatever they look like.
       verify: compare the data of an Orbax directory with their checksums when they are read.
+      dtype: of what the adapter changes; default: as in the base.
 
     Raises:
       OSError: there is no such checkpoint, or it cannot be downloaded or read.
@@ -49,14 +54,14 @@ def open_source(
         if (cache_dir is not None or offline) and is_here(names[0]):
             raise ValueError(f"--cache-dir and --offline are for hub ids, but {names[0]} is none")
         directory = hub.resolve(names[0], revision=revision, cache_dir=cache_dir, local_files_only=offline)
-        return open_directory(directory, verify)
+        return _adapted(open_directory(directory, verify), adapter, dtype)
     if revision is not None or cache_dir is not None or offline:
         raise ValueError("--revision, --cache-dir and --offline are for hub ids, not for metaseq files")
     if model is not None and config is not None:
         raise ValueError("--model and --config both name the architecture: give one of them")
 
     given = OPTConfig.preset(model) if model is not None else OPTConfig.from_hf(config) if config is not None else None
-    return metaseq.open_checkpoint(metaseq.find_files(names), config=given)
+    return _adapted(metaseq.open_checkpoint(metaseq.find_files(names), config=given), adapter, dtype)
 
 
 def is_here(name: str) -> bool:
@@ -102,6 +107,28 @@ def open_directory(directory: Path, verify: bool = True) -> Checkpoint:
         companions=hub.companion_directories(directory),
         checks=(*checks, *notes),
         files=files,
+    )
+
+
+def _adapted(base: Checkpoint, directory: Path | None, dtype: str | None) -> Checkpoint:
+    """The checkpoint with an adapter merged in, which happens when its arrays are read."""
+    if directory is None:
+        return base
+    base.files.add(peft.files_of_adapter(directory))
+    adapter, before = peft.open_adapter(directory), base.config.to_hf()
+    base_cls = base.raw_config["architectures"][0]
+    cls = adapter.head_class(base_cls)
+    arrays, config = adapter.onto(base.arrays, base.config, base.where, causal=cls == "OPTForCausalLM", dtype=dtype)
+    if cls != base_cls:  # without the head of the base
+        heads = tuple(f"{head}." for name, head in peft.CLASSES.values() if name != cls)
+        arrays = {path: array for path, array in arrays.items() if not path.startswith(heads)}
+    changed = {name: value for name, value in config.to_hf().items() if before[name] != value}
+    return dataclasses.replace(
+        base,
+        format=f"{base.format}, with the adapter {directory}",
+        config=config,
+        raw_config={**base.raw_config, **changed, "architectures": [cls]},
+        arrays=arrays,
     )
 
 

@@ -1,11 +1,13 @@
 """opt-jax: Meta's OPT language models (125M to 175B) in JAX/Flax, for TPU and GPU."""
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from opt_jax.config import OPTConfig
 
 if TYPE_CHECKING:
+    from opt_jax.config import OPTConfig as AutoConfig
     from opt_jax.generation.config import GenerationConfig
     from opt_jax.model.heads import (
         OPTForCausalLM,
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
         named_parameters,
     )
     from opt_jax.model.heads import OPTForCausalLM as AutoModelForCausalLM
+    from opt_jax.model.heads import OPTForQuestionAnswering as AutoModelForQuestionAnswering
+    from opt_jax.model.heads import OPTForSequenceClassification as AutoModelForSequenceClassification
+    from opt_jax.model.heads import OPTModel as AutoModel
     from opt_jax.model.quantization import quantize
     from opt_jax.model.stacking import stack_layers, unstack_layers
     from opt_jax.text.pipelines import pipeline, score_texts, stream_text
@@ -37,6 +42,14 @@ _HOME = {
     "stream_text": "text.pipelines",
     "score_texts": "text.pipelines",
 }
+# For scripts written for `transformers`.
+_ALIASES = {
+    "AutoConfig": "OPTConfig",
+    "AutoModel": "OPTModel",
+    "AutoModelForCausalLM": "OPTForCausalLM",
+    "AutoModelForSequenceClassification": "OPTForSequenceClassification",
+    "AutoModelForQuestionAnswering": "OPTForQuestionAnswering",
+}
 
 __all__ = [
     "OPTConfig",
@@ -44,7 +57,11 @@ __all__ = [
     "OPTForCausalLM",
     "OPTForSequenceClassification",
     "OPTForQuestionAnswering",
+    "AutoConfig",
+    "AutoModel",
     "AutoModelForCausalLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForQuestionAnswering",
     "OPTTokenizer",
     "AutoTokenizer",
     "GenerationConfig",
@@ -59,8 +76,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "AutoModelForCausalLM":  # for scripts written for `transformers`
-        return __getattr__("OPTForCausalLM")
+    if name in _ALIASES:
+        return getattr(sys.modules[__name__], _ALIASES[name])
     if name == "__version__":
         from importlib import metadata
 
@@ -70,4 +87,12 @@ def __getattr__(name: str) -> Any:
             return "not installed"
     if name in _HOME:
         return getattr(importlib.import_module(f"opt_jax.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'opt_jax' has no attribute {name!r}")
+    from opt_jax.checkpoints import hf_scripts
+
+    plain = name.removeprefix("Flax").removeprefix("TF")  # FlaxOPTForCausalLM
+    hints = {name: f"use opt_jax.{plain}"} if plain in __all__ else hf_scripts.PACKAGE
+    raise hf_scripts.no_attribute("module 'opt_jax'", name, hints)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

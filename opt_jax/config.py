@@ -1,11 +1,11 @@
 """The architecture of an OPT model, and the nine published sizes. No arrays, no mesh."""
 
 import dataclasses
-import os
 import sys
 from collections.abc import Mapping
 from typing import Any
 
+from opt_jax.interface import ConfigMethods
 from opt_jax.system.messages import shown
 
 # Activations of `transformers.activations.ACT2FN` that OPT variants use; `decoder.py` maps each to its function.
@@ -28,8 +28,10 @@ _SIZES = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OPTConfig:
+class OPTConfig(ConfigMethods):
     """Architecture of an OPT model; names and defaults are those of `transformers.OPTConfig`.
+
+    `ConfigMethods` reads and writes it: `from_hf`, `to_hf`, `from_pretrained`, `save_pretrained`.
 
     Raises:
       ValueError: a field has a wrong type or value; the message names the field.
@@ -143,31 +145,6 @@ class OPTConfig:
         if key == "350m":  # the one post-norm model, with embeddings narrower than the residual stream
             fields |= dict(do_layer_norm_before=False, word_embed_proj_dim=512)
         return cls(**(fields | overrides))
-
-    @classmethod
-    def from_hf(cls, source: str | os.PathLike[str] | Mapping[str, Any], *, where: str = "config") -> "OPTConfig":
-        """The config in a `config.json` of `transformers`.
-
-        Fields that are not part of the architecture are kept in `extra`, and `to_hf` writes them. A warning names those
-        that have an effect in transformers but not here (`output_hidden_states`, options of generation, ...).
-
-        Args:
-          source: the path of the file or of its directory, or its content as a dict.
-          where: the name of a dict in messages.
-
-        Raises:
-          FileNotFoundError: the file does not exist.
-          ValueError: not JSON, not an OPT model, or an invalid field, which the message names.
-        """
-        from opt_jax.checkpoints.formats import config_json
-
-        return config_json.from_hf(cls, source, where)
-
-    def to_hf(self) -> dict[str, Any]:
-        """The content of a `config.json`, from which `transformers` and `from_hf` get the same architecture."""
-        from opt_jax.checkpoints.formats import config_json
-
-        return config_json.to_hf(self)
 
 
 def _is_integer(value: object) -> bool:

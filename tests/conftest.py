@@ -1,4 +1,4 @@
-"""Set up once, before jax is imported anywhere: a CPU with eight devices, no network, fixed seeds."""
+"""Set up before jax is imported: a CPU with eight devices, no network, fixed seeds."""
 
 import gc
 import os
@@ -17,7 +17,7 @@ from support import processes
 exhaustive = partial(pytest.param, marks=pytest.mark.exhaustive)  # one more case of a kind
 FLAGS = ["--xla_force_host_platform_device_count=8"]
 assert "jax" not in sys.modules, "tests/conftest.py must be loaded before jax, or its environment has no effect"
-# `JAX_PLATFORMS=cuda pytest ...` runs the suite on another device; tests of meshes then skip where there are too few.
+# `JAX_PLATFORMS=cuda pytest ...` runs the suite on another device. Tests that need more devices skip.
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
     # LLVM's optimizations and XLA's newer code generator for fusions were two thirds of the suite's time; jaxlib 0.10
     # still has the older generator. With 0, as in `make test-exact`, tests have the code that users have.
@@ -43,7 +43,7 @@ def pytest_addoption(parser):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """The fast part does not even import what it leaves out: PyTorch alone takes three seconds."""
+    """The fast part does not import slow files, because importing PyTorch alone takes three seconds."""
     if config.option.markexpr == "not slow" and collection_path.suffix == ".py":
         parity = "parity" in collection_path.parts
         return True if parity or "\npytestmark = pytest.mark.slow\n" in collection_path.read_text() else None
@@ -51,9 +51,9 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Parity tests are slow as a whole, so that `pytest -m "not slow"` is what to run between two edits.
+    """Mark all parity tests as slow, and run files with slow tests first.
 
-    Files with slow tests come first: with two processes, none begins one when the other is almost through.
+    With two processes, a slow file at the end would keep one of them waiting for the other.
     """
     for item in items:
         if "parity" in item.path.parts:
@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.default_settings("counts compilations"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
-    # What has been imported stays: the garbage collector need not look through it again and again (5 % of all time).
+    # Imported objects stay, so the garbage collector need not traverse them again and again (5 % of all time).
     gc.freeze()
     gc.set_threshold(20_000, 50, 100)
     if not config.getoption("--exhaustive"):
@@ -72,7 +72,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _repeated(items) -> list:
-    """The cases that a test marked `combinations` can do without: the others have each value of each parameter."""
+    """Cases of tests marked `combinations` that can be left out: the others have each value of each parameter."""
     functions, repeated = {}, []
     for item in items:
         if item.get_closest_marker("combinations"):
@@ -87,9 +87,9 @@ def _repeated(items) -> list:
 
 @pytest.fixture(scope="session")
 def sample(pytestconfig):
-    """`sample(cases, count)`: `count` cases drawn with a fixed seed, in their order; all of them with --exhaustive.
+    """`sample(cases, count)` draws `count` cases with a fixed seed, in their order. With --exhaustive it returns all.
 
-    For a sweep over more of the same kind. Where there are kinds, draw from each one.
+    It is for cases of one kind. If there are several kinds, draw from each.
     """
 
     def draw(cases, count: int, seed: int = 0) -> list:
@@ -103,8 +103,10 @@ def sample(pytestconfig):
 
 @pytest.fixture(scope="module", autouse=True)
 def few_mappings():
-    """Each compiled program takes a few of the 65,530 memory mappings that Linux allows a process; without one left,
-    the compiler ends by a segmentation fault. So they go between two files when there are many."""
+    """Drop compiled programs between two files when there are many.
+
+    Each takes a few of the 65,530 memory mappings that Linux allows a process. Without one left, compiling crashes.
+    """
     yield
     maps = Path("/proc/self/maps")
     if "jax" in sys.modules and maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPPINGS:
@@ -114,7 +116,7 @@ def few_mappings():
 
 @pytest.fixture(scope="session", autouse=True)
 def forked_programs(pytestconfig):
-    """Tests start Python programs by processes.Popen; in `make test-exact` and with --exhaustive, as users do."""
+    """Tests start Python programs by processes.Popen, but in `make test-exact` and with --exhaustive as users do."""
     with pytest.MonkeyPatch.context() as patch:
         if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1" and not pytestconfig.getoption("--exhaustive"):
             patch.setattr(subprocess, "Popen", processes.Popen)
@@ -123,7 +125,7 @@ def forked_programs(pytestconfig):
 
 @pytest.fixture(autouse=True)
 def fixed_seeds():
-    """The global generators start every test from the same place (the library itself never uses them)."""
+    """Each test starts with the same state of the global generators, which the library never uses."""
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
     if "torch" in sys.modules:
@@ -132,7 +134,7 @@ def fixed_seeds():
 
 @pytest.fixture
 def compiled():
-    """Names of what JAX compiles during the test."""
+    """Names of the functions that JAX compiles during the test."""
     import jax  # after the environment above is set, and not in every test
 
     names = []
@@ -148,7 +150,7 @@ def compiled():
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """`../shared/data` beside the repository: real text, the real OPT tokenizer. Tests that need it skip elsewhere."""
+    """`../shared/data` beside the repository, with texts and OPT's tokenizer. Tests that need it skip elsewhere."""
     path = REPOSITORY.parent / "shared" / "data"
     if not path.is_dir():
         pytest.skip("../shared/data (WikiText-2, the OPT tokenizer files, ...) is not beside this checkout")

@@ -23,6 +23,7 @@ DRAWN: dict[str, tuple[Callable[[Any], st.SearchStrategy], int]] = {
     "Config": (fuzz_cases.damage, 100),
     "Tokenizers": (fuzz_cases.damage, 100),
     "Model": (fuzz_cases.damage, 100),
+    "Adapter": (fuzz_cases.damage, 100),
     "Flax": (fuzz_cases.damage, 150),
     "Training": (fuzz_cases.damage, 20),
     "Arrays": (lambda files: st.one_of(fuzz_cases.arrays(), fuzz_cases.damage(files)), 150),
@@ -47,6 +48,7 @@ REGRESSIONS: dict[str, list[Any]] = {
         ("fast/tokenizer.json", [("set", ("truncation",), ["\x1b[2J\n\r"])]),
         ("fast/tokenizer.json", [("set", ("model", "unk_token"), "ByteLevel")]),
     ],
+    "Adapter": [("adapter_model.safetensors", [("flip", 415, 6)])],  # an infinity in A
     "Training": [
         ("3/_CHECKPOINT_METADATA", [("set", ("commit_timestamp_nsecs",), "x")]),
         ("3/_CHECKPOINT_METADATA", [("set", (), [])]),

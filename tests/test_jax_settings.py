@@ -1,6 +1,6 @@
-"""JAX's global settings that notebooks switch on: everything runs under each, with the results that it has without.
+"""Under JAX's global settings, which notebooks switch on, results are those without them.
 
-The whole fast part runs under each with `make test-settings`.
+`make test-settings` runs the fast part of the suite under each.
 """
 
 import contextlib
@@ -113,12 +113,12 @@ SCHEDULE = make_schedule(peak=1e-2, warmup_steps=1, steps=3)
 
 @cache
 def beginning():
-    """A training state on the host."""
+    """A new training state, on the host."""
     return jax.device_get(new_state(stack_layers(our_model("opt-125m", num_hidden_layers=1)), make_optimizer(SCHEDULE)))
 
 
 def train(_):
-    # One without jit, where every operation by itself is slow on two.
+    # Without jit one device, because single operations are slow on two.
     devices = jax.devices()[: 1 if jax.config.jax_disable_jit else 2]  # type: ignore[reportAttributeAccessIssue]
     mesh, state = make_mesh("fsdp=-1", devices=devices), beginning()
     shardings = state_shardings(state, mesh)
@@ -127,7 +127,7 @@ def train(_):
     with use_mesh(mesh):
         state, metrics = step(jax.device_put(state, shardings), place_batch(arrays, 2, 1, mesh))
     leaves = named_leaves(state) | metrics
-    # The loss does not depend on it: its gradient is rounding error, which Adam divides by itself.
+    # The gradient of this bias is rounding noise, which Adam amplifies.
     return {name: leaf for name, leaf in leaves.items() if not name.endswith("k_proj.bias")}
 
 
@@ -136,8 +136,10 @@ DRAWN = (continuous, lookup, train)
 
 
 def pytest_generate_tests(metafunc):
-    """By default the settings that leave all numbers as they are are switched on together, and slow parts left out
-    without jit; --exhaustive: one by one as well, and all."""
+    """By default, settings that change no number are on together, and slow parts are left out without jit.
+
+    With --exhaustive they are on one by one too, and no part is left out.
+    """
     if "part" not in metafunc.fixturenames:
         return
     cases = [(SAME_NUMBERS, part) for part in PARTS]
@@ -159,14 +161,14 @@ def test_results_are_those_without_the_setting(values, part, plain, tmp_path):
     expected = plain(part)
     with settings(values):
         actual = jax.device_get(part(tmp_path / "model"))
-        if values is OTHER_DRAWS:  # the same ones each time
+        if values is OTHER_DRAWS:  # the draws are the same each time
             expected = jax.device_get(part(tmp_path / "again"))
     for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert (one.dtype, one.shape) == (other.dtype, other.shape)
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
-# Programs that are traced, not compiled: x64 and the strict rules of promotion act while tracing ----------------------
+# Programs that are only traced, because x64 and strict promotion act while tracing ----------------------
 
 CONFIG = OPTConfig(
     vocab_size=48,
@@ -251,7 +253,7 @@ def drawn_beams():
 
 
 def trained(cls, lora=None, remat="none"):
-    """Beginning, update and evaluation on four devices, in bfloat16 and from two micro-batches."""
+    """Initialisation, update and evaluation on four devices, in bfloat16, with two micro-batches."""
     mesh, optimizer = make_mesh("fsdp=2,tensor=2", devices=jax.devices()[:4]), make_optimizer(SCHEDULE)
     new = lambda: new_model(CONFIG, 0, "bfloat16", cls, remat=remat)  # noqa: E731
     adapted = lora and lora.adapt(jax.eval_shape(new))

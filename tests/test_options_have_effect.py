@@ -21,7 +21,7 @@ import opt_jax
 from convert import __main__ as convert_command
 from convert import job, source
 from opt_jax import GenerationConfig, OPTTokenizer
-from opt_jax.checkpoints import hub
+from opt_jax.checkpoints import hub, publish
 from opt_jax.checkpoints.pretrained import load_pretrained, save_pretrained
 from opt_jax.evaluation import command
 from opt_jax.evaluation._perplexity import perplexity
@@ -34,6 +34,7 @@ from opt_jax.generation.loop import FlatModel
 from opt_jax.generation.processors import History, completes
 from opt_jax.generation.request import check_request
 from opt_jax.generation.scoring import score
+from opt_jax.model import embeddings
 from opt_jax.parallel.mesh import make_mesh
 from opt_jax.text.pipelines import pipeline, score_texts, stream_text
 from opt_jax.training.options import Options
@@ -316,13 +317,33 @@ def test_arguments_of_text_functions(model):
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
+def test_arguments_of_resizing_and_publishing():
+    def resized(**arguments):
+        model = our_model("opt-125m", num_hidden_layers=1)
+        return np.asarray(embeddings.resize_token_embeddings(model, **arguments).embedding.get_value()).tolist()
+
+    entries: dict[str, Any] = {
+        "model": Because("it"),
+        "new_num_tokens": 101,
+        "pad_to_multiple_of": 16,
+        "mean_resizing": dict(new_num_tokens=101, mean_resizing=False),
+    }
+    check_all(names(embeddings.resize_token_embeddings), entries, resized)
+    assert resized(new_num_tokens=101) != resized(new_num_tokens=101, mean_resizing=False)
+    assert names(embeddings.num_parameters) == ["model", "exclude_embeddings"]  # test_interface.py
+    common = ["repo_id", "private", "token", "revision", "create_pr", "commit_message"]  # test_publish.py
+    assert sorted(names(publish.push_tokenizer)) == sorted(["tokenizer", *common])
+    assert sorted(names(publish.push_model)) == sorted(["model", "tokenizer", "max_shard_size", *common])
+
+
 def test_arguments_of_loading_and_saving(model, tmp_path):
     model.save_pretrained(tmp_path / "model")
 
     def loaded(name="model", **arguments):
         new = load_pretrained(opt_jax.OPTForCausalLM, tmp_path / name, **arguments)
         leaf = jax.tree.leaves(new)[0]
-        return str([new.dtype, leaf.dtype, leaf.sharding, new.model.decoder.implementation])
+        decoder = new.model.decoder
+        return str([new.dtype, leaf.dtype, leaf.sharding, decoder.implementation, decoder.remat, type(decoder.layers)])
 
     at_hub = Because("of hub ids: test_download.py")
     entries: dict[str, Any] = {
@@ -330,24 +351,35 @@ def test_arguments_of_loading_and_saving(model, tmp_path):
         "name": Refused("no directory", name="nowhere"),
         "dtype": "bfloat16",
         "param_dtype": "bfloat16",
+        "config": Refused("the config calls for", config=dataclasses.replace(CONFIG, ffn_dim=48)),
+        "scan_layers": True,
+        "remat": "full",
         "attn_implementation": "splash",
         "mesh": make_mesh("data=1", jax.devices()[:1]),
+        "ignore_mismatched_sizes": Because("test_interface.py, as are fields of the config"),
+        "output_loading_info": Because("test_interface.py"),
         "revision": Refused("revision='x' is for models on the hub", revision="x"),
         "cache_dir": at_hub,
         "local_files_only": at_hub,
         "verify": Refused("--no-verify. is for Orbax directories", name=hub.resolve("tiny"), verify=False),
+        "adapter": Refused("no PEFT adapter", adapter=tmp_path / "nowhere"),
+        "merge_adapter": Refused("merge_adapter=False is for an adapter", merge_adapter=False),
     }
     check_all(names(load_pretrained), entries, loaded)
 
-    def saved(tokenizer=None, overwrite=True):
-        save_pretrained(model, tmp_path / "model", overwrite=overwrite, tokenizer=tokenizer)
-        return sorted(path.name for path in (tmp_path / "model").iterdir())
+    def saved(overwrite=True, **arguments):
+        for path in (tmp_path / "new").glob("*.*"):
+            path.unlink()
+        save_pretrained(model, tmp_path / "new", overwrite=overwrite, **arguments)
+        return sorted(path.name for path in (tmp_path / "new").iterdir())
 
     entries = {
         "model": Because("it"),
         "directory": Because("it"),
         "tokenizer": OPTTokenizer.from_pretrained("tiny"),
-        "overwrite": Refused("model", overwrite=False),
+        "overwrite": Refused("new", overwrite=False),
+        "safe_serialization": True,
+        "max_shard_size": Refused("without effect", max_shard_size="1KB"),
     }
     check_all(names(save_pretrained), entries, saved)
     with pytest.raises(ValueError, match="int4"):
@@ -387,7 +419,7 @@ def test_options_of_commands_are_read():
         for kind in (convert_command.SourceOptions, convert_command.MetaseqOptions)
         for f in dataclasses.fields(kind)
     }
-    assert given - {"no_verify"} | {"verify"} == {*names(source.open_source)} - {"names", "from_metaseq"}
+    assert given - {"no_verify"} | {"verify"} == {*names(source.open_source)} - {"names", "from_metaseq", "dtype"}
     assert {f.name for f in dataclasses.fields(convert_command.JobOptions)} == {*names(job.started)} - {"options"}
     for function in (source.open_source, job.started):
         body = ast.walk(ast.parse(inspect.getsource(function)))

@@ -156,7 +156,9 @@ def _complete(repository: Repository, folder: Path) -> None:
         return
     chosen = next((name for name in WEIGHT_FILES if name in files), None)
     if chosen is None or "config.json" not in files:
-        lacking = "config.json" if chosen else f"weights: none of {', '.join(WEIGHT_FILES)}{foreign.hint(files)}"
+        adapter = "; it is a PEFT adapter: give its base as the model, and a directory with this one as the adapter"
+        hint = adapter if "adapter_config.json" in files else foreign.hint(files)
+        lacking = "config.json" if chosen else f"weights: none of {', '.join(WEIGHT_FILES)}{hint}"
         raise FileNotFoundError(f"{_where(repository)} has no {lacking}")
     at_commit = Repository(repository.name, folder.name, repository.cache_dir)
     if chosen.endswith(".json"):

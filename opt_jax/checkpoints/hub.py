@@ -23,6 +23,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
 # Files that are copied along with a model's weights, besides config.json.
 COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
 _WEIGHTS = re.compile(r"(pytorch_|flax_)?model(-[0-9]+(-of-[0-9]+)?)?\.(safetensors|bin|msgpack)(\.index\.json)?")
@@ -43,8 +44,11 @@ def as_path(name: str | os.PathLike) -> Path:
     """A path with the methods of `pathlib`, also for objects in a store. A leading `~` is the home directory.
 
     Raises:
+      FileNotFoundError: an empty name.
       ValueError: `~NAME`, and there is no user of this name.
     """
+    if os.fspath(name) == "":  # as of a shell's variable that is not set; a Path of it is the current directory
+        raise FileNotFoundError("no directory or file '': the name is empty")
     if is_remote(name):
         return epath.Path(name)  # type: ignore[reportReturnType]
     try:
@@ -330,10 +334,12 @@ ZERO_3_HINT = (
 
 
 def shards_hint(directory: str | os.PathLike) -> str:
-    """A hint for error messages: the command that makes a file of what several processes wrote; "" for others."""
+    """A hint for error messages: what to do with a PEFT adapter, or with what several processes wrote; or ""."""
     path = as_path(directory)
     if is_remote(path) or not path.is_dir():
         return ""
+    if (path / ADAPTER_CONFIG).is_file():
+        return ": this is a PEFT adapter; give its base as the model, and this as its adapter (adapter=, --adapter)"
     places = [path, *sorted(entry for entry in path.iterdir() if entry.is_dir())]
     for place in places:
         if (place / ".metadata").is_file():

@@ -6,37 +6,42 @@ source.
 """
 
 import dataclasses
-import json
+import inspect
 import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from opt_jax.checkpoints import hub
+from opt_jax.checkpoints import hf_scripts, hub
 from opt_jax.checkpoints.arrays import Checks, LazyArray
 from opt_jax.checkpoints.chunks import Shape
-from opt_jax.checkpoints.directories import new_directory
-from opt_jax.checkpoints.formats import hf
+from opt_jax.checkpoints.directories import check_space, new_directory
+from opt_jax.checkpoints.formats import config_json, hf, hf_writer, peft
 from opt_jax.checkpoints.orbax import open_arrays, write_arrays
 from opt_jax.checkpoints.source_files import files_of_model
 from opt_jax.config import OPTConfig
 from opt_jax.model.flash import AttentionImplementation
 from opt_jax.model.heads import OPTForCausalLM, OPTPreTrainedModel, named_parameters
+from opt_jax.model.lora import LoRA, is_trained
+from opt_jax.model.remat import Remat
+from opt_jax.model.stacking import stack_layers, unstack_layers
 from opt_jax.parallel import rules
 from opt_jax.parallel.agreement import on_every_process, on_first_process
 from opt_jax.system.disk import write_content
+from opt_jax.system.messages import shown
 from opt_jax.system.reading import note_without_effect, read_small
 
 M = TypeVar("M", bound=OPTPreTrainedModel)
@@ -69,25 +74,84 @@ def copy_companions(sources: Iterable[Path], destination: Path) -> None:
 
 
 def save_pretrained(
-    model: OPTPreTrainedModel, directory: str | os.PathLike, *, overwrite: bool = False, tokenizer: Any = None
+    model: OPTPreTrainedModel,
+    directory: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    tokenizer: Any = None,
+    safe_serialization: bool = False,
+    max_shard_size: int | str | None = None,
+    **foreign: Any,
 ) -> None:
     """Write the model, stacked or not, to a self-contained directory that `load_pretrained` reads.
 
     `directory` appears complete or not at all. Parameters keep their dtype. In a `jax.distributed` job all processes
-    must call this together, with a directory that they share. Each writes its part.
+    must call this together, with a directory that they share. Each writes its part. Of a model with an adapter that
+    was kept apart (`merge_adapter=False`), only the adapter is written, in PEFT's form.
 
     Args:
       model: the model.
-      directory: where to write; may be in an object store.
+      directory: where to write; an Orbax directory may be in an object store.
       overwrite: replace an existing model directory.
       tokenizer: an `OPTTokenizer` to save with the model; default: the files of the directory that the model was loaded
         from.
+      safe_serialization: True: in the form of Hugging Face, safetensors, which `transformers` reads. False: Orbax.
+      max_shard_size: of the tensors in one safetensors file: bytes, or "500MB", "5GB" (the default), "5GiB".
+      **foreign: none; the error for an argument of `transformers` says what to write instead.
 
     Raises:
       FileExistsError: `directory` exists (see `overwrite`), or is not a model directory.
-      ValueError: the model is abstract (`nnx.eval_shape`) or quantized; or see `hub.check_array_path`.
+      ValueError: the model is abstract (`nnx.eval_shape`) or quantized; `safe_serialization` in a job of several
+        processes; an argument without effect; or see `hub.check_array_path`.
     """
-    hub.check_array_path(directory)
+    for name in hf_scripts.known("save_pretrained", foreign, hf_scripts.SAVING):
+        raise hf_scripts.unknown_argument("save_pretrained", name, inspect.signature(save_pretrained).parameters)
+    if max_shard_size is not None and not safe_serialization:
+        raise ValueError("max_shard_size without effect: pass safe_serialization=True as well")
+    if (lora := getattr(model, "lora", None)) is not None:  # see `load_pretrained`
+        return _save_adapter(model, lora, directory, overwrite, tokenizer, max_shard_size)
+    limit = hf_writer.parse_size(max_shard_size or "5GB")
+    if safe_serialization and jax.process_count() > 1:
+        raise ValueError("a job writes Orbax directories: leave safe_serialization out, then `opt-jax convert to-hf`")
+    hub.disk_path(directory) if safe_serialization else hub.check_array_path(directory)
+    cls, arrays = type(model).__name__, _arrays_of(model)
+    config = set_dtype(model.config.to_hf() | {"architectures": [cls]}, str(arrays[_EMBEDDING].dtype))
+    companions: dict[str, bytes] = {}
+
+    def read_small_files() -> None:
+        if model.name_or_path is not None and hub.as_path(model.name_or_path).is_dir():
+            companions.update(read_companions(hub.companion_directories(model.name_or_path)))
+        if model.generation_config_json is not None:
+            companions["generation_config.json"] = model.generation_config_json.encode()
+        if tokenizer is not None:
+            for name in hub.TOKENIZER_FILES:
+                companions.pop(name, None)
+            with TemporaryDirectory() as files:
+                tokenizer.save_pretrained(Path(files))
+                companions.update(read_companions([Path(files)]))
+
+    def write_small_files(new: Path) -> None:
+        for name, content in companions.items():
+            write_content(new / name, content)
+        hf_writer.write_json(new / "config.json", config)
+
+    on_first_process(read_small_files)  # before `new_directory`, which in a bucket removes the old model first
+    if safe_serialization:
+        files = hf_writer.plan_files(cls, cast(dict[str, LazyArray], arrays), limit)
+        with new_directory(directory, overwrite, hub.is_model) as new:
+            check_space(new, sum(file.nbytes for file in files))
+            hf_writer.FileWriter().write_all(new, files)
+            write_small_files(new)
+            hf_writer.write_descriptions(new, cls, model.config, files)
+            hf_writer.check_written(new, files)
+    else:
+        with new_directory(directory, overwrite) as new:
+            write_arrays(new / "params", arrays)
+            on_first_process(lambda: write_small_files(new))
+
+
+def _arrays_of(model: OPTPreTrainedModel) -> dict[str, LazyArray | jax.Array]:
+    """The arrays to write, one for each layer and parameter."""
     arrays: dict[str, LazyArray | jax.Array] = {}
     for path, param in named_parameters(model).items():
         value = param.get_value()
@@ -100,30 +164,42 @@ def save_pretrained(
                 arrays[path.replace(".layers.", f".layers.{i}.")] = _lazy(value, i)
         else:
             arrays[path] = _lazy(value)
-    config = model.config.to_hf() | {"architectures": [type(model).__name__]}
-    config = set_dtype(config, str(arrays[_EMBEDDING].dtype))
+    return arrays
 
-    companions: dict[str, bytes] = {}
 
-    def read_small_files() -> None:
-        if model.name_or_path is not None and hub.as_path(model.name_or_path).is_dir():
-            companions.update(read_companions(hub.companion_directories(model.name_or_path)))
-        if tokenizer is not None:
-            for name in hub.TOKENIZER_FILES:
-                companions.pop(name, None)
-            with TemporaryDirectory() as files:
-                tokenizer.save_pretrained(Path(files))
-                companions.update(read_companions([Path(files)]))
-
-    def write_small_files(new: Path) -> None:
-        for name, content in companions.items():
-            write_content(new / name, content)
-        write_content(new / "config.json", json.dumps(config, indent=2).encode() + b"\n")
-
-    on_first_process(read_small_files)  # before `new_directory`, which in a bucket removes the old model first
+def _save_adapter(
+    model: OPTPreTrainedModel,
+    lora: LoRA,
+    directory: str | os.PathLike,
+    overwrite: bool,
+    tokenizer: Any,
+    max_shard_size: int | str | None,
+) -> None:
+    if max_shard_size is not None:
+        raise ValueError("max_shard_size without effect: of a model with an adapter only that is saved, in one file")
+    if tokenizer is not None:
+        raise ValueError("of a model with an adapter only that is saved, without a tokenizer: leave out tokenizer=")
+    trained = {path: param.get_value() for path, param in named_parameters(model).items() if is_trained(path)}
     with new_directory(directory, overwrite) as new:
-        write_arrays(new / "params", arrays)
-        on_first_process(lambda: write_small_files(new))
+        write_adapter(new, trained, lora, model.name_or_path, type(model).__name__)
+
+
+def write_adapter(
+    directory: str | os.PathLike, parameters: Mapping[str, jax.Array], lora: LoRA, base: str | None, cls: str
+) -> None:
+    """Write an adapter that PEFT loads; see `peft.adapter_files`. All processes of a job call this together."""
+    values = {
+        path: np.asarray(array) if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True)
+        for path, array in parameters.items()
+    }
+
+    def write() -> None:
+        path = hub.as_path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        for name, content in peft.adapter_files(values, lora, base, cls).items():
+            write_content(path / name, content)
+
+    on_first_process(write)
 
 
 def _lazy(value: jax.Array, *layer: int) -> LazyArray | jax.Array:
@@ -156,16 +232,24 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
     cls: type[M],
     name: str | os.PathLike,
     *,
+    config: OPTConfig | str | os.PathLike | None = None,
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike | None = None,
+    scan_layers: bool = False,
+    remat: Remat = "none",
     attn_implementation: AttentionImplementation = "xla",
     mesh: Mesh | None = None,
+    ignore_mismatched_sizes: bool = False,
+    output_loading_info: bool = False,
     revision: str | None = None,
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
     verify: bool = True,
+    adapter: str | os.PathLike | None = None,
+    merge_adapter: bool = True,
+    **fields: Any,
 ) -> M:
-    """A model of class `cls`, with unstacked layers, from an Orbax or a Hugging Face directory.
+    """A model of class `cls` from an Orbax or a Hugging Face directory.
 
     A classification or QA head that the checkpoint lacks is newly initialised, and a head that `cls` lacks is ignored;
     both are logged. Any other missing, left-over or misshapen tensor is an error.
@@ -173,27 +257,50 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
     Args:
       cls: the class of the model.
       name: what `hub.resolve` takes: a directory, a hub id or "tiny".
-      dtype, param_dtype: of the computation and of the parameters. "auto" means as stored; `dtype="auto"` alone sets
-        both. Default: float32 on CPU, else as stored, but bfloat16 for float16 on TPU (logged).
-      attn_implementation: see `OPTPreTrainedModel`.
+      config: an OPTConfig, or a name for `OPTConfig.from_pretrained`; default: that of the checkpoint.
+      dtype: of the computation and of the parameters; "auto": as stored. Default: float32 on CPU, else as stored, but
+        bfloat16 for float16 on TPU (logged).
+      param_dtype: of the parameters, where it differs from `dtype`.
+      scan_layers, remat, attn_implementation: see `OPTPreTrainedModel`.
       mesh: shard the parameters over it, as `rules.param_spec` says. Each process reads its own shards only.
+      ignore_mismatched_sizes: newly initialise a parameter whose shape in the checkpoint is another one (logged).
+      output_loading_info: return the model and a dict with `missing_keys`, `unexpected_keys`, `mismatched_keys` (name,
+        shape in the checkpoint, shape in the model) and `error_msgs`, under the checkpoint's names.
       revision, cache_dir, local_files_only: see `hub.resolve`.
       verify: compare the chunks of an Orbax directory with their checksums. False reads damaged chunks as they are.
+      adapter: a directory with a PEFT adapter (LoRA) for the model.
+      merge_adapter: False keeps the adapter's matrices as parameters of their own, as `lora.LoRA` does (needs qwix).
+        They can be trained, and `save_pretrained` then writes a PEFT adapter: them, and the head of a task.
+      **fields: fields of the config that differ from the checkpoint's: `num_labels=5`, `dropout=0.0`, `id2label=...`
 
     Raises:
       FileNotFoundError: no such model, or an incomplete one.
+      ImportError: qwix is not installed (`merge_adapter=False`).
       ValueError: a bad config or checkpoint, a checkpoint that changed while it was read, a dtype that is not floating
-        point, or `verify=False` for a model without checksums.
+        point, an argument that does not exist (for one of `transformers` it says what to write instead), or
+        `verify=False` for a model without checksums.
     """
+    fields = hf_scripts.known("from_pretrained", fields, hf_scripts.LOADING)
+    hf_scripts.check_attention(attn_implementation)
+    if adapter is None and not merge_adapter:
+        raise ValueError("merge_adapter=False is for an adapter: give its directory with adapter=")
     directory = hub.resolve(name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
     if not (verify or hub.is_orbax(directory)):
         raise ValueError(f"verify=False (--no-verify) is for Orbax directories: {directory} has no checksums")
     files = files_of_model(directory)
-    config, _ = read_config(directory)
+    config = _config_of(directory, config, fields)
     arrays, checks = open_parameters(directory, config, verify)
+    stored = {path: array.dtype for path, array in arrays.items()}
+    opened = None
+    if adapter is not None:
+        files.add(peft.files_of_adapter(adapter))
+        opened = peft.open_adapter(adapter)
+        how: Any = dict(causal=issubclass(cls, OPTForCausalLM), merge=merge_adapter, dtype="float32")
+        arrays, config = opened.onto(arrays, config, directory, **how)
 
     # A causal LM may neither lose a stored lm_head nor get a random one.
     may_drop = [head for head in _HEADS if not (head == "lm_head." and issubclass(cls, OPTForCausalLM))]
+    stored_as = _stored_as(directory)
     expected, fresh, dropped = check_parameters(
         cls,
         config,
@@ -201,22 +308,26 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
         directory,
         may_lack=("score.", "qa_outputs."),
         may_drop=may_drop,
-        stored_as=_stored_as(directory),
+        may_differ=ignore_mismatched_sizes,
+        stored_as=stored_as,
     )
-    for path in fresh:
-        log.warning("%s has no %s: newly initialised. Train it before use.", directory, path)
-    for path in dropped:
-        log.warning("%s: %s is not used by %s", directory, path, cls.__name__)
-
+    _log_differences(cls, arrays, directory, fresh, dropped)
     for check in checks:  # in a job one process checks, because the others read only their shards
         check() if mesh is None else on_first_process(check)
 
     default = jnp.zeros(()).sharding  # honours jax.default_device
     platform = next(iter(default.device_set)).platform if mesh is None else mesh.devices.flat[0].platform
-    stored = {path: array.dtype for path, array in arrays.items() if path in expected}
+    stored = {path: stored.get(path, stored[_EMBEDDING]) for path in arrays if path in expected}
     compute, dtypes = _choose_dtypes(dtype, param_dtype, stored, platform, directory)
-    build: Any = partial(cls, config, param_dtype=dtypes[_EMBEDDING], attn_implementation=attn_implementation)
-    model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0), dtype=compute))
+    options: Any = dict(dtype=compute, attn_implementation=attn_implementation, remat=remat)
+    model: Any = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), param_dtype=dtypes[_EMBEDDING], **options))
+    if opened is not None and not merge_adapter:
+        lora = opened.lora(config.num_hidden_layers)
+        model = unstack_layers(lora.adapt(stack_layers(model)))
+        model.lora = lora  # for `save_pretrained`
+        kept = opened.kept()
+        arrays, expected = arrays | kept, expected | {path: array.shape for path, array in kept.items()}
+        dtypes |= {path: dtypes[path.rpartition("_lora_")[0]] for path in kept}
     targets = {
         path: jax.ShapeDtypeStruct(
             shape,
@@ -236,7 +347,48 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
     if (directory / "generation_config.json").is_file():
         model.generation_config_json = read_small(directory / "generation_config.json").decode("utf-8", "replace")
     files.check() if mesh is None else on_every_process(files.check)
-    return model
+    if scan_layers:
+        model = stack_layers(model)
+    if not output_loading_info:
+        return model
+    mismatched = {path: (arrays[path].shape, expected[path]) for path in fresh if path in arrays}
+    missing = [path for path in fresh if path not in arrays]
+    return cast(Any, (model, _loading_info(missing, dropped, mismatched, stored_as)))
+
+
+def _log_differences(
+    cls: type, arrays: Mapping[str, LazyArray], directory: Path, fresh: Sequence[str], dropped: Sequence[str]
+) -> None:
+    for path in fresh:
+        what = f"{path} of shape {arrays[path].shape}" if path in arrays else f"no {path}"
+        log.warning("%s has %s: newly initialised. Train it before use.", directory, what)
+    for path in dropped:
+        log.warning("%s: %s is not used by %s", directory, path, cls.__name__)
+
+
+def _loading_info(
+    missing: Sequence[str], dropped: Sequence[str], mismatched: Mapping[str, tuple[Shape, Shape]], stored_as: Any
+) -> dict[str, Any]:
+    """What `load_pretrained` returns with `output_loading_info`, under the checkpoint's names."""
+    shapes_of = lambda path, shapes: (stored_as(path, shape)[1] for shape in shapes)  # noqa: E731
+    return {
+        "missing_keys": {stored_as(path, ())[0] for path in missing},
+        "unexpected_keys": {stored_as(path, ())[0] for path in dropped},
+        "mismatched_keys": {(stored_as(path, ())[0], *shapes_of(path, shapes)) for path, shapes in mismatched.items()},
+        "error_msgs": [],
+    }
+
+
+def _config_of(directory: Path, config: Any, fields: Mapping[str, Any]) -> OPTConfig:
+    """The checkpoint's config, or the given one, with other values of fields."""
+    if config is None:
+        config, _ = read_config(directory)
+    elif isinstance(config, (str, os.PathLike)):
+        config = config_json.from_pretrained(OPTConfig, config)
+    elif not isinstance(config, OPTConfig):
+        kind = f"{type(config).__module__}.{type(config).__name__}"
+        raise ValueError(f"config must be an opt_jax.OPTConfig, not a {kind}: use OPTConfig.from_hf(config.to_dict())")
+    return config_json.override(config, fields, inspect.signature(load_pretrained).parameters)
 
 
 def expected_shapes(cls: type[OPTPreTrainedModel], config: OPTConfig) -> Iterator[tuple[str, Shape]]:
@@ -261,6 +413,7 @@ def check_parameters(
     *,
     may_lack=(),
     may_drop=(),
+    may_differ: bool | None = None,
     stored_as: Callable[[str, Shape], tuple[str, Shape]] = lambda path, shape: (path, shape),
 ) -> tuple[dict[str, Shape], list[str], list[str]]:
     """Compare a checkpoint's parameters with the model's.
@@ -271,7 +424,9 @@ def check_parameters(
       where: the checkpoint, for messages.
       may_lack: prefixes of heads that may be missing, all parameters of a head together.
       may_drop: prefixes of heads that may be left over.
-      describe: our path and shape -> name and shape in the checkpoint, for messages.
+      may_differ: whether parameters may have other shapes; they then count as missing. None: no, and the message does
+        not offer it.
+      stored_as: our path and shape -> name and shape in the checkpoint, for messages.
 
     Returns:
       The model's parameters, path -> shape; the paths that are missing; the paths that are left over.
@@ -292,9 +447,9 @@ def check_parameters(
     expected, fresh = {}, []
     for path, shape in expected_shapes(cls, config):  # stops at the first that is missing, for configs of many layers
         expected[path] = shape
-        if path not in stored_shapes:
+        if path not in stored_shapes or may_differ and stored_shapes[path] != shape:
             fresh.append(path)
-            if not path.startswith(lacking):
+            if path not in stored_shapes and not path.startswith(lacking):
                 raise ValueError(f"{where}: tensor {stored_as(path, ())[0]} is missing, which the config calls for")
     size = sum(math.prod(expected[path]) for path in fresh)
     stored = sum(map(math.prod, stored_shapes.values()))
@@ -310,7 +465,8 @@ def check_parameters(
     for path, shape in expected.items():
         if path not in fresh and stored_shapes[path] != shape:
             (label, got), (_, want) = stored_as(path, stored_shapes[path]), stored_as(path, shape)
-            raise ValueError(f"{where}: tensor {label} has shape {got}, but the config calls for {want}")
+            hint = "" if may_differ is None else " (ignore_mismatched_sizes=True initialises it anew)"
+            raise ValueError(f"{where}: tensor {label} has shape {got}, but the config calls for {want}{hint}")
     note_without_effect(where, config.extra, {"quantization_config": ((), "no weight is quantized")})
     return expected, fresh, dropped
 
@@ -325,13 +481,15 @@ def _choose_dtypes(
             asked = jnp.float32
         if asked is None and platform == "tpu" and stored == jnp.float16:
             asked = jnp.bfloat16
-        chosen = jnp.dtype(stored if asked is None or isinstance(asked, str) and asked == "auto" else asked)
-        if chosen.name not in PARAM_DTYPES:
-            raise ValueError(f"{where}: {chosen} is not a dtype for models ({', '.join(PARAM_DTYPES)})")
-        return chosen
+        try:
+            chosen = jnp.dtype(stored if asked is None or isinstance(asked, str) and asked == "auto" else asked)
+        except TypeError:  # torch.float16, "fp16"
+            chosen = asked
+        if getattr(chosen, "name", None) not in PARAM_DTYPES:
+            raise ValueError(f"{where}: {shown(chosen)} is not a dtype for models ({', '.join(PARAM_DTYPES)})")
+        return cast(np.dtype, chosen)
 
-    if param_dtype is None and isinstance(dtype, str) and dtype == "auto":  # HF's option `dtype` means both
-        param_dtype = dtype
+    param_dtype = dtype if param_dtype is None else param_dtype
     chosen = choose(dtype, stored[_EMBEDDING]), {path: choose(param_dtype, dt) for path, dt in stored.items()}
     if platform == "tpu" and stored[_EMBEDDING] == jnp.float16 and jnp.bfloat16 in (chosen[0], chosen[1][_EMBEDDING]):
         log.info("%s is stored as float16; on TPU it is used as bfloat16", where)

@@ -22,9 +22,11 @@ def find_sources(
     suffixes: tuple[str, ...] = (*TEXT_SUFFIXES, ".npy"),
     text_key: str = TEXT_KEY,
 ) -> list[Source]:
-    """As `find_files`, but names that begin with `hf:` (not `hf://`) become datasets."""
+    """As `find_files`, but names that begin with `hf:` (not `hf://`) become datasets, and an empty name is an error."""
     sources: list[Source] = []
     for name in map(str, names):
+        if not name:  # as of a shell's variable that is not set; a Path of it is the current directory
+            raise FileNotFoundError("no directory or file '': the name is empty")
         is_dataset = name.startswith("hf:") and not is_url(name)
         sources += [HFSource(name, text_key)] if is_dataset else find_files([name], suffixes)
     if not sources:

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +298,7 @@ def _encode(
     if workers == 1:
         yield from (_encode_task(tokenizer, task) for task in _tasks(texts))
         return
+    before = active_children()
     # spawn, because a fork of a process with threads (those of the tokenizer and of JAX) may hang.
     with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=_begin_worker, initargs=(tokenizer_to_bytes(tokenizer),)
@@ -313,6 +314,11 @@ def _encode(
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise ValueError("a process that tokenised has died (out of memory?): try fewer --workers") from None
+        except BaseException:  # an error, a signal, or the caller's error: what the workers still do is for nothing
+            for worker in active_children():
+                if worker not in before:
+                    worker.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 

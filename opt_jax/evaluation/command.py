@@ -182,7 +182,6 @@ def load(options: EvalOptions) -> Any:
     return OPTForCausalLM.from_pretrained(
         options.model,
         dtype=options.dtype,
-        param_dtype=options.dtype,
         mesh=mesh,
         attn_implementation=attention,
         verify=options.verify,

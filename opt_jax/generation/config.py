@@ -1,6 +1,7 @@
 """Options of `generate`, named as in HF's `GenerationConfig`: their sources, precedence and checks. No arrays."""
 
 import dataclasses
+import json
 import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -10,6 +11,7 @@ from opt_jax.checkpoints import hub
 from opt_jax.generation.hf_options import check_names, ignored_fields, without_ignored
 from opt_jax.system.messages import shown
 from opt_jax.system.reading import asks_for_nothing, json_object, note_without_effect, read_small
+from opt_jax.system.temporary import refuse_links, write_file
 
 # Options that need do_sample=True -> values that have no effect even then.
 SAMPLING: dict[str, tuple[Any, ...]] = {
@@ -161,6 +163,22 @@ class GenerationConfig:
         content = parse(read_small(path).decode("utf-8", "replace"), str(path))
         return cls.from_dict(without_ignored(content, str(path), FIELDS), str(path))
 
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write the options that are not None into `generation_config.json` of a directory.
+
+        Raises:
+          FileExistsError: the file is a symbolic link, or not a regular file.
+          ValueError: see `hub.disk_path`.
+        """
+        folder = hub.disk_path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        refuse_links(folder / "generation_config.json")
+        write_file(folder / "generation_config.json", self.to_json().encode())
+
+    def to_json(self) -> str:
+        """The content of a `generation_config.json`."""
+        return json.dumps(self.to_dict(), indent=2, default=_plain) + "\n"
+
     def check(self) -> None:
         """Check values and combinations of options.
 
@@ -172,6 +190,13 @@ class GenerationConfig:
     def to_dict(self) -> dict[str, Any]:
         """The options that are not None."""
         return {name: getattr(self, name) for name in FIELDS if getattr(self, name) is not None}
+
+
+def _plain(value: Any) -> Any:
+    """An array or a number of NumPy or JAX as JSON has it."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise ValueError(f"GenerationConfig: {shown(value)} cannot be written to JSON")
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(GenerationConfig))

@@ -9,7 +9,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int32, UInt32
 
-from opt_jax.generation.config import GenerationConfig, check_ids, check_sequences, combine, is_integer, parse
+from opt_jax.generation.config import (
+    GenerationConfig,
+    check_ids,
+    check_sequences,
+    combine,
+    is_integer,
+    options_of,
+    parse,
+)
 from opt_jax.generation.loop import Prompts
 from opt_jax.generation.memory import check_memory, column_bytes, host_memory
 from opt_jax.generation.processors import Sequences
@@ -232,6 +240,17 @@ def checkpoint_options(model: OPTForCausalLM) -> dict[str, Any]:
     """The content of the generation_config.json that the model was loaded with; empty without one."""
     text = model.generation_config_json
     return {} if text is None else parse(text, _generation_config_of(model))
+
+
+def config_of(model: OPTForCausalLM) -> GenerationConfig:
+    """The value of `model.generation_config`."""
+    return GenerationConfig.from_dict(checkpoint_options(model), _generation_config_of(model))
+
+
+def assign_config(model: OPTForCausalLM, config: GenerationConfig | None) -> None:
+    """Make `config` the defaults of `model.generate`; ValueError if it is not a GenerationConfig or None."""
+    options_of(config)  # checks the type
+    model.generation_config_json = None if config is None else config.to_json()
 
 
 def _generation_config_of(model: OPTForCausalLM) -> str:

@@ -114,7 +114,8 @@ def attend(
     """
     queries, keys = q.shape[2], k.shape[2]
     visible, key = mask.dense(queries, keys), dropout_key if dropout_rate else None
-    blocks = min(queries // BLOCK, MOST_BLOCKS) if mask.is_causal(queries, keys) and key is None else 1
+    in_blocks = isinstance(queries, int) and mask.is_causal(queries, keys) and key is None  # symbolic in `jax.export`
+    blocks = min(queries // BLOCK, MOST_BLOCKS) if in_blocks else 1
     if blocks < 2 or isinstance(k, Int8Array) or isinstance(v, Int8Array):
         return _attend(q, k, v, visible, dropout_rate, key)
     # Each block leaves out the keys after its last query. This saves nearly half of the work and memory.

@@ -162,7 +162,7 @@ class OPTDecoderLayer(nnx.Module):
         inputs = x
 
         h = self.self_attn_layer_norm(x) if pre_norm else x
-        h, weights, cache = self.self_attn(gather_sequence(h), mask, cache, keys[0])
+        h, weights, cache = self.self_attn(gather_sequence(h), mask=mask, cache=cache, dropout_key=keys[0])
         h = checkpoint_name(scatter_sequence(h), "attention_out")
         x = constrain(x + dropout(h, config.dropout, keys[1]), "residual")
         if not pre_norm:
@@ -335,7 +335,7 @@ class OPTDecoder(nnx.Module):
             if parts > 1:
                 x, weights = run_in_parts(layer, parts, x, mask, key), None
             else:
-                x, weights, _ = layer(x, mask, None, key)
+                x, weights, _ = layer(x, mask=mask, cache=None, dropout_key=key)
             return x, (x if inputs.output_hidden_states else (), weights if inputs.output_attentions else ())
 
         stacked = (self.layers, inputs.layer_keys(self.config.num_hidden_layers))

@@ -4,9 +4,8 @@ Modules hold parameters and no other arrays, so a model is a pytree for `jax.jit
 `model.forward(...)` is the plain function. `model(...)` checks its inputs and runs `forward` under `jax.jit`.
 """
 
-import os
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from opt_jax.config import OPTConfig
+from opt_jax.interface import GenerationMethods, ModelMethods
 from opt_jax.model import cache as kv
 from opt_jax.model.decoder import DecoderInputs, Ids, Mask, OPTDecoder, linear, parameters
 from opt_jax.model.flash import AttentionImplementation
@@ -31,12 +31,11 @@ from opt_jax.model.outputs import (
 from opt_jax.model.remat import Remat
 from opt_jax.parallel.rules import constrain
 
-Model = TypeVar("Model", bound="OPTPreTrainedModel")
 Labels = Int[Array, "..."] | Float[Array, "..."] | None
 
 
-class OPTPreTrainedModel(nnx.Module):
-    """The base class of the four models: constructor, checked and compiled call, loading and saving.
+class OPTPreTrainedModel(ModelMethods, nnx.Module):  # type: ignore[reportIncompatibleMethodOverride]
+    """The base class of the four models: constructor, checked and compiled call. `ModelMethods` has loading and saving.
 
     Args:
       config: the architecture.
@@ -108,6 +107,7 @@ class OPTPreTrainedModel(nnx.Module):
           ValueError: shapes that do not fit, ids outside the vocabulary, too many positions, or not exactly one of
             input_ids and inputs_embeds.
         """
+        kwargs = self._known_arguments(kwargs)
         inputs = check_inputs(self, dict(kwargs, input_ids=input_ids, attention_mask=attention_mask))
         static = tuple((k, inputs.pop(k)) for k in sorted(inputs) if isinstance(inputs[k], (bool, int)))
         return _call(self, inputs, static)
@@ -132,19 +132,6 @@ class OPTPreTrainedModel(nnx.Module):
         shape = (c.num_hidden_layers, batch_size, c.num_attention_heads, max_length, c.head_dim)
         return kv.init_cache(*shape, dtype or self.dtype)
 
-    @classmethod
-    def from_pretrained(cls: type[Model], name: str | os.PathLike[str], **kwargs: Any) -> Model:
-        """A model from a hub id, an HF or Orbax directory, or "tiny": see `pretrained.load_pretrained`."""
-        from opt_jax.checkpoints import pretrained
-
-        return pretrained.load_pretrained(cls, name, **kwargs)
-
-    def save_pretrained(self, directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write a self-contained Orbax directory: see `pretrained.save_pretrained`."""
-        from opt_jax.checkpoints import pretrained
-
-        pretrained.save_pretrained(self, directory, **kwargs)
-
 
 @partial(jax.jit, static_argnums=2)
 def _call(model: OPTPreTrainedModel, inputs: dict[str, Any], static: tuple[tuple[str, Any], ...]) -> Any:
@@ -167,7 +154,7 @@ class OPTModel(OPTPreTrainedModel):
         return self.decoder(DecoderInputs(input_ids, attention_mask, **rest))
 
 
-class OPTForCausalLM(OPTPreTrainedModel):
+class OPTForCausalLM(GenerationMethods, OPTPreTrainedModel):
     """Next-token prediction: HF `OPTForCausalLM`. `labels`: int [B, T], the input ids, or -100 to ignore a token."""
 
     def _build(self, rngs: nnx.Rngs, **options: Any) -> None:
@@ -194,24 +181,6 @@ class OPTForCausalLM(OPTPreTrainedModel):
         """The logits of hidden states: the LM head, by default tied to the token embedding."""
         head = self.model.decoder.embed_tokens.attend if self.lm_head is None else self.lm_head
         return constrain(head(x), "logits")
-
-    def generate(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
-        """Prompts and their continuations: see `opt_jax.generation.generate.generate`."""
-        from opt_jax.generation.generate import generate
-
-        return generate(self, input_ids, attention_mask, **kwargs)
-
-    def prefill(self, input_ids: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
-        """Keys and values of a common prefix: see `opt_jax.generation.generate.prefill`."""
-        from opt_jax.generation.generate import prefill
-
-        return prefill(self, input_ids, attention_mask, **kwargs)
-
-    def score(self, input_ids: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
-        """The log-probability of each token: see `opt_jax.generation.scoring.score`."""
-        from opt_jax.generation.scoring import score
-
-        return score(self, input_ids, attention_mask, **kwargs)
 
 
 class OPTForSequenceClassification(OPTPreTrainedModel):

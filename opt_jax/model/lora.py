@@ -49,7 +49,10 @@ class LoRA:
         Raises:
           ImportError: qwix is not installed.
           RuntimeError: qwix did not add exactly A and B for each target.
+          ValueError: the model has no head.
         """
+        if model.base_model is model:
+            raise ValueError(f"LoRA adapts models with a head, and not {type(model).__name__}")
         try:
             import qwix
         except ImportError:

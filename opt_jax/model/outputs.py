@@ -1,7 +1,8 @@
 """The outputs of the models, and the losses of their heads. Names and meanings follow `transformers`."""
 
 import dataclasses
-from typing import TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,16 @@ from opt_jax.config import OPTConfig
 from opt_jax.model.cache import KVCache
 
 Output = TypeVar("Output", bound="ModelOutput")
+# The order of `ModelOutput.to_tuple`: that of HF.
+_ORDER = "loss last_hidden_state logits start_logits end_logits cache hidden_states attentions".split()
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelOutput:
+class ModelOutput(Mapping[str, Any]):
     """The fields that all outputs share. A field that was not requested is None.
+
+    As HF's ModelOutput, it is a mapping and indexed like a tuple too, both without the fields that are None.
 
     Attributes:
       loss: the loss, if labels were given.
@@ -36,6 +41,19 @@ class ModelOutput:
     def with_head(cls: type[Output], base: "BaseModelOutput", **fields: Array | None) -> Output:
         """The output of a model with a head: `fields`, and the shared fields of the base model's output."""
         return cls(hidden_states=base.hidden_states, attentions=base.attentions, cache=base.cache, **fields)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in _ORDER if getattr(self, name, None) is not None)
+
+    def __len__(self) -> int:
+        return len(self.to_tuple())
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        return dict(zip(self, self.to_tuple(), strict=True))[key] if isinstance(key, str) else self.to_tuple()[key]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are not None, in HF's order."""
+        return tuple(getattr(self, name) for name in self)
 
 
 @jax.tree_util.register_dataclass

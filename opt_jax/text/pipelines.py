@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from opt_jax.checkpoints import hf_scripts
 from opt_jax.generation.config import options_of, override
 from opt_jax.generation.generate import generate_requested, stream_requested
 from opt_jax.generation.request import Request, check_request, checkpoint_options
@@ -35,6 +36,7 @@ def pipeline(
     """
     if task != "text-generation":
         raise ValueError(f'task {task!r} is not supported: opt-jax has "text-generation"')
+    options = hf_scripts.known("pipeline", options, hf_scripts.PIPELINE)
     origin = {k: options.pop(k) for k in ("revision", "cache_dir", "local_files_only") if k in options}
     loading = {k: options.pop(k) for k in ("dtype", "param_dtype", "mesh") if k in options}
     named = isinstance(model, (str, os.PathLike))

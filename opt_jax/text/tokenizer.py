@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import AddedToken, Encoding, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from opt_jax.checkpoints import hub
+from opt_jax.checkpoints import hf_scripts, hub, publish
 from opt_jax.model.ids import as_array
 from opt_jax.system.disk import write_content
 from opt_jax.system.messages import shown
@@ -52,7 +52,7 @@ class BatchEncoding(dict):
         try:
             return self[name]
         except KeyError:
-            raise AttributeError(name) from None
+            raise hf_scripts.no_attribute("a BatchEncoding", name, hf_scripts.ENCODING) from None
 
 
 class OPTTokenizer(Vocabulary):
@@ -182,6 +182,7 @@ class OPTTokenizer(Vocabulary):
           FileNotFoundError: there is no tokenizer.
           ValueError: a file is malformed, or a side is not "left" or "right"; or see `hub.resolve`.
         """
+        sides = hf_scripts.known("OPTTokenizer.from_pretrained", sides, hf_scripts.TOKENIZER)
         _check_sides(**sides)  # here, because errors below are reported as errors of the files
         place = hub.resolve(
             name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, weights=False
@@ -452,6 +453,8 @@ class OPTTokenizer(Vocabulary):
             contents[file] = f"{json.dumps(content, indent=2, ensure_ascii=False)}\n".encode()
         for name, content in contents.items():
             write_file(folder / name, content)
+
+    push_to_hub = publish.push_tokenizer
 
 
 AutoTokenizer = OPTTokenizer

@@ -143,7 +143,7 @@ class Checkpoints:
             if self._data_state is not None:
                 data = self._data_state(step)
                 args["data"] = ocp.args.JsonSave({**data, "crc32": _crc32(data)})
-            about = {"save": uuid.uuid4().hex}  # process 0 writes it into each `_METADATA`
+            about: Any = {"save": uuid.uuid4().hex}  # process 0 writes it into each `_METADATA`
             for name, tree in items.items():
                 save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunks.CHUNK_BYTES), tree)
                 args[name] = ocp.args.PyTreeSave(tree, save_args=save_args, custom_metadata=about)

@@ -26,6 +26,7 @@ _WRITTEN = (
     "checkpoints",
     "best",
     "model",
+    "adapter",
     "tensorboard",
     "profile",
     "wandb-id",

@@ -63,6 +63,10 @@ class TensorBoard:
         if self._error is None:
             with disk_errors(self._directory):
                 self._writer.close()
+        else:
+            # Nobody reads the queue any more. If it is full, Python would wait for it at exit.
+            queue: Any = self._writer.file_writer.event_writer._event_queue  # type: ignore[reportOptionalMemberAccess]
+            queue.cancel_join_thread()
 
 
 class WandB:

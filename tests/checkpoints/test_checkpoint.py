@@ -141,7 +141,9 @@ def test_large_arrays_are_stored_in_chunks(tmp_path, monkeypatch):
         ({"dtype": "auto"}, "float16", "float16"),  # HF's `dtype` is that of the parameters too
         ({"dtype": "auto", "param_dtype": "float32"}, "float16", "float32"),
         ({"dtype": "auto", "param_dtype": "auto"}, "float16", "float16"),
-        ({"dtype": jnp.bfloat16}, "bfloat16", "float32"),
+        ({"dtype": jnp.bfloat16}, "bfloat16", "bfloat16"),
+        ({"dtype": jnp.bfloat16, "param_dtype": "float32"}, "bfloat16", "float32"),
+        ({"param_dtype": "float16"}, "float32", "float16"),
         ({"dtype": "float32", "param_dtype": np.dtype(jnp.bfloat16)}, "float32", "bfloat16"),
     ],
 )

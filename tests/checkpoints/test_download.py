@@ -116,8 +116,8 @@ def test_shards_in_a_sub_directory(server, resolve):
     answer = resolve("org/below")
     assert "error" not in answer, answer
     folder = Path(answer["path"])
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert found == files | shards and asked(repository) == {*found}
+    downloaded = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert downloaded == files | shards and asked(repository) == {*downloaded}
     assert resolve("org/below", local_files_only=True) == answer
 
 
@@ -287,6 +287,7 @@ def test_missing_files(server, resolve):
         "listed": (Repository(config | st, absent=("model.safetensors",)), "lists model.safetensors, but does not"),
         "listed2": (Repository(config | st, absent=("config.json",)), "lists config.json, but does not have it (404)"),
         "config": (Repository(st), "has no config.json"),
+        "adapter": (Repository({"adapter_config.json": b"{}"}), "it is a PEFT adapter: give its base as the model"),
         "weights": (Repository(config | {"flax.msgpack": b"f", "x/model.safetensors": b"s"}), "has no weights:"),
         "tf": (Repository(config | {"tf_model.h5": b"t"}), "; tf_model.h5 is a TensorFlow checkpoint (HDF5), which is"),
         "gguf": (Repository({"x.Q8_0.gguf": b"g"}), "; x.Q8_0.gguf is a GGUF file"),

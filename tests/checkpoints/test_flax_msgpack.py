@@ -190,9 +190,9 @@ def test_what_is_no_checkpoint(tmp_path, content, message):
 def test_truncated_at_every_place(tmp_path, monkeypatch):
     monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", 64)
     path = write(tmp_path / FILE, traverse_util.unflatten_dict(flax_arrays(hf_weights(TINY, dtype="float16")), sep="/"))
-    whole = path.read_bytes()
-    for length in (*range(200), *range(200, len(whole), 97), len(whole) - 1):
-        path.write_bytes(whole[:length])
+    content = path.read_bytes()
+    for length in (*range(200), *range(200, len(content), 97), len(content) - 1):
+        path.write_bytes(content[:length])
         with pytest.raises(ValueError, match=str(path)):
             read_flax(path)
 

@@ -97,8 +97,8 @@ def test_float8_is_cast_and_noted(tmp_path, capsys, dtype, config, target):
         model = OPTForCausalLM.from_pretrained(source, param_dtype="auto")
     assert len(noted) == 1
     expected = {n: a.astype(getattr(ml_dtypes, target, target)) if a.itemsize == 1 else a for n, a in weights.items()}
-    found = named_parameters(model)["model.decoder.layers.1.fc1.kernel"].get_value()
-    assert found.dtype == target and np.asarray(found).T.tobytes() == expected[FC1].tobytes()
+    kernel = named_parameters(model)["model.decoder.layers.1.fc1.kernel"].get_value()
+    assert kernel.dtype == target and np.asarray(kernel).T.tobytes() == expected[FC1].tobytes()
     with warnings.catch_warnings(action="always"):
         convert(source, tmp_path / "out")
     assert capsys.readouterr().err.count("warning: ") == 1

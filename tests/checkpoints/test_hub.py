@@ -59,6 +59,25 @@ def test_places_that_nobody_has_are_refused(tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
+def test_an_empty_name_is_not_the_current_directory(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_text("a text")
+    (tmp_path / "a.pt").write_text("a checkpoint")
+    monkeypatch.chdir(tmp_path)
+    for command, words in (
+        (convert, ["metaseq", "", "out"]),
+        (convert, ["tiny", ""]),
+        (convert, ["inspect", ""]),
+        (main, ["tokenize", "", "--output", "out.npy"]),
+        (main, ["tokenize", "a.txt", "--output", ""]),
+        (main, ["generate", "x", "--model", ""]),
+        (main, ["plot", ""]),
+    ):
+        assert command(words) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and error.endswith("the name is empty\n"), (words, error)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "a.txt"]
+
+
 def test_run_directory_of_train_stands_for_its_model(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert hub.resolve(tmp_path) == tmp_path

@@ -1,4 +1,4 @@
-"""What only processes of their own show: kills, full disks, bounded memory, several processes on one checkpoint."""
+"""Conversions in their own processes: kills, full disks, bounded memory, several processes on one checkpoint."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ ENVIRONMENT = environment()
 
 def python(code: str, *args: object, check: bool = True, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, "-W", "error", "-c", code, *map(str, args)]
-    # By way of a shell: a process that is started by a large one inherits its peak memory (Linux, vfork).
+    # Through a shell, because on Linux (vfork) a process inherits the peak memory of the one that starts it.
     command = ["sh", "-c", '"$@"; exit $?', "sh", *command]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=300, **options)
     assert not check or done.returncode == 0, done.stderr
@@ -34,7 +34,7 @@ def python(code: str, *args: object, check: bool = True, **options) -> subproces
 
 # Kills ----------------------------------------------------------------------------------------------------------------
 
-# Imports once, then forks a conversion per moment: most of the time would go into starting Python otherwise.
+# Imports once, and forks a conversion for each moment, because starting Python takes longer than converting.
 KILLER = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
@@ -95,9 +95,9 @@ for i in range(moments):
     if not dst.exists():
         seen['none'] += 1
         continue
-    found = status(fork(layers))
-    assert found in (OLD, NEW), found
-    seen['old' if found == OLD else 'new'] += 1
+    published = status(fork(layers))
+    assert published in (OLD, NEW), published
+    seen['old' if published == OLD else 'new'] += 1
 assert status(fork(write)) == 0 and status(fork(layers)) == NEW
 assert [path.name for path in dst.parent.iterdir()] == [dst.name]
 print(seen)
@@ -109,20 +109,20 @@ print(seen)
 @pytest.mark.parametrize("command", ["", "to-hf --max-shard-size 3MB"])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_killed_at_any_moment(tmp_path, sample, command, overwrite):
-    """Nothing, the old or the new checkpoint is at DST, never a part of one; the next run cleans up and succeeds."""
+    """DST has no checkpoint, the old one or the new one, never a part of one. The next run cleans up and succeeds."""
     config = TINY | dict(hidden_size=256, word_embed_proj_dim=256, ffn_dim=2048, num_hidden_layers=8)
     source = write_hf(tmp_path / "hf", config, hf_weights(config))
     old = ""
     if overwrite:
         small = TINY | dict(num_hidden_layers=1)
         old = tmp_path / "old"
-        made = write_hf(tmp_path / "small", small, hf_weights(small))
-        assert main([*command.split(), str(made), str(old)]) == 0
+        other = write_hf(tmp_path / "small", small, hf_weights(small))
+        assert main([*command.split(), str(other), str(old)]) == 0
     (tmp_path / "place").mkdir()
     moments = len(sample(range(20), 6))
     done = python(KILLER, f"{command} {source}", tmp_path / "place" / "dst", old, moments)
     seen = eval(done.stdout)
-    assert seen["left"] >= moments // 4, seen  # most of the kills came while it was writing
+    assert seen["left"] >= moments // 4, seen  # enough kills came while it was writing
     assert seen["old" if overwrite else "none"] >= moments // 4, seen
     assert seen["none"] + seen["old"] + seen["new"] == moments, seen
     assert OPTForCausalLM.from_pretrained(tmp_path / "place" / "dst").config.num_hidden_layers == 8
@@ -131,7 +131,7 @@ def test_killed_at_any_moment(tmp_path, sample, command, overwrite):
 # Full disks -----------------------------------------------------------------------------------------------------------
 
 
-# Imports once, then forks a conversion per case, as above.
+# Imports once, and forks a conversion for each case.
 FILL = """
 import json, os, subprocess, sys
 import convert.source, convert.to_hf, convert.to_orbax
@@ -164,7 +164,7 @@ print(json.dumps(results))
 """
 
 
-LATE = (6000, 7200, 7600)  # kilobytes: the disk is full amid the arrays, at their end, or behind them
+LATE = (6000, 7200, 7600)  # kilobytes: the disk is full within the arrays, at their end, or after them
 
 
 @pytest.mark.slow
@@ -182,13 +182,13 @@ def test_a_full_disk_is_one_clear_line(tmp_path, sample):
         pytest.skip(f"no tmpfs here: {done.stderr}")
     assert done.returncode == 0, done.stderr
     for (_, kilobytes, when, _, before), (code, said, left) in zip(cases, json.loads(done.stdout), strict=True):
-        if code == 0 and kilobytes > 7000:  # it fits, just
+        if code == 0 and kilobytes > 7000:  # it just fits
             continue
         assert code == 1 and said.startswith("error: ") and said.count("\n") == 1, said
         late_words = r"No space left on device \(.*\d are free\)"
         words = "MB are needed, but .* MB are free" if when == "early" else late_words
         assert re.search(f"{words}: make room there", said), said
-        assert left == (["dst"] if before else [])  # the old one, whole; or nothing
+        assert left == (["dst"] if before else [])  # the old one is complete, or there is none
 
 
 @pytest.mark.slow
@@ -246,7 +246,7 @@ sys.exit(code)
 """
 
 
-# 0.9 GB in tensors of 16 MB: their sum would show, and so would a copy of each kept a little too long.
+# 0.9 GB in tensors of 16 MB: memory shows if all are held, or copies of each for too long.
 LARGE = TINY | dict(
     vocab_size=64, hidden_size=2048, word_embed_proj_dim=2048, ffn_dim=4096, num_hidden_layers=14, dtype="float16"
 )
@@ -267,10 +267,10 @@ def test_memory_is_bounded_whatever_the_size(tmp_path):
     source.mkdir()
     (source / "config.json").write_text(json.dumps(LARGE))
     raw = json.dumps(header).encode()
-    with open(source / "model.safetensors", "wb") as file:  # sparse: the zeros are on no disk
+    with open(source / "model.safetensors", "wb") as file:  # sparse: zeros take up no disk
         file.write(len(raw).to_bytes(8, "little") + raw)
         file.truncate(8 + len(raw) + offset)
-    assert offset > 1.5 * (2 * largest + 512 * 2**20)  # a whole model in memory would show
+    assert offset > 1.5 * (2 * largest + 512 * 2**20)  # so a model in memory would exceed the bound
     assert_bounded(largest, source, tmp_path / "orbax")
     assert_bounded(largest, "to-hf", tmp_path / "orbax", tmp_path / "back")
     assert_bounded(largest, "verify", tmp_path / "orbax", "--against", tmp_path / "back")
@@ -278,7 +278,7 @@ def test_memory_is_bounded_whatever_the_size(tmp_path):
 
 @pytest.mark.slow
 def test_memory_is_bounded_for_metaseq(tmp_path):
-    """2 parts x 2 shards, flat: 0.9 GB in flat parameters of 17 MB a shard."""
+    """2 parts x 2 shards: 0.9 GB in flat parameters of 17 MB for each shard."""
     config = tmp_path / "config.json"
     config.write_text(json.dumps(LARGE))
     code = (
@@ -298,7 +298,7 @@ def test_memory_is_bounded_for_metaseq(tmp_path):
 
 
 def together(code: str, *args: object, count: int = 2) -> list[subprocess.CompletedProcess]:
-    """The same code in `count` processes; argv: i, address, count, *args."""
+    """Run the code in `count` processes, with arguments i, address, count, *args."""
     address = free_address()
     commands = [[sys.executable, "-c", code, str(i), address, str(count), *map(str, args)] for i in range(count)]
     done = outcomes([start(command) for command in commands])
@@ -362,7 +362,7 @@ def test_several_processes_convert_and_load_their_parts(tmp_path, monkeypatch):
         assert main(["verify", str(command[-1]), "--against", str(source)]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "hf", "orbax"]
 
-    # Each process of a job reads the bytes of its shards: from HF files exactly these, from Orbax in whole chunks.
+    # Each process reads the bytes of its shards: exactly these from HF files, the chunks with them from Orbax.
     monkeypatch.setattr("opt_jax.checkpoints.chunks.CHUNK_BYTES", 64 << 10)
     assert main([str(tmp_path / "back"), str(tmp_path / "chunks")]) == 0
     for done in together(LOAD, source, tmp_path / "chunks"):
@@ -390,7 +390,7 @@ def test_processes_with_different_options_refuse(tmp_path):
 
 @pytest.mark.slow
 def test_an_error_in_one_process_ends_all(tmp_path):
-    # While writing, and while opening what only one of them has.
+    # First while writing, then while opening a source that only one of them has.
     weights = hf_weights(TINY)
     weights["model.decoder.layers.1.fc1.weight"][:] = 1e30
     source = write_hf(tmp_path / "hf", TINY, weights)
@@ -430,5 +430,5 @@ def test_a_process_that_is_stopped_ends_all(tmp_path, sent, codes):
     line = "lost process 1" if sent == signal.SIGKILL else "process 1 failed: see its message"
     assert line in results[0].stderr and "Traceback" not in results[0].stderr + results[1].stderr
     assert not (tmp_path / "out").exists()
-    assert main([str(source), str(tmp_path / "out")]) == 0  # and clears what they have left
+    assert main([str(source), str(tmp_path / "out")]) == 0  # it clears what they have left
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]

@@ -241,7 +241,7 @@ def test_a_distributed_job(tmp_path):
         assert fine is None and begun is None
         assert ("--overwrite" if k == 0 else "process 0 failed") in exists
         assert ("final_layer_norm.bias has values" if k == 1 else "process 1 failed") in overflow
-        assert "shares out the files itself" in shard_of
+        assert "divides the files itself" in shard_of
     expected_files = files_of(write(source, tmp_path / "expected", max_shard_size="1KB"))
     assert files_of(tmp_path / "out") == expected_files == files_of(tmp_path / "begun")
     assert not (tmp_path / "half").exists() and not (tmp_path / "other").exists() and hidden(tmp_path) == []

@@ -18,7 +18,7 @@ from convert import to_hf, to_orbax
 from convert.source import open_directory
 from opt_jax.checkpoints import chunks
 from opt_jax.checkpoints.arrays import LazyArray, first_difference
-from opt_jax.checkpoints.formats import names
+from opt_jax.checkpoints.formats import hf_writer, names
 
 HEADS = {
     "lm_head": "OPTForCausalLM",
@@ -177,13 +177,13 @@ def test_what_lies_beside_the_weights(tmp_path):
     ],
 )
 def test_sizes(text, nbytes):
-    assert to_hf.parse_size(text) == nbytes
+    assert hf_writer.parse_size(text) == nbytes
 
 
 @pytest.mark.parametrize("text", ["", "GB", "5XB", "-5GB", "0", 0, -3, "5 G B", "nan", "1e9", "5I", "0.1B", "٣GB"])
 def test_bad_sizes(tmp_path, text):
     source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
-    with pytest.raises(ValueError, match="--max-shard-size .* is not a size"):
+    with pytest.raises(ValueError, match="max_shard_size .* is not a size"):
         write(source, tmp_path / "out", max_shard_size=text)
     assert not (tmp_path / "out").exists()
 
@@ -274,8 +274,9 @@ def test_a_worker_without_files_has_nothing_to_do(tmp_path):
 def test_what_is_on_disk_is_compared(tmp_path, monkeypatch):
     """If the writer loses bytes, the conversion fails before it publishes the directory."""
     source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
-    pwrite = to_hf._pwrite
-    monkeypatch.setattr(to_hf, "_pwrite", lambda fd, data, offset: pwrite(fd, data[: -1 if offset else None], offset))
+    pwrite = hf_writer._pwrite
+    lossy = lambda fd, data, offset: pwrite(fd, data[: -1 if offset else None], offset)  # noqa: E731
+    monkeypatch.setattr(hf_writer, "_pwrite", lossy)
     for shard_of in (None, (1, 1)):
         with pytest.raises((OSError, ValueError), match=r"bytes, not|does not have"):
             write(source, tmp_path / "out", shard_of=shard_of)
@@ -285,14 +286,14 @@ def test_what_is_on_disk_is_compared(tmp_path, monkeypatch):
 def test_the_library_checks_each_header(tmp_path, monkeypatch):
     """A header that says what is not so is found out, also when the sizes are right."""
     source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
-    write_all = to_hf._pwrite
+    write_all = hf_writer._pwrite
     for old, new, error in (
         (b"F32", b"I32", r"was to be \('F32'.*but is \('I32'"),
         (b"fc1.bias", b"fc1.bios", "fc1.bi[ao]s was to be"),
         (b'"shape":[16]', b'"shape":[15]', "safetensors cannot read it"),
     ):
         damage = lambda fd, data, offset: write_all(fd, memoryview(bytes(data).replace(old, new, 1)), offset)  # noqa: B023, E731
-        monkeypatch.setattr(to_hf, "_pwrite", damage)
+        monkeypatch.setattr(hf_writer, "_pwrite", damage)
         with pytest.raises(OSError, match=f"{error}.*nothing was published"):
             write(source, tmp_path / "out")
         assert not (tmp_path / "out").exists()
@@ -301,4 +302,4 @@ def test_the_library_checks_each_header(tmp_path, monkeypatch):
 def test_every_parameter_has_its_place_in_the_order():
     """Without it, `to-hf` of that model fails when it compares tuples."""
     parts = {part for name, _ in names.TABLE.values() for part in name.split(".")} - {"decoder", "*"}
-    assert parts <= set(to_hf._ORDER)
+    assert parts <= set(hf_writer.ORDER)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +209,17 @@ def test_all_cores_tokenise_what_is_large(tmp_path, monkeypatch):
     for name in "ab":
         tokens.tokenize_sources([str(tmp_path / f"{name}.txt")], tmp_path / "x.npy", "tiny", None, False)
     assert asked == [6, 1]
+
+
+@pytest.mark.slow
+def test_workers_do_not_finish_what_nobody_waits_for(monkeypatch):
+    monkeypatch.setattr(tokens, "_TASK", 4)
+    before = active_children()
+    encoding = tokens._encode(iter([("def f(x)", True)] * 20), OPTTokenizer.from_pretrained("tiny"), 2)
+    next(encoding)
+    workers = [worker for worker in active_children() if worker not in before]
+    encoding.close()
+    assert len(workers) == 2 and [worker.exitcode for worker in workers] == [-signal.SIGTERM] * 2
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What a step of the compiled decode loops costs: each weight is read once, no cache is copied, little is sent."""
+"""A step of the compiled decode loops reads each weight once, copies no cache, and sends little."""
 
 import contextlib
 import os
@@ -58,7 +58,7 @@ def dimensions(array: str) -> list[int]:
 
 
 def inspect(program: Program, shards: int = 1) -> list[Instruction]:
-    """Check the loop that holds the caches; returns the collectives of a step."""
+    """Check the loop that holds the caches. Returns the collectives of a step."""
     loops = [w for w in program.loops() if any(is_cache(dimensions(a)) for a, _ in w.arrays)]
     assert len(loops) == 1
     carried = [(dimensions(array), size) for array, size in loops[0].arrays]
@@ -73,19 +73,19 @@ def inspect(program: Program, shards: int = 1) -> list[Instruction]:
         if is_cache(shape):
             assert len(readers) == 1 and program.is_update(readers[0]), array
         elif shape == [POSITIONS, WIDTH]:
-            assert not products, array  # single rows are taken of it
+            assert not products, array  # only single rows are read
         elif shape == [CONFIG.vocab_size // shards, WIDTH]:
-            assert len(products) == 1, array  # the LM head; and rows
+            assert len(products) == 1, array  # the LM head, beside lookups of rows
         else:
             assert len(readers) == len(products) == 1, array
     return [i for i in program.written_out(body) if i.op.removesuffix("-start") in COLLECTIVES]
 
 
-def inspect_collectives(found: list[Instruction]) -> None:
-    """Megatron's: two sums for each layer and one for the embedding; then each device's best token, and its logit."""
-    kinds = sorted(i.op.removesuffix("-start") for i in found)
+def inspect_collectives(sent: list[Instruction]) -> None:
+    """As in Megatron, two sums for each layer and one for the embedding. Then each device's best token and logit."""
+    kinds = sorted(i.op.removesuffix("-start") for i in sent)
     assert kinds == ["all-gather"] * 2 + ["all-reduce"] * (2 * LAYERS + 1)
-    assert all(i.arrays[-1][1] <= 4 * 4 * 4 for i in found if i.op.startswith("all-gather"))  # rows * devices * bytes
+    assert all(i.arrays[-1][1] <= 4 * 4 * 4 for i in sent if i.op.startswith("all-gather"))  # rows * devices * bytes
 
 
 def donated_caches(program: Program) -> int:
@@ -98,11 +98,11 @@ def test_a_step_reads_weights_once_and_copies_nothing(kind):
     args, kwargs = arguments(function, make_model(), **KINDS[kind])
     program = Program.compiled((beams.advance if kind.startswith("beams") else loop.advance).lower(*args, **kwargs))
     assert not inspect(program)
-    if kind in ("greedy", "one row"):  # a GPU waits for the host at a conditional; a step is one graph without
+    if kind in ("greedy", "one row"):  # at a conditional a GPU waits for the host
         assert "conditional" not in {i.op for i in program.written_out(program.entry)}
     assert donated_caches(program) == 2 * LAYERS
     cache = args[1].cache.k[0]
-    assert not program.large_results(program.entry, cache.size * cache.dtype.itemsize)  # nor around the loop
+    assert not program.large_results(program.entry, cache.size * cache.dtype.itemsize)  # no copy around the loop either
 
 
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
@@ -116,7 +116,7 @@ def test_a_step_on_a_mesh_sends_two_sums_for_each_layer(inside):
     assert donated_caches(program) == 2 * LAYERS
 
 
-LIBTPU = Path(sys.prefix) / "libtpu"  # put there by make: beside the packages, or every `import jax` would load it
+LIBTPU = Path(sys.prefix) / "libtpu"  # outside of the packages, where every `import jax` would load it
 
 
 @pytest.mark.skipif(not (LIBTPU / "libtpu").is_dir(), reason=f"no libtpu in {LIBTPU}: `make test` installs it (Linux)")
@@ -126,7 +126,7 @@ def test_a_step_on_a_tpu_v5e(tmp_path):
         PYTHONPATH=os.pathsep.join(map(str, [REPOSITORY, tests, LIBTPU])),
         JAX_PLATFORMS="cpu",
         XLA_FLAGS="--xla_force_host_platform_device_count=4",
-        # There is no TPU: do not ask the cloud for one, nor keep other processes from using the library.
+        # There is no TPU: do not ask the cloud for its metadata, and do not lock the library.
         TPU_SKIP_MDS_QUERY="1",
         TPU_ACCELERATOR_TYPE="v5litepod-4",
         TPU_WORKER_HOSTNAMES="localhost",
@@ -140,7 +140,7 @@ def test_a_step_on_a_tpu_v5e(tmp_path):
     assert donated_caches(program) == 2 * LAYERS
 
 
-# The inspection sees what is bad -------------------------------------------------------------------------------
+# The inspection notices mistakes -------------------------------------------------------------------------------
 
 CACHE = jax.ShapeDtypeStruct((2, 4, 64, 32), jnp.float32)
 ROW = jax.ShapeDtypeStruct((2, 4, 1, 32), jnp.float32)
@@ -150,7 +150,7 @@ LEAST = 64 * 1024
 
 
 def repeat(step, *given, donate: bool = True) -> Program:
-    """`state = step(i, state, *others)`, again and again, compiled."""
+    """The compiled loop over `state = step(i, state, *others)`."""
 
     def run(state, *others):
         return lax.fori_loop(0, others[-1], lambda i, s: step(i, s, *others[:-1]), state)

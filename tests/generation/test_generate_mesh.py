@@ -51,7 +51,7 @@ def test_same_tokens_as_on_one_device(model, expected, spec, kind):
     mesh = make_mesh(spec, jax.devices()[:8])
     meshed = on_mesh(model, mesh)
     with contextlib.nullcontext() if spec == "fsdp=8" else use_mesh(mesh):  # with and without use_mesh
-        out = meshed.generate(IDS, logprobs=0, **KINDS[kind])
+        out: Any = meshed.generate(IDS, logprobs=0, **KINDS[kind])
     np.testing.assert_array_equal(out.sequences, expected[kind].sequences)
     np.testing.assert_allclose(out.logprobs, expected[kind].logprobs, atol=1e-4)
     assert out.finish_reasons == expected[kind].finish_reasons

@@ -205,7 +205,7 @@ def test_stop_strings():
     tokenizer, model = OPTTokenizer.from_pretrained("tiny"), first_layers()
     inputs = tokenizer(["def main():\n    return main(", "import os\nimport"])
     width = inputs["input_ids"].shape[1]
-    free = model.generate(**inputs, **FREE | dict(max_new_tokens=24)).sequences[:, width:]
+    free = model.generate(**inputs, **dict[str, Any](FREE, max_new_tokens=24)).sequences[:, width:]
     strings = [tokenizer.decode(row)[at : at + 3] for row, at in zip(free, (4, 20), strict=True)]
     options: dict[str, Any] = dict(max_new_tokens=24, stop_strings=strings, tokenizer=tokenizer)
     plain = model.generate(**inputs, **options)

@@ -1,4 +1,4 @@
-"""The models by themselves (parity with PyTorch: tests/parity): every field counts, pads never matter, forms agree."""
+"""The models: each field has an effect, pads never matter, both forms agree. Parity with PyTorch: tests/parity."""
 
 import dataclasses
 from typing import Any
@@ -21,7 +21,7 @@ IDS = batch("opt-125m")["input_ids"]
 QUIET: dict[str, Any] = dict(dropout=0.0, attention_dropout=0.0, layerdrop=0.0)
 
 
-# --- every field of the configuration changes what it should ---
+# --- each field of the configuration changes what it should ---
 
 BASE = {"pooled", "classification loss"}
 LM = {"logits", "training logits"}
@@ -31,7 +31,7 @@ EFFECTS = {
     "hidden_size": (36, {"parameters"} | LM | BASE),
     "num_hidden_layers": (2, {"parameters"} | LM | BASE),
     "ffn_dim": (48, {"parameters"} | LM | BASE),
-    "max_position_embeddings": (70, {"parameters"}),  # more rows, the same rows read
+    "max_position_embeddings": (70, {"parameters"}),  # more rows, of which the same are read
     "do_layer_norm_before": (False, {"parameters"} | LM | BASE),
     "_remove_final_layer_norm": (True, {"parameters"} | LM | BASE),
     "word_embed_proj_dim": (16, {"parameters"} | LM | BASE),
@@ -50,8 +50,8 @@ EFFECTS = {
 }
 NO_EFFECT_HERE = {
     "eos_token_id",  # for `generate`: test_options_have_effect.py
-    "bos_token_id",  # for those who read the file: the tokenizer knows its own
-    "extra",  # written back as it came; what transformers would do for it is noted: test_config.py
+    "bos_token_id",  # for readers of the file: the tokenizer has its own
+    "extra",  # written back unchanged; warnings about it: test_config.py
 }
 
 
@@ -100,7 +100,7 @@ def test_every_field_is_in_the_list():
 
 @pytest.mark.slow
 def test_pads_start_at_zero_and_learn_nothing_from_lookups(usual):
-    """As with torch's `padding_idx`; a tied head does teach them."""
+    """As with torch's `padding_idx`. A tied head gives them gradients."""
     assert usual["pad rows"] == [1]
     ids = np.where(IDS % 2, 1, 7)
     for pad in (1, 7, None):
@@ -124,7 +124,7 @@ def test_initial_values_are_hf_s():
             assert abs(value.std() / 0.3 - 1) < 4 / (2 * value.size) ** 0.5, path
     drawn = values(OPTForCausalLM(config, rngs=nnx.Rngs(0)))
     first = [f"model.decoder.layers.{i}.self_attn.{p}_proj.kernel" for i in range(3) for p in "qkv"]
-    assert len({drawn[path][0, 0].item() for path in first}) == 9  # no two layers or modules share a key
+    assert len({drawn[path][0, 0].item() for path in first}) == 9  # all layers and modules differ
 
 
 # --- dropout and layerdrop ---
@@ -155,8 +155,8 @@ def test_dropout_follows_its_key_and_differs_by_layer_and_row(form):
     a, again, b = states(jax.random.key(0)), states(jax.random.key(0)), states(jax.random.key(1))
     np.testing.assert_array_equal(a[-1], again[-1])
     assert (a[-1] != b[-1]).any() and (a[1][0] != a[1][1]).any()
-    np.testing.assert_array_equal(a[0], b[0])  # none on the embeddings
-    # with the residual stream left as it was where dropped, the dropped places show: different ones in each layer
+    np.testing.assert_array_equal(a[0], b[0])  # no dropout on the embeddings
+    # Where a layer's output is dropped, the residual stream is unchanged. These places differ between layers.
     model = form(our_model("opt-125m", dropout=0.5, enable_bias=False))
     a = states(jax.random.key(0))
     kept = [a[i + 1] != a[i] for i in range(2)]
@@ -164,7 +164,7 @@ def test_dropout_follows_its_key_and_differs_by_layer_and_row(form):
 
 
 def test_the_dropouts_of_a_layer_are_independent():
-    """Of a layer that adds a one twice: two where one of them is kept, four where both are."""
+    """A layer adds one twice, scaled by two where it is kept. So the sum is 0, 2 or 4."""
     model = our_model("opt-125m", dropout=0.5)
     for path, param in named_parameters(model).items():
         if ".out_proj." in path or ".fc2." in path:
@@ -192,12 +192,13 @@ def test_layerdrop_skips_whole_layers_at_its_rate(form):
         same = states[1:] == states[:-1]
         return same.all((1, 2, 3)), same.any((1, 2, 3))
 
-    every, some = skipped(jax.random.split(jax.random.key(0), 400))
-    np.testing.assert_array_equal(every, some)  # all rows and places of a layer, or none
-    rate = np.asarray(every).mean(0)
-    assert rate.shape == (2,)  # the last layer's output is not in the list
+    all_skipped, any_skipped = skipped(jax.random.split(jax.random.key(0), 400))
+    np.testing.assert_array_equal(all_skipped, any_skipped)  # for all rows and positions, or none
+    rate = np.asarray(all_skipped).mean(0)
+    assert rate.shape == (2,)  # hidden_states lacks the last layer's output
     assert (abs(rate - 0.25) < 4 * (0.25 * 0.75 / 400) ** 0.5).all()
-    assert abs((every[:, 0] & every[:, 1]).mean() - 0.0625) < 4 * (0.0625 * 0.9375 / 400) ** 0.5  # independently
+    both_skipped = all_skipped.all(1).mean()
+    assert abs(both_skipped - 0.0625) < 4 * (0.0625 * 0.9375 / 400) ** 0.5  # independently
 
 
 # --- full-size models ---
@@ -207,7 +208,7 @@ PUBLISHED = {"125m": 125239296, "350m": 331196416, "1.3b": 1315758080, "2.7b": 2
 
 @pytest.mark.parametrize("size", _SIZES)
 def test_full_size_models_build_abstractly(size, pytestconfig):
-    """All classes and both forms of the two architectures; of the other sizes, which are only larger, one."""
+    """All classes and forms of the two architectures. The other sizes are only larger, so one form is enough."""
     config = OPTConfig.preset(size)
     every = size in ("125m", "350m") or pytestconfig.getoption("--exhaustive")
     for cls in CLASSES if every else ["OPTForCausalLM"]:
@@ -266,7 +267,7 @@ def test_repeated_plain_calls_are_compiled_once():
             return super().forward(*args, **kwargs)
 
     model, other = (Counted(CONFIGS["opt-125m"], rngs=nnx.Rngs(i)) for i in range(2))
-    for m in (model, model, other):  # another model of the same configuration too
+    for m in (model, model, other):  # also another model of the same configuration
         for ids in (IDS, jnp.asarray(IDS + 0), IDS.tolist()):
             m(ids)
     assert len(traced) == 1
@@ -285,7 +286,7 @@ def test_repeated_plain_calls_are_compiled_once():
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", ["opt-350m", "untied"])
 def test_dtypes(name, dtype, param_dtype):
-    """Computed in dtype; logits and losses are float32 whatever that is."""
+    """The model computes in `dtype`. Logits and losses are always float32."""
     out = {}
     for cls in CLASSES:
         model = unset_model(dataclasses.replace(CONFIGS[name], num_hidden_layers=1), cls, dtype, param_dtype)
@@ -331,7 +332,7 @@ def test_the_abstract_class_says_so():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("name", SMALL)
 def test_pads_never_produce_nan(name, dtype):
-    """Not even rows of nothing else; nor do gradients."""
+    """Neither do rows of pads alone, and gradients neither."""
     model = our_model(name, dtype=dtype, num_hidden_layers=2)
     inputs = batch(name, "left")
     inputs["attention_mask"][1] = 0
@@ -342,7 +343,7 @@ def test_pads_never_produce_nan(name, dtype):
         out = model.forward(**inputs, output_hidden_states=True, output_attentions=True)
         return out.loss, out
 
-    # in float16, the range that is soonest left, gradients too
+    # Also gradients in float16, which has the smallest range.
     run = jax.jit(jax.value_and_grad(loss, has_aux=True) if dtype == jnp.float16 else loss)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(run(model, inputs)))
     inputs["labels"] = np.full_like(inputs["labels"], -100)
@@ -359,7 +360,7 @@ def test_a_row_does_not_see_the_batch_or_its_padding(name, padding):
     del inputs["labels"]
     mask = inputs["attention_mask"] == 1
     together = np.asarray(model.forward(**inputs).logits)
-    inputs["input_ids"] = np.where(mask, inputs["input_ids"], 50)  # what the pads are does not matter
+    inputs["input_ids"] = np.where(mask, inputs["input_ids"], 50)  # the ids of pads do not matter
     np.testing.assert_allclose(np.asarray(model.forward(**inputs).logits)[mask], together[mask], atol=1e-6)
     for row in range(3):
         alone = model.forward(inputs["input_ids"][row : row + 1, mask[row]]).logits[0]
@@ -371,7 +372,7 @@ def test_a_row_does_not_see_the_batch_or_its_padding(name, padding):
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("padded", [False, True])
 def test_segments_are_separate_rows(name, padded):
-    """Packed documents, one of a single token, with or without pads between and after them."""
+    """Packed documents, one of them a single token, with and without pads between and after them."""
     model = our_model(name, num_hidden_layers=2)
     ids = np.concatenate([IDS[0], IDS[1]])[None]
     segments = np.repeat([[3, 0, 0, 5]], [7, 1, 4, 8], axis=1)  # 7, 5 and 8 tokens; numbers in any order
@@ -414,7 +415,7 @@ def test_classification_pools_the_last_id_that_is_no_pad():
     ids = i32([[5, 6, 7, 8], [1, 1, 5, 1], [5, 1, 1, 1], [1, 1, 1, 1], [1, 5, 6, 7]])
     states = np.asarray(base.forward(ids).last_hidden_state)
     kernel = values(model)["score.kernel"]
-    for mask in (None, i32([[1, 1, 0, 0]] * 5)):  # the mask is not asked
+    for mask in (None, i32([[1, 1, 0, 0]] * 5)):  # the mask makes no difference
         states = np.asarray(base.forward(ids, attention_mask=mask).last_hidden_state)
         expected = states[np.arange(5), [3, 2, 0, 0, 3]] @ kernel
         np.testing.assert_allclose(model.forward(ids, attention_mask=mask).logits, expected, atol=1e-5)

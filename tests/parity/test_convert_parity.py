@@ -106,10 +106,10 @@ def test_float8_is_cast_as_transformers_does(tmp_path, form, named):
     for name, tensor in theirs.named_parameters():
         if state[name].dtype in small.values():  # each other tensor keeps its own dtype here
             path, transposed = canonical_path(name)
-            found = np.asarray(ours[path].get_value())
-            assert found.dtype == str(tensor.dtype).removeprefix("torch.") == (named or "float16")
+            kernel = np.asarray(ours[path].get_value())
+            assert kernel.dtype == str(tensor.dtype).removeprefix("torch.") == (named or "float16")
             expected = tensor.detach().view(torch.int16).numpy().tobytes()
-            assert (found.T if transposed else found).tobytes() == expected, name
+            assert (kernel.T if transposed else kernel).tobytes() == expected, name
 
 
 def test_what_torch_negates_when_it_reads_is_refused(tmp_path):

@@ -45,8 +45,8 @@ def assert_ours(source: Path, expected: np.ndarray, noted: bool = False) -> None
         model = OPTForCausalLM.from_pretrained(source)
     assert len(caught) == noted, [str(warning.message) for warning in caught]
     real = INPUTS["attention_mask"] == 1
-    found = np.asarray(model.forward(**check_inputs(model, INPUTS)).logits)
-    assert_close(found[real], expected[real], atol=1e-4 * np.abs(expected).max(), what="logits")
+    logits = np.asarray(model.forward(**check_inputs(model, INPUTS)).logits)
+    assert_close(logits[real], expected[real], atol=1e-4 * np.abs(expected).max(), what="logits")
 
 
 ODD = ("head-only", "head-too", "buffers", "value-head", "architectures", "sub-directory", "index", "twice", "metadata")

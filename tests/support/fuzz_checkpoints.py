@@ -142,6 +142,59 @@ class Flax(Target):
         return None
 
 
+class Adapter(Target):
+    """A PEFT adapter, put onto a base of one layer."""
+
+    def __init__(self, root: Path):
+        import numpy as np
+        from safetensors.numpy import save_file
+
+        from opt_jax import OPTConfig
+        from opt_jax.checkpoints.arrays import LazyArray
+        from opt_jax.checkpoints.pretrained import expected_shapes
+        from opt_jax.model.heads import OPTForCausalLM
+
+        super().__init__(root)
+        sizes: Any = dict(vocab_size=9, hidden_size=4, ffn_dim=8, num_hidden_layers=1, num_attention_heads=1)
+        self.config, rng = OPTConfig(**sizes, max_position_embeddings=4), np.random.default_rng(0)
+        arrays = {path: np.ones(shape, np.float32) for path, shape in expected_shapes(OPTForCausalLM, self.config)}
+        self.arrays = {path: LazyArray(a.shape, a.dtype, a.__getitem__) for path, a in arrays.items()}
+        name = "base_model.model.model.decoder.layers.0.fc1."
+        tensors = {
+            f"{name}lora_A.weight": rng.standard_normal((2, 4)).astype(np.float32),
+            f"{name}lora_B.weight": rng.standard_normal((8, 2)).astype(np.float32),
+            f"{name}bias": rng.standard_normal(8).astype(np.float32),
+        }
+        save_file(tensors, self.base / "adapter_model.safetensors")
+        settings = dict(
+            peft_type="LORA",
+            task_type="CAUSAL_LM",
+            base_model_name_or_path="base",
+            r=4,
+            lora_alpha=8,
+            rank_pattern={"fc1": 2},
+            alpha_pattern={"fc.": 3},
+            target_modules=r".*\.fc1",
+            exclude_modules=["fc2"],
+            modules_to_save=None,
+            layers_to_transform=[0],
+            use_rslora=False,
+            use_dora=False,
+            init_lora_weights=True,
+        )
+        (self.base / "adapter_config.json").write_text(json.dumps(settings))
+
+    def read(self, case: Any) -> str | None:
+        from opt_jax.checkpoints.formats import peft
+
+        opened = peft.open_adapter(self.directory)
+        arrays, config = opened.onto(self.arrays, self.config, "base", causal=True)
+        for path, array in arrays.items():
+            if array.load().shape != array.shape or array.shape != self.arrays[path].shape:
+                return f"{path} has shape {array.shape}"
+        return None if config == self.config else f"{config}"
+
+
 class Training(Target):
     """A checkpoint of a training run."""
 

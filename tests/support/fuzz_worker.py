@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from support.fuzz_checkpoints import Flax, Model, Training
+from support.fuzz_checkpoints import Adapter, Flax, Model, Training
 from support.fuzz_targets import Arrays, Config, Generation, Hub, Target, Tokenizers
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -32,6 +32,7 @@ TARGETS = (
     Tokenizers,
     Model,
     Flax,
+    Adapter,
     Training,
     Arrays,
     Generation,

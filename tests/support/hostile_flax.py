@@ -22,17 +22,17 @@ def packed_array(shape: Any, dtype: Any, data: Any, kind: int = 1) -> bytes:
 
 def flax_cases(files: dict[str, bytes]) -> Iterator[Case]:
     name, entry = "flax_model.msgpack", "entry model/decoder/layers/0/fc1/kernel"
-    whole = files[name]
-    data = np.asarray(serialization.msgpack_restore(whole)["model"]["decoder"]["layers"]["0"]["fc1"]["kernel"])
+    checkpoint = files[name]
+    data = np.asarray(serialization.msgpack_restore(checkpoint)["model"]["decoder"]["layers"]["0"]["fc1"]["kernel"])
     (rows, columns), raw = data.shape, data.tobytes()
     fc1 = packed_array(data.shape, "float32", raw)
-    assert whole.count(fc1) == 1 and (rows, columns) == (8, 16)
+    assert checkpoint.count(fc1) == 1 and (rows, columns) == (8, 16)
 
     def case(label: str, content: bytes, *says: str, outcome: str = REFUSED) -> Case:
         return Case(f"flax/{label}", "flax", {name: content}, outcome, (name, *says))
 
     def with_fc1(other: bytes) -> bytes:
-        return whole.replace(fc1, other)
+        return checkpoint.replace(fc1, other)
 
     def chunked(**fields) -> bytes:
         flat = {
@@ -93,7 +93,7 @@ def flax_cases(files: dict[str, bytes]) -> Iterator[Case]:
         yield case(f"leaf{i}", with_fc1(packed(value)), entry)
     yield Case("flax/leaf-no-map", "flax", {name: with_fc1(b"\x80")}, REFUSED, (FC1,))
     for length in (0, 1, len(raw), 2**31, 2**32 - 1):
-        yield case(f"length{length}", whole.replace(fc1[:4], b"\xc9" + length.to_bytes(4, "big") + b"\1"))
+        yield case(f"length{length}", checkpoint.replace(fc1[:4], b"\xc9" + length.to_bytes(4, "big") + b"\1"))
     yield case("chunked", chunked(), outcome=HARMLESS)
     flat = data.reshape(-1)
     for i, fields in enumerate(
@@ -126,16 +126,16 @@ def flax_cases(files: dict[str, bytes]) -> Iterator[Case]:
     for i, other in enumerate(
         (b"\xa3fc2", b"\xa3fc\n", b"\xa3\xff\xfe\xfd", b"\xa0", b"\x05", b"\xc0", b"\xc4\x03fc1", b"\x80", b"\x90")
     ):
-        yield Case(f"flax/key{i}", "flax", {name: whole.replace(key, other)})
+        yield Case(f"flax/key{i}", "flax", {name: checkpoint.replace(key, other)})
     for width, code in ((2, b"\xda"), (4, b"\xdb")):
         for length in (0, 101, 2 ** (8 * width) - 1):
-            changed = whole.replace(key, code + length.to_bytes(width, "big"))
+            changed = checkpoint.replace(key, code + length.to_bytes(width, "big"))
             yield Case(f"flax/key-length{width}{length}", "flax", {name: changed})
-    yield case("key-long", whole.replace(key, b"\xda\x07\xd0" + b"x" * 2000))
+    yield case("key-long", checkpoint.replace(key, b"\xda\x07\xd0" + b"x" * 2000))
     for code, width in ((b"\xde", 2), (b"\xdf", 4)):
-        yield case(f"entries{width}", whole.replace(b"\x81", code + b"\xff" * width, 1))
+        yield case(f"entries{width}", checkpoint.replace(b"\x81", code + b"\xff" * width, 1))
         yield case(
-            f"entries-few{width}", whole.replace(b"\x81", code + (1).to_bytes(width, "big"), 1), outcome=HARMLESS
+            f"entries-few{width}", checkpoint.replace(b"\x81", code + (1).to_bytes(width, "big"), 1), outcome=HARMLESS
         )
     yield case("deep", b"\x81\xa1a" * 200_000)
     yield case("deep-lists", b"\x91" * 200_000)
@@ -145,9 +145,9 @@ def flax_cases(files: dict[str, bytes]) -> Iterator[Case]:
     yield case(
         "many-empty", b"\xdf" + (60_000).to_bytes(4, "big") + b"".join(b"\xa6%06d\x80" % i for i in range(60_000))
     )
-    yield case("appended", whole + b"\0", "1 bytes follow")
-    yield case("twice", whole + whole, "bytes follow")
+    yield case("appended", checkpoint + b"\0", "1 bytes follow")
+    yield case("twice", checkpoint + checkpoint, "bytes follow")
     for i, content in enumerate(
         (b"", b"\x80", b"\x90", b"\xc0", b"\xc1", b"\0", b"{}", b"PK\3\4", b"\xc7", bytes(1000))
     ):
-        yield Case(f"flax/whole{i}", "flax", {name: content}, REFUSED, () if content == b"\x80" else (name,))
+        yield Case(f"flax/file{i}", "flax", {name: content}, REFUSED, () if content == b"\x80" else (name,))

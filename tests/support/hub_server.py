@@ -3,8 +3,12 @@
 It answers what `huggingface_hub` asks: `/api/models/<id>[/revision/<rev>][?blobs=true]`, `/api/models/<id>/tree/<rev>`
 and `/<id>/resolve/<rev>/<file>`. For large files (LFS) this redirects to a second origin, like the hub to its CDN. The
 headers of the redirect have the size and the SHA-256. The token must not be sent to the second origin.
+
+It also takes uploads: `/api/repos/create`, `preupload` (which files are large), the LFS batch with a PUT of each large
+file to the second origin, and `commit`.
 """
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -81,6 +85,9 @@ class Repository:
     endless: dict[str, float] = field(default_factory=dict)
     asked: list[Asked] = field(default_factory=list)
     heads: list[str] = field(default_factory=list)
+    private: bool | None = None  # as it was created; None: not said
+    uploaded: dict[str, bytes] = field(default_factory=dict)  # SHA-256 -> content that is in no commit yet
+    commits: list[str] = field(default_factory=list)  # titles
     release: threading.Event = field(default_factory=threading.Event)
 
 
@@ -89,6 +96,7 @@ class HubServer:
 
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
+        self.writer = "hf_writer"  # the token that uploads need
         self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for handler in (_Hub, _Cdn)]
         for server in self._servers:
             server.daemon_threads = True
@@ -125,6 +133,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def do_POST(self):
+        self.refuse(404)
+
+    do_PUT = do_POST
+
+    def body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
     def answer(self, hub: HubServer, name: str, repository: Repository, path: str) -> None:
         raise NotImplementedError
 
@@ -140,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
         for key, value in headers.items():
             self.send_header(key.replace("_", "-"), value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             with contextlib.suppress(ConnectionError):  # the client has closed the connection
                 self.wfile.write(content)
 
@@ -220,6 +236,55 @@ class _Hub(_Handler):
         siblings = [{key: entry[key] for key in keys if key in entry} for entry in entries]
         self.send(_json(lie("info", {"id": name, "sha": commit, "siblings": siblings})))
 
+    def do_POST(self):
+        """A client that may write sends its token."""
+        hub: HubServer = self.server.hub  # pyright: ignore
+        content, path = self.body(), unquote(urlsplit(self.path).path)
+        if self.token != hub.writer:
+            return self.refuse(401)
+        if path == "/api/validate-yaml":  # of a model card
+            return self.send(_json({"errors": [], "warnings": []}))
+        if path == "/api/repos/create":
+            wanted = json.loads(content)
+            name = f"{wanted['organization'] or 'me'}/{wanted['name']}"
+            known = name in hub.repositories
+            if not known:
+                hub.repositories[name] = Repository({}, private=wanted.get("visibility") == "private")
+            url = f"{hub.endpoint}/{name}"
+            return self.send(_json({"url": url, "name": name, "id": name}), 409 if known else 200)
+        for name, repository in hub.repositories.items():
+            if path == f"/{name}.git/info/lfs/objects/batch":
+                return self.batch(hub, name, json.loads(content))
+            for action in (self.preupload, self.commit):
+                if path == f"/api/models/{name}/{action.__name__}/main":
+                    return action(hub, name, repository, content)
+        self.refuse(404, "RepoNotFound")
+
+    def preupload(self, hub: HubServer, name: str, repository: Repository, content: bytes) -> None:
+        files = [file["path"] for file in json.loads(content)["files"]]
+        modes = {file: "lfs" if file.endswith(_LARGE) else "regular" for file in files}
+        self.send(_json({"files": [{"path": k, "uploadMode": v, "shouldIgnore": False} for k, v in modes.items()]}))
+
+    def batch(self, hub: HubServer, name: str, wanted: dict) -> None:
+        objects = [
+            each | {"actions": {"upload": {"href": f"{hub.cdn}/{name}/{each['oid']}"}}} for each in wanted["objects"]
+        ]
+        self.send(_json({"transfer": "basic", "objects": objects}))
+
+    def commit(self, hub: HubServer, name: str, repository: Repository, content: bytes) -> None:
+        for line in content.splitlines():
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "header":
+                repository.commits.append(value["summary"])
+            elif entry["key"] == "lfsFile":
+                repository.files[value["path"]] = repository.uploaded[value["oid"]]
+            else:
+                assert entry["key"] == "file" and value["encoding"] == "base64"
+                repository.files[value["path"]] = base64.b64decode(value["content"])
+        url = f"{hub.endpoint}/{name}/commit/{COMMIT}"
+        self.send(_json({"success": True, "commitOid": COMMIT, "commitUrl": url, "hookOutput": ""}))
+
     def entry(self, repository: Repository, file: str) -> dict:
         content = repository.files[file]
         oid, size = hashlib.sha1(content).hexdigest(), repository.listed.get(file, len(content))
@@ -257,6 +322,14 @@ def _json(content: Any) -> bytes:
 
 
 class _Cdn(_Handler):
+    def do_PUT(self):
+        hub: HubServer = self.server.hub  # pyright: ignore
+        name, _, oid = urlsplit(self.path).path.removeprefix("/").rpartition("/")
+        content = self.body()
+        assert hashlib.sha256(content).hexdigest() == oid
+        hub.repositories[name].uploaded[oid] = content
+        self.send(b"")
+
     def answer(self, hub: HubServer, name: str, repository: Repository, path: str) -> None:
         self.send_file(repository, path.removeprefix("/"))
 

@@ -98,8 +98,8 @@ def test_stop_strings_are_left_out_on_request_and_named(tok, model):
     assert [row["stop_reason"] for (row,) in kept] == out.stop_reasons
     assert all(row["generated_text"].startswith(text) for (row,), (text, _) in zip(kept, expected, strict=True))
     assert kept != left_out
-    whole = pipe(PROMPTS[1], include_stop_str_in_output=False, return_full_text=True, batch_size=None)
-    assert whole == [{"generated_text": PROMPTS[1] + expected[1][0], "stop_reason": expected[1][1]}]
+    result = pipe(PROMPTS[1], include_stop_str_in_output=False, return_full_text=True, batch_size=None)
+    assert result == [{"generated_text": PROMPTS[1] + expected[1][0], "stop_reason": expected[1][1]}]
     for prompt, (text, _) in zip(PROMPTS, expected, strict=True):
         more: dict[str, Any] = dict(options, stop_strings=strings, include_stop_str_in_output=False)
         pieces = list(stream_text(model, tok, prompt, **more))

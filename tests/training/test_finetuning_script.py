@@ -77,7 +77,9 @@ def test_classification_with_lora_from_start_to_export(start, texts, tmp_path, c
     resumed = run(tmp_path / "run", start, **options)
     assert [line["loss"] for line in resumed] == [line["loss"] for line in uninterrupted]
     printed = capsys.readouterr().out
-    assert "adapters are merged in" in printed
+    assert (
+        "adapters are merged in" in printed and f"for PEFT, they are also in {tmp_path / 'run' / 'adapter'}" in printed
+    )
     assert f'OPTForSequenceClassification.from_pretrained("{tmp_path / "run"}")' in printed
 
     model, before = (
@@ -85,6 +87,13 @@ def test_classification_with_lora_from_start_to_export(start, texts, tmp_path, c
         OPTForCausalLM.from_pretrained(start),
     )
     assert model.config.extra["label2id"] == {"code": 0, "prose": 1} and model.config.num_labels == 2
+    adapter = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert adapter["target_modules"] == ["q_proj", "fc1"] and adapter["modules_to_save"] == ["score"]
+    assert adapter["base_model_name_or_path"] == str(start) and adapter["task_type"] == "SEQ_CLS"
+    merged = OPTForSequenceClassification.from_pretrained(start, adapter=tmp_path / "run" / "adapter")
+    for (name, one), other in zip(named_parameters(merged).items(), named_parameters(model).values(), strict=True):
+        np.testing.assert_allclose(one[...], other[...], rtol=1e-6, atol=1e-6, err_msg=name)
+
     theirs = named_parameters(before)
     changed = {n for n, p in named_parameters(model).items() if n in theirs and (p[...] != theirs[n][...]).any()}
     assert {name.split(".")[-2] for name in changed} == {"q_proj", "fc1"} and len(changed) == 4

@@ -1,5 +1,7 @@
-"""What is kept in Google Cloud Storage: runs of train.py, converted models, reading both. (A loopback server speaks for
-it; docs/training.md says what else it was tried with.)"""
+"""Runs of train.py and converted models in Google Cloud Storage.
+
+A loopback server stands for it. docs/training.md says with what else it was tried.
+"""
 
 import json
 import re
@@ -37,7 +39,7 @@ def here(store, monkeypatch):
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    """Those of all runs but `output`."""
+    """Options of all runs, without `output`."""
     return run_options(tmp_path_factory.mktemp("inputs"), steps=STEPS, batch_size=4)
 
 
@@ -69,7 +71,7 @@ def steps_in(store: gcs_server.Store, directory: str) -> set[str]:
 
 
 def test_a_run_is_killed_while_it_writes_a_checkpoint_and_goes_on(store, options, on_disk, here, capsys, tmp_path):
-    """The same losses and parameters as on a disk, bit for bit; the same checkpoints are kept."""
+    """It ends with the losses, parameters and checkpoints of the same run on a disk, bit for bit."""
     begun = start(command_line(options, "gs://bucket/run"), **store.environment)
     store.wrote = lambda name: begun.kill() if name.startswith("bucket/run/checkpoints/8/optimizer/d/") else None
     end(begun, -signal.SIGKILL)
@@ -79,7 +81,7 @@ def test_a_run_is_killed_while_it_writes_a_checkpoint_and_goes_on(store, options
     assert json.loads(store.read("bucket/run/run.json"))["options"]["steps"] == STEPS
 
     model = OPTForCausalLM.from_pretrained("gs://bucket/run")
-    assert model.name_or_path == "gs://bucket/run/checkpoints/4"  # not the one that was never finished
+    assert model.name_or_path == "gs://bucket/run/checkpoints/4"  # the newest one is incomplete
     text, tokenizer = "def self x", read_tokenizer(epath.Path(on_disk / "tokenizer"))
     ids = tokenizer(text).input_ids
     assert OPTTokenizer.from_pretrained("gs://bucket/run")(text).input_ids.tolist() == ids.tolist()
@@ -98,9 +100,9 @@ def test_a_run_is_killed_while_it_writes_a_checkpoint_and_goes_on(store, options
         for path, param in named_parameters(OPTForCausalLM.from_pretrained(f"gs://bucket/{name}")).items():
             np.testing.assert_array_equal(param.get_value(), expected[path].get_value())
     model = OPTForCausalLM.from_pretrained("gs://bucket/run")
-    model.save_pretrained("gs://bucket/run/model", overwrite=True)  # over itself, tokenizer included
+    model.save_pretrained("gs://bucket/run/model", overwrite=True)  # onto itself, with the tokenizer
     assert OPTTokenizer.from_pretrained("gs://bucket/run")(text).input_ids.tolist() == ids.tolist()
-    assert cli(["plot", "gs://bucket/run"]) == 1  # there is no place for the picture
+    assert cli(["plot", "gs://bucket/run"]) == 1  # a picture cannot be written to a store
     assert cli(["plot", "gs://bucket/run", str(on_disk), "--output", str(tmp_path / "curves.png")]) == 0
     capsys.readouterr()
     run_here(options, "gs://bucket/run")
@@ -108,7 +110,7 @@ def test_a_run_is_killed_while_it_writes_a_checkpoint_and_goes_on(store, options
 
 
 def test_two_processes_share_a_bucket(store, options, on_disk, here):
-    """Each writes its part of the checkpoints; both are killed, and both go on."""
+    """Each writes its part of the checkpoints. Both are killed, and go on."""
 
     def start_job():
         return start_two(options | dict(mesh="fsdp=4"), "gs://bucket/two", **store.environment)

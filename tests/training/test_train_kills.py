@@ -1,4 +1,4 @@
-"""Whatever ends a run, the same command goes on bit for bit: kills at any moment, SIGTERM, Ctrl-C, a full disk."""
+"""After a kill at any moment, SIGTERM, Ctrl-C or a full disk, the same command goes on, bit for bit."""
 
 import json
 import random
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 STEPS = 40
 
-# Imports once, then forks a run per moment, rather than start Python each time.
+# Imports once, and forks a run for each moment, because starting Python takes seconds.
 KILLER = """
 import json, os, random, resource, signal, sys, time
 from pathlib import Path
@@ -24,7 +24,7 @@ import train
 from opt_jax.parallel import processes
 options, place, moments = json.loads(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 options["data"] = tuple(options["data"])
-whole, killed = place / "whole", place / "killed"
+uninterrupted, killed = place / "uninterrupted", place / "killed"
 
 def fork(output, most_bytes=None):
     if (child := os.fork()) == 0:  # JAX starts its threads in the children only
@@ -57,9 +57,9 @@ def alive(child):
 def lines(output):
     path = output / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
-    found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\\n")]
+    complete = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\\n")]
     of_time = {"tokens_per_s", "step_seconds", "mfu", "memory_bytes"}
-    return [{k: v for k, v in line.items() if k not in of_time} for line in found]
+    return [{k: v for k, v in line.items() if k not in of_time} for line in complete]
 
 def saved(output):
     return [int(path.name) for path in (output / "checkpoints").glob("*") if path.name.isdecimal()]
@@ -67,8 +67,8 @@ def saved(output):
 def saving(output):
     return any("tmp" in path.name for path in (output / "checkpoints").glob("*"))
 
-assert status(fork(whole)) == 0
-expected, rng, seen = lines(whole), random.Random(0), dict(early=0, saving=0, later=0, killed=0)
+assert status(fork(uninterrupted)) == 0
+expected, rng, seen = lines(uninterrupted), random.Random(0), dict(early=0, saving=0, later=0, killed=0)
 assert [line["step"] for line in expected] == list(range(1, options["steps"] + 1))
 for kind, wanted in moments:
     if kind == "full":
@@ -118,15 +118,16 @@ every = options["checkpoint_every"]  # what the stops saved counts among the las
 kept = sorted({*range(every, options["steps"] + 1, every), seen["terminate"], seen["interrupt"]})[-2:]
 assert sorted(saved(killed)) == kept, (saved(killed), kept)
 assert len(list((killed / "checkpoints").iterdir())) == 2
-assert [os.listdir(output / "best") for output in (whole, killed)] == [[str(options["steps"])]] * 2
+assert [os.listdir(output / "best") for output in (uninterrupted, killed)] == [[str(options["steps"])]] * 2
 print(json.dumps(seen))
 """
 
 
 def choose(sample) -> list[tuple[str, float]]:
-    """(kind, after which part of the steps): a kill in the first step, while a checkpoint is written, later; SIGTERM.
+    """(kind, share of the steps before it) of each interruption.
 
-    With --exhaustive SIGKILL ten times and, between them, SIGTERM, Ctrl-C and a full disk once.
+    There are SIGTERM, Ctrl-C, a full disk, and kills: in the first step, while a checkpoint is written, and later. With
+    --exhaustive there are ten kills.
     """
     draw = random.Random(0)
     parts = [(i + draw.random()) / 13 for i in range(13)]

@@ -1,4 +1,4 @@
-"""Recipes, the metrics of a run and where they go, what stops or skips where numbers are not finite."""
+"""Recipes, the metrics of a run and the loggers that get them, and numbers that are not finite."""
 
 import dataclasses
 import errno
@@ -12,6 +12,7 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,7 @@ def test_there_are_nine_recipes_and_what_is_given_wins():
         parse_options(["--recipe", "opt-1b"])
 
 
-# What the numbers are -------------------------------------------------------------------------------------------------
+# The numbers -------------------------------------------------------------------------------------------------------
 
 
 def test_flops_are_palms():
@@ -153,7 +154,7 @@ def metrics_of(path):
 def test_spikes_are_logged_and_resumed_runs_see_the_same(tmp_path, capsys):
     rng = np.random.default_rng(0)
     losses = 3 + 0.05 * rng.standard_normal(60)
-    losses[5] = losses[40] = losses[50] = 4.5  # the first comes too soon to tell
+    losses[5] = losses[40] = losses[50] = 4.5  # the first one comes too early to count as a spike
     for stops in ([60], [30, 45, 60]):
         path, start = tmp_path / f"{len(stops)}.jsonl", 0
         for stop in stops:
@@ -162,12 +163,12 @@ def test_spikes_are_logged_and_resumed_runs_see_the_same(tmp_path, capsys):
                 for step in range(start + 1, stop + 1):
                     m.record(step, step_result(float(losses[step - 1])))
             start = stop
-    whole, parts = (metrics_of(tmp_path / f"{n}.jsonl") for n in (1, 3))
-    same(parts, whole)
-    assert [line["step"] for line in whole if "spike" in line] == [41, 51] and SPIKE_AFTER < 40
+    uninterrupted, parts = (metrics_of(tmp_path / f"{n}.jsonl") for n in (1, 3))
+    same(parts, uninterrupted)
+    assert [line["step"] for line in uninterrupted if "spike" in line] == [41, 51] and SPIKE_AFTER < 40
     median = np.median(losses[:40])
     deviation = 1.4826 * np.median(abs(losses[:40] - median))
-    np.testing.assert_allclose(whole[40]["spike"], (4.5 - median) / deviation)
+    np.testing.assert_allclose(uninterrupted[40]["spike"], (4.5 - median) / deviation)
     printed = capsys.readouterr().out
     assert "step 41: loss 4.5000 spikes, " in printed and "gradient norm 0.5" in printed and "step 6:" not in printed
 
@@ -202,7 +203,7 @@ def test_skips_are_counted_over_starts_and_too_many_in_a_row_end_the_run(tmp_pat
     assert "step 3: loss nan, gradient norm 0.5: skipped, 2 so far" in capsys.readouterr().out
 
 
-POISON = 63  # a token whose embedding is NaN: where it is an input, nothing is finite
+POISON = 63  # a token whose embedding is NaN, and with it all that is computed from it
 
 
 @pytest.mark.slow
@@ -215,7 +216,7 @@ def test_the_step_leaves_the_state_as_it_was(skip):
     schedule = make_schedule(peak=6e-4, warmup_steps=5, steps=30)
     step = make_train_step(make_optimizer(schedule), schedule, config, 0, run.shardings, run.mesh, skip)
     states, results = [], []
-    for i in range(3):  # the one in the middle is bad
+    for i in range(3):  # the middle one is not finite
         batch = {name: rows % POISON for name, rows in WINDOWS.batch(i).items()}
         batch["input_ids"][0, 3] = POISON if i == 1 else 0
         rows = lambda rows, batch=batch: {name: ids[rows] for name, ids in batch.items()}  # noqa: E731
@@ -234,7 +235,7 @@ def test_the_step_leaves_the_state_as_it_was(skip):
 
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory, options):
-    """Options of a run from a checkpoint with such a token, which only one of its documents has, in two places."""
+    """Options of a run from a checkpoint with such a token, which one of its documents contains."""
     directory = tmp_path_factory.mktemp("poisoned")
     config = OPTConfig.from_hf(options["model"])
     lines = [json.loads(line)["text"] for line in Path(options["data"][0]).read_text().splitlines()]
@@ -254,11 +255,11 @@ def poisoned(tmp_path_factory, options):
 @pytest.mark.slow
 def test_a_run_stops_before_the_bad_update_and_can_skip_it(poisoned, tmp_path, capsys):
     run(poisoned, tmp_path / "skipping", skip_nonfinite=True)
-    whole = metrics(tmp_path / "skipping")
-    bad = [line["step"] for line in whole if line["loss"] is None]
-    assert bad and whole[-1]["skipped"] == len(bad) and bad[0] % poisoned["checkpoint_every"] > 1
+    uninterrupted = metrics(tmp_path / "skipping")
+    bad = [line["step"] for line in uninterrupted if line["loss"] is None]
+    assert bad and uninterrupted[-1]["skipped"] == len(bad) and bad[0] % poisoned["checkpoint_every"] > 1
     assert f"step {bad[0]}: loss nan, gradient norm nan; " in capsys.readouterr().out
-    windows = [tuple(line["batch"]) for line in whole if "batch" in line]
+    windows = [tuple(line["batch"]) for line in uninterrupted if "batch" in line]
     documents = split_documents(read_documents([Path(poisoned["data"][0])]))[0]
     tokenizer = OPTTokenizer.from_pretrained(tmp_path / "skipping" / "tokenizer")
     tokens = tokenize(documents, tokenizer)
@@ -269,8 +270,8 @@ def test_a_run_stops_before_the_bad_update_and_can_skip_it(poisoned, tmp_path, c
     with pytest.raises(ValueError, match="(?s)" + message):
         run(poisoned, tmp_path / "stopping")
     assert max(int(p.name) for p in (tmp_path / "stopping" / "checkpoints").iterdir()) == bad[0] - 1
-    same(run(poisoned, tmp_path / "stopping", skip_nonfinite=True), whole)
-    assert f"steps {bad[0] - 1} to 20" in capsys.readouterr().out  # it went on from that checkpoint
+    same(run(poisoned, tmp_path / "stopping", skip_nonfinite=True), uninterrupted)
+    assert f"steps {bad[0] - 1} to 20" in capsys.readouterr().out  # it goes on from that checkpoint
 
 
 @pytest.mark.slow
@@ -283,11 +284,11 @@ def test_an_absurd_learning_rate_ends_as_an_error_of_the_program(options, tmp_pa
     assert not (tmp_path / "run" / "model").exists()
 
 
-# Where they go --------------------------------------------------------------------------------------------------------
+# Loggers ---------------------------------------------------------------------------------------------------------
 
 
 def events(directory):
-    """{tag: {step: value}} as TensorBoard would show it: a start purges what others wrote from its step on."""
+    """{tag: {step: value}} as TensorBoard shows it: a start replaces what earlier ones wrote from its step on."""
     from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[reportAttributeAccessIssue]
 
     history: dict[str, dict[int, float]] = {}
@@ -306,7 +307,7 @@ def events(directory):
 
 def test_tensorboard_has_one_history_after_a_resume(tmp_path):
     pytest.importorskip("tensorboardX")
-    for start, stop, shift in ((0, 9, 0.5), (5, 12, 0.0)):  # the second knows better about steps 6 to 9
+    for start, stop, shift in ((0, 9, 0.5), (5, 12, 0.0)):  # the second start replaces steps 6 to 9
         writer = TensorBoard(tmp_path / "tensorboard", start)
         for step in range(start + 1, stop + 1):
             writer.write({"step": step, "loss": step + shift * (step > 5), "grad_norm": None, "batch": [1, 2]})
@@ -376,13 +377,14 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, changes, package
 
 @pytest.mark.parametrize("fails", ["init", "log", "finish"])
 def test_a_full_disk_under_wandb_names_its_directory(tmp_path, monkeypatch, capsys, fails):
-    """Its errors have no file name. (A real disk that is full at each of these moments needs root.)"""
+    """wandb's errors have no file name. (A disk that is really full at these moments would need root.)"""
 
     def full(*_: str) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def call(name: str) -> None:
-        logging.StreamHandler(SimpleNamespace(write=full)).emit(logging.makeLogRecord({}))  # as wandb's own log
+        stream: Any = SimpleNamespace(write=full)
+        logging.StreamHandler(stream).emit(logging.makeLogRecord({}))  # as wandb's own log
         if name == fails:
             full()
 

@@ -1,4 +1,4 @@
-"""train.py as one run of two processes with two devices each, over loopback: the same losses, one process lost."""
+"""train.py as one run of two processes with two devices each: losses, kills, and processes that are lost."""
 
 import re
 import shutil
@@ -27,7 +27,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A directory for runs, and what they read."""
+    """A directory for runs and their data."""
     return tmp_path_factory.mktemp("job")
 
 
@@ -56,7 +56,7 @@ def when(condition: Callable[[], bool], processes: list[subprocess.Popen]) -> No
 
 
 def recorded(output: Path) -> int:
-    """So many steps are in metrics.jsonl."""
+    """The number of steps in metrics.jsonl."""
     path = output / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
@@ -83,11 +83,11 @@ def of_pair(options, place, of_one_process) -> dict[str, Any]:
 
 
 def test_two_processes_train_as_one_does(place, of_one_process, of_pair):
-    assert (place / "pair" / "checkpoints" / "1").is_dir()  # both agreed that the time was up
+    assert (place / "pair" / "checkpoints" / "1").is_dir()  # both agreed to save after so many minutes
     pair = metrics(place / "pair")
     assert len(pair) == STEPS and pair[0]["loss"] < of_one_process[0]["loss"] - 0.1
     compare(pair, alone(of_pair, place / "single"), rtol=1e-5)
-    for name in ("", "best", "checkpoints", "model"):  # written by both, read by one
+    for name in ("", "best", "checkpoints", "model"):  # both have written it, one process reads it
         ours, theirs = (OPTForCausalLM.from_pretrained(place / run / name) for run in ("pair", "single"))
         assert ours.config.dropout == 0.0
         for path, param in named_parameters(ours).items():
@@ -104,7 +104,7 @@ def test_damage_that_one_process_reads_ends_both_or_both_fall_back(place, of_pai
     shutil.rmtree(place / "damaged" / "model")
     for path in (place / "damaged" / "checkpoints" / "12" / "params" / "ocdbt.process_1" / "d").iterdir():
         content = bytearray(path.read_bytes())
-        if len(content) > 2048:  # the shards of the embedding, which process 0 does not read
+        if len(content) > 2048:  # shards of the embedding that process 0 does not read
             content[100] ^= 1
             path.write_bytes(content)
     done = outcomes(start_two(of_pair, place / "damaged"))
@@ -125,7 +125,7 @@ def test_damage_that_one_process_reads_ends_both_or_both_fall_back(place, of_pai
 def test_a_killed_process_ends_the_other_sigterm_to_one_stops_both_and_the_run_goes_on(
     place, options, of_one_process, capsys
 ):
-    """A task, with LoRA, three starts of two processes."""
+    """A fine-tuning task with LoRA, in three starts of two processes."""
     rows = [f"{word} {word} x" + " self" * i + f"\t{word}" for i in range(20) for word in ("def", "(")]
     (place / "rows.tsv").write_text("\n".join(rows) + "\n")
     options = options | dict(
@@ -231,7 +231,7 @@ with processes.last_words("job"):
 
 
 def job(place: Path, what: str, victim: int) -> list[subprocess.Popen]:
-    """Two processes that are in the middle of something, the victim sleeping and the other waiting for it."""
+    """Start two processes: the victim sleeps, and the other waits for it."""
     address = free_address()
     words = [[sys.executable, "-c", JOB, address, str(i), what, str(victim)] for i in range(2)]
     return [start(command, devices=2) for command in words]
@@ -253,11 +253,11 @@ def test_an_error_in_one_process_ends_both(place):
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_dead_or_silent_process_is_lost(place, sent):
-    """Process 0. (Process 1: killed in a run above, silent below.)"""
+    """Process 0 is the one. Process 1 is killed in a run above, and silent below."""
     processes = job(place, "", 0)
     for process in processes:
         assert process.stdout is not None
-        assert any("process 0 failed" in line or "No such file" in line for line in process.stdout)  # both are there
+        assert any("process 0 failed" in line or "No such file" in line for line in process.stdout)  # both have started
     processes[0].send_signal(sent)
     [(code, _, error)] = outcomes([processes[1]])
     processes[0].kill()
@@ -266,7 +266,7 @@ def test_a_dead_or_silent_process_is_lost(place, sent):
     assert code == 75 and f"lost process 0 ({why})" in last_line(error, 1)
 
 
-# Without JAX, which takes seconds to start: both sleep.
+# Two sleeping processes without JAX, which takes seconds to start.
 WATCHED = """
 import importlib.util, sys, threading, time
 spec = importlib.util.spec_from_file_location("watchdog", sys.argv[1])
@@ -322,4 +322,4 @@ def test_a_job_that_stands_still_ends():
     done = outcomes(watched(hang_minutes=0.05))
     assert [code for code, *_ in done] == [75, 75]
     said = [last_line(error, process) for process, (*_, error) in enumerate(done)]
-    assert any("no progress for 0.05 minutes" in line for line in said), said  # the first to end is lost to the other
+    assert any("no progress for 0.05 minutes" in line for line in said), said  # the other reports the first one as lost

@@ -1,4 +1,4 @@
-"""train.py as its users run it: from nothing to a model, killed, resumed, refused."""
+"""train.py as users run it: a run from start to end, resumed runs, and options that are refused."""
 
 import json
 import os
@@ -29,7 +29,7 @@ STEPS = 20
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    """A run in this process has one of its devices, unless the test names a mesh of more."""
+    """A run in this process has one device, unless the test gives a larger mesh."""
 
     def make_mesh(spec, devices, dcn):
         return mesh.make_mesh(spec, devices or (jax.devices()[:1] if spec in (None, "data=1") else None), dcn)
@@ -39,7 +39,7 @@ def one_device(monkeypatch):
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    """Options of a run of seconds: a config file, text that no dictionary has, dropout on."""
+    """Options of a run that takes seconds, with dropout."""
     directory = tmp_path_factory.mktemp("train")
     changes = dict(steps=STEPS, warmup_steps=5, checkpoint_every=5, eval_every=10, eval_batches=2)
     return run_options(directory, positions=32, **changes)
@@ -51,7 +51,7 @@ def run(options, output, **changes):
 
 
 def same(ours, theirs):
-    """Equal in everything but the time taken."""
+    """Assert that the metrics are equal, but for times."""
     of_time = {"tokens_per_s", "step_seconds", "mfu", "memory_bytes"}
     timeless = lambda lines: [{k: v for k, v in line.items() if k not in of_time} for line in lines]  # noqa: E731
     assert timeless(ours) == timeless(theirs)
@@ -59,7 +59,7 @@ def same(ours, theirs):
 
 @pytest.fixture(scope="module")
 def uninterrupted(options, tmp_path_factory):
-    """The finished run, one device, and what it printed."""
+    """(directory, output) of a finished run on one device."""
     output = tmp_path_factory.mktemp("runs") / "whole"
     done = subprocess.run(
         command_line(options | dict(mesh="data=1"), output),
@@ -109,14 +109,14 @@ def test_keeps_the_best_model_and_checkpoints_by_count_by_steps_and_by_minutes(o
     lines = run(options, output, stop_after=6, checkpoint_minutes=1e-6, keep_checkpoints=5)
     assert kept() == [2, 3, 4, 5, 6]  # one at each step
     best = min(lines, key=lambda line: line["val_loss"])["step"]
-    assert 2 <= best < 6  # such a rate spoils it again
+    assert 2 <= best < 6  # later steps at this rate make the loss worse
     assert [path.name for path in (output / "best").iterdir()] == [str(best)]
     ours, theirs = (OPTForCausalLM.from_pretrained(output / name) for name in ("best", f"checkpoints/{best}"))
     assert ours.config.dropout == 0.1
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(one, other)
     assert OPTTokenizer.from_pretrained(output / "tokenizer").bos_token_id == 2
-    # Killed between a checkpoint and the copy of it: the next start makes up for it.
+    # As if killed between a checkpoint and its copy in `best`: the next start copies it.
     for path in (output / "checkpoints").iterdir():
         if int(path.name) > best:
             shutil.rmtree(path)
@@ -127,7 +127,7 @@ def test_keeps_the_best_model_and_checkpoints_by_count_by_steps_and_by_minutes(o
 
 
 def test_the_best_model_is_not_one_that_an_earlier_start_found_later(tmp_path):
-    """As after --fall-back, or a kill, with another --eval-every from then on."""
+    """This happens after --fall-back or a kill, with another --eval-every."""
     model: Any = {"w": jnp.arange(8.0)}
     state = TrainState(jnp.int32(3), model, {"m": jnp.ones(5)}, jnp.bool(False))
     for step in (9, 6, 6):
@@ -142,7 +142,7 @@ def test_the_best_model_is_not_one_that_an_earlier_start_found_later(tmp_path):
 
 
 def test_a_checkpoint_is_what_was_saved_though_training_goes_on(tmp_path):
-    """The state is donated to the next step at once, while it is still being written."""
+    """The state is donated to the next step while it is being written."""
     model: Any = {"w": jnp.arange(5e6)}
     make = jax.jit(lambda: TrainState(jnp.int32(3), model, {"m": jnp.ones(5)}, jnp.bool(False)))
     step = jax.jit(lambda state: jax.tree.map(lambda x: x * 0, state), donate_argnums=0)
@@ -159,7 +159,7 @@ def test_a_checkpoint_is_what_was_saved_though_training_goes_on(tmp_path):
 
 
 def test_training_does_not_wait_for_a_checkpoint(tmp_path, monkeypatch):
-    """A step is done while the checkpoint before it cannot be finished, and so is no checkpoint yet."""
+    """A step ends while the earlier checkpoint cannot be renamed, so it does not exist yet."""
     allowed, rename = threading.Event(), os.rename
 
     def hold_back(source, target, **kwargs):
@@ -190,21 +190,21 @@ def test_a_damaged_checkpoint_is_said_and_fallen_back_from(options, tmp_path, ca
     assert metrics(output) == before
     same(run(options, output, stop_after=5, fall_back=True), before)
     assert "checkpoints/10 is damaged: " in capsys.readouterr().err
-    same(run(options, output, stop_after=1)[:10], before)  # the new 10 is whole
+    same(run(options, output, stop_after=1)[:10], before)  # the new checkpoint 10 is intact
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 def test_with_deterministic_a_gpu_goes_on_bitwise(options, tmp_path):
     def start(name, **changes):
         command = command_line(options | dict(mesh="data=1", deterministic=True) | changes, tmp_path / name)
-        memory = environment(XLA_PYTHON_CLIENT_PREALLOCATE="false")  # this process has its own
+        memory = environment(XLA_PYTHON_CLIENT_PREALLOCATE="false")  # because this process uses the GPU too
         done = subprocess.run(command, env=memory, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return metrics(tmp_path / name)
 
-    whole = start("whole")
+    in_one_piece = start("whole")
     assert len(start("run", stop_after=7)) == 7
-    same(start("run"), whole)
+    same(start("run"), in_one_piece)
 
 
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
@@ -221,20 +221,20 @@ def test_stops_as_asked_and_resumes_on_another_mesh(options, uninterrupted, tmp_
 
 
 def test_arrays_and_texts_in_a_mixture_go_on_with_other_workers(options, uninterrupted, tmp_path):
-    """All that the data can be, at once: the losses of a run in one piece, threads reading."""
+    """With all kinds of data and with reading threads, the losses are those of a run in one piece."""
     text, tokenizer = options["data"][0], str(uninterrupted[0])
     words = ["tokenize", text, "--output", str(tmp_path / "a.npy"), "--tokenizer", tokenizer]
     assert main(words) == 0
     mixed = options | dict(
         data=(str(tmp_path / "a.npy"), text), mixture=(0.25, 0.75), pack="segments", tokenizer=tokenizer
     )
-    whole = run(mixed, tmp_path / "whole", stop_after=6)
+    in_one_piece = run(mixed, tmp_path / "whole", stop_after=6)
     run(mixed, tmp_path / "run", stop_after=3, data_workers=2)
     state = json.loads(next((tmp_path / "run" / "checkpoints" / "3" / "data").iterdir()).read_text())
     assert state["step"] == 3 and state["weights"] == [0.25, 0.75] and state["segments"] is True
-    same(run(mixed, tmp_path / "run", stop_after=3), whole)
+    same(run(mixed, tmp_path / "run", stop_after=3), in_one_piece)
     other = run(mixed | dict(pack="concat"), tmp_path / "concat", stop_after=1)
-    assert other[0]["loss"] != whole[0]["loss"]
+    assert other[0]["loss"] != in_one_piece[0]["loss"]
     with pytest.raises(ValueError, match="mixture was"):
         run(mixed | dict(mixture=(0.5, 0.5)), tmp_path / "run")
 
@@ -247,7 +247,7 @@ def test_a_changed_run_is_refused_with_the_difference(options, uninterrupted, tm
     Path(tmp_path / "config.json").write_text(json.dumps(config | {"ffn_dim": 64}))
     with pytest.raises(ValueError, match=r"model: ffn_dim was 32, is now 64"):
         run(options, output, model=str(tmp_path / "config.json"))
-    # The same paths, but other text to train on, and then to measure the loss on.
+    # The same paths with other text: first the training data, then the held-out data.
     (tmp_path / "text.jsonl").write_text(Path(options["data"][0]).read_text())
     (tmp_path / "valid.txt").write_text("def return self x " * 99)
     changed = options | dict(data=(str(tmp_path / "text.jsonl"),), validation_data=(str(tmp_path / "valid.txt"),))
@@ -263,7 +263,7 @@ def test_a_changed_run_is_refused_with_the_difference(options, uninterrupted, tm
             run(changed, tmp_path / "run")
         (tmp_path / name).write_text(text)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
-    # What the run.json of an older train.py lacks: an option counts as its default, other things as the same.
+    # The run.json of an older train.py may lack entries. An option counts as its default, others are not compared.
     path = tmp_path / "run" / "run.json"
     record = json.loads(path.read_text())
     del record["held-out data"], record["options"]["weight_decay"]
@@ -281,7 +281,7 @@ def test_the_shortest_sequences_end_in_a_sample(options, tmp_path, capsys):
 def test_starts_from_a_checkpoint_with_its_tokenizer(options, uninterrupted, tmp_path):
     start = str(uninterrupted[0])
     lines = run(options, tmp_path / "run", model=start, dropout=0.0, stop_after=2)
-    assert lines[0]["loss"] < metrics(start)[0]["loss"] - 0.05  # goes on where the checkpoint was
+    assert lines[0]["loss"] < metrics(start)[0]["loss"] - 0.05  # the weights are the checkpoint's
     for name in ("vocab.json", "merges.txt"):
         assert (tmp_path / "run" / "tokenizer" / name).read_text() == (Path(start) / "tokenizer" / name).read_text()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["model"]["dropout"] == 0.0
@@ -336,7 +336,7 @@ def test_starts_from_a_checkpoint_with_its_tokenizer(options, uninterrupted, tmp
 def test_bad_options_are_one_clear_error(options, tmp_path, changes, message):
     if "mesh" in changes and len(jax.devices()) < 8:
         pytest.skip("needs eight devices")
-    if changes.get("vocab_size") == 305:  # needs text that gives that many
+    if changes.get("vocab_size") == 305:  # needs text with that many tokens
         (tmp_path / "text.txt").write_text("".join(f"variable_{i} = {i}\n" for i in range(2000)))
         changes = changes | dict(data=(str(tmp_path / "text.txt"),))
     if "validation_data" in changes:

@@ -1,14 +1,17 @@
 """The architecture in a `config.json` of Hugging Face, read and written."""
 
 import dataclasses
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from opt_jax.checkpoints import hf_scripts, hub
 from opt_jax.config import OPTConfig
 from opt_jax.system.messages import shown
 from opt_jax.system.reading import FieldsWithoutEffect, json_object, note_without_effect, read_small
+from opt_jax.system.temporary import refuse_links, write_file
 
 # What transformers does for these fields of a config.json (for some of them, older versions) is not done here.
 _CALL, _GENERATION = "pass it to the model's call", "put it into generation_config.json, or pass it to generate"
@@ -38,10 +41,26 @@ _WITHOUT_EFFECT: FieldsWithoutEffect = {
     "top_k": ((0, 50), _GENERATION),
     "max_length": ((20,), _GENERATION),
 }
+_LABELS = ("id2label", "label2id")
 
 
-def from_hf(cls: type[OPTConfig], source: str | os.PathLike[str] | Mapping[str, Any], where: str) -> OPTConfig:
-    """See `OPTConfig.from_hf`."""
+def from_hf(
+    cls: type[OPTConfig], source: str | os.PathLike[str] | Mapping[str, Any], *, where: str = "config"
+) -> OPTConfig:
+    """The config in a `config.json` of `transformers`.
+
+    Fields that are not part of the architecture are kept in `extra`, and `to_hf` writes them. A warning names those
+    that have an effect in transformers but not here (`output_hidden_states`, options of generation, ...).
+
+    Args:
+      cls: OPTConfig.
+      source: the path of the file or of its directory, or its content as a dict.
+      where: the name of a dict in messages.
+
+    Raises:
+      FileNotFoundError: the file does not exist.
+      ValueError: not JSON, not an OPT model, or an invalid field, which the message names.
+    """
     if isinstance(source, Mapping):
         content = dict(source)
     else:
@@ -70,7 +89,7 @@ def from_hf(cls: type[OPTConfig], source: str | os.PathLike[str] | Mapping[str, 
 
 
 def to_hf(config: OPTConfig) -> dict[str, Any]:
-    """See `OPTConfig.to_hf`."""
+    """The content of a `config.json`, from which `transformers` and `from_hf` get the same architecture."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "extra"}
     if isinstance(config.eos_token_id, tuple):
         fields["eos_token_id"] = list(config.eos_token_id)
@@ -80,3 +99,66 @@ def to_hf(config: OPTConfig) -> dict[str, Any]:
         extra["id2label"] = {str(i): f"LABEL_{i}" for i in range(num_labels)}
         extra["label2id"] = {f"LABEL_{i}": i for i in range(num_labels)}
     return {"model_type": "opt"} | fields | extra
+
+
+def from_pretrained(
+    cls: type[OPTConfig],
+    name: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    **fields: Any,
+) -> OPTConfig:
+    """The config of a checkpoint.
+
+    Args:
+      cls: OPTConfig.
+      name: a hub id, a directory or "tiny".
+      revision, cache_dir, local_files_only: see `hub.resolve`.
+      **fields: fields that differ from the checkpoint's, also `id2label` and `label2id`.
+
+    Raises:
+      FileNotFoundError, ValueError: no such checkpoint, an invalid config, or a field that does not exist.
+    """
+    folder = hub.resolve(name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, weights=False)
+    config = from_hf(cls, hub.read_config(folder), where=str(folder / "config.json"))
+    return override(config, hf_scripts.known("OPTConfig.from_pretrained", fields, hf_scripts.LOADING))
+
+
+def override(config: OPTConfig, fields: Mapping[str, Any], others: Iterable[str] = ()) -> OPTConfig:
+    """The config with other values of fields, or of `id2label` (then num_labels follows) and `label2id`.
+
+    Args:
+      config: the config.
+      fields: name -> new value.
+      others: more names to suggest for one that does not exist.
+
+    Raises:
+      ValueError: a field does not exist or has an invalid value, or num_labels contradicts id2label.
+    """
+    known = [field.name for field in dataclasses.fields(OPTConfig) if field.name != "extra"]
+    for name in fields:
+        if name not in known and name not in _LABELS:
+            raise hf_scripts.unknown_argument("from_pretrained", name, [*known, *_LABELS, *others])
+    changed = {name: value for name, value in fields.items() if name in known}
+    labels = {name: dict(fields[name]) for name in _LABELS if fields.get(name) is not None}
+    if "id2label" in labels:
+        labels["id2label"] = {str(i): label for i, label in labels["id2label"].items()}
+        if changed.setdefault("num_labels", len(labels["id2label"])) != len(labels["id2label"]):
+            count = len(labels["id2label"])
+            raise ValueError(f"num_labels={shown(changed['num_labels'])} but id2label names {count} labels")
+    return dataclasses.replace(config, **changed, extra={**config.extra, **labels}) if fields else config
+
+
+def save_pretrained(config: OPTConfig, directory: str | os.PathLike[str]) -> None:
+    """Write `config.json` into a directory.
+
+    Raises:
+      FileExistsError: the file is a symbolic link, or not a regular file.
+      ValueError: see `hub.disk_path`.
+    """
+    folder = hub.disk_path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    refuse_links(folder / "config.json")
+    write_file(folder / "config.json", json.dumps(to_hf(config), indent=2).encode() + b"\n")

@@ -1,0 +1,248 @@
+"""Writes Hugging Face directories: safetensors files, their index and generation_config.json.
+
+The safetensors library needs all tensors of a file in memory: a shard of 5 GB takes 5 GB. To need less, this module
+writes the format itself: a JSON header with the offsets of the tensors, then the tensors, slab by slab. The library
+checks each file before the directory is published. Names, order, shards and padding are those of `save_pretrained` in
+`transformers`, so the bytes are equal, too.
+"""
+
+import json
+import os
+import re
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from opt_jax.checkpoints import chunks
+from opt_jax.checkpoints.arrays import LazyArray
+from opt_jax.checkpoints.formats import names
+from opt_jax.config import OPTConfig
+from opt_jax.system.disk import disk_errors, write_content
+
+Progress = Callable[[str, int], None]
+
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # in the order in which safetensors sorts them
+# The order of modules and parameters in PyTorch, for all levels together.
+ORDER = (
+    "model",
+    "lm_head",
+    "score",
+    "qa_outputs",
+    "embed_tokens",
+    "embed_positions",
+    "project_out",
+    "project_in",
+    "self_attn",
+    "self_attn_layer_norm",
+    "fc1",
+    "fc2",
+    "final_layer_norm",
+    "layers",
+    "k_proj",
+    "v_proj",
+    "q_proj",
+    "out_proj",
+    "weight",
+    "bias",
+)
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS |= {f"{unit}I": 1024**i for i, unit in enumerate("KMGT", 1)}
+_THREADS = min(4, os.cpu_count() or 1)  # each holds a slab
+
+
+def parse_size(size: str | int) -> int:
+    """The size in bytes. Units are decimal (KB, MB, GB, TB) or binary (KiB, ...); case does not matter.
+
+    Raises:
+      ValueError: it is not a size, or is less than one byte.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?|[KMGT]I)B?", str(size).strip().upper())
+    nbytes = 0 if match is None else int(Fraction(match[1]) * _UNITS[match[2]])
+    if not 1 <= nbytes < 2**63:
+        raise ValueError(f"max_shard_size {size!r} is not a size: give a number of bytes, or one like 500MB or 5GiB")
+    return nbytes
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor to be written."""
+
+    name: str  # in the file
+    path: str  # our parameter path
+    array: LazyArray  # in PyTorch's layout
+
+
+@dataclass(frozen=True)
+class File:
+    """A safetensors file to be written."""
+
+    name: str
+    tensors: Sequence[Tensor]
+
+    @cached_property
+    def header(self) -> bytes:
+        """The length of the JSON in 8 bytes, then the JSON, padded so that the first tensor is aligned to 8 bytes."""
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for tensor in self.tensors:
+            start, end = end, end + tensor.array.nbytes
+            kind, shape = DTYPES[tensor.array.dtype.name], list(tensor.array.shape)
+            entries[tensor.name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(tensor.array.nbytes for tensor in self.tensors)
+
+
+def plan_files(cls: str, arrays: Mapping[str, LazyArray], limit: int) -> list[File]:
+    """The tensors of a model, divided into files of at most `limit` bytes in the way of `huggingface_hub`.
+
+    Source: huggingface_hub's split_state_dict_into_shards_factory.
+
+    Args:
+      cls: the class of the model.
+      arrays: parameter path -> array in our layout.
+      limit: the most bytes of tensors in a file. A larger tensor has a file of its own.
+    """
+    tensors = []
+    for path, array in arrays.items():
+        name, transposed = names.to_hf(path)
+        name = name.removeprefix("model.") if cls == "OPTModel" else name
+        tensors.append(Tensor(name, path, array.T if transposed else array))
+    shards: list[list[Tensor]] = []
+    current, size = [], 0
+    for tensor in sorted(tensors, key=_order):
+        if tensor.array.nbytes > limit:
+            shards.append([tensor])
+            continue
+        if size + tensor.array.nbytes > limit:
+            shards.append(current)
+            current, size = [], 0
+        current.append(tensor)
+        size += tensor.array.nbytes
+    shards += [current] if current else []
+    dtypes = [*DTYPES]
+    for shard in shards:  # the widest dtype first, so that all tensors are aligned; then by name, as safetensors does
+        shard.sort(key=lambda tensor: (dtypes.index(tensor.array.dtype.name), tensor.name))
+    if len(shards) == 1:
+        return [File("model.safetensors", shards[0])]
+    return [File(f"model-{i:05d}-of-{len(shards):05d}.safetensors", shard) for i, shard in enumerate(shards, 1)]
+
+
+def _order(tensor: Tensor) -> list[int]:
+    """A key that sorts tensors in the order of a PyTorch state dict."""
+    parts = names.to_hf(tensor.path)[0].split(".")
+    return [int(part) if part.isdigit() else ORDER.index(part) for part in parts if part != "decoder"]
+
+
+class FileWriter:
+    """Writes files slab by slab.
+
+    Args:
+      load: the array of a tensor, just before it is written; default: `tensor.array`.
+      progress: called after each slab with the path of its array and its bytes, by several threads, one at a time.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[Tensor], LazyArray] = lambda tensor: tensor.array,
+        progress: Progress = lambda path, nbytes: None,
+    ) -> None:
+        self._load, self._progress = load, progress
+        self._lock, self._local = threading.Lock(), threading.local()
+
+    def write_all(self, directory: Path, files: Iterable[File]) -> None:
+        """Write new files into the directory."""
+        for file in files:
+            with disk_errors(directory / file.name, file.nbytes), open(directory / file.name, "xb", buffering=0) as out:
+                self.write(out.fileno(), file)
+                os.fsync(out.fileno())
+
+    def write(self, fd: int, file: File) -> None:
+        """Write the content of `file` to the descriptor."""
+        _pwrite(fd, memoryview(file.header), 0)
+        offset = len(file.header)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for tensor in file.tensors:
+                self._write_tensor(fd, offset, tensor, pool)
+                offset += tensor.array.nbytes
+
+    def _write_tensor(self, fd: int, offset: int, tensor: Tensor, pool: ThreadPoolExecutor) -> None:
+        array = self._load(tensor)
+        row = array.nbytes // array.shape[0]
+        rows = max(1, chunks.CHUNK_BYTES // row)
+
+        def write(index: chunks.Index) -> None:
+            if len(getattr(self._local, "buffer", "")) < rows * row:
+                self._local.buffer = np.empty(max(rows * row, chunks.CHUNK_BYTES), np.uint8)
+            piece = array.load(index, self._local.buffer)
+            _pwrite(fd, piece.reshape(-1).view(np.uint8).data, offset + index[0].start * row)
+            with self._lock:
+                self._progress(tensor.path, piece.nbytes)
+
+        for _ in pool.map(write, chunks.pieces(array.shape, (rows, *array.shape[1:]))):
+            pass
+
+
+def _pwrite(fd: int, data: memoryview, offset: int) -> None:
+    while data:  # os.pwrite may write less
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a small JSON file as HF does."""
+    write_content(path, json.dumps(content, indent=2).encode() + b"\n")
+
+
+def write_descriptions(directory: Path, cls: str, config: OPTConfig, files: Sequence[File]) -> None:
+    """Write the index of several files; and, for a causal LM, a generation_config.json if there is none."""
+    generation = directory / "generation_config.json"
+    if cls == "OPTForCausalLM" and not generation.exists():
+        ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        write_json(generation, {"_from_model_config": True} | {k: v for k, v in ids.items() if v is not None})
+    if len(files) > 1:
+        tensors = {tensor.name: (tensor.array, file.name) for file in files for tensor in file.tensors}
+        metadata = {
+            "total_parameters": sum(array.size for array, _ in tensors.values()),
+            "total_size": sum(array.nbytes for array, _ in tensors.values()),
+        }
+        weight_map = {name: tensors[name][1] for name in sorted(tensors)}
+        write_json(directory / "model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})
+
+
+def check_written(directory: Path, files: Iterable[File]) -> None:
+    """Compare names, shapes, dtypes and the sizes of the files with what was to be written.
+
+    The safetensors library reads the headers. (metaseq's own merge once "succeeded" with 376 KB of 2.5 GB: its issue
+    695.)
+
+    Raises:
+      OSError: they differ.
+    """
+    for file in files:
+        path = directory / file.name
+        if not path.is_file() or path.stat().st_size != file.nbytes:
+            raise OSError(f"{path} does not have its {file.nbytes} bytes: nothing was published")
+        expected = {t.name: (DTYPES[t.array.dtype.name], list(t.array.shape)) for t in file.tensors}
+        try:
+            with safetensors.safe_open(path, "numpy") as opened:
+                slices = {name: opened.get_slice(name) for name in opened.keys()}
+                written = {name: (entry.get_dtype(), entry.get_shape()) for name, entry in slices.items()}
+        except safetensors.SafetensorError as e:
+            raise OSError(f"{path}: safetensors cannot read it ({e}): nothing was published") from None
+        for name in expected.keys() | written.keys():
+            ours, theirs = expected.get(name), written.get(name)
+            if ours != theirs:
+                raise OSError(f"{path}: {name} was to be {ours}, but is {theirs} on disk: nothing was published")

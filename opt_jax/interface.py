@@ -1,0 +1,119 @@
+"""Methods that lead from the models and `OPTConfig` to other rooms, with the names of `transformers`.
+
+The functions are imported when a method is first looked up. A method has the signature and docstring of its function.
+"""
+
+import importlib
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+from opt_jax.checkpoints import hf_scripts
+
+if TYPE_CHECKING:
+    from opt_jax.checkpoints import pretrained, publish
+    from opt_jax.checkpoints.formats import config_json
+    from opt_jax.generation import generate as generating
+    from opt_jax.generation.config import GenerationConfig
+    from opt_jax.model import embeddings
+
+
+class Delegate:
+    """A method whose code is a function elsewhere in this package.
+
+    Args:
+      module: the function's module.
+      name: the function's name.
+      of_class: whether it is a class method.
+    """
+
+    def __init__(self, module: str, name: str, of_class: bool = False):
+        self.module, self.name, self.of_class = module, name, of_class
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        function = getattr(importlib.import_module(f"opt_jax.{self.module}"), self.name)
+        receiver = owner if self.of_class else instance
+        return function if receiver is None else MethodType(function, receiver)
+
+
+class ConfigMethods:
+    """Methods of `OPTConfig`."""
+
+    if TYPE_CHECKING:
+        from_hf = classmethod(config_json.from_hf)
+        from_pretrained = classmethod(config_json.from_pretrained)
+        to_hf = config_json.to_hf
+        save_pretrained = config_json.save_pretrained
+    else:
+        from_hf = Delegate("checkpoints.formats.config_json", "from_hf", of_class=True)
+        from_pretrained = Delegate("checkpoints.formats.config_json", "from_pretrained", of_class=True)
+        to_hf = Delegate("checkpoints.formats.config_json", "to_hf")
+        save_pretrained = Delegate("checkpoints.formats.config_json", "save_pretrained")
+
+
+class ModelMethods:
+    """Methods of all models."""
+
+    if TYPE_CHECKING:
+        from_pretrained = classmethod(pretrained.load_pretrained)
+        save_pretrained = pretrained.save_pretrained
+        push_to_hub = publish.push_model
+        num_parameters = embeddings.num_parameters
+        get_input_embeddings = embeddings.get_input_embeddings
+        get_output_embeddings = embeddings.get_output_embeddings
+        resize_token_embeddings = embeddings.resize_token_embeddings
+    else:
+        from_pretrained = Delegate("checkpoints.pretrained", "load_pretrained", of_class=True)
+        save_pretrained = Delegate("checkpoints.pretrained", "save_pretrained")
+        push_to_hub = Delegate("checkpoints.publish", "push_model")
+        num_parameters = Delegate("model.embeddings", "num_parameters")
+        get_input_embeddings = Delegate("model.embeddings", "get_input_embeddings")
+        get_output_embeddings = Delegate("model.embeddings", "get_output_embeddings")
+        resize_token_embeddings = Delegate("model.embeddings", "resize_token_embeddings")
+        __repr__ = __str__ = Delegate("model.embeddings", "summary")
+
+        def __getattr__(self, name: str) -> Any:
+            raise hf_scripts.no_attribute(type(self).__name__, name, hf_scripts.MODEL)
+
+    @property
+    def generation_config(self) -> "GenerationConfig":
+        """The defaults of `generate`: those of the checkpoint's generation_config.json, or what was assigned."""
+        return importlib.import_module("opt_jax.generation.request").config_of(self)
+
+    @generation_config.setter
+    def generation_config(self, config: "GenerationConfig | None") -> None:
+        importlib.import_module("opt_jax.generation.request").assign_config(self, config)
+
+    def eval(self) -> Any:
+        """The model itself: it has no training mode, and dropout only in calls with a `dropout_key`."""
+        return self
+
+    def train(self, mode: bool = True) -> Any:
+        """The model itself for `mode=False`; as `eval`.
+
+        Raises:
+          ValueError: mode is True.
+        """
+        if mode:
+            raise ValueError(f"a model has no training mode: {hf_scripts.MODEL['training']}")
+        return self
+
+    @staticmethod
+    def _known_arguments(options: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call; ValueError for those that only `transformers` has."""
+        return hf_scripts.known("a model's call", options, hf_scripts.CALL)
+
+
+class GenerationMethods:
+    """Methods of the causal language model."""
+
+    if TYPE_CHECKING:
+        generate = generating.generate
+        prefill = generating.prefill
+
+        def score(self, input_ids: Any, attention_mask: Any = None, *, return_greedy: bool = False) -> Any:
+            """See `opt_jax.generation.scoring.score`."""
+
+    else:
+        generate = Delegate("generation.generate", "generate")
+        prefill = Delegate("generation.generate", "prefill")
+        score = Delegate("generation.scoring", "score")
