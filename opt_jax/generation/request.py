@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Int32, UInt32
 
 from opt_jax.generation.config import (
+    FIELDS,
     GenerationConfig,
     check_ids,
     check_sequences,
@@ -18,6 +19,7 @@ from opt_jax.generation.config import (
     options_of,
     parse,
 )
+from opt_jax.generation.hf_options import without_ignored
 from opt_jax.generation.loop import Prompts
 from opt_jax.generation.memory import check_memory, column_bytes, host_memory
 from opt_jax.generation.processors import Sequences
@@ -244,7 +246,8 @@ def checkpoint_options(model: OPTForCausalLM) -> dict[str, Any]:
 
 def config_of(model: OPTForCausalLM) -> GenerationConfig:
     """The value of `model.generation_config`."""
-    return GenerationConfig.from_dict(checkpoint_options(model), _generation_config_of(model))
+    where = _generation_config_of(model)
+    return GenerationConfig.from_dict(without_ignored(checkpoint_options(model), where, FIELDS), where)
 
 
 def assign_config(model: OPTForCausalLM, config: GenerationConfig | None) -> None:

@@ -195,7 +195,7 @@ def test_score_wherever_the_pads_are(model):
 
 
 @pytest.mark.slow
-def test_config_objects_and_the_checkpoint(model, tmp_path):
+def test_config_objects_and_the_checkpoint(model, tmp_path, monkeypatch):
     options: dict[str, Any] = dict(do_sample=True, top_k=5, max_new_tokens=10, eos_token_id=[])
     expected = model.generate(IDS, **options).sequences
     config = GenerationConfig(**options)
@@ -207,6 +207,10 @@ def test_config_objects_and_the_checkpoint(model, tmp_path):
     np.testing.assert_array_equal(loaded.generate(IDS, eos_token_id=[]).sequences, expected)
     greedy = loaded.generate(IDS, do_sample=False, **FREE).sequences
     np.testing.assert_array_equal(greedy, model.generate(IDS, **FREE).sequences)
+    with monkeypatch.context() as patch:  # the config of a file with fields that mean nothing here
+        patch.setattr(loaded, "generation_config_json", '{"top_k": 5, "use_cache": false, "our_note": 1}')
+        with pytest.warns(UserWarning, match="use_cache=False .*, our_note=1 "):
+            assert loaded.generation_config == GenerationConfig(top_k=5)
     (tmp_path / "model" / "generation_config.json").write_text('{"penalty_alpha": 0.6}')
     loaded = OPTForCausalLM.from_pretrained(tmp_path / "model")  # it is refused only when it is used
     with pytest.raises(ValueError, match=r"generation_config\.json: penalty_alpha=0.6 is not supported"):

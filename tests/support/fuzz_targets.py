@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,9 @@ class Generation(Target):
 
         case = {"tokenizer": self.tokenizer} | case
         batch_size, assistant = case.pop("batch_size", None), case.pop("assistant_model", None)
-        request = check_request(self.model, **case)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "prompts padded on the right were moved")
+            request = check_request(self.model, **case)
         check_batch_size(batch_size, None)
         check_drafts(self.model, request, assistant)
         check_fits(self.model, request, request.rows, request.capacity)
