@@ -33,14 +33,8 @@ from opt_jax.training.data import TrainingData, make_validation, open_data
 from opt_jax.training.flops import flops_per_token, peak_flops
 from opt_jax.training.metrics import Metrics, best_validation, complain, cut_back, machine, say
 from opt_jax.training.nonfinite import kept_before_nonfinite
-from opt_jax.training.options import (
-    Options,
-    check_grad_dtype,
-    check_options,
-    make_deterministic,
-    parse_options,
-    profiled_steps,
-)
+from opt_jax.training.option_checks import check_grad_dtype, check_options, profiled_steps
+from opt_jax.training.options import Options, make_deterministic, parse_options
 from opt_jax.training.run_directory import RunDirectory, open_run
 from opt_jax.training.setup import Setup, make_setup
 from opt_jax.training.step import TrainState, checksum, local_rows, place_batch

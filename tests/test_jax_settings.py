@@ -26,7 +26,8 @@ from opt_jax.model.lora import LoRA, is_trained
 from opt_jax.parallel.mesh import make_mesh, use_mesh
 from opt_jax.parallel.rules import named_leaves
 from opt_jax.training.optimizer import make_optimizer, make_schedule
-from opt_jax.training.options import Options, check_options
+from opt_jax.training.option_checks import check_options
+from opt_jax.training.options import Options
 from opt_jax.training.step import (
     batch_loss,
     make_eval_step,

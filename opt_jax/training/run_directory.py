@@ -13,7 +13,7 @@ from opt_jax.parallel import agreement
 from opt_jax.parallel.agreement import on_first_process
 from opt_jax.text.tokenizer import OPTTokenizer
 from opt_jax.training.files import begin_run, check_run_directory, run_directory, write_record
-from opt_jax.training.options import compare_with_first_start
+from opt_jax.training.option_checks import compare_with_first_start
 from opt_jax.training.run_lock import RunLock
 
 Record = dict[str, dict[str, Any]]  # section -> name -> value, as in run.json

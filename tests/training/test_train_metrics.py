@@ -37,7 +37,8 @@ from opt_jax.training.loggers import TensorBoard, WandB
 from opt_jax.training.metrics import MOST_SKIPS_IN_A_ROW, SPIKE_AFTER, Metrics, cut_back
 from opt_jax.training.nonfinite import NonFiniteError
 from opt_jax.training.optimizer import make_optimizer, make_schedule
-from opt_jax.training.options import Options, check_options, model_config, parse_options
+from opt_jax.training.option_checks import check_options
+from opt_jax.training.options import Options, model_config, parse_options
 from opt_jax.training.recipes import RECIPES
 from opt_jax.training.step import make_train_step, place_batch
 

@@ -8,7 +8,8 @@ import pytest
 from conftest import REPOSITORY
 
 from opt_jax.cli import tokenize
-from opt_jax.training.options import check_options, parse_options
+from opt_jax.training.option_checks import check_options
+from opt_jax.training.options import parse_options
 
 DOCS = ("data", "finetuning", "training")
 
