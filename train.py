@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from opt_jax import OPTForCausalLM
-from opt_jax.checkpoints.pretrained import write_adapter
+from opt_jax.checkpoints.saving import write_adapter
 from opt_jax.parallel import agreement, processes
 from opt_jax.parallel.agreement import on_first_process
 from opt_jax.parallel.mesh import make_mesh, use_mesh

@@ -22,7 +22,7 @@ from opt_jax.checkpoints import hub
 from opt_jax.checkpoints.arrays import LazyArray
 from opt_jax.checkpoints.chunks import Index
 from opt_jax.checkpoints.formats import names
-from opt_jax.checkpoints.pretrained import set_dtype
+from opt_jax.checkpoints.saving import set_dtype
 from opt_jax.checkpoints.source_files import SourceFiles
 from opt_jax.config import OPTConfig
 

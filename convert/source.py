@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from opt_jax.checkpoints import hub, pretrained
+from opt_jax.checkpoints import hub, pretrained, saving
 from opt_jax.checkpoints.arrays import Checks, LazyArray
 from opt_jax.checkpoints.formats import hf, peft
 from opt_jax.checkpoints.formats.wrappers import torch_files
@@ -96,7 +96,7 @@ def open_directory(directory: Path, verify: bool = True) -> Checkpoint:
     cls, notes = model_class(config, arrays, directory)
     trained = orbax and not (directory / "config.json").is_file()
     if trained:  # a run that began from a float16 checkpoint keeps its config, but its parameters are float32
-        raw = pretrained.set_dtype(raw, next(iter(arrays.values())).dtype.name)
+        raw = saving.set_dtype(raw, next(iter(arrays.values())).dtype.name)
     kind = "checkpoint of train.py" if trained else "Orbax model directory"
     return Checkpoint(
         where=directory,

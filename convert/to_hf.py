@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from opt_jax.checkpoints import directories, hub, pretrained
+from opt_jax.checkpoints import directories, hub, saving
 from opt_jax.checkpoints.arrays import LazyArray
 from opt_jax.checkpoints.formats import hf_writer, names
 from opt_jax.checkpoints.formats.hf_writer import FileWriter, Progress, Tensor
@@ -136,9 +136,9 @@ class _Writer:
         Raises:
           ValueError: the source has changed since it was opened.
         """
-        raw = self.source.raw_config if self.dtype is None else pretrained.set_dtype(self.source.raw_config, self.dtype)
+        raw = self.source.raw_config if self.dtype is None else saving.set_dtype(self.source.raw_config, self.dtype)
         hf_writer.write_json(directory / "config.json", raw)
-        pretrained.copy_companions(self.source.companions, directory)
+        saving.copy_companions(self.source.companions, directory)
         hf_writer.write_descriptions(directory, self.cls, self.source.config, self.files)
         self.source.files.check()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from jax import numpy as jnp
 
-from opt_jax.checkpoints import chunks, directories, hub, orbax, pretrained
+from opt_jax.checkpoints import chunks, directories, hub, orbax, pretrained, saving
 from opt_jax.checkpoints.arrays import LazyArray
 from opt_jax.checkpoints.formats import hf
 from opt_jax.parallel import agreement
@@ -42,14 +42,14 @@ def convert(
     hub.check_array_path(destination)
     agreement.on_first_process(source.check)
     arrays = {path: cast(source, path, dtype) for path in source.arrays}
-    config = dict(source.raw_config) if dtype is None else pretrained.set_dtype(source.raw_config, dtype)
+    config = dict(source.raw_config) if dtype is None else saving.set_dtype(source.raw_config, dtype)
     with directories.new_directory(destination, overwrite) as new:
         directories.check_space(new, sum(array.nbytes for array in arrays.values()))
         orbax.write_arrays(new / "params", arrays, progress)
 
         def finish() -> None:
             check_written(new, arrays)
-            pretrained.copy_companions(source.companions, new)
+            saving.copy_companions(source.companions, new)
             source.files.check()
             write_content(new / "config.json", json.dumps(config, indent=2).encode() + b"\n")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from opt_jax.checkpoints import hf_scripts
 
 if TYPE_CHECKING:
-    from opt_jax.checkpoints import pretrained, publish
+    from opt_jax.checkpoints import pretrained, publish, saving
     from opt_jax.checkpoints.formats import config_json
     from opt_jax.generation import generate as generating
     from opt_jax.generation.config import GenerationConfig
@@ -55,7 +55,7 @@ class ModelMethods:
 
     if TYPE_CHECKING:
         from_pretrained = classmethod(pretrained.load_pretrained)
-        save_pretrained = pretrained.save_pretrained
+        save_pretrained = saving.save_pretrained
         push_to_hub = publish.push_model
         num_parameters = embeddings.num_parameters
         get_input_embeddings = embeddings.get_input_embeddings
@@ -63,7 +63,7 @@ class ModelMethods:
         resize_token_embeddings = embeddings.resize_token_embeddings
     else:
         from_pretrained = Delegate("checkpoints.pretrained", "load_pretrained", of_class=True)
-        save_pretrained = Delegate("checkpoints.pretrained", "save_pretrained")
+        save_pretrained = Delegate("checkpoints.saving", "save_pretrained")
         push_to_hub = Delegate("checkpoints.publish", "push_model")
         num_parameters = Delegate("model.embeddings", "num_parameters")
         get_input_embeddings = Delegate("model.embeddings", "get_input_embeddings")

@@ -22,7 +22,8 @@ from convert import __main__ as convert_command
 from convert import job, source
 from opt_jax import GenerationConfig, OPTTokenizer
 from opt_jax.checkpoints import hub, publish
-from opt_jax.checkpoints.pretrained import load_pretrained, save_pretrained
+from opt_jax.checkpoints.pretrained import load_pretrained
+from opt_jax.checkpoints.saving import save_pretrained
 from opt_jax.evaluation import command
 from opt_jax.evaluation._perplexity import perplexity
 from opt_jax.generation import sampling

@@ -11,7 +11,7 @@ from support.hf_files import state_dict_pickle, torch_zip
 
 from convert.staging import read_plan
 from opt_jax import GenerationConfig, OPTConfig, OPTForCausalLM, OPTTokenizer
-from opt_jax.checkpoints import hub, pretrained
+from opt_jax.checkpoints import hub, saving
 from opt_jax.checkpoints.download import read_index
 from opt_jax.checkpoints.formats.safetensors import read_safetensors
 from opt_jax.checkpoints.formats.torch_files import read_torch
@@ -85,7 +85,7 @@ READERS = {
     "tokenizer.json": OPTTokenizer.from_pretrained,
     "tokenizer_config.json": OPTTokenizer.from_pretrained,
     "special_tokens_map.json": OPTTokenizer.from_pretrained,
-    "./vocab.json": lambda directory: pretrained.read_companions([directory]),
+    "./vocab.json": lambda directory: saving.read_companions([directory]),
     "model.safetensors.index.json": lambda directory: read_index(directory / "model.safetensors.index.json"),
     "tokens.npy.json": lambda directory: open_tokens(directory / "tokens.npy", OPTTokenizer.from_pretrained("tiny")),
     "tokenizer/merges.txt": lambda directory: read_tokenizer(directory / "tokenizer"),

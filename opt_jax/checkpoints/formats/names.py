@@ -15,10 +15,11 @@ def _norm(name: str) -> dict[str, tuple[str, bool]]:
     return {f"{name}.scale": (f"{name}.weight", False), f"{name}.bias": (f"{name}.bias", False)}
 
 
+EMBEDDING = "model.decoder.embed_tokens.embedding"  # ours; every model has it
 _LAYER = "model.decoder.layers.*"
 # Our path -> (HF name, whether the matrix is transposed); "*" stands for the number of the layer.
 TABLE: dict[str, tuple[str, bool]] = {
-    "model.decoder.embed_tokens.embedding": ("model.decoder.embed_tokens.weight", False),
+    EMBEDDING: ("model.decoder.embed_tokens.weight", False),
     "model.decoder.embed_positions.embedding": ("model.decoder.embed_positions.weight", False),
     "model.decoder.project_in.kernel": ("model.decoder.project_in.weight", True),
     "model.decoder.project_out.kernel": ("model.decoder.project_out.weight", True),
