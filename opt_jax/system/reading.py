@@ -109,7 +109,9 @@ def note_without_effect(where: object, content: Mapping[str, Any], fields: Field
     """Warn of the fields of a file that have no effect. Python shows the warning once for each file."""
     noted = [name for name in content if name in fields and not asks_for_nothing(content[name], fields[name][0])]
     if noted:
-        what = ", ".join(f"{name}={shown(content[name], 60)} ({fields[name][1]})" for name in noted)
+        names = {name: name if name.isidentifier() and len(name) < 60 else shown(name, 60) for name in noted}
+        what = ", ".join(f"{names[name]}={shown(content[name], 60)} ({fields[name][1]})" for name in noted[:20])
+        what += f", and {len(noted) - 20} more" if len(noted) > 20 else ""
         warnings.warn(f"{where}: without effect: {what}", stacklevel=2)
 
 

@@ -97,12 +97,15 @@ class Config(Target):
                 else "it does not come back"
             )
         if name == "generation_config.json":
-            config = GenerationConfig.from_pretrained(self.directory)
-            try:
-                config.check()
-                combine(parse(content.decode("utf-8", "replace"), name), None, {})
-            except ValueError as e:
-                raise ValueError(f"{self.directory}: {e}") from None  # callers add the name of the file
+            with warnings.catch_warnings(record=True) as notes:  # of fields without effect
+                warnings.simplefilter("always")
+                config = GenerationConfig.from_pretrained(self.directory)
+                try:
+                    config.check()
+                    combine(parse(content.decode("utf-8", "replace"), name), None, {})
+                except ValueError as e:
+                    raise ValueError(f"{self.directory}: {e}") from None  # callers add the name of the file
+            return next((f"a note: {note.message!r}" for note in notes if not str(note.message).isprintable()), None)
         elif name == "run.json":
             pretrained.read_config(self.directory / "checkpoints" / "3")
         else:
