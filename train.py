@@ -30,10 +30,11 @@ from opt_jax.system.disk import keep_standard_descriptors
 from opt_jax.training import loggers, plan
 from opt_jax.training.checkpoints import BestModel, Checkpoints, Due, Termination
 from opt_jax.training.data import TrainingData, make_validation, open_data
+from opt_jax.training.files import run_directory
 from opt_jax.training.flops import flops_per_token, peak_flops
 from opt_jax.training.metrics import Metrics, best_validation, complain, cut_back, machine, say
 from opt_jax.training.nonfinite import kept_before_nonfinite
-from opt_jax.training.option_checks import check_grad_dtype, check_options, profiled_steps
+from opt_jax.training.option_checks import check_grad_dtype, check_options, compare_with_finished, profiled_steps
 from opt_jax.training.options import Options, make_deterministic, parse_options
 from opt_jax.training.run_directory import RunDirectory, open_run
 from opt_jax.training.setup import Setup, make_setup
@@ -90,8 +91,10 @@ def main(options: Options) -> None:
         say(machine(mesh))
 
         # Data: documents -> tokenizer -> windows
-        data = open_data(setup, run.path / "tokenizer" if run.resuming else None)
+        data = open_data(setup, saved_tokenizer(options, run))
         run.compare(data.record())
+        if setup.continued is not None:
+            compare_with_finished(options, setup.continued, run.record)
 
         # Nothing is written before this line. All options and data have been checked.
         run.begin(data.tokenizer)
@@ -106,7 +109,7 @@ def main(options: Options) -> None:
 
         # State: restored or new, each array directly in its shards
         start, state = restore_state(setup, run, data, checkpoints)
-        restore_metrics(run, start, state, best)
+        restore_metrics(setup, run, start, state, best)
 
         last = options.steps if options.stop_after is None else min(options.steps, start + options.stop_after)
         announce(setup, run, data, start)
@@ -119,17 +122,35 @@ def main(options: Options) -> None:
         export(setup, run, data, state)
 
 
+def saved_tokenizer(options: Options, run: RunDirectory) -> Any:
+    """The tokenizer of the run, or of the run that it continues; None before the first start of a new run."""
+    if run.resuming:
+        return run.path / "tokenizer"
+    return None if options.continue_from is None else run_directory(options.continue_from) / "tokenizer"
+
+
 def restore_state(
     setup: Setup, run: RunDirectory, data: TrainingData, checkpoints: Checkpoints
 ) -> tuple[int, TrainState]:
     """The step and the state of the newest checkpoint, or 0 and the state before step 1. Also writes the run record.
+
+    Without a checkpoint of its own, a run that continues another one begins with the last checkpoint of that one.
 
     Raises:
       ValueError: the checkpoint is damaged, or the data or the frozen parameters are not those of the first start.
     """
     options, start = setup.options, checkpoints.latest_step() or 0
     state: Any = None
-    if not start or setup.lora:  # parameters that LoRA does not train are in no checkpoint
+    fall_back = options.fall_back
+    if not start and options.continue_from is not None:
+        assert setup.continued is not None
+        last: int = setup.continued["options"]["steps"]
+        path = run_directory(options.continue_from) / "checkpoints"
+        checkpoints = Checkpoints(path, options.keep_checkpoints, read_only=True)
+        if checkpoints.latest_step() != last:
+            raise ValueError(f"{path}: the newest checkpoint is of step {checkpoints.latest_step()}, not of {last}")
+        start, fall_back = last, False  # falling back would rename the damaged ones
+    elif not start or setup.lora:  # parameters that LoRA does not train are in no checkpoint
         state = setup.first_state()
     if setup.lora:
         run.compare({"not trained": {"checksum of the parameters": checksum(state.frozen)}})
@@ -137,18 +158,19 @@ def restore_state(
     if start:
         frozen = state and state.frozen
         start, state, data_state = checkpoints.restore_newest(
-            setup.state, setup.shardings, complain, fall_back=options.fall_back, verify=options.verify
+            setup.state, setup.shardings, complain, fall_back=fall_back, verify=options.verify
         )
         data.training.check_state(data_state, start)
         state = dataclasses.replace(state, frozen=frozen)
     return start, state
 
 
-def restore_metrics(run: RunDirectory, start: int, state: TrainState, best: BestModel) -> None:
+def restore_metrics(setup: Setup, run: RunDirectory, start: int, state: TrainState, best: BestModel) -> None:
     """Cut `metrics.jsonl` back to step `start`, and restore the lowest validation loss (and a lost model of it)."""
     path = run.path / "metrics.jsonl"
     on_first_process(run.check_lock)
-    on_first_process(lambda: cut_back(path, start, complain))
+    first = 0 if setup.continued is None else setup.continued["options"]["steps"]
+    on_first_process(lambda: cut_back(path, start, complain, first))
     best_step, best.loss = json.loads(agreement.from_first(lambda: json.dumps(best_validation(path)).encode()))
     if start and best_step == start:  # an earlier start may have been killed before it saved the best model
         best.save_model(start, state)

@@ -57,6 +57,7 @@ class Checkpoints:
       keep_every: also keep the checkpoints of steps that are multiples of this, for good.
       data_state: called with a step; returns the state of the data after it, as an object of JSON.
       before_write: called on process 0 before each write. If it raises, nothing is written.
+      read_only: nothing is written or removed; `save` is an error.
 
     Raises:
       FileExistsError: something in the directory has the name of a checkpoint, but is none.
@@ -70,6 +71,7 @@ class Checkpoints:
         keep_every: int | None = None,
         data_state: Callable[[int], dict[str, Any]] | None = None,
         before_write: Callable[[], None] = lambda: None,
+        read_only: bool = False,
     ):
         check_array_path(directory)
         self._data_state, self._before_write = data_state, before_write
@@ -77,7 +79,9 @@ class Checkpoints:
         policies = [LatestN(keep), *([EveryNSteps(keep_every)] if keep_every else [])]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_KeepForeignFiles(AnyPreservationPolicy(policies), directory),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            **(dict(create=False, save_interval_steps=0) if read_only else {}),  # else Orbax warns that it does so
             # Two `Checkpoints` may write at the same time. Barriers with the same name would mix them up.
             multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=directory.name),
         )

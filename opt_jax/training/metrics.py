@@ -56,13 +56,14 @@ def machine(mesh: Mesh) -> str:
     )
 
 
-def cut_back(path: epath.Path, step: int, say: Callable[[str], Any]) -> None:
+def cut_back(path: epath.Path, step: int, say: Callable[[str], Any], first: int = 0) -> None:
     """Remove from `metrics.jsonl` the lines after that of `step`, and an incomplete last one.
 
     Args:
       path: the file; it need not exist.
       step: the last step to keep.
       say: called with a line that names the steps without a line, if there are any.
+      first: the step at which the run began.
 
     Raises:
       ValueError: a line that is kept is damaged, or train.py has not written it.
@@ -72,8 +73,10 @@ def cut_back(path: epath.Path, step: int, say: Callable[[str], Any]) -> None:
     while last < step and (entry := next(past, None)) is not None:
         last = entry[1]["step"]
         lines[last] = entry[0]
-    if missing := [i for i in range(1, step + 1) if i not in lines]:
-        say(f"{path} has no line for {len(missing)} of {step} steps ({ranges(missing)}): their numbers are lost")
+    if missing := [i for i in range(first + 1, step + 1) if i not in lines]:
+        say(
+            f"{path} has no line for {len(missing)} of {step - first} steps ({ranges(missing)}): their numbers are lost"
+        )
     if path.exists():
         write_file(path, b"".join(line for i, line in lines.items() if i <= step))
 

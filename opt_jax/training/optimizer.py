@@ -26,6 +26,26 @@ def make_schedule(
     return schedule
 
 
+def continued_schedule(
+    before: Callable[[ArrayLike], jax.Array], done: int, restart: Callable[[ArrayLike], jax.Array] | None
+) -> Callable[[ArrayLike], jax.Array]:
+    """A schedule for a run that goes on from a finished one.
+
+    Args:
+      before: the schedule of the finished run.
+      done: the number of updates of the finished run.
+      restart: the schedule of a new run of the remaining updates; the rate is never below the last one of `before`.
+        None: the rate stays at the last one of `before`.
+    """
+
+    def schedule(step: ArrayLike) -> jax.Array:
+        last = before(done - 1)
+        after = last if restart is None else jnp.maximum(restart(jnp.asarray(step) - done), last)
+        return jnp.where(jnp.asarray(step) < done, before(step), after)
+
+    return schedule
+
+
 def make_optimizer(schedule: optax.Schedule, *, weight_decay: float = 0.1, clip_norm: float = 1.0, betas=(0.9, 0.95)):
     """AdamW with eps 1e-8, after clipping by the global norm. *Every* parameter decays, also LayerNorms and biases."""
     return optax.chain(

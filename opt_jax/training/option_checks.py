@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 
 from opt_jax.system.messages import shown
 from opt_jax.system.temporary import refuse_links
-from opt_jax.training.files import read_record
+from opt_jax.training.files import read_record, run_directory
 from opt_jax.training.options import MAY_CHANGE, PLANNED, Options, defaults_of
 
 _FLOAT32 = np.finfo(np.float32)
@@ -87,6 +88,7 @@ def check_options(options: Options) -> None:
             f"--final-lr {options.final_lr} without effect: all {options.steps} steps belong to the warm-up of "
             f"{options.warmup_steps}; take fewer --warmup-steps"
         )
+    check_continuation(options)
     check_fine_tuning(options)
     if jax.config.jax_disable_jit:  # type: ignore[reportAttributeAccessIssue]
         raise ValueError("jax_disable_jit is on, but jit is what places a run's arrays: unset JAX_DISABLE_JIT")
@@ -122,6 +124,27 @@ def check_grad_dtype(options: Options, mesh: Mesh) -> None:
     """
     if options.grad_dtype != Options.grad_dtype and mesh.shape["fsdp"] == 1:
         raise ValueError(f"--grad-dtype {options.grad_dtype} without effect: the mesh has fsdp=1, and adds up nothing")
+
+
+def check_continuation(options: Options) -> None:
+    """Check the options of a run that continues another.
+
+    Raises:
+      ValueError: see `check_options`.
+    """
+    if options.continue_from is None:
+        if options.continue_schedule != Options.continue_schedule:
+            raise ValueError("--continue-schedule is for --continue-from: leave it out, or name the run")
+        return
+    for name in ("task", "lora_rank"):
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f"--continue-from goes on with pretraining: start a new run from --model RUN/model with {_flag(name)}"
+            )
+    if run_directory(options.continue_from) == run_directory(options.output):
+        raise ValueError(
+            f"--continue-from {options.continue_from}: is --output, too; give the new run another --output"
+        )
 
 
 def check_fine_tuning(options: Options) -> None:
@@ -165,7 +188,50 @@ def profiled_steps(profile: str | None) -> range:
     return range(int(match[1]), int(match[2]) + 1)
 
 
-def compare_with_first_start(path: epath.Path, record: dict) -> None:
+def read_finished(options: Options) -> dict[str, Any]:
+    """The record of the run that --continue-from names.
+
+    Raises:
+      ValueError: it is no run, or is not finished; or --steps asks for no more steps.
+    """
+    assert options.continue_from is not None
+    path = run_directory(options.continue_from)
+    if not (path / "run.json").exists():
+        raise ValueError(f"--continue-from {path}: no run of train.py (there is no run.json)")
+    record = read_record(path / "run.json")
+    done = record["options"].get("steps")
+    if type(done) is not int or not (path / "model/config.json").exists():
+        raise ValueError(f"--continue-from {path}: the run is not finished; the command that began it goes on with it")
+    if options.steps <= done:
+        raise ValueError(f"--steps {options.steps}: {path} has done {done} steps; --steps counts these, so give more")
+    if options.continue_schedule == "warm-up" and options.steps - done <= options.warmup_steps:
+        raise ValueError(
+            f"--continue-schedule warm-up: all {options.steps - done} steps after the {done} of {path} belong to the "
+            f"warm-up of {options.warmup_steps}; take more --steps"
+        )
+    return record
+
+
+def compare_with_finished(options: Options, finished: dict[str, Any], record: dict) -> None:
+    """Check that a run which continues a finished one has its options, model and data.
+
+    Raises:
+      ValueError: they differ.
+    """
+    assert options.continue_from is not None
+    may_differ = ("steps", "continue_from", "continue_schedule")
+    defaults = dataclasses.asdict(Options())
+    allowed = {name: finished["options"].get(name, defaults[name]) for name in may_differ}
+    compare_with_first_start(
+        run_directory(options.continue_from) / "run.json",
+        record | {"options": record["options"] | allowed},
+        "Give --continue-from the options of that run; only --steps and --output may be others.",
+    )
+
+
+def compare_with_first_start(
+    path: epath.Path, record: dict, advice: str = "Start it as it was, or choose another --output."
+) -> None:
     """Check that nothing has changed since the first start of a run that would change its losses.
 
     An option that did not exist at the first start counts as if it had had its default. Other sections that were not
@@ -174,6 +240,7 @@ def compare_with_first_start(path: epath.Path, record: dict) -> None:
     Args:
       path: the run.json of the first start; it need not exist.
       record: the record of this start.
+      advice: the last line of the error.
 
     Raises:
       ValueError: the record of the first start is damaged, or this one differs from it.
@@ -191,9 +258,9 @@ def compare_with_first_start(path: epath.Path, record: dict) -> None:
             old = json.loads(json.dumps(old))
             if old != new and not (section == "options" and name in MAY_CHANGE):
                 differences.append(f"{section}: {name} was {json.dumps(old)}, is now {json.dumps(new)}")
+    if any(difference.startswith("options: steps ") for difference in differences):
+        advice += " A finished run goes on in a new one: --continue-from."
     if differences:
         raise ValueError(
-            f"{path.parent} holds a run that was started differently:\n  "
-            + "\n  ".join(differences)
-            + "\nStart it as it was, or choose another --output."
+            f"{path.parent} holds a run that was started differently:\n  " + "\n  ".join(differences) + f"\n{advice}"
         )

@@ -42,6 +42,12 @@ class RunOptions:
     """The run directory. A run found there is resumed."""
     seed: int = 0
     """Seed of new weights, the order of the data, and dropout."""
+    continue_from: str | None = None
+    """The directory of a finished run. This run, in a new --output, goes on with its state and data, up to --steps (the
+    steps of both runs). All other options are those of the finished run."""
+    continue_schedule: Literal["constant", "warm-up"] = "constant"
+    """The learning rate with --continue-from. constant: that of the finished run's last step. warm-up: it rises to the
+    peak again over --warmup-steps, and falls as in a new run."""
 
 
 @dataclasses.dataclass(frozen=True)

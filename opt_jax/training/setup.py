@@ -14,7 +14,8 @@ from opt_jax.model.attention_choice import choose_attention
 from opt_jax.model.heads import OPTForCausalLM
 from opt_jax.model.lora import LoRA, is_trained
 from opt_jax.training import finetuning
-from opt_jax.training.optimizer import make_optimizer, make_schedule
+from opt_jax.training.optimizer import continued_schedule, make_optimizer, make_schedule
+from opt_jax.training.option_checks import read_finished
 from opt_jax.training.options import Options, model_config
 from opt_jax.training.step import (
     Batch,
@@ -44,6 +45,7 @@ class Setup:
       dtype: the dtype of the computation.
       attention: the implementation of attention.
       schedule: the learning rate schedule.
+      continued: the record of the run that this one continues; None without --continue-from.
       optimizer: see `make_optimizer`.
       saved_model: the model that is saved at the end, as `jax.ShapeDtypeStruct`s. In training it may have adapters.
       lora: the adapters that are trained; None if all parameters are.
@@ -62,6 +64,7 @@ class Setup:
     dtype: str
     attention: str
     schedule: optax.Schedule
+    continued: dict[str, Any] | None
     optimizer: optax.GradientTransformationExtraArgs
     saved_model: Any
     lora: LoRA | None
@@ -116,9 +119,8 @@ def make_setup(options: Options, mesh: Mesh) -> Setup:
     dtype = options.dtype if options.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
     _check_sizes(options, config, seq_len, mesh)
 
-    schedule = make_schedule(
-        peak=options.learning_rate, warmup_steps=options.warmup_steps, steps=options.steps, final=options.final_lr
-    )
+    continued = None if options.continue_from is None else read_finished(options)
+    schedule = _schedule(options, None if continued is None else continued["options"]["steps"])
     optimizer = make_optimizer(
         schedule, weight_decay=options.weight_decay, clip_norm=options.clip_norm, betas=options.betas
     )
@@ -147,6 +149,7 @@ def make_setup(options: Options, mesh: Mesh) -> Setup:
         dtype=dtype,
         attention=attention,
         schedule=schedule,
+        continued=continued,
         optimizer=optimizer,
         saved_model=saved_model,
         lora=lora,
@@ -154,6 +157,17 @@ def make_setup(options: Options, mesh: Mesh) -> Setup:
         shardings=state_shardings(state, mesh),
         begin=begin,
     )
+
+
+def _schedule(options: Options, done: int | None) -> optax.Schedule:
+    """The learning rate. `done`: the number of updates of the run that this one continues."""
+    of_run = partial(
+        make_schedule, peak=options.learning_rate, warmup_steps=options.warmup_steps, final=options.final_lr
+    )
+    if done is None:
+        return of_run(steps=options.steps)
+    again = of_run(steps=options.steps - done) if options.continue_schedule == "warm-up" else None
+    return continued_schedule(of_run(steps=done), done, again)
 
 
 def _check_sizes(options: Options, config: OPTConfig, seq_len: int, mesh: Mesh) -> None:
