@@ -77,11 +77,13 @@ class Checkpoints:
         self._data_state, self._before_write = data_state, before_write
         directory = absolute(as_path(directory))
         policies = [LatestN(keep), *([EveryNSteps(keep_every)] if keep_every else [])]
+        # Without these, Orbax warns that it sets them.
+        reading: Any = dict(create=False, save_interval_steps=0) if read_only else {}
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_KeepForeignFiles(AnyPreservationPolicy(policies), directory),
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
-            **(dict(create=False, save_interval_steps=0) if read_only else {}),  # else Orbax warns that it does so
+            **reading,
             # Two `Checkpoints` may write at the same time. Barriers with the same name would mix them up.
             multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=directory.name),
         )
