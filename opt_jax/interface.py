@@ -103,6 +103,15 @@ class ModelMethods:
         return hf_scripts.known("a model's call", options, hf_scripts.CALL)
 
 
+class OutputMethods:
+    """Methods of what models return."""
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            raise hf_scripts.no_attribute(type(self).__name__, name, hf_scripts.OUTPUT)
+
+
 class GenerationMethods:
     """Methods of the causal language model."""
 

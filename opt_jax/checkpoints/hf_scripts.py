@@ -135,10 +135,23 @@ MODEL = {
     "compile": "nothing to do: a call is compiled",
     "init_weights": "the constructor takes rngs=nnx.Rngs(seed)",
     "can_generate": "an OPTForCausalLM can",
+    "get_decoder": "model.base_model.decoder",
+    "compute_transition_scores": "pass logprobs=1 to generate",
+    "prepare_inputs_for_generation": _CACHE,
     "enable_input_require_grads": _GRADIENTS,
     "set_input_embeddings": "model.base_model.decoder.embed_tokens.embedding.set_value(array)",
     "set_output_embeddings": "model.lm_head.kernel.set_value(array)",
     "add_adapter": "python train.py --lora-rank (docs/finetuning.md)",
+}
+# Attributes of what a model's call and `generate` return.
+OUTPUT = {"past_key_values": "the cache is its attribute `cache`, if the call was given one: " + _CACHE}
+GENERATED = {
+    **{name: f"write .sequences.{name}" for name in ("shape", "ndim", "dtype", "tolist")},
+    **dict.fromkeys(("size", "dim"), "write .sequences.shape"),
+    **dict.fromkeys(("cpu", "numpy", "to", "detach"), "its sequences are a NumPy array: leave it out"),
+    "past_key_values": "pass return_cache=True: the result then has `cache`, for generate(..., cache=)",
+    "scores": "logprobs=n records log-probabilities",
+    "logits": "logprobs=n records log-probabilities",
 }
 # Attributes of what a tokenizer returns, and of this package.
 ENCODING = {"to": "the arrays are NumPy's, which every call takes: leave it out"}
