@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from opt_jax.generation.config import GenerationConfig
     from opt_jax.model import embeddings
 
+# For `OPTConfig`.
+unchangeable = hf_scripts.unchangeable("from_pretrained(..., num_labels=5), or a new OPTConfig by dataclasses.replace")
+
 
 class Delegate:
     """A method whose code is a function elsewhere in this package.

@@ -1,11 +1,13 @@
 """What scripts for `transformers` (or its old Flax port) write, and what to write here instead: texts of errors."""
 
+import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 from opt_jax.system.messages import shown
 
+T = TypeVar("T")
 _DEVICES = "JAX puts arrays on its default device; for several devices pass mesh=opt_jax.parallel.make_mesh(...)"
 _DTYPE = 'pass dtype="bfloat16" (computation and weights) to from_pretrained'
 _INT8 = "load the model, then opt_jax.quantize(model)"
@@ -190,6 +192,19 @@ def unknown_argument(where: str, name: str, names: Iterable[str]) -> ValueError:
     """The error for an argument that does not exist; it names the nearest one."""
     near = difflib.get_close_matches(name, list(names), n=1)
     return ValueError(f"{where} has no argument {shown(name)}" + (f": did you mean {near[0]}?" if near else ""))
+
+
+def unchangeable(example: str) -> Callable[[type[T]], type[T]]:
+    """A decorator of frozen dataclasses: the error for an assignment says what to write instead, such as `example`."""
+
+    def decorate(cls: type[T]) -> type[T]:
+        def refuse(self: T, name: str, value: Any) -> None:  # noqa: ARG001
+            raise dataclasses.FrozenInstanceError(f"cannot assign to {cls.__name__}.{name}: write {example}")
+
+        setattr(cls, "__setattr__", refuse)  # noqa: B010  (a frozen dataclass may not define it)
+        return cls
+
+    return decorate
 
 
 def no_attribute(owner: str, name: str, table: Mapping[str, str]) -> AttributeError:
