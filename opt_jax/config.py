@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from opt_jax.interface import ConfigMethods
+from opt_jax.interface import ConfigMethods, unchangeable
 from opt_jax.system.messages import shown
 
 # Activations of `transformers.activations.ACT2FN` that OPT variants use; `decoder.py` maps each to its function.
@@ -27,6 +27,7 @@ _SIZES = {
 }
 
 
+@unchangeable
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OPTConfig(ConfigMethods):
     """Architecture of an OPT model; names and defaults are those of `transformers.OPTConfig`.

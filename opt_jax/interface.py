@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from opt_jax.generation.config import GenerationConfig
     from opt_jax.model import embeddings
 
+# For `OPTConfig`.
+unchangeable = hf_scripts.unchangeable("from_pretrained(..., num_labels=5), or a new OPTConfig by dataclasses.replace")
+
 
 class Delegate:
     """A method whose code is a function elsewhere in this package.
@@ -101,6 +104,15 @@ class ModelMethods:
     def _known_arguments(options: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call; ValueError for those that only `transformers` has."""
         return hf_scripts.known("a model's call", options, hf_scripts.CALL)
+
+
+class OutputMethods:
+    """Methods of what models return."""
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            raise hf_scripts.no_attribute(type(self).__name__, name, hf_scripts.OUTPUT)
 
 
 class GenerationMethods:

@@ -99,7 +99,7 @@ def test_a_config_can_be_a_static_argument():
     config = OPTConfig.from_hf(OPT_350M)
     assert hash(config) == hash(OPTConfig.from_hf(OPT_350M))
     assert hash(OPTConfig(eos_token_id=[2, 5])) == hash(OPTConfig(eos_token_id=(2, 5)))  # type: ignore[reportArgumentType]
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(dataclasses.FrozenInstanceError, match="OPTConfig.dropout: write from_pretrained"):
         config.dropout = 0.0  # type: ignore[reportAttributeAccessIssue]
 
 

@@ -1,8 +1,10 @@
 """The methods and outputs that models share with `transformers`, without it: tests/parity/ compares the numbers."""
 
+import copy
 import inspect
 import json
 import logging
+import pickle
 from typing import Any
 
 import jax
@@ -109,6 +111,24 @@ def test_attributes_of_other_models_say_what_to_write(model, name):
     assert not hasattr(model, name)
     with pytest.raises(AttributeError, match=f"OPTForCausalLM has no attribute '{name}': ..."):
         getattr(model, name)
+
+
+def test_attributes_of_other_results_say_what_to_write(model):
+    out, generated = model(IDS), model.generate(IDS, max_new_tokens=2, return_cache=True)
+    for result, table in ((out, hf_scripts.OUTPUT), (generated, hf_scripts.GENERATED)):
+        assert not hasattr(result, "absent")
+        for name in table:
+            with pytest.raises(AttributeError, match=f"has no attribute '{name}': ..."):
+                getattr(result, name)
+    assert generated["sequences"] is generated.sequences and generated["cache"] is generated.cache
+    assert pickle.loads(pickle.dumps(out)).logits.shape == copy.copy(out).logits.shape == (1, 4, 99)
+    np.testing.assert_array_equal(np.asarray(copy.deepcopy(generated)), generated.sequences)
+
+
+@pytest.mark.parametrize("name", ["prng_key", "params", "trace", "generator", "truncation"])
+def test_arguments_of_generate_say_what_to_write(model, name):
+    with pytest.raises(ValueError, match=f"{name}=.* is not supported by opt-jax: (write|leave|shorten)"):
+        model.generate(IDS, **{name: jax.random.key(0)})
 
 
 def test_modes(model):

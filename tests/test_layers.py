@@ -29,6 +29,7 @@ EXCEPTIONS = {
     # `OPTConfig.from_hf(...)` work. `interface.py` names the functions, and imports them when they are looked up.
     ("opt_jax.config", "opt_jax.interface"): "from_hf, to_hf, from_pretrained, save_pretrained",
     ("opt_jax.model.heads", "opt_jax.interface"): "from_pretrained, save_pretrained, generate, ...",
+    ("opt_jax.model.outputs", "opt_jax.interface"): "what to write for past_key_values",
 }
 
 

@@ -1,11 +1,13 @@
 """What scripts for `transformers` (or its old Flax port) write, and what to write here instead: texts of errors."""
 
+import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 from opt_jax.system.messages import shown
 
+T = TypeVar("T")
 _DEVICES = "JAX puts arrays on its default device; for several devices pass mesh=opt_jax.parallel.make_mesh(...)"
 _DTYPE = 'pass dtype="bfloat16" (computation and weights) to from_pretrained'
 _INT8 = "load the model, then opt_jax.quantize(model)"
@@ -135,10 +137,23 @@ MODEL = {
     "compile": "nothing to do: a call is compiled",
     "init_weights": "the constructor takes rngs=nnx.Rngs(seed)",
     "can_generate": "an OPTForCausalLM can",
+    "get_decoder": "model.base_model.decoder",
+    "compute_transition_scores": "pass logprobs=1 to generate",
+    "prepare_inputs_for_generation": _CACHE,
     "enable_input_require_grads": _GRADIENTS,
     "set_input_embeddings": "model.base_model.decoder.embed_tokens.embedding.set_value(array)",
     "set_output_embeddings": "model.lm_head.kernel.set_value(array)",
     "add_adapter": "python train.py --lora-rank (docs/finetuning.md)",
+}
+# Attributes of what a model's call and `generate` return.
+OUTPUT = {"past_key_values": "the cache is its attribute `cache`, if the call was given one: " + _CACHE}
+GENERATED = {
+    **{name: f"write .sequences.{name}" for name in ("shape", "ndim", "dtype", "tolist")},
+    **dict.fromkeys(("size", "dim"), "write .sequences.shape"),
+    **dict.fromkeys(("cpu", "numpy", "to", "detach"), "its sequences are a NumPy array: leave it out"),
+    "past_key_values": "pass return_cache=True: the result then has `cache`, for generate(..., cache=)",
+    "scores": "logprobs=n records log-probabilities",
+    "logits": "logprobs=n records log-probabilities",
 }
 # Attributes of what a tokenizer returns, and of this package.
 ENCODING = {"to": "the arrays are NumPy's, which every call takes: leave it out"}
@@ -177,6 +192,19 @@ def unknown_argument(where: str, name: str, names: Iterable[str]) -> ValueError:
     """The error for an argument that does not exist; it names the nearest one."""
     near = difflib.get_close_matches(name, list(names), n=1)
     return ValueError(f"{where} has no argument {shown(name)}" + (f": did you mean {near[0]}?" if near else ""))
+
+
+def unchangeable(example: str) -> Callable[[type[T]], type[T]]:
+    """A decorator of frozen dataclasses: the error for an assignment says what to write instead, such as `example`."""
+
+    def decorate(cls: type[T]) -> type[T]:
+        def refuse(self: T, name: str, value: Any) -> None:  # noqa: ARG001
+            raise dataclasses.FrozenInstanceError(f"cannot assign to {cls.__name__}.{name}: write {example}")
+
+        setattr(cls, "__setattr__", refuse)  # noqa: B010  (a frozen dataclass may not define it)
+        return cls
+
+    return decorate
 
 
 def no_attribute(owner: str, name: str, table: Mapping[str, str]) -> AttributeError:

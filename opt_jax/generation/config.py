@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from opt_jax.checkpoints import hub
+from opt_jax.checkpoints.hf_scripts import unchangeable
 from opt_jax.generation.hf_options import check_names, ignored_fields, without_ignored
 from opt_jax.system.messages import shown
 from opt_jax.system.reading import asks_for_nothing, json_object, note_without_effect, read_small
@@ -30,6 +31,7 @@ _LOOKUP: dict[str, tuple[Any, ...]] = {"max_matching_ngram_size": (2,)}
 _LENGTHS = ({"max_length", "max_new_tokens"}, {"min_length", "min_new_tokens"})
 
 
+@unchangeable("model.generation_config = dataclasses.replace(model.generation_config, max_new_tokens=9)")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """Options of `generate`. Where one is None, `generation_config.json` of the checkpoint decides, else the default.

@@ -9,7 +9,7 @@ compiled once for each pair of buckets and for each set of processors in use; al
 import dataclasses
 from collections.abc import Generator, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float32, Int, Int32
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from opt_jax.checkpoints import hf_scripts
 from opt_jax.generation.beams import BeamEngine
 from opt_jax.generation.config import GenerationConfig
 from opt_jax.generation.drafts import Drafts, check_drafts
@@ -34,6 +35,8 @@ _NO_LIMIT = 1 << 30  # a number of steps that no row reaches
 @dataclasses.dataclass(frozen=True, eq=False)
 class GenerateOutput:
     """What `generate` returns. Indexing, iteration and `len` act on `sequences`, as on the tensor that HF returns.
+
+    `out["sequences"]` and other names of fields are an index, too.
 
     R = B * num_return_sequences rows; N: number of new tokens in the longest row. Log-probabilities are those of the
     model, before temperature and all other processors (as OpenAI's). After the end of a row they are NaN.
@@ -60,8 +63,13 @@ class GenerateOutput:
             return None
         return float(self.accepted.sum() / self.drafted.sum())
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            raise hf_scripts.no_attribute("the result of generate", name, hf_scripts.GENERATED)
+
     def __getitem__(self, index: Any) -> Any:
-        return self.sequences[index]
+        return getattr(self, index) if isinstance(index, str) else self.sequences[index]
 
     def __len__(self) -> int:
         return len(self.sequences)

@@ -104,8 +104,11 @@ def check_request(  # noqa: PLR0913  (arguments of `generate`)
     options: dict[str, Any] | None = None,
     default_new_tokens: int = DEFAULT_NEW_TOKENS,
     inputs_embeds: Any = None,
+    count_pads: bool = True,
 ) -> Request:
     """The arguments of `generate`, checked and with all defaults filled in.
+
+    count_pads: whether pads in an array of prompts count for `max_length` and `min_length`, as in HF's `generate`.
 
     Raises:
       ValueError: see `generate`.
@@ -125,7 +128,8 @@ def check_request(  # noqa: PLR0913  (arguments of `generate`)
     if prefix is not None:
         texts = [np.append(i[m], t) for i, m, t in zip(*broadcast(prefix, len(texts)), texts, strict=True)]
         before = prefix.lengths
-    widths, used = before + prompts.widths, before + prompts.mask.sum(1)
+    used = before + prompts.mask.sum(1)
+    widths = before + prompts.widths if count_pads else used
     most, least = _check_lengths(widths, used, config, given, default_new_tokens)
     if (given.num_beams or 1) > 1 and (len(set(most.tolist())) > 1 or len(set(least.tolist())) > 1):
         raise ValueError("num_beams and prompts of different lengths: give max_new_tokens, and no min_length")

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from opt_jax.config import OPTConfig
+from opt_jax.interface import OutputMethods
 from opt_jax.model.cache import KVCache
 
 Output = TypeVar("Output", bound="ModelOutput")
@@ -19,7 +20,7 @@ _ORDER = "loss last_hidden_state logits start_logits end_logits cache hidden_sta
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelOutput(Mapping[str, Any]):
+class ModelOutput(OutputMethods, Mapping[str, Any]):
     """The fields that all outputs share. A field that was not requested is None.
 
     As HF's ModelOutput, it is a mapping and indexed like a tuple too, both without the fields that are None.

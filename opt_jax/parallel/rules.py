@@ -117,12 +117,12 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def constrain(x: jax.Array, name: str) -> jax.Array:
-    """x with the sharding of the named activation as a constraint; x itself without a mesh.
+    """x with the sharding of the named activation as a constraint; x itself without a mesh of `make_mesh`.
 
     Skips mesh axes whose size does not divide the dimension. (The one token of a decoding step cannot be split.)
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or is_per_device():
+    if "tensor" not in mesh.axis_names or is_per_device():
         return x
     axes: list[Any] = []
     for size, axis in zip(x.shape, ACTIVATION_AXES[name], strict=True):
@@ -141,6 +141,9 @@ def per_device(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_spec
 
 
 def is_per_device() -> bool:
-    """Whether this code is traced inside `per_device`, where an array is one device's part."""
+    """Whether this code is traced inside `per_device`, where an array is one device's part.
+
+    (A caller's `jax.pmap` or `jax.shard_map` over axes of other names is not: there the model is whole.)
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.are_all_axes_manual
+    return "tensor" in mesh.axis_names and mesh.are_all_axes_manual

@@ -57,8 +57,9 @@ class TextGenerationPipeline:
     """A text generator, as `pipeline` returns it. By default it samples like HF's: temperature 0.7, top_k 50.
 
     The default is 256 new tokens, as in HF. Deviations from HF: the 256 are reduced to the room that the context has.
-    Of a list, `batch_size` prompts run at a time (HF: one), with continuous batching. The same call returns the same
-    text unless `seed` changes. `prefix=""` has its effect on lengths, too (HF still counts the config's prefix).
+    Of a list, `batch_size` prompts run at a time (HF: one), with continuous batching; each counts alone for
+    `max_length` and `min_length` (HF with a `batch_size`: with its pads). The same call returns the same text unless
+    `seed` changes. `prefix=""` has its effect on lengths, too (HF still counts the config's prefix).
     """
 
     def __init__(self, model: Any, tokenizer: OPTTokenizer, **defaults):
@@ -112,9 +113,8 @@ class TextGenerationPipeline:
             inputs = self.tokenizer(
                 prompts, padding=True, padding_side="left", return_tensors="np", add_special_tokens=special
             )
-        request = check_request(
-            self.model, **inputs, tokenizer=self.tokenizer, options=options, default_new_tokens=DEFAULT_NEW_TOKENS
-        )
+        how: Any = dict(tokenizer=self.tokenizer, default_new_tokens=DEFAULT_NEW_TOKENS, count_pads=False)
+        request = check_request(self.model, **inputs, options=options, **how)
         if request.logprobs is not None:
             raise ValueError("logprobs are no part of a pipeline's result: use model.generate")
         _check_stop(request, with_stop)

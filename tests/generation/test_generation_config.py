@@ -30,7 +30,7 @@ def test_names_come_from_files_and_dicts(tmp_path):
     assert config == GenerationConfig(eos_token_id=[2, 7], do_sample=True, top_k=5)
     assert GenerationConfig.from_pretrained("tiny").to_dict() == {"eos_token_id": 2, "pad_token_id": 1}
     assert pickle.loads(pickle.dumps(config)) == config == dataclasses.replace(config)
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(dataclasses.FrozenInstanceError, match="GenerationConfig.top_k: write .*dataclasses.replace"):
         config.top_k = 3  # type: ignore[reportAttributeAccessIssue]
 
 

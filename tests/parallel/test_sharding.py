@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from reference import CLASSES, SMALL, batch, our_model
 
 import opt_jax
@@ -109,6 +110,18 @@ def test_constrain_is_a_no_op_without_a_mesh():
     with pytest.raises(KeyError):
         with use_mesh(make_mesh("data=1", jax.devices()[:1])):
             constrain(x, "residue")
+
+
+@eight
+def test_a_caller_may_map_over_devices_of_a_mesh_of_its_own():
+    """`jax.pmap`, as scripts for the old Flax port have it, and `jax.shard_map` over axes that are not ours."""
+    model = our_model("opt-125m", num_hidden_layers=1)
+    ids = np.arange(24).reshape(8, 1, 3) + 5
+    expected = np.stack([model(row).logits for row in ids])
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    mapped = jax.shard_map(lambda rows: model(rows).logits, mesh=mesh, in_specs=P("x"), out_specs=P("x"))
+    for logits in (jax.pmap(lambda row: model(row).logits)(ids), mapped(ids[:, 0])[:, None]):
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
 
 
 @eight

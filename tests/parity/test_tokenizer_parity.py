@@ -381,7 +381,9 @@ def test_pipeline_returns_what_transformers_returns(tmp_path):
         assert ours(prompts[0], **arguments) == theirs(prompts[0], **arguments)
         assert ours(prompts, batch_size=1, **arguments) == theirs(prompts, **arguments)
     assert ours(prompts, max_new_tokens=12, do_sample=False) == theirs(prompts, max_new_tokens=12, do_sample=False)
-    assert ours(prompts[:1], max_length=20, do_sample=False) == theirs(prompts[:1], max_length=20, do_sample=False)
+    # Each prompt of a list counts alone.
+    for arguments in ({"max_length": 33}, {"max_length": 33, "min_length": 30}):
+        assert ours(prompts, do_sample=False, **arguments) == theirs(prompts, do_sample=False, **arguments)
 
     # The prefix that several of facebook/opt-*'s configs have.
     content = json.loads((tmp_path / "config.json").read_text())
@@ -398,5 +400,6 @@ def test_pipeline_returns_what_transformers_returns(tmp_path):
         if prefix == "</s>":
             assert ours(prompts[2], **greedy) != ours(prompts[2], prefix="", **greedy)
             assert ours(prompts, **greedy) == theirs(prompts, **greedy)
+            assert ours(prompts, **calls[0]) == theirs(prompts, **calls[0])
     with pytest.raises(ValueError, match="prefix=7 must be a text"):
         ours("x", prefix=7)
