@@ -108,9 +108,15 @@ def check_destination(path: Path, overwrite: bool, replaceable: Callable[[Path],
     refuse_links(path)
     if not path.exists():
         return
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
+    if not names:  # as from `os.makedirs`
+        return
+    if names <= {*hub.COMPANION_FILES}:
+        how = "save it after the model, or pass tokenizer= to the model's save_pretrained"
+        raise FileExistsError(f"{path} holds a tokenizer already: {how}")
     if not overwrite:
         raise FileExistsError(f"{path} exists already: choose another name, or pass overwrite=True (--overwrite)")
-    if not (replaceable(path) or path.is_dir() and not any(path.iterdir())):
+    if not replaceable(path):
         raise FileExistsError(f"{path} is not a model directory, so it will not be overwritten: remove it yourself")
     if foreign := hub.foreign_file(path):
         raise FileExistsError(

@@ -18,7 +18,7 @@ from flax import nnx
 
 from convert import to_orbax
 from convert.source import open_directory
-from opt_jax import OPTConfig, OPTForCausalLM
+from opt_jax import OPTConfig, OPTForCausalLM, OPTTokenizer
 from opt_jax.checkpoints import chunks, directories, orbax
 from opt_jax.checkpoints.arrays import LazyArray, first_difference
 from opt_jax.checkpoints.directories import new_directory
@@ -347,3 +347,16 @@ def test_too_little_space_is_known_beforehand(tmp_path):
     directories.check_space(tmp_path / "not" / "yet", 1)
     with pytest.raises(OSError, match=re.escape("1,000,000,000,000.0 MB are needed")):
         directories.check_space(tmp_path / "not" / "yet", 10**18)
+
+
+def test_an_empty_directory_is_taken_and_one_with_a_tokenizer_is_named(tmp_path):
+    """As scripts have it: `os.makedirs(out, exist_ok=True)`, then model and tokenizer, in either order."""
+    model, tokenizer = OPTForCausalLM.from_pretrained("tiny"), OPTTokenizer.from_pretrained("tiny")
+    (tmp_path / "empty").mkdir()
+    model.save_pretrained(tmp_path / "empty")
+    tokenizer.save_pretrained(tmp_path / "empty")
+    assert OPTTokenizer.from_pretrained(tmp_path / "empty").encode("def f") == tokenizer.encode("def f")
+    tokenizer.save_pretrained(tmp_path / "first")
+    with pytest.raises(FileExistsError, match="first holds a tokenizer already: save it after the model, or pass"):
+        model.save_pretrained(tmp_path / "first")
+    model.save_pretrained(tmp_path / "both", tokenizer=tokenizer)
