@@ -3,6 +3,7 @@
 import glob
 import gzip
 import io
+import logging
 import os
 import sys
 import sysconfig
@@ -234,16 +235,19 @@ def _local_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
 def _remote_files(url: str, suffixes: tuple[str, ...]) -> list[RemoteFile]:
     system, path = _file_system(url)
     left_out: Counter[str] = Counter()
+    logging.getLogger("gcsfs").addFilter(_without_traceback)  # gcsfs logs each error that it raises
     try:
         if glob.has_magic(path):
             inside = [match for match in system.glob(path) if system.isfile(match)]
-        elif system.isdir(path):
+        elif system.info(path)["type"] == "directory":  # (`isdir` is false, too, when the network is down)
             everything = system.find(path)
             inside = [file for file in everything if file.lower().endswith(suffixes)]
             left_out.update(_ending(file) for file in everything if not file.lower().endswith(suffixes))
             _report(url, inside, left_out, suffixes)
         else:
-            inside = [path] if system.isfile(path) else []
+            inside = [path]
+    except FileNotFoundError:
+        inside = []
     except ValueError:
         raise
     except Exception as error:
@@ -251,6 +255,10 @@ def _remote_files(url: str, suffixes: tuple[str, ...]) -> list[RemoteFile]:
     if not inside:
         raise FileNotFoundError(f"{url}: {'nothing matches' if glob.has_magic(path) else 'no such file or directory'}")
     return [RemoteFile(system.unstrip_protocol(file)) for file in sorted(inside)]
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    return not record.exc_info
 
 
 def _file_system(url: str) -> tuple[Any, str]:

@@ -15,7 +15,7 @@ import opt_jax
 from opt_jax.system.temporary import check_new_file, write_file
 
 PROGRAM = "opt-jax"
-_TEXT_ONLY = ("protocol", "window", "stride")
+_TEXT_ONLY = ("text_key", "protocol", "window", "stride")
 _TASKS_ONLY = ("include_path", "num_fewshot", "limit", "log_samples")
 
 

@@ -196,6 +196,14 @@ def test_urls(tmp_path, monkeypatch, capsys):
     }.items():
         with pytest.raises((ValueError, FileNotFoundError), match=error):
             find_sources([name])
+    with monkeypatch.context() as patch:  # a network that is down is no missing file
+
+        def fail(*args, **kwargs):
+            raise ConnectionError("no network")
+
+        patch.setattr(type(memory), "info", fail)
+        with pytest.raises(OSError, match=r"memory://corpus/a.txt: cannot be read: no network"):
+            find_sources(["memory://corpus/a.txt"])
     out = tmp_path / "a.npy"
     main(["tokenize", "memory://corpus/in", "--output", str(out)])
     assert np.load(out).tolist() == [2, *np.load(out)[1:-1].tolist(), 2]

@@ -112,6 +112,7 @@ def test_on_a_mesh(file, expected, capsys):
         (["--data", "FILE", "--num-fewshot", "0"], "--num-fewshot without effect: it goes with --tasks"),
         (["--data", "FILE", "--include-path", "."], "--include-path without effect: it goes with --tasks"),
         (["--tasks", "sst2", "--window", "64"], "--window without effect: it goes with --data"),
+        (["--tasks", "sst2", "--text-key", "body"], "--text-key without effect: it goes with --data"),
         (["--tasks", "sst2", "--log-samples"], "--log-samples without effect: say where"),
         (["--tasks", "sst2", "--limit", "0"], "--limit 0.0: must be above 0"),
         (["--tasks", "sst2", "--limit", "inf"], "--limit inf: must be above 0, and below"),
