@@ -30,7 +30,7 @@ def test_importing_the_package_loads_nothing_heavy():
 @pytest.mark.slow
 def test_using_the_model_needs_no_other_framework():
     loaded = loaded_after("from opt_jax import OPTConfig, OPTForCausalLM, OPTTokenizer, pipeline")
-    assert not loaded.intersection({"torch", "transformers", "grain", "tensorflow"})
+    assert not loaded.intersection({"torch", "transformers", "grain", "tensorflow", "huggingface_hub"})
 
 
 @pytest.mark.parametrize("package", [opt_jax, evaluation, generation, parallel])

@@ -6,8 +6,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import huggingface_hub
-
 _CARD = """---
 library_name: transformers
 pipeline_tag: {task}
@@ -111,6 +109,8 @@ def push_tokenizer(
 
 def _upload(folder: Path, repo_id: str, card: Callable[[str], str] | None, options: dict[str, Any]) -> str:
     """Upload the files of `folder`, and the card unless there is one. The page of the commit."""
+    import huggingface_hub
+
     private, token = options.pop("private"), options.pop("token")
     api = huggingface_hub.HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
