@@ -227,7 +227,7 @@ class Runner:
         if code == 0:
             if case.outcome == REFUSED:
                 return "it was converted"
-            noted = re.fullmatch(r"(warning: [^\n]*: without effect: [^\n]*\n)*", err)
+            noted = re.fullmatch(r"(warning: [^\n]*: (?:without effect|left out): [^\n]*\n)*", err)
             if not noted or left != ["dst", "src"]:
                 return f"stderr {err[:500]!r}, files {left}"
             arrays = described(directory / "dst")

@@ -149,11 +149,11 @@ def open_parameters(directory: Path, config: OPTConfig) -> tuple[dict[str, LazyA
 def _notes(directory: Path, prefixes: list[str], dropped: list[str]) -> Iterator[Callable[[], object]]:
     """Functions that warn of what was left out."""
     if prefixes:
-        text = f"{directory}: without effect: {', '.join(map(repr, prefixes))} in the names of its tensors"
+        text = f"{directory}: left out: {', '.join(map(repr, prefixes))} in the names of its tensors"
         yield partial(warnings.warn, text, stacklevel=2)
     if dropped:
         more = f" and {len(dropped) - 5} more" if len(dropped) > 5 else ""
-        text = f"{directory}: without effect: {', '.join(dropped[:5])}{more}, which are no weights of an OPT model"
+        text = f"{directory}: left out: {', '.join(dropped[:5])}{more}, which are no weights of an OPT model"
         yield partial(warnings.warn, text, stacklevel=2)
 
 
