@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from opt_jax.model.heads import OPTForQuestionAnswering as AutoModelForQuestionAnswering
     from opt_jax.model.heads import OPTForSequenceClassification as AutoModelForSequenceClassification
     from opt_jax.model.heads import OPTModel as AutoModel
+    from opt_jax.model.interventions import Add, Project, Replace, Scale, Zero, point_names
     from opt_jax.model.quantization import quantize
     from opt_jax.model.stacking import stack_layers, unstack_layers
     from opt_jax.text.pipelines import pipeline, score_texts, stream_text
@@ -35,6 +36,7 @@ _HOME = {
     "stack_layers": "model.stacking",
     "unstack_layers": "model.stacking",
     "quantize": "model.quantization",
+    **dict.fromkeys(["Add", "Replace", "Scale", "Zero", "Project", "point_names"], "model.interventions"),
     "GenerationConfig": "generation.config",
     "OPTTokenizer": "text.tokenizer",
     "AutoTokenizer": "text.tokenizer",
@@ -72,6 +74,12 @@ __all__ = [
     "stack_layers",
     "unstack_layers",
     "quantize",
+    "Add",
+    "Replace",
+    "Scale",
+    "Zero",
+    "Project",
+    "point_names",
 ]
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from opt_jax.checkpoints.formats import config_json
     from opt_jax.generation import generate as generating
     from opt_jax.generation.config import GenerationConfig
-    from opt_jax.model import embeddings
+    from opt_jax.model import embeddings, interventions
 
 # For `OPTConfig`.
 unchangeable = hf_scripts.unchangeable("from_pretrained(..., num_labels=5), or a new OPTConfig by dataclasses.replace")
@@ -64,6 +64,8 @@ class ModelMethods:
         get_input_embeddings = embeddings.get_input_embeddings
         get_output_embeddings = embeddings.get_output_embeddings
         resize_token_embeddings = embeddings.resize_token_embeddings
+        run_with_cache = interventions.run_with_cache
+        run_with_hooks = interventions.run_with_hooks
     else:
         from_pretrained = Delegate("checkpoints.pretrained", "load_pretrained", of_class=True)
         save_pretrained = Delegate("checkpoints.saving", "save_pretrained")
@@ -72,10 +74,16 @@ class ModelMethods:
         get_input_embeddings = Delegate("model.embeddings", "get_input_embeddings")
         get_output_embeddings = Delegate("model.embeddings", "get_output_embeddings")
         resize_token_embeddings = Delegate("model.embeddings", "resize_token_embeddings")
+        run_with_cache = Delegate("model.interventions", "run_with_cache")
+        run_with_hooks = Delegate("model.interventions", "run_with_hooks")
         __repr__ = __str__ = Delegate("model.embeddings", "summary")
 
         def __getattr__(self, name: str) -> Any:
             raise hf_scripts.no_attribute(type(self).__name__, name, hf_scripts.MODEL)
+
+    def _with_hooks(self, inputs: Any) -> Any:
+        """The output of a base model for a call with `hooks`."""
+        return importlib.import_module("opt_jax.model.interventions").run(self, inputs)
 
     @property
     def generation_config(self) -> "GenerationConfig":
@@ -100,10 +108,13 @@ class ModelMethods:
             raise ValueError(f"a model has no training mode: {hf_scripts.MODEL['training']}")
         return self
 
-    @staticmethod
-    def _known_arguments(options: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call; ValueError for those that only `transformers` has."""
-        return hf_scripts.known("a model's call", options, hf_scripts.CALL)
+    def _known_arguments(self: Any, options: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call; ValueError for those that only `transformers` has, and for hooks with a mistake."""
+        options = hf_scripts.known("a model's call", options, hf_scripts.CALL)
+        if options.get("hooks") is not None:
+            interventions = importlib.import_module("opt_jax.model.interventions")
+            options["hooks"] = interventions.as_hooks(self.config, options["hooks"])
+        return options
 
 
 class OutputMethods:
@@ -122,7 +133,7 @@ class GenerationMethods:
         generate = generating.generate
         prefill = generating.prefill
 
-        def score(self, input_ids: Any, attention_mask: Any = None, *, return_greedy: bool = False) -> Any:
+        def score(self, input_ids: Any, attention_mask: Any = None, **options: Any) -> Any:
             """See `opt_jax.generation.scoring.score`."""
 
     else:

@@ -28,6 +28,7 @@ from opt_jax.generation.request import Request, check_batch_size, check_request,
 from opt_jax.generation.speculative import DraftingEngine
 from opt_jax.model.cache import KVCache
 from opt_jax.model.heads import OPTForCausalLM
+from opt_jax.model.interventions import with_hooks
 
 _NO_LIMIT = 1 << 30  # a number of steps that no row reaches
 
@@ -91,6 +92,7 @@ def generate(
     batch_size: int | None = None,
     progress_bar: bool | None = None,
     return_cache: bool = False,
+    hooks: Any = None,
     **options: Any,
 ) -> GenerateOutput:
     """Prompts and their continuations: HF `generate`, with one prefill and one compiled loop.
@@ -116,6 +118,8 @@ def generate(
         The result is the same. Default: all rows at once.
       progress_bar: whether stderr shows how many rows have ended. Default: with batch_size, if stderr is a terminal.
       return_cache: whether the result has `cache`, from which another call can go on.
+      hooks: interventions in `model` (`interventions.run_with_hooks`), in the prefill and in every step. The tokens of
+        `cache` were read before, without them.
       **options: fields of `GenerationConfig`. They win over generation_config; None is the default, whatever other
         sources say.
 
@@ -130,6 +134,7 @@ def generate(
     request = check_request(
         model, input_ids, attention_mask, generation_config, tokenizer, cache, options, inputs_embeds=inputs_embeds
     )
+    model = _hooked(model, hooks, request, batch_size, assistant_model)
     return generate_requested(model, request, batch_size, progress_bar, assistant_model, return_cache)
 
 
@@ -153,6 +158,31 @@ def generate_requested(
     assert isinstance(engine, PlainEngine)
     cache = continued(request.prompts, request.copies, new.tokens, new.lengths, engine.cache_of(slots))
     return dataclasses.replace(result, cache=cache)
+
+
+def _hooked(
+    model: OPTForCausalLM,
+    hooks: Any,
+    request: Request,
+    batch_size: int | None,
+    assistant_model: OPTForCausalLM | None,
+) -> OPTForCausalLM:
+    """The model with hooks. ValueError if they would mean something else than in the call of a model."""
+    if hooks is None:
+        return model
+    hooked = with_hooks(model, hooks)
+    edits = [edit for several in hooked.model.hooks.edits.values() for edit in several]
+    if any(edit.rows is not None for edit in edits):
+        for option, moves in (("batch_size", batch_size), ("num_return_sequences above 1", request.copies > 1)):
+            if moves:
+                raise ValueError(
+                    f"hooks with rows= cannot be combined with {option}: the rows of steps are not the prompts"
+                )
+    if assistant_model is not None and any(edit.from_end for edit in edits):
+        raise ValueError(
+            "hooks with negative positions= cannot be combined with assistant_model: a step reads several tokens"
+        )
+    return hooked
 
 
 def _engine(model: OPTForCausalLM, request: Request, drafts: Drafts | None, batch_size: int | None) -> Engine:
@@ -294,6 +324,7 @@ def stream(
     tokenizer: Any = None,
     cache: Prefix | None = None,
     assistant_model: OPTForCausalLM | None = None,
+    hooks: Any = None,
     **options: Any,
 ) -> Generator[np.ndarray, None, None]:
     """An iterator over the new tokens of `generate`: int32 [R] for each step, pads for rows that have ended.
@@ -304,7 +335,7 @@ def stream(
     request = check_request(
         model, input_ids, attention_mask, generation_config, tokenizer, cache, options, inputs_embeds=inputs_embeds
     )
-    return stream_requested(model, request, assistant_model)
+    return stream_requested(_hooked(model, hooks, request, None, assistant_model), request, assistant_model)
 
 
 def stream_requested(

@@ -18,7 +18,7 @@ from opt_jax.model.heads import OPTForCausalLM
 from opt_jax.model.outputs import CausalLMOutput
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class FlatModel:
     """A flattened model: its leaves, and the tree structure that makes a model of them.
@@ -28,18 +28,11 @@ class FlatModel:
     """
 
     leaves: Sequence[Any]
-    structure: Any
+    structure: Any = dataclasses.field(metadata=dict(static=True))
 
     @classmethod
     def of(cls, model: OPTForCausalLM) -> "FlatModel":
         return cls(*jax.tree.flatten(model))
-
-    def tree_flatten(self) -> tuple[Sequence[Any], Any]:
-        return self.leaves, self.structure
-
-    @classmethod
-    def tree_unflatten(cls, structure: Any, leaves: Sequence[Any]) -> "FlatModel":
-        return cls(leaves, structure)
 
     def model(self) -> OPTForCausalLM:
         return jax.tree.unflatten(self.structure, self.leaves)

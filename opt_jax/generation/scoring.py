@@ -13,11 +13,17 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from opt_jax.generation.request import check_score
 from opt_jax.model.heads import OPTForCausalLM
+from opt_jax.model.interventions import with_hooks
 from opt_jax.parallel.mesh import batch_sharding, mesh_of, replicated, row_groups, use_mesh
 
 
 def score(
-    model: OPTForCausalLM, input_ids: Any, attention_mask: Any = None, *, return_greedy: bool = False
+    model: OPTForCausalLM,
+    input_ids: Any,
+    attention_mask: Any = None,
+    *,
+    return_greedy: bool = False,
+    hooks: Any = None,
 ) -> Float32[np.ndarray, "B T"] | tuple[Float32[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
     """The log-probability of each token given those before it.
 
@@ -32,6 +38,7 @@ def score(
       input_ids: as in `generate`, but pads may be anywhere.
       attention_mask: as in `generate`.
       return_greedy: whether to return a second array.
+      hooks: interventions (see `interventions.run_with_hooks`).
 
     Returns:
       The log-probabilities, NaN at pads and at the first token of a row. With return_greedy also a mask, true where no
@@ -41,7 +48,7 @@ def score(
       ValueError: inputs that `generate` would refuse.
     """
     ids, mask, padded_ids, padded_mask = check_score(model, input_ids, attention_mask, unread=1)
-    logprobs, greedy = _run(model, padded_ids, padded_mask)
+    logprobs, greedy = _run(model if hooks is None else with_hooks(model, hooks), padded_ids, padded_mask)
     result, best = np.full(ids.shape, np.nan, np.float32), np.zeros(ids.shape, bool)
     first = np.arange(len(ids)), mask.argmax(1)
     result[mask], best[mask] = logprobs[padded_mask], greedy[padded_mask]  # the same tokens in the same order

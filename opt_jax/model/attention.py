@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from opt_jax.model import flash, int8
+from opt_jax.model import flash, hooks, int8
 from opt_jax.model.flash import AttentionImplementation, Heads
 from opt_jax.model.int8 import Int8Array
 from opt_jax.parallel.collectives import batch_offset, shard_over_heads, tensor_offset
@@ -115,6 +115,7 @@ def attend(
     queries, keys = q.shape[2], k.shape[2]
     visible, key = mask.dense(queries, keys), dropout_key if dropout_rate else None
     in_blocks = isinstance(queries, int) and mask.is_causal(queries, keys) and key is None  # symbolic in `jax.export`
+    in_blocks = in_blocks and not (hooks.wanted("attn.hook_attn_scores") or hooks.wanted("attn.hook_pattern"))
     blocks = min(queries // BLOCK, MOST_BLOCKS) if in_blocks else 1
     if blocks < 2 or isinstance(k, Int8Array) or isinstance(v, Int8Array):
         return _attend(q, k, v, visible, dropout_rate, key)
@@ -134,8 +135,9 @@ def _attend(
         scores = int8.einsum("bhtk,bhsk->bhts", q, k.values) * k.scale.mT
     else:
         scores = _product("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
-    weights = dropout(jax.nn.softmax(scores, axis=-1).astype(q.dtype), dropout_rate, dropout_key)
+    scores = hooks.point("attn.hook_attn_scores", jnp.where(visible, scores, jnp.finfo(jnp.float32).min))
+    weights = hooks.point("attn.hook_pattern", jax.nn.softmax(scores, axis=-1).astype(q.dtype))
+    weights = dropout(weights, dropout_rate, dropout_key)
     if isinstance(v, Int8Array):
         scaled = weights.astype(jnp.float32) * v.scale.mT
         return int8.einsum("bhts,bhsk->bhtk", scaled, v.values).astype(q.dtype), weights

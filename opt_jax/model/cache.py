@@ -202,12 +202,10 @@ def init_cache(layers: int, batch: int, heads: int, max_length: int, head_dim: i
         scale = (*values.shape[:-1], 1)
         return Int8Array(values, jnp.zeros(scale, jnp.float32)) if values.dtype == jnp.int8 else values
 
-    def empty():
-        return tuple(zeros() for _ in range(layers))
-
+    k, v = (tuple(zeros() for _ in range(layers)) for _ in "kv")
     return KVCache(
-        k=empty(),
-        v=empty(),
+        k=k,
+        v=v,
         valid=jnp.zeros((batch, max_length), bool),
         next_position=jnp.zeros((batch,), jnp.int32),
         column=jnp.zeros((), jnp.int32),

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from opt_jax.config import OPTConfig
+from opt_jax.model import hooks
 from opt_jax.model.attention import AttentionMask, DropoutKey, attend, dropout, flash_attend
 from opt_jax.model.cache import KVCache, LayerCache
 from opt_jax.model.flash import AttentionImplementation
@@ -87,11 +88,14 @@ class Embed(nnx.Embed):
 
 
 class LayerNorm(nnx.LayerNorm):
-    """`nnx.LayerNorm`, which mixes dtypes, made to work under `jax_numpy_dtype_promotion="strict"` too."""
+    """`nnx.LayerNorm`, which mixes dtypes, made to work under `jax_numpy_dtype_promotion="strict"` too.
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:  # type: ignore[reportIncompatibleMethodOverride]
+    `name` is that of its hook points.
+    """
+
+    def __call__(self, x: Float[Array, "B T D"], name: str) -> Float[Array, "B T D"]:  # type: ignore[reportIncompatibleMethodOverride]
         with jax.numpy_dtype_promotion("standard"):
-            return super().__call__(x)
+            return hooks.point(f"{name}.hook_normalized", super().__call__(x), self, x)
 
 
 def _layer_norm(config: OPTConfig, **kwargs: Any) -> LayerNorm:
@@ -111,15 +115,15 @@ class OPTAttention(nnx.Module):
         self.config = config
         self.implementation: AttentionImplementation = attn_implementation
 
-    def _split_heads(self, x: Float[Array, "B T D"]) -> Float[Array, "B H T K"]:
+    def _split_heads(self, x: Float[Array, "B T D"], name: str) -> Float[Array, "B H T K"]:
         heads = x.reshape(*x.shape[:2], -1, self.config.head_dim)  # a device may hold a part of the heads
-        return constrain(heads.transpose(0, 2, 1, 3), "heads")
+        return constrain(hooks.point(name, heads).transpose(0, 2, 1, 3), "heads")
 
     def __call__(
         self, x: Float[Array, "B T D"], mask: AttentionMask, cache: LayerCache | None, dropout_key: DropoutKey | None
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B H T S"] | None, LayerCache | None]:
-        q = self._split_heads(self.q_proj(x)) * self.config.head_dim**-0.5  # after the bias, before the product
-        k, v = self._split_heads(self.k_proj(x)), self._split_heads(self.v_proj(x))
+        q = self._split_heads(self.q_proj(x), "attn.hook_q") * self.config.head_dim**-0.5  # after the bias
+        k, v = self._split_heads(self.k_proj(x), "attn.hook_k"), self._split_heads(self.v_proj(x), "attn.hook_v")
         q, k, v = checkpoint_name((q, k, v), "qkv")
         weights, rate = None, self.config.attention_dropout
         if cache is None and self.implementation != "xla":
@@ -134,7 +138,9 @@ class OPTAttention(nnx.Module):
                 cache, k, v = cache.update(k, v)
             out, weights = attend(q, k, v, mask, dropout_rate=rate, dropout_key=dropout_key)
             out = checkpoint_name(constrain(out, "heads"), "context")
-        return self.out_proj(out.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)), weights, cache
+        out = hooks.point("attn.hook_z", out.transpose(0, 2, 1, 3))
+        y = self.out_proj(out.reshape(*x.shape[:2], -1))
+        return hooks.point("attn.hook_result", y, self.out_proj, out), weights, cache
 
 
 class OPTDecoderLayer(nnx.Module):
@@ -159,21 +165,22 @@ class OPTDecoderLayer(nnx.Module):
         keys: Any = [None] * 4
         if dropout_key is not None:
             keys = [DropoutKey(key, dropout_key.rows) for key in jax.random.split(dropout_key.key, 4)]
-        inputs = x
+        inputs = x = hooks.point("hook_resid_pre", x)
 
-        h = self.self_attn_layer_norm(x) if pre_norm else x
+        h = self.self_attn_layer_norm(x, "ln1") if pre_norm else x
         h, weights, cache = self.self_attn(gather_sequence(h), mask=mask, cache=cache, dropout_key=keys[0])
-        h = checkpoint_name(scatter_sequence(h), "attention_out")
-        x = constrain(x + dropout(h, config.dropout, keys[1]), "residual")
+        h = hooks.point("hook_attn_out", checkpoint_name(scatter_sequence(h), "attention_out"))
+        x = hooks.point("hook_resid_mid", constrain(x + dropout(h, config.dropout, keys[1]), "residual"))
         if not pre_norm:
-            x = self.self_attn_layer_norm(x)
+            x = self.self_attn_layer_norm(x, "ln1")
 
-        h = self.final_layer_norm(x) if pre_norm else x
+        h = self.final_layer_norm(x, "ln2") if pre_norm else x
         h = checkpoint_name(constrain(self.fc1(gather_sequence(h)), "ffn"), "ffn")
-        h = scatter_sequence(self.fc2(_ACTIVATION[config.activation_function](h)))
-        x = constrain(x + dropout(h, config.dropout, keys[2]), "residual")
+        h = _ACTIVATION[config.activation_function](hooks.point("mlp.hook_pre", h))
+        h = hooks.point("hook_mlp_out", scatter_sequence(self.fc2(hooks.point("mlp.hook_post", h))))
+        x = hooks.point("hook_resid_post", constrain(x + dropout(h, config.dropout, keys[2]), "residual"))
         if not pre_norm:
-            x = self.final_layer_norm(x)
+            x = self.final_layer_norm(x, "ln2")
 
         if dropout_key is not None and config.layerdrop > 0:  # LayerDrop (Fan et al. 2019): skip the whole layer
             x = jnp.where(jax.random.bernoulli(keys[3].key, jnp.float32(config.layerdrop)), inputs, x)
@@ -197,6 +204,7 @@ class DecoderInputs:
     output_hidden_states: bool = False
     output_attentions: bool = False
     dropout_key: jax.Array | DropoutKey | None = None
+    hooks: Any = None  # dict name -> intervention, or `interventions.Hooks`
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -299,24 +307,25 @@ class OPTDecoder(nnx.Module):
             x = self.embed_tokens.lookup_and_scatter(ids) if is_per_device() else self.embed_tokens(ids)
             if pad is not None:  # as torch's padding_idx: the embedding of the pad gets no gradient
                 x = jnp.where(local_tokens(ids == pad)[..., None], lax.stop_gradient(x), x)
-        x = x.astype(self.embed_tokens.dtype)
+        x = hooks.point("hook_embed", x.astype(self.embed_tokens.dtype))
         if self.project_in is not None:
-            x = self.project_in(x)
-        positions = _positions(inputs) if inputs.position_ids is None else inputs.position_ids
-        return constrain(x + self.embed_positions(local_tokens(positions) + POSITION_OFFSET), "residual")
+            x = hooks.point("hook_project_in", self.project_in(x))
+        positions = positions_of(inputs) if inputs.position_ids is None else inputs.position_ids
+        embedded = hooks.point("hook_pos_embed", self.embed_positions(local_tokens(positions) + POSITION_OFFSET))
+        return constrain(x + embedded, "residual")
 
     def _run_list(self, x: Float[Array, "B T D"], mask: AttentionMask, inputs: DecoderInputs) -> Outputs:
         """The outputs of a list of layers, run one by one."""
         keys, depth = inputs.layer_keys(self.config.num_hidden_layers), self.config.num_hidden_layers
         before = [None] * depth if inputs.cache is None else inputs.cache.layers()
         states, attentions, caches = [x], [], []
+        # Outside a scan, common subexpression elimination would undo the rematerialisation.
+        wrap = partial(rematerialise, remat=self.remat, prevent_cse=True)
         layers: Any = self.layers
         for i, layer in enumerate(layers):
             key = None if keys is None else DropoutKey(keys.key[i], keys.rows[i])
             run = partial(OPTDecoderLayer.__call__, mask=mask, cache=before[i])
-            # Outside a scan, common subexpression elimination would undo the rematerialisation.
-            run = run if self.remat == "none" else rematerialise(run, self.remat, prevent_cse=True)
-            x, weights, cache = run(layer, x, dropout_key=key)
+            x, weights, cache = hooks.in_layer(run, i, wrap)(layer, x, dropout_key=key)
             states.append(x)
             attentions.append(weights)
             caches.append(cache)
@@ -326,7 +335,9 @@ class OPTDecoder(nnx.Module):
         """The outputs of stacked layers, run under `lax.scan`."""
         if inputs.cache is not None:
             raise ValueError("a cache needs separate layers: use opt_jax.unstack_layers(model) before decoding")
-        in_parts = self.remat == "full" and not inputs.output_attentions
+        if hasattr(self, "__captures__"):
+            raise ValueError("nnx.capture sees nothing of stacked layers: use opt_jax.unstack_layers(model)")
+        in_parts = self.remat == "full" and not inputs.output_attentions and hooks.active.get() is None
         parts = count_parts(x, inputs.shape[1]) if in_parts else 1
 
         def body(x: Array, layer_and_key: tuple[OPTDecoderLayer, DropoutKey | None]) -> tuple[Array, tuple[Any, Any]]:
@@ -339,15 +350,15 @@ class OPTDecoder(nnx.Module):
             return x, (x if inputs.output_hidden_states else (), weights if inputs.output_attentions else ())
 
         stacked = (self.layers, inputs.layer_keys(self.config.num_hidden_layers))
-        y, (states, weights) = lax.scan(rematerialise(body, self.remat), x, stacked)
+        y, (states, weights) = hooks.scan(body, partial(rematerialise, remat=self.remat), x, stacked)
         return y, [x, *states], list(weights), []
 
     def _output(self, x: Float[Array, "B t D"]) -> Float[Array, "B t P"]:
-        x = x if self.final_layer_norm is None else self.final_layer_norm(x)
-        return x if self.project_out is None else self.project_out(x)
+        x = x if self.final_layer_norm is None else self.final_layer_norm(x, "ln_final")
+        return x if self.project_out is None else hooks.point("hook_project_out", self.project_out(x))
 
 
-def _positions(inputs: DecoderInputs) -> Int[Array, "b T"]:
+def positions_of(inputs: DecoderInputs) -> Int[Array, "b T"]:
     """The position of each token: the number of real tokens before it in its row or segment; -1 for a pad (as HF)."""
     mask, segment_ids, cache = inputs.mask, inputs.segment_ids, inputs.cache
     if mask is None and segment_ids is None and cache is None:

@@ -4,7 +4,6 @@ Modules hold parameters and no other arrays, so a model is a pytree for `jax.jit
 `model.forward(...)` is the plain function. `model(...)` checks its inputs and runs `forward` under `jax.jit`.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -16,18 +15,10 @@ from jaxtyping import Array, Float, Int
 from opt_jax.config import OPTConfig
 from opt_jax.interface import GenerationMethods, ModelMethods
 from opt_jax.model import cache as kv
+from opt_jax.model import outputs
 from opt_jax.model.decoder import DecoderInputs, Ids, Mask, OPTDecoder, linear, parameters
 from opt_jax.model.flash import AttentionImplementation
 from opt_jax.model.inputs import check_inputs
-from opt_jax.model.outputs import (
-    BaseModelOutput,
-    CausalLMOutput,
-    QuestionAnsweringOutput,
-    SequenceClassifierOutput,
-    causal_lm_loss,
-    classification_loss,
-    question_answering_loss,
-)
 from opt_jax.model.remat import Remat
 from opt_jax.parallel.rules import constrain
 
@@ -101,6 +92,7 @@ class OPTPreTrainedModel(ModelMethods, nnx.Module):  # type: ignore[reportIncomp
             `cache`: from `init_cache`. The output's `cache` also holds this call's tokens. The cache is not donated.
             `logits_to_keep`: compute logits for the last n positions only; 0: for all (`OPTForCausalLM`).
             `output_hidden_states`, `output_attentions`: whether to return them (see `outputs.ModelOutput`).
+            `hooks`: interventions at hook points (see `interventions.run_with_hooks`).
             `dropout_key`: a `jax.random.key`. Dropout and layerdrop are active only with it.
 
         Raises:
@@ -110,7 +102,8 @@ class OPTPreTrainedModel(ModelMethods, nnx.Module):  # type: ignore[reportIncomp
         kwargs = self._known_arguments(kwargs)
         inputs = check_inputs(self, dict(kwargs, input_ids=input_ids, attention_mask=attention_mask))
         static = tuple((k, inputs.pop(k)) for k in sorted(inputs) if isinstance(inputs[k], (bool, int)))
-        return _call(self, inputs, static)
+        call = _call if hasattr(self, "__captures__") else _compiled_call  # nnx.capture sees nothing inside jit
+        return call(self, inputs, static)
 
     @property
     def base_model(self) -> "OPTModel":
@@ -133,9 +126,11 @@ class OPTPreTrainedModel(ModelMethods, nnx.Module):  # type: ignore[reportIncomp
         return kv.init_cache(*shape, dtype or self.dtype)
 
 
-@partial(jax.jit, static_argnums=2)
 def _call(model: OPTPreTrainedModel, inputs: dict[str, Any], static: tuple[tuple[str, Any], ...]) -> Any:
     return model.forward(**inputs, **dict(static))
+
+
+_compiled_call = jax.jit(_call, static_argnums=2)
 
 
 class OPTModel(OPTPreTrainedModel):
@@ -149,9 +144,10 @@ class OPTModel(OPTPreTrainedModel):
         """The model itself, which has no head."""
         return self
 
-    def forward(self, input_ids: Ids = None, attention_mask: Mask = None, **rest: Any) -> BaseModelOutput:
+    def forward(self, input_ids: Ids = None, attention_mask: Mask = None, **rest: Any) -> outputs.BaseModelOutput:
         """The output of the decoder, for use inside `jax.jit`; `rest`: other fields of `DecoderInputs`."""
-        return self.decoder(DecoderInputs(input_ids, attention_mask, **rest))
+        inputs = DecoderInputs(input_ids, attention_mask, **rest)
+        return self.decoder(inputs) if inputs.hooks is None else self._with_hooks(inputs)
 
 
 class OPTForCausalLM(GenerationMethods, OPTPreTrainedModel):
@@ -170,12 +166,12 @@ class OPTForCausalLM(GenerationMethods, OPTPreTrainedModel):
         labels: Ids = None,
         logits_to_keep: int = 0,
         **rest: Any,
-    ) -> CausalLMOutput:
+    ) -> outputs.CausalLMOutput:
         """The output of a call, without its checks, for use inside `jax.jit`; `rest`: fields of `DecoderInputs`."""
         out = self.model.forward(input_ids, attention_mask, **rest)
         logits = self.logits(out.last_hidden_state[:, -logits_to_keep:])
-        loss = None if labels is None else causal_lm_loss(logits, labels)
-        return CausalLMOutput.with_head(out, logits=logits, loss=loss)
+        loss = None if labels is None else outputs.causal_lm_loss(logits, labels)
+        return outputs.CausalLMOutput.with_head(out, logits=logits, loss=loss)
 
     def logits(self, x: Float[Array, "B T P"]) -> Float[Array, "B T V"]:
         """The logits of hidden states: the LM head, by default tied to the token embedding."""
@@ -192,7 +188,7 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
 
     def forward(
         self, input_ids: Ids = None, attention_mask: Mask = None, *, labels: Labels = None, **rest: Any
-    ) -> SequenceClassifierOutput:
+    ) -> outputs.SequenceClassifierOutput:
         """The output of a call, without its checks, for use inside `jax.jit`; `rest`: fields of `DecoderInputs`."""
         out = self.model.forward(input_ids, attention_mask, **rest)
         x, pad = out.last_hidden_state, self.config.pad_token_id
@@ -205,8 +201,8 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
             last = jnp.argmax(jnp.where(input_ids != pad, columns, 0), axis=-1)
             x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
         logits = self.score(x)
-        loss = None if labels is None else classification_loss(self.config, logits, labels)
-        return SequenceClassifierOutput.with_head(out, logits=logits, loss=loss)
+        loss = None if labels is None else outputs.classification_loss(self.config, logits, labels)
+        return outputs.SequenceClassifierOutput.with_head(out, logits=logits, loss=loss)
 
 
 class OPTForQuestionAnswering(OPTPreTrainedModel):
@@ -224,14 +220,14 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
         start_positions: Int[Array, "..."] | None = None,
         end_positions: Int[Array, "..."] | None = None,
         **rest: Any,
-    ) -> QuestionAnsweringOutput:
+    ) -> outputs.QuestionAnsweringOutput:
         """The output of a call, without its checks, for use inside `jax.jit`; `rest`: fields of `DecoderInputs`."""
         out = self.model.forward(input_ids, attention_mask, **rest)
         start, end = jnp.moveaxis(self.qa_outputs(out.last_hidden_state), -1, 0)
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = question_answering_loss(start, end, start_positions, end_positions)
-        return QuestionAnsweringOutput.with_head(out, start_logits=start, end_logits=end, loss=loss)
+            loss = outputs.question_answering_loss(start, end, start_positions, end_positions)
+        return outputs.QuestionAnsweringOutput.with_head(out, start_logits=start, end_logits=end, loss=loss)
 
 
 def named_parameters(model: OPTPreTrainedModel) -> dict[str, nnx.Param[Any]]:

@@ -31,17 +31,20 @@ class ModelOutput(OutputMethods, Mapping[str, Any]):
         LayerNorm and `project_out`. (Deviation from HF: a layer skipped by layerdrop stays in the list.)
       attentions: softmax weights of each layer, [B, H, T, S].
       cache: the given cache, with this call's tokens added.
+      activations: hook point -> what `interventions.run_with_cache` asked for. (Not in HF; not part of the mapping.)
     """
 
     loss: Float[Array, ""] | None = None
     hidden_states: tuple[Float[Array, "B T _"], ...] | None = None
     attentions: tuple[Float[Array, "B H T S"], ...] | None = None
     cache: KVCache | None = None
+    activations: dict[str, Array] | None = None
 
     @classmethod
     def with_head(cls: type[Output], base: "BaseModelOutput", **fields: Array | None) -> Output:
         """The output of a model with a head: `fields`, and the shared fields of the base model's output."""
-        return cls(hidden_states=base.hidden_states, attentions=base.attentions, cache=base.cache, **fields)
+        shared: Any = {field.name: getattr(base, field.name) for field in dataclasses.fields(ModelOutput)}
+        return cls(**shared | fields)
 
     def __iter__(self) -> Iterator[str]:
         return (name for name in _ORDER if getattr(self, name, None) is not None)

@@ -14,35 +14,28 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from opt_jax.parallel.rules import (
-    ACTIVATION_AXES,
-    ADDED_ONCE,
-    BATCH_AXES,
-    PARAMETER_AXES,
-    constrain,
-    is_per_device,
-    leaf_path,
-    table_row,
-)
+from opt_jax.parallel import rules
 
 
 def axis_size(axis: str | tuple[str, ...]) -> int:
     """Number of devices along the axis or axes, inside `rules.per_device`; 1 elsewhere."""
     shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape[name] for name in ((axis,) if isinstance(axis, str) else axis)) if is_per_device() else 1
+    return (
+        math.prod(shape[name] for name in ((axis,) if isinstance(axis, str) else axis)) if rules.is_per_device() else 1
+    )
 
 
 def gather_sequence(x: jax.Array) -> jax.Array:
     """All tokens [B, T, D] of this device's rows, gathered over `tensor`. Its transpose is `scatter_sequence`."""
     if axis_size("tensor") == 1:
-        return constrain(x, "gathered")
+        return rules.constrain(x, "gathered")
     return lax.all_gather(x, "tensor", axis=1, tiled=True)
 
 
 def scatter_sequence(x: jax.Array) -> jax.Array:
     """This device's part of the sequence of the sum over `tensor` of x, partial sums [B, T, D] of all tokens."""
     if axis_size("tensor") == 1:
-        return constrain(x, "residual")
+        return rules.constrain(x, "residual")
     return lax.psum_scatter(x, "tensor", scatter_dimension=1, tiled=True)
 
 
@@ -56,7 +49,7 @@ def local_tokens(x: jax.Array) -> jax.Array:
 
 def batch_offset(count: int) -> jax.Array | int:
     """Global index of this device's first row, if each device has `count` rows; 0 outside `rules.per_device`."""
-    return lax.axis_index(BATCH_AXES) * count if is_per_device() else 0
+    return lax.axis_index(rules.BATCH_AXES) * count if rules.is_per_device() else 0
 
 
 def tensor_offset(count: int) -> jax.Array | int:
@@ -64,7 +57,7 @@ def tensor_offset(count: int) -> jax.Array | int:
 
     0 outside `rules.per_device`.
     """
-    return lax.axis_index("tensor") * count if is_per_device() else 0
+    return lax.axis_index("tensor") * count if rules.is_per_device() else 0
 
 
 def gather_parameters(tree: Any, dtype: Any, grad_dtype: Any, prefix: str = "") -> Any:
@@ -79,21 +72,21 @@ def gather_parameters(tree: Any, dtype: Any, grad_dtype: Any, prefix: str = "") 
       prefix: the path of a layer. Without it, the parameters of layers are not gathered: the model gathers those of one
         layer at a time.
     """
-    if not is_per_device():
+    if not rules.is_per_device():
         return tree
 
     def gathered(keys: Any, value: jax.Array) -> jax.Array:
-        path = prefix + leaf_path(keys)
+        path = prefix + rules.leaf_path(keys)
         if not prefix and ".layers." in path:
             return value
-        row = table_row(path)
-        if row in ADDED_ONCE and axis_size("tensor") > 1:
+        row = rules.table_row(path)
+        if row in rules.ADDED_ONCE and axis_size("tensor") > 1:
             value = jnp.where(lax.axis_index("tensor") == 0, value, 0)
         if row.endswith(("_lora_a", "_lora_b")):  # because qwix does not cast them
             value = value.astype(dtype)
-        if "fsdp" not in PARAMETER_AXES[row] or axis_size("fsdp") == 1:
+        if "fsdp" not in rules.PARAMETER_AXES[row] or axis_size("fsdp") == 1:
             return value  # the module of the parameter casts it
-        axis = PARAMETER_AXES[row].index("fsdp")
+        axis = rules.PARAMETER_AXES[row].index("fsdp")
         return checkpoint_name(_gather_over_fsdp(value, axis, dtype, grad_dtype, value.dtype), "weights")
 
     return jax.tree_util.tree_map_with_path(gathered, tree)
@@ -129,8 +122,8 @@ def shard_over_heads(function: Callable[..., Any], *, segments: bool) -> Callabl
     For kernels, which XLA cannot partition. B must be divisible by the devices along `data` and `fsdp`, H by those
     along `tensor`.
     """
-    if jax.sharding.get_abstract_mesh().empty or is_per_device():
+    if jax.sharding.get_abstract_mesh().empty or rules.is_per_device():
         return function
-    heads = P(*ACTIVATION_AXES["heads"])
-    in_specs = (heads, heads, heads, *((P(BATCH_AXES),) if segments else ()))
+    heads = P(*rules.ACTIVATION_AXES["heads"])
+    in_specs = (heads, heads, heads, *((P(rules.BATCH_AXES),) if segments else ()))
     return jax.shard_map(function, in_specs=in_specs, out_specs=heads, check_vma=False)
