@@ -148,12 +148,12 @@ def _directions(model: OPTForCausalLM, ids: Int[Array, "B T"]) -> Float[Array, "
 
 def _of_layers(model: OPTForCausalLM, name: str) -> Array:
     """A parameter of all layers, float32 [L, ...]. A bias that the model does not have is zero."""
-    config, found = model.config, named_parameters(model)
+    config, named = model.config, named_parameters(model)
     if not config.enable_bias and name.endswith("bias"):
         return jnp.zeros((config.num_hidden_layers, config.hidden_size), jnp.float32)
     if not isinstance(model.model.decoder.layers, nnx.List):
-        return found[f"model.decoder.layers.{name}"].get_value().astype(jnp.float32)
-    values = [found[f"model.decoder.layers.{i}.{name}"].get_value() for i in range(config.num_hidden_layers)]
+        return named[f"model.decoder.layers.{name}"].get_value().astype(jnp.float32)
+    values = [named[f"model.decoder.layers.{i}.{name}"].get_value() for i in range(config.num_hidden_layers)]
     return jnp.stack(values).astype(jnp.float32)
 
 

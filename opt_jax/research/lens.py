@@ -137,18 +137,18 @@ def train_tuned_lens(
       ValueError: no batch; or as `logit_lens`.
     """
     _check(model, lens)
-    lens = TunedLens.identity(model.config) if lens is None else lens
+    trained = TunedLens.identity(model.config) if lens is None else lens
     optimizer = optax.adam(1e-3) if optimizer is None else optimizer
-    step, state, losses = jax.jit(partial(_step, optimizer)), optimizer.init(lens), []  # type: ignore[reportArgumentType]
+    step, state, losses = jax.jit(partial(_step, optimizer)), optimizer.init(trained), []  # type: ignore[reportArgumentType]
     for batch in batches:
         ids, mask = (batch["input_ids"], batch.get("attention_mask")) if isinstance(batch, Mapping) else (batch, None)
         states = _states(model, ids, mask)
         real = jnp.ones(states.shape[1:3], bool) if mask is None else jnp.asarray(mask) > 0
-        lens, state, loss = step(model, lens, state, states, real)
+        trained, state, loss = step(model, trained, state, states, real)
         losses.append(loss)
     if not losses:
         raise ValueError("batches is empty: a lens needs at least one batch to learn from")
-    return lens, np.asarray(jnp.stack(losses))
+    return trained, np.asarray(jnp.stack(losses))
 
 
 def _step(optimizer: Any, model: OPTForCausalLM, lens: TunedLens, state: Any, states: Array, real: Array) -> Any:
@@ -237,8 +237,8 @@ def plot(logits: Any, *, decode: Callable[[int], str] | None = None, tokens: Any
     shifted = logits - logits.max(axis=-1, keepdims=True)
     best, decode = logits.argmax(axis=-1), decode or str
     columns = None if tokens is None else [decode(int(i)) for i in np.asarray(tokens)]
-    title = dict(title="probability of the most likely token", xlabel="token", ylabel="state")
-    axes = heatmap(1 / np.exp(shifted).sum(axis=-1), columns=columns, axes=axes, **title)
+    title, highest = "probability of the most likely token", 1 / np.exp(shifted).sum(axis=-1)
+    axes = heatmap(highest, title=title, xlabel="token", ylabel="state", columns=columns, axes=axes)
     for (row, column), token in np.ndenumerate(best):
         text = decode(int(token)).replace("$", r"\$").replace("\n", "\\n")
         axes.text(column, row, text, ha="center", va="center", fontsize="x-small", color="white", clip_on=True)

@@ -173,7 +173,7 @@ def causal_trace(
     table = model.base_model.decoder.embed_tokens.embedding.get_value()
     shape = (samples, ids.shape[1], model.config.embed_dim)
     drawn = jax.random.normal(jax.random.key(seed), shape, jnp.float32)
-    positions = _indices(subject, ids.shape[1], "positions")
+    positions = _indices(subject, ids.shape[1], "positions").tolist()
     edit = Add(drawn, scale=noise * table.astype(jnp.float32).std(), positions=positions)
     rows = np.repeat(ids, samples, axis=0)
     options = dict(point="hook_resid_post") | options | dict(hooks={"hook_embed": edit} | (options.get("hooks") or {}))
