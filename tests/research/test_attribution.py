@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from reference import batch, our_model
 
-from opt_jax import Add, Scale, Zero, stack_layers
-from opt_jax.research.attribution import attribute, plot
+from opt_jax import Replace, Zero, stack_layers
+from opt_jax.research.attribution import Attribution, attribute, plot
 
 PARTS = ("embed", "pos_embed", "heads", "attention_bias", "mlp", "norm_bias", "logits")
 
@@ -15,8 +15,9 @@ def inputs(name, padding="left"):
     return {key: value for key, value in batch(name, padding).items() if key != "labels"}
 
 
-@pytest.mark.parametrize("removed", [False, True], ids=["", "no final LayerNorm"])
-@pytest.mark.parametrize("name", ["opt-125m", "galactica", "untied"])
+@pytest.mark.parametrize(
+    "name, removed", [("opt-125m", False), ("galactica", False), ("untied", False), ("untied", True)]
+)
 def test_parts_add_up_to_the_logit(name, removed):
     model = our_model(name, _remove_final_layer_norm=removed)
     logits = np.asarray(model(**inputs(name)).logits)
@@ -35,15 +36,14 @@ def test_a_part_is_what_its_removal_removes():
     model = our_model("opt-125m", num_hidden_layers=1)
     parts = attribute(model, **inputs("opt-125m"), tokens=5)
     _, kept = model.run_with_cache(**inputs("opt-125m"), names="ln_final.hook_scale")
-    held = {"ln_final.hook_scale": Scale(0.0)}
-    held["ln_final.hook_scale"] = (Scale(0.0), Add(kept["ln_final.hook_scale"]))
+    held = {"ln_final.hook_scale": Replace(kept["ln_final.hook_scale"])}
 
     def without(edits):
         return np.asarray(parts.logits - model.run_with_hooks(**inputs("opt-125m"), hooks=held | edits).logits[..., 5])
 
     np.testing.assert_allclose(without({"blocks.0.hook_mlp_out": Zero()}), parts.mlp[0], rtol=1e-4, atol=1e-4)
     _, kept = model.run_with_cache(**inputs("opt-125m"), names="blocks.0.hook_mlp_out")
-    same = {"blocks.0.hook_mlp_out": (Zero(), Add(kept["blocks.0.hook_mlp_out"]))}  # attention acts by its share alone
+    same = {"blocks.0.hook_mlp_out": Replace(kept["blocks.0.hook_mlp_out"])}  # attention acts by its share alone
     head = without(same | {"blocks.0.attn.hook_z": Zero(heads=1)})
     np.testing.assert_allclose(head, parts.heads[0, 1], rtol=1e-4, atol=1e-4)
     block = without(same | {"blocks.0.hook_attn_out": Zero()})
@@ -73,10 +73,13 @@ def test_mistakes_are_named():
 
 def test_plot():
     pyplot = pytest.importorskip("matplotlib.pyplot")
-    parts = attribute(our_model("opt-125m"), **inputs("opt-125m"), tokens=5)
+    random = np.random.default_rng(0)
+    fields = dict.fromkeys(PARTS, np.zeros((2, 6)))
+    fields |= dict(heads=random.standard_normal((3, 3, 2, 6)), mlp=random.standard_normal((3, 2, 6)))
+    parts = Attribution(**fields)
     axes = plot(parts, row=1, position=4)
     drawn = np.asarray(axes.images[0].get_array())
-    np.testing.assert_allclose(drawn[:, :3], parts.heads[:, :, 1, 4])
-    np.testing.assert_allclose(drawn[:, 3], parts.mlp[:, 1, 4])
+    np.testing.assert_allclose(drawn[:, :3], parts.heads[:, :, 1, 4], rtol=1e-6)
+    np.testing.assert_allclose(drawn[:, 3], parts.mlp[:, 1, 4], rtol=1e-6)
     assert axes.images[0].norm.vmax == -axes.images[0].norm.vmin == jnp.abs(drawn).max()
     pyplot.close("all")

@@ -1,11 +1,12 @@
 """A grid of patches equals one patched run for each cell."""
 
+import jax
 import numpy as np
 import pytest
 from reference import batch, our_model
 
 from opt_jax import Add, Replace, stack_layers
-from opt_jax.research.patching import causal_trace, patch, plot
+from opt_jax.research.patching import Patching, causal_trace, patch, plot
 
 
 def metric(logits):
@@ -19,20 +20,20 @@ def runs(name="opt-125m", padding="right"):
     return clean["input_ids"], corrupted, clean["attention_mask"]
 
 
-@pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("name, point", [("opt-125m", "hook_resid_pre"), ("opt-350m", "hook_mlp_out")])
-def test_each_cell_is_a_patched_run(name, point, stacked):
-    model = our_model(name)
-    model = stack_layers(model) if stacked else model
+def test_each_cell_is_a_patched_run(name, point):
+    """The first model has separate layers, the second one stacked ones."""
+    model = our_model(name) if name == "opt-125m" else stack_layers(our_model(name))
     clean, corrupted, mask = runs(name)
     result = patch(model, clean, corrupted, metric, mask, point=point, batch_size=4)
     _, acts = model.run_with_cache(clean, mask, names=f"blocks.*.{point}")
     assert result.patched.shape == (3, 6) and np.ptp(result.patched) > 0.01
     np.testing.assert_allclose(result.clean, metric(model(clean, mask).logits), rtol=1e-5)
     np.testing.assert_allclose(result.corrupted, metric(model(corrupted, mask).logits), rtol=1e-5)
+    run = jax.jit(lambda edit: model.forward(corrupted, mask, hooks={f"blocks.*.{point}": edit}))
     for layer, position in ((0, 2), (1, 5), (2, 3)):
-        edit = {f"blocks.{layer}.{point}": Replace(acts[f"blocks.{layer}.{point}"], positions=position)}
-        expected = metric(model.run_with_hooks(corrupted, mask, hooks=edit).logits)
+        edit = Replace(acts[f"blocks.{layer}.{point}"], positions=position, layers=layer)
+        expected = metric(run(edit).logits)
         np.testing.assert_allclose(result.patched[layer, position], expected, rtol=1e-4, atol=1e-5)
     if point == "hook_resid_pre":
         np.testing.assert_allclose(result.restored[0, 2], 1, rtol=1e-3)  # the only difference between the runs
@@ -40,16 +41,16 @@ def test_each_cell_is_a_patched_run(name, point, stacked):
 
 
 def test_a_grid_of_chosen_layers_positions_and_heads():
-    model = our_model("opt-125m")
+    model = stack_layers(our_model("opt-125m"))
     clean, corrupted, mask = runs()
     grid = dict(point="attn.hook_z", layers=[2, -3], positions=[4, -1, 2], heads=[1, 2])
     result = patch(model, clean, corrupted, metric, mask, **grid)
     assert result.patched.shape == (2, 3, 2) and (result.layers, result.positions) == ((2, 0), (4, -1, 2))
     _, acts = model.run_with_cache(clean, mask, names="blocks.*.attn.hook_z")
+    run = jax.jit(lambda edit: model.forward(corrupted, mask, hooks={"blocks.*.attn.hook_z": edit}))
     for index, layer, position, head in (((0, 0, 1), 2, 4, 2), ((1, 1, 0), 0, -1, 1), ((0, 1, 1), 2, -1, 2)):
-        name = f"blocks.{layer}.attn.hook_z"
-        edit = {name: Replace(acts[name], positions=position, heads=head)}
-        expected = metric(model.run_with_hooks(corrupted, mask, hooks=edit).logits)
+        edit = Replace(acts[f"blocks.{layer}.attn.hook_z"], positions=position, heads=head, layers=layer)
+        expected = metric(run(edit).logits)
         np.testing.assert_allclose(result.patched[index], expected, rtol=1e-4, atol=1e-5)
     all_heads = patch(model, clean, corrupted, metric, mask, **grid | dict(heads=None))
     assert all_heads.patched.shape == (2, 3) and np.abs(all_heads.patched - result.patched.sum(2)).max() > 1e-3
@@ -68,7 +69,7 @@ def test_one_program_and_a_metric_with_axes(compiled):
 
 
 def test_a_window_replaces_its_layers():
-    model = our_model("opt-125m")
+    model = stack_layers(our_model("opt-125m"))
     clean, corrupted, mask = runs()
     result = patch(model, clean, corrupted, metric, mask, point="hook_mlp_out", window=2)
     _, acts = model.run_with_cache(clean, mask, names="blocks.*.hook_mlp_out")
@@ -99,14 +100,14 @@ def test_hooks_act_in_corrupted_runs_alone():
 
 
 def test_causal_trace():
-    model = our_model("opt-125m", num_hidden_layers=2)
+    model = stack_layers(our_model("opt-125m", num_hidden_layers=2))
     ids = runs(padding="none")[0][:1]
     result = causal_trace(model, ids, [1, 2], metric, samples=3, batch_size=5)
     assert result.patched.shape == (2, 6) and abs(result.clean - result.corrupted) > 0.01
     np.testing.assert_allclose(result.clean, metric(model(ids).logits), rtol=1e-5)
     np.testing.assert_allclose(result.restored[1, -1], 1, rtol=1e-3)  # the last state of the token whose logits count
     np.testing.assert_allclose(result.restored[:, 0], 0, atol=1e-3)  # no noise before the subject
-    for change in (dict(noise=1.0), dict(seed=1), dict(subject=[1, 3]), dict(samples=2), dict(point="hook_mlp_out")):
+    for change in (dict(noise=1.0), dict(seed=1), dict(subject=[1, 3]), dict(point="hook_mlp_out")):
         options = dict(subject=[1, 2], metric=metric, samples=3, batch_size=5) | change
         assert np.abs(causal_trace(model, ids, **options).patched - result.patched).max() > 1e-3, change
 
@@ -133,10 +134,9 @@ def test_mistakes_are_named():
 
 def test_plot():
     pyplot = pytest.importorskip("matplotlib.pyplot")
-    clean, corrupted, _ = runs()
-    result = patch(our_model("opt-125m"), clean, corrupted, metric, layers=[1, 2], point="attn.hook_z", heads=[0, 1])
-    axes = plot(result, labels=list("abcdef"))
-    np.testing.assert_allclose(axes.images[0].get_array(), result.patched.mean(axis=2))
+    patched = np.random.default_rng(0).standard_normal((2, 6, 3))
+    axes = plot(Patching(np.ones(()), np.zeros(()), patched, (1, 2), tuple(range(6))), labels=list("abcdef"))
+    np.testing.assert_allclose(axes.images[0].get_array(), patched.mean(axis=2), rtol=1e-6)
     assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2"]
     assert [label.get_text() for label in axes.get_xticklabels()] == list("abcdef")
     pyplot.close("all")
