@@ -240,6 +240,7 @@ def plot(logits: Any, *, decode: Callable[[int], str] | None = None, tokens: Any
     title, highest = "probability of the most likely token", 1 / np.exp(shifted).sum(axis=-1)
     axes = heatmap(highest, title=title, xlabel="token", ylabel="state", columns=columns, axes=axes)
     for (row, column), token in np.ndenumerate(best):
+        color = "black" if highest[row, column] > 0.5 else "white"  # on yellow, on blue
         text = decode(int(token)).replace("$", r"\$").replace("\n", "\\n")
-        axes.text(column, row, text, ha="center", va="center", fontsize="x-small", color="white", clip_on=True)
+        axes.text(column, row, text, ha="center", va="center", fontsize="x-small", clip_on=True, color=color)
     return axes

@@ -1,9 +1,11 @@
-"""Heat maps, for the `plot` functions beside this file. Needs matplotlib: the extra `plot`."""
+"""Heat maps, for the `plot` functions beside this file."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from opt_jax.research.figures import new_axes
 
 
 def heatmap(
@@ -34,17 +36,16 @@ def heatmap(
             f"a heat map needs values with two axes, not of shape {values.shape}: choose a row or position"
         )
     if axes is None:
-        try:
-            from matplotlib import pyplot
-        except ImportError as error:
-            raise ValueError(f"plot needs the package matplotlib ({error}): pip install matplotlib") from None
-        size = (3 + 0.5 * values.shape[1], 2 + 0.35 * values.shape[0])
-        _, axes = pyplot.subplots(figsize=[min(side, 20) for side in size], layout="constrained")
+        axes = new_axes()
+        width, height = 3 + 0.5 * values.shape[1], 2 + 0.35 * values.shape[0]
+        axes.figure.set_size_inches(min(width, 20), min(height, 20))
     limit = float(np.nanmax(np.abs(values))) if diverging else None
     style: dict[str, Any] = dict(cmap="RdBu_r", vmin=-limit, vmax=limit) if limit else dict(cmap="viridis")
     image = axes.imshow(values, aspect="auto", interpolation="nearest", **style)
     axes.figure.colorbar(image, ax=axes)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     if columns is not None:
         labels = [label.replace("$", r"\$").replace("\n", "\\n") for label in columns]  # "$" begins a formula
         axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right")
