@@ -1,6 +1,7 @@
 """Lenses equal PyTorch's: the logits of each state, the training of translators, and the published file format."""
 
 import json
+from typing import Any
 
 import numpy as np
 import optax
@@ -13,7 +14,7 @@ from opt_jax import stack_layers
 from opt_jax.research.lens import load_tuned_lens, logit_lens, train_tuned_lens
 
 
-def inputs(name, padding, seed=0):
+def inputs(name, padding, seed=0) -> dict[str, Any]:
     return {key: value for key, value in batch(name, padding, seed=seed).items() if key != "labels"}
 
 

@@ -1,5 +1,7 @@
 """Direct logit attribution: parts add up to the logit, and each part is what taking it away takes away."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from opt_jax.research.attribution import Attribution, attribute, plot
 PARTS = ("embed", "pos_embed", "heads", "attention_bias", "mlp", "norm_bias", "logits")
 
 
-def inputs(name, padding="left"):
+def inputs(name, padding="left") -> dict[str, Any]:
     return {key: value for key, value in batch(name, padding).items() if key != "labels"}
 
 
@@ -74,7 +76,7 @@ def test_mistakes_are_named():
 def test_plot():
     pyplot = pytest.importorskip("matplotlib.pyplot")
     random = np.random.default_rng(0)
-    fields = dict.fromkeys(PARTS, np.zeros((2, 6)))
+    fields: dict[str, Any] = dict.fromkeys(PARTS, np.zeros((2, 6)))
     fields |= dict(heads=random.standard_normal((3, 3, 2, 6)), mlp=random.standard_normal((3, 2, 6)))
     parts = Attribution(**fields)
     axes = plot(parts, row=1, position=4)

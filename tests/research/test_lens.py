@@ -1,6 +1,7 @@
 """Logit lens and tuned lens, without PyTorch; tests/parity/test_research_parity.py compares them with it."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from opt_jax.research.lens import (
 )
 
 
-def inputs(name):
+def inputs(name) -> dict[str, Any]:
     return {key: value for key, value in batch(name, "left").items() if key != "labels"}
 
 

@@ -1,5 +1,7 @@
 """A grid of patches equals one patched run for each cell."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -43,7 +45,7 @@ def test_each_cell_is_a_patched_run(name, point):
 def test_a_grid_of_chosen_layers_positions_and_heads():
     model = stack_layers(our_model("opt-125m"))
     clean, corrupted, mask = runs()
-    grid = dict(point="attn.hook_z", layers=[2, -3], positions=[4, -1, 2], heads=[1, 2])
+    grid: dict[str, Any] = dict(point="attn.hook_z", layers=[2, -3], positions=[4, -1, 2], heads=[1, 2])
     result = patch(model, clean, corrupted, metric, mask, **grid)
     assert result.patched.shape == (2, 3, 2) and (result.layers, result.positions) == ((2, 0), (4, -1, 2))
     _, acts = model.run_with_cache(clean, mask, names="blocks.*.attn.hook_z")
@@ -52,7 +54,8 @@ def test_a_grid_of_chosen_layers_positions_and_heads():
         edit = Replace(acts[f"blocks.{layer}.attn.hook_z"], positions=position, heads=head, layers=layer)
         expected = metric(run(edit).logits)
         np.testing.assert_allclose(result.patched[index], expected, rtol=1e-4, atol=1e-5)
-    all_heads = patch(model, clean, corrupted, metric, mask, **grid | dict(heads=None))
+    del grid["heads"]
+    all_heads = patch(model, clean, corrupted, metric, mask, **grid)
     assert all_heads.patched.shape == (2, 3) and np.abs(all_heads.patched - result.patched.sum(2)).max() > 1e-3
 
 
@@ -108,14 +111,14 @@ def test_causal_trace():
     np.testing.assert_allclose(result.restored[1, -1], 1, rtol=1e-3)  # the last state of the token whose logits count
     np.testing.assert_allclose(result.restored[:, 0], 0, atol=1e-3)  # no noise before the subject
     for change in (dict(noise=1.0), dict(seed=1), dict(subject=[1, 3]), dict(point="hook_mlp_out")):
-        options = dict(subject=[1, 2], metric=metric, samples=3, batch_size=5) | change
+        options: dict[str, Any] = dict(subject=[1, 2], metric=metric, samples=3, batch_size=5) | change
         assert np.abs(causal_trace(model, ids, **options).patched - result.patched).max() > 1e-3, change
 
 
 def test_mistakes_are_named():
     model = our_model("opt-125m")
     clean, corrupted, _ = runs()
-    for words, options in (
+    mistakes: tuple[tuple[str, dict[str, Any]], ...] = (
         ("'hook_embed' is in no layer", dict(point="hook_embed")),
         ("'blocks.0.hook_resid_pre' is in no layer", dict(point="blocks.0.hook_resid_pre")),
         ("layers must be numbers from -3 to 2", dict(layers=[3])),
@@ -123,7 +126,8 @@ def test_mistakes_are_named():
         ("hook_resid_pre has no heads", dict(heads=[0])),
         ("window=0", dict(window=0)),
         ("batch_size=0", dict(batch_size=0)),
-    ):
+    )
+    for words, options in mistakes:
         with pytest.raises(ValueError, match=words):
             patch(model, clean, corrupted, metric, **options)
     with pytest.raises(ValueError, match=r"clean run is \(2, 6\) and the corrupted one \(2, 5\)"):
