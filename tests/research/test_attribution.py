@@ -34,8 +34,8 @@ def test_parts_add_up_to_the_logit(name, removed):
 
 
 def test_a_part_is_what_its_removal_removes():
-    """In a model whose last layer is the only one, parts do not depend on each other, but for the attention block."""
-    model = our_model("opt-125m", num_hidden_layers=1)
+    """In the last layer parts do not depend on each other, but for the feed-forward block on attention."""
+    model = our_model("opt-125m", num_hidden_layers=2)
     parts = attribute(model, **inputs("opt-125m"), tokens=5)
     _, kept = model.run_with_cache(**inputs("opt-125m"), names="ln_final.hook_scale")
     held = {"ln_final.hook_scale": Replace(kept["ln_final.hook_scale"])}
@@ -43,13 +43,13 @@ def test_a_part_is_what_its_removal_removes():
     def without(edits):
         return np.asarray(parts.logits - model.run_with_hooks(**inputs("opt-125m"), hooks=held | edits).logits[..., 5])
 
-    np.testing.assert_allclose(without({"blocks.0.hook_mlp_out": Zero()}), parts.mlp[0], rtol=1e-4, atol=1e-4)
-    _, kept = model.run_with_cache(**inputs("opt-125m"), names="blocks.0.hook_mlp_out")
-    same = {"blocks.0.hook_mlp_out": Replace(kept["blocks.0.hook_mlp_out"])}  # attention acts by its share alone
-    head = without(same | {"blocks.0.attn.hook_z": Zero(heads=1)})
-    np.testing.assert_allclose(head, parts.heads[0, 1], rtol=1e-4, atol=1e-4)
-    block = without(same | {"blocks.0.hook_attn_out": Zero()})
-    np.testing.assert_allclose(block, parts.heads[0].sum(axis=0) + parts.attention_bias[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(without({"blocks.1.hook_mlp_out": Zero()}), parts.mlp[1], rtol=1e-4, atol=1e-4)
+    _, kept = model.run_with_cache(**inputs("opt-125m"), names="blocks.1.hook_mlp_out")
+    same = {"blocks.1.hook_mlp_out": Replace(kept["blocks.1.hook_mlp_out"])}  # attention acts by its share alone
+    head = without(same | {"blocks.1.attn.hook_z": Zero(heads=1)})
+    np.testing.assert_allclose(head, parts.heads[1, 1], rtol=1e-4, atol=1e-4)
+    block = without(same | {"blocks.1.hook_attn_out": Zero()})
+    np.testing.assert_allclose(block, parts.heads[1].sum(axis=0) + parts.attention_bias[1], rtol=1e-4, atol=1e-4)
 
 
 def test_stacked_layers_give_the_same():

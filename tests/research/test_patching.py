@@ -8,6 +8,7 @@ import pytest
 from reference import batch, our_model
 
 from opt_jax import Add, Replace, stack_layers
+from opt_jax.research import patching
 from opt_jax.research.patching import Patching, causal_trace, patch, plot
 
 
@@ -67,8 +68,22 @@ def test_one_program_and_a_metric_with_axes(compiled):
     assert result.patched.shape == (1, 3, 2) and result.clean.shape == (2,)
     del compiled[:]
     again = patch(model, clean, corrupted, each_row, layers=[1], positions=[4, 5, 0], batch_size=2)
-    assert "jit__patched" not in " ".join(compiled) and "_patched" not in " ".join(compiled)
+    assert compiled == []
     assert np.abs(again.patched - result.patched).max() > 1e-4
+
+
+def test_batch_size_bounds_memory(monkeypatch):
+    model, (clean, corrupted, mask) = stack_layers(our_model("opt-125m")), runs()
+    compiled, plain = [], patching._patched
+
+    def look(*args):
+        compiled.append(plain.lower(*args).compile().memory_analysis().temp_size_in_bytes)
+        return plain(*args)
+
+    monkeypatch.setattr(patching, "_patched", look)
+    for size in (2, 18):
+        patch(model, clean, corrupted, metric, mask, batch_size=size)
+    assert 4 * compiled[0] < compiled[1]
 
 
 def test_a_window_replaces_its_layers():
