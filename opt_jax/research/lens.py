@@ -161,8 +161,9 @@ def _step(optimizer: Any, model: OPTForCausalLM, lens: TunedLens, state: Any, st
 
     # Layer by layer, so that the logits of one layer at a time are in memory.
     losses, gradients = lax.map(lambda each: jax.value_and_grad(loss)(*each), (lens, states[:-1]))
-    updates, state = optimizer.update(gradients, state, lens)
-    return optax.apply_updates(lens, updates), state, losses  # type: ignore[reportArgumentType]
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+        updates, state = optimizer.update(gradients, state, lens)
+        return optax.apply_updates(lens, updates), state, losses  # type: ignore[reportArgumentType]
 
 
 def save_tuned_lens(lens: TunedLens, directory: Any, model: OPTForCausalLM) -> None:
