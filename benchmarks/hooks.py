@@ -37,9 +37,9 @@ def torch(shape: tuple[int, int], keep: bool) -> Callable[[], None]:
     import torch
     from transformers import OPTConfig, OPTForCausalLM
 
-    model = OPTForCausalLM(OPTConfig()).eval()
+    model: Any = OPTForCausalLM(OPTConfig()).eval()
     ids = torch.from_numpy(np.random.default_rng(0).integers(3, 50_000, shape))
-    kept: dict[int, Any] = {}
+    kept: dict[Any, Any] = {}
     for i, layer in enumerate(model.model.decoder.layers) if keep else ():
         layer.register_forward_hook(lambda _module, _inputs, out, i=i: kept.update({i: out[0]}))
 
