@@ -46,8 +46,8 @@ class SourceOptions:
     """Where downloads are kept. Default: Hugging Face's cache (HF_HOME)."""
     offline: bool = False
     """Take a hub id from the cache, never from the network."""
-    adapter: Path | None = None
-    """A directory with a PEFT adapter (LoRA) of SRC, to be merged in."""
+    adapter: str | None = None
+    """A PEFT adapter (LoRA) of SRC, to be merged in: a directory or a hub id."""
     no_verify: bool = False
     """Do not compare the data of an Orbax directory with their checksums."""
 
@@ -238,11 +238,11 @@ def verify(
 
     metaseq.check()
     leave_accelerators_alone()
-    # --cache-dir and --offline belong to whichever of DST and SRC is a hub id. --revision and --adapter belong to SRC.
+    # --cache-dir and --offline belong to whichever is a hub id. --revision and --adapter belong to SRC.
     dst_options = dataclasses.replace(source, revision=None, adapter=None)
     if is_here(dst):
         dst_options = SourceOptions(no_verify=source.no_verify)
-    elif is_here(against[0]):
+    elif is_here(against[0]) and (source.adapter is None or is_here(source.adapter)):
         source = dataclasses.replace(source, cache_dir=None, offline=False)
     ours = _open_source([dst], dst_options, MetaseqOptions())
     theirs = _open_source(against, source, metaseq)

@@ -10,7 +10,6 @@ Format: https://huggingface.co/docs/peft/developer_guides/checkpoint; what a fie
 import dataclasses
 import json
 import math
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -22,19 +21,19 @@ import numpy as np
 from safetensors.numpy import save
 
 from opt_jax.checkpoints import chunks
-from opt_jax.checkpoints.arrays import LazyArray, first_difference
+from opt_jax.checkpoints.arrays import Checks, LazyArray, first_difference
 from opt_jax.checkpoints.chunks import Index
+from opt_jax.checkpoints.download import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from opt_jax.checkpoints.formats import names
 from opt_jax.checkpoints.formats.mapped_files import shown
 from opt_jax.checkpoints.formats.safetensors import read_safetensors
-from opt_jax.checkpoints.formats.stored import locate
+from opt_jax.checkpoints.formats.stored import open_tensor
 from opt_jax.checkpoints.formats.torch_files import read_torch
-from opt_jax.checkpoints.hub import ADAPTER_CONFIG, as_path, is_remote
+from opt_jax.checkpoints.formats.wrappers import note_of_prefixes, without_wrappers
 from opt_jax.config import OPTConfig
 from opt_jax.model.lora import LoRA, is_trained
 from opt_jax.system.reading import json_object, read_small
 
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
 _EMBEDDING, _HEAD = "model.decoder.embed_tokens.embedding", "lm_head.kernel"
 CLASSES = {  # PEFT's task -> the class with its head, and the head
@@ -81,6 +80,7 @@ class Adapter:
       pairs: path of a matrix -> its pair.
       replaced: path -> the array that takes the place of the base's.
       prefix: of the names of modules in the adapter: "model." or, if it was made for an `OPTModel`, "".
+      notes: functions that warn of what was left out in its names.
     """
 
     where: Path
@@ -88,6 +88,7 @@ class Adapter:
     pairs: Mapping[str, Pair]
     replaced: Mapping[str, LazyArray]
     prefix: str
+    notes: Checks = ()
 
     def head_class(self, base: str) -> str:
         """The name of the adapted model's class: the one with the adapter's head; without any, that of the base."""
@@ -256,42 +257,37 @@ class Adapter:
 # Reading ----------------------------------------------------------------------------------------------------
 
 
-def files_of_adapter(directory: str | os.PathLike) -> list[Path]:
-    """What may be read of an adapter: its configuration, then its weights in one of their forms.
+def files_of_adapter(directory: Path) -> list[Path]:
+    """What may be read of an adapter: its configuration, then its weights in one of their forms."""
+    return [directory / name for name in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS)]
+
+
+def open_adapter(directory: Path) -> Adapter:
+    """The adapter in a directory, as `hub.resolve_adapter` returns it.
+
+    Nothing but its description is read on a disk. From an object store all of it comes into memory.
 
     Raises:
-      ValueError: it is in an object store.
-    """
-    if is_remote(directory):
-        raise ValueError(f"{directory}: adapters are read from a disk only, so copy it to one")
-    return [as_path(directory) / name for name in (ADAPTER_CONFIG, *WEIGHTS)]
-
-
-def open_adapter(directory: str | os.PathLike) -> Adapter:
-    """The adapter in a directory on a disk. Nothing but its description is read.
-
-    Raises:
-      FileNotFoundError: no such directory, or it lacks a file.
+      FileNotFoundError: the directory lacks a file.
       ValueError: a damaged file, a kind of adapter or an option that is not supported, a tensor that has no place in an
         OPT model, or half of a pair.
     """
     path, *weights = files_of_adapter(directory)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no PEFT adapter at {path}: an adapter is a directory (download one from the hub first)"
-        )
+        raise FileNotFoundError(f"no PEFT adapter at {path}")
     settings = json_object(read_small(path), path)
     _check_settings(settings, path)
     where = next((file for file in weights if file.is_file()), None)
     if where is None:
-        raise FileNotFoundError(f"{directory} has no weights: none of {', '.join(WEIGHTS)}")
+        raise FileNotFoundError(f"{directory} has no weights: none of {', '.join(ADAPTER_WEIGHTS)}")
     tensors = read_safetensors(where) if where.suffix == ".safetensors" else read_torch(where)
-    arrays = {name: locate(where, tensors.map, view).lazy() for name, view in tensors.items()}
+    arrays = {name: open_tensor(where, tensors.map, view) for name, view in tensors.items()}
     halves: dict[str, dict[str, LazyArray]] = {}
     replaced: dict[str, LazyArray] = {}
     prefix = "model."
+    plain, wrappers = without_wrappers(arrays)
     for name, array in arrays.items():
-        key = name.removeprefix(_PREFIX)
+        key = plain[name].removeprefix(_PREFIX)
         prefix = "" if key.startswith("decoder.") else prefix
         if array.dtype.name not in ("float32", "bfloat16", "float16", "float64"):
             raise ValueError(f"{where}: tensor {shown(name)} is {array.dtype.name}, not a floating point number")
@@ -305,7 +301,7 @@ def open_adapter(directory: str | os.PathLike) -> Adapter:
         place[slot] = array if part is None and not names.to_hf(path)[1] else array.T
     if not arrays:
         raise ValueError(f"{where} holds no tensors")
-    opened = Adapter(where, settings, {}, replaced, prefix)
+    opened = Adapter(where, settings, {}, replaced, prefix, note_of_prefixes(where, wrappers))
     pairs = {path: _pair(opened, path, half) for path, half in halves.items()}
     return dataclasses.replace(opened, pairs=pairs)
 
@@ -458,6 +454,6 @@ def adapter_files(parameters: Mapping[str, np.ndarray], lora: LoRA, base: str | 
         "use_rslora": False,
     }
     return {
-        WEIGHTS[0]: save(tensors, {"format": "pt"}),
+        ADAPTER_WEIGHTS[0]: save(tensors, {"format": "pt"}),
         ADAPTER_CONFIG: json.dumps(settings, indent=2).encode() + b"\n",
     }
