@@ -18,7 +18,6 @@ from support.peft_files import ALPHA, LAYER, PREFIX, RANK, SETTINGS, TARGETS, pa
 import opt_jax
 from convert.__main__ import main
 from opt_jax import named_parameters
-from opt_jax.checkpoints import chunks
 from opt_jax.checkpoints.arrays import LazyArray
 from opt_jax.checkpoints.formats import peft
 
@@ -86,7 +85,7 @@ def test_an_adapter_is_merged_in_every_form(tmp_path, dtype, form, capsys):
 
 def test_a_piece_of_a_merged_matrix_needs_a_piece_of_each(monkeypatch):
     rows, columns = 50, 30
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 4 * columns * 20)  # the sum is computed in three blocks
+    monkeypatch.setattr(peft, "_BLOCK_BYTES", 4 * columns * 20)  # the sum is computed in three blocks
     rng = np.random.default_rng(0)
     matrix, a, b = (
         rng.standard_normal(shape).astype(np.float32) for shape in ((rows, columns), (rows, 2), (2, columns))

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 from safetensors.numpy import save_file
-from support.hf_files import TINY, hf_weights, state_dict_pickle, torch_zip
+from support.hf_files import TINY, hf_shapes, state_dict_pickle, torch_zip
 
 RANK, ALPHA = 3, 6
 SETTINGS = dict(
@@ -32,10 +32,10 @@ TARGETS = [LAYER.format(i, name) for i in (0, 1) for name in ("self_attn.q_proj"
 
 
 def pairs(modules=TARGETS, rank=RANK, config=TINY):
-    shapes, rng = hf_weights(config), np.random.default_rng(7)
+    shapes, rng = hf_shapes(config), np.random.default_rng(7)
     tensors = {}
     for module in modules:
-        rows, columns = shapes[f"{module}.weight"].shape
+        rows, columns = shapes[f"{module}.weight"]
         tensors[f"{PREFIX}{module}.lora_A.weight"] = rng.standard_normal((rank, columns)).astype(np.float32)
         tensors[f"{PREFIX}{module}.lora_B.weight"] = rng.standard_normal((rows, rank)).astype(np.float32)
     return tensors

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from opt_jax.checkpoints import chunks
 from opt_jax.checkpoints.arrays import Checks, LazyArray, first_difference
 from opt_jax.checkpoints.chunks import Index
 from opt_jax.checkpoints.download import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -55,6 +54,7 @@ _WITHOUT_EFFECT = frozenset(
 )
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
 _LONGEST_PATTERN = 10_000
+_BLOCK_BYTES = 4 << 20  # of a sum; several are held, by each of the threads that convert
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ class Adapter:
             a, b = pair.a.read((index[0], ranks)).astype(wide), pair.b.read((ranks, index[1])).astype(wide)
             values = matrix.read(index)
             out = np.empty(values.shape, dtype)
-            step = max(1, chunks.CHUNK_BYTES // (wide.itemsize * max(1, values.shape[1])))
+            step = max(1, _BLOCK_BYTES // (wide.itemsize * max(1, values.shape[1])))
             for start in range(0, len(out), step):
                 part = slice(start, start + step)
                 with np.errstate(over="ignore", invalid="ignore"):  # infinities, in a damaged file
