@@ -31,7 +31,7 @@ _LOOKUP: dict[str, tuple[Any, ...]] = {"max_matching_ngram_size": (2,)}
 _LENGTHS = ({"max_length", "max_new_tokens"}, {"min_length", "min_new_tokens"})
 
 
-@unchangeable("model.generation_config = dataclasses.replace(model.generation_config, max_new_tokens=9)")
+@unchangeable("write model.generation_config = dataclasses.replace(model.generation_config, {name}={value})")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """Options of `generate`. Where one is None, `generation_config.json` of the checkpoint decides, else the default.

@@ -94,11 +94,18 @@ def to_hf(config: OPTConfig) -> dict[str, Any]:
     if isinstance(config.eos_token_id, tuple):
         fields["eos_token_id"] = list(config.eos_token_id)
     num_labels, extra = fields.pop("num_labels"), dict(config.extra)
-    labels = extra.get("id2label")
-    if not isinstance(labels, Mapping) or len(labels) != num_labels:  # replaced since it was read, or never named
+    named = extra.get("id2label")
+    if not isinstance(named, Mapping) or len(named) != num_labels:  # replaced since it was read, or never named
         extra["id2label"] = {str(i): f"LABEL_{i}" for i in range(num_labels)}
         extra["label2id"] = {f"LABEL_{i}": i for i in range(num_labels)}
     return {"model_type": "opt"} | fields | extra
+
+
+def labels(config: OPTConfig) -> dict[str, dict[Any, Any]]:
+    """`id2label` and `label2id` of a config, with numbers as ids."""
+    content = to_hf(config)
+    names = {int(i) if str(i).isdecimal() else i: name for i, name in content["id2label"].items()}
+    return {"id2label": names, "label2id": content.get("label2id") or {name: i for i, name in names.items()}}
 
 
 def from_pretrained(
