@@ -14,6 +14,7 @@ from opt_jax.checkpoints.download import ADAPTER_CONFIG, WEIGHT_FILES, Repositor
 from opt_jax.checkpoints.formats import foreign
 from opt_jax.system.messages import shown
 from opt_jax.system.reading import json_object, read_small
+from opt_jax.system.temporary import refuse_links, write_file
 
 TOKENIZER_FILES = (
     "vocab.json",
@@ -66,6 +67,19 @@ def disk_path(name: str | os.PathLike) -> Path:
     if is_remote(name):
         raise ValueError(f"{name}: this can only be written to a disk: name a path on one, and copy it from there")
     return as_path(name)
+
+
+def write_into(directory: str | os.PathLike, name: str, content: bytes) -> None:
+    """Write a file of this name into a directory, which is made if there is none.
+
+    Raises:
+      FileExistsError: the file is a symbolic link, or not a regular file.
+      ValueError: see `disk_path`.
+    """
+    folder = disk_path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    refuse_links(folder / name)
+    write_file(folder / name, content)
 
 
 def absolute(path: Path) -> Path:

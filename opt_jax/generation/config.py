@@ -12,7 +12,6 @@ from opt_jax.checkpoints.hf_scripts import unchangeable
 from opt_jax.generation.hf_options import check_names, ignored_fields, without_ignored
 from opt_jax.system.messages import shown
 from opt_jax.system.reading import asks_for_nothing, json_object, note_without_effect, read_small
-from opt_jax.system.temporary import refuse_links, write_file
 
 # Options that need do_sample=True -> values that have no effect even then.
 SAMPLING: dict[str, tuple[Any, ...]] = {
@@ -169,13 +168,9 @@ class GenerationConfig:
         """Write the options that are not None into `generation_config.json` of a directory.
 
         Raises:
-          FileExistsError: the file is a symbolic link, or not a regular file.
-          ValueError: see `hub.disk_path`.
+          FileExistsError, ValueError: see `hub.write_into`.
         """
-        folder = hub.disk_path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        refuse_links(folder / "generation_config.json")
-        write_file(folder / "generation_config.json", self.to_json().encode())
+        hub.write_into(directory, "generation_config.json", self.to_json().encode())
 
     def to_json(self) -> str:
         """The content of a `generation_config.json`."""

@@ -11,7 +11,6 @@ from opt_jax.checkpoints import hf_scripts, hub
 from opt_jax.config import OPTConfig
 from opt_jax.system.messages import shown
 from opt_jax.system.reading import FieldsWithoutEffect, json_object, note_without_effect, read_small
-from opt_jax.system.temporary import refuse_links, write_file
 
 # What transformers does for these fields of a config.json (for some of them, older versions) is not done here.
 _CALL, _GENERATION = "pass it to the model's call", "put it into generation_config.json, or pass it to generate"
@@ -162,10 +161,6 @@ def save_pretrained(config: OPTConfig, directory: str | os.PathLike[str]) -> Non
     """Write `config.json` into a directory.
 
     Raises:
-      FileExistsError: the file is a symbolic link, or not a regular file.
-      ValueError: see `hub.disk_path`.
+      FileExistsError, ValueError: see `hub.write_into`.
     """
-    folder = hub.disk_path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    refuse_links(folder / "config.json")
-    write_file(folder / "config.json", json.dumps(to_hf(config), indent=2).encode() + b"\n")
+    hub.write_into(directory, "config.json", json.dumps(to_hf(config), indent=2).encode() + b"\n")
