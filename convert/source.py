@@ -8,7 +8,7 @@ from typing import Any
 
 from opt_jax.checkpoints import hub, pretrained, saving
 from opt_jax.checkpoints.arrays import Checks, LazyArray
-from opt_jax.checkpoints.formats import hf, peft
+from opt_jax.checkpoints.formats import hf, peft, peft_merge
 from opt_jax.checkpoints.formats.wrappers import torch_files
 from opt_jax.checkpoints.source_files import files_of_model
 from opt_jax.config import OPTConfig
@@ -124,7 +124,7 @@ def _adapted(
     cls = adapter.head_class(base_cls)
     arrays, config = adapter.onto(base.arrays, base.config, base.where, causal=cls == "OPTForCausalLM", dtype=dtype)
     if cls != base_cls:  # without the head of the base
-        heads = tuple(f"{head}." for name, head in peft.CLASSES.values() if name != cls)
+        heads = tuple(f"{head}." for name, head in peft_merge.CLASSES.values() if name != cls)
         arrays = {path: array for path, array in arrays.items() if not path.startswith(heads)}
     changed = {name: value for name, value in config.to_hf().items() if before[name] != value}
     return dataclasses.replace(

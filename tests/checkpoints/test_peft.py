@@ -19,7 +19,7 @@ import opt_jax
 from convert.__main__ import main
 from opt_jax import named_parameters
 from opt_jax.checkpoints.arrays import LazyArray
-from opt_jax.checkpoints.formats import peft
+from opt_jax.checkpoints.formats import names, peft_merge
 
 
 def merged(weights, tensors, scale=ALPHA / RANK, rounded=True):
@@ -70,7 +70,7 @@ def test_an_adapter_is_merged_in_every_form(tmp_path, dtype, form, capsys):
     assert_near(load_hf_names(wide), exact)
     model = opt_jax.OPTForCausalLM.from_pretrained(base, adapter=adapter)
     for path, param in named_parameters(model).items():
-        name, transposed = peft.names.to_hf(path)
+        name, transposed = names.to_hf(path)
         value = np.asarray(param.get_value())
         np.testing.assert_allclose(value.T if transposed else value, exact[name], 1e-5, 1e-5, err_msg=name)
 
@@ -85,7 +85,7 @@ def test_an_adapter_is_merged_in_every_form(tmp_path, dtype, form, capsys):
 
 def test_a_piece_of_a_merged_matrix_needs_a_piece_of_each(monkeypatch):
     rows, columns = 50, 30
-    monkeypatch.setattr(peft, "_BLOCK_BYTES", 4 * columns * 20)  # the sum is computed in three blocks
+    monkeypatch.setattr(peft_merge, "_BLOCK_BYTES", 4 * columns * 20)  # the sum is computed in three blocks
     rng = np.random.default_rng(0)
     matrix, a, b = (
         rng.standard_normal(shape).astype(np.float32) for shape in ((rows, columns), (rows, 2), (2, columns))
@@ -97,8 +97,8 @@ def test_a_piece_of_a_merged_matrix_needs_a_piece_of_each(monkeypatch):
             array.shape, array.dtype, lambda index: read.append((name, array[index].shape)) or array[index]
         )
 
-    opened = peft.Adapter(Path("a"), {}, {}, {}, "model.")
-    pair = peft.Pair(lazy(a, "a"), lazy(b, "b"), 0.5)
+    opened = peft_merge.Adapter(Path("a"), {}, {}, {}, "model.")
+    pair = peft_merge.Pair(lazy(a, "a"), lazy(b, "b"), 0.5)
     result = opened._merged("lm_head.kernel", lazy(matrix, "matrix"), pair, np.dtype("float32"))
     assert not read
     expected = matrix + np.float32(0.5) * (a @ b)
@@ -268,13 +268,13 @@ def test_an_adapter_is_no_model(tmp_path, base, capsys):
 
 def test_an_adapter_that_changes_while_it_is_read(tmp_path, base, capsys, monkeypatch):
     adapter = write(tmp_path / "adapter", pairs())
-    read = peft.Adapter._round
+    read = peft_merge.Adapter._round
 
     def changing(self, *args):
         (adapter / "adapter_config.json").write_text(json.dumps(SETTINGS | {"r": 3.0}))
         return read(self, *args)
 
-    monkeypatch.setattr(peft.Adapter, "_round", changing)
+    monkeypatch.setattr(peft_merge.Adapter, "_round", changing)
     with pytest.raises(ValueError, match="adapter_config.json has changed while it was read"):
         opt_jax.OPTForCausalLM.from_pretrained(base, adapter=adapter)
 
