@@ -24,20 +24,11 @@ from typing import Any, BinaryIO, TypeVar
 
 from opt_jax.checkpoints.answers import NO_HUB, guarded
 from opt_jax.checkpoints.formats import foreign
+from opt_jax.checkpoints.formats.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHT_FILES, read_index
 from opt_jax.system.messages import one_line
-from opt_jax.system.reading import SMALL_FILE, json_object, name_from_outside, read_small
+from opt_jax.system.reading import SMALL_FILE
 from opt_jax.system.temporary import refuse_links
 
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "flax_model.msgpack",
-    "flax_model.msgpack.index.json",
-)
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")  # of PEFT
-_MOST_FILES = 10_000  # weight files: OPT-175B in files of 100 MB has 3,500
 _PARALLEL = 4  # files at once, because one connection seldom uses the full bandwidth
 _HTTP_LIMIT = 50_000_000_000  # the hub serves larger files over its Xet protocol only
 _OVERLOADED = (408, 429, 500, 502, 503, 504)
@@ -126,26 +117,6 @@ def missing_file(repository: Repository, folder: Path) -> str | None:
 def _needed(path: Path) -> list[str]:
     """The names of the weight files: `path` itself, or the files that it names if it is an index."""
     return sorted(set(read_index(path).values())) if path.suffix == ".json" else [path.name]
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> name of its file, from the index of weight files `path`.
-
-    Raises:
-      ValueError: the index is malformed.
-    """
-    try:
-        weight_map = json_object(read_small(path), "it").get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError("it has no object weight_map that names files")
-        for name in weight_map.values():
-            for part in name.split("/") if isinstance(name, str) else [name]:  # a shard may be in a sub-directory
-                name_from_outside(part)
-        if (count := len(set(weight_map.values()))) > _MOST_FILES:
-            raise ValueError(f"it names {count:,} files, more than the {_MOST_FILES:,} that a checkpoint may have")
-        return weight_map
-    except ValueError as e:
-        raise ValueError(f"{path} is not an index of weight files: {e}") from None
 
 
 def _complete(repository: Repository, folder: Path) -> None:

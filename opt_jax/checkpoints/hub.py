@@ -10,8 +10,9 @@ from urllib.parse import quote
 
 from etils import epath
 
-from opt_jax.checkpoints.download import ADAPTER_CONFIG, WEIGHT_FILES, Repository, download
+from opt_jax.checkpoints.download import Repository, download
 from opt_jax.checkpoints.formats import foreign
+from opt_jax.checkpoints.formats.weight_files import ADAPTER_CONFIG, WEIGHT_FILES
 from opt_jax.system.messages import shown
 from opt_jax.system.reading import json_object, read_small
 from opt_jax.system.temporary import refuse_links, write_file

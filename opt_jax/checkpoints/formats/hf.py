@@ -10,13 +10,13 @@ import numpy as np
 from opt_jax.checkpoints import hub
 from opt_jax.checkpoints.arrays import Checks, LazyArray, first_difference
 from opt_jax.checkpoints.chunks import Index
-from opt_jax.checkpoints.download import WEIGHT_FILES, read_index
 from opt_jax.checkpoints.formats import float8, foreign, names
 from opt_jax.checkpoints.formats.flax_msgpack import read_flax
 from opt_jax.checkpoints.formats.mapped_files import shown
 from opt_jax.checkpoints.formats.safetensors import read_safetensors
 from opt_jax.checkpoints.formats.stored import locate
 from opt_jax.checkpoints.formats.torch_files import read_torch
+from opt_jax.checkpoints.formats.weight_files import WEIGHT_FILES, read_index
 from opt_jax.checkpoints.formats.wrappers import is_metaseq, is_no_weight, note_of_prefixes, plain_names, torch_files
 from opt_jax.config import OPTConfig
 

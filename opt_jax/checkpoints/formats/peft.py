@@ -18,13 +18,13 @@ import numpy as np
 from safetensors.numpy import save
 
 from opt_jax.checkpoints.arrays import LazyArray
-from opt_jax.checkpoints.download import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from opt_jax.checkpoints.formats import names
 from opt_jax.checkpoints.formats.mapped_files import shown
 from opt_jax.checkpoints.formats.peft_merge import ADAPTED, CLASSES, EMBEDDING, Adapter, Pair
 from opt_jax.checkpoints.formats.safetensors import read_safetensors
 from opt_jax.checkpoints.formats.stored import open_tensor
 from opt_jax.checkpoints.formats.torch_files import read_torch
+from opt_jax.checkpoints.formats.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from opt_jax.checkpoints.formats.wrappers import note_of_prefixes, without_wrappers
 from opt_jax.model.lora import LoRA
 from opt_jax.system.reading import json_object, read_small
