@@ -9,14 +9,9 @@ import hashlib
 import json
 import os
 import re
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +22,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from opt_jax.data.documents import BLOCK, Source, cut, find_sources, pieces
 from opt_jax.data.files import TEXT_SUFFIXES, size_of
 from opt_jax.data.records import TEXT_KEY, BadRecords
-from opt_jax.data.tokenizers import tokenizer_from_bytes, tokenizer_to_bytes
+from opt_jax.data.workers import tokenizer_here, worker_processes
 from opt_jax.model.ids import as_ids
-from opt_jax.system.interrupts import WAITING, delayed
 from opt_jax.system.messages import one_line
 from opt_jax.system.reading import json_object, open_regular, read_small
 from opt_jax.system.temporary import new_file, refuse_links, unfinished_files
@@ -298,29 +292,14 @@ def _encode(
     if workers == 1:
         yield from (_encode_task(tokenizer, task) for task in _tasks(texts))
         return
-    before = active_children()
-    # spawn, because a fork of a process with threads (those of the tokenizer and of JAX) may hang.
-    with ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_begin_worker, initargs=(tokenizer_to_bytes(tokenizer),)
-    ) as pool:
+    with worker_processes(workers, tokenizer) as submit:
         waiting = deque()
-        try:
-            for task in _tasks(texts):
-                with delayed():  # a signal while a process is started would truncate the data that it unpickles
-                    waiting.append(pool.submit(_work, task))
-                if len(waiting) >= 3 * workers:  # otherwise the reader would fill the memory
-                    yield waiting.popleft().result()
-            while waiting:
+        for task in _tasks(texts):
+            waiting.append(submit(_work, task))
+            if len(waiting) >= 3 * workers:  # otherwise the reader would fill the memory
                 yield waiting.popleft().result()
-        except BrokenProcessPool:
-            raise ValueError("a process that tokenised has died (out of memory?): try fewer --workers") from None
-        except BaseException:  # an error, a signal, or the caller's error: what the workers still do is for nothing
-            for worker in active_children():
-                if worker not in before:
-                    worker.terminate()
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _tasks(texts: Iterator[tuple[str, bool]], blank_ones: bool = False) -> Iterator[list[tuple[str, bool]]]:
@@ -347,25 +326,5 @@ def _encode_task(tokenizer: OPTTokenizer, task: list[tuple[str, bool]]) -> tuple
     return np.concatenate(parts), sum(last for _, last in task), sum(len(text) for text, _ in task)
 
 
-_worker: list[OPTTokenizer] = []
-
-
-def _begin_worker(tokenizer: bytes) -> None:
-    # Ctrl-C reaches all processes. An idle worker would print its traceback, a busy one return it as a result.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, WAITING)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
-    _worker.append(tokenizer_from_bytes(tokenizer))
-
-
-def _end_with_parent() -> None:
-    """End this worker with its parent. Otherwise it would wait for ever at the queue, which it holds open itself."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
 def _work(task: list[tuple[str, bool]]) -> tuple[np.ndarray, int, int]:
-    return _encode_task(_worker[0], task)
+    return _encode_task(tokenizer_here(), task)

@@ -29,6 +29,7 @@ from opt_jax.data.records import BadRecords
 from opt_jax.data.tokenizers import train_tokenizer
 from opt_jax.data.tokens import Tokens, open_tokens, tokenize, write_tokens
 from opt_jax.data.windows import Reader, Windows
+from opt_jax.data.workers import worker_processes
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +224,22 @@ def test_workers_do_not_finish_what_nobody_waits_for(monkeypatch):
     assert len(workers) == 2 and [worker.exitcode for worker in workers] == [-signal.SIGTERM] * 2
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/io").is_file(), reason="reads in /proc how much a process has written")
+def test_a_worker_that_dies_while_it_writes_a_result_is_not_waited_for():
+    def written(pid):
+        return int(re.findall(r"wchar: (\d+)", Path(f"/proc/{pid}/io").read_text())[0])
+
+    with worker_processes(1, OPTTokenizer.from_pretrained("tiny")) as submit:
+        pid = submit(os.getpid).result()
+        before, result = written(pid), submit(bytes, 200 << 20)
+        while written(pid) == before:  # the length of the result was written, not yet its bytes
+            pass
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(ValueError, match=r"has died \(out of memory"):
+            result.result(timeout=60)
+
+
 @pytest.fixture
 def tokenising(tmp_path):
     """(process, terminal, ids of its workers) of `opt-jax tokenize`, whose standard error is a terminal."""
@@ -236,13 +253,14 @@ def tokenising(tmp_path):
     os.close(theirs)
     shown = b""
     while not re.search(rb"[1-9][0-9.]*/4[0-9.]+ MB", shown):
+        assert select.select([ours], [], [], 60)[0], shown
         shown += os.read(ours, 1 << 16)
     workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     assert len(workers) >= 2
     yield process, ours, workers
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.wait(timeout=60)
     os.close(ours)
 
 
@@ -261,7 +279,7 @@ def test_a_bar_on_a_terminal_and_nothing_left_of_what_is_ended(tokenising, sent,
     with contextlib.suppress(OSError):  # Linux: all processes have closed the terminal
         while select.select([ours], [], [], 60)[0]:
             shown += os.read(ours, 1 << 16)
-    assert process.wait() == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(sent, -signal.SIGKILL)
+    assert process.wait(timeout=60) == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(sent, -signal.SIGKILL)
     for _ in range(100):  # a worker may end a moment after it has closed its files
         if all(map(ended, workers)):
             break
