@@ -81,7 +81,8 @@ class Config(Target):
 
     def read(self, case: Any) -> str | None:
         from opt_jax import GenerationConfig, OPTConfig
-        from opt_jax.checkpoints import download, hub, pretrained
+        from opt_jax.checkpoints import hub, pretrained
+        from opt_jax.checkpoints.formats import weight_files
         from opt_jax.generation.config import combine, parse
 
         name, content = case
@@ -109,7 +110,7 @@ class Config(Target):
         elif name == "run.json":
             pretrained.read_config(self.directory / "checkpoints" / "3")
         else:
-            names = set(download.read_index(self.directory / name).values())
+            names = set(weight_files.read_index(self.directory / name).values())
             return None if all(os.path.basename(file) == file for file in names) else f"names {names}"
         return None
 
