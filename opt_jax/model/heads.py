@@ -61,10 +61,10 @@ class OPTPreTrainedModel(ModelMethods, nnx.Module):  # type: ignore[reportIncomp
         remat: Remat = "none",
         grad_dtype: DTypeLike = jnp.float32,
     ):
-        rngs = self._keys(config, rngs)
+        keys = self._keys(config, rngs)
         self.config, self.dtype, self.param_dtype = config, jnp.dtype(dtype), jnp.dtype(param_dtype)
         how = dict(attn_implementation=attn_implementation, remat=remat, grad_dtype=grad_dtype)
-        self._build(rngs, dtype=self.dtype, param_dtype=self.param_dtype, scan_layers=scan_layers, **how)
+        self._build(keys, dtype=self.dtype, param_dtype=self.param_dtype, scan_layers=scan_layers, **how)
 
     def _build(self, rngs: nnx.Rngs, **options: Any) -> None:
         self.model = OPTModel(self.config, rngs=rngs, **options)
