@@ -305,10 +305,8 @@ class OPTDecoder(nnx.Module):
         if self.project_in is not None:
             x = hooks.point("hook_project_in", self.project_in(x))
         positions = positions_of(inputs) if inputs.position_ids is None else inputs.position_ids
-        embedded = hooks.point(
-            "hook_pos_embed", self.embed_positions(collectives.local_tokens(positions) + POSITION_OFFSET)
-        )
-        return constrain(x + embedded, "residual")
+        embedded = self.embed_positions(collectives.local_tokens(positions) + POSITION_OFFSET)
+        return constrain(x + hooks.point("hook_pos_embed", embedded), "residual")
 
     def _run_list(self, x: Float[Array, "B T D"], mask: AttentionMask, inputs: DecoderInputs) -> Outputs:
         """The outputs of a list of layers, run one by one."""
