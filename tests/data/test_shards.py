@@ -360,7 +360,8 @@ def test_a_program_that_is_ended_goes_on(sent, tmp_path, tokenizer):
     os.killpg(process.pid, sent) if sent == signal.SIGINT else process.send_signal(sent)
     shown = process.communicate()[1]
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(sent, -signal.SIGKILL)
-    finished = {path.name: path.stat().st_mtime_ns for path in new.glob("opt-jax-*.npy")}
+    arrays = [entry.with_suffix(".npy") for entry in new.glob("opt-jax-*.json")]  # the entry is written last
+    finished = {path.name: path.stat().st_mtime_ns for path in arrays}
     assert 3 <= len(finished) < 8 and not (tmp_path / "many").exists()
     if sent != signal.SIGKILL:
         assert f"{len(finished)} of 8 arrays are finished" in shown and "Traceback" not in shown
