@@ -31,7 +31,7 @@ from opt_jax.system.messages import shown
 POINTS: dict[str, tuple[str, str]] = {
     "hook_embed": ("BTP", "token embeddings, or the call's `inputs_embeds`"),
     "hook_project_in": ("BTD", "what `project_in` makes of them (350M)"),
-    "hook_pos_embed": ("BTD", "position embeddings; B is 1 where all rows have the same positions"),
+    "hook_pos_embed": ("BTD", "position embeddings"),
     "hook_resid_pre": ("BTD", "the residual stream that enters the layer"),
     "ln1.hook_scale": ("BT1", "sqrt(variance + epsilon) in the LayerNorm before attention (post-norm: after it)"),
     "ln1.hook_normalized": ("BTD", "the output of that LayerNorm, with its scale and bias"),
@@ -387,7 +387,7 @@ class Active:
     """The hooks of the call that is being traced."""
 
     def __init__(self, decoder: OPTDecoder, inputs: DecoderInputs, asked: Hooks):
-        self.config, self.hooks = decoder.config, asked
+        self.config, self.hooks, self.batch = decoder.config, asked, inputs.shape[0]
         self.edits = [(set(find_points(self.config, key)), edits) for key, edits in asked.edits.items()]
         self._named = {
             _local(name) for names in (set(asked.names), *(names for names, _ in self.edits)) for name in names
@@ -403,7 +403,7 @@ class Active:
                     )
         if inputs.cache is not None and inputs.cache.valid.ndim == 3:  # beams: the axis T is that of branches
             self.positions = jnp.broadcast_to(inputs.cache.next_position[:, None], inputs.shape)
-            self.from_end = jnp.full(inputs.shape, -1)
+            self.from_end = jnp.full(inputs.shape, -1, jnp.int32)
         else:
             self.positions = positions_of(dataclasses.replace(inputs, segment_ids=None))  # -1 at pads
             end = self.positions.max(axis=1, keepdims=True) + 1
@@ -414,6 +414,8 @@ class Active:
 
     def at(self, local: str, value: Array, *computed_from: Any) -> Array:
         """See `hooks.point`."""
+        if local == "hook_pos_embed":  # one row, where all rows have the same positions
+            value = jnp.broadcast_to(value, (self.batch, *value.shape[1:]))
         if local == "attn.hook_result":
             return self._sum_of_heads(*computed_from) if local in self._named else value
         if computed_from and local.replace("normalized", "scale") in self._named:
