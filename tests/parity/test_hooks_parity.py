@@ -316,3 +316,19 @@ def test_interventions(name, padding):
         }
 
     compare_edits(name, padding, ours, theirs, values)
+
+
+@pytest.mark.filterwarnings("ignore")  # those of another library
+def test_transformer_lens(tmp_path):
+    """Its own cache has the same values under the same names. Its `hook_normalized` is before scale and bias."""
+    lens = pytest.importorskip("transformer_lens.model_bridge", reason="TransformerLens 4 is not installed")
+    hf, model = oracle.make_pair("opt-125m", num_hidden_layers=DEPTH)
+    hf.save_pretrained(tmp_path)
+    ids, mask = inputs_of("opt-125m", "none")
+    bridge = lens.TransformerBridge.boot_transformers(str(tmp_path), hf_model=hf)
+    with torch.no_grad():
+        _, expected = bridge.run_with_cache(torch.from_numpy(ids).long())
+    _, got = model.run_with_cache(ids)
+    theirs = {name: expected[name.replace("hook_normalized", "hook_out")] for name in got}
+    theirs = {name: value.reshape(got[name].shape) for name, value in theirs.items()}
+    assert_equal(got, theirs, mask, visible(mask))
