@@ -170,7 +170,7 @@ def _hooked(
     """The model with hooks. ValueError if they would mean something else than in the call of a model."""
     if hooks is None:
         return model
-    hooked = with_hooks(model, hooks)
+    hooked = with_hooks(model, hooks, request.rows // request.copies)
     edits = [edit for several in hooked.model.hooks.edits.values() for edit in several]
     if any(edit.rows is not None for edit in edits):
         for option, moves in (("batch_size", batch_size), ("num_return_sequences above 1", request.copies > 1)):
@@ -178,10 +178,10 @@ def _hooked(
                 raise ValueError(
                     f"hooks with rows= cannot be combined with {option}: the rows of steps are not the prompts"
                 )
-    if assistant_model is not None and any(edit.from_end for edit in edits):
-        raise ValueError(
-            "hooks with negative positions= cannot be combined with assistant_model: a step reads several tokens"
-        )
+    drafts = check_drafts(model, request, assistant_model)
+    if drafts is not None and any(edit.from_end for edit in edits):
+        name = "prompt_lookup_num_tokens" if drafts.assistant is None else "assistant_model"
+        raise ValueError(f"hooks with negative positions= cannot be combined with {name}: a step reads several tokens")
     return hooked
 
 

@@ -56,7 +56,9 @@ POINTS: dict[str, tuple[str, str]] = {
 }  # fmt: skip
 _OUTSIDE = ("hook_embed", "hook_project_in", "hook_pos_embed", "hook_project_out")
 Names = str | Iterable[str] | Callable[[str], bool]
-Indices = Int[Array, "..."] | int | list[int] | None
+Indices = Int[Array, "..."] | int | list[int] | range | None
+_INDICES = ("rows", "positions", "heads", "neurons", "layers")
+_NEVER = np.int32(2**31 - 1)  # a position that no token has
 
 
 class Hook(NamedTuple):
@@ -93,9 +95,8 @@ class Intervention:
 
     @property
     def from_end(self) -> bool:
-        """Whether a position, where it is known, counts from the end."""
-        known = self.positions is not None and not isinstance(self.positions, jax.core.Tracer)
-        return known and bool((np.asarray(self.positions) < 0).any())
+        """Whether a position of this checked intervention, where it is known, counts from the end."""
+        return isinstance(self.positions, np.ndarray) and bool((self.positions < 0).any())
 
     def changed(self, value: Array, hook: Hook) -> Array:
         """The new value, as if it were meant for all indices."""
@@ -263,17 +264,20 @@ def as_hooks(config: OPTConfig, edits: Any, names: Names = ()) -> Hooks:
     for key, given in (edits or {}).items():
         points = find_points(config, key)
         several = given if isinstance(given, tuple | list) else (given,)
-        checked[key] = tuple(_check(points, key, one) for one in several)
+        checked[key] = tuple(_check(config, points, key, one) for one in several)
     return Hooks(checked, keep)
 
 
-def _check(points: list[str], key: str, given: Any) -> Intervention:
+def _check(config: OPTConfig, points: list[str], key: str, given: Any) -> Intervention:
     function: Any = given
     edit = Call(function) if callable(given) else given
     if not isinstance(edit, Intervention):
         raise ValueError(
             f"{key}: {shown(given, 80)} is no intervention (Add, Replace, Scale, Zero, Project) or function"
         )
+    sizes = dict(heads=config.num_attention_heads, neurons=config.ffn_dim, layers=config.num_hidden_layers)
+    indices = {name: _indices(getattr(edit, name), f"{key}: {name}", sizes.get(name)) for name in _INDICES}
+    edit = dataclasses.replace(edit, **indices)
     for point in points:
         axes = POINTS[_local(point)][0]
         for name, axis in (("heads", "H"), ("neurons", "F")):
@@ -282,6 +286,22 @@ def _check(points: list[str], key: str, given: Any) -> Intervention:
         if edit.layers is not None and _is_outside(_local(point)):
             raise ValueError(f"{key}: layers= without effect, {point} is in no layer")
     return edit
+
+
+def _indices(given: Any, name: str, size: int | None) -> Any:
+    """Checked indices: an int32 array of NumPy where they are known, else a traced one; None for None."""
+    if given is None:
+        return None
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given)):
+        array: Any = jnp.asarray(given)
+    else:
+        array = np.asarray(given)
+        array = array.astype(np.int32) if array.size == 0 or np.issubdtype(array.dtype, np.integer) else array
+        if size is not None and array.dtype == np.int32 and ((array >= size) | (array < -size)).any():
+            raise ValueError(f"{name}={shown(array.tolist(), 80)}: there are {size}")
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers, not {array.dtype}")
+    return array
 
 
 def _local(point: str) -> str:
@@ -353,17 +373,37 @@ class HookedModel(OPTModel):
         return super().forward(input_ids, attention_mask, **{"hooks": self.hooks} | rest)
 
 
-def with_hooks(model: Any, hooks: Any) -> Any:
+def with_hooks(model: Any, hooks: Any, rows: int | None = None, unread: int = 0) -> Any:
     """A model with a head that shares the arrays of `model`, and whose every call has these hooks (`run_with_hooks`).
 
+    Args:
+      model: the model.
+      hooks: as in `run_with_hooks`.
+      rows: the number of rows that the caller gave, if the model may get more, which are padding.
+      unread: the number of tokens at the end of each row that the model does not read.
+
     Raises:
-      ValueError: see `as_hooks`.
+      ValueError: see `as_hooks`; or a row that does not exist.
     """
     checked = as_hooks(model.config, hooks)
+    edits = {key: tuple(_of_rows(edit, key, rows, unread) for edit in edits) for key, edits in checked.edits.items()}
+    checked = dataclasses.replace(checked, edits=edits)
     hooked = jax.tree.map(lambda x: x, model)
     hooked.model.__class__ = HookedModel
     hooked.model.hooks = nnx.data(checked)
     return hooked
+
+
+def _of_rows(edit: Intervention, key: str, rows: int | None, unread: int) -> Intervention:
+    """The edit with rows that count from the first one, and positions that count from the last token that is read."""
+    changed = {}
+    if edit.rows is not None and rows is not None:
+        chosen = _indices(edit.rows, f"{key}: rows", rows)
+        changed["rows"] = chosen + rows * (chosen < 0)
+    if edit.positions is not None and unread:
+        at: Any = edit.positions
+        changed["positions"] = np.where(at < -unread, at + unread, np.where(at < 0, _NEVER, at))
+    return dataclasses.replace(edit, **changed)
 
 
 # While a call is traced -----------------------------------------------------------------------------------------------
@@ -549,6 +589,4 @@ class Active:
 def _is_in(index: Array, wanted: Any, size: int) -> Bool[Array, "..."]:
     """Where `index` is one of the wanted indices, which may be negative."""
     wanted = jnp.asarray(wanted).reshape(-1)
-    if not isinstance(wanted, jax.core.Tracer) and ((wanted >= size) | (wanted < -size)).any():
-        raise ValueError(f"index {shown(np.asarray(wanted).tolist(), 80)}: the axis has {size} entries")
     return (index[..., None] == jnp.where(wanted < 0, wanted + size, wanted)).any(axis=-1)
