@@ -170,7 +170,7 @@ def hooked_model(
     """The model with hooks. ValueError if they would mean something else than in the call of a model."""
     if hooks is None:
         return model
-    hooked = with_hooks(model, hooks)
+    hooked = with_hooks(model, hooks, request.rows // request.copies)
     edits = [edit for edits_of_key in hooked.model.hooks.edits.values() for edit in edits_of_key]
     of_rows = any(edit.rows is not None for edit in edits)
     if of_rows or any(np.ndim(x) > 2 and np.shape(x)[0] > 1 for x in jax.tree.leaves(edits)):
@@ -178,10 +178,10 @@ def hooked_model(
             if moves:
                 what = "rows=" if of_rows else "a value for each row"
                 raise ValueError(f"hooks with {what} cannot be combined with {option}: a step has other rows")
-    if assistant_model is not None and any(edit.from_end for edit in edits):
-        raise ValueError(
-            "hooks with negative positions= cannot be combined with assistant_model: a step reads several tokens"
-        )
+    drafts = check_drafts(model, request, assistant_model)
+    if drafts is not None and any(edit.from_end for edit in edits):
+        name = "prompt_lookup_num_tokens" if drafts.assistant is None else "assistant_model"
+        raise ValueError(f"hooks with negative positions= cannot be combined with {name}: a step reads several tokens")
     return hooked
 
 

@@ -23,7 +23,6 @@ from opt_jax.config import OPTConfig
 from opt_jax.model import hooks
 from opt_jax.model.decoder import DecoderInputs, Ids, LayerNorm, Mask, OPTDecoder, positions_of
 from opt_jax.model.heads import OPTModel
-from opt_jax.model.ids import as_ids
 from opt_jax.model.outputs import BaseModelOutput
 from opt_jax.parallel.rules import is_per_device
 from opt_jax.system.messages import shown
@@ -32,7 +31,7 @@ from opt_jax.system.messages import shown
 POINTS: dict[str, tuple[str, str]] = {
     "hook_embed": ("BTP", "token embeddings, or the call's `inputs_embeds`"),
     "hook_project_in": ("BTD", "what `project_in` makes of them (350M)"),
-    "hook_pos_embed": ("BTD", "position embeddings; B is 1 where all rows have the same positions"),
+    "hook_pos_embed": ("BTD", "position embeddings"),
     "hook_resid_pre": ("BTD", "the residual stream that enters the layer"),
     "ln1.hook_scale": ("BT1", "sqrt(variance + epsilon) in the LayerNorm before attention (post-norm: after it)"),
     "ln1.hook_normalized": ("BTD", "the output of that LayerNorm, with its scale and bias"),
@@ -57,7 +56,9 @@ POINTS: dict[str, tuple[str, str]] = {
 }  # fmt: skip
 _OUTSIDE = ("hook_embed", "hook_project_in", "hook_pos_embed", "hook_project_out")
 Names = str | Iterable[str] | Callable[[str], bool]
-Indices = Int[Array, "..."] | int | list[int] | None
+Indices = Int[Array, "..."] | int | list[int] | range | None
+_INDICES = ("rows", "positions", "heads", "neurons", "layers")
+_NEVER = np.int32(2**31 - 1)  # a position that no token has
 
 
 class Hook(NamedTuple):
@@ -94,9 +95,8 @@ class Intervention:
 
     @property
     def from_end(self) -> bool:
-        """Whether a position, where it is known, counts from the end."""
-        known = self.positions is not None and not isinstance(self.positions, jax.core.Tracer)
-        return known and bool((np.asarray(self.positions) < 0).any())
+        """Whether a position of this checked intervention, where it is known, counts from the end."""
+        return isinstance(self.positions, np.ndarray) and bool((self.positions < 0).any())
 
     def changed(self, value: Array, hook: Hook) -> Array:
         """The new value, as if it were meant for all indices."""
@@ -275,14 +275,9 @@ def _check(config: OPTConfig, points: list[str], key: str, given: Any) -> Interv
         raise ValueError(
             f"{key}: {shown(given, 80)} is no intervention (Add, Replace, Scale, Zero, Project) or function"
         )
-    sizes = {"heads": config.num_attention_heads, "neurons": config.ffn_dim, "layers": config.num_hidden_layers}
-    for name in ("rows", "positions", *sizes):
-        indices = getattr(edit, name)
-        if indices is None or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(indices)):
-            continue
-        known = as_ids(f"{key}: {name}", indices)
-        if (size := sizes.get(name)) and (wrong := known[(known < -size) | (known >= size)]).size:
-            raise ValueError(f"{key}: {name} holds {wrong.flat[0]}, but the model has {size}")
+    sizes = dict(heads=config.num_attention_heads, neurons=config.ffn_dim, layers=config.num_hidden_layers)
+    indices = {name: _indices(getattr(edit, name), f"{key}: {name}", sizes.get(name)) for name in _INDICES}
+    edit = dataclasses.replace(edit, **indices)
     for point in points:
         axes = POINTS[_local(point)][0]
         for name, axis in (("heads", "H"), ("neurons", "F")):
@@ -291,6 +286,22 @@ def _check(config: OPTConfig, points: list[str], key: str, given: Any) -> Interv
         if edit.layers is not None and _is_outside(_local(point)):
             raise ValueError(f"{key}: layers= without effect, {point} is in no layer")
     return edit
+
+
+def _indices(given: Any, name: str, size: int | None) -> Any:
+    """Checked indices: an int32 array of NumPy where they are known, else a traced one; None for None."""
+    if given is None:
+        return None
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given)):
+        array: Any = jnp.asarray(given)
+    else:
+        array = np.asarray(given)
+        array = array.astype(np.int32) if array.size == 0 or np.issubdtype(array.dtype, np.integer) else array
+        if size is not None and array.dtype == np.int32 and ((array >= size) | (array < -size)).any():
+            raise ValueError(f"{name}={shown(array.tolist(), 80)}: there are {size}")
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers, not {array.dtype}")
+    return array
 
 
 def _local(point: str) -> str:
@@ -362,17 +373,37 @@ class HookedModel(OPTModel):
         return super().forward(input_ids, attention_mask, **{"hooks": self.hooks} | rest)
 
 
-def with_hooks(model: Any, hooks: Any) -> Any:
+def with_hooks(model: Any, hooks: Any, rows: int | None = None, unread: int = 0) -> Any:
     """A model with a head that shares the arrays of `model`, and whose every call has these hooks (`run_with_hooks`).
 
+    Args:
+      model: the model.
+      hooks: as in `run_with_hooks`.
+      rows: the number of rows that the caller gave, if the model may get more, which are padding.
+      unread: the number of tokens at the end of each row that the model does not read.
+
     Raises:
-      ValueError: see `as_hooks`.
+      ValueError: see `as_hooks`; or a row that does not exist.
     """
     checked = as_hooks(model.config, hooks)
+    edits = {key: tuple(_of_rows(edit, key, rows, unread) for edit in edits) for key, edits in checked.edits.items()}
+    checked = dataclasses.replace(checked, edits=edits)
     hooked = jax.tree.map(lambda x: x, model)
     hooked.model.__class__ = HookedModel
     hooked.model.hooks = nnx.data(checked)
     return hooked
+
+
+def _of_rows(edit: Intervention, key: str, rows: int | None, unread: int) -> Intervention:
+    """The edit with rows that count from the first one, and positions that count from the last token that is read."""
+    changed = {}
+    if edit.rows is not None and rows is not None:
+        chosen = _indices(edit.rows, f"{key}: rows", rows)
+        changed["rows"] = chosen + rows * (chosen < 0)
+    if edit.positions is not None and unread:
+        at: Any = edit.positions
+        changed["positions"] = np.where(at < -unread, at + unread, np.where(at < 0, _NEVER, at))
+    return dataclasses.replace(edit, **changed)
 
 
 # While a call is traced -----------------------------------------------------------------------------------------------
@@ -396,7 +427,7 @@ class Active:
     """The hooks of the call that is being traced."""
 
     def __init__(self, decoder: OPTDecoder, inputs: DecoderInputs, asked: Hooks):
-        self.config, self.hooks = decoder.config, asked
+        self.config, self.hooks, self.batch = decoder.config, asked, inputs.shape[0]
         self.edits = [(set(find_points(self.config, key)), edits) for key, edits in asked.edits.items()]
         self._named = {
             _local(name) for names in (set(asked.names), *(names for names, _ in self.edits)) for name in names
@@ -412,7 +443,7 @@ class Active:
                     )
         if inputs.cache is not None and inputs.cache.valid.ndim == 3:  # beams: the axis T is that of branches
             self.positions = jnp.broadcast_to(inputs.cache.next_position[:, None], inputs.shape)
-            self.from_end = jnp.full(inputs.shape, -1)
+            self.from_end = jnp.full(inputs.shape, -1, jnp.int32)
         else:
             self.positions = positions_of(dataclasses.replace(inputs, segment_ids=None))  # -1 at pads
             end = self.positions.max(axis=1, keepdims=True) + 1
@@ -423,6 +454,8 @@ class Active:
 
     def at(self, local: str, value: Array, *computed_from: Any) -> Array:
         """See `hooks.point`."""
+        if local == "hook_pos_embed":  # one row, where all rows have the same positions
+            value = jnp.broadcast_to(value, (self.batch, *value.shape[1:]))
         if local == "attn.hook_result":
             return self._sum_of_heads(*computed_from) if local in self._named else value
         if computed_from and local.replace("normalized", "scale") in self._named:
