@@ -96,7 +96,8 @@ class Intervention:
     @property
     def from_end(self) -> bool:
         """Whether a position of this checked intervention, where it is known, counts from the end."""
-        return isinstance(self.positions, np.ndarray) and bool((self.positions < 0).any())
+        positions: Any = self.positions
+        return isinstance(positions, np.ndarray) and bool((positions < 0).any())
 
     def changed(self, value: Array, hook: Hook) -> Array:
         """The new value, as if it were meant for all indices."""
