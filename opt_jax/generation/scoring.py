@@ -48,7 +48,8 @@ def score(
       ValueError: inputs that `generate` would refuse.
     """
     ids, mask, padded_ids, padded_mask = check_score(model, input_ids, attention_mask, unread=1)
-    logprobs, greedy = _run(model if hooks is None else with_hooks(model, hooks), padded_ids, padded_mask)
+    model = model if hooks is None else with_hooks(model, hooks, len(ids), unread=1)
+    logprobs, greedy = _run(model, padded_ids, padded_mask)
     result, best = np.full(ids.shape, np.nan, np.float32), np.zeros(ids.shape, bool)
     first = np.arange(len(ids)), mask.argmax(1)
     result[mask], best[mask] = logprobs[padded_mask], greedy[padded_mask]  # the same tokens in the same order

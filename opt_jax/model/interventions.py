@@ -31,7 +31,7 @@ from opt_jax.system.messages import shown
 POINTS: dict[str, tuple[str, str]] = {
     "hook_embed": ("BTP", "token embeddings, or the call's `inputs_embeds`"),
     "hook_project_in": ("BTD", "what `project_in` makes of them (350M)"),
-    "hook_pos_embed": ("BTD", "position embeddings; B is 1 where all rows have the same positions"),
+    "hook_pos_embed": ("BTD", "position embeddings"),
     "hook_resid_pre": ("BTD", "the residual stream that enters the layer"),
     "ln1.hook_scale": ("BT1", "sqrt(variance + epsilon) in the LayerNorm before attention (post-norm: after it)"),
     "ln1.hook_normalized": ("BTD", "the output of that LayerNorm, with its scale and bias"),
@@ -56,7 +56,9 @@ POINTS: dict[str, tuple[str, str]] = {
 }  # fmt: skip
 _OUTSIDE = ("hook_embed", "hook_project_in", "hook_pos_embed", "hook_project_out")
 Names = str | Iterable[str] | Callable[[str], bool]
-Indices = Int[Array, "..."] | int | list[int] | None
+Indices = Int[Array, "..."] | int | list[int] | range | None
+_INDICES = ("rows", "positions", "heads", "neurons", "layers")
+_NEVER = np.int32(2**31 - 1)  # a position that no token has
 
 
 class Hook(NamedTuple):
@@ -77,7 +79,7 @@ class Intervention:
     """A change of the value at a point, everywhere or at chosen indices. An index may be negative, from the end.
 
     Attributes:
-      rows: of the batch.
+      rows: of the batch. One that it does not have makes the result NaN, because the rows are known too late.
       positions: count the real tokens of a row over the whole sequence, also those in a cache and generated ones. -1 is
         the last real token of each call, so in decoding the token of each step.
       heads: at points with an axis H.
@@ -93,9 +95,9 @@ class Intervention:
 
     @property
     def from_end(self) -> bool:
-        """Whether a position, where it is known, counts from the end."""
-        known = self.positions is not None and not isinstance(self.positions, jax.core.Tracer)
-        return known and bool((np.asarray(self.positions) < 0).any())
+        """Whether a position of this checked intervention, where it is known, counts from the end."""
+        positions: Any = self.positions
+        return isinstance(positions, np.ndarray) and bool((positions < 0).any())
 
     def changed(self, value: Array, hook: Hook) -> Array:
         """The new value, as if it were meant for all indices."""
@@ -228,19 +230,19 @@ def find_points(config: OPTConfig, names: Names) -> list[str]:
     """
     known = point_names(config)
     if callable(names):
-        found = [name for name in known if names(name)]
-        if not found:
+        selected = [name for name in known if names(name)]
+        if not selected:
             raise ValueError("names: the function is true for no point of this model")
-        return found
-    found = set()
+        return selected
+    selected = set()
     for name in [names] if isinstance(names, str) else names:
         matches = fnmatch.filter(known, name) if isinstance(name, str) else []
         if not matches:
             near = difflib.get_close_matches(str(name), known, 3, 0.5)
             hint = f"; did you mean {', '.join(near)}?" if near else ": opt_jax.point_names(model.config) lists all"
             raise ValueError(f"no hook point is named {shown(name, 80)}{hint}")
-        found.update(matches)
-    return [name for name in known if name in found]
+        selected.update(matches)
+    return [name for name in known if name in selected]
 
 
 def as_hooks(config: OPTConfig, edits: Any, names: Names = ()) -> Hooks:
@@ -262,18 +264,21 @@ def as_hooks(config: OPTConfig, edits: Any, names: Names = ()) -> Hooks:
     checked = {}
     for key, given in (edits or {}).items():
         points = find_points(config, key)
-        several = given if isinstance(given, tuple | list) else (given,)
-        checked[key] = tuple(_check(points, key, one) for one in several)
+        edits_here = given if isinstance(given, tuple | list) else (given,)
+        checked[key] = tuple(_check(config, points, key, edit) for edit in edits_here)
     return Hooks(checked, keep)
 
 
-def _check(points: list[str], key: str, given: Any) -> Intervention:
+def _check(config: OPTConfig, points: list[str], key: str, given: Any) -> Intervention:
     function: Any = given
     edit = Call(function) if callable(given) else given
     if not isinstance(edit, Intervention):
         raise ValueError(
             f"{key}: {shown(given, 80)} is no intervention (Add, Replace, Scale, Zero, Project) or function"
         )
+    sizes = dict(heads=config.num_attention_heads, neurons=config.ffn_dim, layers=config.num_hidden_layers)
+    indices = {name: _indices(getattr(edit, name), f"{key}: {name}", sizes.get(name)) for name in _INDICES}
+    edit = dataclasses.replace(edit, **indices)
     for point in points:
         axes = POINTS[_local(point)][0]
         for name, axis in (("heads", "H"), ("neurons", "F")):
@@ -282,6 +287,22 @@ def _check(points: list[str], key: str, given: Any) -> Intervention:
         if edit.layers is not None and _is_outside(_local(point)):
             raise ValueError(f"{key}: layers= without effect, {point} is in no layer")
     return edit
+
+
+def _indices(given: Any, name: str, size: int | None) -> Any:
+    """Checked indices: an int32 array of NumPy where they are known, else a traced one; None for None."""
+    if given is None:
+        return None
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given)):
+        array: Any = jnp.asarray(given)
+    else:
+        array = np.asarray(given)
+        array = array.astype(np.int32) if array.size == 0 or np.issubdtype(array.dtype, np.integer) else array
+        if size is not None and array.dtype == np.int32 and ((array >= size) | (array < -size)).any():
+            raise ValueError(f"{name}={shown(array.tolist(), 80)}: there are {size}")
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers, not {array.dtype}")
+    return array
 
 
 def _local(point: str) -> str:
@@ -353,17 +374,37 @@ class HookedModel(OPTModel):
         return super().forward(input_ids, attention_mask, **{"hooks": self.hooks} | rest)
 
 
-def with_hooks(model: Any, hooks: Any) -> Any:
+def with_hooks(model: Any, hooks: Any, rows: int | None = None, unread: int = 0) -> Any:
     """A model with a head that shares the arrays of `model`, and whose every call has these hooks (`run_with_hooks`).
 
+    Args:
+      model: the model.
+      hooks: as in `run_with_hooks`.
+      rows: the number of rows that the caller gave, if the model may get more, which are padding.
+      unread: the number of tokens at the end of each row that the model does not read.
+
     Raises:
-      ValueError: see `as_hooks`.
+      ValueError: see `as_hooks`; or a row that does not exist.
     """
     checked = as_hooks(model.config, hooks)
+    edits = {key: tuple(_of_rows(edit, key, rows, unread) for edit in edits) for key, edits in checked.edits.items()}
+    checked = dataclasses.replace(checked, edits=edits)
     hooked = jax.tree.map(lambda x: x, model)
     hooked.model.__class__ = HookedModel
     hooked.model.hooks = nnx.data(checked)
     return hooked
+
+
+def _of_rows(edit: Intervention, key: str, rows: int | None, unread: int) -> Intervention:
+    """The edit with rows that count from the first one, and positions that count from the last token that is read."""
+    changed = {}
+    if edit.rows is not None and rows is not None:
+        chosen = _indices(edit.rows, f"{key}: rows", rows)
+        changed["rows"] = chosen + rows * (chosen < 0)
+    if edit.positions is not None and unread:
+        at: Any = edit.positions
+        changed["positions"] = np.where(at < -unread, at + unread, np.where(at < 0, _NEVER, at))
+    return dataclasses.replace(edit, **changed)
 
 
 # While a call is traced -----------------------------------------------------------------------------------------------
@@ -387,7 +428,7 @@ class Active:
     """The hooks of the call that is being traced."""
 
     def __init__(self, decoder: OPTDecoder, inputs: DecoderInputs, asked: Hooks):
-        self.config, self.hooks = decoder.config, asked
+        self.config, self.hooks, self.batch = decoder.config, asked, inputs.shape[0]
         self.edits = [(set(find_points(self.config, key)), edits) for key, edits in asked.edits.items()]
         self._named = {
             _local(name) for names in (set(asked.names), *(names for names, _ in self.edits)) for name in names
@@ -403,7 +444,7 @@ class Active:
                     )
         if inputs.cache is not None and inputs.cache.valid.ndim == 3:  # beams: the axis T is that of branches
             self.positions = jnp.broadcast_to(inputs.cache.next_position[:, None], inputs.shape)
-            self.from_end = jnp.full(inputs.shape, -1)
+            self.from_end = jnp.full(inputs.shape, -1, jnp.int32)
         else:
             self.positions = positions_of(dataclasses.replace(inputs, segment_ids=None))  # -1 at pads
             end = self.positions.max(axis=1, keepdims=True) + 1
@@ -414,6 +455,8 @@ class Active:
 
     def at(self, local: str, value: Array, *computed_from: Any) -> Array:
         """See `hooks.point`."""
+        if local == "hook_pos_embed":  # one row, where all rows have the same positions
+            value = jnp.broadcast_to(value, (self.batch, *value.shape[1:]))
         if local == "attn.hook_result":
             return self._sum_of_heads(*computed_from) if local in self._named else value
         if computed_from and local.replace("normalized", "scale") in self._named:
@@ -449,12 +492,13 @@ class Active:
         return (jnp.asarray(layers) == self._layer).any()
 
     def _edited(self, edit: Intervention, value: Array, hook: Hook, axes: str, active: Any) -> Array:
-        chosen = [] if active is True else [active]
+        chosen, out_of_range = [] if active is True else [active], []
         for indices, letter in ((edit.rows, "B"), (edit.heads, "H"), (edit.neurons, "F")):
             if indices is not None:
                 size = value.shape[axes.index(letter)]
-                mask = _is_in(jnp.arange(size, dtype=jnp.int32), indices, size)
+                mask, wrong = _is_in(jnp.arange(size, dtype=jnp.int32), indices, size)
                 chosen.append(mask.reshape([-1 if letter == axis else 1 for axis in axes]))
+                out_of_range.append(wrong)
         if edit.positions is not None:
             wanted = jnp.asarray(edit.positions).reshape(-1)[:, None, None]
             real = self.positions >= 0
@@ -462,9 +506,12 @@ class Active:
             shape = {"B": mask.shape[0], "T": mask.shape[1]}
             chosen.append(mask.reshape([shape.get(axis, 1) for axis in axes]))
         if edit.layers is not None:
-            depth = self.config.num_hidden_layers
-            chosen.append(_is_in(jnp.asarray(hook.layer, jnp.int32), edit.layers, depth))
+            mask, wrong = _is_in(jnp.asarray(hook.layer, jnp.int32), edit.layers, self.config.num_hidden_layers)
+            chosen.append(mask)
+            out_of_range.append(wrong)
         new = edit.changed(value, hook)
+        for wrong in out_of_range:
+            new = jnp.where(wrong, jnp.nan, new)
         if not chosen:
             return new
         where = chosen[0]
@@ -544,9 +591,11 @@ class Active:
         return self._visit("attn.hook_result", result).sum(axis=2) + bias
 
 
-def _is_in(index: Array, wanted: Any, size: int) -> Bool[Array, "..."]:
-    """Where `index` is one of the wanted indices, which may be negative."""
+def _is_in(index: Array, wanted: Any, size: int) -> tuple[Bool[Array, "..."], Bool[Array, ""]]:
+    """Where `index` is one of the wanted indices, and whether one of these is outside the axis.
+
+    (A wrong index that is known before tracing is an error; a traced one gives NaN, as a wrong token id does.)
+    """
     wanted = jnp.asarray(wanted).reshape(-1)
-    if not isinstance(wanted, jax.core.Tracer) and ((wanted >= size) | (wanted < -size)).any():
-        raise ValueError(f"index {shown(np.asarray(wanted).tolist(), 80)}: the axis has {size} entries")
-    return (index[..., None] == jnp.where(wanted < 0, wanted + size, wanted)).any(axis=-1)
+    mask = (index[..., None] == jnp.where(wanted < 0, wanted + size, wanted)).any(axis=-1)
+    return mask, ((wanted >= size) | (wanted < -size)).any()
