@@ -19,6 +19,7 @@ ROOMS = (
     "opt_jax.data",
     "opt_jax.training",
     "opt_jax.evaluation",
+    "opt_jax.research",
     "opt_jax.cli",
     "opt_jax.__main__",
     "convert",
