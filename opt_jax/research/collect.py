@@ -63,7 +63,7 @@ def collect(
     plan = dict(model=hash_of_model(model), points=points)
     place = TemporaryPlace(path, r"(index|state)\.json.*|[\w.]+\.npy")
     with disk_errors(path), place.locked(wait=False):
-        state = _earlier(path, plan) or plan | dict(batches=0, tokens=0, rows=0, data="")
+        state: dict[str, Any] = _earlier(path, plan) or plan | dict(batches=0, tokens=0, rows=0, data="")
         write_file(path / "state.json", json.dumps(state).encode())
         begun, done, data, files = state["batches"], 0, hashlib.sha256(), _Files(path, state)
         try:

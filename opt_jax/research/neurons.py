@@ -119,7 +119,7 @@ def neuron_statistics(
             progress(done, tokens)
     if not tokens:
         raise ValueError("no tokens: `batches` is empty, or holds pads only")
-    return NeuronStatistics(numbers, tokens, fired, *kept, fired_at, tokens_at)
+    return NeuronStatistics(numbers, tokens, fired, kept[0], kept[1], kept[2], kept[3], fired_at, tokens_at)
 
 
 def plot(statistics: NeuronStatistics, axes: Any = None) -> Any:

@@ -146,12 +146,13 @@ def train_sae(
     directions = draw.standard_normal((features, sample.shape[1]), np.float32)
     directions *= 0.1 / np.linalg.norm(directions, axis=1, keepdims=True)
     zeros = np.zeros(features, np.float32)
-    sae = SAE(*map(jnp.asarray, (directions.T.copy(), zeros, directions, sample.mean(axis=0) * scale)))
+    centre = jnp.asarray(sample.mean(axis=0) * scale)
+    sae: Any = SAE(jnp.asarray(directions.T.copy()), jnp.asarray(zeros), jnp.asarray(directions), centre)
     decay = optax.linear_schedule(learning_rate, 0.0, max(steps // 5, 1), steps - steps // 5)
     optimizer = optax.adam(decay, b1=0.9, b2=0.999)
 
     @jax.jit
-    def step(sae: SAE, state: Any, batch: Array, strength: Array) -> tuple[SAE, Any, dict[str, Array]]:
+    def step(sae: Any, state: Any, batch: Array, strength: Array) -> tuple[Any, Any, dict[str, Array]]:
         (_, measures), gradient = jax.value_and_grad(_loss, has_aux=True)(sae, batch * scale, strength)
         updates, state = optimizer.update(gradient, state, sae)
         return optax.apply_updates(sae, updates), state, measures
@@ -229,10 +230,10 @@ def load_sae(directory: str | os.PathLike) -> SAE:
             raise ValueError(f"{path / WEIGHTS}: {shown(name)} is no part of a standard autoencoder")
     metadata = config.get("metadata") or config  # before SAELens 6, all in one object
     name = metadata.get("hook_name") or metadata.get("hook_point")
-    shapes = {name: np.shape(tensors.get(name)) for name in _ARRAYS}
+    shapes = {name: np.shape(tensors[name]) if name in tensors else () for name in _ARRAYS}
     (inputs, width), expected = (shapes["W_enc"] + (0, 0))[:2], {}
     expected = dict(W_enc=(inputs, width), b_enc=(width,), W_dec=(width, inputs), b_dec=(inputs,))
     if shapes != expected or 0 in (inputs, width):
         raise ValueError(f"{path / WEIGHTS}: shapes {shapes} do not belong together")
-    arrays = [jnp.asarray(np.array(tensors[name])) for name in _ARRAYS]
-    return SAE(*arrays, hook_name=name, centred=config.get("apply_b_dec_to_input", True) is not False)
+    arrays: dict[str, Any] = {name: jnp.asarray(np.array(tensors[name])) for name in _ARRAYS}
+    return SAE(**arrays, hook_name=name, centred=config.get("apply_b_dec_to_input", True) is not False)

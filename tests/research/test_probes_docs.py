@@ -22,5 +22,5 @@ def test_examples_run(monkeypatch, tmp_path, capsys):
     first, third = names["trained"].values()
     assert third.accuracy > first.accuracy + 0.05 and third.accuracy > third.majority + 0.1
     losses = [float(line) for line in capsys.readouterr().out.splitlines() if re.fullmatch(r"\d+\.\d+", line)]
-    assert losses[0] < losses[1] < losses[3] and np.isclose(losses[0], losses[2], atol=1e-3)
+    assert len(losses) == 4 and max(losses[:3]) < losses[3] - 1 and np.isclose(losses[0], losses[2], atol=1e-3)
     assert names["statistics"].dead.mean() < 0.9

@@ -1,6 +1,7 @@
 """Sparse autoencoders: SAELens' formulas and files in PyTorch, the same training in PyTorch, and hooks."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +24,12 @@ def model():
 
 def an_sae(size=24, features=50, **fields):
     draw = np.random.RandomState(0)
-    arrays = [draw.standard_normal(shape) for shape in ((size, features), features, (features, size), size)]
-    return SAE(*(jnp.asarray(array, jnp.float32) for array in arrays), **fields)
+    shapes = dict(W_enc=(size, features), b_enc=features, W_dec=(features, size), b_dec=size)
+    arrays: dict[str, Any] = {k: jnp.asarray(draw.standard_normal(shape), jnp.float32) for k, shape in shapes.items()}
+    return SAE(**arrays, **fields)
 
 
-def torch_forward(state, x, centred=True, factor=1.0):
+def torch_forward(state, x, centred=True, factor: Any = 1.0):
     """SAELens 6, StandardSAE.encode and decode: (features, reconstruction)."""
     x = torch.tensor(np.asarray(x))
     features = torch.relu((x - state["b_dec"] * centred) @ state["W_enc"] + state["b_enc"])
@@ -165,7 +167,7 @@ def torch_training(x, features, l1, steps, batch_size, learning_rate):
 
 def test_training_is_that_of_pytorch():
     x = (np.random.RandomState(0).standard_normal((500, 6)) * 3 + 1).astype(np.float32)
-    options = dict(l1=2.0, steps=20, batch_size=32, learning_rate=1e-3)
+    options: dict[str, Any] = dict(l1=2.0, steps=20, batch_size=32, learning_rate=1e-3)
     calls = []
     sae, measures = train_sae(x, 10, **options, hook_name=POINT, progress=lambda *done: calls.append(done))
     arrays, losses = torch_training(x, 10, **options)
