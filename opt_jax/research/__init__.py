@@ -1,1 +1,5 @@
-"""What papers do with the inside of a language model, on the hook points of `opt_jax.model.interventions`."""
+"""What papers do with the activations of a model. Each module names its paper."""
+
+from opt_jax.research.collect import collect
+
+__all__ = ["collect"]
