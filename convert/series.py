@@ -1,7 +1,6 @@
 """Several checkpoints of metaseq in one call: each to its own sub-directory, which later calls verify and pass over."""
 
 import dataclasses
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -48,12 +47,7 @@ def find(patterns: Sequence[str]) -> dict[str, list[str]]:
         if name in named:
             raise ValueError(f"{paths[0]} and {named[name][0]} would both be written to {name}: convert them apart")
         named[name] = paths
-    return dict(sorted(named.items(), key=lambda item: by_number(item[0])))
-
-
-def by_number(name: str) -> list[tuple[int, str]]:
-    """A key that sorts names by the numbers in them: step2 before step10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return dict(sorted(named.items(), key=lambda item: hub.by_number(Path(item[0]))))
 
 
 def convert_each(

@@ -94,8 +94,8 @@ def test_names_come_from_files_or_else_from_directories(tmp_path):
         for file in ("reshard-model_part-0.pt", "reshard-model_part-1.pt"):
             (tmp_path / folder).mkdir(exist_ok=True)
             (tmp_path / folder / file).touch()
-    found = series.find([str(tmp_path)])
-    assert list(found) == ["step3", "step20"] and all(len(files) == 2 for files in found.values())
+    checkpoints = series.find([str(tmp_path)])
+    assert list(checkpoints) == ["step3", "step20"] and all(len(files) == 2 for files in checkpoints.values())
     (tmp_path / "more" / "step3").mkdir(parents=True)
     (tmp_path / "more" / "step3" / "reshard.pt").touch()
     with pytest.raises(ValueError, match=r"would both be written to step3"):
