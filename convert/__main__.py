@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -131,7 +132,7 @@ def to_orbax(
 
     Other commands (each has its own --help; write ./inspect for a directory of that name):
 
-    metaseq SRC... DST         convert a checkpoint of Meta's metaseq: model-parallel parts, FSDP shards
+    metaseq SRC... DST         convert a checkpoint of Meta's metaseq: model-parallel parts, FSDP shards; or several
 
     to-hf SRC DST              convert to Hugging Face's form, safetensors
 
@@ -150,6 +151,7 @@ def to_orbax(
 def metaseq(
     paths: Paths,
     /,
+    series: bool = False,
     metaseq: Metaseq = MetaseqOptions(),
     write: Write = WriteOptions(),
     job: Job = JobOptions(),
@@ -159,9 +161,17 @@ def metaseq(
     Args:
       paths: SRC... DST. SRC: all files of the checkpoint, in any order: model-parallel parts, FSDP shards or both; a
         quoted glob; or the directory they are in. DST: the directory to write.
+      series: SRC are several checkpoints. Write each to DST/NAME, with the NAME of its files. Those that are there
+        already are compared with their files and passed over. If one fails, the others are still converted.
     """
     *files, dst = _sources_and_destination(paths)
     metaseq.check()
+    (_convert_series if series else _convert_metaseq)(files, dst, metaseq, write, job)
+
+
+def _convert_metaseq(
+    files: Sequence[str], dst: str, metaseq: MetaseqOptions, write: WriteOptions, job: JobOptions | None
+) -> None:
     _convert(files, dst, SourceOptions(), metaseq, write, job, from_metaseq=True)
 
 
@@ -275,6 +285,25 @@ def inspect(src: Files, /, source: Source = SourceOptions(), metaseq: Metaseq = 
     check_shapes(opened)
 
 
+def _convert_series(
+    files: Sequence[str], dst: str, metaseq: MetaseqOptions, write: WriteOptions, job: JobOptions
+) -> None:
+    from . import series
+
+    checkpoints = series.find(files)
+    options = _options(files, dst, SourceOptions(), metaseq, write) | {"series": True}
+    with started(**dataclasses.asdict(job), options=options):
+        series.convert_each(
+            checkpoints,
+            dst,
+            write.overwrite,
+            convert=lambda files, place: _convert_metaseq(files, place, metaseq, write, None),
+            verify=lambda files, place: series.verify(
+                files, place, write.dtype, write.quiet, **dataclasses.asdict(metaseq)
+            ),
+        )
+
+
 COMMANDS = {"metaseq": metaseq, "to-hf": to_hf, "verify": verify, "inspect": inspect}
 
 
@@ -367,7 +396,7 @@ def _convert(
     source: SourceOptions,
     metaseq: MetaseqOptions,
     write: WriteOptions,
-    job: JobOptions,
+    job: JobOptions | None,  # None: it has started
     from_metaseq: bool = False,
 ) -> None:
     from .progress import Work
@@ -377,7 +406,8 @@ def _convert(
         hub.check_remote(target)
     dst = hub.as_path(target)
     hub.check_array_path(dst)
-    with started(**dataclasses.asdict(job), options=_options(names, target, source, metaseq, write)):
+    options = _options(names, target, source, metaseq, write)
+    with nullcontext() if job is None else started(**dataclasses.asdict(job), options=options):
         opened = _open(names, dst, source, metaseq, write, hub.is_orbax, from_metaseq)
         with Work(opened, dst, write.dtype, write.quiet) as report:
             convert(opened, dst, dtype=write.dtype, overwrite=write.overwrite, progress=report)

@@ -73,6 +73,12 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     return files
 
 
+def stem(path: Path) -> str:
+    """The name of a file without `.pt`, model part and shard: all files of a checkpoint have the same."""
+    match = _NAME.fullmatch(path.name)
+    return path.name if match is None else match[1]
+
+
 def open_checkpoint(files: Sequence[Path], *, config: OPTConfig | None) -> Checkpoint:
     """The checkpoint that consists of `files`. Reads their descriptions, no tensors.
 

@@ -19,7 +19,7 @@ from reference import CONFIGS, our_model
 
 import opt_jax
 from convert import __main__ as convert_command
-from convert import job, source
+from convert import job, series, source
 from opt_jax import GenerationConfig, OPTTokenizer
 from opt_jax.checkpoints import hub, publish
 from opt_jax.checkpoints.pretrained import load_pretrained
@@ -422,6 +422,7 @@ def test_options_of_commands_are_read():
     }
     assert given - {"no_verify"} | {"verify"} == {*names(source.open_source)} - {"names", "from_metaseq", "dtype"}
     assert {f.name for f in dataclasses.fields(convert_command.JobOptions)} == {*names(job.started)} - {"options"}
-    for function in (source.open_source, job.started):
+    commands = (convert_command.metaseq, convert_command.to_hf, convert_command.verify)
+    for function in (source.open_source, job.started, series.verify, series.convert_each, *commands):
         body = ast.walk(ast.parse(inspect.getsource(function)))
         assert {*names(function)} <= {node.id for node in body if isinstance(node, ast.Name)}

@@ -236,17 +236,33 @@ def _in_run(path: Path) -> Path:
     """The model in a run directory of train.py; any other directory is returned unchanged."""
     if (path / "model" / "config.json").is_file():
         return path / "model"
-    if (path / "run.json").is_file() and not (path / "config.json").is_file():
-        path = path / "checkpoints"
-    elif not (path.name in _STEPS and (absolute(path).parent / "run.json").is_file()):
+    steps = steps_of_run(path)
+    if steps is None:
         return path
-    steps = sorted((step for step in path.glob("*") if _is_finished_step(step)), key=lambda step: int(step.name))
+    path = path / "checkpoints" if (path / "run.json").is_file() else path
     if not steps:
         raise FileNotFoundError(f"{path.parent} is a training run without a checkpoint yet: none in {path}")
     if not (steps[-1] / "params" / "_METADATA").is_file():
         before = f", or take the one before it, {steps[-2]}" if len(steps) > 1 else ""
         raise ValueError(f"checkpoint {steps[-1]} is damaged, without params/_METADATA: copy it from elsewhere{before}")
     return steps[-1]
+
+
+def steps_of_run(path: Path) -> list[Path] | None:
+    """The checkpoints in a run directory of train.py, or in its `checkpoints` or `best`, in the order of their steps.
+
+    None if `path` is none of these.
+    """
+    if (path / "run.json").is_file() and not (path / "config.json").is_file():
+        path = path / "checkpoints"
+    elif not (path.name in _STEPS and (absolute(path).parent / "run.json").is_file()):
+        return None
+    return sorted((step for step in path.glob("*") if _is_finished_step(step)), key=lambda step: int(step.name))
+
+
+def by_number(path: Path) -> list[tuple[int, str]]:
+    """A key that sorts by the numbers in the names: step2 before step10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name)]
 
 
 def _is_finished_step(path: Path) -> bool:

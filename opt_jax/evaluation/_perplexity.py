@@ -38,6 +38,10 @@ class Perplexity:
     seconds: float
 
 
+class NotFiniteError(ValueError):
+    """The model gives a token a log-probability that is not finite."""
+
+
 class Window(NamedTuple):
     """Tokens [begin, end) are read; the last `scored` of them are scored."""
 
@@ -78,7 +82,8 @@ def perplexity(
       progress: called with (windows done, windows) after each batch.
 
     Raises:
-      ValueError: too few tokens, an argument out of range, or a log-probability that is not finite.
+      ValueError: too few tokens, or an argument out of range.
+      NotFiniteError: a log-probability is not finite.
     """
     ids = as_ids("input_ids", input_ids, 0, model.config.vocab_size - 1)
     if ids.ndim != 1:
@@ -184,5 +189,5 @@ def _losses(model: OPTForCausalLM, ids: np.ndarray, windows: list[Window]) -> np
     for row, w in zip(logprobs, windows, strict=True):
         if not (finite := np.isfinite(row[-w.scored :])).all():
             token = w.end - w.scored + int(np.argmin(finite))
-            raise ValueError(f"the log-probability of token {token} is not finite: try another dtype")
+            raise NotFiniteError(f"the log-probability of token {token} is not finite: try another dtype")
     return np.array([-row[-w.scored :].sum() for row, w in zip(logprobs, windows, strict=True)])

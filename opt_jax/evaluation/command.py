@@ -25,6 +25,10 @@ class EvalOptions:
 
     model: Annotated[str, tyro.conf.Positional]
     """"tiny" (the model inside this package), a directory, or a Hugging Face hub id such as facebook/opt-125m."""
+    all_checkpoints: bool = False
+    """The model is a run of train.py, or a directory of models of one architecture: measure each checkpoint in it."""
+    plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None
+    """With --all-checkpoints: the picture of the curve. Default: evaluation.png in the directory."""
     data: tuple[str, ...] = ()
     """Texts, as in train.py --data. All documents are joined into one text, each with </s> in front."""
     text_key: str = "text"
@@ -80,7 +84,7 @@ def evaluate(options: Annotated[EvalOptions, tyro.conf.arg(name="")]) -> None:
     job = options.distributed, options.coordinator_address, options.num_processes, options.process_id
     with processes.last_words(PROGRAM) if processes.is_job(*job) else contextlib.nullcontext():
         processes.start(*job, hang_minutes=options.hang_minutes)
-        _evaluate(options)
+        (_evaluate_series if options.all_checkpoints else _evaluate)(options)
 
 
 def check(options: EvalOptions) -> None:
@@ -96,6 +100,8 @@ def check(options: EvalOptions) -> None:
             raise ValueError(f"--{flag} without effect: it goes with --{other}")
     if options.stride is not None and options.protocol == "non-overlapping":
         raise ValueError("--stride without effect: non-overlapping windows have none")
+    if options.plot is not None and not options.all_checkpoints:
+        raise ValueError("--plot without effect: it goes with --all-checkpoints")
     if options.log_samples and options.output is None:
         raise ValueError("--log-samples without effect: say where to write them with --output")
     _check_numbers(options)
@@ -118,69 +124,163 @@ def _check_numbers(options: EvalOptions) -> None:
 
 def _is_report(content: bytes) -> bool:
     with contextlib.suppress(ValueError, RecursionError):
-        report = json.loads(content)
-        return isinstance(report, dict) and {"model", "versions", "results"} <= report.keys()
+        parsed: Any = json.loads(content)
+        reports = parsed if isinstance(parsed, list) and parsed else [parsed]  # a list of --all-checkpoints
+        return all(
+            isinstance(report, dict) and ({"model", "versions", "results"} <= report.keys() or "error" in report)
+            for report in reports
+        )
     return False
 
 
 def _evaluate(options: EvalOptions) -> None:
-    import jax
-
-    from opt_jax.data.tokens import hash_of_ids
     from opt_jax.parallel import agreement, processes
     from opt_jax.text.tokenizer import OPTTokenizer
 
     agreement.check_same_options(dataclasses.asdict(options))
     tokenizer = OPTTokenizer.from_pretrained(options.model)  # before the weights: it fails sooner
-    ids: Any = None  # of --data
-    documents, tasks = 0, None
+    work = prepare(options, tokenizer)
+    processes.reached("loading the model")
+    model = load(options, options.model)
+    report = measure(options, options.model, model, tokenizer, work)
+    if options.data:
+        shown = text_table(report)
+    else:
+        from opt_jax.evaluation.harness import tables
+
+        shown = tables(report)
+    save(options, report)
+    show(options, report, shown)
+
+
+def _evaluate_series(options: EvalOptions) -> None:
+    """Measure each checkpoint of a directory, with one compilation. One that fails is a line on stderr.
+
+    Raises:
+      ValueError: the architectures differ, before anything is measured; or, at the end, a checkpoint has failed.
+    """
+    from opt_jax.evaluation import series
+    from opt_jax.evaluation._perplexity import NotFiniteError
+    from opt_jax.parallel import agreement, processes
+
+    agreement.check_same_options(dataclasses.asdict(options))
+    checkpoints = series.find(options.model)
+    config = series.common_config(checkpoints)
+    picture = series.picture(options.model, options.plot)
+    placement = None if config is None else place(options, config)
+    failures, tokenizers, program = series.Failures(PROGRAM), series.Tokenizers(), series.OneProgram()
+    tokenizer = work = None
+    reports: list[dict[str, Any]] = []
+
+    def report_of(checkpoint: series.Checkpoint) -> dict[str, Any] | None:
+        nonlocal tokenizer, work
+        name, before = str(checkpoint.path), tokenizer
+        processes.reached(f"loading {name}")
+        if (own := failures.attempt(checkpoint, lambda: tokenizers.of(checkpoint))) is None:
+            return None
+        tokenizer, work = own, work if own is before else prepare(options, own)
+        model = failures.attempt(checkpoint, lambda: program.of(load(options, name, placement)))
+        if model is None:
+            return None
+        return failures.attempt(checkpoint, lambda: measure(options, name, model, own, work), NotFiniteError)
+
+    for checkpoint in checkpoints:
+        report = report_of(checkpoint) or {"model": str(checkpoint.path), "error": failures.lines[checkpoint]}
+        reports.append({"checkpoint": checkpoint.path.name, "step": checkpoint.step} | report)
+        save(options, reports)
+    if len(failures.lines) < len(checkpoints):
+        measured = next(report for report in reports if "error" not in report)
+        about = f"{len(checkpoints)} checkpoints of {measured['parameters']:,} parameters"
+        heading = _heading(measured | {"model": options.model}, about)
+        show(options, reports, f"{heading}\n{_aligned(series.rows(reports))}\n{picture}\n")
+        agreement.on_first_process(lambda: series.draw(reports, options.model, picture))
+    if failures.lines:
+        raise ValueError(f"{len(failures.lines)} of {len(checkpoints)} checkpoints failed, see above")
+
+
+def prepare(options: EvalOptions, tokenizer: Any) -> Any:
+    """What is measured: (ids, number of documents) of --data, or what `harness.find_tasks` returns for --tasks."""
+    from opt_jax.data.tokens import hash_of_ids
+    from opt_jax.parallel import agreement
+
     if options.data:
         ids, documents = read_ids(options.data, tokenizer, options.text_key)
         agreement.check_same({"--data": f"{len(ids)} tokens, {hash_of_ids(ids)}"})
-    else:
-        from opt_jax.evaluation.harness import find_tasks
+        return ids, documents
+    from opt_jax.evaluation.harness import find_tasks
 
-        tasks = find_tasks(options.tasks, options.include_path)
-    processes.reached("loading the model")
-    model = load(options)
+    return find_tasks(options.tasks, options.include_path)
+
+
+def measure(options: EvalOptions, name: str, model: Any, tokenizer: Any, work: Any) -> dict[str, Any]:
+    """The report on a model.
+
+    Args:
+      options: those of the command.
+      name: of the model.
+      model: the model.
+      tokenizer: its tokenizer.
+      work: what `prepare` returned for this tokenizer.
+    """
+    from opt_jax.parallel import processes
+
     processes.reached("the first batch")
-    report = report_head(options, model)
+    report = report_head(options, name, model)
     if options.data:
-        report |= {"documents": documents, "tokens": len(ids), "results": perplexities(options, model, ids)}
-        shown = text_table(report)
-    else:
-        from opt_jax.evaluation.harness import run, tables
+        ids, documents = work
+        return report | {"documents": documents, "tokens": len(ids), "results": perplexities(options, model, ids)}
+    from opt_jax.evaluation.harness import run
 
-        settings: dict[str, Any] = dict(
-            num_fewshot=options.num_fewshot, limit=options.limit, log_samples=options.log_samples
-        )
-        assert tasks is not None
-        report |= run(model, tokenizer, tasks, options.batch_size, **settings)
-        shown = tables(report)
-    if jax.process_index() == 0:
-        text = json.dumps(_finite(report), indent=2, default=_plain, allow_nan=False, ensure_ascii=False) + "\n"
-        print(text if options.json else shown, end="", flush=True)
-        if options.output is not None:
-            write_file(options.output, text.encode())
+    settings: dict[str, Any] = dict(
+        num_fewshot=options.num_fewshot, limit=options.limit, log_samples=options.log_samples
+    )
+    return report | run(model, tokenizer, work, options.batch_size, **settings)
 
 
-def load(options: EvalOptions) -> Any:
-    """The model, sharded over the mesh."""
+def _as_json(report: Any) -> str:
+    return json.dumps(_finite(report), indent=2, default=_plain, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def save(options: EvalOptions, report: Any) -> None:
+    """Write the report, or the list of reports, to --output."""
     import jax
 
-    from opt_jax.checkpoints import hub, pretrained
+    if options.output is not None and jax.process_index() == 0:
+        write_file(options.output, _as_json(report).encode())
+
+
+def show(options: EvalOptions, report: Any, shown: str) -> None:
+    """Print the report as JSON or as `shown`."""
+    import jax
+
+    if jax.process_index() == 0:
+        print(_as_json(report) if options.json else shown, end="", flush=True)
+
+
+def place(options: EvalOptions, config: Any) -> tuple[Any, Any]:
+    """(mesh, implementation of attention) for models with this config."""
+    import jax
+
     from opt_jax.model.attention_choice import choose_attention
-    from opt_jax.model.heads import OPTForCausalLM
     from opt_jax.parallel.mesh import make_mesh
 
     is_job = jax.process_count() > 1
     mesh = make_mesh(options.mesh) if options.mesh or is_job else None
-    config, _ = pretrained.read_config(hub.resolve(options.model, weights=False))
     platform = jax.default_backend()
     dtype = options.dtype or ("float32" if platform == "cpu" else "bfloat16")
-    attention: Any = choose_attention(options.attention, platform, config.head_dim, dtype, 0.0)
+    return mesh, choose_attention(options.attention, platform, config.head_dim, dtype, 0.0)
+
+
+def load(options: EvalOptions, name: str, placement: tuple[Any, Any] | None = None) -> Any:
+    """The model of this name, sharded over the mesh. `placement` is what `place` returns for its config."""
+    from opt_jax.checkpoints import hub, pretrained
+    from opt_jax.model.heads import OPTForCausalLM
+
+    if placement is None:
+        placement = place(options, pretrained.read_config(hub.resolve(name, weights=False))[0])
+    mesh, attention = placement
     return OPTForCausalLM.from_pretrained(
-        options.model,
+        name,
         dtype=options.dtype,
         mesh=mesh,
         attn_implementation=attention,
@@ -246,7 +346,7 @@ def _bar(title: str) -> Iterator[Any]:
         yield show
 
 
-def report_head(options: EvalOptions, model: Any) -> dict[str, Any]:
+def report_head(options: EvalOptions, name: str, model: Any) -> dict[str, Any]:
     """The part of the report that describes model, data and versions."""
     import jax
 
@@ -254,7 +354,7 @@ def report_head(options: EvalOptions, model: Any) -> dict[str, Any]:
 
     mesh = mesh_of(model)
     return {
-        "model": options.model,
+        "model": name,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(model)),
         "dtype": str(model.dtype),
         "device": jax.devices()[0].device_kind,
@@ -277,19 +377,27 @@ def text_table(report: dict[str, Any]) -> str:
         counts = (f"{r[name]:,}" for name in ("window", "stride", "windows", "tokens", "left_out"))
         values = (f"{r['loss']:.4f}{plus[0]}", f"{r['perplexity']:.3f}{plus[1]}", f"{r['seconds']:.1f}")
         rows.append((r["protocol"], *counts, *values))
+    about = f"{report['parameters']:,} parameters"
+    return f"{_heading(report, about)}\n{_aligned(rows)}"
+
+
+def _heading(report: dict[str, Any], about: str) -> str:
+    mesh = "" if report["mesh"] is None else ", mesh " + " x ".join(f"{k}={v}" for k, v in report["mesh"].items())
+    lines = [f"{report['model']}: {about}, {report['dtype']}, {report['device']}{mesh}\n"]
+    if report["data"]:
+        plural = "s" * (report["documents"] > 1)
+        data = f"{report['documents']} document{plural}, {report['tokens']:,} tokens"
+        lines.append(f"{', '.join(report['data'])}: {data}\n")
+    return "".join(lines)
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
-    mesh = "" if report["mesh"] is None else ", mesh " + " x ".join(f"{k}={v}" for k, v in report["mesh"].items())
-    plural = "s" * (report["documents"] > 1)
-    return (
-        f"{report['model']}: {report['parameters']:,} parameters, {report['dtype']}, {report['device']}{mesh}\n"
-        f"{', '.join(report['data'])}: {report['documents']} document{plural}, {report['tokens']:,} tokens\n\n"
-        + "\n".join(lines)
-        + "\n"
-    )
+    return "\n".join(lines) + "\n"
 
 
 def _plain(value: Any) -> Any:

@@ -56,18 +56,12 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
       FileNotFoundError, ValueError: see `metrics_of`; or matplotlib is missing.
       FileExistsError: `output` exists and is not a PNG; or see `temporary.check_new_file`.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError(f"plot needs the package matplotlib ({error}): pip install matplotlib") from None
+    figure = new_figure("plot", 12, 7)
     measured = [(run, metrics_of(run)) for run in runs]
-    check_new_file(output, lambda content: content.startswith(_PNG), "a PNG")
+    check_picture(output)
     names = {name for _, lines in measured for line in lines for name in line}
     panels = (*PANELS[:3], MEASURES) if names & {name for name, _ in MEASURES[2]} else PANELS
 
-    figure = Figure(figsize=(12, 7), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, (title, scale, curves) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         for i, (run, lines) in enumerate(measured):
             for name, style in curves:
@@ -85,6 +79,32 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
         right = figure.axes[0].secondary_yaxis("right")  # the ticks of the loss, labelled with perplexities
         right.set_ylabel("perplexity")
         right.yaxis.set_major_formatter(lambda loss, _: f"{math.exp(min(loss, 99)):,.{0 if loss > 5 else 2}f}")
+    write_picture(figure, output)
+
+
+def new_figure(command: str, width: float, height: float) -> Any:
+    """An empty figure of matplotlib, in inches.
+
+    Raises:
+      ValueError: matplotlib is missing, which `command` needs.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(f"{command} needs the package matplotlib ({error}): pip install matplotlib") from None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def check_picture(path: Path) -> None:
+    """Check that a picture can be written, as `temporary.check_new_file` does; an existing one must be a PNG."""
+    check_new_file(path, lambda content: content.startswith(_PNG), "a PNG")
+
+
+def write_picture(figure: Any, path: Path) -> None:
+    """Write a figure as a PNG."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
-    write_file(output, picture.getvalue())
+    write_file(path, picture.getvalue())

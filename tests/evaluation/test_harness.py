@@ -212,6 +212,28 @@ def test_command(tasks, capsys, tmp_path):
     assert value == pytest.approx(float(scores[len(tokenizer.encode(prompt[0])) :].sum()), rel=1e-5)
 
 
+def test_a_series_of_checkpoints(tasks, capsys, tmp_path, compiled):
+    """With one compilation, the numbers of single runs."""
+    tokenizer = OPTTokenizer.from_pretrained("tiny")
+    for step in (2, 10):
+        trained = our_model("opt-125m", seed=step, vocab_size=len(tokenizer), max_position_embeddings=CONTEXT)
+        trained.save_pretrained(tmp_path / "models" / f"step{step}", tokenizer=tokenizer)
+    words = ["--tasks", "colours", "--include-path", str(tasks), "--log-samples", "--output", str(tmp_path / "x.json")]
+    assert main(["eval", str(tmp_path / "models"), "--all-checkpoints", *words]) == 0
+    programs = sum("_score" in name for name in compiled)
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    reports = json.loads((tmp_path / "x.json").read_text())
+    assert [report["step"] for report in reports] == [2, 10]
+    assert reports[0]["samples"] != reports[1]["samples"]
+    compiled.clear()
+    assert main(["eval", reports[1]["model"], *words, "--json"]) == 0
+    single = json.loads(capsys.readouterr().out)
+    assert reports[1]["results"] == single["results"] and reports[1]["samples"] == single["samples"]
+    assert sum("_score" in name for name in compiled) == programs > 0
+    accuracies = [f"{report['results']['colours']['acc,none']:.4f}" for report in reports]
+    assert [row[:2] for row in table[-4:-2]] == [["step2", accuracies[0]], ["step10", accuracies[1]]]
+
+
 def test_tasks_that_nobody_has(tasks, capsys):
     assert main(["eval", "tiny", "--tasks", "colours", "--include-path", str(tasks / "none")]) == 1
     assert capsys.readouterr().err == f"opt-jax: error: --include-path {tasks / 'none'}: no such directory\n"
