@@ -183,7 +183,11 @@ class Call(Intervention):
     function: Callable[[Array, Hook], Any] = dataclasses.field(metadata=dict(static=True))
 
     def changed(self, value: Array, hook: Hook) -> Array:
-        new = self.function(value, hook)
+        token = hooks.active.set(None)  # for models that the function calls
+        try:
+            new = self.function(value, hook)
+        finally:
+            hooks.active.reset(token)
         if new is None:
             raise ValueError(f"the function at {hook.name} returned None: it must return the value to go on with")
         return jnp.broadcast_to(_as(new, value, "the result of the function", hook), value.shape)
