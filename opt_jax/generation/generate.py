@@ -171,7 +171,7 @@ def _hooked(
     if hooks is None:
         return model
     hooked = with_hooks(model, hooks, request.rows // request.copies)
-    edits = [edit for several in hooked.model.hooks.edits.values() for edit in several]
+    edits = [edit for at_point in hooked.model.hooks.edits.values() for edit in at_point]
     if any(edit.rows is not None for edit in edits):
         for option, moves in (("batch_size", batch_size), ("num_return_sequences above 1", request.copies > 1)):
             if moves:

@@ -56,7 +56,7 @@ POINTS: dict[str, tuple[str, str]] = {
 }  # fmt: skip
 _OUTSIDE = ("hook_embed", "hook_project_in", "hook_pos_embed", "hook_project_out")
 Names = str | Iterable[str] | Callable[[str], bool]
-Indices = Int[Array, "..."] | int | list[int] | range | None
+Indices = Int[Array, "..."] | np.ndarray | list[int] | range | int | None
 _INDICES = ("rows", "positions", "heads", "neurons", "layers")
 _NEVER = np.int32(2**31 - 1)  # a position that no token has
 
@@ -96,7 +96,8 @@ class Intervention:
     @property
     def from_end(self) -> bool:
         """Whether a position of this checked intervention, where it is known, counts from the end."""
-        return isinstance(self.positions, np.ndarray) and bool((self.positions < 0).any())
+        known: Any = self.positions
+        return isinstance(known, np.ndarray) and bool((known < 0).any())
 
     def changed(self, value: Array, hook: Hook) -> Array:
         """The new value, as if it were meant for all indices."""
@@ -233,19 +234,19 @@ def find_points(config: OPTConfig, names: Names) -> list[str]:
     """
     known = point_names(config)
     if callable(names):
-        found = [name for name in known if names(name)]
-        if not found:
+        chosen = [name for name in known if names(name)]
+        if not chosen:
             raise ValueError("names: the function is true for no point of this model")
-        return found
-    found = set()
+        return chosen
+    named = set()
     for name in [names] if isinstance(names, str) else names:
         matches = fnmatch.filter(known, name) if isinstance(name, str) else []
         if not matches:
             near = difflib.get_close_matches(str(name), known, 3, 0.5)
             hint = f"; did you mean {', '.join(near)}?" if near else ": opt_jax.point_names(model.config) lists all"
             raise ValueError(f"no hook point is named {shown(name, 80)}{hint}")
-        found.update(matches)
-    return [name for name in known if name in found]
+        named.update(matches)
+    return [name for name in known if name in named]
 
 
 def as_hooks(config: OPTConfig, edits: Any, names: Names = ()) -> Hooks:
@@ -267,8 +268,8 @@ def as_hooks(config: OPTConfig, edits: Any, names: Names = ()) -> Hooks:
     checked = {}
     for key, given in (edits or {}).items():
         points = find_points(config, key)
-        several = given if isinstance(given, tuple | list) else (given,)
-        checked[key] = tuple(_check(config, points, key, one) for one in several)
+        in_order = given if isinstance(given, tuple | list) else (given,)
+        checked[key] = tuple(_check(config, points, key, edit) for edit in in_order)
     return Hooks(checked, keep)
 
 
