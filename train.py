@@ -28,11 +28,12 @@ from opt_jax.parallel.mesh import make_mesh, use_mesh
 from opt_jax.parallel.rules import named_leaves
 from opt_jax.system.disk import keep_standard_descriptors
 from opt_jax.training import loggers, plan
-from opt_jax.training.checkpoints import BestModel, Checkpoints, Due, Termination
+from opt_jax.training.checkpoints import BestModel, Checkpoints
 from opt_jax.training.data import TrainingData, make_validation, open_data
 from opt_jax.training.files import run_directory
 from opt_jax.training.flops import flops_per_token, peak_flops
 from opt_jax.training.metrics import Metrics, best_validation, complain, cut_back, machine, say
+from opt_jax.training.moments import Due, Termination
 from opt_jax.training.nonfinite import kept_before_nonfinite
 from opt_jax.training.option_checks import check_grad_dtype, check_options, compare_with_finished, profiled_steps
 from opt_jax.training.options import Options, make_deterministic, parse_options

@@ -8,9 +8,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import dataclasses
 import os
-import resource
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,8 +44,8 @@ class SourceOptions:
     """Where downloads are kept. Default: Hugging Face's cache (HF_HOME)."""
     offline: bool = False
     """Take a hub id from the cache, never from the network."""
-    adapter: Path | None = None
-    """A directory with a PEFT adapter (LoRA) of SRC, to be merged in."""
+    adapter: str | None = None
+    """A PEFT adapter (LoRA) of SRC, to be merged in: a directory or a hub id."""
     no_verify: bool = False
     """Do not compare the data of an Orbax directory with their checksums."""
 
@@ -188,6 +186,7 @@ def to_hf(
     from opt_jax.checkpoints.formats.hf_writer import parse_size
 
     from . import to_hf
+    from .progress import Work
 
     *names, target = _sources_and_destination(paths)
     if hub.is_remote(target):
@@ -203,7 +202,7 @@ def to_hf(
     options = _options(names, target, source, metaseq, write) | {"max_shard_size": max_shard_size}
     with started(**dataclasses.asdict(job), options=options):
         opened = _open(names, dst, source, metaseq, write, hub.is_model if part is None else None)
-        with _Work(opened, dst, write, part) as report:
+        with Work(opened, dst, write.dtype, write.quiet, part) as report:
             to_hf.convert(
                 opened,
                 dst,
@@ -238,11 +237,11 @@ def verify(
 
     metaseq.check()
     leave_accelerators_alone()
-    # --cache-dir and --offline belong to whichever of DST and SRC is a hub id. --revision and --adapter belong to SRC.
+    # --cache-dir and --offline belong to whichever is a hub id. --revision and --adapter belong to SRC.
     dst_options = dataclasses.replace(source, revision=None, adapter=None)
     if is_here(dst):
         dst_options = SourceOptions(no_verify=source.no_verify)
-    elif is_here(against[0]):
+    elif is_here(against[0]) and (source.adapter is None or is_here(source.adapter)):
         source = dataclasses.replace(source, cache_dir=None, offline=False)
     ours = _open_source([dst], dst_options, MetaseqOptions())
     theirs = _open_source(against, source, metaseq)
@@ -371,6 +370,7 @@ def _convert(
     job: JobOptions,
     from_metaseq: bool = False,
 ) -> None:
+    from .progress import Work
     from .to_orbax import convert
 
     if hub.is_remote(target):
@@ -379,53 +379,8 @@ def _convert(
     hub.check_array_path(dst)
     with started(**dataclasses.asdict(job), options=_options(names, target, source, metaseq, write)):
         opened = _open(names, dst, source, metaseq, write, hub.is_orbax, from_metaseq)
-        with _Work(opened, dst, write) as report:
+        with Work(opened, dst, write.dtype, write.quiet) as report:
             convert(opened, dst, dtype=write.dtype, overwrite=write.overwrite, progress=report)
-
-
-class _Work:
-    """A context in which a destination is written: shows the progress, and prints one line at the end."""
-
-    def __init__(self, opened, dst: Path, write: WriteOptions, part: tuple[int, int] | None = None) -> None:
-        import jax
-
-        from .progress import Report
-
-        self.opened, self.dst, self.part, self.first = opened, dst, part, jax.process_index() == 0
-        itemsize = None if write.dtype is None else jax.numpy.dtype(write.dtype).itemsize
-        self.nbytes = opened.nbytes if itemsize is None else opened.parameters * itemsize
-        workers = jax.process_count() if part is None else part[1]
-        self.report = Report(self.nbytes // workers, write.quiet or not self.first)
-        self.start = time.monotonic()
-
-    def __enter__(self) -> Callable[[str, int], None]:
-        self.report.__enter__()
-        return self._advance
-
-    def _advance(self, path: str, nbytes: int) -> None:
-        from opt_jax.parallel import processes
-
-        processes.reached(path)
-        self.report(path, nbytes)
-
-    def __exit__(self, kind, error, tb) -> None:
-        self.report.__exit__(kind, error, tb)
-        if error is None and self.first:
-            print(self._summary())
-
-    def _summary(self) -> str:
-        if self.part is not None:
-            from .to_hf import unfinished
-
-            missing = unfinished(self.dst)
-            if missing or not self.dst.exists():
-                i, n = self.part
-                return f"{self.dst}: part {i}/{n} is done; still to be written by others: {len(missing) or 'all'}"
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return (
-            f"{self.dst}: {self.opened.parameters:,} parameters, {self.nbytes:,} bytes, "
-            f"{time.monotonic() - self.start:.1f} seconds, peak RSS {peak / 1e6:,.0f} MB"
-        )
 
 
 def main(argv: Sequence[str] | None = None, program: str = PROG) -> int:

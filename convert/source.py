@@ -8,7 +8,7 @@ from typing import Any
 
 from opt_jax.checkpoints import hub, pretrained, saving
 from opt_jax.checkpoints.arrays import Checks, LazyArray
-from opt_jax.checkpoints.formats import hf, peft
+from opt_jax.checkpoints.formats import hf, peft, peft_merge
 from opt_jax.checkpoints.formats.wrappers import torch_files
 from opt_jax.checkpoints.source_files import files_of_model
 from opt_jax.config import OPTConfig
@@ -27,7 +27,7 @@ def open_source(  # noqa: PLR0913  (options, by keyword)
     offline: bool = False,
     model: str | None = None,
     config: Path | None = None,
-    adapter: Path | None = None,
+    adapter: str | None = None,
     from_metaseq: bool = False,
     verify: bool = True,
     dtype: str | None = None,
@@ -39,7 +39,7 @@ def open_source(  # noqa: PLR0913  (options, by keyword)
       revision, cache_dir, offline: how to find a hub id; see `hub.resolve`.
       model: the architecture of a metaseq checkpoint, by the name of a preset.
       config: the same, as a config.json.
-      adapter: a directory with a PEFT adapter, to be merged in.
+      adapter: a PEFT adapter to be merged in: a directory or a hub id.
       from_metaseq: `names` are files of a metaseq checkpoint, whatever they look like.
       verify: compare the data of an Orbax directory with their checksums when they are read.
       dtype: of what the adapter changes; default: as in the base.
@@ -51,17 +51,18 @@ def open_source(  # noqa: PLR0913  (options, by keyword)
     if len(names) == 1 and not from_metaseq and not _is_metaseq(names[0]):
         if model is not None or config is not None:
             raise ValueError(f"--model and --config are for metaseq checkpoints, but {names[0]} has its own config")
-        if (cache_dir is not None or offline) and is_here(names[0]):
+        if (cache_dir is not None or offline) and is_here(names[0]) and (adapter is None or is_here(adapter)):
             raise ValueError(f"--cache-dir and --offline are for hub ids, but {names[0]} is none")
         directory = hub.resolve(names[0], revision=revision, cache_dir=cache_dir, local_files_only=offline)
-        return _adapted(open_directory(directory, verify), adapter, dtype)
-    if revision is not None or cache_dir is not None or offline:
+        return _adapted(open_directory(directory, verify), adapter, dtype, cache_dir, offline)
+    if revision is not None or (cache_dir is not None or offline) and (adapter is None or is_here(adapter)):
         raise ValueError("--revision, --cache-dir and --offline are for hub ids, not for metaseq files")
     if model is not None and config is not None:
         raise ValueError("--model and --config both name the architecture: give one of them")
 
     given = OPTConfig.preset(model) if model is not None else OPTConfig.from_hf(config) if config is not None else None
-    return _adapted(metaseq.open_checkpoint(metaseq.find_files(names), config=given), adapter, dtype)
+    opened = metaseq.open_checkpoint(metaseq.find_files(names), config=given)
+    return _adapted(opened, adapter, dtype, cache_dir, offline)
 
 
 def is_here(name: str) -> bool:
@@ -110,25 +111,29 @@ def open_directory(directory: Path, verify: bool = True) -> Checkpoint:
     )
 
 
-def _adapted(base: Checkpoint, directory: Path | None, dtype: str | None) -> Checkpoint:
+def _adapted(
+    base: Checkpoint, name: str | None, dtype: str | None, cache_dir: Path | None, offline: bool
+) -> Checkpoint:
     """The checkpoint with an adapter merged in, which happens when its arrays are read."""
-    if directory is None:
+    if name is None:
         return base
+    directory = hub.resolve_adapter(name, cache_dir=cache_dir, local_files_only=offline)
     base.files.add(peft.files_of_adapter(directory))
     adapter, before = peft.open_adapter(directory), base.config.to_hf()
     base_cls = base.raw_config["architectures"][0]
     cls = adapter.head_class(base_cls)
     arrays, config = adapter.onto(base.arrays, base.config, base.where, causal=cls == "OPTForCausalLM", dtype=dtype)
     if cls != base_cls:  # without the head of the base
-        heads = tuple(f"{head}." for name, head in peft.CLASSES.values() if name != cls)
+        heads = tuple(f"{head}." for name, head in peft_merge.CLASSES.values() if name != cls)
         arrays = {path: array for path, array in arrays.items() if not path.startswith(heads)}
     changed = {name: value for name, value in config.to_hf().items() if before[name] != value}
     return dataclasses.replace(
         base,
-        format=f"{base.format}, with the adapter {directory}",
+        format=f"{base.format}, with the adapter {name}",
         config=config,
         raw_config={**base.raw_config, **changed, "architectures": [cls]},
         arrays=arrays,
+        checks=(*base.checks, *adapter.notes),
     )
 
 

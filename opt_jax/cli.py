@@ -117,25 +117,27 @@ def tokenize(
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE ...")] = (),
     /,
     *,
-    output: Annotated[str | None, tyro.conf.arg(metavar="FILE.npy")] = None,
+    output: Annotated[str | None, tyro.conf.arg(metavar="FILE.npy|DIRECTORY")] = None,
     tokenizer: str = "tiny",
     workers: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None,
     text_key: str = "text",
     skip_bad_records: bool = False,
 ) -> None:
-    """Turn texts into one array of token ids, which train.py --data memory-maps.
+    """Turn texts into arrays of token ids, which train.py --data memory-maps.
 
     Args:
       sources: Text, .jsonl, .json, .csv, .parquet or .arrow files, compressed or not; directories or globs of them;
         URLs (gs://, s3://, hf://); hf:NAME[,CONFIG][:SPLIT].
-      output: The array. FILE.npy.json beside it describes it.
+      output: FILE.npy: one array; FILE.npy.json beside it describes it. One process reads. Any name without an ending:
+        a directory of arrays, for many large files. Each process reads and writes by itself, and the same command
+        goes on where it was ended. train.py reads both in the same way.
       tokenizer: "tiny" (the one inside this package), a directory, or a Hugging Face hub id such as facebook/opt-125m.
       workers: Processes. None: one for each core, fewer for a small text.
       text_key: The key or column of the text, in all files but text files.
       skip_bad_records: Leave out broken lines, bytes that are not UTF-8 and empty files, and count them.
     """
     from opt_jax.checkpoints import hub
-    from opt_jax.data.tokens import tokenize_sources
+    from opt_jax.data.command import tokenize_sources
 
     array = None if output is None else hub.disk_path(output)
     _print(tokenize_sources(sources, array, tokenizer, workers, skip_bad_records, text_key) + "\n")

@@ -5,7 +5,7 @@ The functions are imported when a method is first looked up. A method has the si
 
 import importlib
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from opt_jax.checkpoints import hf_scripts
 
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from opt_jax.model import embeddings, interventions
 
 # For `OPTConfig`.
-unchangeable = hf_scripts.unchangeable("from_pretrained(..., num_labels=5), or a new OPTConfig by dataclasses.replace")
+unchangeable = hf_scripts.unchangeable(
+    "write from_pretrained(..., {name}={value}), or a new config: dataclasses.replace(config, {name}={value})",
+    hf_scripts.CONFIG,
+)
 
 
 class Delegate:
@@ -39,17 +42,33 @@ class Delegate:
 
 
 class ConfigMethods:
-    """Methods of `OPTConfig`."""
+    """Methods of `OPTConfig`. Fields of its file that are not part of the architecture are attributes, too."""
+
+    model_type = "opt"
 
     if TYPE_CHECKING:
+        from_dict = classmethod(config_json.from_hf)
+        to_dict = config_json.to_hf
         from_hf = classmethod(config_json.from_hf)
         from_pretrained = classmethod(config_json.from_pretrained)
         to_hf = config_json.to_hf
         save_pretrained = config_json.save_pretrained
     else:
-        from_hf = Delegate("checkpoints.formats.config_json", "from_hf", of_class=True)
+
+        def __new__(cls, *_: Any, **fields: Any) -> Any:
+            hf_scripts.check_fields(cls, fields)
+            return super().__new__(cls)
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ("id2label", "label2id"):
+                return importlib.import_module("opt_jax.checkpoints.formats.config_json").labels(self)[name]
+            if name in (extra := self.__dict__.get("extra", {})):
+                return extra[name]
+            raise hf_scripts.no_attribute(type(self).__name__, name, hf_scripts.CONFIG)
+
+        from_hf = from_dict = Delegate("checkpoints.formats.config_json", "from_hf", of_class=True)
         from_pretrained = Delegate("checkpoints.formats.config_json", "from_pretrained", of_class=True)
-        to_hf = Delegate("checkpoints.formats.config_json", "to_hf")
+        to_hf = to_dict = Delegate("checkpoints.formats.config_json", "to_hf")
         save_pretrained = Delegate("checkpoints.formats.config_json", "save_pretrained")
 
 
@@ -90,6 +109,10 @@ class ModelMethods:
         """The output of a base model for a call with `hooks`."""
         return importlib.import_module("opt_jax.model.interventions").run(self, inputs)
 
+    def __copy__(self) -> Any:
+        """A model with the same arrays and modules of its own: resizing one's embeddings leaves the other alone."""
+        return importlib.import_module("flax.nnx").clone(self)
+
     @property
     def generation_config(self) -> "GenerationConfig":
         """The defaults of `generate`: those of the checkpoint's generation_config.json, or what was assigned."""
@@ -98,6 +121,12 @@ class ModelMethods:
     @generation_config.setter
     def generation_config(self, config: "GenerationConfig | None") -> None:
         importlib.import_module("opt_jax.generation.request").assign_config(self, config)
+
+    @classmethod
+    def from_config(cls, config: Any, **options: Any) -> Self:
+        """A model with newly drawn parameters: the constructor, under the name of `transformers`."""
+        constructor: Any = cls
+        return constructor(config, **hf_scripts.known("from_config", options, hf_scripts.LOADING))
 
     def eval(self) -> Any:
         """The model itself: it has no training mode, and dropout only in calls with a `dropout_key`."""
@@ -120,6 +149,18 @@ class ModelMethods:
             interventions = importlib.import_module("opt_jax.model.interventions")
             options["hooks"] = interventions.as_hooks(self.config, options["hooks"])
         return options
+
+    @classmethod
+    def _keys(cls, config: Any, rngs: Any) -> Any:
+        """The `rngs` of a constructor; ValueError if they are missing, or `config` is none."""
+        name = cls.__name__
+        if hasattr(config, "to_dict") and not isinstance(config, ConfigMethods):
+            raise ValueError(f"{name} takes an opt_jax.OPTConfig: write OPTConfig.from_dict(config.to_dict())")
+        if not isinstance(config, ConfigMethods):
+            raise ValueError(f"{name} takes an OPTConfig, not a {type(config).__name__}: {name}.from_pretrained loads")
+        if rngs is None:
+            raise ValueError(f"{name}(config) draws its parameters: pass rngs=nnx.Rngs(0), with `from flax import nnx`")
+        return rngs
 
 
 class OutputMethods:

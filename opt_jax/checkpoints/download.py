@@ -1,4 +1,4 @@
-"""Downloads a model from the Hugging Face hub, or a mirror with its API, to a directory in Hugging Face's cache.
+"""Downloads a model or adapter from the Hugging Face hub, or a mirror with its API, to a directory in its cache.
 
 `huggingface_hub` makes the requests, keeps the cache, and honours HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and
 HF_HUB_OFFLINE. This module adds what it lacks: the choice of files; large files that resume after an interruption
@@ -18,25 +18,17 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from opt_jax.checkpoints.answers import NO_HUB, guarded
 from opt_jax.checkpoints.formats import foreign
+from opt_jax.checkpoints.formats.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHT_FILES, read_index
 from opt_jax.system.messages import one_line
-from opt_jax.system.reading import SMALL_FILE, json_object, name_from_outside, read_small
+from opt_jax.system.reading import SMALL_FILE
 from opt_jax.system.temporary import refuse_links
 
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "flax_model.msgpack",
-    "flax_model.msgpack.index.json",
-)
-_MOST_FILES = 10_000  # weight files: OPT-175B in files of 100 MB has 3,500
 _PARALLEL = 4  # files at once, because one connection seldom uses the full bandwidth
 _HTTP_LIMIT = 50_000_000_000  # the hub serves larger files over its Xet protocol only
 _OVERLOADED = (408, 429, 500, 502, 503, 504)
@@ -58,21 +50,30 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository as the caller named it. With `offline`, only the cache is read."""
+    """A repository as the caller named it. With `offline`, only the cache is read. `adapter`: it is one of PEFT."""
 
     name: str
     revision: str | None = None
     cache_dir: str | os.PathLike | None = None
     offline: bool = False
+    adapter: bool = False
+
+    @property
+    def config_file(self) -> str:
+        return ADAPTER_CONFIG if self.adapter else "config.json"
+
+    @property
+    def weight_files(self) -> tuple[str, ...]:
+        return ADAPTER_WEIGHTS if self.adapter else WEIGHT_FILES
 
 
 def download(repository: Repository, small_files: Iterable[str], weights: bool) -> Path:
-    """The cache's directory of the repository at its revision, with config.json and the small files that exist.
+    """The cache's directory of the repository at its revision, with its config and the small files that exist.
 
     Args:
       repository: the repository.
       small_files: names of small files to download if the repository has them.
-      weights: also download the weights: the first of WEIGHT_FILES, and the files that it names if it is an index.
+      weights: also download the weights: the first of `weight_files`, and the files that it names if it is an index.
 
     Raises:
       FileNotFoundError: no such repository, revision or file; or the hub cannot be reached and the cache lacks it.
@@ -83,9 +84,9 @@ def download(repository: Repository, small_files: Iterable[str], weights: bool) 
     from huggingface_hub import constants  # in functions, because it is slow to import
 
     if constants.HF_HUB_OFFLINE and not repository.offline:
-        repository = Repository(repository.name, repository.revision, repository.cache_dir, offline=True)
+        repository = replace(repository, offline=True)
     try:
-        folder = _snapshot(repository, ["config.json", *small_files])
+        folder = _snapshot(repository, [repository.config_file, *small_files])
         if weights:
             _complete(repository, folder)
         return folder
@@ -96,20 +97,20 @@ def download(repository: Repository, small_files: Iterable[str], weights: bool) 
         raise error from e
 
 
-def missing_file(folder: Path) -> str | None:
-    """The file that a Hugging Face directory lacks to be loaded, or a list of alternatives; None if it is complete.
+def missing_file(repository: Repository, folder: Path) -> str | None:
+    """The file that the repository's directory lacks to be loaded, or a list of alternatives; None if it is complete.
 
     Raises:
       ValueError: its index of weight files is malformed.
     """
-    if not (folder / "config.json").is_file():
-        return "config.json"
+    if not (folder / repository.config_file).is_file():
+        return repository.config_file
     # `lexists`, so that a broken link counts and is named.
-    weights = next((name for name in WEIGHT_FILES if os.path.lexists(folder / name)), None)
+    weights = next((name for name in repository.weight_files if os.path.lexists(folder / name)), None)
     if weights is not None and not (folder / weights).is_file():
         return weights
     if weights is None:
-        return f"weights ({', '.join(WEIGHT_FILES[:-1])} or {WEIGHT_FILES[-1]})"
+        return f"weights ({', '.join(repository.weight_files[:-1])} or {repository.weight_files[-1]})"
     return next((name for name in _needed(folder / weights) if not (folder / name).is_file()), None)
 
 
@@ -118,29 +119,9 @@ def _needed(path: Path) -> list[str]:
     return sorted(set(read_index(path).values())) if path.suffix == ".json" else [path.name]
 
 
-def read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> name of its file, from the index of weight files `path`.
-
-    Raises:
-      ValueError: the index is malformed.
-    """
-    try:
-        weight_map = json_object(read_small(path), "it").get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError("it has no object weight_map that names files")
-        for name in weight_map.values():
-            for part in name.split("/") if isinstance(name, str) else [name]:  # a shard may be in a sub-directory
-                name_from_outside(part)
-        if (count := len(set(weight_map.values()))) > _MOST_FILES:
-            raise ValueError(f"it names {count:,} files, more than the {_MOST_FILES:,} that a checkpoint may have")
-        return weight_map
-    except ValueError as e:
-        raise ValueError(f"{path} is not an index of weight files: {e}") from None
-
-
 def _complete(repository: Repository, folder: Path) -> None:
     """Download the weights that the snapshot lacks."""
-    missing = missing_file(folder)
+    missing = missing_file(repository, folder)
     if repository.offline:
         if missing:
             raise FileNotFoundError(f"the copy of {repository.name} in the cache lacks {missing}: {_go_online()}")
@@ -154,13 +135,13 @@ def _complete(repository: Repository, folder: Path) -> None:
         return
     if missing is None:
         return
-    chosen = next((name for name in WEIGHT_FILES if name in files), None)
-    if chosen is None or "config.json" not in files:
-        adapter = "; it is a PEFT adapter: give its base as the model, and a directory with this one as the adapter"
-        hint = adapter if "adapter_config.json" in files else foreign.hint(files)
-        lacking = "config.json" if chosen else f"weights: none of {', '.join(WEIGHT_FILES)}{hint}"
+    chosen = next((name for name in repository.weight_files if name in files), None)
+    if chosen is None or repository.config_file not in files:
+        adapter = "; it is a PEFT adapter: give its base as the model, and this as its adapter (adapter=, --adapter)"
+        hint = "" if repository.adapter else adapter if ADAPTER_CONFIG in files else foreign.hint(files)
+        lacking = repository.config_file if chosen else f"weights: none of {', '.join(repository.weight_files)}{hint}"
         raise FileNotFoundError(f"{_where(repository)} has no {lacking}")
-    at_commit = Repository(repository.name, folder.name, repository.cache_dir)
+    at_commit = replace(repository, revision=folder.name)
     if chosen.endswith(".json"):
         _snapshot(at_commit, [chosen])
     names = _needed(folder / chosen)
@@ -169,7 +150,7 @@ def _complete(repository: Repository, folder: Path) -> None:
     all_there = _fetch_all(at_commit, folder, [files[name] for name in names if not (folder / name).is_file()])
     largest = max(files[name].size or 0 for name in names)
     _snapshot(at_commit, names, silent=all_there, largest=largest, seconds=math.inf)
-    if missing := missing_file(folder):
+    if missing := missing_file(repository, folder):
         raise FileNotFoundError(f"{_where(repository)} did not provide {missing}: try again")
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from opt_jax.system.messages import shown
@@ -73,10 +74,46 @@ ATTENTION = {
     "flash_attention_3": 'cudnn" on NVIDIA GPUs, "splash" on TPUs, or "xla',
     "flex_attention": "xla",
 }
+# Fields that `OPTConfig` lacks, its methods, and fields that are assigned for an effect they do not have here.
+_CALLED, _GENERATION = "pass it to the call", "model.generation_config = GenerationConfig(...) has options of generate"
+CONFIG = {
+    "use_cache": "leave it out: a call has the cache that it is given, and generate always has one",
+    "output_attentions": _CALLED,
+    "output_hidden_states": _CALLED,
+    **{name: LOADING[name] for name in ("return_dict", "gradient_checkpointing")},
+    **dict.fromkeys(("torch_dtype", "dtype"), "pass dtype= to the model's constructor, or to from_pretrained"),
+    **dict.fromkeys(
+        ("attn_implementation", "_attn_implementation"),
+        "pass attn_implementation= to the model's constructor, or to from_pretrained",
+    ),
+    **dict.fromkeys(("id2label", "label2id"), "pass it to from_pretrained, or num_labels= and extra= to OPTConfig"),
+    **dict.fromkeys(("max_length", "do_sample", "num_beams", "temperature", "top_k", "top_p"), _GENERATION),
+    "vocab_size": "model.resize_token_embeddings(n), or a new config: dataclasses.replace(config, vocab_size=n)",
+    "update": "dataclasses.replace(config, dropout=0.0)",
+    "to_json_string": "json.dumps(config.to_dict())",
+    "to_json_file": "config.save_pretrained(directory)",
+    "to_diff_dict": "config.to_dict() has all fields",
+}
+# Arguments of a tokenizer's call, and of `encode`.
+_CUT = "cut the ids of a long text yourself; train.py --task question-answering does so"
+TOKENIZING = {
+    "return_attention_mask": _LEAVE_OUT + 'the mask is returned; take ["input_ids"] alone',
+    "return_token_type_ids": _LEAVE_OUT + "OPT has one type of tokens",
+    "return_overflowing_tokens": _CUT,
+    "stride": _CUT,
+    "return_special_tokens_mask": "compare the ids with tokenizer.all_special_ids",
+    "return_length": "the lengths are attention_mask.sum(1)",
+    "is_split_into_words": 'join the words: " ".join(words)',
+    "text_target": "tokenize it in a call of its own",
+    "text_pair_target": "tokenize it in a call of its own",
+    "split_special_tokens": "set it in tokenizer_config.json",
+    "verbose": _LEAVE_OUT + "there are no such messages",
+}
 # Arguments of a tokenizer's `from_pretrained`, and of `pipeline`.
 _ATTRIBUTE = "set the attribute of the tokenizer after loading"
+_FAST = _LEAVE_OUT + "there is one tokenizer, and its ids are those of both"
 TOKENIZER = {
-    "use_fast": _LEAVE_OUT + "there is one tokenizer, and its ids are those of both",
+    "use_fast": _FAST,
     "from_slow": _LEAVE_OUT + "there is one tokenizer",
     **dict.fromkeys(
         ("model_max_length", "add_bos_token", "bos_token", "eos_token", "pad_token", "unk_token"), _ATTRIBUTE
@@ -87,7 +124,7 @@ PIPELINE = {
     "device": _DEVICES,
     "framework": _LEAVE_OUT + "this one is JAX's",
     "model_kwargs": "pass dtype, param_dtype or mesh by name, or a model",
-    "use_fast": TOKENIZER["use_fast"],
+    "use_fast": _FAST,
     **{name: LOADING[name] for name in ("torch_dtype", "device_map", "trust_remote_code", "token")},
 }
 # Arguments of a model's call.
@@ -103,6 +140,17 @@ CALL = {
     "dropout_rng": _DROPOUT,
     "train": _DROPOUT,
     "deterministic": _DROPOUT,
+}
+# Arguments of `push_to_hub`.
+PUSHING = {
+    "use_auth_token": "write token=",
+    "use_temp_dir": _LEAVE_OUT + "files are written to a temporary directory",
+    "safe_serialization": _LEAVE_OUT + "models are uploaded as safetensors",
+    "commit_description": "write it into commit_message=",
+    "organization": 'write repo_id="ORGANIZATION/NAME"',
+    "repo_url": 'write repo_id="USER/NAME"',
+    "tags": "write them into the README.md of the repository",
+    "variant": "rename the files",
 }
 # Arguments of `save_pretrained`.
 SAVING = {
@@ -120,7 +168,12 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("trust_remote_code", "load_in_8bit", "load_in_4bit", "use_flash_attention_2"), (False,)),
     **dict.fromkeys(("from_pt", "from_flax", "from_tf", "force_download", "use_cache", "train"), (False,)),
     **dict.fromkeys(("gradient_checkpointing", "push_to_hub"), (False,)),
-    **dict.fromkeys(("return_dict", "weights_only", "deterministic"), (True,)),
+    **dict.fromkeys(("return_dict", "weights_only", "deterministic", "return_attention_mask"), (True,)),
+    **dict.fromkeys(("use_fast", "verbose", "use_temp_dir"), (True, False)),
+    **dict.fromkeys(("return_token_type_ids", "return_overflowing_tokens", "is_split_into_words"), (False,)),
+    **dict.fromkeys(("return_special_tokens_mask", "return_length", "split_special_tokens"), (False,)),
+    "safe_serialization": (True,),
+    "stride": (0,),
 }
 # Attributes of a model.
 MODEL = {
@@ -144,6 +197,10 @@ MODEL = {
     "set_input_embeddings": "model.base_model.decoder.embed_tokens.embedding.set_value(array)",
     "set_output_embeddings": "model.lm_head.kernel.set_value(array)",
     "add_adapter": "python train.py --lora-rank (docs/finetuning.md)",
+    "load_adapter": "from_pretrained(base, adapter=...)",
+    **dict.fromkeys(("merge_and_unload", "merge_adapter"), "from_pretrained(base, adapter=...) merges the adapter"),
+    "get_memory_footprint": "sum(x.nbytes for x in jax.tree.leaves(model))",
+    "config_class": "opt_jax.OPTConfig",
 }
 # Attributes of what a model's call and `generate` return.
 OUTPUT = {"past_key_values": "the cache is its attribute `cache`, if the call was given one: " + _CACHE}
@@ -156,7 +213,24 @@ GENERATED = {
     "logits": "logprobs=n records log-probabilities",
 }
 # Attributes of what a tokenizer returns, and of this package.
-ENCODING = {"to": "the arrays are NumPy's, which every call takes: leave it out"}
+ENCODING = {
+    "to": "the arrays are NumPy's, which every call takes: leave it out",
+    "data": "it is a dict itself",
+    "tokens": "tokenizer.convert_ids_to_tokens(ids)",
+    **dict.fromkeys(
+        ("word_ids", "char_to_token", "token_to_chars"), "return_offsets_mapping=True has (start, end) of each token"
+    ),
+    "overflow_to_sample_mapping": _CUT,
+}
+VOCABULARY = {
+    **dict.fromkeys(("encode_plus", "batch_encode_plus"), "call the tokenizer: tokenizer(text)"),
+    **dict.fromkeys(("apply_chat_template", "chat_template"), "OPT has no chat template: write the prompt as text"),
+    "is_fast": "there is one tokenizer",
+    "save_vocabulary": "tokenizer.save_pretrained(directory)",
+    "prepare_for_model": "tokenizer.pad takes rows of ids",
+    "train_new_from_iterator": "train.py without --tokenizer trains one on its data",
+    "as_target_tokenizer": "tokenize targets in a call of their own",
+}
 PACKAGE = {
     "GPT2Tokenizer": "use opt_jax.OPTTokenizer",
     "GPT2TokenizerFast": "use opt_jax.OPTTokenizer",
@@ -166,6 +240,17 @@ PACKAGE = {
     "Trainer": "use python train.py (docs/training.md)",
     "TrainingArguments": "use python train.py (docs/training.md)",
     "set_seed": "pass seed= to generate, rngs=nnx.Rngs(seed) to a constructor",
+    **dict.fromkeys(
+        ("DataCollatorForLanguageModeling", "DataCollatorWithPadding", "default_data_collator"),
+        "tokenizer(texts) and tokenizer.pad(rows) return padded arrays; labels are the ids, -100 at pads",
+    ),
+    **dict.fromkeys(
+        ("StoppingCriteria", "StoppingCriteriaList", "LogitsProcessor", "LogitsProcessorList"),
+        "pass stop_strings, stop_token_ids or other options to generate",
+    ),
+    "get_linear_schedule_with_warmup": "use a schedule of optax, or python train.py",
+    **dict.fromkeys(("PeftModel", "get_peft_model", "LoraConfig"), "from_pretrained(base, adapter=...), or train.py"),
+    "PreTrainedModel": "use opt_jax.model.heads.OPTPreTrainedModel",
     "no_grad": "leave it out: gradients are computed by jax.grad only",
 }
 
@@ -194,12 +279,30 @@ def unknown_argument(where: str, name: str, names: Iterable[str]) -> ValueError:
     return ValueError(f"{where} has no argument {shown(name)}" + (f": did you mean {near[0]}?" if near else ""))
 
 
-def unchangeable(example: str) -> Callable[[type[T]], type[T]]:
-    """A decorator of frozen dataclasses: the error for an assignment says what to write instead, such as `example`."""
+def check_fields(cls: type[Any], fields: Iterable[str]) -> None:
+    """Raise ValueError for a name that is no field of the dataclass `cls`, which is `OPTConfig`."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    for name in fields:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            other = f"did you mean {near[0]}?" if near else 'what else a config.json holds is in extra={"name": value}'
+            raise ValueError(f"{cls.__name__} takes no {shown(name)}: {CONFIG.get(name, other)}")
+
+
+def unchangeable(example: str, hints: Mapping[str, str] = MappingProxyType({})) -> Callable[[type[T]], type[T]]:
+    """A decorator of frozen dataclasses: the error for an assignment says what to write instead.
+
+    Args:
+      example: what to write, with {name} and {value}.
+      hints: field -> what to write for it.
+    """
 
     def decorate(cls: type[T]) -> type[T]:
         def refuse(self: T, name: str, value: Any) -> None:  # noqa: ARG001
-            raise dataclasses.FrozenInstanceError(f"cannot assign to {cls.__name__}.{name}: write {example}")
+            instead = hints.get(name, "there is no such field")
+            if name in cls.__dataclass_fields__ and name not in hints:  # type: ignore[reportAttributeAccessIssue]
+                instead = example.format(name=name, value=shown(value, 40))
+            raise dataclasses.FrozenInstanceError(f"cannot assign to {cls.__name__}.{name}: {instead}")
 
         setattr(cls, "__setattr__", refuse)  # noqa: B010  (a frozen dataclass may not define it)
         return cls

@@ -10,10 +10,12 @@ from urllib.parse import quote
 
 from etils import epath
 
-from opt_jax.checkpoints.download import WEIGHT_FILES, Repository, download
+from opt_jax.checkpoints.download import Repository, download
 from opt_jax.checkpoints.formats import foreign
+from opt_jax.checkpoints.formats.weight_files import ADAPTER_CONFIG, WEIGHT_FILES
 from opt_jax.system.messages import shown
 from opt_jax.system.reading import json_object, read_small
+from opt_jax.system.temporary import refuse_links, write_file
 
 TOKENIZER_FILES = (
     "vocab.json",
@@ -23,10 +25,10 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
 # Files that are copied along with a model's weights, besides config.json.
 COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
 _WEIGHTS = re.compile(r"(pytorch_|flax_)?model(-[0-9]+(-of-[0-9]+)?)?\.(safetensors|bin|msgpack)(\.index\.json)?")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # Files that Orbax and TensorStore write into the directory of a tree.
 _IN_PARAMS = re.compile(
     r"params/(_[A-Z_]*METADATA|_sharding|array_metadatas/process_\d+|checkpoint|commit_success\.txt|"
@@ -66,6 +68,19 @@ def disk_path(name: str | os.PathLike) -> Path:
     if is_remote(name):
         raise ValueError(f"{name}: this can only be written to a disk: name a path on one, and copy it from there")
     return as_path(name)
+
+
+def write_into(directory: str | os.PathLike, name: str, content: bytes) -> None:
+    """Write a file of this name into a directory, which is made if there is none.
+
+    Raises:
+      FileExistsError: the file is a symbolic link, or not a regular file.
+      ValueError: see `disk_path`.
+    """
+    folder = disk_path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    refuse_links(folder / name)
+    write_file(folder / name, content)
 
 
 def absolute(path: Path) -> Path:
@@ -168,10 +183,36 @@ def resolve(
         if says := quantization_hint(path.parent):
             raise ValueError(f"{name}{says}")
         raise ValueError(f"{name} is a file; give the directory it is in")
-    if name == "tiny" or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+    if name == "tiny" or not _HUB_ID.fullmatch(name):
         raise FileNotFoundError(f"no directory {name!r}" + (" in this package" if name == "tiny" else ""))
     folder = download(Repository(name, revision, cache_dir, local_files_only), COMPANION_FILES, weights)
     return _without_broken_names(folder, weights)
+
+
+def resolve_adapter(
+    name: str | os.PathLike, *, cache_dir: str | os.PathLike | None = None, local_files_only: bool = False
+) -> Path:
+    """The directory that holds the PEFT adapter `name`: a directory, on a disk or in an object store, or a hub id.
+
+    Args:
+      name: the directory or hub id.
+      cache_dir, local_files_only: see `resolve`.
+
+    Raises:
+      FileNotFoundError, PermissionError, OSError: no such directory or repository, or see `download.download`.
+      ValueError: `name` is a file; or see `check_remote`.
+    """
+    name = os.fspath(name)
+    if is_remote(name):
+        check_remote(name)
+    path = as_path(name)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"{name} is a file; give the directory that it is in, with {ADAPTER_CONFIG}")
+    if not _HUB_ID.fullmatch(name):
+        raise FileNotFoundError(f"no PEFT adapter at {name}: no such directory")
+    return download(Repository(name, None, cache_dir, local_files_only, adapter=True), (), weights=True)
 
 
 def _without_broken_names(directory: Path, weights: bool) -> Path:

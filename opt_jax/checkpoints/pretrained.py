@@ -86,9 +86,10 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
       ignore_mismatched_sizes: newly initialise a parameter whose shape in the checkpoint is another one (logged).
       output_loading_info: return the model and a dict with `missing_keys`, `unexpected_keys`, `mismatched_keys` (name,
         shape in the checkpoint, shape in the model) and `error_msgs`, under the checkpoint's names.
-      revision, cache_dir, local_files_only: see `hub.resolve`.
+      revision: of the model, not of an adapter; see `hub.resolve`.
+      cache_dir, local_files_only: see `hub.resolve`.
       verify: compare the chunks of an Orbax directory with their checksums. False reads damaged chunks as they are.
-      adapter: a directory with a PEFT adapter (LoRA) for the model.
+      adapter: a PEFT adapter (LoRA) for the model: a directory, which may be in an object store, or a hub id.
       merge_adapter: False keeps the adapter's matrices as parameters of their own, as `lora.LoRA` does (needs qwix).
         They can be trained, and `save_pretrained` then writes a PEFT adapter: them, and the head of a task.
       **fields: fields of the config that differ from the checkpoint's: `num_labels=5`, `dropout=0.0`, `id2label=...`
@@ -111,12 +112,14 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
     stored = {path: array.dtype for path, array in arrays.items()}
     opened = None
     if adapter is not None:
-        files.add(peft.files_of_adapter(adapter))
-        opened = peft.open_adapter(adapter)
+        place = hub.resolve_adapter(adapter, cache_dir=cache_dir, local_files_only=local_files_only)
+        files.add(peft.files_of_adapter(place))
+        opened = peft.open_adapter(place)
         how: Any = dict(causal=issubclass(cls, OPTForCausalLM), merge=merge_adapter, dtype="float32")
         arrays, config = opened.onto(arrays, config, directory, **how)
+        checks = (*checks, *opened.notes)
     elif not merge_adapter:
-        raise ValueError("merge_adapter=False is for an adapter: give its directory with adapter=")
+        raise ValueError("merge_adapter=False is for an adapter: name it with adapter=")
 
     # A causal LM may neither lose a stored lm_head nor get a random one.
     may_drop = [head for head in _HEADS if not (head == "lm_head." and issubclass(cls, OPTForCausalLM))]

@@ -1,10 +1,13 @@
 """`push_to_hub`: models and tokenizers to the Hugging Face hub, in the form that `transformers` reads."""
 
+import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from opt_jax.checkpoints import hf_scripts
 
 _CARD = """---
 library_name: transformers
@@ -58,6 +61,7 @@ def push_model(  # noqa: PLR0913  (options, by keyword)
     create_pr: bool = False,
     commit_message: str = "Upload a model of opt-jax",
     max_shard_size: int | str | None = None,
+    **foreign: Any,
 ) -> str:
     """Upload the model as safetensors, with a model card if the repository has none. The page of the commit.
 
@@ -72,11 +76,13 @@ def push_model(  # noqa: PLR0913  (options, by keyword)
       create_pr: open a pull request instead of a commit to the branch.
       commit_message: the title of the commit.
       max_shard_size: see `save_pretrained`.
+      **foreign: none; the error for an argument of `transformers` says what to write instead.
 
     Raises:
       ValueError: see `save_pretrained`; not a name of a repository; or a model with an adapter that is kept apart.
       huggingface_hub.errors.HfHubHTTPError: the hub refuses.
     """
+    _refuse(foreign, push_model)
     if getattr(model, "lora", None) is not None:
         raise ValueError("push_to_hub uploads complete models: load this one with its adapter merged")
     with TemporaryDirectory() as temporary:
@@ -99,12 +105,19 @@ def push_tokenizer(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str = "Upload a tokenizer of opt-jax",
+    **foreign: Any,
 ) -> str:
     """Upload the files of the tokenizer; arguments, result and errors as of a model's `push_to_hub`."""
+    _refuse(foreign, push_tokenizer)
     with TemporaryDirectory() as temporary:
         tokenizer.save_pretrained(temporary)
         options = dict(private=private, token=token, revision=revision, create_pr=create_pr)
         return _upload(Path(temporary), repo_id, None, options | dict(commit_message=commit_message))
+
+
+def _refuse(foreign: dict[str, Any], function: Callable[..., str]) -> None:
+    for name in hf_scripts.known("push_to_hub", foreign, hf_scripts.PUSHING):
+        raise hf_scripts.unknown_argument("push_to_hub", name, inspect.signature(function).parameters)
 
 
 def _upload(folder: Path, repo_id: str, card: Callable[[str], str] | None, options: dict[str, Any]) -> str:

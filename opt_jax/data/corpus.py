@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from opt_jax.data.arrays import is_array
 from opt_jax.data.documents import Source, find_sources, read_documents
 from opt_jax.data.files import stdlib_files
 from opt_jax.data.records import TEXT_KEY, BadRecords
@@ -36,7 +37,7 @@ def split_documents(documents: list[str], fraction: float = HELD_OUT) -> tuple[l
 
 
 def _is_array(source: Source) -> TypeGuard[Path]:
-    return isinstance(source, Path) and source.suffix == ".npy"
+    return isinstance(source, Path) and is_array(source)
 
 
 class Corpus:
@@ -101,7 +102,8 @@ class Corpus:
         training, held_out = [], []
         for name, documents, rest, arrays in self._parts:
             if self._mixed and len(arrays) + bool(documents) != 1:
-                raise ValueError(f"--mixture: {name} must be text, or one .npy file, to be one source with one weight")
+                what = "must be text, or one .npy file or directory of arrays"
+                raise ValueError(f"--mixture: {name} {what}, to be one source with one weight")
             streams = [open_tokens(path, tokenizer) for path in arrays]
             if self._valid is None:
                 pairs = [stream.split(HELD_OUT, tokenizer.bos_token_id) for stream in streams]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NoReturn
 
+from opt_jax.data.arrays import INDEX, array_name, check_alone, is_array
 from opt_jax.data.formats import COMPRESSED, TABLES, check_ending, check_head
 from opt_jax.system.messages import one_line
 from opt_jax.system.reading import open_regular
@@ -25,6 +26,8 @@ TEXT_SUFFIXES += tuple(ending + compressed for ending in (".jsonl", ".txt") for 
 STDLIB_SKIP = {"__pycache__", "encodings", "idle_test", "site-packages", "dist-packages", "test", "tests"}
 _BUFFER = 1 << 20
 _HEAD = 4096
+# What fsspec's file systems have of these changes with the content of a file.
+_VERSIONS = ("etag", "ETag", "blob_id", "md5", "mtime", "LastModified", "last_modified", "created")
 _ZSTD_INPUT = 1 << 10  # bytes decompressed at once: zstd can turn 20 bytes into 128 KiB
 
 
@@ -74,6 +77,24 @@ def size_of(file: Any) -> int | None:
     """The number of bytes that are read; None if it is not known before."""
     compressed = endings(file)[1] or endings(file)[0] in TABLES
     return file.stat().st_size if isinstance(file, Path) and not compressed else None
+
+
+def state_of(file: File) -> dict[str, Any]:
+    """{"name", "size", ...} of a file: another dictionary, if its content has changed.
+
+    Raises:
+      OSError: the file is not there, or its server cannot be reached.
+    """
+    if isinstance(file, Path):
+        stat = file.stat()
+        return {"name": str(file), "size": stat.st_size, "modified": stat.st_mtime_ns}
+    system, path = _file_system(file.url)
+    try:
+        about = system.info(path)
+    except Exception as error:
+        raise _unreadable(file, error) from None
+    version = next((str(about[key]) for key in _VERSIONS if about.get(key)), "")
+    return {"name": file.url, "size": about.get("size") or 0, "version": version}
 
 
 def open_file(file: File) -> Any:
@@ -201,10 +222,12 @@ def find_files(names: Sequence[str | os.PathLike], suffixes: tuple[str, ...] = (
         files += _remote_files(str(name), suffixes) if is_url(str(name)) else _local_files(Path(name), suffixes)
     for file in files:
         if isinstance(file, RemoteFile):
-            if file.suffix == ".npy":
+            if is_array(file):
                 raise ValueError(f"{file}: arrays of token ids are memory-mapped: copy it to a disk")
             check_ending(file, *endings(file))
-        elif file.suffix != ".npy":
+        elif is_array(file):
+            check_alone(file)
+        else:
             open_file(file).close()
     return files
 
@@ -304,6 +327,10 @@ def _walk(root: Path, skip: set[str], suffixes: tuple[str, ...], left_out: Count
         subdirectories[:] = [name for name in subdirectories if name not in skip]
         if links := sum(Path(directory, name).is_symlink() for name in subdirectories):
             left_out["linked directories (name them as well to read them)"] += links
+        if INDEX in names and ".npy" in suffixes:
+            yield Path(directory, INDEX)
+            arrays = {array_name(number) for number in range(len(names))}
+            names = [name for name in names if name != INDEX and name not in arrays]
         for name in names:
             if name.lower().endswith(suffixes):
                 yield Path(directory, name)

@@ -19,7 +19,8 @@ from opt_jax.data.formats import JSON_LINES, TABLES
 from opt_jax.system.messages import one_line
 
 TEXT_KEY = "text"
-_SHOWN = 20
+SHOWN = 20  # bad records that are printed
+FURTHER = "left out: further ones are counted only"
 _FEW = 100  # bad records that a source may have, whatever their share
 _RECORD = 256 << 20  # the most bytes of a line of a .jsonl file, or characters of an element of a .json file
 _ROWS = 1000  # of a table that are read at once
@@ -33,10 +34,11 @@ class BadRecords:
     Args:
       skip: True: leave them out, and print the first 20. False: the first one is a ValueError with file and line. None:
         the same, for a program without --skip-bad-records.
+      show: takes a line for each of the first 20; default: print it to stderr.
     """
 
-    def __init__(self, skip: bool | None = False):
-        self.skip, self.count = skip, 0
+    def __init__(self, skip: bool | None = False, show: Callable[[str], Any] | None = None):
+        self.skip, self.count, self._show = skip, 0, show or _show
         self.read = 0  # records, or lines of text, that could be read
 
     def report(self, where: str, problem: str) -> None:
@@ -44,10 +46,10 @@ class BadRecords:
             hint = "" if self.skip is None else "; --skip-bad-records leaves such records out"
             raise ValueError(f"{where}: {problem}{hint}")
         self.count += 1
-        if self.count <= _SHOWN:
-            print(f"left out: {where}: {problem}", file=sys.stderr, flush=True)
-        if self.count == _SHOWN:
-            print("left out: further ones are counted only", file=sys.stderr, flush=True)
+        if self.count <= SHOWN:
+            self._show(f"left out: {where}: {problem}")
+        if self.count == SHOWN:
+            self._show(FURTHER)
 
     def check(self, source: Any, bad: int, read: int) -> None:
         """Raise ValueError if too many records of a source are bad: then it is not damaged, but has another format."""
@@ -56,6 +58,10 @@ class BadRecords:
                 f"{source}: {bad:,} of its {bad + read:,} records cannot be read, too many for --skip-bad-records: it "
                 "is not UTF-8 text or not what its ending says, or it is damaged; leave it out of the data"
             )
+
+
+def _show(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def reader_of(file: File) -> Callable[[File, BadRecords, str], Iterator[str]] | None:
@@ -342,8 +348,15 @@ class HFSource:
     def __str__(self) -> str:
         return self.name
 
+    def __reduce__(self) -> Any:  # another process loads it again: the rows may be gigabytes
+        return HFSource, (self.name, self._key)
+
     def __len__(self) -> int:
         return len(self._rows)
+
+    def state(self) -> dict[str, Any]:
+        """As `files.state_of`."""
+        return {"name": self.name, "rows": len(self), "version": vars(self._rows)["_fingerprint"]}
 
     def texts(self, bad: BadRecords) -> Iterator[str]:
         for number, row in enumerate(self._rows):

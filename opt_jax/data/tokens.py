@@ -1,52 +1,53 @@
-"""Streams of token ids: in memory, or in a NumPy file that is memory-mapped and may be larger than memory. No jax.
+"""Streams of token ids: in memory, or in NumPy files that are memory-mapped and may be larger than memory. No jax.
 
 FILE.npy is a one-dimensional array, uint16 if the vocabulary fits, else int32, with `</s>` before, between and after
 documents. FILE.npy.json describes how it was made. Any .npy of integers works too; without the second file its
-tokenizer cannot be checked.
+tokenizer cannot be checked. A directory of several arrays (`shards.py`) is the same stream.
 """
 
 import hashlib
 import json
-import os
 import re
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from opt_jax.data.documents import BLOCK, Source, cut, find_sources, pieces
-from opt_jax.data.files import TEXT_SUFFIXES, size_of
+from opt_jax.data.arrays import INDEX, Arrays, open_array, read_index
+from opt_jax.data.documents import BLOCK, Source, cut, pieces
 from opt_jax.data.records import TEXT_KEY, BadRecords
 from opt_jax.data.workers import tokenizer_here, worker_processes
 from opt_jax.model.ids import as_ids
 from opt_jax.system.messages import one_line
-from opt_jax.system.reading import json_object, open_regular, read_small
+from opt_jax.system.reading import json_object, read_small
 from opt_jax.system.temporary import new_file, refuse_links, unfinished_files
 from opt_jax.text.tokenizer import OPTTokenizer
 
 _TASK = 1 << 20  # characters that a worker takes at once
 _SAMPLES, _SAMPLE = 4096, 1024
-_HEADER_BYTES = 1024  # NumPy writes 118; parsing a damaged header takes time that grows with the square of its length
 
 
 class Tokens:
-    """The part [first:last] of a token stream in memory (`array`) or in a .npy file (`path`); read as int32.
+    """The part [first:last] of a token stream in memory (`array`) or on a disk (`path`); read as int32.
 
     A file is opened when it is read, so pickling copies its name and not its content to another process.
 
+    Args:
+      name: for messages.
+      array: integers in one dimension.
+      path: a .npy file of such an array, or the index of several.
+      first, last: the part.
+
     Raises:
-      ValueError: not a .npy file of integers with one dimension.
+      ValueError: see `open_array` and `Arrays`.
     """
 
     def __init__(
         self,
         name: str,
-        array: np.ndarray | None = None,
+        array: np.ndarray | Arrays | None = None,
         path: Path | None = None,
         first: int = 0,
         last: int | None = None,
@@ -55,19 +56,10 @@ class Tokens:
         self.last = len(self.array) if last is None else last
 
     @property
-    def array(self) -> np.ndarray:
+    def array(self) -> np.ndarray | Arrays:
         if self._array is None:
             assert self.path is not None
-            open_regular(self.path).close()  # NumPy would wait at a pipe
-            try:
-                self._array = np.lib.format.open_memmap(self.path, mode="r", max_header_size=_HEADER_BYTES)
-            except OSError:
-                raise
-            except Exception as error:  # NumPy parses the header as Python, which raises several types of errors
-                raise ValueError(f"{self.path}: not an array of token ids ({one_line(error)})") from None
-            if self._array.ndim != 1 or self._array.dtype.kind not in "iu":
-                what = f"{self._array.dtype} {list(self._array.shape)}"
-                raise ValueError(f"{self.path}: holds {one_line(what)}, not integers in one dimension")
+            self._array = Arrays(self.path) if self.path.name == INDEX else open_array(self.path)
         return self._array
 
     def __getstate__(self) -> dict[str, Any]:
@@ -110,23 +102,30 @@ def hash_of_vocabulary(tokenizer: OPTTokenizer) -> str:
 
 
 def open_tokens(path: Path, tokenizer: OPTTokenizer | None = None) -> Tokens:
-    """The tokens in a .npy file.
+    """The tokens in a .npy file, or in the arrays of an index.
 
     Raises:
-      ValueError: it is not a .npy file; or FILE.npy.json cannot be read, or names another tokenizer.
+      ValueError: it is neither; FILE.npy.json cannot be read, or names another tokenizer, or the index does; or see
+        `Arrays.verify`.
     """
-    about = Path(f"{path}.json")
-    if tokenizer is not None and about.exists():
+    is_index = path.name == INDEX
+    about = path if is_index else Path(f"{path}.json")
+    if tokenizer is not None and (is_index or about.exists()):
         name, vocabulary = _tokenizer_of(about)
         if vocabulary != hash_of_vocabulary(tokenizer):
             raise ValueError(
                 f"{path} was made with another tokenizer ({one_line(name, 200)}): name that with --tokenizer"
             )
+    if is_index:
+        Arrays(path).verify()
     return Tokens(str(path), path=Path(path))
 
 
 def _tokenizer_of(about: Path) -> tuple[str, str]:
     """(name, fingerprint) of the tokenizer. Raises ValueError if `opt-jax tokenize` did not write the file."""
+    if about.name == INDEX:
+        tokenizer = read_index(about)["tokenizer"]
+        return tokenizer["name"], tokenizer["fingerprint"]
     text = read_small(about)
     try:
         tokenizer = json_object(text, about)["tokenizer"]
@@ -136,62 +135,6 @@ def _tokenizer_of(about: Path) -> tuple[str, str]:
 
 
 # Making them --------------------------------------------------------------------------------------------------------
-
-
-def tokenize_sources(
-    names: Sequence[str],
-    output: Path | None,
-    tokenizer: str,
-    workers: int | None,
-    skip_bad: bool,
-    text_key: str = TEXT_KEY,
-) -> str:
-    """The command `opt-jax tokenize`: `write_tokens` with a progress bar. Returns a line for the user.
-
-    Raises:
-      ValueError, FileNotFoundError: as `find_sources` and `write_tokens`; or a bad option.
-    """
-    if not names or output is None:
-        raise ValueError("name what to read and where to write: opt-jax tokenize texts/ --output texts.npy")
-    if output.suffix != ".npy":
-        raise ValueError(f"--output {output}: must end in .npy")
-    if workers is not None and workers < 1:
-        raise ValueError(f"--workers {workers}: must be at least 1")
-    sources = find_sources(names, TEXT_SUFFIXES, text_key)
-    if arrays := [source for source in sources if isinstance(source, Path) and source.suffix == ".npy"]:
-        raise ValueError(f"{arrays[0]}: is tokenised already")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    begin = time.monotonic()
-    # The bar counts characters against bytes, so for many languages it ends before its end.
-    sizes = [size_of(source) for source in sources]
-    total = None if None in sizes else sum(size or 0 for size in sizes)
-    if workers is None:  # a process takes seconds to start, in which another one tokenises megabytes
-        cores = _cores()
-        workers = cores if total is None else max(1, min(cores, total // (16 * _TASK)))
-    columns = (TextColumn("tokenising"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        about = write_tokens(
-            sources,
-            output,
-            OPTTokenizer.from_pretrained(tokenizer),
-            tokenizer,
-            workers=workers,
-            skip_bad=skip_bad,
-            text_key=text_key,
-            progress=lambda characters: bar.advance(task, characters),
-        )
-    left_out = f", {about['left_out']:,} bad records left out" if about["left_out"] else ""
-    return (
-        f"{output}: {about['tokens']:,} tokens of {about['documents']:,} documents as {about['dtype']}{left_out}, in "
-        f"{time.monotonic() - begin:.1f} s"
-    )
-
-
-def _cores() -> int:
-    """The number of cores that this process may use; under SLURM or taskset not all of the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def write_tokens(
@@ -235,24 +178,15 @@ def write_tokens(
             "move it elsewhere, or choose another name"
         )
     bad = BadRecords(skip_bad)
-    most = max(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).values())  # a vocabulary may have holes
-    dtype = np.dtype(np.uint16 if most < 1 << 16 else np.int32)
-    total = documents = 0
+    dtype = dtype_of(tokenizer)
     # The description is published last. Until then its temporary file is the lock on the array.
     with new_file(beside) as about_file, new_file(output) as file:
-        begin = _write_header(file, dtype, 0)
-        file.write(np.array([tokenizer.bos_token_id], dtype).tobytes())
-        for ids, ended, characters in _encode(pieces(sources, bad, _block(tokenizer), text_key), tokenizer, workers):
-            file.write(ids.astype(dtype).tobytes())
-            total, documents = total + len(ids), documents + ended
-            progress(characters)
-        file.seek(0)
-        if _write_header(file, dtype, total + 1) != begin:
-            raise AssertionError("NumPy leaves room for any length in the header of an array")
+        parts = encode(pieces(sources, bad, block_of(tokenizer), text_key), tokenizer, workers)
+        total, documents = write_array(file, dtype, [tokenizer.bos_token_id], parts, progress)
         if not documents:
             raise ValueError("no documents in the data: every file is empty")
         about = {
-            "tokens": total + 1,
+            "tokens": total,
             "documents": documents,
             "left_out": bad.count,
             "dtype": str(dtype),
@@ -267,9 +201,36 @@ def write_tokens(
 
 def tokenize(documents: Sequence[str], tokenizer: OPTTokenizer) -> np.ndarray:
     """One int32 stream: `</s>` document `</s>` document ... `</s>`. A document follows `</s>`, as a prompt does."""
-    texts = cut(documents, _block(tokenizer), "a document")
+    texts = cut(documents, block_of(tokenizer), "a document")
     parts = [_encode_task(tokenizer, task)[0] for task in _tasks(texts, blank_ones=True)]
     return np.concatenate([np.array([tokenizer.bos_token_id], np.int32), *parts])
+
+
+def dtype_of(tokenizer: OPTTokenizer) -> np.dtype:
+    """The dtype of the arrays on a disk."""
+    most = max(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).values())  # a vocabulary may have holes
+    return np.dtype(np.uint16 if most < 1 << 16 else np.int32)
+
+
+def write_array(
+    file: Any,
+    dtype: np.dtype,
+    first: Sequence[int],
+    parts: Iterable[tuple[np.ndarray, int, int]],
+    progress: Callable[[int], None],
+) -> tuple[int, int]:
+    """Write a .npy file of the `first` ids and those of `encode`. Returns (ids, documents)."""
+    begin = _write_header(file, dtype, 0)
+    file.write(np.array(first, dtype).tobytes())
+    total, documents = len(first), 0
+    for ids, ended, characters in parts:
+        file.write(ids.astype(dtype).tobytes())
+        total, documents = total + len(ids), documents + ended
+        progress(characters)
+    file.seek(0)
+    if _write_header(file, dtype, total) != begin:
+        raise AssertionError("NumPy leaves room for any length in the header of an array")
+    return total, documents
 
 
 def _write_header(file: Any, dtype: np.dtype, length: int) -> int:
@@ -278,24 +239,24 @@ def _write_header(file: Any, dtype: np.dtype, length: int) -> int:
     return file.tell()
 
 
-def _block(tokenizer: OPTTokenizer) -> int | None:
+def block_of(tokenizer: OPTTokenizer) -> int | None:
     """The length of the pieces of a text file; None (do not cut) for a tokenizer whose ids the cuts would change."""
     texts = ("a\n", "b1\n", "-c", " d", " e")
     apart = [i for text in texts for i in tokenizer.encode(text, add_special_tokens=False)]
     return BLOCK if tokenizer.encode("".join(texts), add_special_tokens=False) == apart else None
 
 
-def _encode(
+def encode(
     texts: Iterator[tuple[str, bool]], tokenizer: OPTTokenizer, workers: int
 ) -> Iterator[tuple[np.ndarray, int, int]]:
     """(ids with `</s>` behind documents, documents, characters) for task after task, in order."""
     if workers == 1:
         yield from (_encode_task(tokenizer, task) for task in _tasks(texts))
         return
-    with worker_processes(workers, tokenizer) as submit:
+    with worker_processes(workers, tokenizer) as pool:
         waiting = deque()
         for task in _tasks(texts):
-            waiting.append(submit(_work, task))
+            waiting.append(pool.submit(_work, task))
             if len(waiting) >= 3 * workers:  # otherwise the reader would fill the memory
                 yield waiting.popleft().result()
         while waiting:

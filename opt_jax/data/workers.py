@@ -17,11 +17,22 @@ from opt_jax.system.interrupts import WAITING, delayed
 from opt_jax.text.tokenizer import OPTTokenizer
 
 
-@contextmanager
-def worker_processes(number: int, tokenizer: OPTTokenizer) -> Iterator[Callable[..., "Future[Any]"]]:
-    """A context with processes that have the tokenizer (`tokenizer_here`); yields `submit(function, *arguments)`.
+class Workers:
+    """What `worker_processes` yields."""
 
-    `submit` works like `Executor.submit`. At the end of the block the processes are ended, whatever they do.
+    def __init__(self, submit: Callable[..., "Future[Any]"], characters: Any):
+        self.submit, self._characters = submit, characters  # as `Executor.submit`
+
+    def characters(self) -> int:
+        """The number of characters that the processes have counted with `count`."""
+        return self._characters.get_obj().value  # without the lock, which a process that died may hold
+
+
+@contextmanager
+def worker_processes(number: int, tokenizer: OPTTokenizer) -> Iterator[Workers]:
+    """A context with processes that have the tokenizer (`tokenizer_here`).
+
+    At the end of the block the processes are ended, whatever they do.
 
     (Not a `ProcessPoolExecutor`, which waits for ever if a process dies while it writes a result: all processes write
     to one pipe, and this process holds its end for writing open.)
@@ -31,6 +42,7 @@ def worker_processes(number: int, tokenizer: OPTTokenizer) -> Iterator[Callable[
     """
     context = get_context("spawn")  # a fork of a process with threads (of the tokenizer and of JAX) may hang
     idle: SimpleQueue[Connection] = SimpleQueue()
+    characters = context.Value("q", 0)
 
     def ask(*task: Any) -> Any:
         connection = idle.get()
@@ -50,33 +62,41 @@ def worker_processes(number: int, tokenizer: OPTTokenizer) -> Iterator[Callable[
         for _ in range(number):
             with delayed():  # a signal while a process is started would truncate the data that it unpickles
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs, tokenizer_to_bytes(tokenizer)), daemon=True)
+                process = context.Process(
+                    target=_serve, args=(theirs, tokenizer_to_bytes(tokenizer), characters), daemon=True
+                )
                 process.start()
                 theirs.close()  # so that `recv` ends when the process does
                 stack.callback(process.join)
                 stack.callback(process.terminate)
             idle.put(ours)
         stack.callback(threads.shutdown, wait=False, cancel_futures=True)
-        yield lambda function, *arguments: threads.submit(ask, function, *arguments)
+        yield Workers(lambda function, *arguments: threads.submit(ask, function, *arguments), characters)
 
 
 # In a worker ----------------------------------------------------------------------------------------------------------
 
-_tokenizer: list[OPTTokenizer] = []
+_worker: list[Any] = []
 
 
 def tokenizer_here() -> OPTTokenizer:
     """The tokenizer, in a worker."""
-    return _tokenizer[0]
+    return _worker[0]
 
 
-def _serve(connection: Connection, tokenizer: bytes) -> None:
+def count(characters: int) -> None:
+    """Add to what `Workers.characters` returns, in a worker."""
+    with _worker[1].get_lock():
+        _worker[1].value += characters
+
+
+def _serve(connection: Connection, tokenizer: bytes, characters: Any) -> None:
     # Ctrl-C reaches all processes. An idle worker would print its traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, WAITING)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
-    _tokenizer.append(tokenizer_from_bytes(tokenizer))
+    _worker[:] = [tokenizer_from_bytes(tokenizer), characters]
     while True:
         function, *arguments = connection.recv()
         try:

@@ -190,12 +190,13 @@ def load(options: EvalOptions) -> Any:
 
 def read_ids(paths: Sequence[str], tokenizer: Any, text_key: str = "text") -> tuple[Any, int]:
     """(ids of all documents, each after `</s>`, int32 [N]; number of documents)."""
+    from opt_jax.data.arrays import is_array
     from opt_jax.data.documents import find_sources, read_documents
     from opt_jax.data.files import TEXT_SUFFIXES
     from opt_jax.data.tokens import tokenize
 
     sources = find_sources(paths, TEXT_SUFFIXES, text_key)
-    if arrays := [source for source in sources if source.suffix == ".npy"]:
+    if arrays := [source for source in sources if is_array(source)]:
         raise ValueError(
             f"--data {arrays[0]}: holds token ids: name the texts, which the model's tokenizer then tokenises"
         )

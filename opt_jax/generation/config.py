@@ -12,7 +12,6 @@ from opt_jax.checkpoints.hf_scripts import unchangeable
 from opt_jax.generation.hf_options import check_names, ignored_fields, without_ignored
 from opt_jax.system.messages import shown
 from opt_jax.system.reading import asks_for_nothing, json_object, note_without_effect, read_small
-from opt_jax.system.temporary import refuse_links, write_file
 
 # Options that need do_sample=True -> values that have no effect even then.
 SAMPLING: dict[str, tuple[Any, ...]] = {
@@ -31,7 +30,7 @@ _LOOKUP: dict[str, tuple[Any, ...]] = {"max_matching_ngram_size": (2,)}
 _LENGTHS = ({"max_length", "max_new_tokens"}, {"min_length", "min_new_tokens"})
 
 
-@unchangeable("model.generation_config = dataclasses.replace(model.generation_config, max_new_tokens=9)")
+@unchangeable("write model.generation_config = dataclasses.replace(model.generation_config, {name}={value})")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """Options of `generate`. Where one is None, `generation_config.json` of the checkpoint decides, else the default.
@@ -169,13 +168,9 @@ class GenerationConfig:
         """Write the options that are not None into `generation_config.json` of a directory.
 
         Raises:
-          FileExistsError: the file is a symbolic link, or not a regular file.
-          ValueError: see `hub.disk_path`.
+          FileExistsError, ValueError: see `hub.write_into`.
         """
-        folder = hub.disk_path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        refuse_links(folder / "generation_config.json")
-        write_file(folder / "generation_config.json", self.to_json().encode())
+        hub.write_into(directory, "generation_config.json", self.to_json().encode())
 
     def to_json(self) -> str:
         """The content of a `generation_config.json`."""

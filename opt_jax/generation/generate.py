@@ -134,7 +134,7 @@ def generate(
     request = check_request(
         model, input_ids, attention_mask, generation_config, tokenizer, cache, options, inputs_embeds=inputs_embeds
     )
-    model = _hooked(model, hooks, request, batch_size, assistant_model)
+    model = hooked_model(model, hooks, request, batch_size, assistant_model)
     return generate_requested(model, request, batch_size, progress_bar, assistant_model, return_cache)
 
 
@@ -160,7 +160,7 @@ def generate_requested(
     return dataclasses.replace(result, cache=cache)
 
 
-def _hooked(
+def hooked_model(
     model: OPTForCausalLM,
     hooks: Any,
     request: Request,
@@ -171,13 +171,13 @@ def _hooked(
     if hooks is None:
         return model
     hooked = with_hooks(model, hooks, request.rows // request.copies)
-    edits = [edit for at_point in hooked.model.hooks.edits.values() for edit in at_point]
-    if any(edit.rows is not None for edit in edits):
+    edits = [edit for edits_of_key in hooked.model.hooks.edits.values() for edit in edits_of_key]
+    of_rows = any(edit.rows is not None for edit in edits)
+    if of_rows or any(np.ndim(x) > 2 and np.shape(x)[0] > 1 for x in jax.tree.leaves(edits)):
         for option, moves in (("batch_size", batch_size), ("num_return_sequences above 1", request.copies > 1)):
             if moves:
-                raise ValueError(
-                    f"hooks with rows= cannot be combined with {option}: the rows of steps are not the prompts"
-                )
+                what = "rows=" if of_rows else "a value for each row"
+                raise ValueError(f"hooks with {what} cannot be combined with {option}: a step has other rows")
     drafts = check_drafts(model, request, assistant_model)
     if drafts is not None and any(edit.from_end for edit in edits):
         name = "prompt_lookup_num_tokens" if drafts.assistant is None else "assistant_model"
@@ -335,7 +335,7 @@ def stream(
     request = check_request(
         model, input_ids, attention_mask, generation_config, tokenizer, cache, options, inputs_embeds=inputs_embeds
     )
-    return stream_requested(_hooked(model, hooks, request, None, assistant_model), request, assistant_model)
+    return stream_requested(hooked_model(model, hooks, request, None, assistant_model), request, assistant_model)
 
 
 def stream_requested(

@@ -77,6 +77,8 @@ UNSUPPORTED = {
     "streamer": Missing((), "iterate over opt_jax.stream_text(model, tokenizer, prompt), or opt_jax.generation.stream"),
     "synced_gpus": Missing((False,), _LEAVE_OUT),
     # No options of HF's GenerationConfig, but arguments in scripts.
+    "labels": Missing((), "leave it out: prompts have no labels"),
+    "offset_mapping": Missing((), "leave it out: the model needs input_ids and attention_mask"),
     "inputs": Missing((), "write input_ids"),
     "past_key_values": Missing((), "write cache=, from model.prefill or from generate(..., return_cache=True)"),
     "position_ids": Missing((), "leave it out: positions follow from attention_mask"),
@@ -120,6 +122,12 @@ def ignored_fields(names: Iterable[str], fields: Iterable[str]) -> FieldsWithout
         elif missing is None and name not in fields and name not in INERT:
             ignored[name] = (), "no option of opt-jax"
     return ignored
+
+
+def refused_fields() -> FieldsWithoutEffect:
+    """The names that `generate` refuses, for `note_without_effect` of what leaves them out."""
+    hint = "not supported: generate refuses it unless you pass None for it, or assign another generation_config"
+    return {name: (missing.harmless, hint) for name, missing in UNSUPPORTED.items() if not missing.ignored}
 
 
 def without_ignored(content: Mapping[str, Any], where: str, fields: Iterable[str]) -> dict[str, Any]:

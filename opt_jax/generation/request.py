@@ -19,7 +19,7 @@ from opt_jax.generation.config import (
     options_of,
     parse,
 )
-from opt_jax.generation.hf_options import without_ignored
+from opt_jax.generation.hf_options import ignored_fields, refused_fields
 from opt_jax.generation.loop import Prompts
 from opt_jax.generation.memory import check_memory, column_bytes, host_memory
 from opt_jax.generation.processors import Sequences
@@ -38,6 +38,7 @@ from opt_jax.generation.prompts import (
 from opt_jax.generation.sampling import SamplingOptions
 from opt_jax.model.heads import OPTForCausalLM
 from opt_jax.system.messages import shown
+from opt_jax.system.reading import note_without_effect
 
 DEFAULT_NEW_TOKENS = 20  # as in HF
 _LARGEST_TABLE = 1 << 24  # most elements of an array of bad words or stop sequences, padded to the longest
@@ -249,9 +250,11 @@ def checkpoint_options(model: OPTForCausalLM) -> dict[str, Any]:
 
 
 def config_of(model: OPTForCausalLM) -> GenerationConfig:
-    """The value of `model.generation_config`."""
-    where = _generation_config_of(model)
-    return GenerationConfig.from_dict(without_ignored(checkpoint_options(model), where, FIELDS), where)
+    """The value of `model.generation_config`: the options of the file that there are here; the others are noted."""
+    where, content = _generation_config_of(model), checkpoint_options(model)
+    others = {**ignored_fields(content, FIELDS), **refused_fields()}
+    note_without_effect(where, content, others)
+    return GenerationConfig.from_dict({k: v for k, v in content.items() if k not in others}, where)
 
 
 def assign_config(model: OPTForCausalLM, config: GenerationConfig | None) -> None:

@@ -24,13 +24,7 @@ from opt_jax.model.cache import KVCache, LayerCache
 from opt_jax.model.flash import AttentionImplementation
 from opt_jax.model.outputs import BaseModelOutput
 from opt_jax.model.remat import Remat, count_parts, rematerialise, run_in_parts
-from opt_jax.parallel.collectives import (
-    gather_parameters,
-    gather_sequence,
-    local_tokens,
-    scatter_sequence,
-    tensor_offset,
-)
+from opt_jax.parallel import collectives
 from opt_jax.parallel.rules import constrain, is_per_device
 
 _ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -76,10 +70,10 @@ class Embed(nnx.Embed):
         """Embeddings of this device's tokens. Each device has the ids of all tokens, and a part of the table."""
         # In float32, so that the gradients of a frequent token are not added up in half precision.
         table = self.embedding.get_value().astype(jnp.float32)
-        local_ids = ids - tensor_offset(table.shape[0])
+        local_ids = ids - collectives.tensor_offset(table.shape[0])
         is_local = (local_ids >= 0) & (local_ids < table.shape[0])
         rows = jnp.take(table, jnp.where(is_local, local_ids, 0), axis=0)
-        return scatter_sequence(jnp.where(is_local[..., None], rows, 0).astype(self.dtype))
+        return collectives.scatter_sequence(jnp.where(is_local[..., None], rows, 0).astype(self.dtype))
 
     def attend(self, x: Float[Array, "B T P"]) -> Float[Array, "B T V"]:  # type: ignore[reportIncompatibleMethodOverride]
         """Logits. Deviation from HF: accumulated and returned in float32, not rounded to the compute dtype."""
@@ -168,16 +162,16 @@ class OPTDecoderLayer(nnx.Module):
         inputs = x = hooks.point("hook_resid_pre", x)
 
         h = self.self_attn_layer_norm(x, "ln1") if pre_norm else x
-        h, weights, cache = self.self_attn(gather_sequence(h), mask=mask, cache=cache, dropout_key=keys[0])
-        h = hooks.point("hook_attn_out", checkpoint_name(scatter_sequence(h), "attention_out"))
+        h, weights, cache = self.self_attn(collectives.gather_sequence(h), mask=mask, cache=cache, dropout_key=keys[0])
+        h = hooks.point("hook_attn_out", checkpoint_name(collectives.scatter_sequence(h), "attention_out"))
         x = hooks.point("hook_resid_mid", constrain(x + dropout(h, config.dropout, keys[1]), "residual"))
         if not pre_norm:
             x = self.self_attn_layer_norm(x, "ln1")
 
         h = self.final_layer_norm(x, "ln2") if pre_norm else x
-        h = checkpoint_name(constrain(self.fc1(gather_sequence(h)), "ffn"), "ffn")
+        h = checkpoint_name(constrain(self.fc1(collectives.gather_sequence(h)), "ffn"), "ffn")
         h = _ACTIVATION[config.activation_function](hooks.point("mlp.hook_pre", h))
-        h = hooks.point("hook_mlp_out", scatter_sequence(self.fc2(hooks.point("mlp.hook_post", h))))
+        h = hooks.point("hook_mlp_out", collectives.scatter_sequence(self.fc2(hooks.point("mlp.hook_post", h))))
         x = hooks.point("hook_resid_post", constrain(x + dropout(h, config.dropout, keys[2]), "residual"))
         if not pre_norm:
             x = self.final_layer_norm(x, "ln2")
@@ -306,13 +300,13 @@ class OPTDecoder(nnx.Module):
             assert ids is not None
             x = self.embed_tokens.lookup_and_scatter(ids) if is_per_device() else self.embed_tokens(ids)
             if pad is not None:  # as torch's padding_idx: the embedding of the pad gets no gradient
-                x = jnp.where(local_tokens(ids == pad)[..., None], lax.stop_gradient(x), x)
+                x = jnp.where(collectives.local_tokens(ids == pad)[..., None], lax.stop_gradient(x), x)
         x = hooks.point("hook_embed", x.astype(self.embed_tokens.dtype))
         if self.project_in is not None:
             x = hooks.point("hook_project_in", self.project_in(x))
         positions = positions_of(inputs) if inputs.position_ids is None else inputs.position_ids
-        embedded = hooks.point("hook_pos_embed", self.embed_positions(local_tokens(positions) + POSITION_OFFSET))
-        return constrain(x + embedded, "residual")
+        embedded = self.embed_positions(collectives.local_tokens(positions) + POSITION_OFFSET)
+        return constrain(x + hooks.point("hook_pos_embed", embedded), "residual")
 
     def _run_list(self, x: Float[Array, "B T D"], mask: AttentionMask, inputs: DecoderInputs) -> Outputs:
         """The outputs of a list of layers, run one by one."""
@@ -342,7 +336,7 @@ class OPTDecoder(nnx.Module):
 
         def body(x: Array, layer_and_key: tuple[OPTDecoderLayer, DropoutKey | None]) -> tuple[Array, tuple[Any, Any]]:
             layer, key = layer_and_key
-            layer = gather_parameters(layer, layer.fc1.dtype, self.grad_dtype, "model.decoder.layers.")
+            layer = collectives.gather_parameters(layer, layer.fc1.dtype, self.grad_dtype, "model.decoder.layers.")
             if parts > 1:
                 x, weights = run_in_parts(layer, parts, x, mask, key), None
             else:

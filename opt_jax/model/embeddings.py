@@ -14,7 +14,7 @@ from opt_jax.model.heads import OPTForCausalLM, OPTPreTrainedModel
 from opt_jax.parallel import rules
 
 
-def num_parameters(model: OPTPreTrainedModel, exclude_embeddings: bool = False) -> int:
+def num_parameters(model: OPTPreTrainedModel, *, exclude_embeddings: bool = False) -> int:
     """The number of parameters. A tied LM head counts once. All of them are trained, unless you choose otherwise.
 
     Args:

@@ -30,7 +30,7 @@ class OPTPreTrainedModel(ModelMethods, nnx.Module):  # type: ignore[reportIncomp
 
     Args:
       config: the architecture.
-      rngs: keys for initialisation, normal(0, init_std) as in HF.
+      rngs: keys for initialisation, normal(0, init_std) as in HF. Without them: ValueError.
       dtype: the compute dtype. Logits and losses are always float32.
       param_dtype: the dtype of the parameters.
       scan_layers: whether the layers are one stacked layer (see `OPTDecoder`). `stack_layers` converts later.
@@ -53,7 +53,7 @@ class OPTPreTrainedModel(ModelMethods, nnx.Module):  # type: ignore[reportIncomp
         self,
         config: OPTConfig,
         *,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None = None,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         scan_layers: bool = False,
@@ -61,9 +61,10 @@ class OPTPreTrainedModel(ModelMethods, nnx.Module):  # type: ignore[reportIncomp
         remat: Remat = "none",
         grad_dtype: DTypeLike = jnp.float32,
     ):
+        keys = self._keys(config, rngs)
         self.config, self.dtype, self.param_dtype = config, jnp.dtype(dtype), jnp.dtype(param_dtype)
         how = dict(attn_implementation=attn_implementation, remat=remat, grad_dtype=grad_dtype)
-        self._build(rngs, dtype=self.dtype, param_dtype=self.param_dtype, scan_layers=scan_layers, **how)
+        self._build(keys, dtype=self.dtype, param_dtype=self.param_dtype, scan_layers=scan_layers, **how)
 
     def _build(self, rngs: nnx.Rngs, **options: Any) -> None:
         self.model = OPTModel(self.config, rngs=rngs, **options)

@@ -1,5 +1,6 @@
 """Token ids and masks from callers, checked on the host before a cast could change their values. No JAX."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,10 @@ def as_mask(name: str, value: Any) -> np.ndarray:
 
 def as_array(name: str, value: Any) -> np.ndarray:
     """`value` as an array of numbers or booleans; ValueError if it is none."""
+    if isinstance(value, Mapping):
+        raise ValueError(f"{name} must be an array, not a {type(value).__name__}: pass its entries by name, **inputs")
+    if isinstance(value, str):
+        raise ValueError(f"{name} must be ids, not text: pass what a tokenizer makes of it, **tokenizer(text)")
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):  # asarray would expose the masked values
         raise ValueError(f"{name} has masked entries: fill them, and give an attention_mask")
     try:

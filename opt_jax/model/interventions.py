@@ -79,7 +79,7 @@ class Intervention:
     """A change of the value at a point, everywhere or at chosen indices. An index may be negative, from the end.
 
     Attributes:
-      rows: of the batch.
+      rows: of the batch. One that it does not have makes the result NaN, because the rows are known too late.
       positions: count the real tokens of a row over the whole sequence, also those in a cache and generated ones. -1 is
         the last real token of each call, so in decoding the token of each step.
       heads: at points with an axis H.
@@ -96,8 +96,8 @@ class Intervention:
     @property
     def from_end(self) -> bool:
         """Whether a position of this checked intervention, where it is known, counts from the end."""
-        known: Any = self.positions
-        return isinstance(known, np.ndarray) and bool((known < 0).any())
+        positions: Any = self.positions
+        return isinstance(positions, np.ndarray) and bool((positions < 0).any())
 
     def changed(self, value: Array, hook: Hook) -> Array:
         """The new value, as if it were meant for all indices."""
@@ -234,19 +234,19 @@ def find_points(config: OPTConfig, names: Names) -> list[str]:
     """
     known = point_names(config)
     if callable(names):
-        chosen = [name for name in known if names(name)]
-        if not chosen:
+        selected = [name for name in known if names(name)]
+        if not selected:
             raise ValueError("names: the function is true for no point of this model")
-        return chosen
-    named = set()
+        return selected
+    selected = set()
     for name in [names] if isinstance(names, str) else names:
         matches = fnmatch.filter(known, name) if isinstance(name, str) else []
         if not matches:
             near = difflib.get_close_matches(str(name), known, 3, 0.5)
             hint = f"; did you mean {', '.join(near)}?" if near else ": opt_jax.point_names(model.config) lists all"
             raise ValueError(f"no hook point is named {shown(name, 80)}{hint}")
-        named.update(matches)
-    return [name for name in known if name in named]
+        selected.update(matches)
+    return [name for name in known if name in selected]
 
 
 def as_hooks(config: OPTConfig, edits: Any, names: Names = ()) -> Hooks:
@@ -268,8 +268,8 @@ def as_hooks(config: OPTConfig, edits: Any, names: Names = ()) -> Hooks:
     checked = {}
     for key, given in (edits or {}).items():
         points = find_points(config, key)
-        in_order = given if isinstance(given, tuple | list) else (given,)
-        checked[key] = tuple(_check(config, points, key, edit) for edit in in_order)
+        edits_here = given if isinstance(given, tuple | list) else (given,)
+        checked[key] = tuple(_check(config, points, key, edit) for edit in edits_here)
     return Hooks(checked, keep)
 
 
@@ -496,12 +496,13 @@ class Active:
         return (jnp.asarray(layers) == self._layer).any()
 
     def _edited(self, edit: Intervention, value: Array, hook: Hook, axes: str, active: Any) -> Array:
-        chosen = [] if active is True else [active]
+        chosen, out_of_range = [] if active is True else [active], []
         for indices, letter in ((edit.rows, "B"), (edit.heads, "H"), (edit.neurons, "F")):
             if indices is not None:
                 size = value.shape[axes.index(letter)]
-                mask = _is_in(jnp.arange(size, dtype=jnp.int32), indices, size)
+                mask, wrong = _is_in(jnp.arange(size, dtype=jnp.int32), indices, size)
                 chosen.append(mask.reshape([-1 if letter == axis else 1 for axis in axes]))
+                out_of_range.append(wrong)
         if edit.positions is not None:
             wanted = jnp.asarray(edit.positions).reshape(-1)[:, None, None]
             real = self.positions >= 0
@@ -509,9 +510,12 @@ class Active:
             shape = {"B": mask.shape[0], "T": mask.shape[1]}
             chosen.append(mask.reshape([shape.get(axis, 1) for axis in axes]))
         if edit.layers is not None:
-            depth = self.config.num_hidden_layers
-            chosen.append(_is_in(jnp.asarray(hook.layer, jnp.int32), edit.layers, depth))
+            mask, wrong = _is_in(jnp.asarray(hook.layer, jnp.int32), edit.layers, self.config.num_hidden_layers)
+            chosen.append(mask)
+            out_of_range.append(wrong)
         new = edit.changed(value, hook)
+        for wrong in out_of_range:
+            new = jnp.where(wrong, jnp.nan, new)
         if not chosen:
             return new
         where = chosen[0]
@@ -591,7 +595,11 @@ class Active:
         return self._visit("attn.hook_result", result).sum(axis=2) + bias
 
 
-def _is_in(index: Array, wanted: Any, size: int) -> Bool[Array, "..."]:
-    """Where `index` is one of the wanted indices, which may be negative."""
+def _is_in(index: Array, wanted: Any, size: int) -> tuple[Bool[Array, "..."], Bool[Array, ""]]:
+    """Where `index` is one of the wanted indices, and whether one of these is outside the axis.
+
+    (A wrong index that is known before tracing is an error; a traced one gives NaN, as a wrong token id does.)
+    """
     wanted = jnp.asarray(wanted).reshape(-1)
-    return (index[..., None] == jnp.where(wanted < 0, wanted + size, wanted)).any(axis=-1)
+    mask = (index[..., None] == jnp.where(wanted < 0, wanted + size, wanted)).any(axis=-1)
+    return mask, ((wanted >= size) | (wanted < -size)).any()

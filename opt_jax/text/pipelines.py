@@ -8,7 +8,7 @@ import numpy as np
 
 from opt_jax.checkpoints import hf_scripts
 from opt_jax.generation.config import options_of, override
-from opt_jax.generation.generate import generate_requested, stream_requested
+from opt_jax.generation.generate import generate_requested, hooked_model, stream_requested
 from opt_jax.generation.request import Request, check_request, checkpoint_options
 from opt_jax.model.heads import OPTForCausalLM
 from opt_jax.system.messages import shown
@@ -87,7 +87,7 @@ class TextGenerationPipeline:
         options = override(_flat(self._defaults), _flat(options))
         full, skip = _taken(options, "return_full_text", True), _taken(options, "skip_special_tokens", True)
         special, size = _taken(options, "add_special_tokens", True), _taken(options, "batch_size", DEFAULT_BATCH_SIZE)
-        bar, assistant = options.pop("progress_bar", None), options.pop("assistant_model", None)
+        bar, assistant, hooks = (options.pop(k, None) for k in ("progress_bar", "assistant_model", "hooks"))
         with_stop = _taken(options, "include_stop_str_in_output", True)
         prefix = options.pop("prefix", None)
         prefix = self.model.config.extra.get("prefix") if prefix is None else prefix
@@ -118,7 +118,8 @@ class TextGenerationPipeline:
         if request.logprobs is not None:
             raise ValueError("logprobs are no part of a pipeline's result: use model.generate")
         _check_stop(request, with_stop)
-        output = generate_requested(self.model, request, size, bar, assistant)
+        model = hooked_model(self.model, hooks, request, size, assistant)
+        output = generate_requested(model, request, size, bar, assistant)
         new = output.sequences[:, request.input_ids.shape[1] :]
         if with_stop:
             texts = self.tokenizer.batch_decode(new, skip_special_tokens=skip)
@@ -180,12 +181,13 @@ def stream_text(model: Any, tokenizer: OPTTokenizer, prompt: str | BatchEncoding
     if len(inputs["input_ids"]) != 1:
         raise ValueError(f"stream_text continues one prompt, not {len(inputs['input_ids'])}")
     with_stop = _taken(options, "include_stop_str_in_output", True)
-    config, cache, assistant = (options.pop(k, None) for k in ("generation_config", "cache", "assistant_model"))
+    names = ("generation_config", "cache", "assistant_model", "hooks")
+    config, cache, assistant, hooks = (options.pop(k, None) for k in names)
     request = check_request(
         model, **inputs, generation_config=config, tokenizer=tokenizer, prefix=cache, options=options
     )
     _check_stop(request, with_stop)
-    tokens = stream_requested(model, request, assistant)
+    tokens = stream_requested(hooked_model(model, hooks, request, None, assistant), request, assistant)
 
     def pieces() -> Iterator[str]:
         text = TextStream(tokenizer) if with_stop else TextBeforeStop(request.stops)

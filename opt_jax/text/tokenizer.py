@@ -4,6 +4,7 @@ OPT's tokenizer is GPT-2's byte-level BPE with RoBERTa's ids and `</s>` in front
 those of Hugging Face's `AutoTokenizer` for facebook/opt-*. Docstrings name the deviations.
 """
 
+import inspect
 import json
 import os
 import warnings
@@ -132,6 +133,9 @@ class OPTTokenizer(Vocabulary):
         self.__dict__.update(state)
         self._set_splitting()
 
+    def __getattr__(self, name: str) -> Any:
+        raise hf_scripts.no_attribute("an OPTTokenizer", name, hf_scripts.VOCABULARY)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("padding_side", "truncation_side"):
             _side(name, value)
@@ -183,6 +187,8 @@ class OPTTokenizer(Vocabulary):
           ValueError: a file is malformed, or a side is not "left" or "right"; or see `hub.resolve`.
         """
         sides = hf_scripts.known("OPTTokenizer.from_pretrained", sides, hf_scripts.TOKENIZER)
+        for name in sides.keys() - {*_SIDES}:
+            raise hf_scripts.unknown_argument("OPTTokenizer.from_pretrained", name, _SIDES)
         _check_sides(**sides)  # here, because errors below are reported as errors of the files
         place = hub.resolve(
             name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, weights=False
@@ -230,13 +236,14 @@ class OPTTokenizer(Vocabulary):
         text_pair: str | Sequence[str] | None = None,
         *,
         padding: bool | str | None = None,
-        truncation: bool = False,
+        truncation: bool | str = False,
         max_length: int | None = None,
         return_tensors: str | None = "np",
         add_special_tokens: bool = True,
         padding_side: str | None = None,
         pad_to_multiple_of: int | None = None,
         return_offsets_mapping: bool = False,
+        **foreign: Any,
     ) -> BatchEncoding:
         """Ids and mask (0 on padding) of one text or of a batch. Threads may call it at the same time.
 
@@ -244,7 +251,7 @@ class OPTTokenizer(Vocabulary):
           text: one text, or a batch of texts.
           text_pair: as many second texts. Each follows its first text, after another BOS.
           padding: False, True (or "longest"), or "max_length". Default: True for arrays, False for lists.
-          truncation: truncate to `max_length`; of a pair, the longer text.
+          truncation: True (or "longest_first"): truncate to `max_length`; of a pair, the longer text.
           max_length: default: `model_max_length`, if it is set.
           return_tensors: "np" for int32 arrays [B, T], ready for a model; None for lists (flat for one string).
           add_special_tokens: False leaves out the BOS. Use that for parts of a text, not for prompts.
@@ -252,6 +259,7 @@ class OPTTokenizer(Vocabulary):
           pad_to_multiple_of: pad to a length that is a multiple of this.
           return_offsets_mapping: also return "offset_mapping": (start, end) of each token in its text, (0, 0) for BOS
             and padding.
+          **foreign: none; the error for an argument of `transformers` says what to write instead.
 
         Raises:
           ValueError: a bad argument, or rows of different lengths for "np" without padding.
@@ -259,7 +267,10 @@ class OPTTokenizer(Vocabulary):
         Warns:
           UserWarning: a row begins with two BOS, because its text begins with one; or, with "np", with none.
         """
+        for name in hf_scripts.known("a tokenizer's call", foreign, hf_scripts.TOKENIZING):
+            raise hf_scripts.unknown_argument("a tokenizer's call", name, inspect.signature(self.__call__).parameters)
         padding = return_tensors == "np" if padding is None else padding
+        truncation = True if truncation == "longest_first" else truncation
         switches = dict(add_special_tokens=add_special_tokens, return_offsets_mapping=return_offsets_mapping)
         for name, value in (switches | {"truncation": truncation}).items():
             if not isinstance(value, bool):
@@ -318,7 +329,7 @@ class OPTTokenizer(Vocabulary):
         return _as_encoding(columns, return_tensors, flat)
 
     def _check_lengths(
-        self, padding: Any, truncation: bool, max_length: int | None, return_tensors: Any, padding_side: str | None
+        self, padding: Any, truncation: Any, max_length: int | None, return_tensors: Any, padding_side: str | None
     ) -> int | None:
         """The length to pad or to truncate to, or None."""
         if return_tensors not in (None, "np"):
@@ -385,9 +396,18 @@ class OPTTokenizer(Vocabulary):
         pairs = None if pair is None else _texts("pair", pair)
         return self._encode(_texts("text", text), pairs, add_special_tokens, None, True)[0].tokens
 
-    def encode(self, text: str, text_pair: str | None = None, add_special_tokens: bool = True) -> list[int]:
-        """The ids of one text, as a list."""
-        return self(text, text_pair, return_tensors=None, add_special_tokens=add_special_tokens)["input_ids"]
+    def encode(
+        self,
+        text: str,
+        text_pair: str | None = None,
+        add_special_tokens: bool = True,
+        *,
+        return_tensors: str | None = None,
+        **options: Any,
+    ) -> Any:
+        """The ids of one text, as a list, or with `return_tensors="np"` an array [1, T]; `options`: as `__call__`."""
+        options |= dict(return_tensors=return_tensors, add_special_tokens=add_special_tokens)
+        return self(text, text_pair, **options)["input_ids"]
 
     def decode(
         self, token_ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
@@ -459,6 +479,9 @@ class OPTTokenizer(Vocabulary):
 
 AutoTokenizer = OPTTokenizer
 _FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")  # AddedToken prints unknown ones
+
+
+_SIDES = ("padding_side", "truncation_side")
 
 
 def _check_sides(padding_side: str = "left", truncation_side: str | None = None) -> None:

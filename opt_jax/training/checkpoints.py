@@ -1,4 +1,4 @@
-"""Checkpoints of a training state, when to write one (`Due`), and what SIGTERM and Ctrl-C do (`Termination`).
+"""Checkpoints of a training state. `moments.py` says when one is written.
 
 A checkpoint appears complete or not at all, is written while training continues, and can be restored onto any mesh.
 """
@@ -6,8 +6,6 @@ A checkpoint appears complete or not at all, is written while training continues
 import dataclasses
 import json
 import os
-import signal
-import time
 import uuid
 import zlib
 from collections.abc import Callable, Sequence
@@ -19,9 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from opt_jax.checkpoints import chunks
@@ -29,11 +25,9 @@ from opt_jax.checkpoints.chunks import ShardHandler, pytree_handler
 from opt_jax.checkpoints.hub import absolute, as_path, check_array_path, is_remote
 from opt_jax.checkpoints.orbax import open_stored
 from opt_jax.checkpoints.pretrained import read_array
-from opt_jax.parallel import processes
 from opt_jax.parallel.agreement import agree, on_first_process
 from opt_jax.parallel.rules import named_leaves
 from opt_jax.system.disk import disk_errors, without_tracebacks
-from opt_jax.system.interrupts import INTERRUPTED, Signals, say
 from opt_jax.system.messages import one_line
 from opt_jax.system.reading import json_object, read_small
 from opt_jax.system.temporary import refuse_links
@@ -41,7 +35,6 @@ from opt_jax.training.step import TrainState
 
 _DATES = "_CHECKPOINT_METADATA"  # Orbax writes it into each step's directory
 _IN_A_STEP = (_DATES, "params", "optimizer", "data")  # a directory with any of these is a checkpoint, maybe damaged
-_LOOK_SECONDS = 5.0  # in a job, process 0 reads its clock for all about this often
 _DATA_FILE = "metadata"
 _READERS = 8  # number of arrays that are read at the same time
 
@@ -367,85 +360,3 @@ def _check_together(directories: Sequence[Path]) -> None:
 
 def _crc32(data: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(data, sort_keys=True).encode())
-
-
-class Due:
-    """`due(step)` says whether a checkpoint is due after this step.
-
-    It is at multiples of `every` and of `keep_every`, and when the last one is `minutes` old. All processes get the
-    same answer, because process 0 reads the clock.
-
-    Args:
-      every: steps.
-      minutes: minutes, or None.
-      keep_every: steps, or None.
-      first: the step at which this start begins.
-    """
-
-    def __init__(self, every: int, minutes: float | None, keep_every: int | None, first: int):
-        self._every, self._minutes, self._keep_every = every, minutes, keep_every or every
-        self._saved = self._looked = time.monotonic()
-        self._next_look, self._last_look = first + 1, first
-
-    def __call__(self, step: int) -> bool:
-        return step % self._every == 0 or step % self._keep_every == 0 or self._time_is_up(step)
-
-    def _time_is_up(self, step: int) -> bool:
-        if self._minutes is None or step < self._next_look:
-            return False
-        now = time.monotonic()
-        pace = (now - self._looked) / (step - self._last_look)
-        # A broadcast costs the devices some time, so short steps do not have one each.
-        wait = 1 if jax.process_count() == 1 else int(np.clip(_LOOK_SECONDS / max(pace, 1e-6), 1, 10_000))
-        answer = np.asarray([now - self._saved >= self._minutes * 60, wait], np.int32)
-        if jax.process_count() > 1:
-            with jax.transfer_guard("allow"):
-                answer = multihost_utils.broadcast_one_to_all(answer)
-        self._looked, self._last_look, self._next_look = now, step, step + int(answer[1])
-        return bool(answer[0])
-
-    def saved(self) -> None:
-        """Count the minutes from now on."""
-        self._saved = time.monotonic()
-
-
-class Termination:
-    """A context in which SIGTERM or Ctrl-C requests a checkpoint and a clean end.
-
-    A second signal ends the process at once. So does a Ctrl-C before the first step, when there is nothing to save.
-
-    Attributes:
-      came: the first of these signals, or None.
-    """
-
-    def __enter__(self) -> "Termination":
-        self.came: int | None = None
-        self._stepped = False
-        # In a job, JAX handles SIGTERM and makes all processes agree on a step.
-        job = jax.distributed.is_initialized()
-        self._signals = Signals(self._note, signal.SIGINT, *(() if job else (signal.SIGTERM,)))
-        self._signals.__enter__()
-        return self
-
-    def _note(self, number: int) -> None:
-        if self.came is not None or number == signal.SIGINT and not self._stepped:
-            processes.end_at_once(number)
-        self.came = number
-        if number == signal.SIGINT:
-            say("Ctrl-C: saving a checkpoint; a second Ctrl-C ends at once, without it")
-            if jax.distributed.is_initialized():
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    def __exit__(self, *_: object) -> None:
-        self._signals.__exit__()
-
-    def asked(self, step: int) -> bool:
-        """Whether to stop after `step`. All processes must ask at every step, and get the same answer."""
-        self._stepped = True
-        if jax.distributed.is_initialized():
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self.came is not None
-
-    def reason_and_exit_code(self) -> tuple[str, int]:
-        """The name of the signal, and the exit code."""
-        return ("Ctrl-C", INTERRUPTED) if self.came == signal.SIGINT else ("SIGTERM", processes.PREEMPTED)

@@ -55,7 +55,7 @@ class DataOptions:
     """What is read."""
 
     data: tuple[str, ...] = ()
-    """Text, .jsonl, .json, .csv, .parquet or .arrow files, compressed or not; .npy files of `opt-jax tokenize`;
+    """Text, .jsonl, .json, .csv, .parquet or .arrow files, compressed or not; what `opt-jax tokenize` writes;
     directories or globs of them; URLs (gs://, s3://, hf://); datasets as hf:NAME[,CONFIG][:SPLIT]. Default: the
     sources of the standard library."""
     mixture: tuple[float, ...] = ()

@@ -366,13 +366,14 @@ def test_environment(server, tmp_path):
 
 
 def test_missing_file(tmp_path):
-    assert download.missing_file(tmp_path) == "config.json"
+    repository = download.Repository("a/b")
+    assert download.missing_file(repository, tmp_path) == "config.json"
     write_hf(tmp_path, TINY, {"a": np.zeros(2, np.float16), "b": np.zeros(2, np.float16)}, "bin-sharded")
-    assert download.missing_file(tmp_path) is None
+    assert download.missing_file(repository, tmp_path) is None
     (tmp_path / "pytorch_model-00002-of-00002.bin").rename(tmp_path / "pytorch_model.bin")  # it comes before the index
-    assert download.missing_file(tmp_path) is None
+    assert download.missing_file(repository, tmp_path) is None
     (tmp_path / "pytorch_model.bin").unlink()
-    assert download.missing_file(tmp_path) == "pytorch_model-00002-of-00002.bin"
+    assert download.missing_file(repository, tmp_path) == "pytorch_model-00002-of-00002.bin"
     for content in (
         b"{",
         b"[]",
@@ -385,9 +386,9 @@ def test_missing_file(tmp_path):
     ):
         (tmp_path / "pytorch_model.bin.index.json").write_bytes(content)
         with pytest.raises(ValueError, match="pytorch_model.bin.index.json is not an index of weight files"):
-            download.missing_file(tmp_path)
+            download.missing_file(repository, tmp_path)
     (tmp_path / "pytorch_model.bin.index.json").unlink()
-    missing = download.missing_file(tmp_path)
+    missing = download.missing_file(repository, tmp_path)
     assert missing is not None and missing.startswith("weights (model.safetensors, ")
 
 

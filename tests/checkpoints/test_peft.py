@@ -5,65 +5,21 @@ That PEFT itself computes the same is in `parity/test_peft_parity.py`.
 
 import json
 import re
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from support.conversions import assert_same, convert, load_hf_names, refused
-from support.hf_files import TINY, hf_weights, state_dict_pickle, torch_zip, write_hf
+from support.hf_files import TINY, hf_weights, write_hf
+from support.peft_files import ALPHA, LAYER, PREFIX, RANK, SETTINGS, TARGETS, pairs, write
 
 import opt_jax
 from convert.__main__ import main
 from opt_jax import named_parameters
-from opt_jax.checkpoints import chunks
 from opt_jax.checkpoints.arrays import LazyArray
-from opt_jax.checkpoints.formats import peft
-
-RANK, ALPHA = 3, 6
-SETTINGS = dict(
-    peft_type="LORA",
-    task_type="CAUSAL_LM",
-    base_model_name_or_path="somebody/base",
-    r=RANK,
-    lora_alpha=ALPHA,
-    target_modules=["q_proj", "fc1"],
-    # What PEFT writes besides, and what does not matter:
-    lora_dropout=0.1,
-    bias="none",
-    fan_in_fan_out=True,
-    inference_mode=True,
-    init_lora_weights=True,
-    use_dora=False,
-    loftq_config={},
-    megatron_core="megatron.core",
-    layers_pattern=None,
-    qalora_group_size=16,
-)
-PREFIX = "base_model.model."
-LAYER = "model.decoder.layers.{}.{}"
-TARGETS = [LAYER.format(i, name) for i in (0, 1) for name in ("self_attn.q_proj", "fc1")]
-
-
-def pairs(modules=TARGETS, rank=RANK, config=TINY):
-    shapes, rng = hf_weights(config), np.random.default_rng(7)
-    tensors = {}
-    for module in modules:
-        rows, columns = shapes[f"{module}.weight"].shape
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = rng.standard_normal((rank, columns)).astype(np.float32)
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = rng.standard_normal((rows, rank)).astype(np.float32)
-    return tensors
-
-
-def write(directory, tensors, form="safetensors", **settings):
-    directory.mkdir()
-    (directory / "adapter_config.json").write_text(json.dumps(SETTINGS | settings))
-    if form == "safetensors":
-        save_file(tensors, directory / "adapter_model.safetensors")
-    else:
-        contents = {name: array.tobytes() for name, array in tensors.items()}
-        torch_zip(directory / "adapter_model.bin", state_dict_pickle(tensors), contents)
-    return directory
+from opt_jax.checkpoints.formats import names, peft_merge
 
 
 def merged(weights, tensors, scale=ALPHA / RANK, rounded=True):
@@ -114,7 +70,7 @@ def test_an_adapter_is_merged_in_every_form(tmp_path, dtype, form, capsys):
     assert_near(load_hf_names(wide), exact)
     model = opt_jax.OPTForCausalLM.from_pretrained(base, adapter=adapter)
     for path, param in named_parameters(model).items():
-        name, transposed = peft.names.to_hf(path)
+        name, transposed = names.to_hf(path)
         value = np.asarray(param.get_value())
         np.testing.assert_allclose(value.T if transposed else value, exact[name], 1e-5, 1e-5, err_msg=name)
 
@@ -129,7 +85,7 @@ def test_an_adapter_is_merged_in_every_form(tmp_path, dtype, form, capsys):
 
 def test_a_piece_of_a_merged_matrix_needs_a_piece_of_each(monkeypatch):
     rows, columns = 50, 30
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 4 * columns * 20)  # the sum is computed in three blocks
+    monkeypatch.setattr(peft_merge, "_BLOCK_BYTES", 4 * columns * 20)  # the sum is computed in three blocks
     rng = np.random.default_rng(0)
     matrix, a, b = (
         rng.standard_normal(shape).astype(np.float32) for shape in ((rows, columns), (rows, 2), (2, columns))
@@ -141,8 +97,8 @@ def test_a_piece_of_a_merged_matrix_needs_a_piece_of_each(monkeypatch):
             array.shape, array.dtype, lambda index: read.append((name, array[index].shape)) or array[index]
         )
 
-    opened = peft.Adapter(peft.as_path("a"), {}, {}, {}, "model.")
-    pair = peft.Pair(lazy(a, "a"), lazy(b, "b"), 0.5)
+    opened = peft_merge.Adapter(Path("a"), {}, {}, {}, "model.")
+    pair = peft_merge.Pair(lazy(a, "a"), lazy(b, "b"), 0.5)
     result = opened._merged("lm_head.kernel", lazy(matrix, "matrix"), pair, np.dtype("float32"))
     assert not read
     expected = matrix + np.float32(0.5) * (a @ b)
@@ -308,19 +264,17 @@ def test_an_adapter_is_no_model(tmp_path, base, capsys):
     (adapter / "adapter_model.safetensors").unlink()
     line = refused(capsys, base, tmp_path / "out", "--adapter", str(adapter))
     assert "has no weights: none of adapter_model.safetensors, adapter_model.bin" in line
-    with pytest.raises(ValueError, match="adapters are read from a disk only"):
-        opt_jax.OPTForCausalLM.from_pretrained(base, adapter="gs://bucket/adapter")
 
 
 def test_an_adapter_that_changes_while_it_is_read(tmp_path, base, capsys, monkeypatch):
     adapter = write(tmp_path / "adapter", pairs())
-    read = peft.Adapter._round
+    read = peft_merge.Adapter._round
 
     def changing(self, *args):
         (adapter / "adapter_config.json").write_text(json.dumps(SETTINGS | {"r": 3.0}))
         return read(self, *args)
 
-    monkeypatch.setattr(peft.Adapter, "_round", changing)
+    monkeypatch.setattr(peft_merge.Adapter, "_round", changing)
     with pytest.raises(ValueError, match="adapter_config.json has changed while it was read"):
         opt_jax.OPTForCausalLM.from_pretrained(base, adapter=adapter)
 

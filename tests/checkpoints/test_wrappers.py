@@ -124,7 +124,11 @@ FILES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "lightning": ("epoch=3-step=70.ckpt", LIGHTNING, ["'model.' in"]),
     "deepspeed": ("mp_rank_00_model_states.pt", DEEPSPEED, []),
     "accelerate": ("pytorch_model_fsdp.bin", WEIGHTS, []),
-    "script": ("model.pt", {"model_state_dict": WEIGHTS, "loss": 1.5, "args": namespace({"lr": 0.1})}, []),
+    "script": (
+        "model.pt",
+        {"model_state_dict": WEIGHTS, "loss": np.ones((), np.float32), "best": 1.5, "args": namespace({"lr": 0.1})},
+        [],
+    ),
     "with-a-cfg": ("model.pt", {"model": renamed("^", "module."), "cfg": namespace({"lr": 0.1})}, ["'module.' in"]),
     "plain": ("last.pth", WEIGHTS, []),
     "numbers": ("pytorch_model.bin", WEIGHTS | {"epoch": 3, "best": 1.5, "name": "x", "done": True, "none": None}, []),

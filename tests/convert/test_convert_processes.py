@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.hf_files import TINY, hf_shapes, hf_weights, write_hf
+from support.peft_files import pairs
+from support.peft_files import write as write_adapter
 from support.processes import environment, free_address, outcomes, start
 
 from convert.__main__ import main
@@ -274,6 +276,11 @@ def test_memory_is_bounded_whatever_the_size(tmp_path):
     assert_bounded(largest, source, tmp_path / "orbax")
     assert_bounded(largest, "to-hf", tmp_path / "orbax", tmp_path / "back")
     assert_bounded(largest, "verify", tmp_path / "orbax", "--against", tmp_path / "back")
+    for directory in ("orbax", "back"):
+        shutil.rmtree(tmp_path / directory)
+    targets = [f"model.decoder.layers.{i}.{name}" for i in range(14) for name in ("fc1", "fc2")]
+    adapter = write_adapter(tmp_path / "adapter", pairs(targets, config=LARGE), target_modules=["fc1", "fc2"])
+    assert_bounded(largest, source, tmp_path / "merged", "--adapter", adapter, "--dtype", "float32")
 
 
 @pytest.mark.slow

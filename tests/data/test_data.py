@@ -21,7 +21,7 @@ from tokenizers.models import BPE
 
 from opt_jax import OPTTokenizer
 from opt_jax.cli import main
-from opt_jax.data import tokens
+from opt_jax.data import command, tokens
 from opt_jax.data.corpus import Corpus
 from opt_jax.data.documents import find_sources, pieces, read_documents
 from opt_jax.data.files import find_files
@@ -202,14 +202,14 @@ def test_all_cores_tokenise_what_is_large(tmp_path, monkeypatch):
         asked.append(workers)
         return dict(tokens=1, documents=1, dtype="uint16", left_out=0)
 
-    monkeypatch.setattr(tokens, "write_tokens", write)
+    monkeypatch.setattr(command, "write_tokens", write)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6), raising=False)
     with open(tmp_path / "a.txt", "wb") as file:
         file.write(b"text" * 1024)
         file.truncate(200 << 20)
     (tmp_path / "b.txt").write_text("small")
     for name in "ab":
-        tokens.tokenize_sources([str(tmp_path / f"{name}.txt")], tmp_path / "x.npy", "tiny", None, False)
+        command.tokenize_sources([str(tmp_path / f"{name}.txt")], tmp_path / "x.npy", "tiny", None, False)
     assert asked == [6, 1]
 
 
@@ -217,7 +217,7 @@ def test_all_cores_tokenise_what_is_large(tmp_path, monkeypatch):
 def test_workers_do_not_finish_what_nobody_waits_for(monkeypatch):
     monkeypatch.setattr(tokens, "_TASK", 4)
     before = active_children()
-    encoding: Any = tokens._encode(iter([("def f(x)", True)] * 20), OPTTokenizer.from_pretrained("tiny"), 2)
+    encoding: Any = tokens.encode(iter([("def f(x)", True)] * 20), OPTTokenizer.from_pretrained("tiny"), 2)
     next(encoding)
     workers = [worker for worker in active_children() if worker not in before]
     encoding.close()
@@ -230,9 +230,9 @@ def test_a_worker_that_dies_while_it_writes_a_result_is_not_waited_for():
     def written(pid):
         return int(re.findall(r"wchar: (\d+)", Path(f"/proc/{pid}/io").read_text())[0])
 
-    with worker_processes(1, OPTTokenizer.from_pretrained("tiny")) as submit:
-        pid = submit(os.getpid).result()
-        before, result = written(pid), submit(bytes, 200 << 20)
+    with worker_processes(1, OPTTokenizer.from_pretrained("tiny")) as workers:
+        pid = workers.submit(os.getpid).result()
+        before, result = written(pid), workers.submit(bytes, 200 << 20)
         while written(pid) == before:  # the length of the result was written, not yet its bytes
             pass
         os.kill(pid, signal.SIGKILL)

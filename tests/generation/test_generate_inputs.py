@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -137,6 +138,7 @@ def test_what_going_on_compiles(model, compiled):
         for _ in range(2):
             out = generate(model, [[7, 8]], cache=out.cache, eos_token_id=[], max_new_tokens=6, return_cache=True)
 
+    jax.clear_caches()  # other files compile the same programs
     turns([3, 4, 5])
     assert {"jit(begin)", "jit(advance)", "jit(_settled)"} <= set(compiled)
     del compiled[:]

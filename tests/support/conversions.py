@@ -31,7 +31,7 @@ def assert_same(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> 
         assert got[name].tobytes() == array.tobytes(), name
 
 
-def convert(source: Path, destination: Path, *options: str) -> Path:
+def convert(source: Path | str, destination: Path, *options: str) -> Path:
     assert main([str(source), str(destination), *options]) == 0
     assert sorted(p.name for p in destination.parent.iterdir() if p.name.startswith(".")) == []
     return destination

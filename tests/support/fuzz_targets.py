@@ -81,7 +81,8 @@ class Config(Target):
 
     def read(self, case: Any) -> str | None:
         from opt_jax import GenerationConfig, OPTConfig
-        from opt_jax.checkpoints import download, hub, pretrained
+        from opt_jax.checkpoints import hub, pretrained
+        from opt_jax.checkpoints.formats import weight_files
         from opt_jax.generation.config import combine, parse
 
         name, content = case
@@ -109,7 +110,7 @@ class Config(Target):
         elif name == "run.json":
             pretrained.read_config(self.directory / "checkpoints" / "3")
         else:
-            names = set(download.read_index(self.directory / name).values())
+            names = set(weight_files.read_index(self.directory / name).values())
             return None if all(os.path.basename(file) == file for file in names) else f"names {names}"
         return None
 
@@ -165,12 +166,13 @@ class Tokenizers(Target):
 
 
 class Arrays(Target):
-    """Token ids as .npy, and the JSON beside them, which names their tokenizer."""
+    """Token ids as .npy, and the JSON beside them, which names their tokenizer; and a directory of several arrays."""
 
     def __init__(self, root: Path):
         import numpy as np
 
         from opt_jax import OPTTokenizer
+        from opt_jax.data import shards
         from opt_jax.data.tokens import hash_of_vocabulary
 
         super().__init__(root)
@@ -183,11 +185,23 @@ class Arrays(Target):
             "sources": ["x"],
         }
         (self.base / "a.npy.json").write_text(json.dumps(description))
+        for name in ("a", "b"):
+            (self.base / f"{name}.txt").write_text("a text\n" * 9)
+        size, shards._INPUT = shards._INPUT, 1  # a file becomes an array
+        try:
+            texts = [self.base / "a.txt", self.base / "b.txt"]
+            shards.write_arrays(texts, self.base / "many", self.tokenizer, "slow")
+        finally:
+            shards._INPUT = size
+        for text in texts:
+            text.unlink()
 
     def read(self, case: Any) -> str | None:
+        from opt_jax.data.arrays import INDEX
         from opt_jax.data.tokens import open_tokens
 
-        tokens = open_tokens(self.directory / "a.npy", self.tokenizer)
+        name = INDEX if case[0].startswith("many/") else "a.npy"
+        tokens = open_tokens((self.directory / case[0]).with_name(name), self.tokenizer)
         length = len(tokens)
         if length > 1000:
             return f"{length} tokens"

@@ -17,7 +17,7 @@ from support.processes import environment
 from convert.job import repeat_lost_signals
 from opt_jax.parallel import processes
 from opt_jax.system.interrupts import Signals, Terminated, delayed, exit_code, raises, say
-from opt_jax.training.checkpoints import Termination
+from opt_jax.training.moments import Termination
 
 
 def send(number: int = signal.SIGINT) -> None:

@@ -12,9 +12,9 @@ from support.hf_files import state_dict_pickle, torch_zip
 from convert.staging import read_plan
 from opt_jax import GenerationConfig, OPTConfig, OPTForCausalLM, OPTTokenizer
 from opt_jax.checkpoints import hub, saving
-from opt_jax.checkpoints.download import read_index
 from opt_jax.checkpoints.formats.safetensors import read_safetensors
 from opt_jax.checkpoints.formats.torch_files import read_torch
+from opt_jax.checkpoints.formats.weight_files import read_index
 from opt_jax.checkpoints.orbax import open_stored
 from opt_jax.data.tokenizers import read_tokenizer
 from opt_jax.data.tokens import Tokens, open_tokens

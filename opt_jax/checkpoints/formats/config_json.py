@@ -11,7 +11,6 @@ from opt_jax.checkpoints import hf_scripts, hub
 from opt_jax.config import OPTConfig
 from opt_jax.system.messages import shown
 from opt_jax.system.reading import FieldsWithoutEffect, json_object, note_without_effect, read_small
-from opt_jax.system.temporary import refuse_links, write_file
 
 # What transformers does for these fields of a config.json (for some of them, older versions) is not done here.
 _CALL, _GENERATION = "pass it to the model's call", "put it into generation_config.json, or pass it to generate"
@@ -94,11 +93,18 @@ def to_hf(config: OPTConfig) -> dict[str, Any]:
     if isinstance(config.eos_token_id, tuple):
         fields["eos_token_id"] = list(config.eos_token_id)
     num_labels, extra = fields.pop("num_labels"), dict(config.extra)
-    labels = extra.get("id2label")
-    if not isinstance(labels, Mapping) or len(labels) != num_labels:  # replaced since it was read, or never named
+    named = extra.get("id2label")
+    if not isinstance(named, Mapping) or len(named) != num_labels:  # replaced since it was read, or never named
         extra["id2label"] = {str(i): f"LABEL_{i}" for i in range(num_labels)}
         extra["label2id"] = {f"LABEL_{i}": i for i in range(num_labels)}
     return {"model_type": "opt"} | fields | extra
+
+
+def labels(config: OPTConfig) -> dict[str, dict[Any, Any]]:
+    """`id2label` and `label2id` of a config, with numbers as ids."""
+    content = to_hf(config)
+    names = {int(i) if str(i).isdecimal() else i: name for i, name in content["id2label"].items()}
+    return {"id2label": names, "label2id": content.get("label2id") or {name: i for i, name in names.items()}}
 
 
 def from_pretrained(
@@ -155,10 +161,6 @@ def save_pretrained(config: OPTConfig, directory: str | os.PathLike[str]) -> Non
     """Write `config.json` into a directory.
 
     Raises:
-      FileExistsError: the file is a symbolic link, or not a regular file.
-      ValueError: see `hub.disk_path`.
+      FileExistsError, ValueError: see `hub.write_into`.
     """
-    folder = hub.disk_path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    refuse_links(folder / "config.json")
-    write_file(folder / "config.json", json.dumps(to_hf(config), indent=2).encode() + b"\n")
+    hub.write_into(directory, "config.json", json.dumps(to_hf(config), indent=2).encode() + b"\n")

@@ -1,7 +1,7 @@
 """Hugging Face checkpoint directories: finds the weight files and opens their tensors, lazily, under our paths."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -10,14 +10,14 @@ import numpy as np
 from opt_jax.checkpoints import hub
 from opt_jax.checkpoints.arrays import Checks, LazyArray, first_difference
 from opt_jax.checkpoints.chunks import Index
-from opt_jax.checkpoints.download import WEIGHT_FILES, read_index
 from opt_jax.checkpoints.formats import float8, foreign, names
 from opt_jax.checkpoints.formats.flax_msgpack import read_flax
 from opt_jax.checkpoints.formats.mapped_files import shown
 from opt_jax.checkpoints.formats.safetensors import read_safetensors
 from opt_jax.checkpoints.formats.stored import locate
 from opt_jax.checkpoints.formats.torch_files import read_torch
-from opt_jax.checkpoints.formats.wrappers import is_metaseq, is_no_weight, plain_names, torch_files
+from opt_jax.checkpoints.formats.weight_files import WEIGHT_FILES, read_index
+from opt_jax.checkpoints.formats.wrappers import is_metaseq, is_no_weight, note_of_prefixes, plain_names, torch_files
 from opt_jax.config import OPTConfig
 
 _KINDS = {".safetensors": "safetensors", ".bin": "torch .bin", ".msgpack": "Flax msgpack"}
@@ -142,19 +142,15 @@ def open_parameters(directory: Path, config: OPTConfig) -> tuple[dict[str, LazyA
             arrays["model.decoder.embed_tokens.embedding"] = head
         else:
             checks.append(partial(_check_tied, directory, head, embedding))
-    checks += _notes(directory, prefixes, sorted(dropped))
+    checks += (*note_of_prefixes(directory, prefixes), *_note_of_dropped(directory, sorted(dropped)))
     return arrays, tuple(checks)
 
 
-def _notes(directory: Path, prefixes: list[str], dropped: list[str]) -> Iterator[Callable[[], object]]:
-    """Functions that warn of what was left out."""
-    if prefixes:
-        text = f"{directory}: left out: {', '.join(map(repr, prefixes))} in the names of its tensors"
-        yield partial(warnings.warn, text, stacklevel=2)
-    if dropped:
-        more = f" and {len(dropped) - 5} more" if len(dropped) > 5 else ""
-        text = f"{directory}: left out: {', '.join(dropped[:5])}{more}, which are no weights of an OPT model"
-        yield partial(warnings.warn, text, stacklevel=2)
+def _note_of_dropped(directory: Path, dropped: list[str]) -> Checks:
+    """A function that warns of the tensors that were left out; none without any."""
+    more = f" and {len(dropped) - 5} more" if len(dropped) > 5 else ""
+    text = f"{directory}: left out: {', '.join(dropped[:5])}{more}, which are no weights of an OPT model"
+    return (partial(warnings.warn, text, stacklevel=2),) if dropped else ()
 
 
 def _check_same(what: str, one: LazyArray, other: LazyArray) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import mmap
+import os
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,11 +32,7 @@ def open_file(path: Path) -> IO[bytes]:
     """
     file = open_regular(path)
     try:
-        start = file.read(24)
-        if not start:
-            raise ValueError(f"{path} is empty")
-        if start == b"version https://git-lfs.":
-            raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository")
+        _check_start(path, file.read(24))
         file.seek(0)
     except BaseException:
         file.close()
@@ -43,8 +40,21 @@ def open_file(path: Path) -> IO[bytes]:
     return file
 
 
+def _check_start(path: Path, start: bytes) -> None:
+    if not start:
+        raise ValueError(f"{path} is empty")
+    if start == b"version https://git-lfs.":
+        raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository")
+
+
 def map_file(path: Path) -> mmap.mmap:
-    """The file's bytes, read-only. Raises as `open_file`."""
+    """The file's bytes, read-only; those of a file in an object store, in memory. Raises as `open_file`."""
+    if "://" in os.fspath(path):
+        content = path.read_bytes()
+        _check_start(path, content[:24])
+        mapped = mmap.mmap(-1, len(content))
+        mapped.write(content)
+        return mapped
     with open_file(path) as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 

@@ -252,10 +252,16 @@ def read_torch(path: Path) -> Tensors:
     return tensors
 
 
+def _is_parameter(entry: tuple[Any, Any]) -> bool:
+    """Whether an entry of a dictionary is a parameter, and not a tensor beside it, such as the loss of a script."""
+    name, value = entry
+    return isinstance(value, TorchTensor) and isinstance(name, str) and "." in name
+
+
 def _state_dict(content: Any) -> Any:
     """The state dict in the content of a training checkpoint, such as Lightning's or DeepSpeed's; else the content."""
     for _ in range(3):  # a dictionary may contain itself
-        if not isinstance(content, dict) or any(isinstance(value, TorchTensor) for value in content.values()):
+        if not isinstance(content, dict) or any(map(_is_parameter, content.items())):
             break
         inner = [content[name] for name in _STATE_DICTS if isinstance(content.get(name), dict)]
         content = inner[0] if inner else content

@@ -1,10 +1,12 @@
 """Undoes what training code puts around a model: prefixes of its tensors' names, and other names of its file."""
 
 import re
+import warnings
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
-from opt_jax.checkpoints.arrays import LazyArray
+from opt_jax.checkpoints.arrays import Checks, LazyArray
 from opt_jax.checkpoints.formats.mapped_files import shown
 from opt_jax.checkpoints.formats.torch_files import TorchFile
 from opt_jax.system.reading import read_small
@@ -22,6 +24,22 @@ _ANCHOR = "decoder.embed_positions.weight"  # every OPT model has it
 _CAST_HEAD = "lm_head.0."  # peft's CastOutputToFloat is a Sequential around the head
 
 
+def without_wrappers(names: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """Name -> name of a tensor without the modules that DDP, FSDP, torch.compile, ... add; the prefixes so removed."""
+    plain, wrappers = {}, set[str]()
+    for name in names:
+        *modules, last = name.split(".")
+        wrappers.update(part for part in modules if part in _WRAPPERS)
+        plain[name] = ".".join([*(part for part in modules if part not in _WRAPPERS), last])
+    return plain, [f"{part}." for part in _WRAPPERS if part in wrappers]
+
+
+def note_of_prefixes(where: object, prefixes: Collection[str]) -> Checks:
+    """A function that warns of the prefixes that were removed; none without any."""
+    text = f"{where}: left out: {', '.join(map(repr, prefixes))} in the names of its tensors"
+    return (partial(warnings.warn, text, stacklevel=2),) if prefixes else ()
+
+
 def plain_names(names: Collection[str]) -> tuple[dict[str, str], list[str]]:
     """The names of tensors without the prefixes of wrappers, and of modules that hold the whole model.
 
@@ -34,12 +52,7 @@ def plain_names(names: Collection[str]) -> tuple[dict[str, str], list[str]]:
     Raises:
       ValueError: there are several models.
     """
-    plain, wrappers = {}, set[str]()
-    for name in names:
-        *modules, last = name.split(".")
-        wrappers.update(part for part in modules if part in _WRAPPERS)
-        plain[name] = ".".join([*(part for part in modules if part not in _WRAPPERS), last])
-    removed = [f"{part}." for part in _WRAPPERS if part in wrappers]
+    plain, removed = without_wrappers(names)
     bases = {name.removesuffix(_ANCHOR) for name in plain.values() if f".{name}".endswith(f".{_ANCHOR}")}
     if bases and not bases & {"", "model."}:  # else the model is where it should be
         if len(bases) > 1:
