@@ -100,6 +100,11 @@ class ModelMethods:
         def __getattr__(self, name: str) -> Any:
             raise hf_scripts.no_attribute(type(self).__name__, name, hf_scripts.MODEL)
 
+    def _is_watched(self) -> bool:
+        """Whether a tool that sees nothing inside `jax.jit` looks at this call: nnx.capture, or a provider of qwix."""
+        by_qwix = "__call__" in vars(type(self)) and hasattr(type(self), "_unquantized_type")
+        return by_qwix or hasattr(self, "__captures__")
+
     def _with_hooks(self, inputs: Any) -> Any:
         """The output of a base model for a call with `hooks`."""
         return importlib.import_module("opt_jax.model.interventions").run(self, inputs)

@@ -20,7 +20,7 @@ from reference import CONFIGS, our_model
 import opt_jax
 from convert import __main__ as convert_command
 from convert import job, series, source
-from opt_jax import GenerationConfig, OPTTokenizer
+from opt_jax import Add, GenerationConfig, OPTTokenizer, Project, Replace, Scale, Zero
 from opt_jax.checkpoints import hub, publish
 from opt_jax.checkpoints.pretrained import load_pretrained
 from opt_jax.checkpoints.saving import save_pretrained
@@ -36,6 +36,7 @@ from opt_jax.generation.processors import History, completes
 from opt_jax.generation.request import check_request
 from opt_jax.generation.scoring import score
 from opt_jax.model import embeddings
+from opt_jax.model.interventions import run_with_cache, run_with_hooks
 from opt_jax.parallel.mesh import make_mesh
 from opt_jax.text.pipelines import pipeline, score_texts, stream_text
 from opt_jax.training.options import Options
@@ -216,6 +217,7 @@ def test_arguments_of_generate(model):
         "batch_size": Refused("batch_size=0 must be an integer of at least 1", batch_size=0),
         "progress_bar": Refused("progress_bar without effect: pass batch_size", progress_bar=True),
         "return_cache": Refused("return_cache is not supported with num_beams", return_cache=True, num_beams=2),
+        "hooks": Refused("no hook point is named 'x'", hooks={"x": Zero()}),
     }
     call = lambda **arguments: generate(model, TOKENS, **arguments) if arguments else None  # noqa: E731
     check_all(names(generate), entries, call)
@@ -228,6 +230,38 @@ def test_arguments_of_generate(model):
     }
     call = lambda **arguments: prefill(model, TOKENS[:1], **arguments) if arguments else None  # noqa: E731
     check_all(names(prefill), entries, call)
+
+
+def test_arguments_of_hooks(model):
+    """Values and indices of interventions: each changes the result."""
+
+    def call(function=run_with_cache, **arguments):
+        return str(jax.tree.map(np.asarray, function(model, TOKENS, **arguments)))
+
+    entries: dict[str, Any] = {
+        "model": Because("it"),
+        "input_ids": Because("it"),
+        "attention_mask": VALID,
+        "names": "ln_final.hook_scale",
+        "hooks": dict(hooks={"hook_embed": Zero()}),
+    }
+    check_all(names(run_with_cache), entries, call, dict(names="hook_embed"))
+    assert {*names(run_with_cache)} - {*names(run_with_hooks)} == {"names"}
+    for base, changed in (
+        (Add(3.0), dict(value=2.0, scale=2.0)),
+        (Replace(3.0), dict(value=2.0)),
+        (Scale(3.0), dict(factor=2.0)),
+        (Zero(), {}),
+        (Project(np.eye(8)[:1]), dict(directions=np.eye(8)[:2])),
+    ):
+
+        def logits(base=base, **arguments):
+            edit = dataclasses.replace(base, **arguments)
+            return str(np.asarray(model.forward(TOKENS, hooks={"blocks.0.attn.hook_z": edit}).logits))
+
+        indices = dict(rows=1, positions=-1, heads=2, layers=Refused("layers=1: there are 1", layers=1))
+        entries = dict(indices, neurons=Refused("has no neurons", neurons=1)) | changed
+        check_all([field.name for field in dataclasses.fields(base)], entries, logits)
 
 
 # Text -----------------------------------------------------------------------------------------------------------------
@@ -302,7 +336,8 @@ def test_arguments_of_text_functions(model):
     call = lambda **a: score_texts(model, tokenizer, ["x"], **a) if a else None  # noqa: E731
     check_all(names(score_texts), entries, call)
     assert names(stream_text) == ["model", "tokenizer", "prompt"]
-    assert names(score) == ["model", "input_ids", "attention_mask", "return_greedy"]  # return_greedy adds to the result
+    # return_greedy adds to the result; hooks: test_hooks.py
+    assert names(score) == ["model", "input_ids", "attention_mask", "return_greedy", "hooks"]
     entries = {
         "model": it,
         "input_ids": it,

@@ -120,6 +120,7 @@ def test_inputs_of_models(name, labels):
         "output_hidden_states": True,
         "output_attentions": True,
         "dropout_key": key,
+        "hooks": dict(hooks={"hook_embed": opt_jax.Zero()}),
     }
     others = {"labels", "logits_to_keep", "start_positions", "end_positions"} - {*labels}
     entries = {name: entry for name, entry in entries.items() if name not in others}

@@ -103,7 +103,7 @@ class OPTPreTrainedModel(ModelMethods, nnx.Module):  # type: ignore[reportIncomp
         kwargs = self._known_arguments(kwargs)
         inputs = check_inputs(self, dict(kwargs, input_ids=input_ids, attention_mask=attention_mask))
         static = tuple((k, inputs.pop(k)) for k in sorted(inputs) if isinstance(inputs[k], (bool, int)))
-        call = _call if hasattr(self, "__captures__") else _compiled_call  # nnx.capture sees nothing inside jit
+        call = _call if self._is_watched() else _compiled_call
         return call(self, inputs, static)
 
     @property

@@ -56,7 +56,7 @@ POINTS: dict[str, tuple[str, str]] = {
 }  # fmt: skip
 _OUTSIDE = ("hook_embed", "hook_project_in", "hook_pos_embed", "hook_project_out")
 Names = str | Iterable[str] | Callable[[str], bool]
-Indices = Int[Array, "..."] | int | list[int] | range | None
+Indices = Int[Array, "..."] | np.ndarray | list[int] | range | int | None
 _INDICES = ("rows", "positions", "heads", "neurons", "layers")
 _NEVER = np.int32(2**31 - 1)  # a position that no token has
 
@@ -184,7 +184,11 @@ class Call(Intervention):
     function: Callable[[Array, Hook], Any] = dataclasses.field(metadata=dict(static=True))
 
     def changed(self, value: Array, hook: Hook) -> Array:
-        new = self.function(value, hook)
+        token = hooks.active.set(None)  # for models that the function calls
+        try:
+            new = self.function(value, hook)
+        finally:
+            hooks.active.reset(token)
         if new is None:
             raise ValueError(f"the function at {hook.name} returned None: it must return the value to go on with")
         return jnp.broadcast_to(_as(new, value, "the result of the function", hook), value.shape)

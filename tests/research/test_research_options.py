@@ -1,5 +1,7 @@
 """Every argument of the functions of `opt_jax.research` has an effect, or a reason here why none is shown."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from reference import our_model
@@ -42,7 +44,8 @@ def test_probes_and_autoencoders():
     entries = dict(other, x=IT, features=IT, progress=Because("called: test_sae.py"))
 
     def sae(**arguments):
-        trained, measures = train_sae(X, 8, **dict(steps=6, batch_size=2) | arguments)
+        options: Any = dict(steps=6, batch_size=2) | arguments
+        trained, measures = train_sae(X, 8, **options)
         return trained.hook_name, np.asarray(trained.W_dec).tolist(), len(measures["loss"])
 
     check_all(names(train_sae), entries, sae)
