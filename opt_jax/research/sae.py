@@ -145,16 +145,16 @@ def train_sae(
     scale = float(np.sqrt(sample.shape[1]) / np.linalg.norm(sample, axis=1).mean())
     directions = draw.standard_normal((features, sample.shape[1]), np.float32)
     directions *= 0.1 / np.linalg.norm(directions, axis=1, keepdims=True)
-    zeros = np.zeros(features, np.float32)
     centre = jnp.asarray(sample.mean(axis=0) * scale)
-    sae: Any = SAE(jnp.asarray(directions.T.copy()), jnp.asarray(zeros), jnp.asarray(directions), centre)
+    sae: Any = SAE(jnp.asarray(directions.T.copy()), jnp.zeros(features, jnp.float32), jnp.asarray(directions), centre)
     decay = optax.linear_schedule(learning_rate, 0.0, max(steps // 5, 1), steps - steps // 5)
     optimizer = optax.adam(decay, b1=0.9, b2=0.999)
 
     @jax.jit
     def step(sae: Any, state: Any, batch: Array, strength: Array) -> tuple[Any, Any, dict[str, Array]]:
         (_, measures), gradient = jax.value_and_grad(_loss, has_aux=True)(sae, batch * scale, strength)
-        updates, state = optimizer.update(gradient, state, sae)
+        with jax.numpy_dtype_promotion("standard"):  # optax's schedule mixes dtypes
+            updates, state = optimizer.update(gradient, state, sae)
         return optax.apply_updates(sae, updates), state, measures
 
     state, history = optimizer.init(sae), []

@@ -67,7 +67,7 @@ def steer(
         vector = jnp.asarray(vector, jnp.float32)
         if relative_to is not None:
             vector = vector * (relative_to / jnp.linalg.norm(vector.ravel()))
-        hooks[name] = Add(vector, scale, positions=positions)
+        hooks[name] = Add(vector[None, None], scale, positions=positions)
     return hooks
 
 

@@ -43,9 +43,9 @@ def test_probes_and_autoencoders():
     other = dict(l1=1.0, steps=7, batch_size=3, learning_rate=1e-2, seed=1, hook_name=POINT)
     entries = dict(other, x=IT, features=IT, progress=Because("called: test_sae.py"))
 
-    def sae(**arguments):
-        options: Any = dict(steps=6, batch_size=2) | arguments
-        trained, measures = train_sae(X, 8, **options)
+    def sae(**arguments: Any):
+        arguments = dict(steps=6, batch_size=2) | arguments
+        trained, measures = train_sae(X, 8, **arguments)
         return trained.hook_name, np.asarray(trained.W_dec).tolist(), len(measures["loss"])
 
     check_all(names(train_sae), entries, sae)
