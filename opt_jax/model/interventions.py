@@ -113,7 +113,7 @@ def _as(value: Any, like: Array, what: str, hook: Hook) -> Array:
         fits = False
     if not fits:
         raise ValueError(f"{what} of shape {array.shape} does not broadcast to {hook.name}, which is {like.shape} here")
-    return array.astype(like.dtype)
+    return array.reshape((1,) * (like.ndim - array.ndim) + array.shape).astype(like.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -506,7 +506,8 @@ class Active:
         if edit.positions is not None:
             wanted = jnp.asarray(edit.positions).reshape(-1)[:, None, None]
             real = self.positions >= 0
-            mask = (jnp.where(wanted < 0, self.from_end == wanted, self.positions == wanted) & real).any(axis=0)
+            mask = jnp.where(wanted < 0, self.from_end[None] == wanted, self.positions[None] == wanted)
+            mask = mask.any(axis=0) & real
             shape = {"B": mask.shape[0], "T": mask.shape[1]}
             chosen.append(mask.reshape([shape.get(axis, 1) for axis in axes]))
         if edit.layers is not None:
@@ -581,15 +582,15 @@ class Active:
         scale = jnp.sqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + norm.epsilon)
         y = centred / self._visit(local.replace("normalized", "scale"), scale)
         if norm.scale is not None:
-            y = y * norm.scale.get_value().astype(jnp.float32)
+            y = y * norm.scale.get_value().astype(jnp.float32)[None, None]
         if norm.bias is not None:
-            y = y + norm.bias.get_value().astype(jnp.float32)
+            y = y + norm.bias.get_value().astype(jnp.float32)[None, None]
         return y.astype(norm.dtype)
 
     def _sum_of_heads(self, project: Any, z: Float[Array, "B T H K"]) -> Float[Array, "B T D"]:
         """The output of `out_proj` from what each head adds to it (`hook_result`)."""
         heads = z.shape[2]
-        alone = jnp.where(jnp.eye(heads, dtype=bool)[:, :, None], z[:, :, None], jnp.zeros((), z.dtype))
+        alone = jnp.where(jnp.eye(heads, dtype=bool)[None, None, :, :, None], z[:, :, None], jnp.zeros((), z.dtype))
         bias = project(jnp.zeros((1, 1, heads * z.shape[3]), z.dtype))
         result = project(alone.reshape(*z.shape[:2], heads, -1)) - bias[:, :, None]
         return self._visit("attn.hook_result", result).sum(axis=2) + bias
@@ -601,5 +602,5 @@ def _is_in(index: Array, wanted: Any, size: int) -> tuple[Bool[Array, "..."], Bo
     (A wrong index that is known before tracing is an error; a traced one gives NaN, as a wrong token id does.)
     """
     wanted = jnp.asarray(wanted).reshape(-1)
-    mask = (index[..., None] == jnp.where(wanted < 0, wanted + size, wanted)).any(axis=-1)
-    return mask, ((wanted >= size) | (wanted < -size)).any()
+    mask = (index.reshape(-1, 1) == jnp.where(wanted < 0, wanted + size, wanted)[None]).any(axis=-1)
+    return mask.reshape(index.shape), ((wanted >= size) | (wanted < -size)).any()

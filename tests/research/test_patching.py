@@ -77,7 +77,8 @@ def test_batch_size_bounds_memory(monkeypatch):
     compiled, plain = [], patching._patched
 
     def look(*args):
-        compiled.append(plain.lower(*args).compile().memory_analysis().temp_size_in_bytes)
+        memory: Any = plain.lower(*args).compile().memory_analysis()
+        compiled.append(memory.temp_size_in_bytes)
         return plain(*args)
 
     monkeypatch.setattr(patching, "_patched", look)
