@@ -25,6 +25,7 @@ DEPTH = 3
 INPUTS = {padding: batch("opt-125m", padding, length=6) for padding in ("none", "left", "right")}
 IDS, MASK = INPUTS["left"]["input_ids"], INPUTS["left"]["attention_mask"]
 VECTOR = draw("some.kernel", (24, 1))[:, 0] * 5
+OTHER = 4 * np.roll(VECTOR, 7)
 RESID = "blocks.1.hook_resid_post"
 
 
@@ -261,6 +262,13 @@ def test_positions_count_real_tokens():
             assert (seven.all(axes) == where).all() and (seven.any(axes) == where).all(), point
 
 
+def test_position_embeddings_of_all_rows(model):
+    """They are one row in a call without a mask, but not at their hook point."""
+    edits = {"hook_pos_embed": Replace(7.0, rows=1)}
+    _, acts = model.run_with_cache(IDS, names="hook_pos_embed", hooks=edits)
+    assert ((np.asarray(acts["hook_pos_embed"]) == 7).all((1, 2)) == [False, True, False]).all()
+
+
 def test_positions_with_a_cache(model):
     """They count over the whole sequence; -1 is the last real token of each call."""
     ids, mask = IDS, INPUTS["left"]["attention_mask"]
@@ -290,8 +298,11 @@ GENERATION: dict[str, dict[str, Any]] = {
 
 def edits_of_generation(newest: bool):
     """Hooks that do what other weights would do: those of `other_weights`."""
-    last = Add(VECTOR, positions=-1) if newest else Add(VECTOR, positions=[4, 5, 6, 7, 8, 9])
-    return {"blocks.0.hook_mlp_out": Add(2 * VECTOR), "hook_pos_embed": (Add(-VECTOR, positions=[1, 6]), last)}
+    last = Add(OTHER, positions=-1) if newest else Add(OTHER, positions=[4, 5, 6, 7, 8, 9])
+    return {
+        "blocks.0.hook_mlp_out": Add(2 * VECTOR),
+        "hook_pos_embed": (Add(-3 * VECTOR[::-1], positions=[1, 6, 7]), last),
+    }
 
 
 @cache
@@ -300,7 +311,7 @@ def other_weights():
     bias, table = changed.model.decoder.layers[0].fc2.bias, changed.model.decoder.embed_positions.embedding
     bias.set_value(bias.get_value() + 2 * VECTOR)
     rows = np.arange(64 + 2) - 2
-    change = -VECTOR * np.isin(rows, [1, 6])[:, None] + VECTOR * (rows >= 4)[:, None]
+    change = -3 * VECTOR[::-1] * np.isin(rows, [1, 6, 7])[:, None] + OTHER * (rows >= 4)[:, None]
     table.set_value(table.get_value() + change.astype(np.float32))
     return changed
 
