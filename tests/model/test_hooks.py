@@ -384,7 +384,7 @@ def test_generation_refuses(model, edit, options, words):
 EVERY_KIND = {
     "blocks.*.hook_resid_mid": Add(VECTOR, layers=[0, 2], positions=[1, -1]),
     "blocks.[12].attn.hook_z": (Scale(0.5, heads=[0]), Zero(heads=-1, layers=2)),
-    "blocks.*.mlp.hook_post": lambda value, hook: value * (1 + 0.5 * hook.layer),
+    "blocks.*.mlp.hook_post": lambda value, hook: value * (1 + jnp.asarray(hook.layer, jnp.float32)),
     "blocks.*.attn.hook_result": Project(draw("other.kernel", (2, 24)), layers=1),
     "blocks.0.ln2.hook_scale": Scale(2.0),
     "blocks.2.attn.hook_pattern": Replace(0.25, rows=[1]),
