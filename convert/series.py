@@ -1,17 +1,21 @@
 """Several checkpoints of metaseq in one call: each to its own sub-directory, which later calls verify and pass over."""
 
+import ctypes
 import dataclasses
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import jax
 
 from opt_jax.checkpoints import hub
-from opt_jax.parallel.agreement import on_first_process
+from opt_jax.parallel import processes
+from opt_jax.parallel.agreement import on_every_process
 from opt_jax.system.disk import error_line
 
+from .checkpoint import Checkpoint
 from .inspect import compare
 from .metaseq import find_files, stem
 from .progress import Report
@@ -74,6 +78,7 @@ def convert_each(
     """
     if (hub.as_path(directory) / "config.json").is_file():
         raise FileExistsError(f"{directory} is a model: name a directory in which each checkpoint gets its own")
+    _return_freed_memory()
     failed = 0
     for name, files in checkpoints.items():
         place = f"{directory.rstrip('/')}/{name}"
@@ -89,8 +94,19 @@ def convert_each(
         raise ValueError(f"{failed} of {len(checkpoints)} checkpoints failed, see above; the others are in {directory}")
 
 
+def _return_freed_memory() -> None:
+    """Make glibc return arrays of 1 MB and more to the system when they are freed, also those that threads allocated.
+
+    Otherwise each conversion of a series adds to what it keeps: 0.8 GB after 20 conversions of 0.13 GB.
+    """
+    with suppress(OSError, AttributeError):  # not on Linux, or with another C library
+        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
+
+
 def verify(files: list[str], place: str, dtype: str | None, quiet: bool, **architecture) -> None:
     """Check that the directory `place` is the conversion of `files`, every bit; print a line.
+
+    The processes of a job share the work.
 
     Args:
       dtype: the one that the conversion casts to.
@@ -103,15 +119,28 @@ def verify(files: list[str], place: str, dtype: str | None, quiet: bool, **archi
 
     def check() -> None:
         ours, source = open_source([place]), open_source(files, **architecture, from_metaseq=True)
-        ours.check()
-        source.check()
+        for opened in (ours, source):
+            opened.check()
         theirs = dataclasses.replace(source, arrays={path: cast(source, path, dtype) for path in source.arrays})
-        with Report(theirs.nbytes, quiet) as report:
-            difference = compare(ours, theirs, report)
-        for opened in (ours, theirs):
+        paths = sorted(ours.arrays.keys() | theirs.arrays.keys())[jax.process_index() :: jax.process_count()]
+        shares = [_only(opened, paths) for opened in (ours, theirs)]
+        with Report(shares[1].nbytes, quiet or jax.process_index() > 0) as report:
+
+            def progress(path: str, nbytes: int) -> None:
+                processes.reached(path)
+                report(path, nbytes)
+
+            difference = compare(shares[0], shares[1], progress)
+        for opened in (ours, source):
             opened.files.check()
         if difference is not None:
             raise ValueError(f"{place} is there already, and differs ({difference}): remove it, or pass --overwrite")
-        print(f"{place}: is there already, the same {len(theirs.arrays)} tensors as {theirs.where}", flush=True)
+        if jax.process_index() == 0:
+            print(f"{place}: is there already, the same {len(theirs.arrays)} tensors as {theirs.where}", flush=True)
 
-    on_first_process(check)
+    on_every_process(check)
+
+
+def _only(opened: Checkpoint, paths: Sequence[str]) -> Checkpoint:
+    """The checkpoint with these arrays only: the share of a process."""
+    return dataclasses.replace(opened, arrays={path: opened.arrays[path] for path in paths if path in opened.arrays})

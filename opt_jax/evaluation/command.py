@@ -149,8 +149,8 @@ def _evaluate(options: EvalOptions) -> None:
         from opt_jax.evaluation.harness import tables
 
         shown = tables(report)
-    save(options, report)
     show(options, report, shown)
+    save(options, report)
 
 
 def _evaluate_series(options: EvalOptions) -> None:
@@ -176,13 +176,15 @@ def _evaluate_series(options: EvalOptions) -> None:
         nonlocal tokenizer, work
         name, before = str(checkpoint.path), tokenizer
         processes.reached(f"loading {name}")
-        if (own := failures.attempt(checkpoint, lambda: tokenizers.of(checkpoint))) is None:
+        tokenizer = failures.attempt(checkpoint, lambda: tokenizers.of(checkpoint)) or before
+        if checkpoint in failures.lines:
             return None
-        tokenizer, work = own, work if own is before else prepare(options, own)
+        if tokenizer is not before:
+            work = prepare(options, tokenizer)
         model = failures.attempt(checkpoint, lambda: program.of(load(options, name, placement)))
         if model is None:
             return None
-        return failures.attempt(checkpoint, lambda: measure(options, name, model, own, work), NotFiniteError)
+        return failures.attempt(checkpoint, lambda: measure(options, name, model, tokenizer, work), NotFiniteError)
 
     for checkpoint in checkpoints:
         report = report_of(checkpoint) or {"model": str(checkpoint.path), "error": failures.lines[checkpoint]}

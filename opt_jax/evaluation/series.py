@@ -218,6 +218,8 @@ def draw(reports: Sequence[dict[str, Any]], title: str, output: Path) -> None:
         axes.set(
             title=kind, xlabel="step" if stepped else "checkpoint", yscale="log" if kind == "perplexity" else "linear"
         )
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which(lambda value, _: f"{value:,.4g}")  # not powers of ten
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     plot.write_picture(figure, output)

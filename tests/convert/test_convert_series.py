@@ -1,11 +1,13 @@
 """`python -m convert metaseq --series`: several metaseq checkpoints in one call."""
 
 import re
+import sys
 
 import numpy as np
 import pytest
 from support.hf_files import TINY, hf_weights
 from support.metaseq_files import contents, namespace, settings, write
+from support.processes import outcomes, start
 
 from convert import series
 from convert.__main__ import main
@@ -108,3 +110,17 @@ def test_a_destination_that_is_a_model_is_refused(source, tmp_path, capsys):
     code, out, err = run(capsys, source, tmp_path / "out")
     assert code == 1 and out == [] and len(err) == 1 and "out is a model: name a directory in which" in err[0]
     assert states(tmp_path) == before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path):
+    wide = TINY | dict(vocab_size=4000, hidden_size=512, word_embed_proj_dim=512, ffn_dim=2048)
+    files = contents(hf_weights(wide, dtype="float32"), cfg={"model": namespace(settings(wide))})
+    for number in range(6):  # 33 MB each
+        write(tmp_path / "ckpt", {f"step{number}.pt": files["reshard.pt"]})
+    words = [sys.executable, "-m", "convert", "metaseq", str(tmp_path / "ckpt"), str(tmp_path / "out"), "--series"]
+    ((code, out, err),) = outcomes([start([*words, "--quiet"], devices=1)])
+    assert code == 0, err
+    peaks = [int(number.replace(",", "")) for number in re.findall(r"peak RSS ([\d,]+) MB", out)]
+    assert len(peaks) == 6 and peaks[-1] < peaks[0] + 50, peaks  # otherwise 100 more

@@ -17,7 +17,7 @@ from opt_jax.evaluation import series
 
 TEXT = "def f(x):\n    return x + 1\n\nclass A:\n    pass\n" * 4
 STEPS = (5, 20, 100)
-SMALL = ["--window", "32"]
+SMALL = ["--window", "32", "--protocol", "sliding"]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -40,7 +40,7 @@ def saved(tmp_path_factory):
         model.save_pretrained(directory / "models" / f"step{step}", tokenizer=tokenizer, safe_serialization=hf)
         config = directory / "models" / f"step{step}" / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"dropout": 1 / step, "note": f"of step {step}"}))
-    (directory / "models" / "logs").mkdir()
+    tokenizer.save_pretrained(directory / "models" / "tokenizer")  # no model
     return directory
 
 
@@ -83,30 +83,24 @@ def test_the_numbers_are_those_of_single_runs_with_one_compilation(directory, ca
     assert (directory / "models" / "evaluation.png").read_bytes().startswith(PNG)
 
 
-def test_a_damaged_one_is_a_line_and_the_others_are_measured(directory, capsys, tmp_path):
-    for file in (directory / "models" / "step20").glob("*.safetensors"):
+def test_damaged_and_diverged_ones_are_a_line_each_and_the_others_are_measured(directory, capsys, tmp_path):
+    models, output = directory / "models", tmp_path / "results.json"
+    for file in (models / "step20").glob("*.safetensors"):
         file.write_bytes(b"no weights")
-    (directory / "models" / "step100" / "config.json").unlink()
-    output = tmp_path / "results.json"
+    model = model_of(30)
+    scale = named_parameters(model)["model.decoder.final_layer_norm.scale"]
+    scale.set_value(jnp.full_like(scale.get_value(), jnp.nan))
+    model.save_pretrained(models / "step30", tokenizer=OPTTokenizer.from_pretrained("tiny"))
+    (models / "step100" / "config.json").unlink()
     for _ in range(2):  # the second time over the first time's file
         reports, err = run(capsys, directory, "--output", str(output), code=1)
-        lines = err.splitlines()
-        assert len(lines) == 3 and all(line.startswith("opt-jax: error: ") for line in lines)
-        assert f"{directory}/models/step20" in lines[0] and f"{directory}/models/step100" in lines[1]
-        assert lines[2] == "opt-jax: error: 2 of 3 checkpoints failed, see above"
-        assert ["error" in report for report in reports] == [False, True, True]
-        assert f"opt-jax: error: {reports[1]['error']}" == lines[0] and reports[0]["results"][0]["loss"] > 0
-        assert json.loads(output.read_text()) == reports
-
-
-def test_a_diverged_one_is_a_line(directory, capsys):
-    model = model_of(20)
-    weights = named_parameters(model)["model.decoder.final_layer_norm.scale"]
-    weights.set_value(jnp.full_like(weights.get_value(), jnp.nan))
-    model.save_pretrained(directory / "models" / "step30", tokenizer=OPTTokenizer.from_pretrained("tiny"))
-    reports, err = run(capsys, directory, code=1)
-    assert re.search(rf"error: {directory}/models/step30: the log-probability of token \d+ is not finite", err)
-    assert err.count("\n") == 2 and ["error" in report for report in reports] == [False, False, True, False]
+        *lines, last = err.splitlines()
+        assert last == "opt-jax: error: 3 of 4 checkpoints failed, see above"
+        assert ["error" in report for report in reports] == [False, True, True, True] and len(lines) == 3
+        for line, report, name in zip(lines, reports[1:], ("step20", "step30", "step100"), strict=True):
+            assert line == f"opt-jax: error: {report['error']}" and f"{models}/{name}" in line
+        assert re.search(r"/step30: the log-probability of token \d+ is not finite", lines[1])
+        assert reports[0]["results"][0]["loss"] > 0 and json.loads(output.read_text()) == reports
 
 
 def test_another_architecture_is_one_error_before_anything_runs(directory, capsys, monkeypatch):
@@ -123,7 +117,7 @@ def test_another_architecture_is_one_error_before_anything_runs(directory, capsy
     [
         (["tiny", "--all-checkpoints"], "no directory 'tiny': --all-checkpoints is for a run"),
         (["MODELS/step5", "--all-checkpoints"], "step5 is a single model: leave out --all-checkpoints"),
-        (["MODELS/logs", "--all-checkpoints"], "logs holds no checkpoints"),
+        (["MODELS/tokenizer", "--all-checkpoints"], "tokenizer holds no checkpoints"),
         (["MODELS/step5", "--plot", "x.png"], "--plot without effect: it goes with --all-checkpoints"),
         (["MODELS", "--all-checkpoints", "--plot", "MODELS/step5/config.json"], "is there already, and is not a PNG"),
         (["MODELS", "--all-checkpoints", "--window", "99999"], "window 99999: it must be at least 2 and at most"),
@@ -149,7 +143,7 @@ def test_table_and_picture(directory, capsys, monkeypatch):
     monkeypatch.setattr(figure.Figure, "savefig", look)
     (directory / "models" / "step20" / "model.safetensors").unlink()
     picture = directory / "curve.png"
-    words = ["--data", str(directory / "text.txt"), *SMALL, "--protocol", "sliding", "--plot", str(picture)]
+    words = ["--data", str(directory / "text.txt"), *SMALL, "--plot", str(picture)]
     assert main(["eval", str(directory / "models"), "--all-checkpoints", *words]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert re.match(rf"{directory}/models: 3 checkpoints of [\d,]+ parameters, float32, cpu", lines[0])
