@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from opt_jax.model.heads import OPTForQuestionAnswering as AutoModelForQuestionAnswering
     from opt_jax.model.heads import OPTForSequenceClassification as AutoModelForSequenceClassification
     from opt_jax.model.heads import OPTModel as AutoModel
-    from opt_jax.model.interventions import Add, Project, Replace, Scale, Zero, point_names
+    from opt_jax.model.hook_points import point_names
+    from opt_jax.model.interventions import Add, Project, Replace, Scale, Zero
     from opt_jax.model.quantization import quantize
     from opt_jax.model.stacking import stack_layers, unstack_layers
     from opt_jax.text.pipelines import pipeline, score_texts, stream_text
@@ -36,7 +37,8 @@ _HOME = {
     "stack_layers": "model.stacking",
     "unstack_layers": "model.stacking",
     "quantize": "model.quantization",
-    **dict.fromkeys(["Add", "Replace", "Scale", "Zero", "Project", "point_names"], "model.interventions"),
+    **dict.fromkeys(["Add", "Replace", "Scale", "Zero", "Project"], "model.interventions"),
+    "point_names": "model.hook_points",
     "GenerationConfig": "generation.config",
     "OPTTokenizer": "text.tokenizer",
     "AutoTokenizer": "text.tokenizer",

@@ -107,7 +107,7 @@ class ModelMethods:
 
     def _with_hooks(self, inputs: Any) -> Any:
         """The output of a base model for a call with `hooks`."""
-        return importlib.import_module("opt_jax.model.interventions").run(self, inputs)
+        return importlib.import_module("opt_jax.model.hooked_call").run(self, inputs)
 
     def __copy__(self) -> Any:
         """A model with the same arrays and modules of its own: resizing one's embeddings leaves the other alone."""

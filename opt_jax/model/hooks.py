@@ -1,7 +1,7 @@
 """Hook points: named places of the computation at which a caller may read or change a value. Names of TransformerLens.
 
 A point is the call `point(name, value)` in a module. Without hooks it returns the value itself, while JAX traces, so
-the compiled program is the same as without it. `interventions.py` has the list of all points, and what hooks do there.
+the compiled program is the same as without it. `hook_points.py` lists all points; `hooked_call.py` is what hooks do.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax import lax
 
-# The `interventions.Active` of the call that is being traced; None: it has no hooks.
+# The `hooked_call.Active` of the call that is being traced; None: it has no hooks.
 active: ContextVar[Any] = ContextVar("active", default=None)
 
 
@@ -19,7 +19,7 @@ def point(name: str, value: jax.Array, *computed_from: Any) -> jax.Array:
     """The value that the computation goes on with.
 
     Args:
-      name: as in `interventions.POINTS`, without the layer.
+      name: as in `hook_points.POINTS`, without the layer.
       value: the value without hooks.
       *computed_from: a module and its input, if hooks may need parts of the value, which it then computes again.
     """

@@ -15,9 +15,10 @@ from jaxtyping import Array, Bool, Int
 
 from opt_jax.config import OPTConfig
 from opt_jax.model.heads import OPTPreTrainedModel
+from opt_jax.model.hook_points import POINTS, Names, find_points
 from opt_jax.model.ids import as_ids, as_mask
 from opt_jax.model.inputs import check_inputs
-from opt_jax.model.interventions import POINTS, Names, as_hooks, find_points
+from opt_jax.model.interventions import as_hooks
 from opt_jax.parallel.mesh import mesh_of, use_mesh
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opt_jax.model.heads import OPTPreTrainedModel
-from opt_jax.model.interventions import Names
+from opt_jax.model.hook_points import Names
 from opt_jax.research.activations import activations, as_batch, hash_of_model, token_points
 from opt_jax.system.disk import disk_errors
 from opt_jax.system.reading import json_object, read_small

@@ -15,7 +15,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from opt_jax.model.interventions import POINTS, Add, Replace, as_hooks, run_with_hooks
+from opt_jax.model.hook_points import POINTS
+from opt_jax.model.interventions import Add, Replace, as_hooks, run_with_hooks
 from opt_jax.research.pictures import heatmap
 
 Metric = Callable[[Array], Array]
@@ -65,7 +66,7 @@ def patch(
       clean, corrupted: int [B, T], ids of the two runs.
       metric: function(logits [B, T, V]) -> a number or an array. JAX compiles it, once for each function object.
       attention_mask: [B, T], of both runs.
-      point: the name of a point without its layer, as in `interventions.POINTS`, such as "attn.hook_z".
+      point: the name of a point without its layer, as in `hook_points.POINTS`, such as "attn.hook_z".
       layers: of the grid. None: all.
       positions: of the grid, counted in real tokens. None: all columns.
       heads: of the grid, at points with heads. None: a cell is all heads together.

@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Float
 
 from opt_jax.model.heads import OPTPreTrainedModel
-from opt_jax.model.interventions import Add, Names
+from opt_jax.model.hook_points import Names
+from opt_jax.model.interventions import Add
 from opt_jax.research.activations import activations, as_batch, token_points
 
 

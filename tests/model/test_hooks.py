@@ -18,7 +18,7 @@ import opt_jax
 from opt_jax import Add, OPTForCausalLM, Project, Replace, Scale, Zero, point_names, stack_layers
 from opt_jax.generation import loop
 from opt_jax.generation.generate import stream
-from opt_jax.model import hooks, interventions
+from opt_jax.model import hook_points, hooks, interventions
 from opt_jax.parallel.mesh import make_mesh, use_mesh
 
 DEPTH = 3
@@ -46,6 +46,10 @@ def model():
 
 def edited(model, hooks, ids: Any = IDS, mask: Any = MASK, **kwargs):
     return np.asarray(model.run_with_hooks(ids, mask, hooks=hooks, **kwargs).logits)
+
+
+def edited_in_jit(model, hooks):
+    return model.forward(IDS, MASK, hooks=hooks).logits
 
 
 def assert_near(got, expected, tolerance=1e-6, least=0.0):
@@ -107,7 +111,7 @@ def test_off_costs_nothing(monkeypatch):
 def test_names(model):
     every = point_names(model.config)
     assert len(every) == len(set(every)) == 2 + DEPTH * 19 - DEPTH + 2
-    find = partial(interventions.find_points, model.config)
+    find = partial(hook_points.find_points, model.config)
     assert find("blocks.*.hook_resid_post") == [f"blocks.{i}.hook_resid_post" for i in range(DEPTH)]
     assert find("blocks.[12].mlp.*") == [f"blocks.{i}.mlp.hook_{x}" for i in (1, 2) for x in ("pre", "post")]
     assert find(["ln_final.*", "hook_embed", "hook_embed"]) == ["hook_embed", *every[-2:]]
@@ -159,6 +163,12 @@ def test_mistakes(model, hooks, words):
         model.run_with_hooks(IDS, MASK, hooks=hooks)
     with pytest.raises(ValueError, match=words):
         model.forward(IDS, MASK, hooks=hooks)
+
+
+def test_indices_that_are_known_too_late_give_nan(model):
+    assert np.isnan(edited(model, {RESID: Add(VECTOR, rows=len(IDS))})).all()
+    head = jax.jit(lambda head: edited_in_jit(model, {"blocks.0.attn.hook_z": Zero(heads=head)}))
+    assert not np.isnan(head(-1)).any() and np.isnan(head(99)).all() and np.isnan(head(-99)).all()
 
 
 def test_flash_attention_refuses_what_it_never_holds():

@@ -17,7 +17,7 @@ from oracle import make_exact_pair, to_numpy, torch
 from reference import CONFIGS, PADDINGS, SMALL, batch
 
 from opt_jax import Add, Project, Replace, Scale, Zero, point_names
-from opt_jax.model.interventions import POINTS
+from opt_jax.model.hook_points import POINTS
 
 DEPTH = 2
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from opt_jax.model.interventions import POINTS
+from opt_jax.model.hook_points import POINTS
 
 TEXT = (REPOSITORY / "docs" / "research.md").read_text(encoding="utf-8")
 
