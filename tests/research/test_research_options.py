@@ -41,7 +41,7 @@ def test_probes_and_autoencoders():
 
     check_all(names(train_probe), entries, probe)
     other = dict(l1=1.0, steps=7, batch_size=3, learning_rate=1e-2, seed=1, hook_name=POINT)
-    entries = dict(other, x=IT, features=IT, progress=Because("called: test_sae.py"))
+    entries = dict(other, x=IT, features=IT, progress=Because("called: test_sae_parity.py"))
 
     def sae(**arguments: Any):
         arguments = dict(steps=6, batch_size=2) | arguments
