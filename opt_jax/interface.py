@@ -5,7 +5,7 @@ The functions are imported when a method is first looked up. A method has the si
 
 import importlib
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from opt_jax.checkpoints import hf_scripts
 
@@ -21,6 +21,9 @@ unchangeable = hf_scripts.unchangeable(
     "write from_pretrained(..., {name}={value}), or a new config: dataclasses.replace(config, {name}={value})",
     hf_scripts.CONFIG,
 )
+
+
+Model = TypeVar("Model", bound="ModelMethods")
 
 
 class Delegate:
@@ -123,7 +126,7 @@ class ModelMethods:
         importlib.import_module("opt_jax.generation.request").assign_config(self, config)
 
     @classmethod
-    def from_config(cls, config: Any, **options: Any) -> Self:
+    def from_config(cls: type[Model], config: Any, **options: Any) -> Model:
         """A model with newly drawn parameters: the constructor, under the name of `transformers`."""
         constructor: Any = cls
         return constructor(config, **hf_scripts.known("from_config", options, hf_scripts.LOADING))
