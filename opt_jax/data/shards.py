@@ -136,9 +136,9 @@ def write_arrays(
     if output.exists() and (names := os.listdir(output) if output.is_dir() else [output.name]):
         raise FileExistsError(f"{output} is there already, and holds {min(names)}, but no {INDEX}: choose another name")
     with disk_errors(place.path), place.locked(wait=False):
+        entries = _finished(job, shards, place.path)  # if it raises, the arrays of the other command stay
         try:
             job.directory.mkdir(exist_ok=True)
-            entries = _finished(job, shards, place.path)
             progress(sum(shard.size for shard in shards if shard.number in entries))
             missing = [shard for shard in shards if shard.number not in entries]
             _write_missing(missing, entries, job, tokenizer, workers, progress)

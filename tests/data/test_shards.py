@@ -229,6 +229,18 @@ def test_other_inputs_that_no_finished_array_has(texts, tmp_path, tokenizer):
         write(texts, tmp_path / "many", tokenizer)
 
 
+def test_other_inputs_do_not_remove_finished_arrays(texts, tmp_path, tokenizer, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        write(texts, tmp_path / "many", tokenizer, progress=end_after(3))
+    (tmp_path / ".many.new" / "new" / "opt-jax-00000.json").unlink()  # with several processes, the largest are first
+    kept = content(tmp_path / ".many.new" / "new")
+    capsys.readouterr()
+    with pytest.raises(ValueError, match="was an input, and is none now"):
+        write(texts / "a.txt", tmp_path / "many", tokenizer)
+    assert kept == content(tmp_path / ".many.new" / "new")
+    assert "goes on" not in capsys.readouterr().err
+
+
 def test_bad_records_are_reported_counted_and_part_of_the_options(texts, tmp_path, tokenizer, capsys):
     for name in ("a.jsonl", "f.jsonl"):
         (texts / name).write_text('{"text": "fine"}\n' * 15 + "bad\n" * 15)
