@@ -54,15 +54,17 @@ class Shard:
 
 def shards_of(sources: Sequence[Source]) -> list[Shard]:
     """The sources in order, a large one alone, small ones together. Depends on nothing but names and sizes."""
-    shards: list[Shard] = []
+    groups: list[list[tuple[Source, dict[str, Any]]]] = []
+    room = -1  # bytes that the last group may still get
     for source in sources:
         state = _state(source)
-        last = shards[-1] if shards else None
-        if last is not None and last.size + state.get("size", _INPUT) <= _INPUT:
-            shards[-1] = Shard(last.number, (*last.sources, source), (*last.states, state))
-        else:
-            shards.append(Shard(len(shards), (source,), (state,)))
-    return shards
+        size = state.get("size", _INPUT)
+        if size > room:
+            groups.append([])
+            room = _INPUT
+        groups[-1].append((source, state))
+        room -= size
+    return [Shard(i, tuple(s for s, _ in group), tuple(s for _, s in group)) for i, group in enumerate(groups)]
 
 
 def _state(source: Source) -> dict[str, Any]:

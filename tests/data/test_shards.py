@@ -229,6 +229,14 @@ def test_other_inputs_that_no_finished_array_has(texts, tmp_path, tokenizer):
         write(texts, tmp_path / "many", tokenizer)
 
 
+def test_many_small_files_are_grouped_in_linear_time(monkeypatch):
+    monkeypatch.setattr(shards, "_state", lambda source: {"name": str(source), "size": 5})
+    begin = time.process_time()
+    groups = shards.shards_of([Path(f"{i}.txt") for i in range(20_000)])
+    assert len(groups) == 1 and len(groups[0].sources) == 20_000
+    assert time.process_time() - begin < 2  # 6 s if it is quadratic; a corpus may have millions
+
+
 def test_other_inputs_do_not_remove_finished_arrays(texts, tmp_path, tokenizer, capsys):
     with pytest.raises(KeyboardInterrupt):
         write(texts, tmp_path / "many", tokenizer, progress=end_after(3))
