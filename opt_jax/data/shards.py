@@ -148,8 +148,9 @@ def write_arrays(
             if not index["documents"]:
                 raise ValueError("no documents in the data: every file is empty")
             write_file(job.directory / INDEX, _json(index))
-            for shard in shards:
-                job.entry(shard.number).unlink(missing_ok=True)
+            arrays = {job.array(shard.number) for shard in shards}
+            for path in set(job.directory.glob("opt-jax-*")) - arrays:  # entries, and what a killed process has left
+                path.unlink()
             os.rename(job.directory, output)
             place.remove()
         except BaseException:

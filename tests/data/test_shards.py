@@ -249,6 +249,18 @@ def test_other_inputs_do_not_remove_finished_arrays(texts, tmp_path, tokenizer, 
     assert "goes on" not in capsys.readouterr().err
 
 
+def test_what_a_killed_process_left_of_inputs_that_are_gone(texts, tmp_path, tokenizer):
+    with pytest.raises(KeyboardInterrupt):
+        write(texts, tmp_path / "many", tokenizer, progress=end_after(1))
+    for left in ("opt-jax-00003.npy", f"opt-jax-00003.npy.opt-jax-{'0' * 32}.part"):
+        (tmp_path / ".many.new" / "new" / left).write_bytes(b"killed before it had its entry")
+    for name in ("d.txt.gz", "e.txt"):
+        (texts / name).unlink()
+    write(texts, tmp_path / "many", tokenizer)
+    write(texts, tmp_path / "whole", tokenizer)
+    assert content(tmp_path / "many") == content(tmp_path / "whole")
+
+
 def test_bad_records_are_reported_counted_and_part_of_the_options(texts, tmp_path, tokenizer, capsys):
     for name in ("a.jsonl", "f.jsonl"):
         (texts / name).write_text('{"text": "fine"}\n' * 15 + "bad\n" * 15)
