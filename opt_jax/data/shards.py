@@ -26,9 +26,11 @@ from opt_jax.data.tokens import block_of, dtype_of, encode, hash_of_vocabulary, 
 from opt_jax.data.workers import count, tokenizer_here, worker_processes
 from opt_jax.system.disk import disk_errors
 from opt_jax.system.messages import one_line
+from opt_jax.system.reading import SMALL_FILE
 from opt_jax.system.temporary import TemporaryPlace, new_file, refuse_links, unfinished_files, write_file
 from opt_jax.text.tokenizer import OPTTokenizer
 
+_ENTRY = 1000  # bytes that an array adds to the index, at most, besides its sources
 _INPUT = 16 << 20  # bytes of small files that become one array
 _TOTALS = ("tokens", "documents", "left_out")
 
@@ -116,7 +118,7 @@ def write_arrays(
 
     Raises:
       ValueError: a bad record without `skip_bad`, no documents, a failed worker, a file that changes while it is read;
-        or other inputs or options than those of the arrays that are there, finished or not.
+        other inputs or options than those of the arrays that are there, finished or not; or too many files.
       FileExistsError: `output` exists and is no such directory; or see `TemporaryPlace.locked`.
     """
     refuse_links(output)
@@ -130,6 +132,12 @@ def write_arrays(
         "text_key": text_key,
     }
     job = _Job(place.path / "new", about, skip_bad)
+    listed = len(_json({"arrays": [{"sources": shard.states} for shard in shards]}))
+    if listed + _ENTRY * (len(shards) + 1) > SMALL_FILE:
+        raise ValueError(
+            f"{len(sources):,} files are too many for an index of {SMALL_FILE >> 20} MiB: write their texts into fewer "
+            "files (.jsonl)"
+        )
     if (output / INDEX).exists():
         index = read_index(output / INDEX)
         _check_same(index, job, shards, output, "choose another name, or remove it", complete=True)

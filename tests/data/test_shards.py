@@ -237,6 +237,15 @@ def test_many_small_files_are_grouped_in_linear_time(monkeypatch):
     assert time.process_time() - begin < 2  # 6 s if it is quadratic; a corpus may have millions
 
 
+def test_more_files_than_an_index_may_name(texts, tmp_path, tokenizer, monkeypatch):
+    write(texts, tmp_path / "many", tokenizer)
+    size = (tmp_path / "many" / INDEX).stat().st_size
+    monkeypatch.setattr(shards, "SMALL_FILE", size - 1)  # the most that is read
+    with pytest.raises(ValueError, match="5 files are too many for an index of 0 MiB: write their texts into fewer"):
+        write(texts, tmp_path / "other", tokenizer)
+    assert sorted(os.listdir(tmp_path)) == ["many", "texts"]
+
+
 def test_other_inputs_do_not_remove_finished_arrays(texts, tmp_path, tokenizer, capsys):
     with pytest.raises(KeyboardInterrupt):
         write(texts, tmp_path / "many", tokenizer, progress=end_after(3))
