@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -331,6 +332,27 @@ def test_a_damaged_directory_is_one_line(damage, message, texts, tmp_path, token
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=message):
         write(texts, tmp_path / "many", tokenizer)
+
+
+def test_the_same_text_twice_is_a_warning(texts, tmp_path, tokenizer, capsys):
+    write(texts, texts / "many", tokenizer)
+    write_tokens(find_sources([texts / "a.txt"]), tmp_path / "a.npy", tokenizer, "tiny")
+    capsys.readouterr()
+    cases = {
+        (texts,): "a.txt is read twice, also in",
+        (texts / "many", tmp_path / "a.npy"): "a.txt is read twice, also in .*a.npy",
+        (texts / "many", None, texts / "e.txt"): "e.txt is in --data and in --validation-data",
+        (texts, None, texts / "a.txt"): "a.txt is in --data and in --validation-data",
+        (tmp_path / "a.npy", None, tmp_path / "a.npy"): "a.npy is in --data and in --validation-data, and 1 more",
+        (tmp_path / "a.npy", texts / "e.txt"): "",
+        (texts / "a.txt", texts / "a.txt"): "",  # on purpose
+        (tmp_path / "a.npy", texts / "b.jsonl", None, texts / "e.txt"): "",
+    }
+    for names, message in cases.items():
+        split = names.index(None) if None in names else len(names)
+        Corpus(*([str(name) for name in part] for part in (names[:split], names[split + 1 :])))
+        shown = capsys.readouterr().err
+        assert re.search(f"warning: .*{message}", shown) if message else "warning" not in shown, names
 
 
 def test_one_of_several_arrays_is_no_data(texts, tmp_path, tokenizer):
