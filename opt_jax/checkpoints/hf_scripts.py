@@ -90,6 +90,7 @@ CONFIG = {
     **dict.fromkeys(("max_length", "do_sample", "num_beams", "temperature", "top_k", "top_p"), _GENERATION),
     "vocab_size": "model.resize_token_embeddings(n), or a new config: dataclasses.replace(config, vocab_size=n)",
     "update": "dataclasses.replace(config, dropout=0.0)",
+    **dict.fromkeys(("name_or_path", "_name_or_path"), "model.name_or_path"),
     "to_json_string": "json.dumps(config.to_dict())",
     "to_json_file": "config.save_pretrained(directory)",
     "to_diff_dict": "config.to_dict() has all fields",
@@ -201,6 +202,10 @@ MODEL = {
     **dict.fromkeys(("merge_and_unload", "merge_adapter"), "from_pretrained(base, adapter=...) merges the adapter"),
     "get_memory_footprint": "sum(x.nbytes for x in jax.tree.leaves(model))",
     "config_class": "opt_jax.OPTConfig",
+    "gradient_checkpointing_disable": 'pass remat="none" to from_pretrained, which is the default',
+    "print_trainable_parameters": "model.num_parameters() counts all; train.py prints what it trains",
+    "register_forward_hook": "pass hooks= to the call (docs/research.md)",
+    "freeze": _GRADIENTS,
 }
 # Attributes of what a model's call and `generate` return.
 OUTPUT = {"past_key_values": "the cache is its attribute `cache`, if the call was given one: " + _CACHE}
@@ -250,6 +255,13 @@ PACKAGE = {
     ),
     "get_linear_schedule_with_warmup": "use a schedule of optax, or python train.py",
     **dict.fromkeys(("PeftModel", "get_peft_model", "LoraConfig"), "from_pretrained(base, adapter=...), or train.py"),
+    **dict.fromkeys(("get_scheduler", "get_cosine_schedule_with_warmup"), "use a schedule of optax, or train.py"),
+    **dict.fromkeys(("Seq2SeqTrainer", "EarlyStoppingCallback"), "use python train.py (docs/training.md)"),
+    "AdamW": "use optax.adamw, or python train.py",
+    "PeftConfig": "from_pretrained(base, adapter=...) reads it",
+    **dict.fromkeys(("GPTQConfig", "prepare_model_for_kbit_training"), _INT8),
+    "logging": "use Python's logging",
+    "OPTPreTrainedModel": "use opt_jax.model.heads.OPTPreTrainedModel",
     "PreTrainedModel": "use opt_jax.model.heads.OPTPreTrainedModel",
     "no_grad": "leave it out: gradients are computed by jax.grad only",
 }

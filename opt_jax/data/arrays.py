@@ -144,6 +144,7 @@ def read_index(index: Path) -> dict[str, Any]:
         sizes += [entry[key] for entry in arrays for key in ("tokens", "documents", "left_out")]
         right = all(isinstance(text, str) for text in texts) and all(type(n) is int and 0 <= n < 2**62 for n in sizes)
         tokens = sum(entry["tokens"] for entry in arrays)
+        right = right and all(entry["sources"] for entry in arrays)
         if not right or not arrays or content["tokens"] != tokens or content["dtype"] not in ("uint16", "int32"):
             raise ValueError("a field has another type or value")
     except (ValueError, KeyError, TypeError) as error:

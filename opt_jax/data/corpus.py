@@ -4,7 +4,9 @@ Training data goes files -> documents (`documents.py`) -> streams of token ids (
 fixed by (seed, step) (`windows.py`).
 """
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -15,7 +17,8 @@ from opt_jax.data.arrays import is_array
 from opt_jax.data.documents import Source, find_sources, read_documents
 from opt_jax.data.files import stdlib_files
 from opt_jax.data.records import TEXT_KEY, BadRecords
-from opt_jax.data.tokens import Tokens, open_tokens, tokenize
+from opt_jax.data.tokens import Tokens, open_tokens, sources_of, tokenize
+from opt_jax.system.messages import one_line
 from opt_jax.text.tokenizer import OPTTokenizer
 
 HELD_OUT = 0.05
@@ -38,6 +41,25 @@ def split_documents(documents: list[str], fraction: float = HELD_OUT) -> tuple[l
 
 def _is_array(source: Source) -> TypeGuard[Path]:
     return isinstance(source, Path) and is_array(source)
+
+
+def _warn_of_same_files(training: Sequence[Source], held_out: Sequence[Source]) -> None:
+    """Print which files are trained on twice, as text and as token ids, or are in the validation data as well."""
+    files = list(_files(training))
+    read = {name: source for source, name in files}
+    twice = [f"{name} is read twice, also in {read[name]}" for source, name in files if str(source) != str(read[name])]
+    both = [f"{name} is in --data and in --validation-data" for _, name in _files(held_out) if name in read]
+    for lines in (twice, both):
+        if lines:
+            more = f", and {len(lines) - 1:,} more" if lines[1:] else ""
+            print(f"warning: {one_line(lines[0], 400)}{more}", file=sys.stderr, flush=True)
+
+
+def _files(sources: Sequence[Source]) -> Iterator[tuple[Source, str]]:
+    """(source, file) of each file that is read, or whose text is in an array."""
+    for source in sources:
+        for name in [str(source), *(sources_of(source) if _is_array(source) else [])]:
+            yield source, os.path.realpath(name) if os.path.exists(name) else name
 
 
 class Corpus:
@@ -73,6 +95,7 @@ class Corpus:
         groups = groups if mixed else [("", [source for _, sources in groups for source in sources])]
         held_out = find_sources(valid, text_key=text_key) if valid else []
         self.files = sum(len(sources) for _, sources in groups)
+        _warn_of_same_files([source for _, sources in groups for source in sources], held_out)
         if all(map(_is_array, chain(held_out, *(sources for _, sources in groups)))):
             given = {"--skip-bad-records": skip_bad, "--text-key": text_key != TEXT_KEY}
             for option in [option for option in given if given[option]]:

@@ -26,9 +26,11 @@ from opt_jax.data.tokens import block_of, dtype_of, encode, hash_of_vocabulary, 
 from opt_jax.data.workers import count, tokenizer_here, worker_processes
 from opt_jax.system.disk import disk_errors
 from opt_jax.system.messages import one_line
+from opt_jax.system.reading import SMALL_FILE
 from opt_jax.system.temporary import TemporaryPlace, new_file, refuse_links, unfinished_files, write_file
 from opt_jax.text.tokenizer import OPTTokenizer
 
+_ENTRY = 1000  # bytes that an array adds to the index, at most, besides its sources
 _INPUT = 16 << 20  # bytes of small files that become one array
 _TOTALS = ("tokens", "documents", "left_out")
 
@@ -54,15 +56,17 @@ class Shard:
 
 def shards_of(sources: Sequence[Source]) -> list[Shard]:
     """The sources in order, a large one alone, small ones together. Depends on nothing but names and sizes."""
-    shards: list[Shard] = []
+    groups: list[list[tuple[Source, dict[str, Any]]]] = []
+    room = -1  # bytes that the last group may still get
     for source in sources:
         state = _state(source)
-        last = shards[-1] if shards else None
-        if last is not None and last.size + state.get("size", _INPUT) <= _INPUT:
-            shards[-1] = Shard(last.number, (*last.sources, source), (*last.states, state))
-        else:
-            shards.append(Shard(len(shards), (source,), (state,)))
-    return shards
+        size = state.get("size", _INPUT)
+        if size > room:
+            groups.append([])
+            room = _INPUT
+        groups[-1].append((source, state))
+        room -= size
+    return [Shard(i, tuple(s for s, _ in group), tuple(s for _, s in group)) for i, group in enumerate(groups)]
 
 
 def _state(source: Source) -> dict[str, Any]:
@@ -114,7 +118,7 @@ def write_arrays(
 
     Raises:
       ValueError: a bad record without `skip_bad`, no documents, a failed worker, a file that changes while it is read;
-        or other inputs or options than those of the arrays that are there, finished or not.
+        other inputs or options than those of the arrays that are there, finished or not; or too many files.
       FileExistsError: `output` exists and is no such directory; or see `TemporaryPlace.locked`.
     """
     refuse_links(output)
@@ -128,6 +132,12 @@ def write_arrays(
         "text_key": text_key,
     }
     job = _Job(place.path / "new", about, skip_bad)
+    listed = len(_json({"arrays": [{"sources": shard.states} for shard in shards]}))
+    if listed + _ENTRY * (len(shards) + 1) > SMALL_FILE:
+        raise ValueError(
+            f"{len(sources):,} files are too many for an index of {SMALL_FILE >> 20} MiB: write their texts into fewer "
+            "files (.jsonl)"
+        )
     if (output / INDEX).exists():
         index = read_index(output / INDEX)
         _check_same(index, job, shards, output, "choose another name, or remove it", complete=True)
@@ -136,9 +146,9 @@ def write_arrays(
     if output.exists() and (names := os.listdir(output) if output.is_dir() else [output.name]):
         raise FileExistsError(f"{output} is there already, and holds {min(names)}, but no {INDEX}: choose another name")
     with disk_errors(place.path), place.locked(wait=False):
+        entries = _finished(job, shards, place.path)  # if it raises, the arrays of the other command stay
         try:
             job.directory.mkdir(exist_ok=True)
-            entries = _finished(job, shards, place.path)
             progress(sum(shard.size for shard in shards if shard.number in entries))
             missing = [shard for shard in shards if shard.number not in entries]
             _write_missing(missing, entries, job, tokenizer, workers, progress)
@@ -146,8 +156,9 @@ def write_arrays(
             if not index["documents"]:
                 raise ValueError("no documents in the data: every file is empty")
             write_file(job.directory / INDEX, _json(index))
-            for shard in shards:
-                job.entry(shard.number).unlink(missing_ok=True)
+            arrays = {job.array(shard.number) for shard in shards}
+            for path in set(job.directory.glob("opt-jax-*")) - arrays:  # entries, and what a killed process has left
+                path.unlink()
             os.rename(job.directory, output)
             place.remove()
         except BaseException:

@@ -134,6 +134,17 @@ def _tokenizer_of(about: Path) -> tuple[str, str]:
         raise ValueError(f"{about}: not what opt-jax tokenize writes beside an array: make both again") from None
 
 
+def sources_of(path: Path) -> list[str]:
+    """The names of what an array was made of, as they were given to `opt-jax tokenize`; [] if it is not known."""
+    try:
+        if path.name == INDEX:
+            return [source["name"] for entry in read_index(path)["arrays"] for source in entry["sources"]]
+        names = json_object(read_small(about := Path(f"{path}.json")), about)["sources"]
+        return [name for name in names if isinstance(name, str)]
+    except (OSError, ValueError, KeyError, TypeError):  # `open_tokens` raises what must be raised
+        return []
+
+
 # Making them --------------------------------------------------------------------------------------------------------
 
 

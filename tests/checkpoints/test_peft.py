@@ -5,6 +5,7 @@ That PEFT itself computes the same is in `parity/test_peft_parity.py`.
 
 import json
 import re
+import warnings
 from pathlib import Path
 
 import ml_dtypes
@@ -250,6 +251,19 @@ def test_a_wrong_base_is_one_line(tmp_path, base, capsys):
         assert f"is {other} its base? It names somebody/base" in line
         with pytest.raises(ValueError, match=f"is {other} its base"):
             opt_jax.OPTForCausalLM.from_pretrained(other, adapter=adapter)
+
+
+@pytest.mark.parametrize("named, fits", [("Me/OPT", True), ("me/opt-iml", False)])
+def test_another_base_of_the_same_shapes_is_a_warning(tmp_path, named, fits):
+    adapter = write(tmp_path / "adapter", pairs(), base_model_name_or_path=named)
+    cached = tmp_path / "models--me--opt" / "snapshots" / ("0" * 40)
+    cached.parent.mkdir(parents=True)
+    write_hf(cached, TINY, hf_weights(TINY))
+    with warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("always")
+        opt_jax.OPTForCausalLM.from_pretrained(cached, adapter=adapter)
+    messages = [str(note.message) for note in noted if "its base is" in str(note.message)]
+    assert len(messages) == (not fits) and all("me/opt-iml, not me/opt: " in text for text in messages)
 
 
 def test_an_adapter_is_no_model(tmp_path, base, capsys):

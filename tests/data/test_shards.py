@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -229,6 +230,47 @@ def test_other_inputs_that_no_finished_array_has(texts, tmp_path, tokenizer):
         write(texts, tmp_path / "many", tokenizer)
 
 
+def test_many_small_files_are_grouped_in_linear_time(monkeypatch):
+    monkeypatch.setattr(shards, "_state", lambda source: {"name": str(source), "size": 5})
+    begin = time.process_time()
+    groups = shards.shards_of([Path(f"{i}.txt") for i in range(20_000)])
+    assert len(groups) == 1 and len(groups[0].sources) == 20_000
+    assert time.process_time() - begin < 2  # 6 s if it is quadratic; a corpus may have millions
+
+
+def test_more_files_than_an_index_may_name(texts, tmp_path, tokenizer, monkeypatch):
+    write(texts, tmp_path / "many", tokenizer)
+    size = (tmp_path / "many" / INDEX).stat().st_size
+    monkeypatch.setattr(shards, "SMALL_FILE", size - 1)  # the most that is read
+    with pytest.raises(ValueError, match="5 files are too many for an index of 0 MiB: write their texts into fewer"):
+        write(texts, tmp_path / "other", tokenizer)
+    assert sorted(os.listdir(tmp_path)) == ["many", "texts"]
+
+
+def test_other_inputs_do_not_remove_finished_arrays(texts, tmp_path, tokenizer, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        write(texts, tmp_path / "many", tokenizer, progress=end_after(3))
+    (tmp_path / ".many.new" / "new" / "opt-jax-00000.json").unlink()  # with several processes, the largest are first
+    kept = content(tmp_path / ".many.new" / "new")
+    capsys.readouterr()
+    with pytest.raises(ValueError, match="was an input, and is none now"):
+        write(texts / "a.txt", tmp_path / "many", tokenizer)
+    assert kept == content(tmp_path / ".many.new" / "new")
+    assert "goes on" not in capsys.readouterr().err
+
+
+def test_what_a_killed_process_left_of_inputs_that_are_gone(texts, tmp_path, tokenizer):
+    with pytest.raises(KeyboardInterrupt):
+        write(texts, tmp_path / "many", tokenizer, progress=end_after(1))
+    for left in ("opt-jax-00003.npy", f"opt-jax-00003.npy.opt-jax-{'0' * 32}.part"):
+        (tmp_path / ".many.new" / "new" / left).write_bytes(b"killed before it had its entry")
+    for name in ("d.txt.gz", "e.txt"):
+        (texts / name).unlink()
+    write(texts, tmp_path / "many", tokenizer)
+    write(texts, tmp_path / "whole", tokenizer)
+    assert content(tmp_path / "many") == content(tmp_path / "whole")
+
+
 def test_bad_records_are_reported_counted_and_part_of_the_options(texts, tmp_path, tokenizer, capsys):
     for name in ("a.jsonl", "f.jsonl"):
         (texts / name).write_text('{"text": "fine"}\n' * 15 + "bad\n" * 15)
@@ -290,6 +332,27 @@ def test_a_damaged_directory_is_one_line(damage, message, texts, tmp_path, token
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=message):
         write(texts, tmp_path / "many", tokenizer)
+
+
+def test_the_same_text_twice_is_a_warning(texts, tmp_path, tokenizer, capsys):
+    write(texts, texts / "many", tokenizer)
+    write_tokens(find_sources([texts / "a.txt"]), tmp_path / "a.npy", tokenizer, "tiny")
+    capsys.readouterr()
+    cases = {
+        (texts,): "a.txt is read twice, also in",
+        (texts / "many", tmp_path / "a.npy"): "a.txt is read twice, also in .*a.npy",
+        (texts / "many", None, texts / "e.txt"): "e.txt is in --data and in --validation-data",
+        (texts, None, texts / "a.txt"): "a.txt is in --data and in --validation-data",
+        (tmp_path / "a.npy", None, tmp_path / "a.npy"): "a.npy is in --data and in --validation-data, and 1 more",
+        (tmp_path / "a.npy", texts / "e.txt"): "",
+        (texts / "a.txt", texts / "a.txt"): "",  # on purpose
+        (tmp_path / "a.npy", texts / "b.jsonl", None, texts / "e.txt"): "",
+    }
+    for names, message in cases.items():
+        split = names.index(None) if None in names else len(names)
+        Corpus(*([str(name) for name in part] for part in (names[:split], names[split + 1 :])))
+        shown = capsys.readouterr().err
+        assert re.search(f"warning: .*{message}", shown) if message else "warning" not in shown, names
 
 
 def test_one_of_several_arrays_is_no_data(texts, tmp_path, tokenizer):

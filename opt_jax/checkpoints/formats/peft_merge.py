@@ -7,6 +7,7 @@ heads and other modules of `modules_to_save`, biases, embeddings. What a field m
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,7 @@ class Adapter:
           ValueError: the adapter does not fit the base; names a tensor.
         """
         self._check(arrays, base)
+        self._warn_of_base(base)
         replaced, tied = dict(self.replaced), causal and config.tie_word_embeddings and EMBEDDING in arrays
         if tied and self._unties():
             if self.settings.get("ensure_weight_tying"):
@@ -170,6 +172,14 @@ class Adapter:
                 raise ValueError(f"{self.where}: there is no pair for {module}, which target_modules names: {hint}")
             if path not in self.replaced and self._saves(module):
                 raise ValueError(f"{self.where}: there is no tensor for {module}, which modules_to_save names: {hint}")
+
+    def _warn_of_base(self, base: object) -> None:
+        """Warn of another repository of the hub than the one that the adapter names. Its shapes may be the same."""
+        cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", f"{base}/")
+        named, name = self.settings.get("base_model_name_or_path"), cached and "/".join(cached.groups())
+        if name and isinstance(named, str) and named and named.lower() != name.lower():
+            text = f"{self.where}: its base is {shown(named)}, not {name}: the result is wrong if their weights differ"
+            warnings.warn(text, stacklevel=2)
 
     def module_name(self, path: str) -> str:
         """The name of the parameter's module in the adapter."""
