@@ -513,6 +513,27 @@ def test_int8_cache(model):
         assert_near(model(IDS, MASK, cache=model.init_cache(3, 6, "int8")).logits, exact, 0.05)
 
 
+def test_heads_of_int8_weights(model):
+    pytest.importorskip("qwix", reason="the extra int8")
+    name, quantized = "blocks.1.attn.hook_result", opt_jax.quantize(model)
+    out, acts = quantized.run_with_cache(IDS, MASK, names=[name, "blocks.1.hook_attn_out"])
+    assert_near(out.logits, quantized(IDS, MASK).logits, 1e-3)
+    bias = quantized.model.decoder.layers[1].self_attn.out_proj.bias.get_value()
+    assert_near(acts[name].sum(axis=2) + bias, acts["blocks.1.hook_attn_out"], 1e-5)
+
+
+@pytest.mark.parametrize("edit", [Scale(2.0), Zero(), Scale(-1.0), Add(-1e38)])
+def test_hidden_scores_stay_hidden(model, edit):
+    """Else a row with pads would be NaN, or a token would see pads and later tokens."""
+    edits = {"blocks.1.attn.hook_attn_scores": edit}
+    padded, real = edited(model, edits), np.asarray(MASK, bool)
+    for row in range(3):
+        ids = IDS[row, real[row]]
+        alone = edited(model, edits, ids[None], None)
+        assert_near(padded[row, real[row]], alone[0], 1e-5)
+        assert_near(edited(model, edits, ids[None, :2], None), alone[:, :2], 1e-5)
+
+
 def test_calls_within_calls_do_not_mix(model):
     """A function at a point may call a model, with hooks of its own or none."""
     inner = {"blocks.0.hook_resid_pre": Zero()}
