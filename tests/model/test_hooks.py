@@ -146,6 +146,8 @@ def test_names(model):
         ({"blocks.0.attn.hook_z": Zero(heads=3)}, "heads=3: there are 3"),
         ({"blocks.0.mlp.hook_pre": Zero(neurons=[2, -41])}, "neurons=.* there are 40"),
         ({RESID: Zero(layers=range(4))}, "layers=.* there are 3"),
+        ({RESID: Zero(layers=[1, -1])}, r"layers=\[2\] without effect"),
+        ({RESID: Zero}, "<class .*Zero'> is no intervention"),
         ({RESID: Zero(rows=np.array([True, False, True]))}, "rows must be integers, not bool"),
         ({RESID: Zero(positions=np.array(1.0))}, "positions must be integers, not float64"),
         ({RESID: Add(np.ones(23))}, r"Add of shape \(23,\) does not broadcast to blocks.1.hook_resid_post, which is"),
@@ -520,6 +522,12 @@ def test_heads_of_int8_weights(model):
     assert_near(out.logits, quantized(IDS, MASK).logits, 1e-3)
     bias = quantized.model.decoder.layers[1].self_attn.out_proj.bias.get_value()
     assert_near(acts[name].sum(axis=2) + bias, acts["blocks.1.hook_attn_out"], 1e-5)
+
+
+@pytest.mark.parametrize("directions", [0 * VECTOR, [VECTOR, 1e3 * VECTOR], [VECTOR, OTHER, VECTOR + OTHER]])
+def test_directions_that_depend_on_each_other_give_nan(model, directions):
+    assert np.isnan(edited(model, {RESID: Project(np.asarray(directions))})).all()
+    assert np.isfinite(edited(model, {RESID: Project(np.stack([1e-9 * VECTOR, OTHER]))})).all()
 
 
 @pytest.mark.parametrize("edit", [Scale(2.0), Zero(), Scale(-1.0), Add(-1e38)])
