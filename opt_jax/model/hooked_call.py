@@ -15,7 +15,7 @@ from opt_jax.model.decoder import DecoderInputs, LayerNorm, OPTDecoder, position
 from opt_jax.model.hook_points import POINTS, find_points, is_outside, local_name
 from opt_jax.model.interventions import Hook, Hooks, Intervention, as_hooks
 from opt_jax.model.outputs import BaseModelOutput
-from opt_jax.parallel.rules import is_per_device
+from opt_jax.parallel.rules import constrain, is_per_device
 
 
 def run(model: Any, inputs: DecoderInputs) -> BaseModelOutput:
@@ -200,6 +200,7 @@ class Active:
         bias = project(jnp.zeros((1, 1, heads * z.shape[3]), z.dtype))
         alone = project(alone.reshape(-1, heads, bias.shape[-1]))  # an int8 product takes three axes
         result = alone.reshape(*z.shape[:3], -1) - bias[:, :, None]
+        result = constrain(result.transpose(0, 2, 1, 3), "heads").transpose(0, 2, 1, 3)
         return self._visit("attn.hook_result", result).sum(axis=2) + bias
 
 

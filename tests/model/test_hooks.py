@@ -582,7 +582,8 @@ def test_mesh(build):
         "blocks.1.attn.hook_z": Replace(np.ones((4, 6, 4, 8), np.float32), heads=[1]),
         "blocks.0.mlp.hook_post": Scale(3.0, neurons=[0, 39]),
     }
-    names = ["blocks.*.hook_resid_post", "blocks.*.attn.hook_z", "blocks.*.mlp.hook_post", "blocks.*.attn.hook_pattern"]
+    names = [f"blocks.*.{name}" for name in ("hook_resid_post", "attn.hook_z", "mlp.hook_post", "attn.hook_pattern")]
+    names.append("blocks.*.attn.hook_result")
     expected = model.run_with_cache(ids, names=names, hooks=edits)
     mesh = make_mesh("fsdp=4,tensor=2", jax.devices()[:8])
     meshed = on_mesh(model, mesh)
@@ -590,7 +591,8 @@ def test_mesh(build):
         got = meshed.run_with_cache(ids, names=names, hooks=edits)
     jax.tree.map(partial(assert_near, tolerance=2e-6), got, expected)
     for name, value in got[1].items():
-        tensor = {"hook_z": 2, "hook_post": 2, "hook_pattern": 1, "hook_resid_post": 1}[name.rpartition(".")[2]]
+        axes = {"hook_z": 2, "hook_result": 2, "hook_post": 2, "hook_pattern": 1, "hook_resid_post": 1}
+        tensor = axes[name.rpartition(".")[2]]
         shape = [size // (4 if axis == 0 else 2 if axis == tensor else 1) for axis, size in enumerate(value.shape)]
         assert value.sharding.shard_shape(value.shape) == tuple(shape), name
 
