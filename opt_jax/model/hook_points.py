@@ -19,7 +19,7 @@ POINTS: dict[str, tuple[str, str]] = {
     "attn.hook_q": ("BTHK", "queries, with bias, before they are scaled by K^-0.5"),
     "attn.hook_k": ("BTHK", "keys of this call's tokens; a cache holds what the hook returns"),
     "attn.hook_v": ("BTHK", "values of this call's tokens; a cache holds what the hook returns"),
-    "attn.hook_attn_scores": ("BHTS", "float32 scores, scaled and masked; hidden ones are the least finite number"),
+    "attn.hook_attn_scores": ("BHTS", "float32 scores, scaled and masked; hidden ones stay the least finite number"),
     "attn.hook_pattern": ("BHTS", "softmax of the scores, before dropout"),
     "attn.hook_z": ("BTHK", "the heads' outputs, before `out_proj`"),
     "attn.hook_result": ("BTHD", "what each head adds: `out_proj` of it alone, without the bias"),

@@ -15,7 +15,7 @@ from opt_jax.model.decoder import DecoderInputs, LayerNorm, OPTDecoder, position
 from opt_jax.model.hook_points import POINTS, find_points, is_outside, local_name
 from opt_jax.model.interventions import Hook, Hooks, Intervention, as_hooks
 from opt_jax.model.outputs import BaseModelOutput
-from opt_jax.parallel.rules import is_per_device
+from opt_jax.parallel.rules import constrain, is_per_device
 
 
 def run(model: Any, inputs: DecoderInputs) -> BaseModelOutput:
@@ -72,13 +72,15 @@ class Active:
         return self._visit(local, value) if local in self._named else value
 
     def _visit(self, local: str, value: Array) -> Array:
-        outside, traced = is_outside(local), isinstance(self._layer, jax.core.Tracer)
+        given, outside, traced = value, is_outside(local), isinstance(self._layer, jax.core.Tracer)
         name = local if outside else f"blocks.{'*' if traced else self._layer}.{local}"
         hook = Hook(name, None if outside else self._layer)
         for names, edits in self.edits:
             active = self._active(names, name, local)
             for edit in edits if active is not False else ():
                 value = self._edited(edit, value, hook, POINTS[local][0], active)
+        if local == "attn.hook_attn_scores":  # doubled, hidden scores would be infinite, and a pad's weights NaN
+            value = jnp.where(given == jnp.finfo(given.dtype).min, given, value)
         if traced and not outside:
             assert self._in_scan is not None
             if self._layers_of(set(self.hooks.names), local):
@@ -196,7 +198,9 @@ class Active:
         heads = z.shape[2]
         alone = jnp.where(jnp.eye(heads, dtype=bool)[None, None, :, :, None], z[:, :, None], jnp.zeros((), z.dtype))
         bias = project(jnp.zeros((1, 1, heads * z.shape[3]), z.dtype))
-        result = project(alone.reshape(*z.shape[:2], heads, -1)) - bias[:, :, None]
+        alone = project(alone.reshape(-1, heads, bias.shape[-1]))  # an int8 product takes three axes
+        result = alone.reshape(*z.shape[:3], -1) - bias[:, :, None]
+        result = constrain(result.transpose(0, 2, 1, 3), "heads").transpose(0, 2, 1, 3)
         return self._visit("attn.hook_result", result).sum(axis=2) + bias
 
 

@@ -80,7 +80,8 @@ def _as(value: Any, like: Array, what: str, hook: Hook) -> Array:
     except ValueError:
         fits = False
     if not fits:
-        raise ValueError(f"{what} of shape {array.shape} does not broadcast to {hook.name}, which is {like.shape} here")
+        known = f"{what} of shape {array.shape} does not broadcast to {hook.name}, which is {like.shape} here"
+        raise ValueError(f"{known} (generate and score pad prompts, and a step reads one token: give T=1 there)")
     return array.reshape((1,) * (like.ndim - array.ndim) + array.shape).astype(like.dtype)
 
 
@@ -130,7 +131,10 @@ class Zero(Intervention):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Project(Intervention):
-    """Removes the span of `directions` [N, D] or [D], of any lengths but linearly independent, from the last axis."""
+    """Removes the span of `directions` [N, D] or [D] from the last axis.
+
+    They may have any lengths but must be linearly independent, or the result is NaN: one of them may not be zero.
+    """
 
     directions: Any
 
@@ -138,7 +142,9 @@ class Project(Intervention):
         rows = jnp.atleast_2d(jnp.asarray(self.directions, jnp.float32))
         if rows.ndim != 2 or rows.shape[1] != value.shape[-1]:
             raise ValueError(f"directions of shape {rows.shape} must be [N, {value.shape[-1]}] at {hook.name}")
-        basis = jnp.linalg.qr(rows.T)[0]
+        basis, r = jnp.linalg.qr(rows.T)
+        dependent = jnp.abs(jnp.diagonal(r)) <= 1e-6 * jnp.abs(r).max(axis=0)[: r.shape[0]]
+        basis = jnp.where(dependent.any(), jnp.nan, basis)  # else it would hold a direction of no one's choice
         x = value.astype(jnp.float32)
         along = jnp.einsum("...d,dn->...n", x, basis, precision=lax.Precision.HIGHEST)
         return (x - jnp.einsum("...n,dn->...d", along, basis, precision=lax.Precision.HIGHEST)).astype(value.dtype)
@@ -202,7 +208,7 @@ def as_hooks(config: OPTConfig, edits: Any, names: Names = ()) -> Hooks:
 
 def _check(config: OPTConfig, points: list[str], key: str, given: Any) -> Intervention:
     function: Any = given
-    edit = Call(function) if callable(given) else given
+    edit = Call(function) if callable(given) and not isinstance(given, type) else given
     if not isinstance(edit, Intervention):
         raise ValueError(
             f"{key}: {shown(given, 80)} is no intervention (Add, Replace, Scale, Zero, Project) or function"
@@ -217,6 +223,10 @@ def _check(config: OPTConfig, points: list[str], key: str, given: Any) -> Interv
                 raise ValueError(f"{key}: {point} has no {name}; its axes are {shape_of(axes)}")
         if edit.layers is not None and is_outside(local_name(point)):
             raise ValueError(f"{key}: layers= without effect, {point} is in no layer")
+    if isinstance(edit.layers, np.ndarray):
+        without = {int(i) % sizes["layers"] for i in edit.layers.ravel()} - {int(p.split(".")[1]) for p in points}
+        if without:
+            raise ValueError(f"{key}: layers={sorted(without)} without effect, because the name has no point in them")
     return edit
 
 

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from opt_jax.model.heads import OPTForCausalLM, named_parameters
+from opt_jax.model.quantization import count_int8
 from opt_jax.research.pictures import heatmap
 
 
@@ -61,7 +62,8 @@ def attribute(
       minus: ids likewise. The parts are then those of logit(tokens) - logit(minus).
 
     Raises:
-      ValueError: a post-norm model, a model without an LM head, ids that do not fit, or as a call of the model.
+      ValueError: a post-norm model, int8 weights or adapters at `out_proj`, a model without an LM head, ids that do not
+        fit, or as a call of the model.
     """
     config = model.config
     if not isinstance(model, OPTForCausalLM):
@@ -70,6 +72,11 @@ def attribute(
         raise ValueError(
             "a post-norm model (do_layer_norm_before=False) has no attribution: each LayerNorm scales the sum of all "
             "parts before it, so a logit is no sum of parts"
+        )
+    if count_int8(model) or any(name.endswith("out_proj.kernel_lora_a") for name in named_parameters(model)):
+        raise ValueError(
+            "attribution reads the matrices of a plain model: take the one that was quantized, and merge adapters "
+            "(from_pretrained with merge_adapter=True)"
         )
     embed = "hook_embed" if config.embed_dim == config.hidden_size else "hook_project_in"
     names = [embed, "hook_pos_embed", "blocks.*.attn.hook_z", "blocks.*.hook_mlp_out"]

@@ -164,6 +164,7 @@ def causal_trace(
       samples: rows with different noise; a cell computes all of them at once.
       seed: of the noise.
       **options: of `patch`. `point` is "hook_resid_post" here. For "hook_mlp_out" Meng et al. use `window=10`.
+        `attention_mask` is [1, T]; `hooks` at "hook_embed" act after the noise.
 
     Raises:
       ValueError: more than one row, or as `patch`.
@@ -171,14 +172,19 @@ def causal_trace(
     ids = np.asarray(input_ids)
     if ids.ndim != 2 or ids.shape[0] != 1:
         raise ValueError(f"causal_trace takes one text, ids [1, T], not {ids.shape}")
-    table = model.base_model.decoder.embed_tokens.embedding.get_value()
+    table = model.base_model.decoder.embed_tokens(jnp.arange(model.config.vocab_size, dtype=jnp.int32)[None])
     shape = (samples, ids.shape[1], model.config.embed_dim)
     drawn = jax.random.normal(jax.random.key(seed), shape, jnp.float32)
     positions = _indices(subject, ids.shape[1], "positions").tolist()
     edit = Add(drawn, scale=noise * table.astype(jnp.float32).std(), positions=positions)
     rows = np.repeat(ids, samples, axis=0)
-    options = dict(point="hook_resid_post") | options | dict(hooks={"hook_embed": edit} | (options.get("hooks") or {}))
-    return patch(model, rows, rows, metric, **options)
+    mask = options.pop("attention_mask", None)
+    mask = None if mask is None else np.repeat(np.asarray(mask), samples, axis=0)
+    hooks = dict(options.pop("hooks", None) or {})
+    theirs = hooks.pop("hook_embed", ())
+    hooks = {"hook_embed": (edit, *(theirs if isinstance(theirs, tuple | list) else (theirs,)))} | hooks
+    options = {"point": "hook_resid_post"} | options
+    return patch(model, rows, rows, metric, mask, **options, hooks=hooks)
 
 
 def plot(patching: Patching, *, labels: Sequence[str] | None = None, axes: Any = None) -> Any:

@@ -137,11 +137,11 @@ def train_sae(
         raise ValueError(f"x must be [N, D] or [N, H, K], with N above 0, not {np.shape(x)}")
     draw = np.random.default_rng(seed)
 
-    def drawn(count: int) -> np.ndarray:
+    def draw_rows(count: int) -> np.ndarray:
         rows = np.sort(draw.integers(len(x), size=count))
         return np.asarray(x[rows], np.float32).reshape(count, -1)
 
-    sample = drawn(_SAMPLE)
+    sample = draw_rows(_SAMPLE)
     scale = float(np.sqrt(sample.shape[1]) / np.linalg.norm(sample, axis=1).mean())
     directions = draw.standard_normal((features, sample.shape[1]), np.float32)
     directions *= 0.1 / np.linalg.norm(directions, axis=1, keepdims=True)
@@ -160,7 +160,7 @@ def train_sae(
     state, history = optimizer.init(sae), []
     for done in range(1, steps + 1):
         strength = jnp.float32(l1 * min(1.0, done / max(steps // 5, 1)))
-        sae, state, measures = step(sae, state, jnp.asarray(drawn(batch_size)), strength)
+        sae, state, measures = step(sae, state, jnp.asarray(draw_rows(batch_size)), strength)
         history.append(measures)
         if progress is not None and done % max(steps // 100, 1) == 0:
             progress(done, {name: float(value) for name, value in measures.items()})

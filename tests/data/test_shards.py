@@ -350,7 +350,8 @@ def test_the_same_text_twice_is_a_warning(texts, tmp_path, tokenizer, capsys):
     }
     for names, message in cases.items():
         split = names.index(None) if None in names else len(names)
-        Corpus(*([str(name) for name in part] for part in (names[:split], names[split + 1 :])))
+        training, held_out = ([str(name) for name in part] for part in (names[:split], names[split + 1 :]))
+        Corpus(training, held_out)
         shown = capsys.readouterr().err
         assert re.search(f"warning: .*{message}", shown) if message else "warning" not in shown, names
 

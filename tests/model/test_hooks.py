@@ -146,6 +146,8 @@ def test_names(model):
         ({"blocks.0.attn.hook_z": Zero(heads=3)}, "heads=3: there are 3"),
         ({"blocks.0.mlp.hook_pre": Zero(neurons=[2, -41])}, "neurons=.* there are 40"),
         ({RESID: Zero(layers=range(4))}, "layers=.* there are 3"),
+        ({RESID: Zero(layers=[1, -1])}, r"layers=\[2\] without effect"),
+        ({RESID: Zero}, "<class .*Zero'> is no intervention"),
         ({RESID: Zero(rows=np.array([True, False, True]))}, "rows must be integers, not bool"),
         ({RESID: Zero(positions=np.array(1.0))}, "positions must be integers, not float64"),
         ({RESID: Add(np.ones(23))}, r"Add of shape \(23,\) does not broadcast to blocks.1.hook_resid_post, which is"),
@@ -513,6 +515,34 @@ def test_int8_cache(model):
         assert_near(model(IDS, MASK, cache=model.init_cache(3, 6, "int8")).logits, exact, 0.05)
 
 
+def test_heads_of_int8_weights(model):
+    pytest.importorskip("qwix", reason="the extra int8")
+    name = "blocks.1.attn.hook_result"
+    quantized: Any = opt_jax.quantize(model)
+    out, acts = quantized.run_with_cache(IDS, MASK, names=[name, "blocks.1.hook_attn_out"])
+    assert_near(out.logits, quantized(IDS, MASK).logits, 1e-3)
+    bias = quantized.model.decoder.layers[1].self_attn.out_proj.bias.get_value()
+    assert_near(acts[name].sum(axis=2) + bias, acts["blocks.1.hook_attn_out"], 1e-5)
+
+
+@pytest.mark.parametrize("directions", [0 * VECTOR, [VECTOR, 1e3 * VECTOR], [VECTOR, OTHER, VECTOR + OTHER]])
+def test_directions_that_depend_on_each_other_give_nan(model, directions):
+    assert np.isnan(edited(model, {RESID: Project(np.asarray(directions))})).all()
+    assert np.isfinite(edited(model, {RESID: Project(np.stack([1e-9 * VECTOR, OTHER]))})).all()
+
+
+@pytest.mark.parametrize("edit", [Scale(2.0), Zero(), Scale(-1.0), Add(-1e38)])
+def test_hidden_scores_stay_hidden(model, edit):
+    """Else a row with pads would be NaN, or a token would see pads and later tokens."""
+    edits = {"blocks.1.attn.hook_attn_scores": edit}
+    padded, real = edited(model, edits), np.asarray(MASK, bool)
+    for row in range(3):
+        ids = IDS[row, real[row]]
+        alone = edited(model, edits, ids[None], None)
+        assert_near(padded[row, real[row]], alone[0], 1e-5)
+        assert_near(edited(model, edits, ids[None, :2], None), alone[:, :2], 1e-5)
+
+
 def test_calls_within_calls_do_not_mix(model):
     """A function at a point may call a model, with hooks of its own or none."""
     inner = {"blocks.0.hook_resid_pre": Zero()}
@@ -553,7 +583,8 @@ def test_mesh(build):
         "blocks.1.attn.hook_z": Replace(np.ones((4, 6, 4, 8), np.float32), heads=[1]),
         "blocks.0.mlp.hook_post": Scale(3.0, neurons=[0, 39]),
     }
-    names = ["blocks.*.hook_resid_post", "blocks.*.attn.hook_z", "blocks.*.mlp.hook_post", "blocks.*.attn.hook_pattern"]
+    names = [f"blocks.*.{name}" for name in ("hook_resid_post", "attn.hook_z", "mlp.hook_post", "attn.hook_pattern")]
+    names.append("blocks.*.attn.hook_result")
     expected = model.run_with_cache(ids, names=names, hooks=edits)
     mesh = make_mesh("fsdp=4,tensor=2", jax.devices()[:8])
     meshed = on_mesh(model, mesh)
@@ -561,7 +592,8 @@ def test_mesh(build):
         got = meshed.run_with_cache(ids, names=names, hooks=edits)
     jax.tree.map(partial(assert_near, tolerance=2e-6), got, expected)
     for name, value in got[1].items():
-        tensor = {"hook_z": 2, "hook_post": 2, "hook_pattern": 1, "hook_resid_post": 1}[name.rpartition(".")[2]]
+        axes = {"hook_z": 2, "hook_result": 2, "hook_post": 2, "hook_pattern": 1, "hook_resid_post": 1}
+        tensor = axes[name.rpartition(".")[2]]
         shape = [size // (4 if axis == 0 else 2 if axis == tensor else 1) for axis, size in enumerate(value.shape)]
         assert value.sharding.shard_shape(value.shape) == tuple(shape), name
 

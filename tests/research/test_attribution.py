@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from reference import batch, our_model
 
 from opt_jax import Replace, Zero, stack_layers
@@ -64,6 +65,13 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="post-norm model .*has no attribution"):
         attribute(our_model("opt-350m"), **inputs("opt-350m"), tokens=5)
     model = our_model("opt-125m")
+    adapted = nnx.clone(model)
+    adapted.model.decoder.layers[1].self_attn.out_proj.kernel_lora_a = nnx.Param(jnp.zeros((24, 2)))
+    quantized = nnx.clone(model)
+    quantized.model.decoder.layers[1].fc1.kernel = nnx.Param(jnp.zeros((24, 2), jnp.int8))
+    for other in (adapted, quantized):
+        with pytest.raises(ValueError, match="matrices of a plain model"):
+            attribute(other, **inputs("opt-125m"), tokens=5)
     with pytest.raises(ValueError, match="this is an OPTModel"):
         attribute(model.base_model, **inputs("opt-125m"), tokens=5)
     with pytest.raises(ValueError, match=r"tokens of shape \(4,\) does not broadcast"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from reference import batch, our_model
 
-from opt_jax import Add, Replace, stack_layers
+from opt_jax import Add, Replace, Scale, stack_layers
 from opt_jax.research import patching
 from opt_jax.research.patching import Patching, causal_trace, patch, plot
 
@@ -129,6 +129,21 @@ def test_causal_trace():
     for change in (dict(noise=1.0), dict(seed=1), dict(subject=[1, 3]), dict(point="hook_mlp_out")):
         options: dict[str, Any] = dict(subject=[1, 2], metric=metric, samples=3, batch_size=5) | change
         assert np.abs(causal_trace(model, ids, **options).patched - result.patched).max() > 1e-3, change
+
+
+def test_causal_trace_with_a_mask_and_hooks():
+    model = our_model("opt-125m", num_hidden_layers=2)
+    ids = runs(padding="none")[0][:1]
+    padded, mask = np.pad(ids, ((0, 0), (2, 0)), constant_values=1), np.array([[0, 0, 1, 1, 1, 1, 1, 1]])
+    same: dict[str, Any] = dict(metric=metric, samples=1, positions=[2, 5])
+    result = causal_trace(model, ids, [1, 2], **same)
+    edits = {"hook_embed": Scale(2.0)}
+    doubled = causal_trace(model, ids, [1, 2], **same, hooks=edits)
+    without_noise = metric(model.run_with_hooks(ids, hooks=edits).logits)
+    assert abs(doubled.corrupted - without_noise) > 0.01
+    masked = causal_trace(model, padded, [1, 2], **same, attention_mask=mask)
+    np.testing.assert_allclose(masked.clean, result.clean, rtol=1e-5)
+    assert np.abs(masked.corrupted - masked.clean) > 0.01
 
 
 def test_mistakes_are_named():
