@@ -119,7 +119,7 @@ def _indices(wanted: Sequence[int] | None, size: int, what: str) -> np.ndarray:
     indices = np.arange(size) if wanted is None else np.asarray(wanted)
     if indices.ndim != 1 or not len(indices) or (indices < -size).any() or (indices >= size).any():
         raise ValueError(f"{what} must be numbers from {-size} to {size - 1}, at least one")
-    return indices % size if what != "positions" else indices
+    return indices if what in ("positions", "subject") else indices % size
 
 
 @partial(jax.jit, static_argnums=6)
@@ -175,7 +175,7 @@ def causal_trace(
     table = model.base_model.decoder.embed_tokens(jnp.arange(model.config.vocab_size, dtype=jnp.int32)[None])
     shape = (samples, ids.shape[1], model.config.embed_dim)
     drawn = jax.random.normal(jax.random.key(seed), shape, jnp.float32)
-    positions = _indices(subject, ids.shape[1], "positions").tolist()
+    positions = _indices(subject, ids.shape[1], "subject").tolist()
     edit = Add(drawn, scale=noise * table.astype(jnp.float32).std(), positions=positions)
     rows = np.repeat(ids, samples, axis=0)
     mask = options.pop("attention_mask", None)

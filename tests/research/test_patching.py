@@ -165,6 +165,8 @@ def test_mistakes_are_named():
         patch(model, clean, corrupted[:, :5], metric)
     with pytest.raises(ValueError, match=r"one text, ids \[1, T\], not \(2, 6\)"):
         causal_trace(model, clean, [1], metric)
+    with pytest.raises(ValueError, match="subject must be numbers from -6 to 5"):
+        causal_trace(model, clean[:1], [6], metric)
 
 
 def test_plot():
