@@ -60,9 +60,9 @@ def server(monkeypatch):
 def test_an_adapter_comes_from_the_hub(tmp_path, base, merged, server, form):
     files = contents(write(tmp_path / "other", pairs(), form)) | {"README.md": b"r", "optimizer.bin": b"o"}
     adapter = server.repositories["me/adapter"] = Repository(files)
-    server.repositories["me/base"] = Repository(contents(base))
+    server.repositories["somebody/base"] = Repository(contents(base))
     cache, load = tmp_path / "cache", opt_jax.OPTForCausalLM.from_pretrained
-    model = load("me/base", adapter="me/adapter", cache_dir=cache)
+    model = load("somebody/base", adapter="me/adapter", cache_dir=cache)
     assert {each.file for each in adapter.asked} == files.keys() - {"README.md", "optimizer.bin"}
     adapter.asked.clear()
     assert_equal_models(model, load(tmp_path / "merged"))
