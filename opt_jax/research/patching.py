@@ -183,7 +183,8 @@ def causal_trace(
     hooks = dict(options.pop("hooks", None) or {})
     theirs = hooks.pop("hook_embed", ())
     hooks = {"hook_embed": (edit, *(theirs if isinstance(theirs, tuple | list) else (theirs,)))} | hooks
-    return patch(model, rows, rows, metric, mask, **dict(point="hook_resid_post") | options, hooks=hooks)
+    options = dict(point="hook_resid_post") | options | dict(hooks=hooks)
+    return patch(model, rows, rows, metric, mask, **options)
 
 
 def plot(patching: Patching, *, labels: Sequence[str] | None = None, axes: Any = None) -> Any:

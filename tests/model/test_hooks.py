@@ -520,8 +520,10 @@ def test_heads_of_int8_weights(model):
     name, quantized = "blocks.1.attn.hook_result", opt_jax.quantize(model)
     out, acts = quantized.run_with_cache(IDS, MASK, names=[name, "blocks.1.hook_attn_out"])
     assert_near(out.logits, quantized(IDS, MASK).logits, 1e-3)
-    bias = quantized.model.decoder.layers[1].self_attn.out_proj.bias.get_value()
-    assert_near(acts[name].sum(axis=2) + bias, acts["blocks.1.hook_attn_out"], 1e-5)
+    layers: Any = quantized.model.decoder.layers
+    assert_near(
+        acts[name].sum(axis=2) + layers[1].self_attn.out_proj.bias.get_value(), acts["blocks.1.hook_attn_out"], 1e-5
+    )
 
 
 @pytest.mark.parametrize("directions", [0 * VECTOR, [VECTOR, 1e3 * VECTOR], [VECTOR, OTHER, VECTOR + OTHER]])
