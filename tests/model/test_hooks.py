@@ -167,6 +167,11 @@ def test_mistakes(model, hooks, words):
         model.forward(IDS, MASK, hooks=hooks)
 
 
+def test_an_argument_of_transformer_lens_has_another_name(model):
+    with pytest.raises(ValueError, match="names_filter .* is names= here"):
+        model.run_with_cache(IDS, names_filter=lambda name: name == RESID)
+
+
 def test_indices_that_are_known_too_late_give_nan(model):
     assert np.isnan(edited(model, {RESID: Add(VECTOR, rows=len(IDS))})).all()
     head = jax.jit(lambda head: edited_in_jit(model, {"blocks.0.attn.hook_z": Zero(heads=head)}))
