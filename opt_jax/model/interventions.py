@@ -273,6 +273,8 @@ def run_with_cache(
     """
     if isinstance(names, str) and names == "*":
         names = lambda name: not name.endswith("hook_result")  # noqa: E731
+    if "names_filter" in kwargs:
+        raise ValueError("names_filter of TransformerLens is names= here")
     asked = as_hooks(model.config, hooks, names)
     if not asked.names:
         raise ValueError("names is empty: name a point, or call the model itself")

@@ -167,6 +167,11 @@ def test_mistakes(model, hooks, words):
         model.forward(IDS, MASK, hooks=hooks)
 
 
+def test_an_argument_of_transformer_lens_has_another_name(model):
+    with pytest.raises(ValueError, match="names_filter .* is names= here"):
+        model.run_with_cache(IDS, names_filter=lambda name: name == RESID)
+
+
 def test_indices_that_are_known_too_late_give_nan(model):
     assert np.isnan(edited(model, {RESID: Add(VECTOR, rows=len(IDS))})).all()
     head = jax.jit(lambda head: edited_in_jit(model, {"blocks.0.attn.hook_z": Zero(heads=head)}))
@@ -521,8 +526,10 @@ def test_heads_of_int8_weights(model):
     quantized: Any = opt_jax.quantize(model)
     out, acts = quantized.run_with_cache(IDS, MASK, names=[name, "blocks.1.hook_attn_out"])
     assert_near(out.logits, quantized(IDS, MASK).logits, 1e-3)
-    bias = quantized.model.decoder.layers[1].self_attn.out_proj.bias.get_value()
-    assert_near(acts[name].sum(axis=2) + bias, acts["blocks.1.hook_attn_out"], 1e-5)
+    layers: Any = quantized.model.decoder.layers
+    assert_near(
+        acts[name].sum(axis=2) + layers[1].self_attn.out_proj.bias.get_value(), acts["blocks.1.hook_attn_out"], 1e-5
+    )
 
 
 @pytest.mark.parametrize("directions", [0 * VECTOR, [VECTOR, 1e3 * VECTOR], [VECTOR, OTHER, VECTOR + OTHER]])
