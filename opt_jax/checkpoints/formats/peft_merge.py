@@ -173,7 +173,7 @@ class Adapter:
             if path not in self.replaced and self._saves(module):
                 raise ValueError(f"{self.where}: there is no tensor for {module}, which modules_to_save names: {hint}")
         for module in map(self.module_name, self.pairs):
-            if not self._targets(module):  # PEFT would leave it out
+            if not (self._targets(module) or self.settings.get("ensure_weight_tying")):  # PEFT would leave it out
                 raise ValueError(f"{self.where}: the pair of {module} is not a target of adapter_config.json")
 
     def _warn_of_base(self, base: object) -> None:
