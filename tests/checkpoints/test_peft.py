@@ -241,6 +241,13 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, base, capsys, change, messa
     assert message in refused(capsys, base, tmp_path / "out", "--adapter", str(adapter))
 
 
+def test_a_pair_that_the_options_do_not_target_is_named(tmp_path, base, capsys):
+    for i, settings in enumerate([dict(target_modules=["fc1"]), dict(layers_to_transform=[1])]):
+        adapter = write(tmp_path / f"adapter{i}", pairs(), **settings)
+        line = refused(capsys, base, tmp_path / "out", "--adapter", str(adapter))
+        assert re.search(r"the pair of model\.decoder\.layers\.0\.\S+ is not a target of adapter_config\.json", line)
+
+
 def test_a_wrong_base_is_one_line(tmp_path, base, capsys):
     """Other widths, or another number of layers, on either side; the line says which base the adapter names."""
     adapter = write(tmp_path / "adapter", pairs())

@@ -58,7 +58,10 @@ def server(monkeypatch):
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_an_adapter_comes_from_the_hub(tmp_path, base, merged, server, form):
-    files = contents(write(tmp_path / "other", pairs(), form)) | {"README.md": b"r", "optimizer.bin": b"o"}
+    files = contents(write(tmp_path / "other", pairs(), form, base_model_name_or_path="me/base")) | {
+        "README.md": b"r",
+        "optimizer.bin": b"o",
+    }
     adapter = server.repositories["me/adapter"] = Repository(files)
     server.repositories["somebody/base"] = Repository(contents(base))
     cache, load = tmp_path / "cache", opt_jax.OPTForCausalLM.from_pretrained

@@ -172,6 +172,9 @@ class Adapter:
                 raise ValueError(f"{self.where}: there is no pair for {module}, which target_modules names: {hint}")
             if path not in self.replaced and self._saves(module):
                 raise ValueError(f"{self.where}: there is no tensor for {module}, which modules_to_save names: {hint}")
+        for module in map(self.module_name, self.pairs):
+            if not (self._targets(module) or self.settings.get("ensure_weight_tying")):  # PEFT would leave it out
+                raise ValueError(f"{self.where}: the pair of {module} is not a target of adapter_config.json")
 
     def _warn_of_base(self, base: object) -> None:
         """Warn of another repository of the hub than the one that the adapter names. Its shapes may be the same."""
