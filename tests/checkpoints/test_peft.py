@@ -7,6 +7,7 @@ import json
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -242,7 +243,8 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, base, capsys, change, messa
 
 
 def test_a_pair_that_the_options_do_not_target_is_named(tmp_path, base, capsys):
-    for i, settings in enumerate([dict(target_modules=["fc1"]), dict(layers_to_transform=[1])]):
+    cases: list[dict[str, Any]] = [dict(target_modules=["fc1"]), dict(layers_to_transform=[1])]
+    for i, settings in enumerate(cases):
         adapter = write(tmp_path / f"adapter{i}", pairs(), **settings)
         line = refused(capsys, base, tmp_path / "out", "--adapter", str(adapter))
         assert re.search(r"the pair of model\.decoder\.layers\.0\.\S+ is not a target of adapter_config\.json", line)

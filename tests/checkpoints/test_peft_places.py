@@ -58,7 +58,7 @@ def server(monkeypatch):
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_an_adapter_comes_from_the_hub(tmp_path, base, merged, server, form):
-    files = contents(write(tmp_path / "other", pairs(), form, base_model_name_or_path="me/base")) | {
+    files = contents(write(tmp_path / "other", pairs(), form, base_model_name_or_path="somebody/base")) | {
         "README.md": b"r",
         "optimizer.bin": b"o",
     }
