@@ -42,7 +42,7 @@ def worker_processes(number: int, tokenizer: OPTTokenizer) -> Iterator[Workers]:
     """
     context = get_context("spawn")  # a fork of a process with threads (of the tokenizer and of JAX) may hang
     idle: SimpleQueue[Connection] = SimpleQueue()
-    characters = context.Value("q", 0)
+    characters, content = context.Value("q", 0), tokenizer_to_bytes(tokenizer)
 
     def ask(*task: Any) -> Any:
         connection = idle.get()
@@ -62,9 +62,7 @@ def worker_processes(number: int, tokenizer: OPTTokenizer) -> Iterator[Workers]:
         for _ in range(number):
             with delayed():  # a signal while a process is started would truncate the data that it unpickles
                 ours, theirs = context.Pipe()
-                process = context.Process(
-                    target=_serve, args=(theirs, tokenizer_to_bytes(tokenizer), characters), daemon=True
-                )
+                process = context.Process(target=_serve, args=(theirs, content, characters), daemon=True)
                 process.start()
                 theirs.close()  # so that `recv` ends when the process does
                 stack.callback(process.join)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from opt_jax.config import OPTConfig
 from opt_jax.model.heads import OPTPreTrainedModel
-from opt_jax.model.hook_points import POINTS, Names, find_points
+from opt_jax.model.hook_points import POINTS, Names, find_points, local_name
 from opt_jax.model.ids import as_ids, as_mask
 from opt_jax.model.inputs import check_inputs
 from opt_jax.model.interventions import as_hooks
@@ -26,7 +26,7 @@ def token_points(config: OPTConfig, names: Names) -> list[str]:
     """The points that `names` stands for; ValueError for one whose shape does not begin with [B, T]."""
     points = find_points(config, names)
     for name in points:
-        axes = (POINTS.get(name) or POINTS[name.split(".", 2)[2]])[0]
+        axes = POINTS[local_name(name)][0]
         if not axes.startswith("BT"):
             raise ValueError(f"{name} has the axes [{', '.join(axes)}], so no row for each token: use run_with_cache")
     return points
@@ -56,9 +56,7 @@ def activations(
 
 @jax.jit
 def _activations(model: Any, inputs: dict[str, Array], hooks: Any) -> dict[str, Array]:
-    kept = model.forward(**inputs, hooks=hooks).activations
-    shape = inputs["input_ids"].shape
-    return {name: jnp.broadcast_to(x, shape + x.shape[2:]) for name, x in kept.items()}
+    return model.forward(**inputs, hooks=hooks).activations
 
 
 def hash_of_model(model: OPTPreTrainedModel) -> str:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from opt_jax.model.heads import OPTForCausalLM, named_parameters
 from opt_jax.model.quantization import count_int8
-from opt_jax.research.pictures import heatmap
+from opt_jax.research.figures import heatmap
 
 
 @jax.tree_util.register_dataclass
@@ -173,7 +173,7 @@ def plot(attribution: Attribution, *, row: int = 0, position: int = -1, axes: An
       axes: where to draw. None: a new figure of pyplot.
 
     Raises:
-      ValueError: as `pictures.heatmap`.
+      ValueError: as `figures.heatmap`.
     """
     heads = np.asarray(attribution.heads)[:, :, row, position]
     values = np.concatenate([heads, np.asarray(attribution.mlp)[:, row, position, None]], axis=1)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from opt_jax.model.interventions import as_hooks
-from opt_jax.research.pictures import heatmap
+from opt_jax.research.figures import heatmap
 
 
 def repeated_tokens(config: Any, *, rows: int = 4, length: int = 50, seed: int = 0) -> np.ndarray:
@@ -75,6 +75,6 @@ def plot(scores: Any, *, axes: Any = None) -> Any:
       axes: where to draw. None: a new figure of pyplot.
 
     Raises:
-      ValueError: as `pictures.heatmap`.
+      ValueError: as `figures.heatmap`.
     """
     return heatmap(scores, title="induction score", xlabel="head", axes=axes)

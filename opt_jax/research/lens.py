@@ -25,7 +25,7 @@ from safetensors.numpy import save
 from opt_jax.checkpoints.formats.safetensors import read_safetensors
 from opt_jax.checkpoints.formats.torch_files import read_torch
 from opt_jax.model.heads import OPTForCausalLM
-from opt_jax.research.pictures import heatmap
+from opt_jax.research.figures import heatmap
 from opt_jax.system.messages import shown
 from opt_jax.system.reading import json_object, read_small
 from opt_jax.system.temporary import write_file
@@ -232,7 +232,7 @@ def plot(logits: Any, *, decode: Callable[[int], str] | None = None, tokens: Any
       axes: where to draw. None: a new figure of pyplot.
 
     Raises:
-      ValueError: as `pictures.heatmap`.
+      ValueError: as `figures.heatmap`.
     """
     logits = np.asarray(logits, np.float32)
     shifted = logits - logits.max(axis=-1, keepdims=True)

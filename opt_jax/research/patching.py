@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from opt_jax.model.hook_points import POINTS
 from opt_jax.model.interventions import Add, Replace, as_hooks, run_with_hooks
-from opt_jax.research.pictures import heatmap
+from opt_jax.research.figures import heatmap
 
 Metric = Callable[[Array], Array]
 
@@ -196,7 +196,7 @@ def plot(patching: Patching, *, labels: Sequence[str] | None = None, axes: Any =
       axes: where to draw. None: a new figure of pyplot.
 
     Raises:
-      ValueError: as `pictures.heatmap`.
+      ValueError: as `figures.heatmap`.
     """
     values = patching.patched.mean(axis=2) if patching.patched.ndim == 3 else patching.patched
     title = f"metric: {patching.corrupted:.3g} corrupted, {patching.clean:.3g} clean"
