@@ -73,8 +73,10 @@ class Intervention:
 
 
 def _as(value: Any, like: Array, what: str, hook: Hook) -> Array:
-    """`value` in the dtype of the activation; ValueError if it cannot be broadcast to its shape."""
+    """`value` in the dtype of the activation; ValueError if it is complex, or cannot be broadcast to its shape."""
     array = jnp.asarray(value)
+    if jnp.iscomplexobj(array):
+        raise ValueError(f"{what} at {hook.name} is complex, and activations are real")
     try:
         fits = np.broadcast_shapes(array.shape, like.shape) == like.shape
     except ValueError:
@@ -200,7 +202,7 @@ def as_hooks(config: OPTConfig, edits: Any, names: Names = ()) -> Hooks:
         raise ValueError(f"hooks must be a dict from names of points to interventions, not {shown(edits, 80)}")
     checked = {}
     for key, given in (edits or {}).items():
-        points = find_points(config, key)
+        points = find_points(config, [key])
         edits_here = given if isinstance(given, tuple | list) else (given,)
         checked[key] = tuple(_check(config, points, key, edit) for edit in edits_here)
     return Hooks(checked, keep)

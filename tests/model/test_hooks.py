@@ -156,6 +156,8 @@ def test_names(model):
         ({RESID: lambda value, hook: None}, "the function at blocks.1.hook_resid_post returned None"),
         ({RESID: lambda value, hook: value[:, :2]}, "the result of the function of shape"),
         ({RESID: 3}, "3 is no intervention"),
+        ({3: Zero()}, "no hook point is named 3"),
+        ({RESID: Add(1j * np.ones(24))}, "Add at blocks.1.hook_resid_post is complex"),
         ({RESID: (Zero(), "x")}, "'x' is no intervention"),
         ([RESID], "hooks must be a dict"),
     ],
