@@ -20,6 +20,7 @@ ROOMS = (
     "opt_jax.training",
     "opt_jax.evaluation",
     "opt_jax.research",
+    "opt_jax.compression",
     "opt_jax.cli",
     "opt_jax.__main__",
     "convert",
