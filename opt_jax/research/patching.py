@@ -75,7 +75,8 @@ def patch(
       hooks: interventions in all corrupted runs, but not in the clean one.
 
     Raises:
-      ValueError: a model without logits, a point in no layer, an index outside of its axis, runs of different shapes, or as a call.
+      ValueError: a model without logits, a point in no layer, an index outside of its axis, runs of different shapes,
+        or as a call.
     """
     if model.base_model is model:
         raise ValueError(f"patching compares logits, which an {type(model).__name__} lacks: use OPTForCausalLM")
