@@ -117,8 +117,9 @@ class ModelMethods:
         Raises:
           ValueError: a collector of qwix, which sees nothing inside `lax.scan` either, looks at stacked layers.
         """
+        model: Any = self
         wrapped = vars(type(self)).get("__call__") if hasattr(type(self), "_unquantized_type") else None
-        if wrapped is not None and _collects(wrapped) and hasattr(self.base_model.decoder.layers, "fc1"):
+        if wrapped is not None and _collects(wrapped) and hasattr(model.base_model.decoder.layers, "fc1"):
             raise ValueError("qwix collects nothing from stacked layers: use opt_jax.unstack_layers(model)")
         return wrapped is not None or hasattr(self, "__captures__")
 
