@@ -112,7 +112,7 @@ def test_a_finished_run_says_so(options, uninterrupted, capsys):
 
 def test_keeps_the_best_model_and_checkpoints_by_count_by_steps_and_by_minutes(options, tmp_path):
     output = tmp_path / "run"
-    kept = lambda: sorted(int(path.name) for path in (output / "checkpoints").iterdir())
+    kept = lambda: sorted(int(path.name) for path in (output / "checkpoints").iterdir())  # noqa: E731
     options = options | dict(steps=20, learning_rate=0.3, warmup_steps=2, checkpoint_every=1000, eval_every=1)
     lines = run(options, output, stop_after=6, checkpoint_minutes=1e-6, keep_checkpoints=5)
     assert kept() == [2, 3, 4, 5, 6]  # one at each step
