@@ -289,7 +289,7 @@ GPTQ = [
     (Grid(3, 32), ACT_ORDER),
     (Grid(4, 32), STATIC),
     (Grid(3, 80, symmetric=True), {}),
-    (Grid(4, 32, symmetric=True), ACT_ORDER),
+    (Grid(4, 32, symmetric=True), ACT_ORDER | dict(block_size=K)),
     (Grid(4, 80), ACT_ORDER | dict(block_size=40)),
 ]
 
