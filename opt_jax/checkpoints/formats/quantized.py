@@ -395,7 +395,7 @@ def refuse(arrays: Mapping[str, LazyArray], where: Path, what: str | None, remed
     """Raise ValueError if there are integers, and `what`, if it is given, takes floats."""
     if (quantized := quantized_of(arrays)) and what:
         name = names.to_hf(next(iter(quantized)))[0]
-        raise ValueError(f"{where}: {name} is quantized, and {what} takes matrices of floats: pass {remedy}")
+        raise ValueError(f"{where}: {name} is quantized, and {what} takes matrices of floats: {remedy}")
 
 
 def checks_of(arrays: Mapping[str, LazyArray], where: Path) -> Checks:
