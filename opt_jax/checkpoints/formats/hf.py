@@ -10,9 +10,10 @@ import numpy as np
 from opt_jax.checkpoints import hub
 from opt_jax.checkpoints.arrays import Checks, LazyArray, first_difference
 from opt_jax.checkpoints.chunks import Index
-from opt_jax.checkpoints.formats import float8, foreign, names
+from opt_jax.checkpoints.formats import bitsandbytes, float8, foreign, gptq, names, quantized
 from opt_jax.checkpoints.formats.flax_msgpack import read_flax
 from opt_jax.checkpoints.formats.mapped_files import shown
+from opt_jax.checkpoints.formats.quantized import QuantizedArray
 from opt_jax.checkpoints.formats.safetensors import read_safetensors
 from opt_jax.checkpoints.formats.stored import locate
 from opt_jax.checkpoints.formats.torch_files import read_torch
@@ -38,7 +39,7 @@ def open_checkpoint(directory: Path, checks: list[Callable[[], object]] | None =
         if others := [path.name for path in torch_files(directory)]:
             what = f"has several files of weights ({', '.join(map(shown, others[:5]))}): name one of them"
             raise ValueError(f"{directory} {what} pytorch_model.bin, or put it and config.json into a directory")
-        hint = hub.shards_hint(directory) or foreign.hint_of_directory(directory) or hub.quantization_hint(directory)
+        hint = hub.shards_hint(directory) or foreign.hint_of_directory(directory) or _hint_of_names(directory)
         if any(map(is_metaseq, sorted(directory.glob("*.pt"))[:1])):
             hint = f": it is a metaseq checkpoint; convert it with `python -m convert metaseq {directory} DST`"
         raise FileNotFoundError(f"{directory} has no weights: none of {', '.join(WEIGHT_FILES)}{hint}")
@@ -65,6 +66,14 @@ def open_checkpoint(directory: Path, checks: list[Callable[[], object]] | None =
             )
         tensors |= shard
     return tensors
+
+
+def _hint_of_names(directory: Path) -> str:
+    """For the end of an error message: that a file of weights has a name that is not looked for (as AutoGPTQ's)."""
+    names = sorted(path.name for path in directory.glob("*.safetensors"))
+    if len(names) == 1 and hub.quantization(directory)[1] in (None, "gptq"):
+        return f": rename {shown(names[0])} to model.safetensors"
+    return hub.quantization_hint(directory)
 
 
 def weight_file(directory: Path) -> Path | None:
@@ -110,7 +119,8 @@ def open_parameters(directory: Path, config: OPTConfig) -> tuple[dict[str, LazyA
     """
     arrays: dict[str, LazyArray] = {}
     checks: list[Callable[[], object]] = []
-    stored = open_checkpoint(directory, checks)
+    stored, more = _gather_quantized(directory, config, open_checkpoint(directory, checks))
+    checks += more
     try:
         plain, prefixes = plain_names(stored)
     except ValueError as e:
@@ -128,7 +138,7 @@ def open_parameters(directory: Path, config: OPTConfig) -> tuple[dict[str, LazyA
                 dropped.append(shown(full_name))
                 continue
             raise ValueError(f"{directory}: tensor {shown(name)} is left over: no OPT model has it{hint}") from None
-        array = array.T if transposed else array
+        array = array.T if transposed and not isinstance(array, QuantizedArray) else array
         if path in arrays:
             checks.append(partial(_check_same, f"{directory}: tensor {name} is there twice", arrays[path], array))
         else:
@@ -143,7 +153,20 @@ def open_parameters(directory: Path, config: OPTConfig) -> tuple[dict[str, LazyA
         else:
             checks.append(partial(_check_tied, directory, head, embedding))
     checks += (*note_of_prefixes(directory, prefixes), *_note_of_dropped(directory, sorted(dropped)))
-    return arrays, tuple(checks)
+    return arrays, (*checks, *quantized.checks_of(arrays, directory))
+
+
+def _gather_quantized(
+    directory: Path, config: OPTConfig, stored: dict[str, LazyArray]
+) -> tuple[dict[str, LazyArray], Checks]:
+    """The tensors, with a `QuantizedArray` in place of the parts of a quantized matrix; and checks that read data."""
+    _, method, settings = hub.quantization(directory)
+    dtype = float8.float_dtype(config, stored, "float32")
+    if method == "gptq" and any(name.endswith(".qweight") for name in stored):
+        return gptq.gather(stored, settings, directory, dtype)
+    if method == "bitsandbytes" and bitsandbytes.is_supported(settings):
+        return bitsandbytes.gather(stored, directory, dtype), ()
+    return stored, ()
 
 
 def _note_of_dropped(directory: Path, dropped: list[str]) -> Checks:
