@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from opt_jax.model.hook_points import point_names
     from opt_jax.model.interventions import Add, Project, Replace, Scale, Zero
     from opt_jax.model.quantization import quantize
+    from opt_jax.model.relu_sparsity import use_relu_sparsity
     from opt_jax.model.stacking import stack_layers, unstack_layers
     from opt_jax.text.pipelines import pipeline, score_texts, stream_text
     from opt_jax.text.tokenizer import AutoTokenizer, OPTTokenizer
@@ -37,6 +38,7 @@ _HOME = {
     "stack_layers": "model.stacking",
     "unstack_layers": "model.stacking",
     "quantize": "model.quantization",
+    "use_relu_sparsity": "model.relu_sparsity",
     **dict.fromkeys(["Add", "Replace", "Scale", "Zero", "Project"], "model.interventions"),
     "point_names": "model.hook_points",
     "GenerationConfig": "generation.config",
@@ -76,6 +78,7 @@ __all__ = [
     "stack_layers",
     "unstack_layers",
     "quantize",
+    "use_relu_sparsity",
     "Add",
     "Replace",
     "Scale",
