@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from opt_jax.model.interventions import Add, Project, Replace, Scale, Zero
     from opt_jax.model.packed_models import dequantize
     from opt_jax.model.quantization import quantize
+    from opt_jax.model.relu_sparsity import use_relu_sparsity
     from opt_jax.model.stacking import stack_layers, unstack_layers
     from opt_jax.text.pipelines import pipeline, score_texts, stream_text
     from opt_jax.text.tokenizer import AutoTokenizer, OPTTokenizer
@@ -39,6 +40,7 @@ _HOME = {
     "unstack_layers": "model.stacking",
     "quantize": "model.quantization",
     "dequantize": "model.packed_models",
+    "use_relu_sparsity": "model.relu_sparsity",
     **dict.fromkeys(["Add", "Replace", "Scale", "Zero", "Project"], "model.interventions"),
     "point_names": "model.hook_points",
     "GenerationConfig": "generation.config",
@@ -79,6 +81,7 @@ __all__ = [
     "unstack_layers",
     "quantize",
     "dequantize",
+    "use_relu_sparsity",
     "Add",
     "Replace",
     "Scale",

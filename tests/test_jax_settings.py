@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from reference import our_model
 
-from opt_jax import OPTConfig, OPTForCausalLM, named_parameters, quantize, stack_layers
+from opt_jax import OPTConfig, OPTForCausalLM, named_parameters, quantize, stack_layers, use_relu_sparsity
 from opt_jax.generation import beams, loop
 from opt_jax.generation import generate as generation
 from opt_jax.generation.generate import stream
@@ -285,6 +285,7 @@ TRACED = {
     "answers": lambda: heads(OPTForQuestionAnswering),
     "processors": lambda: decoded(half(), logprobs=2, stop_token_ids=[[3, 4]], **PROCESSORS),
     "int8": lambda: decoded(quantize(half()), cache_dtype="int8"),
+    "ReLU sparsity": lambda: decoded(use_relu_sparsity(half())),
     "narrower cache": lambda: decoded(model(), cache_dtype="float16"),
     "wider cache": lambda: decoded(half(), cache_dtype="float32"),
     "drawn beams": drawn_beams,

@@ -264,6 +264,15 @@ def test_arguments_of_hooks(model):
         check_all([field.name for field in dataclasses.fields(base)], entries, logits)
 
 
+def test_arguments_of_relu_sparsity(model):
+    def program(**arguments):
+        sparse = opt_jax.use_relu_sparsity(model, **arguments)
+        return jax.jit(sparse.forward).lower(TOKENS[:1]).as_text()
+
+    entries = dict(model=Because("it"), capacity=0.2)
+    check_all(names(opt_jax.use_relu_sparsity), entries, program)
+
+
 # Text -----------------------------------------------------------------------------------------------------------------
 
 
