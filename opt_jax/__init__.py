@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from opt_jax.model.heads import OPTModel as AutoModel
     from opt_jax.model.hook_points import point_names
     from opt_jax.model.interventions import Add, Project, Replace, Scale, Zero
+    from opt_jax.model.packed_models import dequantize
     from opt_jax.model.quantization import quantize
     from opt_jax.model.stacking import stack_layers, unstack_layers
     from opt_jax.text.pipelines import pipeline, score_texts, stream_text
@@ -37,6 +38,7 @@ _HOME = {
     "stack_layers": "model.stacking",
     "unstack_layers": "model.stacking",
     "quantize": "model.quantization",
+    "dequantize": "model.packed_models",
     **dict.fromkeys(["Add", "Replace", "Scale", "Zero", "Project"], "model.interventions"),
     "point_names": "model.hook_points",
     "GenerationConfig": "generation.config",
@@ -76,6 +78,7 @@ __all__ = [
     "stack_layers",
     "unstack_layers",
     "quantize",
+    "dequantize",
     "Add",
     "Replace",
     "Scale",

@@ -37,6 +37,7 @@ from opt_jax.generation.prompts import (
 )
 from opt_jax.generation.sampling import SamplingOptions
 from opt_jax.model.heads import OPTForCausalLM
+from opt_jax.model.quantization import Int8Linear
 from opt_jax.system.messages import shown
 from opt_jax.system.reading import note_without_effect
 
@@ -236,8 +237,8 @@ def _check_heads(model: OPTForCausalLM) -> None:
     layers: Any = model.model.decoder.layers  # a list, or one stacked layer
     heads = model.config.num_attention_heads
     project = (layers[0] if hasattr(layers, "__getitem__") else layers).self_attn.q_proj
-    matrix, axis = (project.kernel, -1) if isinstance(project, nnx.Linear) else (project.weight, 0)  # int8: [out, in]
-    matrix = matrix.get_value()
+    name, axis = ("weight", 0) if isinstance(project, Int8Linear) else ("scales", -1)  # int8: [out, in]
+    matrix = getattr(project, "kernel" if isinstance(project, nnx.Linear) else name).get_value()
     shards = matrix.shape[axis] // matrix.sharding.shard_shape(matrix.shape)[axis]
     if heads % shards:
         raise ValueError(f"{heads} attention heads cannot be split over {shards} devices: use a mesh that divides them")

@@ -1,10 +1,21 @@
-"""Matrices as integers of a few bits with scales by groups of inputs, as GPTQ and AWQ make them."""
+"""Matrices as integers of a few bits with scales by groups of inputs, as GPTQ and AWQ make them.
+
+`QuantizedMatrix` is what methods and files hand over. `PackedLinear` is a layer that keeps the bits packed in memory.
+`packed_models.py` has the functions for models.
+"""
 
 import dataclasses
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int32, UInt8
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int32, UInt8, UInt32
 
 
 @jax.tree_util.register_dataclass
@@ -36,3 +47,198 @@ class QuantizedMatrix:
         """The matrix in float32."""
         integers = self.integers.astype(jnp.float32)
         return (integers - self.zeros[:, self.groups]) * self.scales[:, self.groups]
+
+
+# Packing -------------------------------------------------------------------------------------------------------
+
+
+def period(bits: int) -> int:
+    """The number of integers that fill complete words of 32 bits: 8 of 4 bits fill one, 32 of 3 bits fill three."""
+    return 32 // math.gcd(32, bits)
+
+
+def pack(integers: UInt8[Array, "S N"], bits: int) -> UInt32[Array, "W N"]:
+    """Integers below 2**bits, packed along the first axis: a stream of bits, lowest first, as in AutoGPTQ's files.
+
+    S is a multiple of `period(bits)`, and W is S * bits / 32.
+    """
+    values = integers.reshape(-1, period(bits), integers.shape[1]).astype(jnp.uint32)
+    words = [jnp.zeros_like(values[:, 0])] * (period(bits) * bits // 32)
+    for i in range(period(bits)):
+        word, shift = divmod(i * bits, 32)
+        words[word] |= values[:, i] << shift
+        if shift + bits > 32:
+            words[word + 1] |= values[:, i] >> (32 - shift)
+    return jnp.stack(words, axis=1).reshape(-1, integers.shape[1])
+
+
+def unpack(words: UInt32[Array, "W N"], bits: int) -> UInt32[Array, "S N"]:
+    """The inverse of `pack`."""
+    per_period = period(bits) * bits // 32
+    groups = words.reshape(-1, per_period, words.shape[1])
+    word, shift = np.divmod(np.arange(period(bits), dtype=np.uint32) * bits, 32)
+
+    def chosen(word: np.ndarray) -> jax.Array:
+        # Not `groups[:, word]`: selections fuse into the product, a gather does not.
+        out = groups[:, :1]
+        for i in range(1, per_period):
+            out = jnp.where((word < i)[None, :, None], out, groups[:, i : i + 1])
+        return out
+
+    values = chosen(word) >> jnp.asarray(shift, jnp.uint32)[None, :, None]
+    if 32 % bits:
+        # Shifts by 32 or more are no shifts; these integers end before the word does.
+        left = jnp.asarray(np.where(shift + bits > 32, 32 - shift, 0), jnp.uint32)[None, :, None]
+        rest = chosen(np.minimum(word + 1, per_period - 1)) << left
+        values |= jnp.where(left > 0, rest, jnp.uint32(0))
+    return (values & jnp.uint32(2**bits - 1)).reshape(-1, words.shape[1])
+
+
+# Layers --------------------------------------------------------------------------------------------------------
+
+
+class PackedLinear(nnx.Module):
+    """`nnx.Linear` whose kernel [K, N], inputs by outputs, is a `QuantizedMatrix` of packed integers.
+
+    Inputs are sorted by their group. Each of the G groups has S / G slots, a multiple of `period(bits)`. Slots that a
+    smaller group leaves over hold `zeros`, and read a 0.
+
+    The constructor takes these arrays by name; what is None is left out.
+
+    Attributes:
+      qweight: uint32 [S * bits / 32, N], see `pack`. Without act-order it is the `qweight` of GPTQ's files.
+      scales: float32 [G, N].
+      zeros: uint8 [G, N], the integers that mean 0; None: all are 2**(bits - 1).
+      order: int32 [S], the input that each slot reads, K if it is left over; None: slot k reads input k, and S is K.
+      bias: [N], or None.
+      in_features: K.
+      bits: 2 to 8.
+      dtype: the compute dtype.
+      activation_bits: 8: inputs are rounded to int8 as well (see `from_matrix`); None: they are not.
+    """
+
+    def __init__(
+        self,
+        arrays: Mapping[str, Any],
+        bias: nnx.Param[Any] | None,
+        *,
+        in_features: int,
+        bits: int,
+        dtype: DTypeLike,
+        activation_bits: int | None = None,
+    ):
+        self.qweight, self.scales = nnx.Param(arrays["qweight"]), nnx.Param(arrays["scales"])
+        self.zeros = nnx.data(nnx.Param(arrays["zeros"]) if "zeros" in arrays else None)
+        self.order = nnx.data(nnx.Param(arrays["order"]) if "order" in arrays else None)
+        self.bias = nnx.data(bias)
+        self.in_features, self.bits, self.dtype = in_features, bits, jnp.dtype(dtype)
+        self.activation_bits = activation_bits
+
+    @classmethod
+    def from_matrix(
+        cls,
+        matrix: QuantizedMatrix,
+        bias: nnx.Param[Any] | None = None,
+        dtype: DTypeLike = jnp.float32,
+        activation_bits: int | None = None,
+    ) -> "PackedLinear":
+        """A layer with the matrix as its kernel.
+
+        Args:
+          matrix: concrete arrays, on one device.
+          bias: the bias of the layer that it replaces.
+          dtype: the compute dtype.
+          activation_bits: 8: W8A8, as SmoothQuant has it. Each token's inputs are rounded to multiples, -127 to 127, of
+            absmax / 127, and the product is one of integers. It needs a symmetric grid of 8 bits with one group.
+
+        Raises:
+          ValueError: bits, zeros or groups that cannot be packed; other `activation_bits`.
+        """
+        _check(matrix, activation_bits)
+        outputs, inputs = matrix.shape
+        order, size = _slots(np.asarray(matrix.groups), matrix.scales.shape[1], matrix.bits)
+        symmetric = bool((matrix.zeros == 2 ** (matrix.bits - 1)).all())
+        is_identity = len(order) == inputs and (order == np.arange(inputs)).all()
+        arrays: dict[str, jax.Array] = {} if is_identity else {"order": jnp.asarray(order, jnp.int32)}
+        arrays |= {} if symmetric else {"zeros": matrix.zeros.T.astype(jnp.uint8)}
+        arrays["scales"] = matrix.scales.T.astype(jnp.float32)
+        arrays["qweight"] = _packed(matrix, arrays.get("order"), size)
+        return cls(arrays, bias, in_features=inputs, bits=matrix.bits, dtype=dtype, activation_bits=activation_bits)
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.scales.get_value().shape[-1]
+
+    @property
+    def group_slots(self) -> int:
+        """The number of slots of each group: the group size, unless groups are uneven."""
+        slots = self.qweight.get_value().shape[0] * 32 // self.bits
+        return slots // self.scales.get_value().shape[0]
+
+    def matrix(self) -> QuantizedMatrix:
+        """The matrix that `from_matrix` packed, bit by bit."""
+        integers = unpack(self.qweight.get_value(), self.bits).T.astype(jnp.uint8)
+        groups = jnp.arange(integers.shape[1], dtype=jnp.int32) // self.group_slots
+        if self.order is not None:
+            order = self.order.get_value()
+            slot = jnp.zeros(self.in_features, jnp.int32).at[order].set(jnp.arange(len(order), dtype=jnp.int32))
+            integers, groups = integers[:, slot], groups[slot]
+        scales = self.scales.get_value().T
+        zeros = jnp.full_like(scales, 2 ** (self.bits - 1)) if self.zeros is None else self.zeros.get_value().T
+        return QuantizedMatrix(integers, scales, zeros.astype(jnp.float32), groups, self.bits)
+
+    def __call__(self, x: Float[Array, "*B K"]) -> Float[Array, "*B N"]:
+        """The product with the dequantized kernel, in the compute dtype."""
+        x = x.astype(self.dtype)
+        if self.order is not None:
+            x = jnp.take(x, self.order.get_value(), axis=-1, mode="fill", fill_value=0)
+        out = jnp.einsum("...k,kn->...n", x, self._kernel().astype(x.dtype), preferred_element_type=jnp.float32)
+        if self.bias is not None:
+            out += self.bias.get_value().astype(jnp.float32)
+        return out.astype(self.dtype)
+
+    def _kernel(self) -> Float32[Array, "S N"]:
+        """The dequantized kernel, slots by outputs."""
+        scales = self.scales.get_value()
+        zeros = jnp.float32(2 ** (self.bits - 1))
+        if self.zeros is not None:
+            zeros = self.zeros.get_value().astype(jnp.float32)[:, None]
+        integers = unpack(self.qweight.get_value(), self.bits).astype(jnp.float32)
+        integers = integers.reshape(scales.shape[0], -1, scales.shape[1])
+        return ((integers - zeros) * scales[:, None]).reshape(-1, scales.shape[1])
+
+
+def _check(matrix: QuantizedMatrix, activation_bits: int | None) -> None:
+    if not 2 <= matrix.bits <= 8:
+        raise ValueError(f"bits={matrix.bits}: packed matrices have 2 to 8")
+    zeros, groups = np.asarray(matrix.zeros), np.asarray(matrix.groups)
+    if not ((zeros >= 0) & (zeros <= 255) & (zeros == np.round(zeros))).all():
+        raise ValueError("zeros of a packed matrix are integers from 0 to 255")
+    if groups.min() < 0 or groups.max() >= zeros.shape[1]:
+        raise ValueError(f"groups of a packed matrix are 0 to {zeros.shape[1] - 1}, the last one of its scales")
+    if activation_bits is not None:
+        if activation_bits != 8:
+            raise ValueError(f"activation_bits={activation_bits}: use 8, or None for inputs that are not rounded")
+        if matrix.bits != 8 or zeros.shape[1] > 1 or (zeros != 128).any():
+            raise ValueError("activation_bits=8 needs a matrix of 8 bits, symmetric, with one group: quantize it so")
+
+
+def _slots(groups: np.ndarray, count: int, bits: int) -> tuple[np.ndarray, int]:
+    """The input of each slot, `len(groups)` for none, and the number of slots of a group."""
+    sizes = np.bincount(groups, minlength=count)
+    size = -(-int(sizes.max()) // period(bits)) * period(bits)
+    by_group = np.argsort(groups, kind="stable")
+    order = np.full((count, size), len(groups), np.int32)
+    order[np.arange(size)[None] < sizes[:, None]] = by_group
+    return order.reshape(-1), size
+
+
+@partial(jax.jit, static_argnums=2)
+def _packed(matrix: QuantizedMatrix, order: Any, size: int) -> UInt32[Array, "W N"]:
+    integers = matrix.integers.T
+    if order is not None:
+        zeros = jnp.repeat(matrix.zeros.T.astype(jnp.uint8), size, axis=0)
+        taken = jnp.take(integers, order, axis=0, mode="clip")
+        integers = jnp.where((order < len(integers))[:, None], taken, zeros)
+    return pack(integers, matrix.bits)

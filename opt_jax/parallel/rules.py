@@ -57,17 +57,18 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
 # LoRA adapters of a layer's kernel: A [inputs, rank] is split like the kernel's rows, B [rank, outputs] like its
 # columns.
 # (In a row-parallel product, A gives partial sums over `tensor`. B is linear, so its results are partial sums, too.)
-PARAMETER_AXES.update(
-    {
-        path + suffix: axes
-        for path, (rows, columns) in ((p, a) for p, a in PARAMETER_AXES.items() if re.search(r"layers.*kernel", p))
-        for suffix, axes in (("_lora_a", (rows, None)), ("_lora_b", (None, columns)))
-    }
-)
+PARAMETER_AXES |= {
+    path + suffix: axes
+    for path, (rows, columns) in ((p, a) for p, a in PARAMETER_AXES.items() if re.search(r"layers.*kernel", p))
+    for suffix, axes in (("_lora_a", (rows, None)), ("_lora_b", (None, columns)))
+}
 
 # Biases of row-parallel products. The products are partial sums over `tensor` until `scatter_sequence`, so only one
 # device along `tensor` adds the bias.
 ADDED_ONCE = {"model.decoder.layers.*.self_attn.out_proj.bias", "model.decoder.layers.*.fc2.bias"}
+
+# Arrays of `model/packed.py` in place of a kernel, and laid out as it is: [inputs or groups of them, outputs].
+PACKED = re.compile(r"\.(qweight|scales|zeros)$")
 
 # Name of an activation in the model -> mesh axes of its dimensions. The residual stream is split along the sequence:
 # for 175B on 512 chips, this sent 17 % less than a split of its width.
@@ -81,7 +82,7 @@ ACTIVATION_AXES: dict[str, tuple[Any, ...]] = {
 
 
 def table_row(path: str) -> str:
-    row = re.sub(r"\.layers\.(\d+\.)?", ".layers.*.", path)
+    row = re.sub(r"\.layers\.(\d+\.)?", ".layers.*.", PACKED.sub(".kernel", path))
     if row not in PARAMETER_AXES:
         raise KeyError(f"no sharding rule for parameter {path!r}")
     return row
@@ -90,12 +91,16 @@ def table_row(path: str) -> str:
 def param_spec(path: str, shape: Sequence[int], mesh: Mesh) -> P:
     """The PartitionSpec of the parameter at `path`, from PARAMETER_AXES. A stacked layer has an extra leading axis.
 
+    Packed arrays are not split along an axis that does not divide. The order of their inputs is never split.
+
     Raises:
       KeyError: the table has no such path.
       ValueError: a dimension is not divisible by the size of its mesh axis.
     """
-    axes = PARAMETER_AXES[table_row(path)]
+    axes = () if path.endswith(".order") else PARAMETER_AXES[table_row(path)]
     axes = (None,) * (len(shape) - len(axes)) + axes
+    if PACKED.search(path):
+        axes = tuple(axis if axis and n % mesh.shape[axis] == 0 else None for n, axis in zip(shape, axes, strict=True))
     for size, axis in zip(shape, axes, strict=True):
         if axis is not None and size % mesh.shape[axis]:
             raise ValueError(f"{path}: dimension {size} does not divide over mesh axis {axis}={mesh.shape[axis]}")
