@@ -8,7 +8,7 @@ of the compressed layer. Nothing but the layer at hand is read from the checkpoi
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -219,23 +219,21 @@ class NothingCollectedError(ValueError):
     """The inputs of a matrix were not seen, or they are not finite."""
 
 
-def check_collected(layer: int, config: OPTConfig, statistics: dict[str, Array]) -> None:
+def check_collected(layer: int, points: Mapping[str, str], statistics: Mapping[str, Array]) -> None:
     """Refuse statistics without numbers, or with such as are not finite.
 
     Args:
       layer: its number.
-      config: of the model.
+      points: matrix -> the hook point of its inputs.
       statistics: hook point -> an array that the inputs at that point have made.
 
     Raises:
       NothingCollectedError: names the layer and the first matrix without good statistics.
     """
-    for matrix, point in input_points(config).items():
+    for matrix, point in points.items():
         where = f"layer {layer}, {matrix}"
         if point not in statistics:
-            raise NothingCollectedError(
-                f"{where}: no inputs were seen at {point}, so there is nothing to calibrate with"
-            )
+            raise NothingCollectedError(f"{where}: no inputs were seen at {point}, so nothing to calibrate with")
         if not bool(jnp.isfinite(statistics[point]).all()):
             raise NothingCollectedError(f"{where}: its inputs are not finite; try another dtype")
         if not bool((statistics[point] != 0).any()):
