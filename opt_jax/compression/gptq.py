@@ -78,7 +78,7 @@ def _gptq(
         groups = groups[order]
     fixed = static_groups or grid.group_size is None
 
-    def begin(weights: jax.Array, start: jax.Array) -> Compress:
+    def begin(weights: jax.Array, start: jax.Array, _width: int) -> Compress:
         def compress(block: jax.Array, i: jax.Array, scales: Scales) -> tuple[jax.Array, Scales]:
             if not fixed:
                 scales = refit(scales, weights, start + i, grid)
@@ -139,7 +139,7 @@ def sweep(
     weight: Float[Array, "N K"],
     factor: Float[Array, "K K"],
     block_size: int,
-    begin: Callable[[jax.Array, jax.Array], Compress],
+    begin: Callable[[jax.Array, jax.Array, int], Compress],
     state: Any,
 ) -> tuple[Float[Array, "N K"], Any]:
     """Compress column after column, and correct the columns after each for its error.
@@ -148,7 +148,8 @@ def sweep(
       weight: [N, K].
       factor: from `inverse_factor`.
       block_size: the columns after a block are corrected once, at its end.
-      begin: called for each block with all weights, corrected for the blocks before, and the block's first column.
+      begin: called for each block with all weights, corrected for the blocks before, the block's first column, and how
+        many it has.
       state: the state of the first column.
 
     Returns:
@@ -157,7 +158,7 @@ def sweep(
     columns = weight.shape[1]
 
     def do_block(start: jax.Array, weights: jax.Array, state: Any, width: int) -> tuple[jax.Array, Any]:
-        compress = begin(weights, start)
+        compress = begin(weights, start, width)
         rows = lax.dynamic_slice_in_dim(factor, start, width, axis=0)
         inside = lax.dynamic_slice_in_dim(rows, start, width, axis=1)
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from opt_jax.compression import gptq, grid, statistics
+from opt_jax.compression import gptq, grid, pruning, sparsegpt, statistics
 from opt_jax.compression.grid import Grid
+from opt_jax.model.packed import QuantizedMatrix
 
 pytestmark = pytest.mark.slow
 
@@ -32,10 +33,11 @@ PRECISIONS = [pytest.param(np.float64, id="float64"), pytest.param(np.float32, i
 def layer(dtype, seed=0, rows=N, columns=K, tokens=40):
     """(weight, inputs [B, T, K]): correlated inputs of different sizes; some are always 0, and a row of weights is."""
     rng = np.random.default_rng(seed)
-    mixing = rng.normal(size=(columns, columns)) * np.exp(rng.normal(size=(columns, 1)))
-    inputs = rng.normal(size=(8, tokens, columns)) + rng.normal(size=(8, tokens, columns // 4)) @ mixing[: columns // 4]
+    mixing = rng.normal(size=(columns // 4, columns)) / 4
+    inputs = rng.normal(size=(8, tokens, columns)) + rng.normal(size=(8, tokens, columns // 4)) @ mixing
+    inputs *= np.exp(0.5 * rng.normal(size=columns))
     inputs[..., list(DEAD)] = 0
-    weight = rng.normal(size=(rows, columns)) * np.exp(0.5 * rng.normal(size=(rows, 1)))
+    weight = rng.normal(size=(rows, columns)) * np.exp(0.2 * rng.normal(size=(rows, 1)))
     weight[5] = 0
     return weight.astype(dtype), inputs.astype(dtype)
 
@@ -110,6 +112,66 @@ def gptq_of_paper(weight, hessian, grid, act_order=False, static_groups=False, d
     return integers[:, back], dense[:, back], groups[back]
 
 
+def lowest_of_each(scores, n, m):
+    """The n lowest of each m in a row; of equal ones those before."""
+    order = torch.argsort(scores.reshape(len(scores), -1, m), dim=-1, stable=True)[..., :n]
+    return torch.zeros(len(scores), scores.shape[1] // m, m, dtype=torch.bool).scatter_(2, order, True).flatten(1)
+
+
+def at_most_threshold(scores, share):
+    return scores <= scores.flatten().sort()[0][int(scores.numel() * share)]
+
+
+def magnitude_of_paper(weight, sparsity):
+    if isinstance(sparsity, tuple):
+        return weight.masked_fill(lowest_of_each(weight.abs(), *sparsity), 0)
+    return weight.masked_fill(at_most_threshold(weight.abs(), sparsity), 0)
+
+
+def wanda_of_paper(weight, inputs, sparsity):
+    """Equation 1: |W| * ||x||, compared in each row."""
+    scores = weight.abs() * torch.from_numpy(inputs).reshape(-1, inputs.shape[-1]).norm(dim=0)
+    if isinstance(sparsity, tuple):
+        return weight.masked_fill(lowest_of_each(scores, *sparsity), 0)
+    order = torch.argsort(scores, dim=1, stable=True)[:, : int(scores.shape[1] * sparsity)]
+    return weight.scatter(1, order, 0)
+
+
+def sparsegpt_of_paper(weight, hessian, sparsity, grid=None, damping=0.01, block_size=128):
+    """Algorithm 1, and section 3.5, which rounds what stays: (weights, integers)."""
+    columns = weight.shape[1]
+    weight, hessian = weight.clone(), hessian.clone()
+    scale, zero = min_max(weight, grid) if grid else (None, None)
+    dead = hessian.diagonal() == 0
+    hessian[dead, dead] = 1
+    weight[:, dead] = 0
+    u = upper_cholesky_of_inverse(hessian, damping)
+    integers = torch.zeros_like(weight)
+    for start in range(0, columns, block_size):
+        end = min(start + block_size, columns)
+        work, errors = weight[:, start:end].clone(), torch.zeros_like(weight[:, start:end])
+        d = u.diagonal()[start:end]
+        removed = torch.zeros_like(work, dtype=torch.bool)
+        if not isinstance(sparsity, tuple):
+            removed = at_most_threshold(work**2 / d**2, sparsity)
+        for i in range(end - start):
+            if isinstance(sparsity, tuple) and i % sparsity[1] == 0:
+                part = slice(i, i + sparsity[1])
+                removed[:, part] = lowest_of_each(work[:, part] ** 2 / d[part] ** 2, *sparsity)
+            new = work[:, i].masked_fill(removed[:, i], 0)
+            if grid:
+                if grid.group_size and (start + i) % grid.group_size == 0:
+                    scale, zero = min_max(weight[:, start + i : start + i + grid.group_size], grid)
+                integers[:, start + i] = nearest(new, scale, zero, grid.bits)
+                new = (integers[:, start + i] - zero) * scale
+            errors[:, i] = (work[:, i] - new) / d[i]
+            work[:, i + 1 :] -= torch.outer(errors[:, i], u[start + i, start + i + 1 : end])
+            work[:, i] = new
+        weight[:, start:end] = work
+        weight[:, end:] -= errors @ u[start:end, end:]
+    return weight, integers
+
+
 def relative_error(weight, dense, hessian):
     change = weight - dense
     return float(((change @ hessian) * change).sum() / ((weight @ hessian) * weight).sum())
@@ -177,3 +239,49 @@ def test_gptq(points, options, dtype):
     compare(ours.integers, integers, dtype)
     np.testing.assert_array_equal(ours.groups, groups)
     np.testing.assert_allclose(error, relative_error(torch.from_numpy(weight), dense, hessian), rtol=1e-3)
+
+
+SPARSITIES = [0.5, (2, 4)]
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("sparsity", [*SPARSITIES, 0.3], ids=str)
+def test_magnitude_and_wanda(sparsity, dtype):
+    weight, inputs = layer(dtype)
+    theirs = magnitude_of_paper(torch.from_numpy(weight), sparsity)
+    np.testing.assert_array_equal(run(dtype, lambda w: pruning.magnitude(w, sparsity), weight), theirs)
+
+    def ours(weight, inputs):
+        squares = statistics.add_squares(jnp.zeros(K, inputs.dtype), 0, inputs[:3])
+        squares = statistics.add_squares(squares, 3, inputs[3:])
+        return pruning.wanda(weight, jnp.sqrt(squares), sparsity)
+
+    theirs = wanda_of_paper(torch.from_numpy(weight), inputs, sparsity)
+    compare(run(dtype, ours, weight, inputs), theirs, dtype)
+
+
+SPARSEGPT = [
+    (0.5, None, {}),
+    (0.3, None, dict(block_size=40, damping=0.1)),
+    ((2, 4), None, {}),
+    (0.5, Grid(4), {}),
+    ((2, 4), Grid(3, symmetric=True), {}),
+    (0.5, Grid(4, 32), {}),
+]
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("sparsity, points, options", SPARSEGPT, ids=str)
+def test_sparsegpt(sparsity, points, options, dtype):
+    weight, inputs = layer(dtype)
+    hessian = hessian_of(inputs)
+    theirs, integers = sparsegpt_of_paper(torch.from_numpy(weight), hessian, sparsity, points, **options)
+    ours, error = run(dtype, lambda w, h: sparsegpt.sparsegpt(w, h, sparsity, points, **options), weight, hessian)
+    if points:
+        assert isinstance(ours, QuantizedMatrix)
+        compare(ours.integers, integers, dtype)
+        ours = np.asarray(ours.dequantize())
+    compare(ours == 0, theirs == 0, dtype)
+    if dtype == np.float64 and not points:
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(error, relative_error(torch.from_numpy(weight), theirs, hessian), rtol=1e-3)
