@@ -64,12 +64,13 @@ Scales = tuple[Float[Array, "G N"], Float[Array, "G N"]]  # scales and zeros
 
 
 def divide(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x / y, correctly rounded.
+    """x / y, correctly rounded, for a y that is broadcast. x is finite.
 
-    XLA multiplies by 1 / y where y is broadcast. The last bit decides the integer of the outermost weight of a
-    symmetric grid, which lies halfway between two integers.
+    XLA would compute 1 / y once and multiply, also behind an optimization barrier. `0 * x` keeps it from that. The last
+    bit decides the integer of weights halfway between two points, as are the outermost of a symmetric grid and, under
+    AWQ, all that are clipped.
     """
-    return x / lax.optimization_barrier(jnp.broadcast_to(y, x.shape))
+    return x / (y + 0 * x)
 
 
 def fit(weight: Float[Array, "*N K"], grid: Grid) -> tuple[Float[Array, "*N"], Float[Array, "*N"]]:

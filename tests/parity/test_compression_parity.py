@@ -4,19 +4,21 @@ Same matrix, same calibration inputs. In float64, integers and masks are equal. 
 other way changes the corrections of all after it: 99.9 % are equal, and the layer errors.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
-from opt_jax.compression import gptq, grid, pruning, sparsegpt, statistics
+from opt_jax.compression import awq, gptq, grid, pruning, smoothquant, sparsegpt, statistics
 from opt_jax.compression.grid import Grid
 from opt_jax.model.packed import QuantizedMatrix
 
 pytestmark = pytest.mark.slow
 
-N, K = 384, 192
+N, K = 256, 160
 DEAD = (3, 70, 71)
 GRIDS = [
     Grid(8),
@@ -24,8 +26,8 @@ GRIDS = [
     Grid(3),
     Grid(3, symmetric=True),
     Grid(4, 32),
-    Grid(3, 64, symmetric=True),
-    Grid(4, 96, symmetric=True),
+    Grid(3, 80, symmetric=True),
+    Grid(4, 80, symmetric=True),
 ]
 PRECISIONS = [pytest.param(np.float64, id="float64"), pytest.param(np.float32, id="float32")]
 
@@ -172,6 +174,56 @@ def sparsegpt_of_paper(weight, hessian, sparsity, grid=None, damping=0.01, block
     return weight, integers
 
 
+def smoothing_of_paper(inputs, weights, alpha):
+    """Equation 4."""
+    absmax = torch.from_numpy(inputs).abs().amax((0, 1))
+    return absmax**alpha / torch.cat(weights).abs().amax(0).clamp(min=1e-5) ** (1 - alpha)
+
+
+def int8_of_paper(x):
+    """(integers, scale), symmetric, one scale for each row."""
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-5) / 127
+    return torch.round(x / scale), scale
+
+
+def rounded(weight, grid):
+    """The weights after rounding to nearest."""
+    size = grid.group_size or weight.shape[1]
+    parts = [(part, *(x[:, None] for x in min_max(part, grid))) for part in weight.split(size, 1)]
+    return torch.cat([(nearest(part, s, z, grid.bits) - z) * s for part, s, z in parts], 1)
+
+
+def awq_scales_of_paper(weights, inputs, outputs, grid):
+    """Equations 4 and 5: of 20 ratios, the one with the smallest squared error of the outputs."""
+    mean = inputs.abs().flatten(0, 1).mean(0)
+    best, least = None, torch.inf
+    for ratio in range(20):
+        scales = (mean ** (ratio / 20)).clamp(min=1e-4)
+        scales = scales / (scales.max() * scales.min()).sqrt()
+        new = outputs([rounded(weight * scales, grid) / scales for weight in weights], inputs)
+        loss = (new - outputs(weights, inputs)).square().mean()
+        if loss < least:
+            best, least = scales, loss
+    return best
+
+
+def awq_limits_of_paper(weight, inputs, grid):
+    """Section 5.1, "weight clipping": 10 limits from 1 to 0.55 of the largest weight, for each group."""
+    size = grid.group_size or weight.shape[1]
+    inputs = inputs[:: len(inputs) // 512]
+    limits = []
+    for part, x in zip(weight.split(size, 1), inputs.split(size, 1), strict=True):
+        largest = part.abs().amax(1)
+        best, least = largest.clone(), torch.full_like(largest, torch.inf)
+        for step in range(10):
+            limit = largest * (1 - step / 20)
+            clipped = torch.minimum(torch.maximum(part, -limit[:, None]), limit[:, None])
+            error = (x @ rounded(clipped, dataclasses.replace(grid, group_size=None)).T - x @ part.T).square().mean(0)
+            best, least = torch.where(error < least, limit, best), torch.minimum(error, least)
+        limits.append(best)
+    return torch.stack(limits, 1)
+
+
 def relative_error(weight, dense, hessian):
     change = weight - dense
     return float(((change @ hessian) * change).sum() / ((weight @ hessian) * weight).sum())
@@ -224,8 +276,8 @@ GPTQ = [
     (Grid(4, 32), {}),
     (Grid(3, 32), ACT_ORDER),
     (Grid(4, 32), STATIC),
-    (Grid(3, 64, symmetric=True), {}),
-    (Grid(4, 96, symmetric=True), ACT_ORDER | dict(block_size=40)),
+    (Grid(3, 80, symmetric=True), {}),
+    (Grid(4, 80, symmetric=True), ACT_ORDER | dict(block_size=40)),
 ]
 
 
@@ -285,3 +337,82 @@ def test_sparsegpt(sparsity, points, options, dtype):
     if dtype == np.float64 and not points:
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(error, relative_error(torch.from_numpy(weight), theirs, hessian), rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("alpha", [0.5, 0.85])
+def test_smoothquant(alpha, dtype):
+    weight, inputs = layer(dtype)
+    weights = np.split(weight, 3)
+
+    def ours(inputs, *weights):
+        absmax = statistics.add_absmax(jnp.zeros(K, inputs.dtype), inputs[:3])
+        scales = smoothquant.smoothing_scales(statistics.add_absmax(absmax, inputs[3:]), weights, alpha)
+        smooth = smoothquant.fold_into_inputs(jnp.concatenate(weights), scales)
+        return (
+            scales,
+            smoothquant.quantize_weight(smooth),
+            smoothquant.quantize_activations(inputs / scales[None, None]),
+        )
+
+    scales, matrix, (activations, steps) = run(dtype, ours, inputs, *weights)
+    theirs = smoothing_of_paper(inputs, list(map(torch.from_numpy, weights)), alpha)
+    live = np.delete(np.arange(K), DEAD)
+    np.testing.assert_allclose(scales[live], theirs[live], rtol=1e-5)
+    assert (scales[list(DEAD)] == np.asarray(1e-5, dtype)).all()  # as `smooth.py` limits them
+    scales = torch.from_numpy(scales.copy())
+    integers, scale = int8_of_paper(torch.from_numpy(weight) * scales)
+    compare(matrix.integers, integers + 128, dtype)
+    np.testing.assert_allclose(matrix.scales, scale, rtol=1e-6)
+    integers, scale = int8_of_paper(torch.from_numpy(inputs) / scales)
+    compare(activations, integers, dtype)
+    np.testing.assert_allclose(steps, scale, rtol=1e-6)
+
+
+def attention_scores(weights, inputs, softmax):
+    """A function of two matrices that is not linear in them, for jax and for torch."""
+    q, k = (inputs @ weight.T / 30 for weight in weights)
+    return softmax(q @ k.mT, -1) @ inputs
+
+
+AWQ = [Grid(3), Grid(4, 32)]  # llm-awq has no symmetric grids; the outermost weights there lie between two integers
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("points", AWQ, ids=str)
+def test_awq_scales(points, dtype):
+    weight, inputs = layer(dtype)
+
+    def ours(weight, inputs):
+        batches = [inputs[:3], inputs[3:]]
+        alone = awq.search_scales([weight], batches, awq.product, points)
+        attention = jax.jit(lambda weights, inputs: attention_scores(weights, inputs, jax.nn.softmax))
+        return alone, awq.search_scales(jnp.split(weight, 2), batches, attention, points)
+
+    alone, together = run(dtype, ours, weight, inputs)
+    weight, inputs = torch.from_numpy(weight), torch.from_numpy(inputs)
+    theirs = awq_scales_of_paper([weight], inputs, lambda weights, inputs: inputs @ weights[0].T, points)
+    np.testing.assert_allclose(alone, theirs, rtol=1e-5)
+
+    def attention(weights, inputs):
+        return attention_scores(weights, inputs, torch.softmax)
+
+    theirs = awq_scales_of_paper(list(weight.chunk(2)), inputs, attention, points)
+    np.testing.assert_allclose(together, theirs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("points", [*AWQ, Grid(3, 80, symmetric=True)], ids=str)
+def test_awq_clip(points, dtype):
+    weight, inputs = layer(dtype, rows=64, tokens=150)
+    tokens = inputs.reshape(-1, K)
+    scales = np.random.default_rng(1).uniform(0.5, 2, K).astype(dtype)
+    limits = run(dtype, lambda w, x: awq.search_clip(w, x, points), weight, tokens)
+    theirs = awq_limits_of_paper(torch.from_numpy(weight), torch.from_numpy(tokens), points)
+    assert len(theirs.unique()) > 40 and (theirs.shape[1] == 1 or theirs.unique(dim=1).shape[1] > 1)
+    np.testing.assert_array_equal(np.isclose(limits, theirs, rtol=1e-6), True)
+    ours = run(dtype, lambda w, s, x: awq.quantize(w, s, x, points), weight, scales, tokens)
+    scaled = torch.from_numpy(weight * scales)
+    limits = awq_limits_of_paper(scaled, torch.from_numpy(tokens / scales), points)
+    limits = limits.repeat_interleave(K // limits.shape[1], 1)
+    compare(ours.integers, rtn(torch.minimum(torch.maximum(scaled, -limits), limits), points), dtype)
