@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array
 
 import opt_jax
 from opt_jax.checkpoints import hub
@@ -24,33 +21,16 @@ from opt_jax.checkpoints.formats.hf_writer import write_json
 from opt_jax.checkpoints.orbax import write_arrays
 from opt_jax.checkpoints.saving import copy_companions
 from opt_jax.compression.calibration import MOST_TOKENS, Calibration, Rows, read_calibration
-from opt_jax.compression.gptq import gptq
-from opt_jax.compression.grid import round_to_nearest
-from opt_jax.compression.layerwise import (
-    MATRICES,
-    Source,
-    Stream,
-    check_collected,
-    input_points,
-    layer_prefix,
-)
-from opt_jax.compression.pruning import magnitude, wanda
+from opt_jax.compression.layers import Errors, compress_layer, float_parameters
+from opt_jax.compression.layerwise import Source, Stream, layer_prefix
 from opt_jax.compression.recipe import Recipe, make_recipe
-from opt_jax.compression.sparsegpt import sparsegpt
-from opt_jax.compression.statistics import add_hessian, layer_error
 from opt_jax.data.tokens import hash_of_ids
 from opt_jax.model.ids import as_ids
-from opt_jax.model.packed import PackedLinear, QuantizedMatrix
 from opt_jax.parallel.mesh import row_groups
 from opt_jax.system.disk import disk_errors
 from opt_jax.system.reading import json_object, read_small
 from opt_jax.system.temporary import TemporaryPlace, new_file, write_file
 from opt_jax.text.tokenizer import OPTTokenizer
-
-# What is compressed together, from statistics of one pass; with `true_sequential` a pass for each.
-_GROUPS = (MATRICES[:3], MATRICES[3:4], MATRICES[4:5], MATRICES[5:])
-_PARTS = ("qweight", "scales", "zeros", "order")  # parameters of a `PackedLinear`
-Errors = dict[str, float]  # matrix -> error
 
 
 def compress(  # noqa: PLR0913  (options, by keyword)
@@ -125,7 +105,7 @@ def compress(  # noqa: PLR0913  (options, by keyword)
     hub.check_array_path(path)
     check_destination(path, overwrite=False)
     source = Source.open(model, dtype, mesh, verify)
-    recipe.check_shapes(source.config)
+    recipe.check_model(source.config)
     drawn = None if calibration is None else _calibration(model, source, calibration, sampling)
     about = {
         "model": str(model),
@@ -139,7 +119,12 @@ def compress(  # noqa: PLR0913  (options, by keyword)
     path.parent.mkdir(parents=True, exist_ok=True)
     with disk_errors(path), place.locked(wait=False):
         work = _Work(place.path, about | {"source": source.files.hash_of_states()})
-        _compress_layers(source, recipe, drawn, work, progress)
+        try:
+            _compress_layers(source, recipe, drawn, work, progress)
+        except Exception:
+            if not work.errors:
+                place.remove()
+            raise
         kind = "outputs" if recipe.needs_samples else "weights"
         report = about | {"error_of": kind, "errors": work.errors}
         _write(source, recipe, work, path, report)
@@ -240,7 +225,7 @@ def _compress_layers(
                 source, recipe, stream, layer, work.arrays(layer, lambda path, i=layer: source.stored_dtype(i, path))
             )
     for layer in range(begun, depth):
-        arrays, errors = _compress_layer(source, recipe, stream, layer)
+        arrays, errors = compress_layer(source, recipe, stream, layer)
         if stream is not None and layer + 1 < depth:
             _advance(source, recipe, stream, layer, arrays)
         work.add(layer, arrays, errors)
@@ -251,110 +236,6 @@ def _compress_layers(
 def _advance(source: Source, recipe: Recipe, stream: Stream, layer: int, arrays: dict[str, np.ndarray]) -> None:
     changed = float_parameters(recipe, source, arrays) if recipe.after_compressed else {}
     stream.advance(source.module(layer, changed))
-
-
-def _compress_layer(
-    source: Source, recipe: Recipe, stream: Stream | None, layer: int
-) -> tuple[dict[str, np.ndarray], Errors]:
-    """The new parameters of a layer by their path inside of it, as they are stored, and the error of each matrix."""
-    weights, points = source.weights(layer), input_points(source.config)
-    arrays: dict[str, np.ndarray] = {}
-    errors: Errors = {}
-    hessians: dict[str, Array] = {}
-    for group in _GROUPS if recipe.true_sequential else (MATRICES,):
-        if stream is not None:
-            module = source.module(layer, float_parameters(recipe, source, arrays))
-            hessians = collect_hessians(stream, module, layer, {matrix: points[matrix] for matrix in group})
-        for matrix in group:
-            weight = _on_rows(weights[f"{matrix}.kernel"].T, source.mesh)
-            try:
-                compressed, error = _compress_matrix(recipe, weight, hessians.get(points[matrix]))
-            except ValueError as problem:
-                raise ValueError(f"layer {layer}, {matrix}: {problem}") from None
-            errors[matrix] = float(error)
-            if isinstance(compressed, QuantizedMatrix):
-                arrays |= _packed_arrays(matrix, compressed)
-            else:
-                path = f"{matrix}.kernel"
-                arrays[path] = np.ascontiguousarray(np.asarray(compressed).T).astype(source.stored_dtype(layer, path))
-    return arrays, errors
-
-
-def collect_hessians(stream: Stream, module: Any, layer: int, points: dict[str, str]) -> dict[str, Array]:
-    """Hook point -> the Hessian of the inputs there (`add_hessian`), of one pass of all samples through a layer.
-
-    Args:
-      stream: the residual stream before the layer.
-      module: the layer.
-      layer: its number.
-      points: matrix -> the point of its inputs.
-
-    Raises:
-      NothingCollectedError: the inputs of a matrix were not seen, or are zero or not finite.
-    """
-    hessians: dict[str, Array] = {}
-    done = 0
-    for inputs in stream.inputs(module, sorted(set(points.values()))):
-        for point, x in inputs.items():
-            width = x.shape[-1]
-            before = hessians[point] if point in hessians else jnp.zeros((width, width), jnp.float32)
-            hessians[point] = add_hessian(before, done, x)
-        done += next(iter(inputs.values())).shape[0] if inputs else 0
-    check_collected(layer, points, {point: jnp.diagonal(hessian) for point, hessian in hessians.items()})
-    return hessians
-
-
-def _compress_matrix(recipe: Recipe, weight: Array, hessian: Any) -> tuple[QuantizedMatrix | Array, Any]:
-    """A matrix [outputs, inputs] compressed by a method that looks at one at a time, and its error."""
-    grid: Any = recipe.grid
-    sparsity: Any = recipe.sparsity
-    if recipe.method == "rtn":
-        return with_error(weight, round_to_nearest(weight, grid))
-    if recipe.method == "magnitude":
-        return with_error(weight, magnitude(weight, sparsity))
-    if recipe.method == "wanda":
-        pruned = wanda(weight, jnp.sqrt(jnp.diagonal(hessian)), sparsity)
-        return pruned, layer_error(weight, pruned, hessian)
-    damping: Any = recipe.damping
-    if recipe.method == "sparsegpt":
-        return sparsegpt(weight, hessian, sparsity, grid, damping=damping)
-    assert recipe.method == "gptq"
-    return gptq(weight, hessian, grid, act_order=recipe.act_order, damping=damping)
-
-
-def with_error(weight: Array, compressed: QuantizedMatrix | Array) -> tuple[QuantizedMatrix | Array, Array]:
-    """The compressed matrix, and the squared change of the weights relative to their square."""
-    dense = compressed.dequantize() if isinstance(compressed, QuantizedMatrix) else compressed
-    return compressed, jnp.square(weight - dense).sum() / jnp.square(weight).sum()
-
-
-def _on_rows(weight: np.ndarray, mesh: Mesh | None) -> Array:
-    """The matrix on the devices, sharded by outputs, which all methods treat alike."""
-    if mesh is None:
-        return jnp.asarray(weight)
-    axes = mesh.axis_names if len(weight) % mesh.size == 0 else None
-    return jax.device_put(weight, NamedSharding(mesh, P(axes)))
-
-
-def _packed_arrays(matrix: str, compressed: QuantizedMatrix) -> dict[str, np.ndarray]:
-    """The parameters of the `PackedLinear` with this matrix, but for its bias."""
-    packed = PackedLinear.from_matrix(jax.tree.map(np.asarray, compressed))
-    parts = {name: getattr(packed, name) for name in _PARTS}
-    return {f"{matrix}.{name}": np.asarray(part.get_value()) for name, part in parts.items() if part is not None}
-
-
-def float_parameters(recipe: Recipe, source: Source, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The new parameters of a layer by their path inside of it, with float kernels [inputs, outputs]."""
-    floats = {path: value for path, value in arrays.items() if path.rpartition(".")[2] not in _PARTS}
-    for path in arrays:
-        matrix, _, part = path.rpartition(".")
-        if part != "qweight":
-            continue
-        parts = {name: jnp.asarray(arrays[f"{matrix}.{name}"]) for name in _PARTS if f"{matrix}.{name}" in arrays}
-        inputs = source.config.ffn_dim if matrix == "fc2" else source.config.hidden_size
-        packed = PackedLinear(parts, None, in_features=inputs, bits=recipe.bits or 0, dtype=jnp.float32)
-        floats[f"{matrix}.kernel"] = np.asarray(packed.matrix().dequantize().T)
-    return floats
 
 
 def _write(source: Source, recipe: Recipe, work: _Work, path: Path, report: dict[str, Any]) -> None:

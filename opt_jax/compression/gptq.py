@@ -174,6 +174,7 @@ def sweep(
         after = jnp.where(jnp.arange(columns)[None] < start + width, 0, rows)
         return lax.dynamic_update_slice_in_dim(weights - dot(errors, after), block, start, axis=1), state
 
-    full = columns // block_size
-    carry = lax.fori_loop(0, full, lambda b, c: do_block(b * block_size, *c, block_size), (weight, state))
+    full, carry = columns // block_size, (weight, state)
+    if full:  # a slice of a block's width is an error in a narrower matrix, even in a loop of no steps
+        carry = lax.fori_loop(0, full, lambda b, c: do_block(b * block_size, *c, block_size), carry)
     return do_block(jnp.asarray(full * block_size), *carry, rest) if (rest := columns % block_size) else carry

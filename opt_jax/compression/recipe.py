@@ -7,6 +7,7 @@ from typing import Any
 
 from opt_jax.compression.grid import Grid
 from opt_jax.compression.pruning import Sparsity, check_sparsity
+from opt_jax.compression.smoothquant import check_norms
 from opt_jax.config import OPTConfig
 
 _GRID = ("bits", "group_size", "symmetric")
@@ -67,8 +68,10 @@ class Recipe:
         """Whether samples pass through the compressed layers. In the code of AWQ and SmoothQuant they do not."""
         return self.needs_samples and self.method not in ("awq", "smoothquant")
 
-    def check_shapes(self, config: OPTConfig) -> None:
-        """Raise ValueError if the matrices of a model have no such groups or patterns."""
+    def check_model(self, config: OPTConfig) -> None:
+        """Raise ValueError if a model's matrices have no such groups or patterns, or its LayerNorms take no scales."""
+        if self.method in ("awq", "smoothquant"):
+            check_norms(config)
         for inputs in (config.hidden_size, config.ffn_dim):
             if self.grid is not None:
                 self.grid.size(inputs)
