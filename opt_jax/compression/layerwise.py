@@ -74,6 +74,8 @@ class Source:
     def open(cls, name: str | os.PathLike, dtype: DTypeLike | None, mesh: Mesh | None, verify: bool) -> "Source":
         """The checkpoint `name`; arguments as in `load_pretrained`, with the same errors."""
         directory = hub.resolve(name)
+        if not (verify or hub.is_orbax(directory)):
+            raise ValueError(f"verify=False (--no-verify) is for Orbax directories: {directory} has no checksums")
         files = files_of_model(directory)
         config, raw = read_config(directory)
         arrays, checks = open_parameters(directory, config, verify)
