@@ -48,22 +48,25 @@ def compress_layer(source: Source, recipe: Recipe, stream: Stream | None, layer:
     if recipe.method in ("awq", "smoothquant"):
         assert stream is not None
         return _compress_scaled(source, recipe, stream, layer)
-    weights, points = source.weights(layer), input_points(source.config)
+    points = input_points(source.config)
     arrays: Arrays = {}
     errors: Errors = {}
     collected: dict[str, Statistics] = {}
     for group in _GROUPS if recipe.true_sequential else (MATRICES,):
         if stream is not None:
-            module = source.module(layer, float_parameters(recipe, source, arrays))
-            collected = collect(stream, module, layer, {matrix: points[matrix] for matrix in group})
-        for matrix in group:
-            weight = _on_rows(weights[f"{matrix}.kernel"].T, source.mesh)
+            of_group = {matrix: points[matrix] for matrix in group}
+            collected = collect(stream, source.module(layer, float_parameters(recipe, source, arrays)), layer, of_group)
+        for i, matrix in enumerate(group):
+            weight = _on_rows(source.weight(layer, f"{matrix}.kernel").T, source.mesh)
             hessian = collected[points[matrix]].hessian if collected else None
+            if points[matrix] not in [points[later] for later in group[i + 1 :]]:
+                collected.pop(points[matrix], None)
             try:
                 compressed, error = _compress_matrix(recipe, weight, hessian)
             except ValueError as problem:
                 raise ValueError(f"layer {layer}, {matrix}: {problem}") from None
             errors[matrix] = float(error)
+            del weight, hessian  # before the next ones are read
             if isinstance(compressed, QuantizedMatrix):
                 arrays |= _packed_arrays(matrix, compressed)
             else:
@@ -137,8 +140,8 @@ def _compress_scaled(source: Source, recipe: Recipe, stream: Stream, layer: int)
     LayerNorms divide the inputs of q_proj, k_proj, v_proj and fc1. With AWQ, v_proj divides those of out_proj, and fc1
     those of fc2, which is exact with ReLU.
     """
-    points, parameters = input_points(source.config), source.weights(layer)
-    weights = {matrix: _on_rows(parameters[f"{matrix}.kernel"].T, source.mesh) for matrix in MATRICES}
+    points = input_points(source.config)
+    weights = {matrix: _on_rows(source.weight(layer, f"{matrix}.kernel").T, source.mesh) for matrix in MATRICES}
     module = source.module(layer)
     collected = collect(stream, module, layer, points)
     if recipe.method == "awq":
@@ -150,12 +153,12 @@ def _compress_scaled(source: Source, recipe: Recipe, stream: Stream, layer: int)
             scales[points[group[0]]] = smoothquant.smoothing_scales(absmax, [weights[m] for m in group], alpha)
     arrays: Arrays = {}
     for norm, matrix in (("self_attn_layer_norm", "self_attn.q_proj"), ("final_layer_norm", "fc1")):
-        scale, bias = (jnp.asarray(parameters[f"{norm}.{name}"]) for name in ("scale", "bias"))
+        scale, bias = (jnp.asarray(source.weight(layer, f"{norm}.{name}")) for name in ("scale", "bias"))
         folded = smoothquant.fold_into_norm(scale, bias, scales[points[matrix]])
         arrays |= {f"{norm}.{name}": np.asarray(x) for name, x in zip(("scale", "bias"), folded, strict=True)}
     for before, after in (("self_attn.v_proj", "self_attn.out_proj"), ("fc1", "fc2")):
         if points[after] in scales:
-            bias = parameters.get(f"{before}.bias")
+            bias = source.weight(layer, f"{before}.bias") if source.config.enable_bias else None
             weights[before], bias = awq.fold_into_outputs(weights[before], bias, scales[points[after]])
             arrays |= {} if bias is None else {f"{before}.bias": np.asarray(bias)}
     clipped = _tokens(stream, module, sorted(set(points.values()))) if recipe.method == "awq" else {}

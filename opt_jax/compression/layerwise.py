@@ -87,14 +87,9 @@ class Source:
         compute, _ = choose_dtypes(dtype, None, stored, platform, directory)
         return cls(directory, config, raw, arrays, files, compute, mesh)
 
-    def weights(self, layer: int) -> dict[str, np.ndarray]:
-        """The parameters of a layer in float32, by their path inside of it, such as `self_attn.q_proj.kernel`."""
-        prefix = layer_prefix(layer)
-        return {
-            path.removeprefix(prefix): array.load().astype(np.float32)
-            for path, array in self.arrays.items()
-            if path.startswith(prefix)
-        }
+    def weight(self, layer: int, path: str) -> np.ndarray:
+        """A parameter of a layer in float32, by its path inside of it, such as `self_attn.q_proj.kernel`."""
+        return self.arrays[layer_prefix(layer) + path].load().astype(np.float32)
 
     def stored_dtype(self, layer: int, path: str) -> np.dtype:
         """The dtype of a layer's parameter in the checkpoint."""

@@ -116,7 +116,7 @@ def test_true_sequential_looks_behind_matrices_of_the_same_layer(saved, tmp_path
     for matrix, before in (("self_attn.out_proj", MATRICES[:3]), ("fc2", MATRICES[:5])):
         module = source.module(0, {f"{m}.kernel": changed[f"{m}.kernel"] for m in before})
         point = input_points(source.config)[matrix]
-        weight = jnp.asarray(source.weights(0)[f"{matrix}.kernel"].T)
+        weight = jnp.asarray(source.weight(0, f"{matrix}.kernel").T)
         for i in range(2):
             hessian = collect(stream, module if i else source.module(0), 0, {matrix: point})[point].hessian
             expected = gptq(weight, hessian, Grid(2))[0].dequantize()
@@ -133,7 +133,7 @@ def test_methods_without_samples(saved, tmp_path, name, method):
         stored = local_arrays(tmp_path / "out", layer)
         floats = float_parameters(Recipe(method, bits=4), source, stored)
         for matrix in MATRICES:
-            weight = jnp.asarray(source.weights(layer)[f"{matrix}.kernel"].T)
+            weight = jnp.asarray(source.weight(layer, f"{matrix}.kernel").T)
             expected = (
                 magnitude(weight, 0.5) if method == "magnitude" else round_to_nearest(weight, Grid(4, 8)).dequantize()
             )
@@ -165,7 +165,7 @@ def test_scales_move_without_changing_the_function(saved, tmp_path, method):
 def test_awq_compares_the_outputs_of_attention(saved, tmp_path):
     source = Source.open(saved("opt-125m"), None, None, True)
     stream, module = Stream(source, IDS, tmp_path / "stream"), source.module(0)
-    kernels = [jnp.asarray(source.weights(0)[f"{matrix}.kernel"].T) for matrix in MATRICES]
+    kernels = [jnp.asarray(source.weight(0, f"{matrix}.kernel").T) for matrix in MATRICES]
     model = OPTForCausalLM.from_pretrained(saved("opt-125m"))
     _, kept = model.run_with_cache(
         IDS, names=["blocks.0.hook_attn_out", "blocks.0.ln1.hook_normalized", "*0.attn.hook_q"]
@@ -199,7 +199,7 @@ def test_errors_on_real_text(tmp_path, layer):
     points = input_points(source.config)
     collected = collect(stream, source.module(layer), layer, points)
     for matrix, point in points.items():
-        weight, hessian = jnp.asarray(source.weights(layer)[f"{matrix}.kernel"].T), collected[point].hessian
+        weight, hessian = jnp.asarray(source.weight(layer, f"{matrix}.kernel").T), collected[point].hessian
         for bits in (4, 3):
             nearest = layer_error(weight, round_to_nearest(weight, Grid(bits)), hessian)
             assert 0 < gptq(weight, hessian, Grid(bits))[1] < 0.9 * nearest

@@ -78,14 +78,14 @@ def test_inputs_are_those_of_the_complete_model(saved, tmp_path, name, monkeypat
 def test_changed_parameters_are_used(saved, tmp_path):
     model, directory = saved("opt-125m")
     source = Source.open(directory, None, None, True)
-    kernel = source.weights(1)["fc2.kernel"]
+    kernel = source.weight(1, "fc2.kernel")
     assert (kernel == named_parameters(model)["model.decoder.layers.1.fc2.kernel"].get_value()).all()
     stream = Stream(source, IDS, tmp_path / "stream")
     before = stream.values.copy()
     stream.advance(source.module(1))
     usual, stream.values = stream.values, before
     stream.advance(source.module(1, {"fc2.kernel": 2 * kernel}))
-    bias = source.weights(1)["fc2.bias"]
+    bias = source.weight(1, "fc2.bias")
     residual = [*Stream(source, IDS, tmp_path / "b").inputs(source.module(1), ["hook_resid_mid"])][0]["hook_resid_mid"]
     np.testing.assert_allclose(stream.values - residual - bias, 2 * (usual - residual - bias), rtol=1e-3, atol=1e-5)
 
