@@ -49,6 +49,8 @@ class SourceOptions:
     """A PEFT adapter (LoRA) of SRC, to be merged in: a directory or a hub id."""
     no_verify: bool = False
     """Do not compare the data of an Orbax directory with their checksums."""
+    dequantize: bool = False
+    """Turn the matrices of a quantized model into floats."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class WriteOptions:
     overwrite: bool = False
     """Replace DST if it is a model directory already."""
     dtype: Dtype | None = None
-    """Cast the parameters. Default: keep their dtype, bit for bit."""
+    """Cast the parameters, but for quantized matrices. Default: keep their dtype, bit for bit."""
     quiet: bool = False
     """Print no progress, only errors and one line at the end."""
 
@@ -247,8 +249,8 @@ def verify(
 
     metaseq.check()
     leave_accelerators_alone()
-    # --cache-dir and --offline belong to whichever is a hub id. --revision and --adapter belong to SRC.
-    dst_options = dataclasses.replace(source, revision=None, adapter=None)
+    # --cache-dir and --offline belong to whichever is a hub id. The other options belong to SRC.
+    dst_options = dataclasses.replace(source, revision=None, adapter=None, dequantize=False)
     if is_here(dst):
         dst_options = SourceOptions(no_verify=source.no_verify)
     elif is_here(against[0]) and (source.adapter is None or is_here(source.adapter)):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opt_jax.checkpoints import pretrained
+from opt_jax.checkpoints import hub, pretrained
 from opt_jax.checkpoints.arrays import Checks, LazyArray
 from opt_jax.checkpoints.formats import hf
 from opt_jax.checkpoints.source_files import SourceFiles
@@ -48,6 +48,11 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays.values())
+
+    @property
+    def quantization(self) -> Any:
+        """The `quantization_config` of the config.json, or the content of an older file of settings; {} without any."""
+        return hub.quantization(self.where)[2]
 
     def check(self) -> None:
         """Check that the tensors are exactly those of the model, and that copies of one tensor are equal.

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from opt_jax.checkpoints.arrays import first_difference
+from opt_jax.checkpoints.arrays import LazyArray, first_difference
 from opt_jax.checkpoints.formats import hf
+from opt_jax.checkpoints.formats.quantized import QuantizedArray
 from opt_jax.config import OPTConfig
 
 from .checkpoint import Checkpoint
@@ -41,11 +42,15 @@ def summary(opened: Checkpoint) -> Iterator[str]:
     yield f"{opened.where}: {opened.format}"
     yield f"class: {opened.raw_config['architectures'][0]}"
     yield "config: " + ", ".join(f"{name}={getattr(opened.config, name)}" for name in _SHOWN)
-    dtypes = Counter(array.dtype.name for array in opened.arrays.values())
+    dtypes = Counter(_dtype(array) for array in opened.arrays.values())
     kinds = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())
     yield f"{len(opened.arrays)} tensors ({kinds}), {opened.parameters:,} parameters, {opened.nbytes:,} bytes"
     for name, (dtype, shape, nbytes) in _tensors(opened).items():
         yield f"  {name:<55} {dtype:<9} {shape:<15} {nbytes:>14,}"
+
+
+def _dtype(array: LazyArray) -> str:
+    return f"{array.bits}-bit" if isinstance(array, QuantizedArray) else array.dtype.name
 
 
 def _tensors(opened: Checkpoint) -> dict[str, tuple[str, str, int]]:
@@ -55,7 +60,7 @@ def _tensors(opened: Checkpoint) -> dict[str, tuple[str, str, int]]:
     prefix = ""
     for path, array in opened.arrays.items():
         name, shape = hf.stored_as(path, array.shape)
-        entry = array.dtype.name, "x".join(map(str, shape)), array.nbytes
+        entry = _dtype(array), "x".join(map(str, shape)), array.nbytes
         if match := re.fullmatch(r"(.*\.layers\.)(\d+)(\..*)", name):
             prefix = match[1]
             layers.setdefault(int(match[2]), {})[match[3]] = entry
@@ -94,6 +99,13 @@ def compare(ours: Checkpoint, theirs: Checkpoint, progress: Callable[[str, int],
                 return f"tensor {hf.stored_as(path, ())[0]} of {other.where} is not in {one.where}"
     for path, b in theirs.arrays.items():
         a, (name, transposed) = ours.arrays[path], hf.names.to_hf(path)
+        if isinstance(a, QuantizedArray) and isinstance(b, QuantizedArray):
+            if part := _different_part(a, b):
+                return f"tensor {name} is quantized to other {part} in {ours.where} than in {theirs.where}"
+            progress(path, b.nbytes)
+            continue
+        if isinstance(a, QuantizedArray) or isinstance(b, QuantizedArray):
+            return f"tensor {name} is {_dtype(a)} in {ours.where}, but {_dtype(b)} in {theirs.where}"
         if a.dtype != b.dtype or a.shape != b.shape:
             (_, left), (_, right) = hf.stored_as(path, a.shape), hf.stored_as(path, b.shape)
             what = f"{a.dtype.name} {left} in {ours.where}, but {b.dtype.name} {right} in {theirs.where}"
@@ -106,6 +118,16 @@ def compare(ours: Checkpoint, theirs: Checkpoint, progress: Callable[[str, int],
             return f"tensor {name} at {index} is {left} in {ours.where}, but {right} in {theirs.where}"
         progress(path, b.nbytes)
     return None
+
+
+def _different_part(a: QuantizedArray, b: QuantizedArray) -> str | None:
+    """The name of the first part that differs."""
+    if (a.shape, a.bits, a.activation_bits) != (b.shape, b.bits, b.activation_bits):
+        return "shapes or bits"
+    left, right = a.comparable(), b.comparable()
+    if left.keys() != right.keys():
+        return "parts"
+    return next((name for name in left if first_difference(left[name], right[name]) is not None), None)
 
 
 def _shown(number: np.ndarray) -> str:

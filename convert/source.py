@@ -8,7 +8,7 @@ from typing import Any
 
 from opt_jax.checkpoints import hub, pretrained, saving
 from opt_jax.checkpoints.arrays import Checks, LazyArray
-from opt_jax.checkpoints.formats import hf, peft, peft_merge
+from opt_jax.checkpoints.formats import hf, peft, peft_merge, quantized
 from opt_jax.checkpoints.formats.wrappers import torch_files
 from opt_jax.checkpoints.source_files import files_of_model
 from opt_jax.config import OPTConfig
@@ -30,6 +30,7 @@ def open_source(  # noqa: PLR0913  (options, by keyword)
     adapter: str | None = None,
     from_metaseq: bool = False,
     verify: bool = True,
+    dequantize: bool = False,
     dtype: str | None = None,
 ) -> Checkpoint:
     """The checkpoint that `names` stand for; no data is read.
@@ -42,7 +43,8 @@ def open_source(  # noqa: PLR0913  (options, by keyword)
       adapter: a PEFT adapter to be merged in: a directory or a hub id.
       from_metaseq: `names` are files of a metaseq checkpoint, whatever they look like.
       verify: compare the data of an Orbax directory with their checksums when they are read.
-      dtype: of what the adapter changes; default: as in the base.
+      dequantize: turn quantized matrices into floats.
+      dtype: of what the adapter changes, and of matrices that are dequantized; default: as in the base.
 
     Raises:
       OSError: there is no such checkpoint, or it cannot be downloaded or read.
@@ -54,7 +56,11 @@ def open_source(  # noqa: PLR0913  (options, by keyword)
         if (cache_dir is not None or offline) and is_here(names[0]) and (adapter is None or is_here(adapter)):
             raise ValueError(f"--cache-dir and --offline are for hub ids, but {names[0]} is none")
         directory = hub.resolve(names[0], revision=revision, cache_dir=cache_dir, local_files_only=offline)
-        return _adapted(open_directory(directory, verify), adapter, dtype, cache_dir, offline)
+        opened = open_directory(directory, verify)
+        opened = _dequantized(opened, dtype) if dequantize else opened
+        return _adapted(opened, adapter, dtype, cache_dir, offline)
+    if dequantize:
+        raise ValueError("dequantize=True (--dequantize) is for quantized models, and metaseq's files hold floats")
     if revision is not None or (cache_dir is not None or offline) and (adapter is None or is_here(adapter)):
         raise ValueError("--revision, --cache-dir and --offline are for hub ids, not for metaseq files")
     if model is not None and config is not None:
@@ -101,7 +107,7 @@ def open_directory(directory: Path, verify: bool = True) -> Checkpoint:
     kind = "checkpoint of train.py" if trained else "Orbax model directory"
     return Checkpoint(
         where=directory,
-        format=kind if orbax else hf.weights_form(directory),
+        format=(kind if orbax else hf.weights_form(directory)) + _bits(arrays),
         config=config,
         raw_config={**raw, "architectures": [cls]},
         arrays=arrays,
@@ -111,12 +117,27 @@ def open_directory(directory: Path, verify: bool = True) -> Checkpoint:
     )
 
 
+def _bits(arrays: Mapping[str, LazyArray]) -> str:
+    bits = sorted({array.bits for array in quantized.quantized_of(arrays).values()})
+    return f", quantized to {' and '.join(map(str, bits))} bits" if bits else ""
+
+
+def _dequantized(opened: Checkpoint, dtype: str | None) -> Checkpoint:
+    """The checkpoint with floats in place of quantized matrices, which are computed when they are read."""
+    arrays, config = quantized.dequantized(opened.arrays, opened.config, dtype, opened.where)
+    raw = quantized.with_settings(opened.raw_config, None)
+    return dataclasses.replace(
+        opened, format=f"{opened.format}, dequantized", config=config, raw_config=raw, arrays=arrays
+    )
+
+
 def _adapted(
     base: Checkpoint, name: str | None, dtype: str | None, cache_dir: Path | None, offline: bool
 ) -> Checkpoint:
     """The checkpoint with an adapter merged in, which happens when its arrays are read."""
     if name is None:
         return base
+    quantized.refuse(base.arrays, base.where, "an adapter", "--dequantize")
     directory = hub.resolve_adapter(name, cache_dir=cache_dir, local_files_only=offline)
     base.files.add(peft.files_of_adapter(directory))
     adapter, before = peft.open_adapter(directory), base.config.to_hf()

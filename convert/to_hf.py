@@ -11,7 +11,7 @@ import jax
 
 from opt_jax.checkpoints import directories, hub, saving
 from opt_jax.checkpoints.arrays import LazyArray
-from opt_jax.checkpoints.formats import hf_writer, names
+from opt_jax.checkpoints.formats import gptq, hf_writer, names, quantized
 from opt_jax.checkpoints.formats.hf_writer import FileWriter, Progress, Tensor
 from opt_jax.parallel import agreement
 from opt_jax.system.temporary import refuse_links
@@ -83,7 +83,8 @@ class _Writer:
         self.source, self.dtype, self.limit = source, dtype, limit
         self.cls: str = source.raw_config["architectures"][0]
         arrays = {path: cast(source, path, dtype) for path in source.arrays}
-        self.files = hf_writer.plan_files(self.cls, arrays, limit)
+        self.quantized = gptq.writer(arrays, source.quantization)
+        self.files = hf_writer.plan_files(self.cls, arrays, limit, self.quantized)
         self.files_writer = FileWriter(self._load, progress)
 
     def plan(self) -> dict[str, Any]:
@@ -114,21 +115,11 @@ class _Writer:
         return digest.hexdigest()
 
     def _load(self, tensor: Tensor) -> LazyArray:
-        held = dataclasses.replace(self.source, arrays={tensor.path: self._in_memory(tensor.path)})
+        if isinstance(self.source.arrays[tensor.path], quantized.QuantizedArray):
+            return _in_memory(tensor.array)
+        held = dataclasses.replace(self.source, arrays={tensor.path: _in_memory(self.source.arrays[tensor.path])})
         array = cast(held, tensor.path, self.dtype)
         return array.T if names.to_hf(tensor.path)[1] else array
-
-    def _in_memory(self, path: str) -> LazyArray:
-        """The array at `path`. If it is stored in chunks, it is read into memory.
-
-        A slab of rows in PyTorch's layout is a slab of columns in ours. To read these one by one would read each chunk
-        several times.
-        """
-        array = self.source.arrays[path]
-        if not array.in_chunks:
-            return array
-        values = array.read(tuple(slice(0, n) for n in array.shape))
-        return LazyArray(array.shape, array.dtype, values.__getitem__)
 
     def write_descriptions(self, directory: Path) -> None:
         """Write all other files: config, tokenizer, generation config, index. Then check that the source is unchanged.
@@ -137,10 +128,24 @@ class _Writer:
           ValueError: the source has changed since it was opened.
         """
         raw = self.source.raw_config if self.dtype is None else saving.set_dtype(self.source.raw_config, self.dtype)
+        if self.quantized is not None:
+            raw = quantized.with_settings(raw, self.quantized.settings)
         hf_writer.write_json(directory / "config.json", raw)
         saving.copy_companions(self.source.companions, directory)
         hf_writer.write_descriptions(directory, self.cls, self.source.config, self.files)
         self.source.files.check()
+
+
+def _in_memory(array: LazyArray) -> LazyArray:
+    """The array. If it is stored in chunks, it is read into memory.
+
+    A slab of rows in PyTorch's layout is a slab of columns in ours. To read these one by one would read each chunk
+    several times.
+    """
+    if not array.in_chunks:
+        return array
+    values = array.read(tuple(slice(0, n) for n in array.shape))
+    return LazyArray(array.shape, array.dtype, values.__getitem__)
 
 
 # Several processes ---------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from jax import numpy as jnp
 
 from opt_jax.checkpoints import chunks, directories, hub, orbax, pretrained, saving
 from opt_jax.checkpoints.arrays import LazyArray
-from opt_jax.checkpoints.formats import hf
+from opt_jax.checkpoints.formats import hf, quantized
 from opt_jax.parallel import agreement
 from opt_jax.system.disk import write_content
 
@@ -30,7 +30,7 @@ def convert(
 
     Args:
       destination: the directory, also at `gs://...`.
-      dtype: cast the parameters to it. Default: each keeps its dtype, bit for bit.
+      dtype: cast the parameters to it, but for quantized matrices. Default: each keeps its dtype, bit for bit.
       progress: called after each piece with the path of its array and its size in bytes.
 
     Raises:
@@ -41,8 +41,10 @@ def convert(
     """
     hub.check_array_path(destination)
     agreement.on_first_process(source.check)
-    arrays = {path: cast(source, path, dtype) for path in source.arrays}
+    arrays = quantized.expand({path: cast(source, path, dtype) for path in source.arrays})
     config = dict(source.raw_config) if dtype is None else saving.set_dtype(source.raw_config, dtype)
+    if (settings := quantized.settings_for(source.arrays, source.quantization)) is not None:
+        config = quantized.with_settings(config, settings)
     with directories.new_directory(destination, overwrite) as new:
         directories.check_space(new, sum(array.nbytes for array in arrays.values()))
         orbax.write_arrays(new / "params", arrays, progress)
@@ -57,12 +59,14 @@ def convert(
 
 
 def cast(source: Checkpoint, path: str, dtype: str | None) -> LazyArray:
-    """The array at `path`, cast to `dtype` when it is read.
+    """The array at `path`, cast to `dtype` when it is read. A quantized matrix stays as it is.
 
     Raises:
       ValueError: models are not kept in the dtype; or, when the array is read, a finite value overflows in it.
     """
     array = source.arrays[path]
+    if isinstance(array, quantized.QuantizedArray):
+        return array
     target = jnp.dtype(dtype or array.dtype)
     if target.name not in pretrained.PARAM_DTYPES:
         name = hf.stored_as(path, ())[0]

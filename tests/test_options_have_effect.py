@@ -402,6 +402,7 @@ def test_arguments_of_loading_and_saving(model, tmp_path):
         "verify": Refused("--no-verify. is for Orbax directories", name=hub.resolve("tiny"), verify=False),
         "adapter": Refused("no PEFT adapter", adapter=tmp_path / "nowhere"),
         "merge_adapter": Refused("merge_adapter=False is for an adapter", merge_adapter=False),
+        "dequantize": Refused("--dequantize. is for quantized models", dequantize=True),
     }
     check_all(names(load_pretrained), entries, loaded)
 

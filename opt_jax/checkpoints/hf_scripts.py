@@ -12,6 +12,7 @@ T = TypeVar("T")
 _DEVICES = "JAX puts arrays on its default device; for several devices pass mesh=opt_jax.parallel.make_mesh(...)"
 _DTYPE = 'pass dtype="bfloat16" (computation and weights) to from_pretrained'
 _INT8 = "load the model, then opt_jax.quantize(model)"
+_COMPRESS = "`opt-jax compress MODEL --method gptq --bits 4 --output DIRECTORY`, and load that directory"
 _LEAVE_OUT = "leave it out: "
 _TOKEN = "log in once (`hf auth login`), or set HF_TOKEN"
 _LAZY = _LEAVE_OUT + "weights are read array by array"
@@ -36,8 +37,8 @@ LOADING = {
     "trust_remote_code": _LEAVE_OUT + "no code of a repository is ever run",
     "code_revision": _LEAVE_OUT + "no code of a repository is ever run",
     "load_in_8bit": _INT8,
-    "load_in_4bit": _INT8 + " (8 bits; there are no 4 bits here)",
-    "quantization_config": _INT8,
+    "load_in_4bit": _COMPRESS,
+    "quantization_config": _LEAVE_OUT + "config.json says it of a quantized model; to quantize one, " + _COMPRESS,
     "use_flash_attention_2": 'write attn_implementation="cudnn" on NVIDIA GPUs, "splash" on TPUs',
     "gradient_checkpointing": 'write remat="full"',
     "use_safetensors": _LEAVE_OUT + "safetensors files are preferred to others",

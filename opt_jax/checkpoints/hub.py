@@ -357,32 +357,42 @@ _QUANTIZERS = {
     "compressed-tensors": "a compressed-tensors",
     "fp8": "an FP8",
     "gptq": "a GPTQ",
+    "opt-jax": "an opt-jax",
 }
-
-
 _OLD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # AutoGPTQ's and AutoAWQ's
+QUANTIZATION_FILES = ("config.json", *_OLD_FILES)
 
 
-def quantization_hint(directory: str | os.PathLike) -> str:
-    """A hint for error messages about the model in `directory`: the kind of its quantization; "" without one."""
-    for name in ("config.json", *_OLD_FILES):
+def quantization(directory: str | os.PathLike) -> tuple[str, Any, dict[str, Any]]:
+    """(name of the file, method, settings) of the quantization of the model in `directory`; empty without one."""
+    for name in QUANTIZATION_FILES:
         path = as_path(directory) / name
         try:
             content = json_object(read_small(path), path) if path.is_file() else {}
         except ValueError:
             continue
         settings = content.get("quantization_config") if name == "config.json" else content
-        if not isinstance(settings, dict) or not settings:
-            continue
-        old = any(key in settings for key in ("load_in_8bit", "load_in_4bit"))  # old versions wrote no quant_method
-        method = settings.get("quant_method", "bitsandbytes" if old else _OLD_FILES.get(name))
-        known = _QUANTIZERS.get(method.lower(), f"a {method[:40]!r}") if isinstance(method, str) else None
-        kind = known or f"a quantized (quant_method {shown(method, 40)})"
-        return (
-            f": this is {kind} checkpoint ({name}), which is not supported: take the model that was quantized, or let "
-            "transformers dequantize it (model.dequantize(), save_pretrained)"
-        )
-    return ""
+        if isinstance(settings, dict) and settings:
+            old = any(key in settings for key in ("load_in_8bit", "load_in_4bit"))  # old versions wrote no quant_method
+            method = settings.get("quant_method", "bitsandbytes" if old else _OLD_FILES.get(name))
+            return name, method.lower() if isinstance(method, str) else method, settings
+    return "", None, {}
+
+
+def quantization_hint(directory: str | os.PathLike) -> str:
+    """A hint for error messages about the model in `directory`: the kind of its quantization; "" without one."""
+    name, method, settings = quantization(directory)
+    if not settings:
+        return ""
+    known = _QUANTIZERS.get(method, f"a {method[:40]!r}") if isinstance(method, str) else None
+    kind = known or f"a quantized (quant_method {shown(method, 40)})"
+    what = "in a form that is not" if method in ("gptq", "opt-jax") else "which is not"
+    if method == "bitsandbytes":
+        what = "of which only 8 bits (load_in_8bit) are"
+    return (
+        f": this is {kind} checkpoint ({name}), {what} supported: take the model that was quantized, or let "
+        "transformers dequantize it (model.dequantize(), save_pretrained)"
+    )
 
 
 ZERO_3_HINT = (

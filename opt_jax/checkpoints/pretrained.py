@@ -22,10 +22,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from opt_jax.checkpoints import hf_scripts, hub
+from opt_jax.checkpoints import hf_scripts, hub, quantized_layers
 from opt_jax.checkpoints.arrays import Checks, LazyArray
 from opt_jax.checkpoints.chunks import Shape
-from opt_jax.checkpoints.formats import config_json, hf, names, peft
+from opt_jax.checkpoints.formats import config_json, hf, names, peft, quantized
 from opt_jax.checkpoints.orbax import open_arrays
 from opt_jax.checkpoints.source_files import files_of_model
 from opt_jax.config import OPTConfig
@@ -67,6 +67,7 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
     verify: bool = True,
     adapter: str | os.PathLike | None = None,
     merge_adapter: bool = True,
+    dequantize: bool = False,
     **fields: Any,
 ) -> M:
     """A model of class `cls` from an Orbax or a Hugging Face directory.
@@ -92,6 +93,8 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
       adapter: a PEFT adapter (LoRA) for the model: a directory, which may be in an object store, or a hub id.
       merge_adapter: False keeps the adapter's matrices as parameters of their own, as `lora.LoRA` does (needs qwix).
         They can be trained, and `save_pretrained` then writes a PEFT adapter: them, and the head of a task.
+      dequantize: make a model of floats of a quantized checkpoint. Default: its matrices stay integers in memory, with
+        scales in float32; `param_dtype` is that of the other parameters.
       **fields: fields of the config that differ from the checkpoint's: `num_labels=5`, `dropout=0.0`, `id2label=...`
 
     Raises:
@@ -110,6 +113,10 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
     config = _config_of(directory, config, fields)
     arrays, checks = open_parameters(directory, config, verify)
     stored = {path: array.dtype for path, array in arrays.items()}
+    if dequantize:
+        arrays, config = quantized.dequantized(arrays, config, "float32", directory)
+    reason = "scan_layers" if scan_layers else "an adapter" if adapter is not None else None
+    quantized.refuse(arrays, directory, reason, "dequantize=True")
     opened = None
     if adapter is not None:
         place = hub.resolve_adapter(adapter, cache_dir=cache_dir, local_files_only=local_files_only)
@@ -159,13 +166,7 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
         )
         for path, shape in expected.items()
     }
-    params = named_parameters(model)
-    for path, target in targets.items():
-        if path not in fresh:
-            params[path].set_value(read_array(arrays[path], target))
-    if fresh:
-        for path, array in _initialise(cls, config, {path: targets[path] for path in fresh}).items():
-            params[path].set_value(array)
+    _fill(model, arrays, targets, fresh, mesh)
     model.name_or_path = str(directory)
     if (directory / "generation_config.json").is_file():
         model.generation_config_json = read_small(directory / "generation_config.json").decode("utf-8", "replace")
@@ -173,6 +174,25 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
     if scan_layers:
         model = stack_layers(model)
     return cast(Any, (model, info)) if output_loading_info else model
+
+
+def _fill(
+    model: OPTPreTrainedModel,
+    arrays: Mapping[str, LazyArray],
+    targets: Mapping[str, jax.ShapeDtypeStruct],
+    fresh: Sequence[str],
+    mesh: Mesh | None,
+) -> None:
+    """Give the parameters of an abstract model the values of `arrays`, or new ones, with the shardings of `targets`."""
+    params, integers = named_parameters(model), quantized.quantized_of(arrays)
+    for path, target in targets.items():
+        if path not in fresh and path not in integers:
+            params[path].set_value(read_array(arrays[path], target))
+    if fresh:
+        for path, array in _initialise(type(model), model.config, {path: targets[path] for path in fresh}).items():
+            params[path].set_value(array)
+    for path in integers.keys() & targets.keys() - set(fresh):
+        quantized_layers.place(model, path, integers[path], read_array, mesh)
 
 
 def _report(
@@ -289,7 +309,8 @@ def check_parameters(
             (label, got), (_, want) = stored_as(path, stored_shapes[path]), stored_as(path, shape)
             hint = "" if may_differ is None else " (ignore_mismatched_sizes=True initialises it anew)"
             raise ValueError(f"{where}: tensor {label} has shape {got}, but the config calls for {want}{hint}")
-    note_without_effect(where, config.extra, {"quantization_config": ((), "no weight is quantized")})
+    if not quantized.quantized_of(arrays):
+        note_without_effect(where, config.extra, {"quantization_config": ((), "no weight is quantized")})
     return expected, fresh, dropped
 
 
@@ -364,7 +385,8 @@ def open_parameters(directory: Path, config: OPTConfig, verify: bool = True) -> 
                 f"{directory} holds the adapters of a run with --lora-rank, without the model that they belong to: let "
                 "the run finish, whose model/ has them merged in"
             )
-        return arrays, ()
+        arrays = quantized.gather(arrays, directory, config, hub.quantization(directory)[2])
+        return arrays, quantized.checks_of(arrays, directory)
     return hf.open_parameters(directory, config)
 
 

@@ -149,5 +149,5 @@ def _card(model: Any, name: str) -> str:
         heads=config.num_attention_heads,
         vocabulary=config.vocab_size,
         positions=config.max_position_embeddings,
-        dtype=model.base_model.decoder.embed_tokens.embedding.get_value().dtype,
+        dtype=model.base_model.decoder.embed_positions.embedding.get_value().dtype,
     )

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from opt_jax.checkpoints import hf_scripts, hub
+from opt_jax.checkpoints import hf_scripts, hub, quantized_layers
 from opt_jax.checkpoints.arrays import LazyArray
 from opt_jax.checkpoints.directories import check_space, new_directory
-from opt_jax.checkpoints.formats import hf_writer, names, peft
+from opt_jax.checkpoints.formats import gptq, hf_writer, names, peft, quantized
 from opt_jax.checkpoints.orbax import write_arrays
 from opt_jax.model.heads import OPTPreTrainedModel, named_parameters
 from opt_jax.model.lora import LoRA, is_trained
@@ -52,9 +52,10 @@ def save_pretrained(
 ) -> None:
     """Write the model, stacked or not, to a self-contained directory that `load_pretrained` reads.
 
-    `directory` appears complete or not at all. Parameters keep their dtype. In a `jax.distributed` job all processes
-    must call this together, with a directory that they share. Each writes its part. Of a model with an adapter that
-    was kept apart (`merge_adapter=False`), only the adapter is written, in PEFT's form.
+    `directory` appears complete or not at all. Parameters keep their dtype. Quantized matrices stay integers; in the
+    form of Hugging Face they are those of a GPTQ checkpoint. In a `jax.distributed` job all processes must call this
+    together, with a directory that they share. Each writes its part. Of a model with an adapter that was kept apart
+    (`merge_adapter=False`), only the adapter is written, in PEFT's form.
 
     Args:
       model: the model.
@@ -68,8 +69,9 @@ def save_pretrained(
 
     Raises:
       FileExistsError: `directory` exists (see `overwrite`), or is not a model directory.
-      ValueError: the model is abstract (`nnx.eval_shape`) or quantized; `safe_serialization` in a job of several
-        processes; an argument without effect; or see `hub.check_array_path`.
+      ValueError: the model is abstract (`nnx.eval_shape`), or has integers that are no quantized matrices, or (with
+        `safe_serialization`) that GPTQ's form cannot hold; `safe_serialization` in a job of several processes; an
+        argument without effect; or see `hub.check_array_path`.
     """
     for name in hf_scripts.known("save_pretrained", foreign, hf_scripts.SAVING):
         raise hf_scripts.unknown_argument("save_pretrained", name, inspect.signature(save_pretrained).parameters)
@@ -81,8 +83,9 @@ def save_pretrained(
     hub.disk_path(directory) if safe_serialization else hub.check_array_path(directory)
     if (lora := getattr(model, "lora", None)) is not None:  # see `load_pretrained`
         return _save_adapter(model, lora, directory, overwrite, tokenizer)
-    cls, arrays = type(model).__name__, _arrays_of(model)
-    config = set_dtype(model.config.to_hf() | {"architectures": [cls]}, str(arrays[names.EMBEDDING].dtype))
+    cls, arrays, integers = type(model).__name__, _arrays_of(model), quantized_layers.settings(model)
+    dtype = str(arrays.get(names.EMBEDDING, arrays[names.POSITIONS]).dtype)  # the embedding may be int8
+    config = set_dtype(quantized.with_settings(model.config.to_hf() | {"architectures": [cls]}, integers), dtype)
     companions: dict[str, bytes] = {}
 
     def read_small_files() -> None:
@@ -104,7 +107,10 @@ def save_pretrained(
 
     on_first_process(read_small_files)  # before `new_directory`, which in a bucket removes the old model first
     if safe_serialization:
-        files = hf_writer.plan_files(cls, cast(dict[str, LazyArray], arrays), limit)
+        lazy = quantized.gather(cast(dict[str, LazyArray], arrays), Path(directory), model.config, integers)
+        form = gptq.writer(lazy, integers)
+        config = quantized.with_settings(config, form and form.settings)
+        files = hf_writer.plan_files(cls, lazy, limit, form)
         with new_directory(directory, overwrite, hub.is_model) as new:
             check_space(new, sum(file.nbytes for file in files))
             hf_writer.FileWriter().write_all(new, files)
@@ -120,11 +126,12 @@ def save_pretrained(
 def _arrays_of(model: OPTPreTrainedModel) -> dict[str, LazyArray | jax.Array]:
     """The arrays to write, one for each layer and parameter."""
     arrays: dict[str, LazyArray | jax.Array] = {}
+    integers = quantized_layers.parameters_of(model)
     for path, param in named_parameters(model).items():
         value = param.get_value()
         if not isinstance(value, jax.Array):
             raise ValueError(f"cannot save parameter {path}: it is not an array, but abstract")
-        if not jnp.issubdtype(value.dtype, jnp.floating):
+        if not jnp.issubdtype(value.dtype, jnp.floating) and path not in integers:
             raise ValueError(f"cannot save parameter {path}: it is {value.dtype}; save the model that was quantized")
         if re.search(r"\.layers\.\D", path):  # stacked layers are written one by one
             for i in range(value.shape[0]):

@@ -48,6 +48,7 @@ def files_of_model(directory: Path) -> SourceFiles:
         files.add(_files_below(directory / "params"))
         return files
     files.add(weight_files(directory))
+    files.add(directory / name for name in hub.QUANTIZATION_FILES)
     return files
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from opt_jax.compression.grid import Grid, Scales, fit_groups, on_grid, refit, to_matrix
 from opt_jax.compression.statistics import dot, layer_error
@@ -54,8 +54,9 @@ def gptq(
     """
     check_hessian(hessian)
     options = dict(act_order=act_order, static_groups=static_groups, damping=damping, block_size=block_size)
-    quantized = _gptq(weight, hessian, grid, **options)
-    return quantized, checked_error(weight, quantized, hessian)
+    quantized, has_factor = _gptq(weight, hessian, grid, **options)
+    check_factor(has_factor)
+    return quantized, float(layer_error(weight, quantized, hessian))
 
 
 @partial(jax.jit, static_argnames=("grid", "act_order", "static_groups", "block_size"))
@@ -68,7 +69,7 @@ def _gptq(
     static_groups: bool,
     damping: float,
     block_size: int,
-) -> QuantizedMatrix:
+) -> tuple[QuantizedMatrix, Bool[Array, ""]]:
     groups = grid.groups(weight.shape[1])
     live, hessian = without_dead(weight, hessian)
     scales = fit_groups(weight if grid.group_size is None else live, grid)
@@ -88,7 +89,7 @@ def _gptq(
 
     factor = inverse_factor(hessian[order[:, None], order[None]], damping)
     result, scales = sweep(live[:, order], factor, block_size, begin, scales)
-    return to_matrix(result[:, place], scales, groups[place], grid)
+    return to_matrix(result[:, place], scales, groups[place], grid), jnp.isfinite(factor).all()
 
 
 def check_hessian(hessian: Float[Array, "K K"]) -> None:
@@ -102,18 +103,14 @@ def check_hessian(hessian: Float[Array, "K K"]) -> None:
         raise ValueError(f"the Hessian has the trace {trace}: no inputs of the matrix were collected, or infinite ones")
 
 
-def checked_error(
-    weight: Float[Array, "N K"], compressed: Float[Array, "N K"] | QuantizedMatrix, hessian: Float[Array, "K K"]
-) -> float:
-    """`layer_error`.
+def check_factor(has_factor: Bool[Array, ""]) -> None:
+    """Refuse a Hessian without a Cholesky factor. Where there is none, JAX gives NaN, and NaN as an integer is 0.
 
     Raises:
-      ValueError: it is not finite, because the damped Hessian has no Cholesky factor.
+      ValueError: the damped Hessian is not positive definite.
     """
-    error = float(layer_error(weight, compressed, hessian))
-    if not math.isfinite(error):
+    if not has_factor:
         raise ValueError("the Hessian is not positive definite; use more calibration tokens, or a larger damping")
-    return error
 
 
 def without_dead(

@@ -83,7 +83,7 @@ def fit(weight: Float[Array, "*N K"], grid: Grid) -> tuple[Float[Array, "*N"], F
     low, high = jnp.where(empty, -1, low), jnp.where(empty, 1, high)
     scales = divide(high - low, jnp.asarray(grid.largest, weight.dtype))
     middle = jnp.full_like(scales, (grid.largest + 1) // 2)
-    return scales, middle if grid.symmetric else jnp.round(divide(-low, scales))
+    return scales, middle if grid.symmetric else jnp.round(divide(jnp.abs(low), scales))
 
 
 def to_integers(

@@ -12,11 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from opt_jax.compression.gptq import Compress, check_hessian, checked_error, inverse_factor, sweep, without_dead
+from opt_jax.compression.gptq import Compress, check_factor, check_hessian, inverse_factor, sweep, without_dead
 from opt_jax.compression.grid import Grid, Scales, fit_groups, on_grid, refit, to_matrix
 from opt_jax.compression.pruning import Sparsity, check_sparsity, lowest, up_to_share
+from opt_jax.compression.statistics import layer_error
 from opt_jax.model.packed import QuantizedMatrix
 
 
@@ -47,8 +48,9 @@ def sparsegpt(
     if isinstance(sparsity, tuple) and block_size % sparsity[1]:
         raise ValueError(f"sparsity {sparsity[0]}:{sparsity[1]}: {sparsity[1]} does not divide block_size {block_size}")
     check_hessian(hessian)
-    compressed = _sparsegpt(weight, hessian, sparsity, grid, damping=damping, block_size=block_size)
-    return compressed, checked_error(weight, compressed, hessian)
+    compressed, has_factor = _sparsegpt(weight, hessian, sparsity, grid, damping=damping, block_size=block_size)
+    check_factor(has_factor)
+    return compressed, float(layer_error(weight, compressed, hessian))
 
 
 @partial(jax.jit, static_argnames=("sparsity", "grid", "block_size"))
@@ -60,7 +62,7 @@ def _sparsegpt(
     *,
     damping: float,
     block_size: int,
-) -> Float[Array, "N K"] | QuantizedMatrix:
+) -> tuple[Float[Array, "N K"] | QuantizedMatrix, Bool[Array, ""]]:
     columns = weight.shape[1]
     live, hessian = without_dead(weight, hessian)
     factor = inverse_factor(hessian, damping)
@@ -93,4 +95,5 @@ def _sparsegpt(
 
     state = (scales, jnp.zeros((weight.shape[0], m), bool))
     result, (scales, _) = sweep(live, factor, block_size, begin, state)
-    return result if grid is None else to_matrix(result, scales, groups, grid)
+    compressed = result if grid is None else to_matrix(result, scales, groups, grid)
+    return compressed, jnp.isfinite(factor).all()

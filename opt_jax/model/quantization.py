@@ -1,6 +1,7 @@
 """Models with int8 weights: `quantize`, and the two modules that it uses. Arrays and products come from `int8`."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,10 @@ from opt_jax.model.int8 import Int8Array
 class Int8Linear(nnx.Module):
     """`nnx.Linear` with int8 weights: weight [out, in], scale [out, 1]."""
 
-    def __init__(self, linear: nnx.Linear):
-        weight = _quantize(linear.kernel.get_value(), transpose=True)
+    def __init__(self, weight: Int8Array, bias: nnx.Param[Any] | None, dtype: Any):
         self.weight, self.scale = nnx.Param(weight.values), nnx.Param(weight.scale)
-        self.bias = linear.bias
-        self.dtype = linear.preferred_element_type or linear.dtype
+        self.bias = nnx.data(bias)
+        self.dtype = dtype
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         """The product with the dequantized weights, in the compute dtype."""
@@ -34,10 +34,9 @@ class Int8Linear(nnx.Module):
 class Int8Embed(nnx.Module):
     """`decoder.Embed` with an int8 table: weight [V, P], scale [V, 1]."""
 
-    def __init__(self, embed: nnx.Embed):
-        table = _quantize(embed.embedding.get_value(), transpose=False)
+    def __init__(self, table: Int8Array, dtype: Any):
         self.weight, self.scale = nnx.Param(table.values), nnx.Param(table.scale)
-        self.dtype = embed.dtype
+        self.dtype = dtype
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T P"]:
         """The dequantized embeddings of the ids."""
@@ -72,8 +71,11 @@ def quantize(model: OPTForCausalLM) -> OPTForCausalLM:
     for module in modules:
         for name, child in list(vars(module).items()):
             if isinstance(child, nnx.Linear):
-                setattr(module, name, Int8Linear(child))
-    model.model.decoder.embed_tokens = Int8Embed(model.model.decoder.embed_tokens)  # type: ignore[reportAttributeAccessIssue]
+                weight = _quantize(child.kernel.get_value(), transpose=True)
+                setattr(module, name, Int8Linear(weight, child.bias, child.preferred_element_type or child.dtype))
+    embed: Any = model.model.decoder.embed_tokens
+    table = _quantize(embed.embedding.get_value(), transpose=False)
+    model.model.decoder.embed_tokens = Int8Embed(table, embed.dtype)  # type: ignore[reportAttributeAccessIssue]
 
     config = model.config
     projections = 2 if config.embed_dim != config.hidden_size else 0

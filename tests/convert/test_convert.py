@@ -236,16 +236,10 @@ def test_what_is_not_floating_point_is_no_weight(tmp_path, capsys, form, dtype):
 @pytest.mark.parametrize(
     "file, content, recipe",
     [
-        (
-            "config.json",
-            TINY | {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            "this is a GPTQ checkpoint",
-        ),
         ("config.json", TINY | {"quantization_config": {"quant_method": "awq"}}, "this is an AWQ checkpoint"),
         ("config.json", TINY | {"quantization_config": {"load_in_8bit": True}}, "this is a bitsandbytes checkpoint"),
         ("config.json", TINY | {"quantization_config": {"quant_method": "hqq"}}, "this is a 'hqq' checkpoint"),
         ("config.json", TINY | {"quantization_config": {"quant_method": None}}, "a quantized (quant_method None) "),
-        ("quantize_config.json", {"bits": 4}, "this is a GPTQ checkpoint (quantize_config.json)"),
         ("quant_config.json", {"w_bit": 4}, "this is an AWQ checkpoint"),
     ],
 )

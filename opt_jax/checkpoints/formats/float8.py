@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ def quantized_part(name: str) -> str:
     if not _PART.search(name):
         return ""
     return (
-        ": such a tensor is part of a quantized checkpoint, which is not supported: take the model that was quantized"
+        ": such a tensor is part of a quantized checkpoint, but no quantization_config in config.json (or "
+        "quantize_config.json) says how to read it: take the model that was quantized"
     )
 
 
@@ -35,11 +37,16 @@ def cast(directory: Path, arrays: dict[str, LazyArray], config: OPTConfig) -> di
     small = [path for path, array in arrays.items() if array.dtype.name.startswith("float8_")]
     if not small or hub.quantization_hint(directory):
         return arrays
-    named = [config.extra.get("dtype"), config.extra.get("torch_dtype"), *(a.dtype.name for a in arrays.values())]
-    target = next((name for name in named if name in _FLOATS), _FLOATS[0])
+    target = float_dtype(config, arrays, _FLOATS[0]).name
     what = f"{small[0]} and {len(small) - 1} more tensors are" if small[1:] else f"{small[0]} is"
     warnings.warn(f"{directory}: {what} {arrays[small[0]].dtype.name}, read as {target}", stacklevel=2)
     return arrays | {path: _cast(arrays[path], target) for path in small}
+
+
+def float_dtype(config: OPTConfig, arrays: Mapping[str, LazyArray], default: str) -> np.dtype:
+    """The dtype of floats that are stored in another form: that of the config.json, or of the first array of floats."""
+    named = [config.extra.get("dtype"), config.extra.get("torch_dtype"), *(a.dtype.name for a in arrays.values())]
+    return little_endian(next((name for name in named if name in _FLOATS), default))
 
 
 def _cast(array: LazyArray, target: str) -> LazyArray:

@@ -10,9 +10,10 @@ import numpy as np
 from opt_jax.checkpoints import hub
 from opt_jax.checkpoints.arrays import Checks, LazyArray, first_difference
 from opt_jax.checkpoints.chunks import Index
-from opt_jax.checkpoints.formats import float8, foreign, names
+from opt_jax.checkpoints.formats import bitsandbytes, float8, foreign, gptq, names, quantized
 from opt_jax.checkpoints.formats.flax_msgpack import read_flax
 from opt_jax.checkpoints.formats.mapped_files import shown
+from opt_jax.checkpoints.formats.quantized import QuantizedArray
 from opt_jax.checkpoints.formats.safetensors import read_safetensors
 from opt_jax.checkpoints.formats.stored import locate
 from opt_jax.checkpoints.formats.torch_files import read_torch
@@ -110,7 +111,8 @@ def open_parameters(directory: Path, config: OPTConfig) -> tuple[dict[str, LazyA
     """
     arrays: dict[str, LazyArray] = {}
     checks: list[Callable[[], object]] = []
-    stored = open_checkpoint(directory, checks)
+    stored, more = _gather_quantized(directory, config, open_checkpoint(directory, checks))
+    checks += more
     try:
         plain, prefixes = plain_names(stored)
     except ValueError as e:
@@ -128,7 +130,7 @@ def open_parameters(directory: Path, config: OPTConfig) -> tuple[dict[str, LazyA
                 dropped.append(shown(full_name))
                 continue
             raise ValueError(f"{directory}: tensor {shown(name)} is left over: no OPT model has it{hint}") from None
-        array = array.T if transposed else array
+        array = array.T if transposed and not isinstance(array, QuantizedArray) else array
         if path in arrays:
             checks.append(partial(_check_same, f"{directory}: tensor {name} is there twice", arrays[path], array))
         else:
@@ -143,7 +145,20 @@ def open_parameters(directory: Path, config: OPTConfig) -> tuple[dict[str, LazyA
         else:
             checks.append(partial(_check_tied, directory, head, embedding))
     checks += (*note_of_prefixes(directory, prefixes), *_note_of_dropped(directory, sorted(dropped)))
-    return arrays, tuple(checks)
+    return arrays, (*checks, *quantized.checks_of(arrays, directory))
+
+
+def _gather_quantized(
+    directory: Path, config: OPTConfig, stored: dict[str, LazyArray]
+) -> tuple[dict[str, LazyArray], Checks]:
+    """The tensors, with a `QuantizedArray` in place of the parts of a quantized matrix; and checks that read data."""
+    _, method, settings = hub.quantization(directory)
+    dtype = float8.float_dtype(config, stored, "float32")
+    if method == "gptq" and any(name.endswith(".qweight") for name in stored):
+        return gptq.gather(stored, settings, directory, dtype)
+    if method == "bitsandbytes" and bitsandbytes.is_supported(settings):
+        return bitsandbytes.gather(stored, directory, dtype), ()
+    return stored, ()
 
 
 def _note_of_dropped(directory: Path, dropped: list[str]) -> Checks:

@@ -23,13 +23,19 @@ import safetensors
 
 from opt_jax.checkpoints import chunks
 from opt_jax.checkpoints.arrays import LazyArray
-from opt_jax.checkpoints.formats import names
+from opt_jax.checkpoints.formats import gptq, names
+from opt_jax.checkpoints.formats.quantized import QuantizedArray
 from opt_jax.config import OPTConfig
 from opt_jax.system.disk import disk_errors, write_content
 
 Progress = Callable[[str, int], None]
 
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # in the order in which safetensors sorts them
+DTYPES = {
+    "float32": "F32",
+    "int32": "I32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+}  # in the order in which safetensors sorts them
 # The order of modules and parameters in PyTorch, for all levels together.
 ORDER = (
     "model",
@@ -51,6 +57,10 @@ ORDER = (
     "q_proj",
     "out_proj",
     "weight",
+    "qweight",
+    "qzeros",
+    "scales",
+    "g_idx",
     "bias",
 )
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -105,7 +115,9 @@ class File:
         return len(self.header) + sum(tensor.array.nbytes for tensor in self.tensors)
 
 
-def plan_files(cls: str, arrays: Mapping[str, LazyArray], limit: int) -> list[File]:
+def plan_files(
+    cls: str, arrays: Mapping[str, LazyArray], limit: int, quantized: gptq.Writer | None = None
+) -> list[File]:
     """The tensors of a model, divided into files of at most `limit` bytes in the way of `huggingface_hub`.
 
     Source: huggingface_hub's split_state_dict_into_shards_factory.
@@ -114,12 +126,17 @@ def plan_files(cls: str, arrays: Mapping[str, LazyArray], limit: int) -> list[Fi
       cls: the class of the model.
       arrays: parameter path -> array in our layout.
       limit: the most bytes of tensors in a file. A larger tensor has a file of its own.
+      quantized: writes the arrays that are integers.
     """
     tensors = []
     for path, array in arrays.items():
         name, transposed = names.to_hf(path)
         name = name.removeprefix("model.") if cls == "OPTModel" else name
-        tensors.append(Tensor(name, path, array.T if transposed else array))
+        if quantized is not None and isinstance(array, QuantizedArray):
+            base = name.removesuffix("weight")
+            tensors += (Tensor(base + part, path, tensor) for part, tensor in quantized.tensors(path).items())
+        else:
+            tensors.append(Tensor(name, path, array.T if transposed else array))
     shards: list[list[Tensor]] = []
     current, size = [], 0
     for tensor in sorted(tensors, key=_order):
@@ -142,7 +159,7 @@ def plan_files(cls: str, arrays: Mapping[str, LazyArray], limit: int) -> list[Fi
 
 def _order(tensor: Tensor) -> list[int]:
     """A key that sorts tensors in the order of a PyTorch state dict."""
-    parts = names.to_hf(tensor.path)[0].split(".")
+    parts = tensor.name.split(".")
     return [int(part) if part.isdigit() else ORDER.index(part) for part in parts if part != "decoder"]
 
 

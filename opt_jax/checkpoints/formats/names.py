@@ -16,11 +16,12 @@ def _norm(name: str) -> dict[str, tuple[str, bool]]:
 
 
 EMBEDDING = "model.decoder.embed_tokens.embedding"  # ours; every model has it
+POSITIONS = "model.decoder.embed_positions.embedding"
 _LAYER = "model.decoder.layers.*"
 # Our path -> (HF name, whether the matrix is transposed); "*" stands for the number of the layer.
 TABLE: dict[str, tuple[str, bool]] = {
     EMBEDDING: ("model.decoder.embed_tokens.weight", False),
-    "model.decoder.embed_positions.embedding": ("model.decoder.embed_positions.weight", False),
+    POSITIONS: ("model.decoder.embed_positions.weight", False),
     "model.decoder.project_in.kernel": ("model.decoder.project_in.weight", True),
     "model.decoder.project_out.kernel": ("model.decoder.project_out.weight", True),
     **_linear(f"{_LAYER}.self_attn.q_proj"),
