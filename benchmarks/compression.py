@@ -1,11 +1,10 @@
 """What compression costs in accuracy, and what a layer of the 6.7B's shape takes.
 
-Run: `.venv/bin/python -m benchmarks.compression` (`--only table` or `--only layers` for one of the two).
-Table: the embedded model, or `--model`, calibrated with 128 windows of `--calibration` (default: packages of Python's
-standard library), measured on `--data` (default: the sources of opt_jax): perplexity by non-overlapping windows, KL from
-the model's next-token distributions, in nats per token, bytes of all arrays on disk, seconds of `compress`, compilation
-included. Layers: GPTQ with 4 bits in groups of 128 of two layers of the 6.7B's shape with random weights, in a process of
-its own: seconds of each layer, and the most memory that the process had.
+Run: `.venv/bin/python -m benchmarks.compression` (`--only table` or `--only layers` for one of the two). Table: the
+embedded model, or `--model`, calibrated with 128 windows of `--calibration` (default: packages of Python's standard
+library) and measured on 100 windows of `--data` (default: the sources of opt_jax). KL: from the model's next-token
+distributions, in nats per token. MB: all arrays on disk. s: of `compress`, compilation included. Layers: two layers of
+the 6.7B's shape with random weights by GPTQ, in a process of its own, with the most memory that it had.
 """
 
 import argparse
@@ -79,9 +78,7 @@ def table(name: str, calibration: list[str], data: list[str], only: str) -> None
     ids, documents = read_ids(data, tokenizer)
     count = min(WINDOWS, len(ids) // length) // 4 * 4
     windows = ids[: count * length].reshape(count, length)
-    print(
-        f"{name}: {count} windows of {length} tokens of {documents} documents; calibration: {', '.join(calibration)}\n"
-    )
+    print(f"{name}: {count} windows of {length} tokens of {documents} documents, calibrated with {calibration}\n")
     print("| | perplexity | KL, nats/token | MB | s |\n|---|---|---|---|---|")
     _, perplexity = measure(reference, reference, windows)
     stored = sum(2 * leaf.size for leaf in jax.tree.leaves(reference)) / 1e6
@@ -110,9 +107,8 @@ def write_random(directory: Path, config: OPTConfig) -> None:
 
         return LazyArray(shape, np.dtype(np.float16), read)
 
-    write_arrays(
-        directory / "params", {path: random(path, shape) for path, shape in expected_shapes(OPTForCausalLM, config)}
-    )
+    shapes = expected_shapes(OPTForCausalLM, config)
+    write_arrays(directory / "params", {path: random(path, shape) for path, shape in shapes})
     (directory / "config.json").write_text(json.dumps(config.to_hf() | {"dtype": "float16"}))
 
 
@@ -127,14 +123,15 @@ def layers(samples: int) -> None:
         compress(place, Path(place) / "out", "gptq", bits=4, group_size=128, calibration=ids, progress=progress)
     each = " and ".join(f"{b - a:.0f} s" for a, b in zip(times, times[1:], strict=False))
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    print(
-        f"two layers of the 6.7B's shape, GPTQ, 4 bits in groups of 128, {samples} windows of 2048 tokens: {each}; {most:.1f} GB"
-    )
+    what = f"GPTQ, 4 bits in groups of 128, {samples} windows of 2048 tokens"
+    print(f"two layers of the 6.7B's shape, {what}: {each}; {most:.1f} GB")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    packages = sorted({str(path.parent) for path in stdlib_files() if path.parent.name in ("asyncio", "email", "http")})
+    packages = sorted(
+        {str(path.parent) for path in stdlib_files() if path.parent.name in ("asyncio", "http", "logging")}
+    )
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--calibration", nargs="+", default=packages)
     parser.add_argument("--data", nargs="+", default=["opt_jax"])

@@ -17,6 +17,7 @@ import opt_jax
 from opt_jax.checkpoints import hub
 from opt_jax.checkpoints.arrays import LazyArray
 from opt_jax.checkpoints.directories import check_destination, check_space, new_directory
+from opt_jax.checkpoints.formats import quantized
 from opt_jax.checkpoints.formats.hf_writer import write_json
 from opt_jax.checkpoints.orbax import write_arrays
 from opt_jax.checkpoints.saving import copy_companions
@@ -254,9 +255,8 @@ def _write(source: Source, recipe: Recipe, work: _Work, path: Path, report: dict
         copy_companions(hub.companion_directories(source.directory), new)
         source.files.check()
         write_json(new / hub.RECIPE_FILE, report)
-        settings = None
-        if recipe.bits is not None:
-            activation_bits = 8 if recipe.method == "smoothquant" else None
-            settings = {"quant_method": "opt-jax", "format": 1, "bits": recipe.bits, "activation_bits": activation_bits}
-            settings |= {"recipe": recipe.described()}
-        write_json(new / "config.json", source.raw | ({} if settings is None else {"quantization_config": settings}))
+        kernels = [path for path in source.arrays if path not in arrays]  # which are quantised
+        activation_bits = 8 if recipe.method == "smoothquant" else None
+        bits: Any = dict.fromkeys(kernels, recipe.bits)
+        settings = quantized.settings_of(bits, dict.fromkeys(kernels, activation_bits), recipe.described())
+        write_json(new / "config.json", quantized.with_settings(source.raw, settings))

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from opt_jax.checkpoints import hub
 from opt_jax.checkpoints.arrays import LazyArray
+from opt_jax.checkpoints.formats.quantized import quantized_of
 from opt_jax.checkpoints.pretrained import check_parameters, choose_dtypes, open_parameters, read_array, read_config
 from opt_jax.checkpoints.source_files import SourceFiles, files_of_model
 from opt_jax.config import OPTConfig
@@ -79,6 +80,8 @@ class Source:
         files = files_of_model(directory)
         config, raw = read_config(directory)
         arrays, checks = open_parameters(directory, config, verify)
+        for path in quantized_of(arrays):
+            raise ValueError(f"{directory}: {path} is quantized already: take the model that was quantized")
         check_parameters(OPTModel, config, arrays, directory, may_drop=_HEADS)
         for check in checks:
             check()

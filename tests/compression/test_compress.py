@@ -239,6 +239,20 @@ def test_everything_else_stays_as_it_was(saved, tmp_path, method):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+@pytest.mark.parametrize("method", FORMS)
+def test_the_directory_is_a_model(saved, tmp_path, method):
+    options = FORMS[method]
+    compress(saved("opt-125m"), tmp_path / "out", method, **options)
+    model, recipe = OPTForCausalLM.from_pretrained(tmp_path / "out"), make_recipe(method, options)
+    expected = float_model(tmp_path / "out", saved("opt-125m"), recipe)(IDS).logits
+    atol = 0.15 if method == "smoothquant" else 1e-4  # it also rounds activations
+    np.testing.assert_allclose(model(IDS).logits, expected, rtol=1e-3, atol=atol)
+    assert model.generate(IDS[:1, :4], max_new_tokens=3).sequences.shape == (1, 7)
+    if recipe.bits:
+        with pytest.raises(ValueError, match="kernel is quantized already: take the model that was quantized"):
+            compress(tmp_path / "out", tmp_path / "again", "rtn")
+
+
 def test_a_pruned_model_is_a_model(saved, tmp_path):
     compress(saved("opt-350m"), tmp_path / "out", "wanda", **FORMS["wanda"])
     model = OPTForCausalLM.from_pretrained(tmp_path / "out")
