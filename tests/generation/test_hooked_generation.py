@@ -100,7 +100,7 @@ def test_rows_of_generation():
         (Zero(heads=0), {}, "has no heads"),
     ],
 )
-def test_generation_refuses(edit, options, words):
+def test_generation_refuses(edit, options: dict[str, Any], words):
     options = {name: value() if callable(value) else value for name, value in options.items()}
     with pytest.raises(ValueError, match=words):
         separate().generate(PROMPTS, hooks={RESID: edit}, **options)
