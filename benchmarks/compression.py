@@ -2,7 +2,7 @@
 
 Run: `.venv/bin/python -m benchmarks.compression` (`--only table` or `--only layers` for one of the two). Table: the
 embedded model, or `--model`, calibrated with 128 windows of `--calibration` (default: packages of Python's standard
-library) and measured on 100 windows of `--data` (default: the sources of opt_jax). KL: from the model's next-token
+library) and measured on 40 windows of `--data` (default: the sources of opt_jax). KL: from the model's next-token
 distributions, in nats per token. MB: all arrays on disk. s: of `compress`, compilation included. Layers: two layers of
 the 6.7B's shape with random weights by GPTQ, in a process of its own, with the most memory that it had.
 """
@@ -29,7 +29,7 @@ from opt_jax.compression import compress
 from opt_jax.data.files import stdlib_files
 from opt_jax.evaluation.command import read_ids
 
-WINDOWS = 100  # that are measured
+WINDOWS = 40  # that are measured
 CALIBRATED = dict(samples=128, seed=0)
 ROWS: dict[str, dict[str, Any]] = {
     "rtn, 8 bits": dict(method="rtn", bits=8),
@@ -58,30 +58,36 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 @jax.jit
-def sums(model: OPTForCausalLM, reference: OPTForCausalLM, ids: jax.Array) -> jax.Array:
-    """(KL of the reference, negative log-likelihood), summed over the tokens of windows that have one before them."""
-    out, expected = (jax.nn.log_softmax(m.forward(ids).logits[:, :-1], axis=-1) for m in (model, reference))
+def logprobs(model: OPTForCausalLM, ids: jax.Array) -> jax.Array:
+    return jax.nn.log_softmax(model.forward(ids).logits[:, :-1], axis=-1)
+
+
+@jax.jit
+def sums(out: jax.Array, expected: jax.Array, ids: jax.Array) -> jax.Array:
+    """(KL of `expected`, negative log-likelihood), summed over the tokens of windows that have one before them."""
     nll = -jnp.take_along_axis(out, ids[:, 1:, None], axis=-1)
     return jnp.stack([(jnp.exp(expected) * (expected - out)).sum(), nll.sum()])
 
 
-def measure(model: OPTForCausalLM, reference: OPTForCausalLM, windows: np.ndarray) -> tuple[float, float]:
-    """(KL, perplexity)."""
-    total = sum(np.asarray(sums(model, reference, batch), np.float64) for batch in np.split(windows, len(windows) // 4))
-    kl, nll = total / windows[:, 1:].size
+def measure(model: OPTForCausalLM, expected: list[jax.Array], batches: list[np.ndarray]) -> tuple[float, float]:
+    """(KL, perplexity). `expected`: the log-probabilities of the model that was compressed."""
+    pairs = zip(expected, batches, strict=True)
+    total = sum(np.asarray(sums(logprobs(model, ids), row, ids), np.float64) for row, ids in pairs)
+    kl, nll = total / sum(ids[:, 1:].size for ids in batches)
     return float(kl), float(np.exp(nll))
 
 
 def table(name: str, calibration: list[str], data: list[str], only: str) -> None:
-    tokenizer, reference = OPTTokenizer.from_pretrained(name), OPTForCausalLM.from_pretrained(name)
-    length = min(2048, reference.config.max_position_embeddings)
+    tokenizer, model = OPTTokenizer.from_pretrained(name), OPTForCausalLM.from_pretrained(name)
+    length = min(2048, model.config.max_position_embeddings)
     ids, documents = read_ids(data, tokenizer)
     count = min(WINDOWS, len(ids) // length) // 4 * 4
-    windows = ids[: count * length].reshape(count, length)
+    batches = np.split(ids[: count * length].reshape(count, length), count // 4)
+    expected = [logprobs(model, batch) for batch in batches]
     print(f"{name}: {count} windows of {length} tokens of {documents} documents, calibrated with {calibration}\n")
     print("| | perplexity | KL, nats/token | MB | s |\n|---|---|---|---|---|")
-    _, perplexity = measure(reference, reference, windows)
-    stored = sum(2 * leaf.size for leaf in jax.tree.leaves(reference)) / 1e6
+    _, perplexity = measure(model, expected, batches)
+    stored = sum(2 * leaf.size for leaf in jax.tree.leaves(model)) / 1e6
     print(f"| float16 | {perplexity:.3f} | | {stored:.2f} | |", flush=True)
     for row, options in ROWS.items():
         if only not in row:
@@ -92,7 +98,7 @@ def table(name: str, calibration: list[str], data: list[str], only: str) -> None
             compress(name, Path(place) / "model", **options, **samples)
             seconds = time.perf_counter() - begin
             nbytes = sum(array.nbytes for array in open_stored(Path(place) / "model" / "params").values())
-            kl, perplexity = measure(OPTForCausalLM.from_pretrained(Path(place) / "model"), reference, windows)
+            kl, perplexity = measure(OPTForCausalLM.from_pretrained(Path(place) / "model"), expected, batches)
         print(f"| {row} | {perplexity:.3f} | {kl:.2e} | {nbytes / 1e6:.2f} | {seconds:.1f} |", flush=True)
 
 
@@ -116,7 +122,7 @@ def layers(samples: int) -> None:
     """Runs in a process of its own."""
     config = OPTConfig.preset("6.7b", num_hidden_layers=2, vocab_size=1000)
     ids = np.random.default_rng(0).integers(4, 1000, (samples, 2048))
-    with tempfile.TemporaryDirectory(dir=".") as place:
+    with tempfile.TemporaryDirectory() as place:
         write_random(Path(place), config)
         times = [time.perf_counter()]
         progress = lambda *_: times.append(time.perf_counter())  # noqa: E731
