@@ -43,5 +43,5 @@ def test_the_table_has_all_methods_and_options():
     assert [method for method, _ in rows] == list(OPTIONS)
     for method, cell in rows:
         mentioned = {name.replace("-", "_") for name in re.findall(r"--([a-z-]+)", cell)}
-        own = {*OPTIONS[method]} & {*mentioned, "damping", "alpha", "sparsity", "act_order", "true_sequential"}
-        assert own == mentioned, method
+        described = {*OPTIONS[method]} & {*mentioned, "damping", "alpha", "sparsity", "act_order", "true_sequential"}
+        assert described == mentioned, method
