@@ -75,7 +75,7 @@ def search_scales(
 
 
 @jax.jit
-def _candidate(mean: Float[Array, " K"], ratio: float) -> Float[Array, " K"]:
+def _candidate(mean: Float[Array, " K"], ratio: float | Float[Array, ""]) -> Float[Array, " K"]:
     scales = jnp.maximum(mean**ratio, _SMALLEST)
     return scales / jnp.sqrt(scales.max() * scales.min())
 

@@ -67,7 +67,7 @@ def _gptq(
     *,
     act_order: bool,
     static_groups: bool,
-    damping: float,
+    damping: float | Float[Array, ""],
     block_size: int,
 ) -> tuple[QuantizedMatrix, Bool[Array, ""]]:
     groups = grid.groups(weight.shape[1])
@@ -121,7 +121,7 @@ def without_dead(
     return jnp.where(dead[None], 0, weight), hessian + jnp.diag(dead.astype(hessian.dtype))
 
 
-def inverse_factor(hessian: Float[Array, "K K"], damping: Float[Array, ""] | float) -> Float[Array, "K K"]:
+def inverse_factor(hessian: Float[Array, "K K"], damping: float | Float[Array, ""]) -> Float[Array, "K K"]:
     """U, upper triangular, with U^T U = inverse of the damped Hessian.
 
     H reversed (both axes) is M M^T, so that H is R R^T with R = M reversed, and U is the inverse of R.
@@ -171,7 +171,9 @@ def sweep(
         after = jnp.where(jnp.arange(columns)[None] < start + width, 0, rows)
         return lax.dynamic_update_slice_in_dim(weights - dot(errors, after), block, start, axis=1), state
 
-    full, carry = columns // block_size, (weight, state)
+    full, rest = divmod(columns, block_size)
     if full:  # a slice of a block's width is an error in a narrower matrix, even in a loop of no steps
-        carry = lax.fori_loop(0, full, lambda b, c: do_block(b * block_size, *c, block_size), carry)
-    return do_block(jnp.asarray(full * block_size), *carry, rest) if (rest := columns % block_size) else carry
+        weight, state = lax.fori_loop(
+            0, full, lambda b, c: do_block(b * block_size, c[0], c[1], block_size), (weight, state)
+        )
+    return do_block(jnp.asarray(full * block_size), weight, state, rest) if rest else (weight, state)

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from opt_jax.compression.gptq import Compress, check_factor, check_hessian, inverse_factor, sweep, without_dead
-from opt_jax.compression.grid import Grid, Scales, fit_groups, on_grid, refit, to_matrix
+from opt_jax.compression.grid import Grid, fit_groups, on_grid, refit, to_matrix
 from opt_jax.compression.pruning import Sparsity, check_sparsity, lowest, up_to_share
 from opt_jax.compression.statistics import layer_error
 from opt_jax.model.packed import QuantizedMatrix
@@ -60,7 +60,7 @@ def _sparsegpt(
     sparsity: Sparsity,
     grid: Grid | None,
     *,
-    damping: float,
+    damping: float | Float[Array, ""],
     block_size: int,
 ) -> tuple[Float[Array, "N K"] | QuantizedMatrix, Bool[Array, ""]]:
     columns = weight.shape[1]
@@ -81,7 +81,7 @@ def _sparsegpt(
         def of_next(block: jax.Array, i: jax.Array) -> jax.Array:
             return lowest(scores(lax.dynamic_slice_in_dim(block, i, m, axis=1), start + i), n)
 
-        def compress(block: jax.Array, i: jax.Array, state: tuple[Scales, jax.Array]) -> tuple[jax.Array, Any]:
+        def compress(block: jax.Array, i: jax.Array, state: Any) -> tuple[jax.Array, Any]:
             scales, removed = state
             if of_block is None:
                 removed = lax.cond(i % m == 0, lambda: of_next(block, i), lambda: removed)

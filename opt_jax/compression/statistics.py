@@ -8,7 +8,7 @@ with: begin with zeros in float32.
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from opt_jax.model.packed import QuantizedMatrix
 
@@ -23,7 +23,9 @@ def _flat(inputs: Float[Array, "B T K"], like: Array) -> Float[Array, "B*T K"]:
 
 
 @jax.jit
-def add_hessian(hessian: Float[Array, "K K"], sequences: int, inputs: Float[Array, "B T K"]) -> Float[Array, "K K"]:
+def add_hessian(
+    hessian: Float[Array, "K K"], sequences: int | Int[Array, ""], inputs: Float[Array, "B T K"]
+) -> Float[Array, "K K"]:
     """2 / n times the sum of x x^T over all tokens x of the n sequences so far.
 
     Args:
@@ -38,7 +40,9 @@ def add_hessian(hessian: Float[Array, "K K"], sequences: int, inputs: Float[Arra
 
 
 @jax.jit
-def add_squares(squares: Float[Array, " K"], sequences: int, inputs: Float[Array, "B T K"]) -> Float[Array, " K"]:
+def add_squares(
+    squares: Float[Array, " K"], sequences: int | Int[Array, ""], inputs: Float[Array, "B T K"]
+) -> Float[Array, " K"]:
     """1 / n times the sum of x * x over all tokens x of the n sequences so far; its root is what Wanda calls norms."""
     before = jnp.asarray(sequences, squares.dtype)
     total = before + inputs.shape[0]

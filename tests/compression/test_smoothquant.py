@@ -1,5 +1,6 @@
 """SmoothQuant without PyTorch; tests/parity/test_compression_parity.py compares it with the paper."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import CONFIGS
@@ -43,7 +44,7 @@ def test_alpha_moves_the_range_from_activations_to_weights():
 def test_layer_norm_takes_the_scales():
     rng = np.random.default_rng(0)
     scale, bias, x = rng.normal(size=(3, 160)).astype(np.float32)
-    scales = np.exp(rng.normal(size=160)).astype(np.float32)
+    scales = jnp.exp(rng.normal(size=160).astype(np.float32))
     new_scale, new_bias = smoothquant.fold_into_norm(scale, bias, scales)
     np.testing.assert_allclose((x * new_scale + new_bias) * scales, x * scale + bias, rtol=1e-5, atol=1e-6)
 

@@ -138,7 +138,7 @@ def sparsegpt_of_paper(weight, hessian, sparsity, grid=None, damping=0.01, block
     """Algorithm 1, and section 3.5, which rounds what stays: (weights, integers)."""
     columns = weight.shape[1]
     weight, hessian = weight.clone(), hessian.clone()
-    scale, zero = min_max(weight, grid) if grid else (None, None)
+    scale, zero = min_max(weight, grid or Grid(4))
     dead = hessian.diagonal() == 0
     hessian[dead, dead] = 1
     weight[:, dead] = 0

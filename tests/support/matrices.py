@@ -3,6 +3,7 @@
 import argparse
 import functools
 import inspect
+from typing import Any
 
 import numpy as np
 from support.small_models import first_layers
@@ -12,7 +13,7 @@ from opt_jax import OPTTokenizer
 DEAD = (3, 70, 71)  # inputs that are always 0
 
 
-def correlated(dtype=np.float32, rows=96, columns=160, tokens=40, seed=0) -> tuple[np.ndarray, np.ndarray]:
+def correlated(dtype=np.float32, rows=96, columns=160, tokens=40, seed=0) -> tuple[Any, Any]:
     """(weight [N, K], inputs [8, T, K]): inputs of different sizes; a row of zeros, and DEAD inputs."""
     rng = np.random.default_rng(seed)
     mixing = rng.normal(size=(columns // 4, columns)) / 4
@@ -25,12 +26,13 @@ def correlated(dtype=np.float32, rows=96, columns=160, tokens=40, seed=0) -> tup
 
 
 @functools.cache
-def first_layer() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def first_layer() -> dict[str, tuple[Any, Any]]:
     """Name -> (weight [N, K], inputs [B, T, K]) of matrices in the first layer of `tiny`, which reads Python code."""
     model = first_layers(1)
     ids = OPTTokenizer.from_pretrained("tiny")(inspect.getsource(argparse)).input_ids[0]
     ids = np.asarray(ids[: 16 * 128]).reshape(16, 128)
-    layer = model.model.decoder.layers[0]
+    layer: Any = model.model.decoder.layers
+    layer = layer[0]
     matrices = {
         "ln1.hook_normalized": layer.self_attn.q_proj,
         "attn.hook_z": layer.self_attn.out_proj,
