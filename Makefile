@@ -116,6 +116,15 @@ clean:
 	  'from importlib.metadata import requires; print(*{r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")})')"
 	@touch $@
 
+# Compiles for NVIDIA GPUs without having one (tests/test_gpu_programs.py). Nothing else needs it.
+%/cuda/.installed: %/.installed-test
+	@echo "Installing JAX's CUDA plug-in and NVIDIA's libraries into $(@D) (2.8 GB on disk) ..."
+	@rm -rf $(@D)
+	@$*/bin/python $(PIP_INSTALL) $(NO_COMPILE) --no-deps --target $(@D) $$($*/bin/python -c 'import jax; \
+	  print(*(f"jax-cuda12-{name}=={jax.__version__}" for name in ("plugin", "pjrt")))') $(addprefix nvidia-, \
+	  $(addsuffix -cu12,cuda-nvcc cuda-runtime cuda-cupti cuda-nvrtc cublas cudnn))
+	@touch $@
+
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or later found: install one, or name it with PYTHON=..." >&2; exit 1; }
 	"$(PYTHON)" -m venv .venv

@@ -174,15 +174,15 @@ def main() -> None:
         texts = [" ".join(rng.choices(["def", "return", "self", "x", "(", ")", "\n"], k=300)) for _ in range(400)]
         (place / "text.txt").write_text("\n\n".join(texts))
         cache = place / "cache" if options.cache else None
-        whole, broken = (
+        uninterrupted, broken = (
             Run(place / name, place / "text.txt", steps, options.processes, cache) for name in ("whole", "interrupted")
         )
-        if ended(whole.start(), 24 * 3600) != [0] * options.processes:
+        if ended(uninterrupted.start(), 24 * 3600) != [0] * options.processes:
             sys.exit(f"the run without interruptions failed: see {place / 'whole.log'}")
         begin = time.monotonic()
         count, waits = endure(broken, options.kills, options.kinds, options.seed, options.wait)
         seconds = time.monotonic() - begin
-        equal = broken.lines() == whole.lines()
+        equal = broken.lines() == uninterrupted.lines()
         print(f"\n{machine('jax')}\n")
         print(f"{steps} steps, {options.processes} processes, {seconds / 60:.1f} minutes, {dict(count)}")
         print("| | interruptions | seconds to the next step, median | range |\n|---|---|---|---|")
