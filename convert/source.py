@@ -137,7 +137,7 @@ def _adapted(
     """The checkpoint with an adapter merged in, which happens when its arrays are read."""
     if name is None:
         return base
-    quantized.refuse(base.arrays, base.where, "an adapter", "--dequantize")
+    quantized.refuse(base.arrays, base.where, "an adapter", "pass --dequantize")
     directory = hub.resolve_adapter(name, cache_dir=cache_dir, local_files_only=offline)
     base.files.add(peft.files_of_adapter(directory))
     adapter, before = peft.open_adapter(directory), base.config.to_hf()

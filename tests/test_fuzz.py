@@ -25,6 +25,7 @@ DRAWN: dict[str, tuple[Callable[[Any], st.SearchStrategy], int]] = {
     "Model": (fuzz_cases.damage, 100),
     "Adapter": (fuzz_cases.damage, 100),
     "Flax": (fuzz_cases.damage, 150),
+    "Quantized": (fuzz_cases.damage, 50),
     "Training": (fuzz_cases.damage, 20),
     "Arrays": (lambda files: st.one_of(fuzz_cases.arrays(), fuzz_cases.damage(files)), 150),
     "Generation": (lambda names: fuzz_cases.requests(sorted(names)), 300),

@@ -181,12 +181,13 @@ def resolve(
     if name and path.exists():
         if (says := foreign.of_file(path)) is not None:
             raise ValueError(f"{name} is {says}")
-        if says := quantization_hint(path.parent):
+        if (says := quantization_hint(path.parent)) and quantization(path.parent)[1] not in ("gptq", "opt-jax"):
             raise ValueError(f"{name}{says}")
         raise ValueError(f"{name} is a file; give the directory it is in")
     if name == "tiny" or not _HUB_ID.fullmatch(name):
         raise FileNotFoundError(f"no directory {name!r}" + (" in this package" if name == "tiny" else ""))
-    folder = download(Repository(name, revision, cache_dir, local_files_only), COMPANION_FILES, weights)
+    small_files = (*COMPANION_FILES, *QUANTIZATION_FILES)
+    folder = download(Repository(name, revision, cache_dir, local_files_only), small_files, weights)
     return _without_broken_names(folder, weights)
 
 

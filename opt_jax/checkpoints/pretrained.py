@@ -115,8 +115,9 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
     stored = {path: array.dtype for path, array in arrays.items()}
     if dequantize:
         arrays, config = quantized.dequantized(arrays, config, "float32", directory)
-    reason = "scan_layers" if scan_layers else "an adapter" if adapter is not None else None
-    quantized.refuse(arrays, directory, reason, "dequantize=True")
+    reason = "an adapter" if adapter is not None else "a stack of layers (scan_layers, training)"
+    reason = reason if adapter is not None or scan_layers else None
+    quantized.refuse(arrays, directory, reason, "pass dequantize=True, or convert it with --dequantize")
     opened = None
     if adapter is not None:
         place = hub.resolve_adapter(adapter, cache_dir=cache_dir, local_files_only=local_files_only)

@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 from opt_jax.checkpoints import hub
 from opt_jax.config import OPTConfig
 from opt_jax.model.heads import OPTModel
-from opt_jax.model.stacking import stack_layers
 from opt_jax.parallel.rules import named_leaves
 from opt_jax.text.tokenizer import OPTTokenizer
 from opt_jax.training.options import Options
@@ -83,8 +82,8 @@ def load(start: str, before: OPTConfig, plain: Any, seed: int, mesh: Mesh, verif
     labels = lambda c: [c.extra.get(name) for name in ("architectures", "id2label")]  # noqa: E731
     kept = cls not in TASKS.values() or labels(before) == labels(config)
     verify = verify or not hub.is_orbax(start)  # otherwise --no-verify is for the run's own checkpoints
-    options: Any = dict(dtype=plain.dtype, param_dtype=jnp.float32, mesh=mesh, verify=verify)
-    model = stack_layers((cls if kept else OPTModel).from_pretrained(start, **options))
+    options: Any = dict(dtype=plain.dtype, param_dtype=jnp.float32, mesh=mesh, verify=verify, scan_layers=True)
+    model = (cls if kept else OPTModel).from_pretrained(start, **options)
     values = {("" if kept else "model.") + name: leaf for name, leaf in named_leaves(model).items()}
     names = named_leaves(plain)
     shardings = dict(zip(names, jax.tree.leaves(state_shardings(plain, mesh)), strict=True))

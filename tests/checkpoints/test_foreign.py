@@ -62,12 +62,12 @@ def test_other_formats_under_other_names(tmp_path, capsys):
 
 def test_a_file_of_a_quantized_model(tmp_path, capsys):
     (tmp_path / "hf").mkdir()
-    for name, content in {"config.json": TINY, "quantize_config.json": {"bits": 4}}.items():
+    for name, content in {"config.json": TINY, "quant_config.json": {"w_bit": 4}}.items():
         (tmp_path / "hf" / name).write_text(json.dumps(content))
-    file = tmp_path / "hf" / "gptq_model-4bit-128g.safetensors"
+    file = tmp_path / "hf" / "awq_model-w4-g128.safetensors"
     file.write_bytes(b"x")
     for source in (file, file.parent):
-        assert "this is a GPTQ checkpoint (quantize_config.json)" in refused(capsys, source, tmp_path / "out")
+        assert "this is an AWQ checkpoint (quant_config.json)" in refused(capsys, source, tmp_path / "out")
 
 
 # float8 ---------------------------------------------------------------------------------------------------------------

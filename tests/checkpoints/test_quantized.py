@@ -254,6 +254,15 @@ def test_settings_in_the_older_file(tmp_path):
     assert_same(OPTForCausalLM.from_pretrained(tmp_path / "out"), model)
 
 
+def test_a_file_with_the_name_of_autogptq(tmp_path):
+    source, _ = write_gptq(tmp_path / "hf")
+    (source / "model.safetensors").rename(source / "gptq_model-4bit-32g.safetensors")
+    with pytest.raises(FileNotFoundError, match="rename gptq_model-4bit-32g.safetensors to model.safetensors"):
+        OPTForCausalLM.from_pretrained(source)
+    with pytest.raises(ValueError, match="is a file; give the directory it is in"):
+        OPTForCausalLM.from_pretrained(source / "gptq_model-4bit-32g.safetensors")
+
+
 def test_a_file_without_g_idx(tmp_path):
     source, matrices = write_gptq(tmp_path / "hf")
     edit_tensors(source, g_idx=None)

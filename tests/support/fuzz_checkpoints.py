@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,44 @@ class Adapter(Target):
             if array.load().shape != array.shape or array.shape != self.arrays[path].shape:
                 return f"{path} has shape {array.shape}"
         return None if config == self.config else f"{config}"
+
+
+class Quantized(Target):
+    """The settings of a GPTQ checkpoint, and of its conversion to Orbax in `orbax/`: all numbers, or an error."""
+
+    def __init__(self, root: Path):
+        from support.gptq_files import write_gptq
+
+        from convert.source import open_directory
+        from convert.to_orbax import convert
+
+        super().__init__(root)
+        sizes = dict(hidden_size=8, ffn_dim=16, word_embed_proj_dim=8)
+        write_gptq(self.base, group_size=8, desc_act=True, config=sizes)
+        convert(open_directory(self.base), self.base / "orbax")
+        self.valid = {name: self.floats(self.base / name) for name in (".", "orbax")}
+
+    def files(self) -> dict[str, bytes]:
+        return {name: content for name, content in super().files().items() if name.endswith("config.json")}
+
+    @staticmethod
+    def floats(directory: Path) -> dict[str, bytes]:
+        from opt_jax.checkpoints import pretrained
+        from opt_jax.checkpoints.formats.quantized import QuantizedArray
+        from opt_jax.model.heads import OPTForCausalLM
+
+        with warnings.catch_warnings(action="ignore"):
+            config, _ = pretrained.read_config(directory)
+            arrays, checks = pretrained.open_parameters(directory, config)
+            pretrained.check_parameters(OPTForCausalLM, config, arrays, directory)
+        for check in checks:
+            check()
+        lazy = (a.dequantized("float32") if isinstance(a, QuantizedArray) else a for a in arrays.values())
+        return {path: array.load().tobytes() for path, array in zip(arrays, lazy, strict=True)}
+
+    def read(self, case: Any) -> str | None:
+        place = str(Path(case[0]).parent)
+        return None if self.floats(self.directory / place) == self.valid[place] else "it has other numbers"
 
 
 class Training(Target):

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from support.fuzz_checkpoints import Adapter, Flax, Model, Training
+from support.fuzz_checkpoints import Adapter, Flax, Model, Quantized, Training
 from support.fuzz_targets import Arrays, Config, Generation, Hub, Target, Tokenizers
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -33,6 +33,7 @@ TARGETS = (
     Model,
     Flax,
     Adapter,
+    Quantized,
     Training,
     Arrays,
     Generation,

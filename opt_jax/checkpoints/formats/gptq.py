@@ -156,7 +156,9 @@ def _open(
             "qweight": quantized.rearranged(qweight, order, bits, (zeros, slots)),
             "order": LazyArray(order.shape, order.dtype, order.__getitem__),
         }
-    return quantized.packed(packed | {"scales": scales, "zeros": zeros}, inputs, bits, dtype, order=order)
+    integers = quantized.Integers(qweight, np.arange(inputs), groups, bits, scales, zeros)
+    parts = packed | {"scales": scales, "zeros": zeros}
+    return quantized.packed(parts, inputs, bits, dtype, order=order, integers=integers)
 
 
 def _of_dtype(parts: Mapping[str, LazyArray], name: str, dtypes: Iterable[str], rank: int) -> LazyArray:

@@ -39,7 +39,7 @@ def open_checkpoint(directory: Path, checks: list[Callable[[], object]] | None =
         if others := [path.name for path in torch_files(directory)]:
             what = f"has several files of weights ({', '.join(map(shown, others[:5]))}): name one of them"
             raise ValueError(f"{directory} {what} pytorch_model.bin, or put it and config.json into a directory")
-        hint = hub.shards_hint(directory) or foreign.hint_of_directory(directory) or hub.quantization_hint(directory)
+        hint = hub.shards_hint(directory) or foreign.hint_of_directory(directory) or _hint_of_names(directory)
         if any(map(is_metaseq, sorted(directory.glob("*.pt"))[:1])):
             hint = f": it is a metaseq checkpoint; convert it with `python -m convert metaseq {directory} DST`"
         raise FileNotFoundError(f"{directory} has no weights: none of {', '.join(WEIGHT_FILES)}{hint}")
@@ -66,6 +66,14 @@ def open_checkpoint(directory: Path, checks: list[Callable[[], object]] | None =
             )
         tensors |= shard
     return tensors
+
+
+def _hint_of_names(directory: Path) -> str:
+    """For the end of an error message: that a file of weights has a name that is not looked for (as AutoGPTQ's)."""
+    names = sorted(path.name for path in directory.glob("*.safetensors"))
+    if len(names) == 1 and hub.quantization(directory)[1] in (None, "gptq"):
+        return f": rename {shown(names[0])} to model.safetensors"
+    return hub.quantization_hint(directory)
 
 
 def weight_file(directory: Path) -> Path | None:

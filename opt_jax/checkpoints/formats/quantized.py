@@ -78,6 +78,36 @@ class QuantizedArray(LazyArray):
         return parts
 
 
+@dataclass(frozen=True)
+class Integers:
+    """Where the integers of a matrix lie: input k is integer `places[k]` of `words` [W, N], in group `groups[k]`."""
+
+    words: LazyArray
+    places: np.ndarray
+    groups: np.ndarray
+    bits: int
+    scales: LazyArray
+    zeros: LazyArray
+
+    def floats(self, index: Index, dtype: np.dtype) -> np.ndarray:
+        """A part of the dequantized matrix [K, N]. Only the words and groups that it needs are read."""
+        rows, columns = index
+        places, groups = self.places[rows], self.groups[rows]
+        out = np.empty((len(places), columns.stop - columns.start), dtype)
+        if not out.size:
+            return out
+        first_group, first_word = int(groups.min()), int(places.min()) * self.bits // 32
+        used = slice(first_group, int(groups.max()) + 1), columns
+        scale, zero = (part.load(used).astype(np.float32) for part in (self.scales, self.zeros))
+        last_word = -(-(int(places.max()) + 1) * self.bits // 32)
+        words = self.words.load((slice(first_word, last_word), columns)).view(np.uint32)
+        groups, starts = groups - first_group, places.astype(np.int64) * self.bits - first_word * 32
+        for block in blocks(*out.shape):
+            integers = unpack(words, starts[block], self.bits)
+            out[block] = rounded((integers.astype(np.float32) - zero[groups[block]]) * scale[groups[block]], dtype)
+        return out
+
+
 def packed(
     parts: Mapping[str, LazyArray],
     inputs: int,
@@ -86,12 +116,20 @@ def packed(
     *,
     order: np.ndarray | None = None,
     activation_bits: int | None = None,
+    integers: Integers | None = None,
 ) -> QuantizedArray:
-    """The kernel [inputs, outputs] of a `PackedLinear` with these parts: qweight, scales, zeros, and order if given."""
-    floats = partial(_unpacked_floats, parts, inputs, bits, order)
-    shape, in_chunks = (inputs, parts["qweight"].shape[1]), parts["qweight"].in_chunks
+    """The kernel [inputs, outputs] of a `PackedLinear` with these parts: qweight, scales, zeros, and order if given.
+
+    integers: the same integers as they are stored, which are read to dequantize them. Default: the parts.
+    """
+    qweight = parts["qweight"]
+    if integers is None:
+        places, slots = slots_of_inputs(order, inputs), qweight.shape[0] * 32 // bits
+        groups = places // (slots // parts["scales"].shape[0])
+        integers = Integers(qweight, places, groups, bits, parts["scales"], parts["zeros"])
+    floats, shape = integers.floats, (inputs, qweight.shape[1])
     how: Any = dict(parts=parts, floats=floats, bits=bits, activation_bits=activation_bits, order=order)
-    return QuantizedArray(shape, dtype, lambda index: floats(index, dtype), in_chunks, **how)
+    return QuantizedArray(shape, dtype, lambda index: floats(index, dtype), qweight.in_chunks, **how)
 
 
 def int8(parts: Mapping[str, LazyArray], transposed: bool, dtype: np.dtype) -> QuantizedArray:
@@ -184,47 +222,26 @@ def rearranged(words: LazyArray, places: np.ndarray, bits: int, fill: tuple[Lazy
 
     A place outside of `words` gets the zero of its group, if `fill` is given: zeros [G, N], and slots of a group.
     """
-    width, count = words.shape[1], words.shape[0] * 32 // bits
+    count = words.shape[0] * 32 // bits
     per_period, step = period(bits) * bits // 32, period(bits)
 
     def read(index: Index) -> np.ndarray:
         rows, columns = index
-        first, last = rows.start // per_period, -(-rows.stop // per_period)
-        chosen = places[first * step : last * step]
         stored = words.load((slice(0, words.shape[0]), columns)).view(np.uint32)
-        integers = np.empty((len(chosen), stored.shape[1]), np.uint8)
-        for block in blocks(*integers.shape):
-            integers[block] = unpack(stored, np.minimum(chosen[block], count - 1).astype(np.int64) * bits, bits)
-        if fill is not None and len(outside := np.flatnonzero(chosen >= count)):
-            zeros, size = fill
-            groups = (first * step + outside) // size
-            integers[outside] = zeros.load((slice(0, zeros.shape[0]), columns))[groups]
+        first, last = rows.start // per_period, -(-rows.stop // per_period)
+        out = np.empty(((last - first) * per_period, stored.shape[1]), np.uint32)
+        for block in blocks(last - first, step * stored.shape[1]):
+            slots = np.arange((first + block.start) * step, (first + block.stop) * step)
+            integers = unpack(stored, np.minimum(places[slots], count - 1).astype(np.int64) * bits, bits)
+            if fill is not None and len(outside := np.flatnonzero(places[slots] >= count)):
+                zeros, size = fill
+                integers[outside] = zeros.load((slice(0, zeros.shape[0]), columns))[slots[outside] // size]
+            out[block.start * per_period : block.stop * per_period] = pack(integers, bits)
         start = rows.start - first * per_period
-        return pack(integers, bits)[start : start + rows.stop - rows.start]
+        return out[start : start + rows.stop - rows.start]
 
-    shape = len(places) * bits // 32, width
+    shape = len(places) * bits // 32, words.shape[1]
     return LazyArray(shape, np.dtype(np.uint32), read, words.in_chunks)
-
-
-def _unpacked_floats(
-    parts: Mapping[str, LazyArray], inputs: int, bits: int, order: np.ndarray | None, index: Index, dtype: np.dtype
-) -> np.ndarray:
-    rows, columns = index
-    qweight, scales = parts["qweight"], parts["scales"]
-    slots = slots_of_inputs(order, inputs)[rows]
-    out = np.empty((len(slots), columns.stop - columns.start), dtype)
-    if not out.size:
-        return out
-    groups = slots // (qweight.shape[0] * 32 // bits // scales.shape[0])
-    first_group, first_word = int(groups.min()), int(slots.min()) * bits // 32
-    used = slice(first_group, int(groups.max()) + 1), columns
-    scale, zero = (parts[name].load(used).astype(np.float32) for name in ("scales", "zeros"))
-    words = qweight.load((slice(first_word, -(-(int(slots.max()) + 1) * bits // 32)), columns))
-    groups, starts = groups - first_group, slots * bits - first_word * 32
-    for block in blocks(*out.shape):
-        integers = unpack(words, starts[block], bits)
-        out[block] = rounded((integers.astype(np.float32) - zero[groups[block]]) * scale[groups[block]], dtype)
-    return out
 
 
 # Orbax ---------------------------------------------------------------------------------------------------------
@@ -395,7 +412,7 @@ def refuse(arrays: Mapping[str, LazyArray], where: Path, what: str | None, remed
     """Raise ValueError if there are integers, and `what`, if it is given, takes floats."""
     if (quantized := quantized_of(arrays)) and what:
         name = names.to_hf(next(iter(quantized)))[0]
-        raise ValueError(f"{where}: {name} is quantized, and {what} takes matrices of floats: pass {remedy}")
+        raise ValueError(f"{where}: {name} is quantized, and {what} takes matrices of floats: {remedy}")
 
 
 def checks_of(arrays: Mapping[str, LazyArray], where: Path) -> Checks:
