@@ -23,7 +23,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax  # noqa: E402
 
 # The order of the guides. Those that are not named here come last.
-GUIDES = "modules research hook_points generation converting training data finetuning evaluation scaling performance"
+GUIDES = (
+    "modules research hook_points generation converting training data finetuning evaluation compression scaling "
+    "performance"
+)
 # Aliases of types, which Python has replaced by what they stand for; and a default.
 ALIASES = {
     "str | type[~typing.Any] | ~numpy.dtype | ~jax._src.typing.SupportsDType": "DTypeLike",

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 import opt_jax
+from opt_jax.compression.command import compress_model
 from opt_jax.evaluation.command import evaluate
 from opt_jax.system.disk import error_line, keep_standard_descriptors
 from opt_jax.system.interrupts import ends_at_once, exit_code, raises
@@ -158,6 +159,7 @@ COMMANDS = {
     "eval": evaluate,
     "tokenize": tokenize,
     "plot": plot,
+    "compress": compress_model,
 }
 # These parse their own options. In a wheel they are modules of this package; in a checkout they are beside it.
 PROGRAMS = {"convert": "convert.__main__", "train": "train"}

@@ -22,8 +22,10 @@ from convert import __main__ as convert_command
 from convert import job, series, source
 from opt_jax import Add, GenerationConfig, OPTTokenizer, Project, Replace, Scale, Zero
 from opt_jax.checkpoints import hub, publish
+from opt_jax.checkpoints.orbax import open_stored
 from opt_jax.checkpoints.pretrained import load_pretrained
 from opt_jax.checkpoints.saving import save_pretrained
+from opt_jax.compression import compress
 from opt_jax.evaluation import command
 from opt_jax.evaluation._perplexity import perplexity
 from opt_jax.generation import sampling
@@ -430,6 +432,47 @@ def test_arguments_of_loading_and_saving(model, tmp_path):
     check_all(names(save_pretrained), entries, saved)
     with pytest.raises(ValueError, match="int4"):
         model.init_cache(1, 8, "int4")
+
+
+def test_arguments_of_compress(model, tmp_path):
+    """Each changes what is written. That they are refused where they have no effect: test_compress.py."""
+    model.save_pretrained(tmp_path / "model")
+
+    def written(method="gptq", calibration=TOKENS[:1], **arguments):
+        output = tmp_path / f"out{len([*tmp_path.iterdir()])}"
+        options = dict(model=tmp_path / "model", output=output, method=method, calibration=calibration) | arguments
+        compress(**options)
+        return str({path: array.load().tobytes() for path, array in open_stored(output / "params").items()})
+
+    text = Because("of texts: test_calibration.py, test_compress_command.py")
+    entries: dict[str, Any] = {
+        "model": Refused("no directory", model="./nowhere"),
+        "output": Refused("exists already", output=tmp_path / "model"),
+        "method": "awq",
+        "bits": 3,
+        "group_size": 8,
+        "symmetric": True,
+        "act_order": True,
+        "true_sequential": True,
+        "damping": 0.3,
+        "alpha": Because("of smoothquant: below"),
+        "sparsity": Because("of methods that prune: below"),
+        "calibration": TOKENS[:1, :5],
+        **dict.fromkeys(("samples", "window", "seed", "rows", "text_key"), text),
+        "dtype": Refused("is not a dtype for models", dtype="int4"),
+        "mesh": Because("the result is the same: test_compress.py"),
+        "verify": Refused("--no-verify. is for Orbax directories", model="tiny", verify=False),
+        "progress": Because("called: test_compress.py"),
+    }
+    check_all(names(compress), entries, written)
+    for method, calibration, values in (
+        ("smoothquant", TOKENS[:1], dict(alpha=[0.4, 0.6])),
+        ("sparsegpt", TOKENS[:1], dict(sparsity=[0.4, 0.6], bits=[None, 4])),
+        ("magnitude", None, dict(sparsity=[0.4, "2:4"])),
+    ):
+        for name, (first, second) in values.items():
+            results = [written(method, calibration, **{name: value}) for value in (first, second)]
+            assert results[0] != results[1], (method, name)
 
 
 # Commands -------------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ TOKENIZER_FILES = (
 )
 # Files that are copied along with a model's weights, besides config.json.
 COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
+RECIPE_FILE = "compression.json"  # of a compressed model: how it was made
 _WEIGHTS = re.compile(r"(pytorch_|flax_)?model(-[0-9]+(-of-[0-9]+)?)?\.(safetensors|bin|msgpack)(\.index\.json)?")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # Files that Orbax and TensorStore write into the directory of a tree.
@@ -291,7 +292,7 @@ def is_model(path: str | os.PathLike) -> bool:
 
 def is_model_file(name: str) -> bool:
     """Whether a file or directory of this name in a model directory is a part of the model."""
-    return name in ("params", "config.json", *COMPANION_FILES) or _WEIGHTS.fullmatch(name) is not None
+    return name in ("params", "config.json", RECIPE_FILE, *COMPANION_FILES) or _WEIGHTS.fullmatch(name) is not None
 
 
 def foreign_file(path: Any) -> str | None:

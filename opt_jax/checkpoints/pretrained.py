@@ -149,7 +149,7 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
     default = jnp.zeros(()).sharding  # honours jax.default_device
     platform = next(iter(default.device_set)).platform if mesh is None else mesh.devices.flat[0].platform
     stored = {path: stored.get(path, stored[names.EMBEDDING]) for path in arrays if path in expected}
-    compute, dtypes = _choose_dtypes(dtype, param_dtype, stored, platform, directory)
+    compute, dtypes = choose_dtypes(dtype, param_dtype, stored, platform, directory)
     options: Any = dict(dtype=compute, attn_implementation=attn_implementation, remat=remat)
     model: Any = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), param_dtype=dtypes[names.EMBEDDING], **options))
     if opened is not None and not merge_adapter:
@@ -315,7 +315,7 @@ def check_parameters(
     return expected, fresh, dropped
 
 
-def _choose_dtypes(
+def choose_dtypes(
     dtype: DTypeLike | None, param_dtype: DTypeLike | None, stored: Mapping[str, np.dtype], platform: str, where: Path
 ) -> tuple[np.dtype, dict[str, np.dtype]]:
     """(dtype of the computation, dtype of each parameter) by the rule of `load_pretrained`."""

@@ -172,7 +172,8 @@ def sweep(
         return lax.dynamic_update_slice_in_dim(weights - dot(errors, after), block, start, axis=1), state
 
     full, rest = divmod(columns, block_size)
-    weight, state = lax.fori_loop(
-        0, full, lambda b, c: do_block(b * block_size, c[0], c[1], block_size), (weight, state)
-    )
+    if full:  # a slice of a block's width is an error in a narrower matrix, even in a loop of no steps
+        weight, state = lax.fori_loop(
+            0, full, lambda b, c: do_block(b * block_size, c[0], c[1], block_size), (weight, state)
+        )
     return do_block(jnp.asarray(full * block_size), weight, state, rest) if rest else (weight, state)

@@ -15,7 +15,7 @@ import opt_jax
 from opt_jax.system.temporary import check_new_file, write_file
 
 PROGRAM = "opt-jax"
-_TEXT_ONLY = ("text_key", "protocol", "window", "stride")
+_TEXT_ONLY = ("text_key", "rows", "protocol", "window", "stride")
 _TASKS_ONLY = ("include_path", "num_fewshot", "limit", "log_samples")
 
 
@@ -30,9 +30,13 @@ class EvalOptions:
     plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None
     """With --all-checkpoints: the picture of the curve. Default: evaluation.png in the directory."""
     data: tuple[str, ...] = ()
-    """Texts, as in train.py --data. All documents are joined into one text, each with </s> in front."""
+    """Texts, as in train.py --data. All are joined into one text; see --rows."""
     text_key: str = "text"
     """With --data: the key or column of the text, in all files but text files."""
+    rows: Literal["documents", "blank-lines", "spaces", "c4", "c4-new"] = "documents"
+    """With --data: how rows become one text. documents: as in training, each with </s> in front. The others are the
+    protocols of papers (docs/compression.md). blank-lines, spaces: all rows joined by them. c4: 256 random windows of
+    rows that are long enough. c4-new: the first 256 windows of the first 1100 rows, joined by spaces."""
     protocol: Literal["both", "non-overlapping", "sliding"] | None = None
     """With --data. non-overlapping: each window starts where the one before ends, as for the published numbers.
     sliding: windows overlap, so that every token has others before it. Default: both."""
@@ -100,6 +104,10 @@ def check(options: EvalOptions) -> None:
             raise ValueError(f"--{flag} without effect: it goes with --{other}")
     if options.stride is not None and options.protocol == "non-overlapping":
         raise ValueError("--stride without effect: non-overlapping windows have none")
+    if options.rows == "c4" and options.protocol != "non-overlapping":
+        raise ValueError("--rows c4 needs --protocol non-overlapping: its random windows do not follow each other")
+    if options.rows in ("c4", "c4-new") and options.window is None:
+        raise ValueError(f"--rows {options.rows} needs --window, the tokens of its windows: 2048 in the papers")
     if options.plot is not None and not options.all_checkpoints:
         raise ValueError("--plot without effect: it goes with --all-checkpoints")
     if options.log_samples and options.output is None:
@@ -206,7 +214,7 @@ def prepare(options: EvalOptions, tokenizer: Any) -> Any:
     from opt_jax.parallel import agreement
 
     if options.data:
-        ids, documents = read_ids(options.data, tokenizer, options.text_key)
+        ids, documents = read_ids(options.data, tokenizer, options.text_key, options.rows, options.window)
         agreement.check_same({"--data": f"{len(ids)} tokens, {hash_of_ids(ids)}"})
         return ids, documents
     from opt_jax.evaluation.harness import find_tasks
@@ -290,19 +298,17 @@ def load(options: EvalOptions, name: str, placement: tuple[Any, Any] | None = No
     )
 
 
-def read_ids(paths: Sequence[str], tokenizer: Any, text_key: str = "text") -> tuple[Any, int]:
-    """(ids of all documents, each after `</s>`, int32 [N]; number of documents)."""
-    from opt_jax.data.arrays import is_array
-    from opt_jax.data.documents import find_sources, read_documents
-    from opt_jax.data.files import TEXT_SUFFIXES
+def read_ids(
+    paths: Sequence[str], tokenizer: Any, text_key: str = "text", rows: str = "documents", window: int | None = None
+) -> tuple[Any, int]:
+    """(int32 [N], the number of documents): `paths` as in --data, `rows` as in --rows, `window` of its form "c4"."""
+    from opt_jax.data.protocols import evaluation_ids, read_rows
     from opt_jax.data.tokens import tokenize
 
-    sources = find_sources(paths, TEXT_SUFFIXES, text_key)
-    if arrays := [source for source in sources if is_array(source)]:
-        raise ValueError(
-            f"--data {arrays[0]}: holds token ids: name the texts, which the model's tokenizer then tokenises"
-        )
-    documents = read_documents(sources, text_key=text_key)
+    documents = read_rows(paths, text_key)
+    if rows != "documents":
+        return evaluation_ids(documents, rows, tokenizer, window or 0), len(documents)
+    documents = [document for document in documents if document.strip()]
     return tokenize(documents, tokenizer)[:-1], len(documents)  # without the last `</s>`
 
 

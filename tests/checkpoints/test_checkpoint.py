@@ -178,7 +178,7 @@ def test_default_dtypes_of_every_platform(platform, stored, asked, chosen, caplo
     dtype, param_dtype = asked
     dtypes = {EMBEDDING: np.dtype(stored)}
     with caplog.at_level(logging.INFO, "opt_jax"):
-        compute, params = pretrained._choose_dtypes(dtype, param_dtype, dtypes, platform, tmp_path)
+        compute, params = pretrained.choose_dtypes(dtype, param_dtype, dtypes, platform, tmp_path)
     assert (compute, params[EMBEDDING]) == chosen
     assert bool(caplog.records) == ("bfloat16" in chosen and stored == "float16")
 
