@@ -69,8 +69,9 @@ def training_step(mesh: Any, directory: Path, layers: int) -> str:
     setup = make_setup(parse_options([*words, "--attention", "cudnn", "--mesh", "data=1"], "train.py"), mesh)
     ids = jax.ShapeDtypeStruct((1, 8, 2048), jnp.int32, sharding=replicated(mesh))
     batch = dict.fromkeys(("input_ids", "labels"), ids)
+    step: Any = setup.make_train_step()
     with use_mesh(mesh):
-        return setup.make_train_step().lower(setup.state, batch).compile().as_text() or ""
+        return step.lower(setup.state, batch).compile().as_text() or ""
 
 
 if __name__ == "__main__":
