@@ -72,8 +72,8 @@ def sums(out: jax.Array, expected: jax.Array, ids: jax.Array) -> jax.Array:
 def measure(model: OPTForCausalLM, expected: list[jax.Array], batches: list[np.ndarray]) -> tuple[float, float]:
     """(KL, perplexity). `expected`: the log-probabilities of the model that was compressed."""
     pairs = zip(expected, batches, strict=True)
-    total = sum(np.asarray(sums(logprobs(model, ids), row, ids), np.float64) for row, ids in pairs)
-    kl, nll = total / sum(ids[:, 1:].size for ids in batches)
+    totals = np.stack([sums(logprobs(model, ids), row, ids) for row, ids in pairs]).sum(axis=0, dtype=np.float64)
+    kl, nll = totals / sum(ids[:, 1:].size for ids in batches)
     return float(kl), float(np.exp(nll))
 
 
@@ -84,7 +84,8 @@ def table(name: str, calibration: list[str], data: list[str], only: str) -> None
     count = min(WINDOWS, len(ids) // length) // 4 * 4
     batches = np.split(ids[: count * length].reshape(count, length), count // 4)
     expected = [logprobs(model, batch) for batch in batches]
-    print(f"{name}: {count} windows of {length} tokens of {documents} documents, calibrated with {calibration}\n")
+    packages = ", ".join(Path(source).name for source in calibration)
+    print(f"{name}: {count} windows of {length} tokens of {documents} documents, calibrated with {packages}\n")
     print("| | perplexity | KL, nats/token | MB | s |\n|---|---|---|---|---|")
     _, perplexity = measure(model, expected, batches)
     stored = sum(2 * leaf.size for leaf in jax.tree.leaves(model)) / 1e6
@@ -92,7 +93,9 @@ def table(name: str, calibration: list[str], data: list[str], only: str) -> None
     for row, options in ROWS.items():
         if only not in row:
             continue
-        samples = {} if options["method"] in ("rtn", "magnitude") else dict(calibration=calibration, **CALIBRATED)
+        samples: dict[str, Any] = (
+            {} if options["method"] in ("rtn", "magnitude") else dict(calibration=calibration, **CALIBRATED)
+        )
         with tempfile.TemporaryDirectory() as place:
             begin = time.perf_counter()
             compress(name, Path(place) / "model", **options, **samples)

@@ -438,9 +438,10 @@ def test_arguments_of_compress(model, tmp_path):
     """Each changes what is written. That they are refused where they have no effect: test_compress.py."""
     model.save_pretrained(tmp_path / "model")
 
-    def written(method="gptq", calibration=TOKENS[:1], **arguments):
+    def written(method="gptq", calibration: Any = TOKENS[:1], **arguments):
         output = tmp_path / f"out{len([*tmp_path.iterdir()])}"
-        options = dict(model=tmp_path / "model", output=output, method=method, calibration=calibration) | arguments
+        options: dict[str, Any] = dict(model=tmp_path / "model", output=output, method=method, calibration=calibration)
+        options |= arguments
         compress(**options)
         return str({path: array.load().tobytes() for path, array in open_stored(output / "params").items()})
 

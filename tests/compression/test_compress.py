@@ -2,6 +2,7 @@
 
 import json
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from opt_jax.compression.statistics import add_hessian, layer_error
 from opt_jax.parallel.mesh import make_mesh
 
 IDS = np.random.RandomState(0).randint(4, 99, (12, 32)).astype(np.int32)
-FORMS = {
+FORMS: dict[str, dict[str, Any]] = {
     "rtn": dict(bits=4, group_size=8),
     "gptq": dict(calibration=IDS, bits=3, group_size=8, act_order=True),
     "awq": dict(calibration=IDS, bits=4, group_size=8),
@@ -83,7 +84,7 @@ def float_model(directory, original, recipe, depth=None):
 @pytest.mark.combinations
 def test_a_layer_is_calibrated_behind_compressed_ones(saved, tmp_path, name, method):
     """Each layer is what the method gives for inputs that a complete model with the compressed layers before has."""
-    options = dict(gptq=dict(bits=4), sparsegpt=dict(sparsity=0.5), wanda=dict(sparsity=0.5))[method]
+    options: dict[str, Any] = dict(bits=4) if method == "gptq" else dict(sparsity=0.5)
     compress(saved(name), tmp_path / "out", method, calibration=IDS, **options)
     recipe, source = make_recipe(method, options | dict(calibration=IDS)), Source.open(saved(name), None, None, True)
     for layer in range(3):
@@ -146,7 +147,7 @@ def test_methods_without_samples(saved, tmp_path, name, method):
 @pytest.mark.parametrize("method", ["awq", "smoothquant"])
 def test_scales_move_without_changing_the_function(saved, tmp_path, method):
     """With 8 bits, the model computes nearly what it did, though its LayerNorms changed."""
-    options = dict(bits=8) if method == "awq" else {}
+    options: dict[str, Any] = dict(bits=8) if method == "awq" else {}
     compress(saved("opt-125m"), tmp_path / "out", method, calibration=IDS, **options)
     before = OPTForCausalLM.from_pretrained(saved("opt-125m"))
     after = float_model(tmp_path / "out", saved("opt-125m"), Recipe(method, bits=8))
@@ -247,6 +248,7 @@ def test_the_directory_is_a_model(saved, tmp_path, method):
     expected = float_model(tmp_path / "out", saved("opt-125m"), recipe)(IDS).logits
     atol = 0.15 if method == "smoothquant" else 1e-4  # it also rounds activations
     np.testing.assert_allclose(model(IDS).logits, expected, rtol=1e-3, atol=atol)
+    assert method != "smoothquant" or not np.allclose(model(IDS).logits, expected, atol=1e-3)
     assert model.generate(IDS[:1, :4], max_new_tokens=3).sequences.shape == (1, 7)
     if recipe.bits:
         with pytest.raises(ValueError, match="kernel is quantized already: take the model that was quantized"):
@@ -312,7 +314,8 @@ def test_other_arguments_do_not_go_on(saved, tmp_path):
         ("another dtype: ", dict(dtype="bfloat16")),
         ("another method: ", dict(method="awq")),
     ):
-        arguments = dict(model=saved("opt-125m"), method="gptq", calibration=IDS, bits=3) | change
+        arguments: dict[str, Any] = dict(model=saved("opt-125m"), method="gptq", calibration=IDS, bits=3)
+        arguments |= change
         with pytest.raises(ValueError, match=f"compressing was begun with {words}.*remove that directory"):
             compress(output=tmp_path / "out", **arguments)
     assert sorted((path.name, path.read_bytes()) for path in (tmp_path / ".out.compressing").iterdir()) == before
@@ -361,7 +364,7 @@ def test_statistics_of_nothing(saved, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.compressing", "nan"]
 
 
-GIVEN = dict(
+GIVEN: dict[str, Any] = dict(
     bits=4,
     group_size=8,
     symmetric=True,
