@@ -71,7 +71,7 @@ def execute(notebook: Any, directory: Path) -> Any:
     Raises:
       nbclient.exceptions.CellExecutionError: a cell raises.
     """
-    executed = nbformat.from_dict(notebook)
+    executed: Any = nbformat.from_dict(notebook)
     for cell in executed.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
