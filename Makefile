@@ -10,7 +10,7 @@ AS_USERS_HAVE_IT = JAX_DISABLE_MOST_OPTIMIZATIONS=0
 EXACT = tests/parity/test_train_parity.py tests/generation/test_decode_hlo.py
 # What depends on the versions of Python, JAX and the rest, beside EXACT and the fast part: parity without PyTorch, and
 # each script once, end to end.
-SCRIPTS = tests/generation/test_goldens.py tests/test_notebook.py $(addprefix tests/training/test_train_script.py::test_, \
+SCRIPTS = tests/generation/test_goldens.py tests/test_notebooks.py $(addprefix tests/training/test_train_script.py::test_, \
   a_run_leaves_what_it_promises stops_as_asked_and_resumes_on_another_mesh)
 # JAX's settings under which the fast part runs. Without jit it would take days: tests/test_jax_settings.py has a sample.
 SETTINGS = JAX_ENABLE_X64=1 JAX_NUMPY_RANK_PROMOTION=raise JAX_NUMPY_DTYPE_PROMOTION=strict JAX_DEBUG_NANS=1 \
@@ -24,7 +24,7 @@ NO_COMPILE = --no-compile
 LIBTPU = $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),libtpu/.installed)
 
 .PHONY: help install demo test test-exact test-others test-latest test-latest-exact test-latest-fast test-exhaustive \
-  test-every-case test-settings environments lint docs docs-links clean
+  test-every-case test-settings environments lint notebooks docs docs-links clean
 
 help:
 	@echo "make install      create .venv with opt-jax and what it needs (CPU)"
@@ -32,6 +32,7 @@ help:
 	@echo "make test         lint and the test suite, parity with PyTorch included"
 	@echo "make test-latest  what depends on versions, on the newest Python and JAX found"
 	@echo "make test-exhaustive  every case of the sweeps, compiled as users have it; JAX's settings: hours"
+	@echo "make notebooks    run the notebooks of examples/ and store their outputs"
 	@echo "make lint         ruff and pyright"
 	@echo "make docs         the documentation site, in build/docs (README.md, docs/, notebooks, API reference)"
 	@echo "make docs-links   whether the pages on the internet that the site links to exist"
@@ -70,6 +71,10 @@ lint: .venv/.installed-test
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
 	.venv/bin/pyright -p .ci/pyright-core.json
+
+# `make notebooks NOTEBOOKS=examples/quickstart.ipynb` runs one of them.
+notebooks: .venv/.installed-test
+	.venv/bin/python tests/support/notebooks.py $(NOTEBOOKS)
 
 # A warning, such as a link to nothing, is an error. tests/test_site.py runs the same line. Notebooks are not executed.
 docs: .venv/.installed-docs

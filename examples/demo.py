@@ -66,6 +66,7 @@ def main(directory: str = OURS) -> None:
         "python -m convert facebook/opt-125m opt-125m": "Meta's own weights (downloads 250 MB)",
         'opt-jax generate --model opt-125m "In the city of"': "",
         "examples/quickstart.ipynb": "logits, hidden states, gradients, attention",
+        "examples/looking_inside.ipynb": "which heads close a bracket: lenses, patching, attribution",
     }
     print("  source .venv/bin/activate")
     for command, purpose in suggestions.items():

@@ -21,6 +21,12 @@ def new_axes(axes: Any = None) -> Any:
     return plt.subplots(layout="constrained")[1]
 
 
+def printable(text: str) -> str:
+    """`text` as matplotlib can show it: control characters as escapes, and no formulas, which "$" begins."""
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(shown).replace("$", r"\$")
+
+
 def heatmap(
     values: Any,
     *,
@@ -60,6 +66,5 @@ def heatmap(
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_major_locator().set_params(integer=True)
     if columns is not None:
-        labels = [label.replace("$", r"\$").replace("\n", "\\n") for label in columns]  # "$" begins a formula
-        axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right")
+        axes.set_xticks(range(len(columns)), [printable(label) for label in columns], rotation=60, ha="right")
     return axes

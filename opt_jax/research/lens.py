@@ -25,7 +25,7 @@ from safetensors.numpy import save
 from opt_jax.checkpoints.formats.safetensors import read_safetensors
 from opt_jax.checkpoints.formats.torch_files import read_torch
 from opt_jax.model.heads import OPTForCausalLM
-from opt_jax.research.figures import heatmap
+from opt_jax.research.figures import heatmap, printable
 from opt_jax.system.messages import shown
 from opt_jax.system.reading import json_object, read_small
 from opt_jax.system.temporary import write_file
@@ -242,6 +242,6 @@ def plot(logits: Any, *, decode: Callable[[int], str] | None = None, tokens: Any
     axes = heatmap(highest, title=title, xlabel="token", ylabel="state", columns=columns, axes=axes)
     for (row, column), token in np.ndenumerate(best):
         color = "black" if highest[row, column] > 0.5 else "white"  # on yellow, on blue
-        text = decode(int(token)).replace("$", r"\$").replace("\n", "\\n")
+        text = printable(decode(int(token)))
         axes.text(column, row, text, ha="center", va="center", fontsize="x-small", clip_on=True, color=color)
     return axes

@@ -136,8 +136,8 @@ def test_plot():
     pyplot = pytest.importorskip("matplotlib.pyplot")
     logits = np.zeros((2, 3, CONFIGS["opt-125m"].vocab_size))
     logits[1, 2, 7] = 100
-    axes = plot(logits, decode=lambda i: f"${i}\n", tokens=[4, 5, 6])
-    assert [label.get_text() for label in axes.get_xticklabels()] == [r"\$4\n", r"\$5\n", r"\$6\n"]
-    assert axes.texts[-1].get_text() == r"\$7\n" and len(axes.texts) == 6
+    axes = plot(logits, decode=lambda i: f"${i}\n\x03", tokens=[4, 5, 6])
+    assert [label.get_text() for label in axes.get_xticklabels()] == [r"\$4\n\x03", r"\$5\n\x03", r"\$6\n\x03"]
+    assert axes.texts[-1].get_text() == r"\$7\n\x03" and len(axes.texts) == 6
     np.testing.assert_allclose(axes.images[0].get_array(), [[1 / 99] * 3, [1 / 99, 1 / 99, 1]])
     pyplot.close("all")
