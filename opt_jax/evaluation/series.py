@@ -218,8 +218,12 @@ def draw(reports: Sequence[dict[str, Any]], title: str, output: Path) -> None:
         axes.set(
             title=kind, xlabel="step" if stepped else "checkpoint", yscale="log" if kind == "perplexity" else "linear"
         )
-        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            which(lambda value, _: f"{value:,.4g}")  # not powers of ten
+        low, high = axes.get_ylim()
+        digits = "25" if high > 10 * low > 0 else "123456789"  # labels of a scale of several decades would overlap
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")  # not powers of ten
+        axes.yaxis.set_minor_formatter(
+            lambda value, _, digits=digits: f"{value:,.4g}" if f"{value:e}"[0] in digits else ""
+        )
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     plot.write_picture(figure, output)

@@ -9,47 +9,57 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from opt_jax.model.ids import as_ids
 from opt_jax.model.interventions import as_hooks
 from opt_jax.research.figures import heatmap
 
 
-def repeated_tokens(config: Any, *, rows: int = 4, length: int = 50, seed: int = 0) -> np.ndarray:
-    """Ids [rows, T]: `bos`, if the model has one, and then random ids, twice. Special tokens are not drawn.
+def repeated_tokens(
+    config: Any, *, rows: int = 4, length: int = 50, seed: int = 0, tokens: Any = None
+) -> Int[np.ndarray, "rows T"]:
+    """Ids [rows, T]: `bos`, if the model has one, and then random ids, twice.
 
     Args:
       config: of the model.
       rows: how many.
       length: of the part that is repeated.
       seed: of the draw.
+      tokens: the ids to draw from, such as those that occur in the training data. None: all but the special ones.
 
     Raises:
-      ValueError: the rows would be longer than the model's positions.
+      ValueError: the rows would be longer than the model's positions; or `tokens` is empty, or holds no ids.
     """
     start = [] if config.bos_token_id is None else [config.bos_token_id]
     if len(start) + 2 * length > config.max_position_embeddings:
         raise ValueError(f"length={length}: the model has {config.max_position_embeddings} positions for it, twice")
-    ends = config.eos_token_id if isinstance(config.eos_token_id, tuple) else [config.eos_token_id]
-    special = [i for i in (config.pad_token_id, config.bos_token_id, *ends) if i is not None]
-    usual = np.setdiff1d(np.arange(config.vocab_size), special)
+    if tokens is None:
+        ends = config.eos_token_id if isinstance(config.eos_token_id, tuple) else [config.eos_token_id]
+        special = [i for i in (config.pad_token_id, config.bos_token_id, *ends) if i is not None]
+        tokens = np.setdiff1d(np.arange(config.vocab_size), special)
+    usual = np.unique(as_ids("tokens", tokens, 0, config.vocab_size - 1))
+    if not len(usual):
+        raise ValueError("tokens is empty: there is no id to draw")
     drawn = np.random.default_rng(seed).choice(usual, (rows, length))
     return np.concatenate([np.tile(start, (rows, 1)), drawn, drawn], axis=1).astype(np.int32)
 
 
-def induction_scores(model: Any, *, rows: int = 4, length: int = 50, seed: int = 0) -> Float[Array, "L H"]:
+def induction_scores(
+    model: Any, *, rows: int = 4, length: int = 50, seed: int = 0, tokens: Any = None
+) -> Float[Array, "L H"]:
     """The mean attention of each head, in the second half of `repeated_tokens`, to the token after the same token.
 
     1 is a perfect induction head; a head that looks at all tokens alike has about 1 / T.
 
     Args:
       model: any model, with `attn_implementation="xla"`.
-      rows, length, seed: see `repeated_tokens`.
+      rows, length, seed, tokens: see `repeated_tokens`.
 
     Raises:
       ValueError: see `repeated_tokens`; or an implementation of attention that stores no weights.
     """
-    ids = repeated_tokens(model.config, rows=rows, length=length, seed=seed)
+    ids = repeated_tokens(model.config, rows=rows, length=length, seed=seed, tokens=tokens)
     return _scores(model, jnp.asarray(ids), length)
 
 

@@ -190,3 +190,26 @@ def test_models_of_another_dtype_keep_it():
     structures = [jax.tree.structure(model) for model in merged]
     assert structures[0] == structures[2] != structures[1]
     np.testing.assert_array_equal(*(jax.tree.leaves(x)[0] for x in (models[2], merged[2])))
+
+
+@pytest.mark.parametrize(
+    ("perplexities", "labels"), [((3.5, 230), ["5", "20", "50", "200"]), ((61, 92), ["60", "70", "80", "90"])]
+)
+def test_labels_of_perplexities_do_not_overlap(perplexities, labels, tmp_path, monkeypatch):
+    figure, seen = pytest.importorskip("matplotlib.figure"), []
+
+    def savefig(self, *arguments, **options):
+        _, axes = self.axes
+        low, high = axes.get_ylim()
+        ticks = axes.yaxis.get_minorticklocs()
+        texts = axes.yaxis.get_minor_formatter().format_ticks(ticks)
+        seen.extend(text for tick, text in zip(ticks, texts, strict=True) if text and low <= tick <= high)
+
+    monkeypatch.setattr(figure.Figure, "savefig", savefig)
+    result = dict(protocol="sliding", loss=1.0, loss_stderr=0.1, perplexity_stderr=0.1)
+    reports = [
+        dict(checkpoint=str(i), step=i, results=[result | dict(perplexity=perplexity)])
+        for i, perplexity in enumerate(perplexities)
+    ]
+    series.draw(reports, "run", tmp_path / "curve.png")
+    assert seen == labels

@@ -25,6 +25,20 @@ def test_tokens_repeat_and_are_not_special():
         repeated_tokens(config, length=32)
 
 
+def test_tokens_are_drawn_from_those_that_are_given():
+    config = CONFIGS["opt-125m"]
+    ids = repeated_tokens(config, rows=3, length=20, tokens=[7, 9, 7, 50])
+    assert set(ids[:, 1:].ravel()) == {7, 9, 50} and (ids[:, 0] == config.bos_token_id).all()
+    every = np.setdiff1d(np.arange(config.vocab_size), [1, 2])
+    np.testing.assert_array_equal(repeated_tokens(config, tokens=every, length=9), repeated_tokens(config, length=9))
+    model = our_model("opt-125m")
+    few = [np.asarray(induction_scores(model, length=9, tokens=tokens)) for tokens in ([7, 9], [7, 10])]
+    assert (few[0] != few[1]).any()
+    for tokens in ([], [config.vocab_size], [-1], [0.5]):
+        with pytest.raises(ValueError, match="tokens"):
+            repeated_tokens(config, length=9, tokens=tokens)
+
+
 @pytest.mark.parametrize("stacked", [False, True])
 def test_scores_are_attention_to_the_token_after(stacked):
     model = our_model("opt-125m")
