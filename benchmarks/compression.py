@@ -93,9 +93,9 @@ def table(name: str, calibration: list[str], data: list[str], only: str) -> None
     for row, options in ROWS.items():
         if only not in row:
             continue
-        samples: dict[str, Any] = (
-            {} if options["method"] in ("rtn", "magnitude") else dict(calibration=calibration, **CALIBRATED)
-        )
+        samples: dict[str, Any] = dict(calibration=calibration, **CALIBRATED)
+        if options["method"] in ("rtn", "magnitude"):
+            samples = {}
         with tempfile.TemporaryDirectory() as place:
             begin = time.perf_counter()
             compress(name, Path(place) / "model", **options, **samples)

@@ -144,7 +144,7 @@ def _calibration(model: str | os.PathLike, source: Source, calibration: Any, sam
     if isinstance(calibration, (str, os.PathLike)):
         calibration = [calibration]
     if all(isinstance(name, (str, os.PathLike)) for name in calibration):
-        options = dict(samples=128, window=min(MOST_TOKENS, context)) | given
+        options: dict[str, Any] = dict(samples=128, window=min(MOST_TOKENS, context)) | given
         for name, low, high in (("samples", 1, None), ("window", 2, context)):
             if options[name] < low or high is not None and options[name] > high:
                 limit = f" and at most {high}, the model's context" if high else ""

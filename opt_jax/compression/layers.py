@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from opt_jax.compression import awq, smoothquant
 from opt_jax.compression.gptq import gptq
-from opt_jax.compression.grid import round_to_nearest
+from opt_jax.compression.grid import Grid, round_to_nearest
 from opt_jax.compression.layerwise import MATRICES, Source, Stream, check_collected, input_points
 from opt_jax.compression.pruning import magnitude, wanda
 from opt_jax.compression.recipe import Recipe
@@ -140,12 +140,13 @@ def _compress_scaled(source: Source, recipe: Recipe, stream: Stream, layer: int)
     LayerNorms divide the inputs of q_proj, k_proj, v_proj and fc1. With AWQ, v_proj divides those of out_proj, and fc1
     those of fc2, which is exact with ReLU.
     """
-    points = input_points(source.config)
+    points, grid = input_points(source.config), recipe.grid
+    assert grid is not None
     weights = {matrix: _on_rows(source.weight(layer, f"{matrix}.kernel").T, source.mesh) for matrix in MATRICES}
     module = source.module(layer)
     collected = collect(stream, module, layer, points)
     if recipe.method == "awq":
-        scales = _awq_scales(recipe, stream, module, weights, points, source.config.activation_function == "relu")
+        scales = _awq_scales(grid, stream, module, weights, points, source.config.activation_function == "relu")
     else:
         scales = {}
         for group in (MATRICES[:3], MATRICES[4:5]):
@@ -158,7 +159,7 @@ def _compress_scaled(source: Source, recipe: Recipe, stream: Stream, layer: int)
         arrays |= {f"{norm}.{name}": np.asarray(x) for name, x in zip(("scale", "bias"), folded, strict=True)}
     for before, after in (("self_attn.v_proj", "self_attn.out_proj"), ("fc1", "fc2")):
         if points[after] in scales:
-            bias = source.weight(layer, f"{before}.bias") if source.config.enable_bias else None
+            bias = jnp.asarray(source.weight(layer, f"{before}.bias")) if source.config.enable_bias else None
             weights[before], bias = awq.fold_into_outputs(weights[before], bias, scales[points[after]])
             arrays |= {} if bias is None else {f"{before}.bias": np.asarray(bias)}
     clipped = _tokens(stream, module, sorted(set(points.values()))) if recipe.method == "awq" else {}
@@ -169,7 +170,7 @@ def _compress_scaled(source: Source, recipe: Recipe, stream: Stream, layer: int)
         scaled = smoothquant.fold_into_inputs(weight, by)
         if recipe.method == "awq":
             free = matrix in MATRICES[:2]  # q_proj and k_proj
-            compressed = awq.quantize(weight, by, None if free else clipped[points[matrix]], recipe.grid)
+            compressed = awq.quantize(weight, by, None if free else clipped[points[matrix]], grid)
         else:
             compressed = smoothquant.quantize_weight(scaled)
         errors[matrix] = float(layer_error(scaled, compressed, hessian / by[:, None] / by[None]))
@@ -178,7 +179,7 @@ def _compress_scaled(source: Source, recipe: Recipe, stream: Stream, layer: int)
 
 
 def _awq_scales(
-    recipe: Recipe, stream: Stream, module: Any, weights: Mapping[str, Array], points: Mapping[str, str], is_relu: bool
+    grid: Grid, stream: Stream, module: Any, weights: Mapping[str, Array], points: Mapping[str, str], is_relu: bool
 ) -> dict[str, Array]:
     """Hook point -> the scales of the inputs there."""
     outputs: dict[str, Any] = dict.fromkeys(MATRICES[3:], awq.product)
@@ -187,7 +188,7 @@ def _awq_scales(
     for group in _GROUPS if is_relu else _GROUPS[:3]:
         batches = _Batches(stream, module, points[group[0]])
         matrices = [weights[matrix] for matrix in group]
-        scales[points[group[0]]] = awq.search_scales(matrices, batches, outputs[group[0]], recipe.grid)
+        scales[points[group[0]]] = awq.search_scales(matrices, batches, outputs[group[0]], grid)
     return scales
 
 
@@ -217,13 +218,11 @@ def _tokens(stream: Stream, module: Any, points: list[str]) -> dict[str, Float[A
     samples, length = stream.values.shape[:2]
     chosen = np.arange(0, samples * length, max(samples * length // _CLIP_TOKENS, 1))
     parts: dict[str, list[Array]] = {point: [] for point in points}
-    start = 0
-    for inputs in stream.inputs(module, points):
+    for number, inputs in enumerate(stream.inputs(module, points)):
+        first = number * stream.size * length
+        here = chosen[(chosen >= first) & (chosen < first + stream.size * length)] - first
         for point, x in inputs.items():
-            end = start + x.shape[0] * length
-            here = chosen[(chosen >= start) & (chosen < end)] - start
             parts[point].append(x.reshape(-1, x.shape[-1])[here].astype(jnp.float32))
-        start = end
     return {point: jnp.concatenate(values) for point, values in parts.items()}
 
 

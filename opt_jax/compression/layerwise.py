@@ -100,7 +100,8 @@ class Source:
 
     def module(self, layer: int, changed: dict[str, np.ndarray] | None = None) -> Any:
         """The `OPTDecoderLayer`, with other values of some parameters."""
-        return self._one_layer_model(layer, changed or {}).decoder.layers[0]
+        layers: Any = self._one_layer_model(layer, changed or {}).decoder.layers
+        return layers[0]
 
     def embed(self, ids: Int[np.ndarray, "B T"]) -> Iterator[Float[np.ndarray, "B T D"]]:
         """The residual stream before the first layer, batch by batch."""

@@ -96,9 +96,10 @@ def test_a_layer_is_calibrated_behind_compressed_ones(saved, tmp_path, name, met
         for matrix, point in points.items():
             inputs = jnp.asarray(kept[f"blocks.{layer}.{point}"]).reshape(*IDS.shape, -1)
             hessian = add_hessian(jnp.zeros((inputs.shape[-1],) * 2), 0, inputs)
-            weight = operator.attrgetter(matrix)(model.model.decoder.layers[layer]).kernel.get_value().T
+            path = f"model.decoder.layers.{layer}.{matrix}.kernel"
+            weight: Any = named_parameters(model)[path].get_value().T
             if method == "gptq":
-                expected = gptq(weight, hessian, Grid(4))[0].dequantize()
+                expected: Any = gptq(weight, hessian, Grid(4))[0].dequantize()
             elif method == "wanda":
                 expected = wanda(weight, jnp.sqrt(jnp.diagonal(hessian)), 0.5)
             else:
@@ -214,7 +215,7 @@ def test_errors_on_real_text(tmp_path, layer):
 def test_everything_else_stays_as_it_was(saved, tmp_path, method):
     name = "opt-125m" if method in ("awq", "smoothquant") else "untied"
     calls = []
-    options = FORMS[method] | dict(progress=lambda *call: calls.append(call))
+    options: dict[str, Any] = FORMS[method] | dict(progress=lambda *call: calls.append(call))
     report = compress(saved(name), tmp_path / "out", method, **options)
     before, after = (open_stored(place / "params") for place in (saved(name), tmp_path / "out"))
     for path, array in before.items():

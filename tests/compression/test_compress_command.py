@@ -5,6 +5,7 @@ import json
 import re
 import signal
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from reference import our_model
 from support.processes import outcomes, start
 from test_options_have_effect import names
 
-from opt_jax import OPTForCausalLM, OPTTokenizer
+from opt_jax import OPTForCausalLM, OPTTokenizer, named_parameters
 from opt_jax.checkpoints.orbax import open_stored
 from opt_jax.cli import main
 from opt_jax.compression import compress
@@ -66,7 +67,9 @@ def test_every_option_is_passed_on(model, text, tmp_path, capsys, monkeypatch):
     report = json.loads((output / "compression.json").read_text())
     samples = read_calibration([text], OPTTokenizer.from_pretrained(model), samples=3, window=20, seed=5, rows="spaces")
     assert report["calibration"] == samples.about and report["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
-    given = dict(bits=3, group_size=8, symmetric=True, act_order=True, true_sequential=True, damping=0.1)
+    given: dict[str, Any] = dict(
+        bits=3, group_size=8, symmetric=True, act_order=True, true_sequential=True, damping=0.1
+    )
     assert {name: report[name] for name in given} == given and report["versions"].keys() == {"opt-jax", "jax", "jaxlib"}
     assert OPTTokenizer.from_pretrained(output).encode("x") == OPTTokenizer.from_pretrained("tiny").encode("x")
     compress(model, tmp_path / "b", "gptq", **given, calibration=samples.ids)
@@ -77,7 +80,8 @@ def test_pruning(model, tmp_path, capsys):
     output = tmp_path / "out"
     assert main(["compress", model, "--method", "magnitude", "--sparsity", "2:4", "--output", str(output)]) == 0
     assert "mean squared change of the weights, relative" in capsys.readouterr().err
-    kernel = np.asarray(OPTForCausalLM.from_pretrained(output).model.decoder.layers[1].fc1.kernel.get_value()).T
+    parameters = named_parameters(OPTForCausalLM.from_pretrained(output))
+    kernel = np.asarray(parameters["model.decoder.layers.1.fc1.kernel"].get_value()).T
     assert ((kernel == 0).reshape(-1, 4).sum(axis=1) == 2).all()
 
 

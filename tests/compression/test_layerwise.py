@@ -1,6 +1,7 @@
 """Layer by layer is the same as all layers at once: inputs of matrices, in memory, on disk and on a mesh."""
 
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,15 +43,18 @@ def captured(model):
     wanted = {point for pair in points.values() for point in pair} | {"hook_resid_post"}
     _, values = model.run_with_cache(IDS, names=lambda name: name.partition(".")[2].partition(".")[2] in wanted)
     layers = []
+
+    def get(layer, point):
+        return np.asarray(values[f"blocks.{layer}.{point}"]).reshape(*IDS.shape, -1)
+
     for i, modules in enumerate(model.model.decoder.layers):
-        get = lambda point, i=i: np.asarray(values[f"blocks.{i}.{point}"]).reshape(*IDS.shape, -1)  # noqa: E731
-        layers.append({matrix: get(inputs) for matrix, (inputs, _) in points.items()})
+        layers.append({matrix: get(i, inputs) for matrix, (inputs, _) in points.items()})
         for matrix, (_, outputs) in points.items():
             module = operator.attrgetter(matrix)(modules)
             product = layers[-1][matrix] @ np.asarray(module.kernel.get_value())
             product += 0 if module.bias is None else np.asarray(module.bias.get_value())
-            np.testing.assert_allclose(product, get(outputs), rtol=1e-4, atol=1e-5)
-    return layers, get("hook_resid_post")
+            np.testing.assert_allclose(product, get(i, outputs), rtol=1e-4, atol=1e-5)
+    return layers, get(len(layers) - 1, "hook_resid_post")
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -129,10 +133,11 @@ def test_one_program_for_all_layers(saved, tmp_path):
     source = Source.open(directory, None, None, True)
     stream = Stream(source, IDS, tmp_path / "stream")
     stream.advance(source.module(0))
-    before = layerwise.run_layer._cache_size()
+    run: Any = layerwise.run_layer
+    before = run._cache_size()
     for i in (1, 2):
         stream.advance(source.module(i))
-    assert layerwise.run_layer._cache_size() == before
+    assert run._cache_size() == before
 
 
 @pytest.mark.parametrize("name", ["opt-125m", "opt-350m"])
