@@ -15,6 +15,7 @@ SCRIPTS = tests/generation/test_goldens.py tests/test_notebook.py $(addprefix te
 # JAX's settings under which the fast part runs. Without jit it would take days: tests/test_jax_settings.py has a sample.
 SETTINGS = JAX_ENABLE_X64=1 JAX_NUMPY_RANK_PROMOTION=raise JAX_NUMPY_DTYPE_PROMOTION=strict JAX_DEBUG_NANS=1 \
   JAX_DEFAULT_MATMUL_PRECISION=highest JAX_THREEFRY_PARTITIONABLE=0
+SPHINX = -m sphinx --quiet --fail-on-warning -c docs
 # Twice quiet: errors only.
 PIP_INSTALL = -m pip install -qq --disable-pip-version-check
 # What only tests use is compiled by those that import it: a small part of PyTorch and transformers, in two processes.
@@ -23,7 +24,7 @@ NO_COMPILE = --no-compile
 LIBTPU = $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),libtpu/.installed)
 
 .PHONY: help install demo test test-exact test-others test-latest test-latest-exact test-latest-fast test-exhaustive \
-  test-every-case test-settings environments lint clean
+  test-every-case test-settings environments lint docs docs-links clean
 
 help:
 	@echo "make install      create .venv with opt-jax and what it needs (CPU)"
@@ -32,6 +33,8 @@ help:
 	@echo "make test-latest  what depends on versions, on the newest Python and JAX found"
 	@echo "make test-exhaustive  every case of the sweeps, compiled as users have it; JAX's settings: hours"
 	@echo "make lint         ruff and pyright"
+	@echo "make docs         the documentation site, in build/docs (README.md, docs/, notebooks, API reference)"
+	@echo "make docs-links   whether the pages on the internet that the site links to exist"
 	@echo "make clean        remove what the above have made"
 
 install: .venv/.installed
@@ -68,6 +71,14 @@ lint: .venv/.installed-test
 	.venv/bin/pyright
 	.venv/bin/pyright -p .ci/pyright-core.json
 
+# A warning, such as a link to nothing, is an error. tests/test_site.py runs the same line. Notebooks are not executed.
+docs: .venv/.installed-docs
+	rm -rf build/docs build/doctrees
+	.venv/bin/python $(SPHINX) -d build/doctrees . build/docs
+	@echo "Open build/docs/index.html"
+docs-links: .venv/.installed-docs
+	.venv/bin/python $(SPHINX) -d build/doctrees-links -b linkcheck . build/links
+
 # For .ci/run, which makes both at once: pip uses one core.
 environments: $(foreach venv,.venv .venv-latest,$(venv)/.installed-test $(addprefix $(venv)/,$(LIBTPU)))
 
@@ -81,7 +92,12 @@ clean:
 	@.venv/bin/python $(PIP_INSTALL) --editable .
 	@touch $@
 
-.venv/.installed-test: .venv/.installed
+.venv/.installed-docs: .venv/.installed
+	@echo "Installing Sphinx and its theme into .venv (90 MB on disk; ten seconds) ..."
+	@.venv/bin/python $(PIP_INSTALL) $(NO_COMPILE) --editable ".[docs]"
+	@touch $@
+
+.venv/.installed-test: .venv/.installed-docs
 	@echo "Installing the test tools and PyTorch, the parity oracle, into .venv ..."
 	@.venv/bin/python $(PIP_INSTALL) $(NO_COMPILE) --editable ".[test,oracle]"
 	@touch $@
@@ -98,6 +114,15 @@ clean:
 	@rm -rf $(@D)
 	@$*/bin/python $(PIP_INSTALL) --no-deps --target $(@D) "$$($*/bin/python -c \
 	  'from importlib.metadata import requires; print(*{r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")})')"
+	@touch $@
+
+# Compiles for NVIDIA GPUs without having one (tests/test_gpu_programs.py). Nothing else needs it.
+%/cuda/.installed: %/.installed-test
+	@echo "Installing JAX's CUDA plug-in and NVIDIA's libraries into $(@D) (2.8 GB on disk) ..."
+	@rm -rf $(@D)
+	@$*/bin/python $(PIP_INSTALL) $(NO_COMPILE) --no-deps --target $(@D) $$($*/bin/python -c 'import jax; \
+	  print(*(f"jax-cuda12-{name}=={jax.__version__}" for name in ("plugin", "pjrt")))') $(addprefix nvidia-, \
+	  $(addsuffix -cu12,cuda-nvcc cuda-runtime cuda-cupti cuda-nvrtc cublas cudnn))
 	@touch $@
 
 .venv/bin/python:

@@ -11,6 +11,7 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -27,7 +28,7 @@ from opt_jax.parallel.agreement import on_first_process
 from opt_jax.parallel.mesh import make_mesh, use_mesh
 from opt_jax.parallel.rules import named_leaves
 from opt_jax.system.disk import keep_standard_descriptors
-from opt_jax.training import loggers, plan
+from opt_jax.training import goodput, loggers, plan
 from opt_jax.training.checkpoints import BestModel, Checkpoints
 from opt_jax.training.data import TrainingData, make_validation, open_data
 from opt_jax.training.files import run_directory
@@ -158,9 +159,10 @@ def restore_state(
     run.write_record()
     if start:
         frozen = state and state.frozen
-        start, state, data_state = checkpoints.restore_newest(
-            setup.state, setup.shardings, complain, fall_back=fall_back, verify=options.verify
-        )
+        with goodput.spend("restore"):
+            start, state, data_state = checkpoints.restore_newest(
+                setup.state, setup.shardings, complain, fall_back=fall_back, verify=options.verify
+            )
         data.training.check_state(data_state, start)
         state = dataclasses.replace(state, frozen=frozen)
     return start, state
@@ -267,10 +269,11 @@ def fit(
     ):
         step, stopping = start, False
         pending = None  # a step's metrics are fetched when the next step has been dispatched
-        for step, batch_rows in enumerate(reader, start=start + 1):
+        for step, batch_rows in enumerate(goodput.waiting_counts(reader), start=start + 1):
             batch = place(batch_rows)
             trace.before(step)
-            state, measured = train_step(state, batch)
+            with goodput.spend("compile") if step == start + 1 else contextlib.nullcontext():
+                state, measured = train_step(state, batch)
             trace.after(step, measured)
             if pending is not None:
                 metrics.record(*pending)
@@ -284,15 +287,19 @@ def fit(
                 val_loss = metrics.record(*pending, val_loss=partial(validate, state) if evaluate else None)
                 pending = None
                 if val_loss is not None:
-                    best.offer(step, state, val_loss)
+                    with goodput.spend("checkpoint"):
+                        best.offer(step, state, val_loss)
             if save:
-                metrics.flush()
-                checkpoints.save(step, state)
+                with goodput.spend("checkpoint"):
+                    metrics.flush()
+                    checkpoints.save(step, state)
                 due.saved()
             if evaluate or save:
                 metrics.pause()
             if stopping:
                 break
+    if (summary := metrics.goodput()) is not None:
+        say(summary)
     # The signal may also have come after the loop, while the last checkpoint was written.
     if stopping or termination.came and jax.process_count() == 1:
         what, code = termination.reason_and_exit_code()

@@ -3,6 +3,7 @@
 The functions are imported when a method is first looked up. A method has the signature and docstring of its function.
 """
 
+import functools
 import importlib
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -75,6 +76,13 @@ class ConfigMethods:
         save_pretrained = Delegate("checkpoints.formats.config_json", "save_pretrained")
 
 
+def _collects(method: Any) -> bool:
+    """Whether qwix has wrapped a method for one of its calibrations. Only the wrapper's closure knows the provider."""
+    cells = [cell.cell_contents for cell in method.__closure__ or ()]
+    providers = [cell.args[0] for cell in cells if isinstance(cell, functools.partial) and cell.args]
+    return any(base.__name__ == "CalibrationProvider" for provider in providers for base in type(provider).__mro__)
+
+
 class ModelMethods:
     """Methods of all models."""
 
@@ -104,9 +112,16 @@ class ModelMethods:
             raise hf_scripts.no_attribute(type(self).__name__, name, hf_scripts.MODEL)
 
     def _is_watched(self) -> bool:
-        """Whether a tool that sees nothing inside `jax.jit` looks at this call: nnx.capture, or a provider of qwix."""
-        by_qwix = "__call__" in vars(type(self)) and hasattr(type(self), "_unquantized_type")
-        return by_qwix or hasattr(self, "__captures__")
+        """Whether a tool that sees nothing inside `jax.jit` looks at this call: nnx.capture, or a provider of qwix.
+
+        Raises:
+          ValueError: a collector of qwix, which sees nothing inside `lax.scan` either, looks at stacked layers.
+        """
+        model: Any = self
+        wrapped = vars(type(self)).get("__call__") if hasattr(type(self), "_unquantized_type") else None
+        if wrapped is not None and _collects(wrapped) and hasattr(model.base_model.decoder.layers, "fc1"):
+            raise ValueError("qwix collects nothing from stacked layers: use opt_jax.unstack_layers(model)")
+        return wrapped is not None or hasattr(self, "__captures__")
 
     def _with_hooks(self, inputs: Any) -> Any:
         """The output of a base model for a call with `hooks`."""

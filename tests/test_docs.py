@@ -11,7 +11,7 @@ from opt_jax.cli import COMMANDS
 from opt_jax.training.option_checks import check_options
 from opt_jax.training.options import parse_options
 
-PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")])
+PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")])
 README = (REPOSITORY / "README.md").read_text()
 COMMAND_LINES = [
     line.removeprefix("$ ")

@@ -43,19 +43,19 @@ class GenerateOutput:
     model, before temperature and all other processors (as OpenAI's). After the end of a row they are NaN.
     """
 
-    sequences: Int32[np.ndarray, "R T+N"]  # the prompts as given, the new tokens, then pads
-    lengths: Int32[np.ndarray, " R"]  # number of new tokens, the end token included
-    finish_reasons: list[str]  # "stop": end token, stop sequence or stop string; "length": the maximum length
-    stop_reasons: list[str | None] | None = None  # with `stop_strings`: the one that ended the row; None: none of them
-    # With `logprobs=n`: log-probabilities of the new tokens, the n most likely tokens (best first), and theirs.
+    sequences: Int32[np.ndarray, "R T+N"]  #: the prompts as given, the new tokens, then pads
+    lengths: Int32[np.ndarray, " R"]  #: number of new tokens, the end token included
+    finish_reasons: list[str]  #: "stop": end token, stop sequence or stop string; "length": the maximum length
+    stop_reasons: list[str | None] | None = None  #: with `stop_strings`: the one that ended the row; None: none of them
+    #: With `logprobs=n`: log-probabilities of the new tokens, the n most likely tokens (best first), and theirs.
     logprobs: Float32[np.ndarray, "R N"] | None = None
     top_token_ids: Int32[np.ndarray, "R N n"] | None = None
     top_logprobs: Float32[np.ndarray, "R N n"] | None = None
-    sequences_scores: Float32[np.ndarray, " R"] | None = None  # with beams; the rows of a prompt are sorted by it
-    # With drafts: the number of drafted tokens that the model has verified, and of those that became new tokens.
+    sequences_scores: Float32[np.ndarray, " R"] | None = None  #: with beams; the rows of a prompt are sorted by it
+    #: With drafts: the number of drafted tokens that the model has verified, and of those that became new tokens.
     drafted: Int32[np.ndarray, " R"] | None = None
     accepted: Int32[np.ndarray, " R"] | None = None
-    cache: Prefix | None = None  # with `return_cache`: all tokens of each row, for the next call
+    cache: Prefix | None = None  #: with `return_cache`: all tokens of each row, for the next call
 
     @property
     def acceptance_rate(self) -> float | None:

@@ -108,6 +108,7 @@ def param_spec(path: str, shape: Sequence[int], mesh: Mesh) -> P:
 
 
 def param_sharding(path: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """The sharding of the parameter at `path`; errors as of `param_spec`."""
     return NamedSharding(mesh, param_spec(path, shape, mesh))
 
 

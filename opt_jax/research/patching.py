@@ -75,8 +75,11 @@ def patch(
       hooks: interventions in all corrupted runs, but not in the clean one.
 
     Raises:
-      ValueError: a point in no layer, an index outside of its axis, runs of different shapes, or as a call.
+      ValueError: a model without logits, a point in no layer, an index outside of its axis, runs of different shapes,
+        or as a call.
     """
+    if model.base_model is model:
+        raise ValueError(f"patching compares logits, which an {type(model).__name__} lacks: use OPTForCausalLM")
     config, (rows, length) = model.config, np.shape(clean)
     if point not in POINTS or "B" not in POINTS[point][0] or point not in _IN_LAYERS:
         raise ValueError(f"point {point!r} is in no layer: choose one of {', '.join(_IN_LAYERS)}")

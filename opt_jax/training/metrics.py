@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import opt_jax
 from opt_jax.system.temporary import write_file
+from opt_jax.training import goodput
 from opt_jax.training.files import Lines, ranges, read_metrics
 from opt_jax.training.nonfinite import NonFiniteError
 
@@ -127,6 +128,7 @@ class Metrics:
         self._mfu_seconds = flops_per_step / peak_flops if flops_per_step and peak_flops else None
         self._batch_rows, self._skip, self._in_a_row = batch_rows, skip_nonfinite, 0
         self._loggers, self._memory_of = loggers, memory_of
+        self._path, self._began = path, None
         self._last, self._val_loss, self._measures = time.perf_counter(), None, {}
         self._console = Console()
         self._bar = Progress(
@@ -142,6 +144,7 @@ class Metrics:
 
     def __enter__(self) -> "Metrics":
         self._bar.start()
+        self._began = goodput.begin()
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -150,6 +153,21 @@ class Metrics:
             logger.close()
         if self._file is not None:
             self._file.close()
+        goodput.end()
+
+    def goodput(self) -> str | None:
+        """A line that says where the time of the run went, all starts together; None on every process but 0.
+
+        The time since the last step counts for the checkpoint after it.
+        """
+        if self._path is None:
+            return None
+        lines = [line for _, line in read_metrics(self._path)]
+        now = time.time()
+        if lines and "time" in lines[-1]:
+            lines.append({"time": now, "checkpoint_seconds": now - lines[-1]["time"]})
+        summary = goodput.goodput(lines)
+        return None if summary is None else str(summary)
 
     def record(
         self, step: int, measured: dict[str, Any], val_loss: Callable[[], float | dict[str, float] | None] | None = None
@@ -186,7 +204,11 @@ class Metrics:
             self._nonfinite(values, numbers)
         else:
             self._look_for_spike(values)
-        if val_loss is not None and (measurement := val_loss()) is not None:
+        measurement = None
+        if val_loss is not None:
+            with goodput.spend("validation"):
+                measurement = val_loss()
+        if measurement is not None:
             if isinstance(measurement, dict):
                 measures = measurement
             else:  # math.exp overflows above 709; JSON has no infinity, so the perplexity is null then
@@ -238,6 +260,9 @@ class Metrics:
         self._losses.append(loss)
 
     def _write(self, values: dict[str, Any]) -> None:
+        values |= goodput.take() | {"time": time.time()}
+        if self._began is not None:
+            values["began"], self._began = self._began, None
         if self._file is not None:
             self._file.write(json.dumps(values, allow_nan=False) + "\n")
             for logger in self._loggers:

@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from opt_jax.system.temporary import check_new_file, write_file
-from opt_jax.training import files
+from opt_jax.training import files, goodput
 
 # Title, scale, and the curves: (name in metrics.jsonl, matplotlib's options).
 PANELS: tuple[tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]], ...] = (
@@ -71,6 +71,8 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
                     values = [math.nan if value is None else value for _, value in points]
                     label = (run.name or Path.cwd().name).replace("$", r"\$")  # Path(".") has no name; "$" is a formula
                     label += ", validation" if name == "val_loss" else ""
+                    if name == "loss" and (summary := goodput.goodput(lines)) is not None:
+                        label += f", goodput {summary.share:.0%}"
                     axes.plot([step for step, _ in points], values, color=f"C{i}", label=label, **style)
         axes.set(title=title, xlabel="step", yscale=scale)
         axes.grid(alpha=0.3)

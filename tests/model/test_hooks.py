@@ -1,7 +1,7 @@
-"""Hook points, interventions, and Flax's own tools that look at modules. PyTorch's: parity/test_hooks_parity.py."""
+"""Hook points and interventions. PyTorch's: parity/test_hooks_parity.py."""
 
 import dataclasses
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,34 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import exhaustive
-from flax import nnx
 from jax import lax
-from reference import batch, draw, our_model, values
+from reference import draw, our_model, values
+from support.hooked_models import DEPTH, IDS, INPUTS, MASK, OTHER, RESID, VECTOR, assert_near, edited, separate, stacked
 from support.small_models import on_mesh
 
 import opt_jax
-from opt_jax import Add, OPTForCausalLM, Project, Replace, Scale, Zero, point_names, stack_layers
+from opt_jax import Add, Project, Replace, Scale, Zero, point_names, stack_layers
 from opt_jax.generation import loop
-from opt_jax.generation.generate import stream
 from opt_jax.model import hook_points, hooks, interventions
 from opt_jax.parallel.mesh import make_mesh, use_mesh
-
-DEPTH = 3
-INPUTS = {padding: batch("opt-125m", padding, length=6) for padding in ("none", "left", "right")}
-IDS, MASK = INPUTS["left"]["input_ids"], INPUTS["left"]["attention_mask"]
-VECTOR = draw("some.kernel", (24, 1))[:, 0] * 5
-OTHER = 4 * np.roll(VECTOR, 7)
-RESID = "blocks.1.hook_resid_post"
-
-
-@cache
-def separate(depth: int = DEPTH) -> OPTForCausalLM:
-    return our_model("opt-125m", num_hidden_layers=depth)
-
-
-@cache
-def stacked(depth: int = DEPTH) -> OPTForCausalLM:
-    return stack_layers(our_model("opt-125m", num_hidden_layers=depth))
 
 
 @pytest.fixture
@@ -44,19 +26,8 @@ def model():
     return separate()
 
 
-def edited(model, hooks, ids: Any = IDS, mask: Any = MASK, **kwargs):
-    return np.asarray(model.run_with_hooks(ids, mask, hooks=hooks, **kwargs).logits)
-
-
 def edited_in_jit(model, hooks):
     return model.forward(IDS, MASK, hooks=hooks).logits
-
-
-def assert_near(got, expected, tolerance=1e-6, least=0.0):
-    """Assert that the error is at most `tolerance` times the norm of what is expected, or times `least`."""
-    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
-    assert got.shape == expected.shape
-    assert np.linalg.norm(got - expected) <= tolerance * max(np.linalg.norm(expected), least)
 
 
 # Without hooks --------------------------------------------------------------------------------------------------------
@@ -304,100 +275,6 @@ def test_positions_with_a_cache(model):
     assert ((np.asarray(acts["blocks.0.hook_resid_mid"]) == 7).all(-1) == [False, True]).all()
 
 
-FIRST = "blocks.0.hook_resid_post"
-PROMPTS = [[5, 6, 7, 8, 9], [11, 12, 13, 11, 12], [20, 30, 40, 50, 60]]
-GENERATION: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "beams": dict(num_beams=3),
-    "lookup": dict(prompt_lookup_num_tokens=3),
-    "assistant": dict(num_assistant_tokens=2),
-    "continuous": dict(batch_size=2, do_sample=True, num_return_sequences=2),
-}
-
-
-def edits_of_generation(newest: bool):
-    """Hooks that do what other weights would do: those of `other_weights`."""
-    last = Add(OTHER, positions=-1) if newest else Add(OTHER, positions=[4, 5, 6, 7, 8, 9])
-    return {
-        "blocks.0.hook_mlp_out": Add(2 * VECTOR),
-        "hook_pos_embed": (Add(-3 * VECTOR[::-1], positions=[1, 6, 7]), last),
-    }
-
-
-@cache
-def other_weights():
-    changed = our_model("opt-125m", num_hidden_layers=1)
-    bias, table = changed.model.decoder.layers[0].fc2.bias, changed.model.decoder.embed_positions.embedding
-    bias.set_value(bias.get_value() + 2 * VECTOR)
-    rows = np.arange(64 + 2) - 2
-    change = -3 * VECTOR[::-1] * np.isin(rows, [1, 6, 7])[:, None] + OTHER * (rows >= 4)[:, None]
-    table.set_value(table.get_value() + change.astype(np.float32))
-    return changed
-
-
-@pytest.mark.parametrize("kind", GENERATION)
-def test_generation(kind):
-    """The tokens are those of a model whose weights are changed instead. A prompt has five tokens."""
-    model, options = separate(1), GENERATION[kind] | dict[str, Any](max_new_tokens=5, eos_token_id=98)
-    if kind == "assistant":
-        options["assistant_model"] = model
-    hooks = edits_of_generation(newest=kind not in ("lookup", "assistant"))
-    got = model.generate(PROMPTS, hooks=hooks, **options).sequences
-    np.testing.assert_array_equal(got, other_weights().generate(PROMPTS, **options).sequences)
-    assert (got != model.generate(PROMPTS, **options).sequences).any()
-    if kind == "plain":
-        steps = np.stack([*stream(model, PROMPTS, hooks=hooks, **options)], 1)
-        np.testing.assert_array_equal(steps, got[:, 5:])
-        # Each token is the most likely one where the whole sequence is read at once.
-        logits = edited(model, edits_of_generation(newest=False), got, None)
-        np.testing.assert_array_equal(logits[:, 4:-1].argmax(-1), got[:, 5:])
-
-
-def test_score():
-    """The log-probabilities of `run_with_hooks`; -1 is the last token of a row, which no other follows."""
-    model = separate(1)
-    hooks = {"hook_embed": Add(VECTOR, positions=[-2, 0]), FIRST: Add(VECTOR, rows=-1)}
-    rows = np.tile(np.arange(3), 2)[:5]  # five rows are padded to six
-    for padding in ("left", "right"):
-        ids, mask = (INPUTS[padding][name][rows] for name in ("input_ids", "attention_mask"))
-        logprobs = np.asarray(jax.nn.log_softmax(edited(model, hooks, ids, mask)))
-        expected = np.take_along_axis(logprobs[:, :-1], ids[:, 1:, None], 2)[..., 0]
-        got = model.score(ids, mask, hooks=hooks)[:, 1:]
-        real = ~np.isnan(got)
-        assert_near(got[real], expected[real], 1e-5)
-    last = {"hook_embed": Add(VECTOR, positions=[-1, -1]), FIRST: Add(VECTOR * 0, rows=-1)}
-    assert_near(*(np.nan_to_num(x) for x in (model.score(ids, mask, hooks=last), model.score(ids, mask))))
-
-
-def test_rows_of_generation():
-    """Five prompts run in a batch of six."""
-    model, prompts, options = separate(1), [*PROMPTS, *PROMPTS][:5], dict[str, Any](max_new_tokens=4, eos_token_id=98)
-    plain = model.generate(prompts, **options).sequences
-    every, got = (
-        model.generate(prompts, hooks={FIRST: Add(VECTOR, rows=rows)}, **options).sequences
-        for rows in ([0, 1, 2, 3, 4], [0, -1, -1, 2, 2])
-    )
-    np.testing.assert_array_equal(got, [every[i] if i in (0, 2, 4) else plain[i] for i in range(5)])
-    assert (every != plain).any()
-
-
-@pytest.mark.parametrize(
-    ("edit", "options", "words"),
-    [
-        (Zero(rows=0), dict(batch_size=2), "rows= cannot be combined with batch_size"),
-        (Zero(rows=0), dict(num_return_sequences=2, do_sample=True), "combined with num_return_sequences above 1"),
-        (Zero(rows=3), {}, "rows=3: there are 3"),
-        (Zero(positions=[2, -1]), dict(assistant_model=separate), "positions= cannot be combined with assistant_model"),
-        (Zero(positions=-1), dict(prompt_lookup_num_tokens=2), "combined with prompt_lookup_num_tokens"),
-        (Zero(heads=0), {}, "has no heads"),
-    ],
-)
-def test_generation_refuses(model, edit, options, words):
-    options = {name: value() if callable(value) else value for name, value in options.items()}
-    with pytest.raises(ValueError, match=words):
-        model.generate(PROMPTS, hooks={RESID: edit}, **options)
-
-
 # JAX's transformations, forms of the model, dtypes --------------------------------------------------------------------
 
 EVERY_KIND = {
@@ -605,89 +482,3 @@ def test_mesh(build):
         tensor = axes[name.rpartition(".")[2]]
         shape = [size // (4 if axis == 0 else 2 if axis == tensor else 1) for axis, size in enumerate(value.shape)]
         assert value.sharding.shard_shape(value.shape) == tuple(shape), name
-
-
-# Flax's tools ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def own_methods(model):
-    """Modules without the inherited methods that nnx.tabulate leaves in their classes: nnx.capture would wrap `sow`."""
-    for cls in {type(module) for _, module in nnx.iter_modules(model)}:
-        for name, value in list(vars(cls).items()):
-            if callable(value) and any(vars(base).get(name) is value for base in cls.__mro__[1:]):
-                delattr(cls, name)
-
-
-class Sowing(OPTForCausalLM):
-    """A user's subclass."""
-
-    def logits(self, x):
-        self.sow(nnx.Intermediate, "stream", x)
-        return super().logits(self.perturb("nudge", x))
-
-
-def sowing(model):
-    copy = jax.tree.map(lambda x: x, model)
-    copy.__class__ = Sowing
-    return copy
-
-
-@pytest.mark.usefixtures("own_methods")
-def test_capture(model):
-    """`nnx.capture` sees a call as it sees those of other modules: outputs of methods, `sow`, `perturb`."""
-    model = our_model("opt-125m", num_hidden_layers=2)
-    out, state = nnx.capture(model, nnx.Intermediate, method_outputs=nnx.Intermediate)(IDS, MASK)
-    state = nnx.to_pure_dict(state)
-    layer = state["model"]["decoder"]["layers"][1]
-    _, acts = model.run_with_cache(IDS, MASK, names=["blocks.1.mlp.*", "blocks.1.ln1.hook_normalized"])
-    assert_near(layer["fc1"]["__call__"][0], acts["blocks.1.mlp.hook_pre"])
-    assert_near(layer["self_attn_layer_norm"]["__call__"][0], acts["blocks.1.ln1.hook_normalized"])
-    assert_near(out.logits, model(IDS, MASK).logits)
-
-    user = sowing(model)
-    _, state = nnx.capture(user, nnx.Intermediate)(IDS, MASK)
-    assert_near(state["stream"].get_value()[0], user.model(IDS, MASK).last_hidden_state)
-    _, nudges = nnx.capture(user, nnx.Perturbation)(IDS, MASK)
-    assert nudges["nudge"].get_value().shape == (3, 6, 24)
-
-    def loss(model, nudges):
-        out, _ = nnx.capture(model, nnx.Intermediate, init=nudges)(IDS, MASK)
-        return out.logits[:, -1, 5].sum()
-
-    slope = nnx.grad(loss, argnums=1)(user, nudges)["nudge"].get_value()
-    expected = np.zeros((3, 6, 24))
-    expected[:, -1] = model.model.decoder.embed_tokens.embedding.get_value()[5]
-    assert_near(slope, expected)
-
-
-@pytest.mark.usefixtures("own_methods")
-def test_no_tool_gives_an_empty_answer_in_silence():
-    """A tool that looks at modules sees each of them, or there is an error."""
-    for form in (jax.tree.map(lambda x: x, build(2)) for build in (separate, stacked)):
-        linear = {path for path, module in nnx.iter_modules(form) if isinstance(module, nnx.Linear)}
-        watch = nnx.capture(form, nnx.Intermediate, method_outputs=nnx.Intermediate)
-        if isinstance(form.model.decoder.layers, nnx.List):
-            state = nnx.to_flat_state(watch(IDS, MASK)[1])
-            assert linear <= {path[:-1] for path, _ in state}
-        else:
-            with pytest.raises(ValueError, match=r"sees nothing of stacked layers: use opt_jax.unstack_layers\(model"):
-                watch(IDS, MASK)
-            opt_jax.unstack_layers(form)  # what the message says works, and the model is as before
-            assert nnx.to_flat_state(watch(IDS, MASK)[1])
-            assert_near(form(IDS, MASK).logits, separate(2)(IDS, MASK).logits)
-    form = separate(2)
-    table = nnx.tabulate(form, jnp.asarray(IDS), console_kwargs=dict(width=250, color_system=None))
-    linear = {path for path, module in nnx.iter_modules(form) if isinstance(module, nnx.Linear)}
-    assert all("/".join(map(str, path)) in table for path in linear if 1 not in path)  # Flax shows equal layers once
-
-
-@pytest.mark.filterwarnings("ignore:'.value' setter is now deprecated:DeprecationWarning")  # by qwix 0.1.8
-def test_calibration_by_qwix():
-    qwix = pytest.importorskip("qwix", reason="the extra int8")
-    gptq = pytest.importorskip("qwix.contrib.gptq")
-    provider = gptq.GptqCalibrationProvider([gptq.GptqRule(module_path=".*", weight_qtype=jnp.int8)])
-    model = qwix.quantize_model(separate(1), provider, jnp.asarray(IDS))
-    model(jnp.asarray(IDS))
-    statistics = {path[-2] for path, _ in nnx.iter_graph(model) if path and str(path[-1]) == "kernel_gptq"}
-    assert statistics == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}

@@ -163,6 +163,8 @@ def test_mistakes_are_named():
             patch(model, clean, corrupted, metric, **options)
     with pytest.raises(ValueError, match=r"clean run is \(2, 6\) and the corrupted one \(2, 5\)"):
         patch(model, clean, corrupted[:, :5], metric)
+    with pytest.raises(ValueError, match="patching compares logits, which an OPTModel lacks"):
+        patch(model.model, clean, corrupted, metric)
     with pytest.raises(ValueError, match=r"one text, ids \[1, T\], not \(2, 6\)"):
         causal_trace(model, clean, [1], metric)
     with pytest.raises(ValueError, match="subject must be numbers from -6 to 5"):

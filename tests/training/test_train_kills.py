@@ -58,8 +58,8 @@ def lines(output):
     path = output / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     complete = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\\n")]
-    of_time = {"tokens_per_s", "step_seconds", "mfu", "memory_bytes"}
-    return [{k: v for k, v in line.items() if k not in of_time} for line in complete]
+    of_time = {"tokens_per_s", "mfu", "memory_bytes", "time", "began"}
+    return [{k: v for k, v in line.items() if k not in of_time and not k.endswith("_seconds")} for line in complete]
 
 def saved(output):
     return [int(path.name) for path in (output / "checkpoints").glob("*") if path.name.isdecimal()]

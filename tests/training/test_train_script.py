@@ -52,8 +52,11 @@ def run(options, output, **changes):
 
 def same(ours, theirs):
     """Assert that the metrics are equal, but for times."""
-    of_time = {"tokens_per_s", "step_seconds", "mfu", "memory_bytes"}
-    timeless = lambda lines: [{k: v for k, v in line.items() if k not in of_time} for line in lines]  # noqa: E731
+    of_time = {"tokens_per_s", "step_seconds", "mfu", "memory_bytes", "time", "began"}
+
+    def timeless(lines):
+        return [{k: v for k, v in line.items() if k not in of_time and not k.endswith("_seconds")} for line in lines]
+
     assert timeless(ours) == timeless(theirs)
 
 
@@ -80,6 +83,10 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     names = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "step_seconds"}
     assert all(names <= set(line) for line in lines)
     assert [line["step"] for line in lines if "val_loss" in line] == [10, 20]
+    assert [line["step"] for line in lines if "validation_seconds" in line] == [10, 20]
+    assert [line["step"] for line in lines if "checkpoint_seconds" in line] == [6, 11, 16]
+    assert [line["step"] for line in lines if {"began", "start_seconds", "compile_seconds"} & set(line)] == [1]
+    assert all("time" in line for line in lines) and "data_seconds" in lines[0]
     assert lines[-1]["val_loss"] < lines[0]["loss"] and lines[-1]["tokens"] == STEPS * 8 * 32
     record = json.loads((output / "run.json").read_text())
     assert record["options"]["dtype"] == "float32" and record["options"]["seq_len"] == 32
@@ -90,6 +97,7 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     out = model(tokenizer("def self return x", return_tensors="np").input_ids)
     assert np.isfinite(np.asarray(out.logits)).all()
     assert f"opt-jax generate --model {output}" in printed and "a sample: " in printed
+    assert "\ngoodput " in printed and "compile " in printed
     first = printed.splitlines()[0]
     assert f"jax {jax.__version__}, " in first and "1 process, 1 x " in first
     assert first.endswith("mesh data=1 x fsdp=1 x tensor=1")

@@ -1,0 +1,78 @@
+"""Where the time of a run goes. tests/training/test_train_script.py has the lines of a real run."""
+
+import json
+import time
+
+import pytest
+
+from opt_jax.training import goodput
+from opt_jax.training.metrics import Metrics
+from opt_jax.training.plot import plot_runs
+
+SPENT = {f"{name}_seconds" for name in goodput.ACTIVITIES}
+# Two starts. The first is killed after step 3, of which nothing is left: its checkpoint was that of step 2.
+LINES = [
+    {"step": 1, "time": 130.0, "began": 100.0, "start_seconds": 10.0, "compile_seconds": 15.0, "data_seconds": 1.0},
+    {"step": 2, "time": 140.0, "validation_seconds": 2.0},
+    {"step": 3, "time": 190.0, "began": 160.0, "start_seconds": 8.0, "restore_seconds": 4.0, "compile_seconds": 9.0},
+    {"step": 4, "time": 200.0, "checkpoint_seconds": 3.0},
+]
+
+
+def test_sum():
+    """Each second is in a step, in one activity, or between two starts."""
+    result = goodput.goodput(LINES)
+    assert result is not None
+    lost = dict(start=18, restore=4, compile=24, data=1, validation=2, checkpoint=3, restarts=20)
+    assert result.lost == lost
+    assert result.total == 100 and result.steps == 100 - sum(lost.values()) and result.share == 0.28
+    assert str(result) == (
+        "goodput 28.0% of 0:01:40 h (start 18.0%, restore 4.0%, compile 24.0%, data 1.0%, validation 2.0%, "
+        "checkpoint 3.0%, restarts 20.0%)"
+    )
+
+
+def test_runs_of_before_count_from_their_next_start():
+    old = [{"step": 1, "step_seconds": 5.0}, {"step": 2, "step_seconds": 5.0}]
+    assert goodput.goodput(old) is None and goodput.goodput([]) is None
+    assert goodput.goodput([*old, *LINES[2:]]) == goodput.goodput(LINES[2:])
+
+
+def test_a_clock_that_is_set_back():
+    lines = [LINES[0], {"step": 2, "time": 50.0}, {"step": 3, "time": 60.0}]
+    result = goodput.goodput(lines)
+    assert result is not None and result.total == 40 and result.steps == 14
+
+
+def batches():
+    time.sleep(0.2)
+    yield from "ab"
+    time.sleep(0.3)
+
+
+def test_seconds_are_in_the_lines(tmp_path):
+    """Of the batches that were waited for, of a validation and of a checkpoint; each once."""
+    goodput.end()
+    path, measured = tmp_path / "metrics.jsonl", dict(loss=1.0, lr=1.0, grad_norm=1.0, skipped=False)
+    with Metrics(path, start=0, steps=2, tokens_per_step=1, log_every=9) as metrics:
+        for step, _ in enumerate(goodput.waiting_counts(batches()), 1):
+            metrics.record(step, measured, (lambda: time.sleep(0.1)) if step == 2 else None)
+            with goodput.spend("checkpoint"):
+                time.sleep(0.15)
+    first, second = (json.loads(line) for line in path.read_text().splitlines())
+    assert first["data_seconds"] >= 0.2 and "checkpoint_seconds" not in first and "validation_seconds" not in first
+    assert "began" not in second and second["checkpoint_seconds"] >= 0.15 and second["validation_seconds"] >= 0.1
+    assert first["time"] - first["began"] >= 0.2 + first["start_seconds"]
+    assert second["time"] - first["time"] >= sum(v for k, v in second.items() if k in SPENT)
+    summary = metrics.goodput()
+    assert summary is not None and summary.startswith("goodput ")
+    assert goodput.take() == {}
+
+
+def test_the_picture_names_it(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(pyplot.Figure, "savefig", lambda figure, file, **_: (drawn.append(figure), file.write(b"")))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line | {"loss": 1.0}) + "\n" for line in LINES))
+    plot_runs([tmp_path], tmp_path / "curves.png")
+    assert [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()] == [f"{tmp_path.name}, goodput 28%"]
