@@ -18,7 +18,7 @@ from support.hf_files import TINY, hf_weights, write_hf
 
 from convert.__main__ import main
 from convert.source import open_source
-from opt_jax import OPTForCausalLM, OPTForSequenceClassification, OPTModel, named_parameters, quantize
+from opt_jax import OPTForCausalLM, OPTForSequenceClassification, OPTModel, named_parameters, quantize, stack_layers
 from opt_jax.checkpoints import arrays as lazy_arrays
 from opt_jax.checkpoints import orbax
 from opt_jax.checkpoints.formats import quantized
@@ -98,18 +98,22 @@ def test_a_packed_model_comes_back_bit_by_bit(tmp_path, kind):
 
 
 def test_matrices_of_different_bits_and_rounded_inputs(tmp_path):
-    model = our_model("opt-125m", num_hidden_layers=1)
-    matrices = random_matrices(model, bits=8, symmetric=True)
-    four = random_matrices(model, bits=4)
-    w8a8 = pack_model(model, {KERNEL: matrices[KERNEL]}, activation_bits=8)
-    model = pack_model(w8a8, {path: matrix for path, matrix in four.items() if path != KERNEL})
+    model = our_model("opt-125m", num_hidden_layers=2)
+    eight = {path: m for path, m in random_matrices(model, bits=8, symmetric=True).items() if "fc1" in path}
+    model = pack_model(
+        pack_model(model, eight, activation_bits=8),
+        {path: matrix for path, matrix in random_matrices(model, bits=4).items() if path not in eight},
+    )
     model.save_pretrained(tmp_path / "out")
     settings = settings_of(tmp_path / "out")
     assert settings["bits"][KERNEL] == 8 and settings["bits"][KERNEL.replace("fc1", "fc2")] == 4
     loaded = OPTForCausalLM.from_pretrained(tmp_path / "out")
     assert_same(loaded, model)
-    assert [layer.activation_bits for layer in packed_layers(loaded).values()].count(8) == 1
+    assert [layer.activation_bits for layer in packed_layers(loaded).values()].count(8) == 2
     assert packed_layers(loaded)[KERNEL].activation_bits == 8
+    stack_layers(model).save_pretrained(tmp_path / "stacked")  # layer by layer, as all stacked models
+    assert settings_of(tmp_path / "stacked") == settings
+    assert_same(OPTForCausalLM.from_pretrained(tmp_path / "stacked"), loaded)
     with pytest.raises(ValueError, match=r"GPTQ's form cannot hold this model \(.*write an Orbax directory, or deq"):
         model.save_pretrained(tmp_path / "hf", safe_serialization=True)
     assert not (tmp_path / "hf").exists()
