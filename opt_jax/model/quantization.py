@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from opt_jax.model import int8
 from opt_jax.model.heads import OPTForCausalLM
 from opt_jax.model.int8 import Int8Array
+from opt_jax.model.packed_models import refuse_packed
 
 
 class Int8Linear(nnx.Module):
@@ -57,7 +58,8 @@ def quantize(model: OPTForCausalLM) -> OPTForCausalLM:
     does not change. Arrays keep their sharding.
 
     Raises:
-      ValueError: a model without LM head, a stacked model (see `unstack_layers`), or one that is quantised already.
+      ValueError: a model without LM head, a stacked model (see `unstack_layers`), or one that is quantised already, to
+        int8 or packed.
       ImportError: qwix is not installed.
       RuntimeError: not all matrices became int8, because some modules of the model are not of this package.
     """
@@ -67,6 +69,7 @@ def quantize(model: OPTForCausalLM) -> OPTForCausalLM:
         raise ValueError("quantize takes a model with separate layers: use opt_jax.unstack_layers(model) first")
     if count_int8(model):
         raise ValueError("this model has int8 weights already")
+    refuse_packed(model)
     model = nnx.clone(model)
     modules = [module for _, module in nnx.iter_graph(model) if isinstance(module, nnx.Module)]
     for module in modules:
