@@ -11,20 +11,26 @@ from jax.sharding import NamedSharding
 
 from opt_jax.model.decoder import Embed, parameters
 from opt_jax.model.heads import OPTForCausalLM, OPTPreTrainedModel
+from opt_jax.model.packed import PackedLinear
 from opt_jax.parallel import rules
 
 
 def num_parameters(model: OPTPreTrainedModel, *, exclude_embeddings: bool = False) -> int:
     """The number of parameters. A tied LM head counts once. All of them are trained, unless you choose otherwise.
 
+    A packed matrix counts as the kernel that it stands for.
+
     Args:
       model: the model, abstract or not.
       exclude_embeddings: leave out token and position embeddings.
     """
-    params = [
-        param.get_value() for path, param in parameters(model) if not exclude_embeddings or path[-1] != "embedding"
-    ]
-    return sum(math.prod(value.shape) for value in params)
+    packed = {path: module for path, module in nnx.iter_graph(model) if isinstance(module, PackedLinear)}
+    kernels = sum(module.in_features * module.out_features for module in packed.values())
+    return kernels + sum(
+        math.prod(param.get_value().shape)
+        for path, param in parameters(model)
+        if not (exclude_embeddings and path[-1] == "embedding") and (path[:-1] not in packed or path[-1] == "bias")
+    )
 
 
 def get_input_embeddings(model: OPTPreTrainedModel) -> Embed:
@@ -121,7 +127,11 @@ def _lines(module: Any, indent: str) -> list[str]:
         if not isinstance(child, nnx.Module) or isinstance(child, nnx.List):
             continue
         params = {key: param.get_value() for key, param in vars(child).items() if isinstance(param, nnx.Param)}
-        shapes = ", ".join(f"{key} {_shape(params[key])}" for key in sorted(params, reverse=True))  # kernel, bias
+        names = sorted(params, reverse=True)  # kernel, bias
+        shapes = ", ".join(f"{key} {_shape(params[key])}" for key in names)
+        if isinstance(child, PackedLinear):
+            kernel = f"{child.bits} bits[{child.in_features},{child.out_features}] in groups of {child.group_slots}"
+            shapes = f"{kernel}, {shapes}"
         inner = _lines(child, indent + "  ")
         lines += [f"{indent}{name}: {count}{type(child).__name__}" + (f"({shapes})" if shapes else ""), *inner]
     return lines

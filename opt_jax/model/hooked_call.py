@@ -195,6 +195,11 @@ class Active:
 
     def _sum_of_heads(self, project: Any, z: Float[Array, "B T H K"]) -> Float[Array, "B T D"]:
         """The output of `out_proj` from what each head adds to it (`hook_result`)."""
+        if getattr(project, "activation_bits", None) is not None:
+            raise ValueError(
+                "attn.hook_result is no sum of heads where out_proj rounds its inputs (activation_bits): use "
+                "opt_jax.dequantize(model)"
+            )
         heads = z.shape[2]
         alone = jnp.where(jnp.eye(heads, dtype=bool)[None, None, :, :, None], z[:, :, None], jnp.zeros((), z.dtype))
         bias = project(jnp.zeros((1, 1, heads * z.shape[3]), z.dtype))

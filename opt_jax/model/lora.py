@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from opt_jax.model.packed_models import refuse_packed
 from opt_jax.model.stacking import stack_layers, unstack_layers
 from opt_jax.parallel.rules import named_leaves
 
@@ -49,10 +50,11 @@ class LoRA:
         Raises:
           ImportError: qwix is not installed.
           RuntimeError: qwix did not add exactly A and B for each target.
-          ValueError: the model has no head.
+          ValueError: the model has no head, or packed matrices.
         """
         if model.base_model is model:
             raise ValueError(f"LoRA adapts models with a head, and not {type(model).__name__}")
+        refuse_packed(model)
         try:
             import qwix
         except ImportError:

@@ -29,8 +29,10 @@ def pack_model(model: Model, matrices: Mapping[str, QuantizedMatrix], activation
       activation_bits: see `PackedLinear.from_matrix`.
 
     Raises:
-      ValueError: a path that is no kernel of a layer, another shape, or as `PackedLinear.from_matrix`.
+      ValueError: a stacked model, a path that is no kernel of a layer, another shape, or as `PackedLinear.from_matrix`.
     """
+    if not isinstance(model.base_model.decoder.layers, nnx.List):
+        raise ValueError("pack_model takes a model with separate layers: use opt_jax.unstack_layers(model) first")
     model = nnx.clone(model)
     modules = _linears(model)
     for path, matrix in matrices.items():
@@ -76,6 +78,12 @@ def packed_layers(model: OPTPreTrainedModel) -> dict[str, PackedLinear]:
         for path, module in nnx.iter_graph(model)
         if isinstance(module, PackedLinear)
     }
+
+
+def refuse_packed(model: OPTPreTrainedModel) -> None:
+    """Check that all kernels are floats, for functions that change or train them."""
+    if packed_layers(model):
+        raise ValueError("this model has packed matrices: use opt_jax.dequantize(model) first")
 
 
 def _float_linear(packed: PackedLinear, param_dtype: Any) -> Linear:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from opt_jax.model.decoder import parameters, unstack
+from opt_jax.model.packed_models import refuse_packed
 
 
 def stack_layers(model: Any) -> Any:
@@ -14,8 +15,12 @@ def stack_layers(model: Any) -> Any:
 
     Changes the model in place. It stacks one parameter at a time and then releases the separate arrays, so that two
     copies of the model never exist. Abstract models (`nnx.eval_shape`) work too. A stacked model stays as it is.
+
+    Raises:
+      ValueError: the model has packed matrices.
     """
     decoder = model.base_model.decoder
+    refuse_packed(model)
     if isinstance(decoder.layers, nnx.List):
         layers = list(decoder.layers)
         params = [dict(parameters(layer)) for layer in layers]

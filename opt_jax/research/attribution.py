@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from opt_jax.model.heads import OPTForCausalLM, named_parameters
+from opt_jax.model.packed_models import refuse_packed
 from opt_jax.model.quantization import count_int8
 from opt_jax.research.figures import heatmap
 
@@ -62,8 +63,8 @@ def attribute(
       minus: ids likewise. The parts are then those of logit(tokens) - logit(minus).
 
     Raises:
-      ValueError: a post-norm model, int8 weights or adapters at `out_proj`, a model without an LM head, ids that do not
-        fit, or as a call of the model.
+      ValueError: a post-norm model, int8 or packed weights, adapters at `out_proj`, a model without an LM head, ids
+        that do not fit, or as a call of the model.
     """
     config = model.config
     if not isinstance(model, OPTForCausalLM):
@@ -73,6 +74,7 @@ def attribute(
             "a post-norm model (do_layer_norm_before=False) has no attribution: each LayerNorm scales the sum of all "
             "parts before it, so a logit is no sum of parts"
         )
+    refuse_packed(model)
     if count_int8(model) or any(name.endswith("out_proj.kernel_lora_a") for name in named_parameters(model)):
         raise ValueError(
             "attribution reads the matrices of a plain model: take the one that was quantized, and merge adapters "
