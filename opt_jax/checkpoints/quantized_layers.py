@@ -1,5 +1,6 @@
 """Modules with integers in place of a kernel or a table, from and to the arrays of `formats/quantized.py`."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -78,7 +79,13 @@ def settings(model: OPTPreTrainedModel) -> dict[str, Any] | None:
 
     The recipe is that of the model's config, or the `quantization_config` of the files that it was loaded from.
     """
-    modules = modules_of(model)
+    depth = model.config.num_hidden_layers
+    modules = {
+        path.replace(".layers.", f".layers.{i}.") if stacked else path: module
+        for path, module in modules_of(model).items()
+        for stacked in [re.search(r"\.layers\.\D", path) is not None]
+        for i in range(depth if stacked else 1)
+    }
     return quantized.settings_of(
         {path: getattr(module, "bits", 8) for path, module in modules.items()},
         {path: getattr(module, "activation_bits", None) for path, module in modules.items()},

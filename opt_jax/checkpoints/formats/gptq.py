@@ -246,7 +246,8 @@ class Writer:
             "pack_dtype": "int32",
         }
         if len(layers) < len([name for name in names.TABLE if re.search(r"layers\..*\.kernel$", name)]):
-            self.settings["modules_in_block_to_quantize"] = [sorted(re.findall(r"\*\.(.*)\.kernel", " ".join(layers)))]
+            modules = sorted(path.partition(".*.")[2].removesuffix(".kernel") for path in layers)
+            self.settings["modules_in_block_to_quantize"] = [modules]
 
     def tensors(self, path: str) -> dict[str, LazyArray]:
         """The tensors of the matrix at `path`, by the last part of their names."""
@@ -289,9 +290,8 @@ def _check_form(path: str, array: QuantizedArray) -> None:
         raise _no_form(f"{name} rounds its inputs to {array.activation_bits} bits, which the form cannot say")
     for size in array.shape:
         if size * array.bits % 32:
-            raise _no_form(
-                f"{name} is {array.shape[1]} x {array.shape[0]}, and {size} integers fill no words of 32 bits"
-            )
+            shape = f"{array.shape[1]} x {array.shape[0]}"
+            raise _no_form(f"{name} is {shape}, and {size} integers of {array.bits} bits do not fill words of 32 bits")
 
 
 def _groups_of(array: QuantizedArray) -> np.ndarray:
