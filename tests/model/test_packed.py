@@ -60,7 +60,7 @@ def random_matrices(model, bits: int = 4, **options) -> dict[str, QuantizedMatri
         for path, param in named_parameters(model).items()
         if ".layers." in path and path.endswith(".kernel")
     }
-    return {path: random_matrix(*kernel.shape[::-1], bits, **options) for path, kernel in kernels.items()}
+    return {path: random_matrix(kernel.shape[1], kernel.shape[0], bits, **options) for path, kernel in kernels.items()}
 
 
 SHAPES: dict[str, dict[str, Any]] = {
