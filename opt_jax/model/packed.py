@@ -108,7 +108,7 @@ class PackedLinear(nnx.Module):
           ValueError: bits, zeros or groups that cannot be packed; other `activation_bits`.
         """
         _check(matrix, activation_bits)
-        outputs, inputs = matrix.shape
+        inputs = matrix.shape[1]
         order, size = _slots(np.asarray(matrix.groups), matrix.scales.shape[1], matrix.bits)
         symmetric = bool((matrix.zeros == 2 ** (matrix.bits - 1)).all())
         is_identity = len(order) == inputs and (order == np.arange(inputs)).all()

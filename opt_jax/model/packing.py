@@ -79,7 +79,8 @@ def product(
     For few rows (see `FEW_ROWS`) it reads the packed bytes once and writes no floats of the matrix. For the many rows
     of a prompt it writes them first: on a CPU those of a few inputs at a time, elsewhere those of all.
 
-    int8 x: a product of integers. It needs 8 bits, one group and no `zeros`.
+    int8 x: a product of integers, for many rows on GPUs and TPUs with int32 sums, else with float32 sums. It needs 8
+    bits, one group and no `zeros`.
     """
     return lax.platform_dependent(
         x,
@@ -102,7 +103,7 @@ def _are_few(x: Array, platform: str) -> bool:
 
 
 def _on_tpu(x: Array, qweight: Array, scales: Array, zeros: Array | None, bits: int) -> Float32[Array, "R N"]:
-    """A product for each group, then the scales.
+    """A product for each group, then the scales. Integers of up to 8 bits are exact in bfloat16.
 
     XLA unpacks 2, 4 and 8 bits inside the product. Integers that cross words (3, 5, 6, 7 bits) it first takes apart in
     on-chip memory, which takes longer than reading bfloat16. Few rows are filled up to eight: for fewer, XLA would
@@ -113,9 +114,8 @@ def _on_tpu(x: Array, qweight: Array, scales: Array, zeros: Array | None, bits: 
     rows, (groups, outputs), middle = x.shape[0], scales.shape, 2 ** (bits - 1)
     integers = _periods(qweight.reshape(groups, -1, outputs), bits).astype(jnp.int32) - middle
     x = jnp.pad(x, ((0, max(0, 8 - rows)), (0, 0))).reshape(-1, groups, *integers.shape[1:3])
-    kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
-    spec = "rgup,gupn->grn"
-    out = jnp.einsum(spec, x, integers.astype(x.dtype), preferred_element_type=kind).astype(jnp.float32)
+    x = x.astype(jnp.bfloat16) if x.dtype == jnp.int8 else x  # exact; XLA does not unpack inside a product of int8
+    out = jnp.einsum("rgup,gupn->grn", x, integers.astype(x.dtype), preferred_element_type=jnp.float32)
     if zeros is not None:
         total = x.astype(jnp.float32).sum((2, 3)).T
         out -= total[:, :, None] * (zeros.astype(jnp.float32) - middle)[:, None]

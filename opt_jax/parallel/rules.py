@@ -57,11 +57,11 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
 # LoRA adapters of a layer's kernel: A [inputs, rank] is split like the kernel's rows, B [rank, outputs] like its
 # columns.
 # (In a row-parallel product, A gives partial sums over `tensor`. B is linear, so its results are partial sums, too.)
-PARAMETER_AXES |= {
-    path + suffix: axes
-    for path, (rows, columns) in ((p, a) for p, a in PARAMETER_AXES.items() if re.search(r"layers.*kernel", p))
+PARAMETER_AXES.update(
+    (path + suffix, axes)
+    for path, (rows, columns) in [(p, a) for p, a in PARAMETER_AXES.items() if re.search(r"layers.*kernel", p)]
     for suffix, axes in (("_lora_a", (rows, None)), ("_lora_b", (None, columns)))
-}
+)
 
 # Biases of row-parallel products. The products are partial sums over `tensor` until `scatter_sequence`, so only one
 # device along `tensor` adds the bias.
