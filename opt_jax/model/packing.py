@@ -79,7 +79,8 @@ def product(
     For few rows (see `FEW_ROWS`) it reads the packed bytes once and writes no floats of the matrix. For the many rows
     of a prompt it writes them first: on a CPU those of a few inputs at a time, elsewhere those of all.
 
-    int8 x: a product of integers. It needs 8 bits, one group and no `zeros`.
+    int8 x: a product of integers, for many rows on GPUs and TPUs with int32 sums, else with float32 sums. It needs 8
+    bits, one group and no `zeros`.
     """
     return lax.platform_dependent(
         x,
@@ -102,7 +103,7 @@ def _are_few(x: Array, platform: str) -> bool:
 
 
 def _on_tpu(x: Array, qweight: Array, scales: Array, zeros: Array | None, bits: int) -> Float32[Array, "R N"]:
-    """A product for each group, then the scales.
+    """A product for each group, then the scales. Integers of up to 8 bits are exact in bfloat16.
 
     XLA unpacks 2, 4 and 8 bits inside the product. Integers that cross words (3, 5, 6, 7 bits) it first takes apart in
     on-chip memory, which takes longer than reading bfloat16. Few rows are filled up to eight: for fewer, XLA would
@@ -113,9 +114,8 @@ def _on_tpu(x: Array, qweight: Array, scales: Array, zeros: Array | None, bits: 
     rows, (groups, outputs), middle = x.shape[0], scales.shape, 2 ** (bits - 1)
     integers = _periods(qweight.reshape(groups, -1, outputs), bits).astype(jnp.int32) - middle
     x = jnp.pad(x, ((0, max(0, 8 - rows)), (0, 0))).reshape(-1, groups, *integers.shape[1:3])
-    kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
-    spec = "rgup,gupn->grn"
-    out = jnp.einsum(spec, x, integers.astype(x.dtype), preferred_element_type=kind).astype(jnp.float32)
+    x = x.astype(jnp.bfloat16) if x.dtype == jnp.int8 else x  # exact; XLA does not unpack inside a product of int8
+    out = jnp.einsum("rgup,gupn->grn", x, integers.astype(x.dtype), preferred_element_type=jnp.float32)
     if zeros is not None:
         total = x.astype(jnp.float32).sum((2, 3)).T
         out -= total[:, :, None] * (zeros.astype(jnp.float32) - middle)[:, None]
@@ -202,33 +202,29 @@ def _multiplied(
     rows, outputs, parts = x.shape[0], scales.shape[1], _Parts.of(x, scales, bits, 32)
     threads = math.gcd(outputs, 16) if outputs >= 1024 else 1  # XLA splits a loop over an outer axis only
     lanes = threads, outputs // threads
-    words = qweight.reshape(parts.steps, parts.groups, -1, *lanes)
-    x = x.reshape(rows, parts.steps, parts.groups, -1, period(bits))
-    scales = scales.reshape(-1, parts.groups, *lanes)
+    words, scales = qweight.reshape(-1, *lanes), scales.reshape(-1, *lanes)
     zeros = None if zeros is None else zeros.reshape(scales.shape)
+    x = x.reshape(rows, parts.steps, parts.groups, -1, period(bits))
     length = period(bits) * bits // 32
+
+    def row(array: Array, index: Any) -> Float[Array, "1 threads lanes"]:
+        return lax.dynamic_index_in_dim(array, jnp.asarray(index, jnp.int32), 0)
 
     def step(i: Array, total: Array) -> Array:
         numbers = lax.dynamic_index_in_dim(x, i, 1, False)
         for g in range(parts.groups):
-            middle = jnp.float32(2 ** (bits - 1))
+            group, middle = i // parts.repeats * parts.groups + g, jnp.float32(2 ** (bits - 1))
             if zeros is not None:
-                middle = _row(zeros, i // parts.repeats, g).astype(jnp.float32)
-            group = -numbers[:, g].sum((1, 2))[:, None, None] * middle
+                middle = row(zeros, group).astype(jnp.float32)
+            sums = -numbers[:, g].sum((1, 2))[:, None, None] * middle
             for k, word in itertools.product(range(numbers.shape[2]), range(length)):
-                row = _row(words, i, g, k * length + word)
-                for number, factor, taken in _pieces(row, bits, word):
-                    group += numbers[:, g, k, number, None, None] * jnp.float32(factor) * taken
-            total += group * _row(scales, i // parts.repeats, g)
+                at = ((i * parts.groups + g) * numbers.shape[2] + k) * length + word
+                for number, factor, taken in _pieces(row(words, at), bits, word):
+                    sums += numbers[:, g, k, number, None, None] * jnp.float32(factor) * taken
+            total += sums * row(scales, group)
         return total
 
     return lax.fori_loop(0, parts.steps, step, jnp.zeros((rows, *lanes), jnp.float32)).reshape(rows, outputs)
-
-
-def _row(array: Array, *index: Any) -> Float[Array, "1 threads lanes"]:
-    """The last two axes at an index of the others."""
-    start = [jnp.asarray(i, jnp.int32) for i in (*index, 0, 0)]
-    return lax.dynamic_slice(array, start, (*(1,) * len(index), *array.shape[-2:])).reshape(1, *array.shape[-2:])
 
 
 def _pieces(words: UInt32[Array, "..."], bits: int, word: int) -> Iterator[tuple[int, float, Float32[Array, "..."]]]:

@@ -59,7 +59,7 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
 # (In a row-parallel product, A gives partial sums over `tensor`. B is linear, so its results are partial sums, too.)
 PARAMETER_AXES.update(
     (path + suffix, axes)
-    for path, (rows, columns) in ((p, a) for p, a in [*PARAMETER_AXES.items()] if re.search(r"layers.*kernel", p))
+    for path, (rows, columns) in [(p, a) for p, a in PARAMETER_AXES.items() if re.search(r"layers.*kernel", p)]
     for suffix, axes in (("_lora_a", (rows, None)), ("_lora_b", (None, columns)))
 )
 

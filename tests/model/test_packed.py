@@ -123,7 +123,7 @@ def test_the_products_of_all_platforms(platform, rows, bits, options):
     )
     exact = x @ np.asarray(matrix.dequantize(), np.float64).T
     assert out.dtype == jnp.float32
-    assert np.abs(out - exact).max() < 1e-5 * np.abs(exact).max()
+    assert np.abs(np.asarray(out) - exact).max() < 1e-5 * np.abs(exact).max()
 
 
 def test_rounded_inputs_give_products_of_integers():
@@ -309,7 +309,7 @@ def test_the_same_on_a_mesh(options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("bits", [3])
 def test_a_decode_step_on_a_cpu_writes_no_floats_of_a_matrix(bits):
     """Neither does it copy the packed words, or the cache."""
     plain = make_model()
