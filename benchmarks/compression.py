@@ -131,9 +131,10 @@ def layers(samples: int) -> None:
         progress = lambda *_: times.append(time.perf_counter())  # noqa: E731
         compress(place, Path(place) / "out", "gptq", bits=4, group_size=128, calibration=ids, progress=progress)
     each = " and ".join(f"{b - a:.0f} s" for a, b in zip(times, times[1:], strict=False))
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    most = f"{usage.ru_maxrss * 1024 / 1e9:.1f} GB, and {usage.ru_utime:.0f} s of all cores"
     what = f"GPTQ, 4 bits in groups of 128, {samples} windows of 2048 tokens"
-    print(f"two layers of the 6.7B's shape, {what}: {each}; {most:.1f} GB")
+    print(f"two layers of the 6.7B's shape, {what}: {each}; {most}")
 
 
 def main() -> None:

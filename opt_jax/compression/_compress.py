@@ -101,7 +101,7 @@ def compress(  # noqa: PLR0913  (options, by keyword)
     sampling = dict(samples=samples, window=window, seed=seed, rows=rows, text_key=text_key)
     recipe = make_recipe(method, options | sampling)
     if jax.process_count() > 1:
-        raise ValueError("a model is compressed in one process: start it without --distributed, on one host")
+        raise ValueError("a model is compressed by one process: start it on one host")
     path = hub.disk_path(output)
     hub.check_array_path(path)
     check_destination(path, overwrite=False)
