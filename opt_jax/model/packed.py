@@ -397,6 +397,12 @@ class PackedLinear(nnx.Module):
         return out.astype(self.dtype).reshape(*x.shape[:-1], -1)
 
 
+def check_not_packed(model: nnx.Module, what: str) -> None:
+    """Raise ValueError if a model has packed matrices. what: takes floats, for the message."""
+    if any(isinstance(node, PackedLinear) for _, node in nnx.iter_graph(model)):
+        raise ValueError(f"{what} takes matrices of floats, and this model's are packed: use opt_jax.dequantize(model)")
+
+
 def _check(matrix: QuantizedMatrix, activation_bits: int | None) -> None:
     if not 2 <= matrix.bits <= 8:
         raise ValueError(f"bits={matrix.bits}: packed matrices have 2 to 8")

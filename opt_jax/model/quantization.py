@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from opt_jax.model import int8
 from opt_jax.model.heads import OPTForCausalLM
 from opt_jax.model.int8 import Int8Array
+from opt_jax.model.packed import check_not_packed
 from opt_jax.model.relu_sparsity import skips_zeros
 
 
@@ -57,8 +58,8 @@ def quantize(model: OPTForCausalLM) -> OPTForCausalLM:
     does not change. Arrays keep their sharding.
 
     Raises:
-      ValueError: a model without LM head, a stacked model (see `unstack_layers`), or one that is quantised already
-        or skips zeros (see `use_relu_sparsity`).
+      ValueError: a model without LM head, a stacked model (see `unstack_layers`), or one that is quantised already,
+        also by `compress`, or skips zeros (see `use_relu_sparsity`).
       ImportError: qwix is not installed.
       RuntimeError: not all matrices became int8, because some modules of the model are not of this package.
     """
@@ -68,6 +69,7 @@ def quantize(model: OPTForCausalLM) -> OPTForCausalLM:
         raise ValueError("quantize takes a model with separate layers: use opt_jax.unstack_layers(model) first")
     if count_int8(model):
         raise ValueError("this model has int8 weights already")
+    check_not_packed(model, "quantize")
     if skips_zeros(model):
         raise ValueError("int8 weights cannot skip zeros: quantize the model that use_relu_sparsity was given")
     model = nnx.clone(model)

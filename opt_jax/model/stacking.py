@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from opt_jax.model.decoder import parameters, unstack
+from opt_jax.model.packed import check_not_packed
 
 
 def stack_layers(model: Any) -> Any:
@@ -14,7 +15,11 @@ def stack_layers(model: Any) -> Any:
 
     Changes the model in place. It stacks one parameter at a time and then releases the separate arrays, so that two
     copies of the model never exist. Abstract models (`nnx.eval_shape`) work too. A stacked model stays as it is.
+
+    Raises:
+      ValueError: packed matrices, whose parameters may differ between layers.
     """
+    check_not_packed(model, "a stack of layers")
     decoder = model.base_model.decoder
     if isinstance(decoder.layers, nnx.List):
         layers = list(decoder.layers)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from reference import our_model
 
-from opt_jax import dequantize, named_parameters
+from opt_jax import dequantize, named_parameters, quantize, stack_layers
 from opt_jax.model.packed import PackedLinear, QuantizedMatrix, pack, period, unpack
 from opt_jax.model.packed_models import pack_model, packed_layers
 
@@ -102,3 +102,11 @@ def test_a_packed_model_is_its_dequantised_one(name):
     np.testing.assert_array_equal(
         packed.generate(IDS, max_new_tokens=5).sequences, plain.generate(IDS, max_new_tokens=5).sequences
     )
+
+
+def test_what_takes_floats_refuses_packed_matrices():
+    model = our_model("opt-125m")
+    packed = pack_model(model, random_matrices(model))
+    for function, what in ((stack_layers, "a stack of layers"), (quantize, "quantize")):
+        with pytest.raises(ValueError, match=rf"{what} takes matrices of floats.*use opt_jax.dequantize\(model\)"):
+            function(packed)
