@@ -285,6 +285,11 @@ def test_settings_in_the_older_file(tmp_path):
     np.testing.assert_array_equal(packed_layers(model)[KERNEL].matrix().dequantize(), dequantized(matrices[FC1]))
     model.save_pretrained(tmp_path / "out")  # its settings are in config.json
     assert_same(OPTForCausalLM.from_pretrained(tmp_path / "out"), model)
+    edit(source, quant_method="gptq", **settings)
+    assert_same(OPTForCausalLM.from_pretrained(source), model)
+    (source / "quantize_config.json").write_text(json.dumps(settings | {"checkpoint_format": "gptq_v2"}))
+    with pytest.raises(ValueError, match="quantize_config.json has other bits, group_size or checkpoint_format than"):
+        OPTForCausalLM.from_pretrained(source)
 
 
 def test_a_file_with_the_name_of_autogptq(tmp_path):
@@ -328,6 +333,7 @@ REFUSED_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "no group size": (dict(group_size=None), "group_size=None is not supported"),
     "form": (dict(checkpoint_format="marlin"), "checkpoint_format='marlin' is not supported"),
     "form under its new name": (dict(checkpoint_format=None, format="bitblas"), "format='bitblas' is not supported"),
+    "two forms": (dict(format="gptq_v2"), "format='gptq_v2' is not supported: checkpoint_format says gptq"),
     "words": (dict(pack_dtype="int16"), "pack_dtype='int16' is not supported: int32 is"),
     "head": (dict(lm_head=True), "lm_head=True is not supported"),
     "rules": (dict(dynamic={"-:fc1": {}}), "dynamic=.*is not supported: it may change the numbers"),
