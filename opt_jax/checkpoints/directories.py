@@ -101,10 +101,10 @@ def _clear_remote(path: epath.Path, but: str = "") -> None:
         entry.rmtree() if entry.is_dir() else entry.unlink()
 
 
-def check_destination(path: Path, overwrite: bool, replaceable: Callable[[Path], bool] = hub.is_orbax) -> None:
-    """Raise FileExistsError where `new_directory` would refuse to write."""
+def check_destination(path: Path, overwrite: bool | None, replaceable: Callable[[Path], bool] = hub.is_orbax) -> None:
+    """Raise FileExistsError where `new_directory` would refuse to write. overwrite: None where this is no option."""
     if hub.is_remote(path):
-        return _check_remote(epath.Path(path), overwrite)
+        return _check_remote(epath.Path(path), bool(overwrite))
     refuse_links(path)
     if not path.exists():
         return
@@ -115,7 +115,8 @@ def check_destination(path: Path, overwrite: bool, replaceable: Callable[[Path],
         how = "save it after the model, or pass tokenizer= to the model's save_pretrained"
         raise FileExistsError(f"{path} holds a tokenizer already: {how}")
     if not overwrite:
-        raise FileExistsError(f"{path} exists already: choose another name, or pass overwrite=True (--overwrite)")
+        remedy = "remove it first" if overwrite is None else "pass overwrite=True (--overwrite)"
+        raise FileExistsError(f"{path} exists already: choose another name, or {remedy}")
     if not replaceable(path):
         raise FileExistsError(f"{path} is not a model directory, so it will not be overwritten: remove it yourself")
     if foreign := hub.foreign_file(path):

@@ -77,12 +77,12 @@ def compress(  # noqa: PLR0913  (options, by keyword)
       damping: added to the diagonal of the Hessian, as a share of its mean; default: 0.01.
       alpha: SmoothQuant's migration strength, 0 to 1; default: 0.5.
       sparsity: the share of weights that become 0, or "2:4": two of each four; default: 0.5.
-      calibration: texts, as `read_calibration` takes them, or ids [N, T].
+      calibration: texts, as `read_calibration` takes them, or ids [N, T] without pads.
       samples: the number of windows of the texts; default: 128.
       window: tokens of a window; default: 2048, or the model's context if that is less.
       seed: of their places; default: 0.
       rows, text_key: see `read_calibration`.
-      dtype: of computation; default as in `from_pretrained`.
+      dtype: of computation, for methods with `calibration`; default as in `from_pretrained`.
       mesh: shard a layer and the samples over it.
       verify: see `from_pretrained`.
       progress: called with (layers done, layers, error of each matrix) after each layer. The error is the squared
@@ -92,19 +92,19 @@ def compress(  # noqa: PLR0913  (options, by keyword)
       The content of compression.json in the new directory: the recipe, and the errors by layer.
 
     Raises:
-      ValueError: an option without effect on the method, or out of range; bad texts; an earlier call with this `output`
-        was begun with other arguments; or see `from_pretrained`.
+      ValueError: an option without effect on the method, or out of range; bad texts; weights that the stored dtype
+        cannot hold; an earlier call with this `output` was begun with other arguments; or see `from_pretrained`.
       FileExistsError: `output` exists, or another process is writing it now.
     """
     options = dict(bits=bits, group_size=group_size, symmetric=symmetric, act_order=act_order, damping=damping)
     options |= dict(true_sequential=true_sequential, alpha=alpha, sparsity=sparsity, calibration=calibration)
     sampling = dict(samples=samples, window=window, seed=seed, rows=rows, text_key=text_key)
-    recipe = make_recipe(method, options | sampling)
+    recipe = make_recipe(method, options | sampling | dict(dtype=dtype))
     if jax.process_count() > 1:
         raise ValueError("a model is compressed by one process: start it on one host")
     path = hub.disk_path(output)
     hub.check_array_path(path)
-    check_destination(path, overwrite=False)
+    check_destination(path, overwrite=None)
     source = Source.open(model, dtype, mesh, verify)
     recipe.check_model(source.config)
     drawn = None if calibration is None else _calibration(model, source, calibration, sampling)
@@ -156,6 +156,9 @@ def _calibration(model: str | os.PathLike, source: Source, calibration: Any, sam
         ids = as_ids("calibration", calibration, 0, vocabulary - 1)
         if ids.ndim != 2 or not ids.size or ids.shape[1] > context:
             raise ValueError(f"calibration ids must be [N, T] with T at most {context}, not of shape {ids.shape}")
+        pad, ends = source.config.pad_token_id, (source.config.bos_token_id, source.config.eos_token_id)
+        if pad not in ends and (ids == pad).any():
+            raise ValueError(f"calibration ids hold the pad token, {pad}: cut all rows to one length")
         drawn = Calibration(ids, {"samples": len(ids), "window": ids.shape[1], "hash": hash_of_ids(ids.reshape(-1))})
     parts = 1 if source.mesh is None else row_groups(source.mesh)
     if len(drawn.ids) % parts:

@@ -64,6 +64,8 @@ def read_calibration(
             ids = windows_of_rows(texts, tokenizer, samples, window, seed)
         else:
             ids = windows_of_text(joined_ids(texts, how, tokenizer), samples, window, seed)
+        if 2 * (distinct := len(np.unique(ids, axis=0))) < samples:
+            raise ValueError(f"only {distinct} of {samples} windows differ: give more text, or fewer samples")
     except ValueError as error:
         raise ValueError(f"--calibration {' '.join(names)}: {error}") from None
     about = dict(data=list(names), text_key=text_key, rows=how, samples=samples, window=window, seed=seed)

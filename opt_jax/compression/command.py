@@ -52,7 +52,8 @@ class CompressOptions:
     text_key: str | None = None
     """The key or column of the text, in all files but text files. Default: text."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of computation. Default: float32 on a CPU, else as stored (on a TPU bfloat16 for float16)."""
+    """Of computation with calibration texts. Default: float32 on a CPU, else as stored (on a TPU bfloat16 for
+    float16)."""
     mesh: str | None = None
     """Shard layers and samples over devices, as in data=2,fsdp=4. Default: one device."""
     verify: bool = True

@@ -245,11 +245,21 @@ def _packed_arrays(matrix: str, compressed: QuantizedMatrix) -> Arrays:
 
 
 def _as_stored(source: Source, layer: int, arrays: Arrays) -> Arrays:
-    """The arrays in the dtypes of the checkpoint, but for those of packed matrices."""
-    return {
-        path: np.ascontiguousarray(value if _is_packed(path) else value.astype(source.stored_dtype(layer, path)))
-        for path, value in arrays.items()
-    }
+    """The arrays in the dtypes of the checkpoint, but for those of packed matrices.
+
+    Raises:
+      ValueError: a value that the dtype cannot hold.
+    """
+    stored: Arrays = {}
+    for path, value in arrays.items():
+        if not _is_packed(path):
+            dtype = source.stored_dtype(layer, path)
+            with np.errstate(over="ignore"):
+                value = value.astype(dtype)
+            if not np.isfinite(value).all():
+                raise ValueError(f"layer {layer}, {path}: {dtype.name}, as stored, cannot hold its new values")
+        stored[path] = np.ascontiguousarray(value)
+    return stored
 
 
 def _is_packed(path: str) -> bool:

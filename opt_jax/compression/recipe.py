@@ -1,6 +1,7 @@
 """What a compression does: its method and options, checked. No jax arrays."""
 
 import dataclasses
+import operator
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +12,9 @@ from opt_jax.compression.smoothquant import check_norms
 from opt_jax.config import OPTConfig
 
 _GRID = ("bits", "group_size", "symmetric")
-_SAMPLES = ("calibration", "samples", "window", "seed", "rows", "text_key")
+_SAMPLES = ("calibration", "samples", "window", "seed", "rows", "text_key", "dtype")
 _SEQUENTIAL = ("true_sequential", *_SAMPLES)
+_INTEGERS = ("bits", "group_size", "samples", "window", "seed")
 # Method -> the options that have an effect on it. With `calibration` it needs calibration samples.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "rtn": _GRID,
@@ -104,6 +106,7 @@ def make_recipe(method: str, options: Mapping[str, Any]) -> Recipe:
     if method == "sparsegpt" and "bits" not in given:
         if name := next((name for name in _GRID if name in given), None):
             raise ValueError(f"{name} without effect: it goes with bits, by which sparsegpt also quantises")
+    given |= {name: _integer(name, given[name]) for name in _INTEGERS if name in given}
     fields = {field.name for field in dataclasses.fields(Recipe)}
     for name, value in DEFAULTS.items():
         if name in known and not (method == "sparsegpt" and name == "bits"):
@@ -118,6 +121,13 @@ def make_recipe(method: str, options: Mapping[str, Any]) -> Recipe:
     recipe = Recipe(method, **{name: value for name, value in given.items() if name in fields})
     recipe.grid  # noqa: B018  (its errors)
     return recipe
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} is {value!r}: it must be an integer") from None
 
 
 def _sparsity(value: Any) -> Sparsity:

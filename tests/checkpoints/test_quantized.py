@@ -18,7 +18,7 @@ from support.hf_files import TINY, hf_weights, write_hf
 
 from convert.__main__ import main
 from convert.source import open_source
-from opt_jax import OPTForCausalLM, OPTForSequenceClassification, OPTModel, named_parameters, quantize, stack_layers
+from opt_jax import OPTForCausalLM, OPTForSequenceClassification, OPTModel, named_parameters, quantize
 from opt_jax.checkpoints import arrays as lazy_arrays
 from opt_jax.checkpoints import orbax
 from opt_jax.checkpoints.formats import quantized
@@ -111,9 +111,6 @@ def test_matrices_of_different_bits_and_rounded_inputs(tmp_path):
     assert_same(loaded, model)
     assert [layer.activation_bits for layer in packed_layers(loaded).values()].count(8) == 2
     assert packed_layers(loaded)[KERNEL].activation_bits == 8
-    stack_layers(model).save_pretrained(tmp_path / "stacked")  # layer by layer, as all stacked models
-    assert settings_of(tmp_path / "stacked") == settings
-    assert_same(OPTForCausalLM.from_pretrained(tmp_path / "stacked"), loaded)
     with pytest.raises(ValueError, match=r"GPTQ's form cannot hold this model \(.*write an Orbax directory, or deq"):
         model.save_pretrained(tmp_path / "hf", safe_serialization=True)
     assert not (tmp_path / "hf").exists()
@@ -289,6 +286,11 @@ def test_settings_in_the_older_file(tmp_path):
     np.testing.assert_array_equal(packed_layers(model)[KERNEL].matrix().dequantize(), dequantized(matrices[FC1]))
     model.save_pretrained(tmp_path / "out")  # its settings are in config.json
     assert_same(OPTForCausalLM.from_pretrained(tmp_path / "out"), model)
+    edit(source, quant_method="gptq", **settings)
+    assert_same(OPTForCausalLM.from_pretrained(source), model)
+    (source / "quantize_config.json").write_text(json.dumps(settings | {"checkpoint_format": "gptq_v2"}))
+    with pytest.raises(ValueError, match="quantize_config.json has other bits, group_size or checkpoint_format than"):
+        OPTForCausalLM.from_pretrained(source)
 
 
 def test_a_file_with_the_name_of_autogptq(tmp_path):
@@ -332,6 +334,7 @@ REFUSED_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "no group size": (dict(group_size=None), "group_size=None is not supported"),
     "form": (dict(checkpoint_format="marlin"), "checkpoint_format='marlin' is not supported"),
     "form under its new name": (dict(checkpoint_format=None, format="bitblas"), "format='bitblas' is not supported"),
+    "two forms": (dict(format="gptq_v2"), "format='gptq_v2' is not supported: checkpoint_format says gptq"),
     "words": (dict(pack_dtype="int16"), "pack_dtype='int16' is not supported: int32 is"),
     "head": (dict(lm_head=True), "lm_head=True is not supported"),
     "rules": (dict(dynamic={"-:fc1": {}}), "dynamic=.*is not supported: it may change the numbers"),

@@ -108,6 +108,9 @@ def test_what_is_refused(data, tmp_path, tokenizer):
         read_calibration(data, tokenizer, window=400)
     with pytest.raises(ValueError, match="tokens: a window of 20000 needs a text of more"):
         read_calibration(data, tokenizer, window=20000, rows="spaces")
+    (tmp_path / "short.txt").write_text("one two three four")
+    with pytest.raises(ValueError, match=r"short.txt: only \d of 128 windows differ: give more text, or fewer samples"):
+        read_calibration([str(tmp_path / "short.txt")], tokenizer, window=4)
     np.save(tmp_path / "ids.npy", np.arange(9))
     with pytest.raises(ValueError, match=r"--calibration .*ids.npy: holds token ids"):
         read_calibration([str(tmp_path / "ids.npy")], tokenizer)

@@ -375,6 +375,7 @@ GIVEN: dict[str, Any] = dict(
     alpha=0.4,
     sparsity=0.3,
     calibration=IDS,
+    dtype="bfloat16",
 )
 
 
@@ -407,6 +408,9 @@ def test_options_without_effect_are_refused(saved, tmp_path, method):
         ("window is 65: it must be at least 2 and at most 64", dict(method="gptq", window=65, calibration=["LICENSE"])),
         ("samples is 0: it must be at least 1", dict(method="gptq", samples=0, calibration=["LICENSE"])),
         ("calibration ids must be", dict(method="gptq", calibration=[[]])),
+        ("calibration ids hold the pad token, 1: cut", dict(method="gptq", calibration=[[5, 6], [7, 1]])),
+        ("bits is 4.0: it must be an integer", dict(method="rtn", bits=4.0)),
+        ("group_size is 8.0: it must be an integer", dict(method="rtn", group_size=8.0)),
     ],
 )
 def test_what_is_refused(saved, tmp_path, words, arguments):
@@ -423,10 +427,19 @@ def test_models_whose_norms_take_no_scales(saved, tmp_path, name):
     assert not [*tmp_path.iterdir()]
 
 
+def test_values_that_the_stored_dtype_cannot_hold(tmp_path, monkeypatch):
+    model = our_model("opt-125m", param_dtype=jnp.float16)
+    model.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(layers, "_compress_matrix", lambda _, weight, __: (weight.at[2, 1].set(7e4), 0.0))
+    with pytest.raises(ValueError, match="layer 0, self_attn.q_proj.kernel: float16, as stored, cannot hold its new"):
+        compress(tmp_path / "model", tmp_path / "out", "magnitude")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_an_existing_directory_stays(saved, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
-    with pytest.raises(FileExistsError, match="exists already"):
+    with pytest.raises(FileExistsError, match="exists already: choose another name, or remove it first"):
         compress(saved("opt-125m"), tmp_path / "out", "rtn")
     (tmp_path / ".other.compressing").mkdir()
     (tmp_path / ".other.compressing" / "thesis.tex").touch()

@@ -27,6 +27,7 @@ from opt_jax.checkpoints.chunks import Index
 from opt_jax.checkpoints.formats import names, quantized
 from opt_jax.checkpoints.formats.quantized import QuantizedArray
 from opt_jax.system.messages import shown
+from opt_jax.system.reading import json_object, read_small
 
 BITS = (2, 3, 4, 8)
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -70,7 +71,13 @@ def gather(
     Raises:
       ValueError: a setting that is not supported, or a tensor that is missing or does not fit.
     """
-    bits, group_size, shift = _settings(settings, where)
+    bits, group_size, shift = of_file = _settings(settings, where)
+    older = where / "quantize_config.json"
+    if older.is_file() and _settings(json_object(read_small(older), older), where) != of_file:
+        raise ValueError(
+            f"{where}: quantize_config.json has other bits, group_size or checkpoint_format than config.json: remove "
+            "the one that is wrong"
+        )
     gathered, checks = dict(stored), []
     for name in stored:
         base, _, part = name.rpartition(".")
@@ -108,6 +115,8 @@ def _settings(settings: Mapping[str, Any], where: Path) -> tuple[int, int, int]:
     form = settings.get(name)
     if form not in (None, "gptq", "gptq_v2"):
         raise refuse(name, "save it as gptq or gptq_v2 with the program that made it")
+    if settings.get("format") not in (None, form):
+        raise refuse("format", f"checkpoint_format says {form}")
     if type(settings.get("desc_act", False)) is not bool:
         raise refuse("desc_act", "it must be true or false")
     for field, value in settings.items():
