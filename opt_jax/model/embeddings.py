@@ -136,8 +136,9 @@ def _shape(value: Any) -> str:
     if value is None:
         return "none"
     sizes, sharding = [*map(str, value.shape)], getattr(value, "sharding", None)
-    for axis, names in enumerate(sharding.spec if isinstance(sharding, NamedSharding) else ()):
-        names = () if names is None else names if isinstance(names, tuple) else (names,)
-        splits = [name for name in names if sharding.mesh.shape[name] > 1]
-        sizes[axis] += f"@{'+'.join(splits)}" if splits else ""
+    if isinstance(sharding, NamedSharding):
+        for axis, names in enumerate(sharding.spec):
+            names = () if names is None else names if isinstance(names, tuple) else (names,)
+            splits = [name for name in names if sharding.mesh.shape[name] > 1]
+            sizes[axis] += f"@{'+'.join(splits)}" if splits else ""
     return f"{value.dtype}[{','.join(sizes)}]"
