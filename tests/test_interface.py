@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 from jax import export
 from reference import our_model
+from support.small_models import on_mesh
 from test_layers import room
 
 import opt_jax
@@ -85,11 +86,21 @@ def test_auto_classes():
 def test_print_shows_equal_layers_once():
     text, count = str(our_model("untied")), our_model("untied").num_parameters()
     assert text.splitlines()[0] == f"OPTForCausalLM:  # {count:,} parameters, computed in float32"
-    assert "      layers: 3 x OPTDecoderLayer" in text.splitlines()
-    assert "  lm_head: Linear(kernel float32[16,99])" in text.splitlines()
+    layers = sum(p.size for path, p in named_parameters(our_model("untied")).items() if ".layers." in path)
+    assert f"      layers: 3 x OPTDecoderLayer  # {layers:,}" in text.splitlines()
+    assert "  lm_head: Linear(kernel float32[16,99])  # 1,584" in text.splitlines()
     assert text == repr(our_model("untied")) and len(text.splitlines()) < 30
     stacked = opt_jax.stack_layers(our_model("opt-125m"))
-    assert "        fc1: Linear(kernel float32[3,24,40], bias float32[3,40])" in str(stacked).splitlines()
+    assert "        fc1: Linear(kernel float32[3,24,40], bias float32[3,40])  # 3,000" in str(stacked).splitlines()
+
+
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+def test_print_shows_shardings():
+    model = our_model("opt-125m", vocab_size=100)
+    meshed = on_mesh(model, make_mesh("fsdp=2,tensor=2", devices=jax.devices()[:4]))
+    assert "fc1: Linear(kernel float32[24@fsdp,40@tensor], bias float32[40@tensor])  # 1,000" in str(meshed)
+    meshed = on_mesh(model, make_mesh("fsdp=2", devices=jax.devices()[:2]))
+    assert "fc1: Linear(kernel float32[24@fsdp,40], bias float32[40])" in str(meshed)
 
 
 @pytest.mark.default_settings("nnx.tabulate traces every module by itself")

@@ -26,6 +26,7 @@ CORE_LINES = 1700
 SHORT_FUNCTIONS = ("opt_jax.model.", "opt_jax.parallel.", "opt_jax.generation.")
 SHORT, LONG = 60, 100  # lines of a function, in SHORT_FUNCTIONS and elsewhere
 LONGER = {"train.main": 120}  # one run, top to bottom
+METHOD = 150  # lines of code of a file in opt_jax/research
 FORMATTER_SKIPS = 20
 LAYOUT = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 NO_CODE = {tokenize.COMMENT, *LAYOUT}
@@ -122,6 +123,15 @@ def test_functions_are_short():
         longest |= {name: (n, m) for name, n in functions(tree, module) if n > (m := LONGER.get(name, limit))}
     assert len(dict(functions(ours()["opt_jax.model.heads"], ""))) > 15
     assert not longest, "".join(f"\n{name} has {n} lines, more than {m}" for name, (n, m) in longest.items())
+
+
+def test_each_research_method_is_short_and_names_its_paper():
+    files = {file.stem: file.read_text(encoding="utf-8") for file in REPOSITORY.glob("opt_jax/research/*.py")}
+    lines = {name: code_lines(source) for name, source in files.items()}
+    assert len(lines) > 10 and max(lines.values()) < METHOD, f"{METHOD} lines of code or more: {lines}"
+    no_methods = {"__init__", "activations", "collect", "figures"}
+    for name in files.keys() - no_methods:
+        assert re.search(r"https://[^\s)]+", ast.get_docstring(ast.parse(files[name])) or ""), name
 
 
 VAGUE = set("whole describe fingerprint found own made nothing some several spare first_part".split())

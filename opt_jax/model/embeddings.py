@@ -113,7 +113,10 @@ def _resize(param: nnx.Param[Any], path: str, axis: int, size: int, mean: bool, 
 
 
 def summary(model: OPTPreTrainedModel) -> str:
-    """The modules of the model as a tree of lines, with shapes and dtypes of parameters; equal layers once."""
+    """The modules of the model as a tree of lines, with their numbers of parameters. Equal layers are one line.
+
+    A parameter is shown as `float32[192,768@fsdp]`: its dtype and shape, and the axis of the mesh that splits an axis.
+    """
     head = f"{num_parameters(model):,} parameters, computed in {model.dtype}"
     return "\n".join([f"{type(model).__name__}:  # {head}", *_lines(model, "  ")])
 
@@ -121,7 +124,7 @@ def summary(model: OPTPreTrainedModel) -> str:
 def _lines(module: Any, indent: str) -> list[str]:
     lines: list[str] = []
     for name, child in vars(module).items():
-        count = ""
+        count, part = "", child
         if isinstance(child, nnx.List) and len(child):
             count, child = f"{len(child)} x ", child[0]
         if not isinstance(child, nnx.Module) or isinstance(child, nnx.List):
@@ -133,9 +136,19 @@ def _lines(module: Any, indent: str) -> list[str]:
             kernel = f"{child.bits} bits[{child.in_features},{child.out_features}] in groups of {child.group_slots}"
             shapes = f"{kernel}, {shapes}"
         inner = _lines(child, indent + "  ")
-        lines += [f"{indent}{name}: {count}{type(child).__name__}" + (f"({shapes})" if shapes else ""), *inner]
+        size = sum(math.prod(param.get_value().shape) for _, param in parameters(part))
+        shapes = f"({shapes})" if shapes else ""
+        lines += [f"{indent}{name}: {count}{type(child).__name__}{shapes}  # {size:,}", *inner]
     return lines
 
 
 def _shape(value: Any) -> str:
-    return "none" if value is None else f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    if value is None:
+        return "none"
+    sizes, sharding = [*map(str, value.shape)], getattr(value, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        for axis, names in enumerate(sharding.spec):
+            names = () if names is None else names if isinstance(names, tuple) else (names,)
+            splits = [name for name in names if sharding.mesh.shape[name] > 1]
+            sizes[axis] += f"@{'+'.join(splits)}" if splits else ""
+    return f"{value.dtype}[{','.join(sizes)}]"

@@ -32,7 +32,7 @@ def as_mask(name: str, value: Any) -> np.ndarray:
 def as_array(name: str, value: Any) -> np.ndarray:
     """`value` as an array of numbers or booleans; ValueError if it is none."""
     if isinstance(value, Mapping):
-        raise ValueError(f"{name} must be an array, not a {type(value).__name__}: pass its entries by name, **inputs")
+        raise ValueError(f"{name} must be an array, not a {type(value).__name__}: pass its input_ids, or **inputs")
     if isinstance(value, str):
         raise ValueError(f"{name} must be ids, not text: pass what a tokenizer makes of it, **tokenizer(text)")
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):  # asarray would expose the masked values

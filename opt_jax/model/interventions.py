@@ -46,10 +46,13 @@ class Hook(NamedTuple):
 class Intervention:
     """A change of the value at a point, everywhere or at chosen indices. An index may be negative, from the end.
 
+    None is all of them.
+
     Attributes:
       rows: of the batch. One that it does not have makes the result NaN, because the rows are known too late.
       positions: count the real tokens of a row over the whole sequence, also those in a cache and generated ones. -1 is
-        the last real token of each call, so in decoding the token of each step.
+        the last real token of each call, so in decoding the token of each step. One that a row does not have changes
+        nothing: it may be a token still to come.
       heads: at points with an axis H.
       neurons: at `mlp.hook_pre` and `mlp.hook_post`.
       layers: the layers in which it acts, for a key that names the point of several.
@@ -222,7 +225,8 @@ def _check(config: OPTConfig, points: list[str], key: str, given: Any) -> Interv
         axes = POINTS[local_name(point)][0]
         for name, axis in (("heads", "H"), ("neurons", "F")):
             if getattr(edit, name) is not None and axis not in axes:
-                raise ValueError(f"{key}: {point} has no {name}; its axes are {shape_of(axes)}")
+                where = point if key == point else f"{key}: {point}"
+                raise ValueError(f"{where} has no {name}; its axes are {shape_of(axes)}")
         if edit.layers is not None and is_outside(local_name(point)):
             raise ValueError(f"{key}: layers= without effect, {point} is in no layer")
     if isinstance(edit.layers, np.ndarray):
@@ -236,6 +240,8 @@ def _indices(given: Any, name: str, size: int | None) -> Any:
     """Checked indices: an int32 array of NumPy where they are known, else a traced one; None for None."""
     if given is None:
         return None
+    if isinstance(given, slice):
+        raise ValueError(f"{name} must be a number, a list, a range or an array of integers, not a slice")
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given)):
         array: Any = jnp.asarray(given)
     else:
@@ -268,10 +274,10 @@ def run_with_cache(
       **kwargs: other arguments of a call of the model.
 
     Returns:
-      The output, and name -> array; `interventions.POINTS` has the shapes.
+      The output, and name -> array; docs/hook_points.md has the shapes.
 
     Raises:
-      ValueError: as the call and `as_hooks`.
+      ValueError: an unknown name, an intervention that its point cannot have, or as the call.
     """
     if isinstance(names, str) and names == "*":
         names = lambda name: not name.endswith("hook_result")  # noqa: E731
@@ -285,7 +291,9 @@ def run_with_cache(
     return dataclasses.replace(out, activations=None), {name: kept[name] for name in asked.names}
 
 
-def run_with_hooks(model: Any, input_ids: Any = None, attention_mask: Any = None, *, hooks: Any, **kwargs: Any) -> Any:
+def run_with_hooks(
+    model: Any, input_ids: Any = None, attention_mask: Any = None, *, hooks: Any = None, **kwargs: Any
+) -> Any:
     """The output of a call with interventions: TransformerLens `run_with_hooks`.
 
     Args:
@@ -296,8 +304,11 @@ def run_with_hooks(model: Any, input_ids: Any = None, attention_mask: Any = None
       **kwargs: other arguments of a call of the model.
 
     Raises:
-      ValueError: as the call and `as_hooks`.
+      ValueError: an unknown name, an intervention that its point cannot have, or as the call.
     """
+    for theirs, ours in (("fwd_hooks", "hooks={name: function}"), ("bwd_hooks", "jax.grad of an Add of zeros")):
+        if theirs in kwargs:
+            raise ValueError(f"{theirs} of TransformerLens is {ours} here")
     return model(input_ids, attention_mask, hooks=as_hooks(model.config, hooks), **kwargs)
 
 

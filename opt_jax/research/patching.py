@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array
 
 from opt_jax.model.hook_points import POINTS
+from opt_jax.model.ids import as_ids
 from opt_jax.model.interventions import Add, Replace, as_hooks, run_with_hooks
 from opt_jax.research.figures import heatmap
 
@@ -80,13 +81,16 @@ def patch(
     """
     if model.base_model is model:
         raise ValueError(f"patching compares logits, which an {type(model).__name__} lacks: use OPTForCausalLM")
-    config, (rows, length) = model.config, np.shape(clean)
-    if point not in POINTS or "B" not in POINTS[point][0] or point not in _IN_LAYERS:
-        raise ValueError(f"point {point!r} is in no layer: choose one of {', '.join(_IN_LAYERS)}")
-    if np.shape(corrupted) != (rows, length):
+    if point not in _IN_LAYERS:
         raise ValueError(
-            f"the clean run is {(rows, length)} and the corrupted one {np.shape(corrupted)}: pad them alike"
+            f"point={point!r} must be the name of a point in layers, without its layer: {', '.join(_IN_LAYERS)}"
         )
+    config, clean, corrupted = model.config, as_ids("clean", clean), as_ids("corrupted", corrupted)
+    if clean.ndim != 2 or clean.shape != corrupted.shape:
+        raise ValueError(
+            f"the clean run is {clean.shape} and the corrupted one {corrupted.shape}: both must be [B, T], padded alike"
+        )
+    length = clean.shape[1]
     if window < 1 or batch_size < 1:
         raise ValueError(f"window={window} and batch_size={batch_size} must be at least 1")
     axes = [

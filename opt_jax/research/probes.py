@@ -77,7 +77,7 @@ def train_probe(
 
     Args:
       x: [N, D], such as an array of `collect`; they must fit into the memory of the device.
-      labels: [N], of any kind that can be sorted.
+      labels: [N], classes: of any kind that can be sorted, but no fractions.
       types: [N], such as `input_ids` of `collect`: what gets a random label in the control task, drawn with the
         frequencies of the labels. None: no control task.
       groups: [N], such as `rows` of `collect`: examples of a group are held out together. None: each by itself.
@@ -86,7 +86,8 @@ def train_probe(
       seed: of the parts and of the control task.
 
     Raises:
-      ValueError: shapes that do not fit, fewer than two classes, an empty part, or values that are not finite.
+      ValueError: shapes that do not fit, fewer than two classes, labels that are fractions, an empty part, or values
+        that are not finite.
     """
     x, (classes, y) = np.asarray(x), np.unique(np.asarray(labels), return_inverse=True)
     if x.ndim != 2 or y.shape != x.shape[:1]:
@@ -94,6 +95,8 @@ def train_probe(
     for name, value in (("types", types), ("groups", groups)):
         if value is not None and np.shape(value) != y.shape:
             raise ValueError(f"{name} must be [N], as the labels, not {np.shape(value)}")
+    if classes.dtype.kind == "f" and (classes != np.round(classes)).any():
+        raise ValueError("labels are fractions, and a probe tells classes apart: divide their range into classes")
     if len(classes) < 2:
         raise ValueError(f"{len(classes)} classes: a probe needs at least two")
     test = _split(np.arange(len(y)) if groups is None else np.asarray(groups), held_out, seed)

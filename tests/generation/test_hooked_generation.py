@@ -61,6 +61,17 @@ def test_generation(kind):
         np.testing.assert_array_equal(logits[:, 4:-1].argmax(-1), got[:, 5:])
 
 
+def test_new_values_compile_nothing(compiled):
+    def run(number):
+        hooks = {FIRST: Add(number * VECTOR, scale=np.float32(number), positions=[number, -number])}
+        return separate(1).generate(PROMPTS, hooks=hooks, max_new_tokens=3).sequences
+
+    one = run(1)
+    assert compiled
+    compiled.clear()
+    assert (run(2) != one).any() and compiled == []
+
+
 def test_score():
     """The log-probabilities of `run_with_hooks`; -1 is the last token of a row, which no other follows."""
     model = separate(1)

@@ -121,6 +121,9 @@ def test_names(model):
         ({RESID: Zero}, "<class .*Zero'> is no intervention"),
         ({RESID: Zero(rows=np.array([True, False, True]))}, "rows must be integers, not bool"),
         ({RESID: Zero(positions=np.array(1.0))}, "positions must be integers, not float64"),
+        ({RESID: Zero(positions=slice(0, 2))}, "positions must be a number, .* integers, not a slice"),
+        ({RESID: Zero(heads=0)}, "^blocks.1.hook_resid_post has no heads"),
+        ({"blocks.*.hook_resid_post": Zero(heads=0)}, r"^blocks.\*.hook_resid_post: blocks.0.hook_resid_post has no"),
         ({RESID: Add(np.ones(23))}, r"Add of shape \(23,\) does not broadcast to blocks.1.hook_resid_post, which is"),
         ({RESID: Replace(np.ones((2, 3, 6, 24)))}, r"Replace of shape \(2, 3, 6, 24\) does not broadcast"),
         ({RESID: Project(np.ones((2, 23)))}, r"directions of shape \(2, 23\) must be \[N, 24\] at blocks.1"),
@@ -143,6 +146,9 @@ def test_mistakes(model, hooks, words):
 def test_an_argument_of_transformer_lens_has_another_name(model):
     with pytest.raises(ValueError, match="names_filter .* is names= here"):
         model.run_with_cache(IDS, names_filter=lambda name: name == RESID)
+    for name, words in {"fwd_hooks": "is hooks={name: function} here", "bwd_hooks": "is jax.grad of an Add"}.items():
+        with pytest.raises(ValueError, match=f"{name} of TransformerLens {words}"):
+            model.run_with_hooks(IDS, **{name: [(RESID, lambda value, hook: value)]})
 
 
 def test_indices_that_are_known_too_late_give_nan(model):

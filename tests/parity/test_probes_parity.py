@@ -116,6 +116,7 @@ def test_constant_activations_are_no_division_by_zero():
         "groups must be": dict(groups=np.arange(3)),
         "1 classes": dict(labels=np.zeros(300)),
         "leaves a part empty": dict(groups=np.zeros(300)),
+        "labels are fractions": dict(labels=np.linspace(0, 1, 300)),
         "not finite": dict(x=np.full((300, 7), np.nan)),
     }.items(),
 )

@@ -150,8 +150,8 @@ def test_mistakes_are_named():
     model = our_model("opt-125m")
     clean, corrupted, _ = runs()
     mistakes: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("'hook_embed' is in no layer", dict(point="hook_embed")),
-        ("'blocks.0.hook_resid_pre' is in no layer", dict(point="blocks.0.hook_resid_pre")),
+        ("'hook_embed' must be the name of a point in layers", dict(point="hook_embed")),
+        ("'blocks.0.hook_resid_pre' must be .* without its layer", dict(point="blocks.0.hook_resid_pre")),
         ("layers must be numbers from -3 to 2", dict(layers=[3])),
         ("positions must be numbers from -6 to 5", dict(positions=[])),
         ("hook_resid_pre has no heads", dict(heads=[0])),
@@ -163,6 +163,8 @@ def test_mistakes_are_named():
             patch(model, clean, corrupted, metric, **options)
     with pytest.raises(ValueError, match=r"clean run is \(2, 6\) and the corrupted one \(2, 5\)"):
         patch(model, clean, corrupted[:, :5], metric)
+    with pytest.raises(ValueError, match="clean must be an array, not a dict: pass its input_ids"):
+        patch(model, dict(input_ids=clean), corrupted, metric)
     with pytest.raises(ValueError, match="patching compares logits, which an OPTModel lacks"):
         patch(model.model, clean, corrupted, metric)
     with pytest.raises(ValueError, match=r"one text, ids \[1, T\], not \(2, 6\)"):

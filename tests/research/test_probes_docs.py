@@ -7,7 +7,7 @@ import pytest
 from conftest import REPOSITORY
 
 PAGE = (REPOSITORY / "docs/research.md").read_text(encoding="utf-8")
-SECTION = PAGE.partition("## Probes, steering, neurons")[2].partition("\n## ")[0]
+SECTION = PAGE.partition("\n## Probes, steering, neurons")[2]
 
 
 @pytest.mark.slow
@@ -16,10 +16,12 @@ def test_examples_run(monkeypatch, tmp_path, capsys):
 
     monkeypatch.chdir(tmp_path)
     names = {}
+    assert "```python" in SECTION
     for block in re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL):
         exec(compile(block, "docs/research.md", "exec"), names)
     plt.close("all")
     first, third = names["trained"].values()
+    assert abs(first.accuracy - first.majority) < 0.01
     assert third.accuracy > first.accuracy + 0.05 and third.accuracy > third.majority + 0.1
     losses = [float(line) for line in capsys.readouterr().out.splitlines() if re.fullmatch(r"\d+\.\d+", line)]
     assert len(losses) == 4 and max(losses[:3]) < losses[3] - 1 and np.isclose(losses[0], losses[2], atol=1e-3)

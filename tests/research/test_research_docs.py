@@ -8,7 +8,7 @@ from conftest import REPOSITORY
 
 from opt_jax.model.hook_points import POINTS
 
-TEXT = (REPOSITORY / "docs" / "research.md").read_text(encoding="utf-8")
+TEXT = (REPOSITORY / "docs" / "research.md").read_text(encoding="utf-8").partition("\n## Probes, steering, neurons")[0]
 
 
 @pytest.mark.slow
