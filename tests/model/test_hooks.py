@@ -121,7 +121,7 @@ def test_names(model):
         ({RESID: Zero}, "<class .*Zero'> is no intervention"),
         ({RESID: Zero(rows=np.array([True, False, True]))}, "rows must be integers, not bool"),
         ({RESID: Zero(positions=np.array(1.0))}, "positions must be integers, not float64"),
-        ({RESID: Zero(positions=slice(0, 2))}, "positions must be a number, .* integers, not a slice"),
+        ({RESID: Zero(positions=slice(0, 2))}, "positions must be a number, .* integers, not a slice"),  # type: ignore[reportArgumentType]
         ({RESID: Zero(heads=0)}, "^blocks.1.hook_resid_post has no heads"),
         ({"blocks.*.hook_resid_post": Zero(heads=0)}, r"^blocks.\*.hook_resid_post: blocks.0.hook_resid_post has no"),
         ({RESID: Add(np.ones(23))}, r"Add of shape \(23,\) does not broadcast to blocks.1.hook_resid_post, which is"),
