@@ -21,9 +21,9 @@ from opt_jax.model.heads import OPTPreTrainedModel
 Model = TypeVar("Model", bound=OPTPreTrainedModel)
 
 MAX_TOKENS = 8  # of a product that skips zeros; more tokens have few in common
-# Rows that one turn of the loop adds. They are one pass over the sum, which stays in the cache. Gathering rows first
-# and multiplying them, in blocks of any size, takes twice as long, because it writes them and reads them again.
-UNROLL = 8
+# Rows of the kernel that a turn of the loop adds. For few tokens they are one pass over the sum, which stays in the
+# cache; for more, a product of gathered rows. Gathering takes twice as long for one token, and less for 8.
+FEW_TOKENS, UNROLL, BLOCK = 4, 8, 128
 
 
 def use_relu_sparsity(model: Model, capacity: float = 0.5) -> Model:
@@ -116,20 +116,27 @@ def _skip_zeros(
     # steps, once before the loop. If this were left to it, it would cast all rows at each step.
     x, kernel = (array.astype(jnp.promote_types(dtype, jnp.float32)) for array in (x, kernel))
     live = (x != 0).any(axis=0)
-    count, turns = live.sum(dtype=jnp.int32), -(-capacity // UNROLL)
+    count, step = live.sum(dtype=jnp.int32), UNROLL if len(x) <= FEW_TOKENS else BLOCK
 
     def by_rows() -> Float[Array, "N D"]:
-        rows = jnp.nonzero(live, size=turns * UNROLL, fill_value=len(kernel))[0].astype(jnp.int32)
+        size = -(-capacity // step) * step
+        rows = jnp.nonzero(live, size=size, fill_value=len(kernel))[0].astype(jnp.int32)
         inputs = jnp.take(x, rows, axis=1, mode="fill", fill_value=0)  # 0 after the last live row
 
-        def add(turn: Array, total: Array) -> Array:
+        def add_each(turn: Array, total: Array) -> Array:
             for i in range(UNROLL):
                 place = turn * UNROLL + i
                 row = lax.dynamic_slice_in_dim(kernel, lax.dynamic_index_in_dim(rows, place, keepdims=False), 1)
                 total += lax.dynamic_slice_in_dim(inputs, place, 1, axis=1) * row
             return total
 
+        def add_block(turn: Array, total: Array) -> Array:
+            block = lax.dynamic_slice_in_dim(rows, turn * BLOCK, BLOCK)
+            part = lax.dynamic_slice_in_dim(inputs, turn * BLOCK, BLOCK, axis=1)
+            return total + dense(part, jnp.take(kernel, block, axis=0, mode="clip"))
+
         total = jnp.zeros((len(x), kernel.shape[1]), x.dtype)
-        return lax.fori_loop(0, (count + (UNROLL - 1)) // UNROLL, add, total)
+        add = add_each if step == UNROLL else add_block
+        return lax.fori_loop(0, (count + (step - 1)) // step, add, total)
 
     return lax.cond(count <= capacity, by_rows, lambda: dense(x, kernel)).astype(dtype)

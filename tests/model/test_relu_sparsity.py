@@ -43,7 +43,7 @@ def inputs(shape: tuple[int, int], live: int, dtype: Any = jnp.float32) -> tuple
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("live", [0, 1, UNROLL, UNROLL + 1, 39, 40, 41, F])
-@pytest.mark.parametrize("shape", [(1, 1), (MAX_TOKENS, 1), (2, 3)])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (MAX_TOKENS, 1), (2, 3)])
 @pytest.mark.combinations
 def test_the_product_is_exact(shape, live, dtype):
     x, kernel, _ = inputs(shape, live, jnp.dtype(dtype))
@@ -52,7 +52,7 @@ def test_the_product_is_exact(shape, live, dtype):
     np.testing.assert_array_equal(out, np.asarray(x, np.float32) @ np.asarray(kernel, np.float32))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (MAX_TOKENS, 1), (2, 3)])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (MAX_TOKENS, 1), (2, 3)])
 def test_rows_without_a_live_neuron_are_not_read(shape):
     """Not a number in these rows does no harm, unless the layer reads all rows."""
     for live, tokens, skips in ((0, 0, True), (40, 0, True), (41, 0, False), (40, MAX_TOKENS, False)):
