@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -171,7 +170,7 @@ class _Work:
 
     def __init__(self, path: Path, plan: dict[str, Any]):
         """Go on with an earlier call. ValueError if it had another plan."""
-        self.path, self.state = path, {"plan": json.loads(json.dumps(plan)), "errors": []}
+        self.path, self.state = path, {"plan": json.loads(json.dumps(plan)), "errors": [], "arrays": []}
         if (file := path / "state.json").exists():
             before = json_object(read_small(file), file)
             for name, value in self.state["plan"].items():
@@ -193,15 +192,15 @@ class _Work:
             with new_file(self.path / f"{layer}.{name}.npy", value.nbytes) as file:
                 np.lib.format.write_array(file, _plain(value), allow_pickle=False)
         self.errors.append(errors)
+        self.state["arrays"].append(sorted(arrays))
         self._write_state()
 
     def arrays(self, layer: int, dtype_of: Callable[[str], np.dtype]) -> dict[str, np.ndarray]:
         """What `add` wrote, memory-mapped. `dtype_of`: of a path, if NumPy's files lack it."""
-        names = [entry for entry in os.listdir(self.path) if re.fullmatch(rf"{layer}\.[\w.]+\.npy", entry)]
         loaded = {}
-        for name in sorted(names):
-            local, value = name.removeprefix(f"{layer}.").removesuffix(".npy"), np.load(self.path / name, "r")
-            loaded[local] = value.view(dtype_of(local)) if value.dtype == np.uint16 else value
+        for name in self.state["arrays"][layer]:
+            value = np.load(self.path / f"{layer}.{name}.npy", "r")
+            loaded[name] = value.view(dtype_of(name)) if value.dtype == np.uint16 else value
         return loaded
 
     def _write_state(self) -> None:

@@ -300,6 +300,18 @@ def test_killed_and_resumed_is_bit_identical(saved, tmp_path, monkeypatch, metho
     assert sorted(path.name for path in tmp_path.iterdir()) == ["complete", "part"]
 
 
+def test_a_lost_file_is_noticed(saved, tmp_path):
+    def killed(*_):
+        raise Killed
+
+    with pytest.raises(Killed):
+        compress(saved("opt-125m"), tmp_path / "out", "rtn", progress=killed)
+    (tmp_path / ".out.compressing" / "0.fc1.qweight.npy").unlink()
+    with pytest.raises(FileNotFoundError, match="0.fc1.qweight.npy"):
+        compress(saved("opt-125m"), tmp_path / "out", "rtn")
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_arguments_do_not_go_on(saved, tmp_path):
     def killed(*_):
         raise Killed
