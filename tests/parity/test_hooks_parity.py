@@ -182,7 +182,7 @@ def test_every_point(name, padding):
     assert out.activations is None
 
 
-@pytest.mark.parametrize(("name", "padding"), [("opt-125m", "left"), ("opt-350m", "none")])
+@pytest.mark.parametrize(("name", "padding"), [("opt-125m", "left"), ("opt-350m", "none"), ("galactica", "right")])
 def test_every_point_with_a_cache(name, padding):
     """The prefill, and then a step of two tokens and a step of one."""
     hf, model = pair(name)
