@@ -10,7 +10,8 @@ AS_USERS_HAVE_IT = JAX_DISABLE_MOST_OPTIMIZATIONS=0
 EXACT = tests/parity/test_train_parity.py tests/generation/test_decode_hlo.py
 # What depends on the versions of Python, JAX and the rest, beside EXACT and the fast part: parity without PyTorch, and
 # each script once, end to end.
-SCRIPTS = tests/generation/test_goldens.py tests/test_notebooks.py $(addprefix tests/training/test_train_script.py::test_, \
+SCRIPTS = tests/generation/test_goldens.py \
+  tests/test_notebooks.py::test_it_gives_the_outputs_that_it_stores[quickstart] $(addprefix tests/training/test_train_script.py::test_, \
   a_run_leaves_what_it_promises stops_as_asked_and_resumes_on_another_mesh)
 # JAX's settings under which the fast part runs. Without jit it would take days: tests/test_jax_settings.py has a sample.
 SETTINGS = JAX_ENABLE_X64=1 JAX_NUMPY_RANK_PROMOTION=raise JAX_NUMPY_DTYPE_PROMOTION=strict JAX_DEBUG_NANS=1 \

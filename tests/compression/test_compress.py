@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, exhaustive
 from reference import SMALL, our_model
 
 from opt_jax import OPTForCausalLM, OPTTokenizer, named_parameters
@@ -276,6 +276,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "wanda"])
 @pytest.mark.parametrize("finished", [1, 2, 3])
+@pytest.mark.combinations
 def test_killed_and_resumed_is_bit_identical(saved, tmp_path, monkeypatch, method, finished):
     def killed(done, *_):
         if done == finished:
@@ -342,7 +343,7 @@ def test_on_disk_is_the_same_as_in_memory(saved, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "wanda"])
+@pytest.mark.parametrize("method", ["gptq", exhaustive("awq"), "wanda"])
 def test_a_mesh_is_one_device(tmp_path, method):
     if jax.device_count() < 8:
         pytest.skip("needs eight devices")
