@@ -8,6 +8,7 @@ PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 2
 # numbers of whole compiled programs, or what looks at these. (Models are compared with PyTorch operation by operation.)
 AS_USERS_HAVE_IT = JAX_DISABLE_MOST_OPTIMIZATIONS=0
 EXACT = tests/parity/test_train_parity.py tests/generation/test_decode_hlo.py
+NOTEBOOK_TESTS = tests/test_notebooks.py
 # What depends on the versions of Python, JAX and the rest, beside EXACT and the fast part: parity without PyTorch, and
 # each script once, end to end.
 SCRIPTS = tests/generation/test_goldens.py \
@@ -24,13 +25,14 @@ NO_COMPILE = --no-compile
 # Compiles for TPUs without having one; exists for Linux on x86 only. The test that wants it skips elsewhere.
 LIBTPU = $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),libtpu/.installed)
 
-.PHONY: help install demo test test-exact test-others test-latest test-latest-exact test-latest-fast test-exhaustive \
-  test-every-case test-settings environments lint notebooks docs docs-links clean
+.PHONY: help install demo test test-exact test-others test-notebooks test-latest test-latest-exact test-latest-fast \
+  test-exhaustive test-every-case test-settings environments lint notebooks docs docs-links clean
 
 help:
 	@echo "make install      create .venv with opt-jax and what it needs (CPU)"
 	@echo "make demo         install, then convert, generate and train with the embedded model in a minute"
 	@echo "make test         lint and the test suite, parity with PyTorch included"
+	@echo "make test-notebooks  the notebooks give the outputs that they store"
 	@echo "make test-latest  what depends on versions, on the newest Python and JAX found"
 	@echo "make test-exhaustive  every case of the sweeps, compiled as users have it; JAX's settings: hours"
 	@echo "make notebooks    run the notebooks of examples/ and store their outputs"
@@ -50,7 +52,10 @@ test: .venv/.installed-test
 test-exact: .venv/.installed-test $(addprefix .venv/,$(LIBTPU))
 	$(AS_USERS_HAVE_IT) .venv/bin/python -m pytest $(PARALLEL) $(EXACT)
 test-others: .venv/.installed-test $(addprefix .venv/,$(LIBTPU))
-	.venv/bin/python -m pytest $(PARALLEL) $(addprefix --ignore ,$(EXACT))
+	.venv/bin/python -m pytest $(PARALLEL) $(addprefix --ignore ,$(EXACT) $(NOTEBOOK_TESTS))
+# The notebooks, two at a time. CI runs them beside `make test`, which has other things to do for 15 minutes.
+test-notebooks: .venv/.installed-test
+	.venv/bin/python -m pytest $(PARALLEL) --dist load $(NOTEBOOK_TESTS)
 test-latest:
 	@$(MAKE) --no-print-directory --keep-going test-latest-exact test-latest-fast
 test-latest-exact: .venv-latest/.installed-test $(addprefix .venv-latest/,$(LIBTPU))

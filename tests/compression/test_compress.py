@@ -26,6 +26,7 @@ from opt_jax.compression.sparsegpt import sparsegpt
 from opt_jax.compression.statistics import add_hessian, layer_error
 from opt_jax.parallel.mesh import make_mesh
 
+pytestmark = pytest.mark.slow
 IDS = np.random.RandomState(0).randint(4, 99, (12, 32)).astype(np.int32)
 FORMS: dict[str, dict[str, Any]] = {
     "rtn": dict(bits=4, group_size=8),
