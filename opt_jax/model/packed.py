@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, UInt8, UInt32
 
-from opt_jax.model.packing import pack, period, product, unpack
+from opt_jax.model.packing import pack, product, slots_of_groups, unpack
 
 
 @jax.tree_util.register_dataclass
@@ -108,15 +108,15 @@ class PackedLinear(nnx.Module):
           ValueError: bits, zeros or groups that cannot be packed; other `activation_bits`.
         """
         _check(matrix, activation_bits)
-        inputs = matrix.shape[1]
-        order, size = _slots(np.asarray(matrix.groups), matrix.scales.shape[1], matrix.bits)
+        order, size = slots_of_groups(np.asarray(matrix.groups), matrix.scales.shape[1], matrix.bits)
         symmetric = bool((matrix.zeros == 2 ** (matrix.bits - 1)).all())
-        is_identity = len(order) == inputs and (order == np.arange(inputs)).all()
-        arrays: dict[str, jax.Array] = {} if is_identity else {"order": jnp.asarray(order, jnp.int32)}
+        arrays: dict[str, jax.Array] = {} if order is None else {"order": jnp.asarray(order, jnp.int32)}
         arrays |= {} if symmetric else {"zeros": matrix.zeros.T.astype(jnp.uint8)}
         arrays["scales"] = matrix.scales.T.astype(jnp.float32)
         arrays["qweight"] = _packed(matrix, arrays.get("order"), size)
-        return cls(arrays, bias, in_features=inputs, bits=matrix.bits, dtype=dtype, activation_bits=activation_bits)
+        return cls(
+            arrays, bias, in_features=matrix.shape[1], bits=matrix.bits, dtype=dtype, activation_bits=activation_bits
+        )
 
     @property
     def out_features(self) -> int:
@@ -172,16 +172,6 @@ def _check(matrix: QuantizedMatrix, activation_bits: int | None) -> None:
             raise ValueError(f"activation_bits={activation_bits}: use 8, or None for inputs that are not rounded")
         if matrix.bits != 8 or zeros.shape[1] > 1 or (zeros != 128).any():
             raise ValueError("activation_bits=8 needs a matrix of 8 bits, symmetric, with one group: quantize it so")
-
-
-def _slots(groups: np.ndarray, count: int, bits: int) -> tuple[np.ndarray, int]:
-    """The input of each slot, `len(groups)` for none, and the number of slots of a group."""
-    sizes = np.bincount(groups, minlength=count)
-    size = -(-int(sizes.max()) // period(bits)) * period(bits)
-    by_group = np.argsort(groups, kind="stable")
-    order = np.full((count, size), len(groups), np.int32)
-    order[np.arange(size)[None] < sizes[:, None]] = by_group
-    return order.reshape(-1), size
 
 
 @partial(jax.jit, static_argnums=2)

@@ -18,6 +18,20 @@ def period(bits: int) -> int:
     return 32 // math.gcd(32, bits)
 
 
+def slots_of_groups(groups: np.ndarray, count: int, bits: int) -> tuple[np.ndarray | None, int]:
+    """How `PackedLinear` sorts inputs: each of `count` groups has the same number of slots, which fill complete words.
+
+    Returns:
+      The input of each slot, `len(groups)` for none, or None if it is the slot's number; the slots of a group.
+    """
+    sizes = np.bincount(groups, minlength=count)
+    size = -(-int(sizes.max()) // period(bits)) * period(bits)
+    order = np.full((count, size), len(groups), np.int32)
+    order[np.arange(size)[None] < sizes[:, None]] = np.argsort(groups, kind="stable")
+    order = order.reshape(-1)
+    return (None if np.array_equal(order, np.arange(len(groups))) else order), size
+
+
 def pack(integers: UInt8[Array, "S N"], bits: int) -> UInt32[Array, "W N"]:
     """Integers below 2**bits, packed along the first axis: a stream of bits, lowest first, as in AutoGPTQ's files.
 

@@ -26,6 +26,7 @@ from opt_jax.checkpoints.arrays import Checks, LazyArray
 from opt_jax.checkpoints.chunks import Index
 from opt_jax.checkpoints.formats import names, quantized
 from opt_jax.checkpoints.formats.quantized import QuantizedArray
+from opt_jax.model.packing import period, slots_of_groups
 from opt_jax.system.messages import shown
 from opt_jax.system.reading import json_object, read_small
 
@@ -155,7 +156,7 @@ def _open(
             raise ValueError(f"g_idx has groups from {groups.min()} to {groups.max()}, but there are {count}")
         if (largest := np.bincount(groups).max()) > size:
             raise ValueError(f"g_idx puts {largest} inputs into a group, more than the {size} of group_size")
-    order, slots = quantized.slots_of_groups(groups, count, bits)
+    order, slots = slots_of_groups(groups, count, bits)
     zeros = _zeros(qzeros, outputs, bits, shift)
     if order is None:
         read = lambda index: qweight.load(index).view(np.uint32)  # noqa: E731
@@ -331,12 +332,12 @@ def _extremes(matrices: Iterable[QuantizedArray]) -> tuple[int, int]:
 
 
 def _qzeros(zeros: LazyArray, bits: int, shift: int) -> LazyArray:
-    per_period = quantized.period(bits) * bits // 32
+    per_period = period(bits) * bits // 32
 
     def read(index: Index) -> np.ndarray:
         rows, columns = index
         first, last = columns.start // per_period, -(-columns.stop // per_period)
-        inside = slice(first * quantized.period(bits), last * quantized.period(bits))
+        inside = slice(first * period(bits), last * period(bits))
         words = quantized.pack(zeros.load((rows, inside)).T - np.uint8(shift), bits).T.view(np.int32)
         return words[:, columns.start - first * per_period : columns.stop - first * per_period]
 

@@ -12,7 +12,6 @@ config.json says of them, under `quantization_config`:
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,7 @@ from opt_jax.checkpoints.chunks import Index, Shape
 from opt_jax.checkpoints.formats import names
 from opt_jax.checkpoints.formats.float8 import float_dtype
 from opt_jax.config import OPTConfig
+from opt_jax.model.packing import period
 from opt_jax.system.messages import shown
 
 METHOD = "opt-jax"
@@ -163,13 +163,8 @@ def rounded(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 # Bits ----------------------------------------------------------------------------------------------------------
 
 
-def period(bits: int) -> int:
-    """The number of integers that fill complete words of 32 bits."""
-    return 32 // math.gcd(32, bits)
-
-
 def pack(integers: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 [S, N], S a multiple of `period(bits)` -> uint32 [S * bits / 32, N], as `packed.pack` has it."""
+    """uint8 [S, N], S a multiple of `period(bits)` -> uint32 [S * bits / 32, N], as `packing.pack`, which is for jax arrays."""
     values = integers.reshape(-1, period(bits), integers.shape[1])
     words = np.zeros((len(values), period(bits) * bits // 32, integers.shape[1]), np.uint32)
     for i in range(period(bits)):
@@ -195,16 +190,6 @@ def blocks(count: int, width: int) -> Iterator[slice]:
     """Parts of `count` rows of so many integers, for `unpack`."""
     step = max(1, _BLOCK // max(1, width))
     yield from (slice(start, min(start + step, count)) for start in range(0, count, step))
-
-
-def slots_of_groups(groups: np.ndarray, count: int, bits: int) -> tuple[np.ndarray | None, int]:
-    """How `PackedLinear` sorts inputs: (the input of each slot, None if that is its number; slots of a group)."""
-    sizes = np.bincount(groups, minlength=count)
-    size = -(-int(sizes.max()) // period(bits)) * period(bits)
-    order = np.full((count, size), len(groups), np.int32)
-    order[np.arange(size)[None] < sizes[:, None]] = np.argsort(groups, kind="stable")
-    order = order.reshape(-1)
-    return (None if np.array_equal(order, np.arange(len(groups))) else order), size
 
 
 def slots_of_inputs(order: np.ndarray | None, inputs: int) -> np.ndarray:
