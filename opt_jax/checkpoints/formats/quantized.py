@@ -164,7 +164,7 @@ def rounded(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def pack(integers: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 [S, N], S a multiple of `period(bits)` -> uint32 [S * bits / 32, N], as `packing.pack`, which is for jax arrays."""
+    """uint8 [S, N], S a multiple of `period(bits)` -> uint32 [S * bits / 32, N]: `packing.pack` for NumPy's arrays."""
     values = integers.reshape(-1, period(bits), integers.shape[1])
     words = np.zeros((len(values), period(bits) * bits // 32, integers.shape[1]), np.uint32)
     for i in range(period(bits)):
