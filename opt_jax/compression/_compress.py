@@ -113,6 +113,7 @@ def compress(  # noqa: PLR0913  (options, by keyword)
         "calibration": None if drawn is None else drawn.about,
         "dtype": str(source.dtype),
         "mesh": None if mesh is None else dict(mesh.shape),
+        "platform": jax.default_backend(),
         "versions": _versions(),
     }
     place = TemporaryPlace(path.with_name(f".{path.name}.compressing"), r"state\.json.*|stream|\d+\.[\w.]+\.npy.*")

@@ -334,6 +334,10 @@ def test_other_arguments_do_not_go_on(saved, tmp_path):
         with pytest.raises(ValueError, match=f"compressing was begun with {words}.*remove that directory"):
             compress(output=tmp_path / "out", **arguments)
     assert sorted((path.name, path.read_bytes()) for path in (tmp_path / ".out.compressing").iterdir()) == before
+    state = tmp_path / ".out.compressing" / "state.json"
+    state.write_text(state.read_text().replace('"platform": "cpu"', '"platform": "gpu"'))
+    with pytest.raises(ValueError, match='begun with another platform: "gpu"'):
+        compress(saved("opt-125m"), tmp_path / "out", "gptq", calibration=IDS, bits=3)
 
 
 def test_on_disk_is_the_same_as_in_memory(saved, tmp_path, monkeypatch):
