@@ -33,6 +33,14 @@ def test_using_the_model_needs_no_other_framework():
     assert not loaded.intersection({"torch", "transformers", "grain", "tensorflow", "huggingface_hub"})
 
 
+@pytest.mark.slow
+def test_generating_loads_no_kernels_of_other_devices():
+    code = "import opt_jax.checkpoints.pretrained, opt_jax.generation.generate\nprint(*sys.modules)"
+    loaded = loaded_after(code)
+    assert "orbax.checkpoint" in loaded
+    assert not {name for name in loaded if name.startswith("jax.experimental.pallas.ops")}
+
+
 @pytest.mark.parametrize("package", [opt_jax, evaluation, generation, parallel])
 def test_every_public_name_resolves(package):
     assert all(getattr(package, name) is not None for name in package.__all__)

@@ -215,7 +215,8 @@ def _run(engine: Engine, size: int, request: Request, progress_bar: bool | None)
             working[: len(first)] = first
             while (working >= 0).any():
                 enough = min(chunk, len(waiting)) or len(working)
-                slots, report = engine.advance(slots, _NO_LIMIT, enough)
+                if request.max_new_tokens > 1:  # `begin` chose the first one; the step need not be compiled for it
+                    slots, report = engine.advance(slots, _NO_LIMIT, enough)
                 ended = np.asarray(report.ended) | (working < 0)
                 if ended.sum() < enough:
                     continue
@@ -330,7 +331,7 @@ def stream(
     """An iterator over the new tokens of `generate`: int32 [R] for each step, pads for rows that have ended.
 
     Takes the arguments of `generate` but batch_size, progress_bar and return_cache. Raises the same errors, at the call
-    itself. The device computes the next step while the caller uses the tokens of this one.
+    itself. After the first step the device computes the next one while the caller uses the tokens of this one.
     """
     request = check_request(
         model, input_ids, attention_mask, generation_config, tokenizer, cache, options, inputs_embeds=inputs_embeds
@@ -353,9 +354,12 @@ def _stream(engine: Engine, request: Request, slots: Slots, report: Report) -> G
     rows = request.rows
     new = np.full((rows, request.max_new_tokens), request.pad_token_id, np.int32)
     known, told = np.zeros(rows, np.int32), 0  # tokens in each row of `new`; columns that were yielded
+    count = len(report.ended)
     while True:
-        # Dispatch the next step before waiting for this one. It has no effect if all rows have ended.
-        following = engine.advance(slots, 1, len(report.ended)) if told + 1 < request.max_new_tokens else None
+        # Dispatch the next step before waiting for this one. It has no effect if all rows have ended. The first token
+        # does not wait for it, because it may have to be compiled.
+        last = told + 1 >= request.max_new_tokens
+        following = None if last or not told else engine.advance(slots, 1, count)
         tokens, lengths, ended = (np.asarray(x)[:rows] for x in report)
         columns = lengths[:, None] + np.arange(-tokens.shape[1], 0)  # of the last tokens of each row
         row, i = np.nonzero(columns >= known[:, None])
@@ -364,9 +368,9 @@ def _stream(engine: Engine, request: Request, slots: Slots, report: Report) -> G
         for column in range(told, ready):
             yield new[:, column].copy()
         told = ready
-        if ended.all() or following is None:
+        if last or ended.all():
             return
-        slots, report = following
+        slots, report = following or engine.advance(slots, 1, count)
 
 
 # Compiled -----------------------------------------------------------------------------------------------------

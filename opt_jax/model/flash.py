@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention
 from jaxtyping import Array, Float, Int
 
 AttentionImplementation = Literal["xla", "cudnn", "splash"]
@@ -23,6 +22,8 @@ def splash(
     Pads the sequence at its end to a multiple of 128; causal attention hides this padding from all tokens.
     `interpret`: emulate the kernel without a TPU (slow; for tests).
     """
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
     heads, length = q.shape[1:3]
     padding = -length % _LANES
     padded = length + padding

@@ -188,11 +188,37 @@ def test_stream_checks_at_once_and_can_be_left(model):
 
 
 def test_stream_has_the_next_step_under_way_when_it_gives_a_token(model, monkeypatch):
-    """So the device computes while the caller works, and the host waits only for the token that it yields."""
+    """So the device computes while the caller works, and the host waits only for the token that it yields.
+
+    The first token does not wait for a step, which may have to be compiled.
+    """
     calls, advance = [], loop.advance
     monkeypatch.setattr(loop, "advance", lambda *args, **kwargs: calls.append(1) or advance(*args, **kwargs))
     under_way = [len(calls) for _ in stream(model, IDS, MASK, max_new_tokens=5, eos_token_id=[])]
-    assert under_way == [1, 2, 3, 4, 4]  # the prefill gives the first token
+    assert under_way == [0, 2, 3, 4, 4]  # the prefill gives the first token
+
+
+@pytest.mark.parametrize("options", [dict(), dict(num_beams=2), dict(prompt_lookup_num_tokens=2)], ids=str)
+def test_the_first_token_compiles_no_step(model, compiled, options):
+    """No other test here has 17 rows, so nothing is compiled yet."""
+    ids = np.random.RandomState(3).randint(3, 61, (17, 12))
+    out = model.generate(ids, np.ones_like(ids), max_new_tokens=1, eos_token_id=[], return_cache=not options, **options)
+    assert "jit(begin)" in compiled or "jit(_begin)" in compiled
+    assert "jit(advance)" not in compiled
+    assert out.lengths.tolist() == [1] * 17 and out.finish_reasons == ["length"] * 17
+    few = model.generate(ids, np.ones_like(ids), max_new_tokens=1, eos_token_id=[], batch_size=3, **options)
+    np.testing.assert_array_equal(few.sequences, out.sequences)
+    if "num_beams" not in options:
+        more = model.generate(ids, np.ones_like(ids), max_new_tokens=3, eos_token_id=[], **options).sequences
+        np.testing.assert_array_equal(out.sequences, more[:, :13])
+        steps = stream(model, ids[:9], np.ones_like(ids[:9]), max_new_tokens=3, eos_token_id=[], **options)
+        del compiled[:]
+        np.testing.assert_array_equal(next(steps), out.sequences[:9, 12])
+        assert "jit(advance)" not in compiled
+        np.testing.assert_array_equal(np.stack([*steps], axis=1), more[:9, 13:])
+    if not options:
+        rest = model.generate(cache=out.cache, max_new_tokens=2, eos_token_id=[]).sequences
+        np.testing.assert_array_equal(rest, more[:, 13:])
 
 
 @pytest.mark.slow
