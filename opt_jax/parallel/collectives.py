@@ -19,23 +19,24 @@ from opt_jax.parallel import rules
 
 def axis_size(axis: str | tuple[str, ...]) -> int:
     """Number of devices along the axis or axes, inside `rules.per_device`; 1 elsewhere."""
-    shape = jax.sharding.get_abstract_mesh().shape
-    return (
-        math.prod(shape[name] for name in ((axis,) if isinstance(axis, str) else axis)) if rules.is_per_device() else 1
-    )
+    shape, names = jax.sharding.get_abstract_mesh().shape, (axis,) if isinstance(axis, str) else axis
+    return math.prod(shape[name] for name in names) if rules.is_per_device() else 1
 
 
 def gather_sequence(x: jax.Array) -> jax.Array:
     """All tokens [B, T, D] of this device's rows, gathered over `tensor`. Its transpose is `scatter_sequence`."""
     if axis_size("tensor") == 1:
         return rules.constrain(x, "gathered")
-    return lax.all_gather(x, "tensor", axis=1, tiled=True)
+    return lax.all_gather(x, "tensor", axis=min(1, len(x) - 1), tiled=True).reshape(len(x), -1, x.shape[-1])
 
 
 def scatter_sequence(x: jax.Array) -> jax.Array:
     """This device's part of the sequence of the sum over `tensor` of x, partial sums [B, T, D] of all tokens."""
     if axis_size("tensor") == 1:
         return rules.constrain(x, "residual")
+    if len(x) == 1:  # XLA for TPUs would use an all-reduce, which sends twice as much, after an axis of one row
+        x = x.reshape(axis_size("tensor"), -1, x.shape[-1])
+        return lax.psum_scatter(x, "tensor", tiled=True)
     return lax.psum_scatter(x, "tensor", scatter_dimension=1, tiled=True)
 
 
