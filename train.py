@@ -254,7 +254,13 @@ def fit(
     processes.reached(f"step {start + 1}")
     guard = jax.transfer_guard("disallow")
     rows = local_rows(options.batch_size, options.accumulate, mesh)
-    reading = data.training.reader(rows, start, last, options.data_workers)
+    pending = None  # a step's metrics are fetched when the next step has been dispatched
+
+    def waiting() -> contextlib.AbstractContextManager:
+        jax.block_until_ready(pending)  # while a step is under way, waiting for data costs nothing
+        return goodput.spend("data")
+
+    reading = data.training.reader(rows, start, last, options.data_workers, waiting)
     with (
         Termination() as termination,
         reading as reader,
@@ -268,8 +274,7 @@ def fit(
         jax.debug_nans(False),  # the step looks for NaNs; JAX would repeat it operation by operation, against the guard
     ):
         step, stopping = start, False
-        pending = None  # a step's metrics are fetched when the next step has been dispatched
-        for step, batch_rows in enumerate(goodput.waiting_counts(reader), start=start + 1):
+        for step, batch_rows in enumerate(reader, start=start + 1):
             batch = place(batch_rows)
             trace.before(step)
             with goodput.spend("compile") if step == start + 1 else contextlib.nullcontext():

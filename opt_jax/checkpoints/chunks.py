@@ -3,6 +3,12 @@
 Each chunk is a value of an OCDBT database and ends with its CRC-32C (zarr3's codec `crc32c`), which TensorStore
 compares whenever it reads the chunk. The metadata of the arrays are in nodes of the database, which have their own
 checksums.
+
+Why not Orbax's v1 API (`orbax.checkpoint.experimental.v1`, tried with 0.12.8 on 2026-11-30): it reads these directories
+and can split stacked arrays by layer (`shard_axes`), but its options have no codecs, and the registry of handlers for
+leaves, where one that adds them would belong, is not public. What it writes has checksums for the index of chunks only:
+with one bit flipped, a checkpoint loaded without an error and with another number. A `CheckpointableHandler`, which is
+public, would have to do all else itself that Orbax does here, and join the databases of all processes.
 """
 
 import asyncio

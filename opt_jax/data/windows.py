@@ -1,15 +1,22 @@
-"""Token streams -> windows in an order fixed by (seed, step) -> batches, prefetched by threads or processes. No jax.
+"""Token streams -> windows in an order fixed by (seed, step) -> batches, read ahead by threads or processes. No jax.
 
 Grain computes the order (`shuffle`: a permutation by index, which is not stored) and the mixture (`mix`: also by
-index), and prefetches. Row r of step n is element n * batch_size + r of one global dataset, on every process.
+index). Row r of step n is element n * batch_size + r of one global dataset, on every process.
 """
 
+import contextlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from opt_jax.data.tokens import Tokens
+
+AHEAD = 4  # batches of this process that are read before their steps ask for them
+_THREADS = 16  # rows that are read at the same time: on a slow disk, one read should not wait for another
 
 
 class _Source:
@@ -165,8 +172,15 @@ class Windows(Order):
             "weights": None if self.weights is None else list(self.weights),
         }
 
-    def reader(self, rows: Sequence[int] | np.ndarray, first: int, last: int, workers: int = 0) -> "Reader":
-        return Reader(self, rows, first, last, workers)
+    def reader(
+        self,
+        rows: Sequence[int] | np.ndarray,
+        first: int,
+        last: int,
+        workers: int = 0,
+        waiting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ) -> "Reader":
+        return Reader(self, rows, first, last, workers, waiting)
 
 
 class _Batches:
@@ -185,43 +199,78 @@ class _Batches:
         return self._windows.elements(self._first + int(index), self._rows)["ids"]
 
 
+def _read_by_processes(batches: _Batches, workers: int) -> Any:
+    """An iterator over the batches, which reader processes read ahead."""
+    import grain
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():  # Grain passes absl's flags to its processes; absl.app would parse them
+        flags.FLAGS.mark_as_parsed()
+    dataset = grain.MapDataset.source(batches).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    return iter(dataset.mp_prefetch(options))
+
+
 class Reader:
-    """A context that prefetches the given rows of the batches of steps `first` to `last` - 1.
+    """A context that reads the given rows of the batches of steps `first` to `last` - 1, before the steps need them.
+
+    This process holds at most `AHEAD` + 2 batches of its rows, 4 bytes per token; a reader process holds 6 more. The
+    error of a read is raised when its batch is asked for.
 
     Args:
       windows: the batches.
       rows: the rows of the global batch that this process needs.
       first, last: the steps.
       workers: reader processes; 0: threads of this process. The batches are the same.
+      waiting: a context in which to wait for a batch that is asked for before it is there.
+
+    Attributes:
+      waits: the number of such batches.
     """
 
-    def __init__(self, windows: Windows, rows: Sequence[int] | np.ndarray, first: int, last: int, workers: int = 0):
-        import grain
-
+    def __init__(
+        self,
+        windows: Windows,
+        rows: Sequence[int] | np.ndarray,
+        first: int,
+        last: int,
+        workers: int = 0,
+        waiting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ):
         self._windows, self._local = windows, {int(row): i for i, row in enumerate(rows)}
-        batches = grain.MapDataset.source(_Batches(windows, np.asarray(rows), first, last))
-        dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
-        if workers:
-            from absl import flags
-
-            if not flags.FLAGS.is_parsed():  # Grain passes absl's flags to its processes; absl.app would parse them
-                flags.FLAGS.mark_as_parsed()
-            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
-        self._iterator = iter(dataset) if last > first else None
+        self._steps, self._waiting, self.waits = range(first, last), waiting, 0
+        self._iterator = None
+        if workers and last > first:
+            self._iterator = _read_by_processes(_Batches(windows, np.asarray(rows), first, last), workers)
+        self._pool = ThreadPoolExecutor(1 if workers else _THREADS, "read-ahead")
 
     def __enter__(self) -> "Reader":
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self._pool.shutdown(cancel_futures=True)
         if self._iterator is not None:
             self._iterator.close()
 
     def __iter__(self) -> Iterator[Callable[[slice], dict[str, np.ndarray]]]:
         """For each step, a function from a slice of the global batch's rows to these rows, for `place_batch`."""
-        while self._iterator is not None and (ids := next(self._iterator, None)) is not None:
-            # A copy, which frees the shared memory of Grain's processes now and not when the program ends.
-            ids = np.array(ids)
+        steps = iter(self._steps)
+        ahead = deque(map(self._begin, islice(steps, AHEAD)))
+        while ahead:
+            if not all(part.done() for part in ahead[0]):
+                self.waits += 1
+                with self._waiting():
+                    wait(ahead[0])
+            ids = np.concatenate([part.result() for part in ahead.popleft()])
+            ahead.extend(map(self._begin, islice(steps, 1)))
             yield lambda rows, ids=ids: self._windows.as_batch(ids[self._positions(rows)])
+
+    def _begin(self, step: int) -> list[Future]:
+        """Begin to read the batch of a step, in parts."""
+        if self._iterator is not None:
+            # A copy, which frees the shared memory of Grain's processes now and not when the program ends.
+            return [self._pool.submit(lambda: np.array(next(self._iterator)))]
+        return [self._pool.submit(self._windows.rows, step, slice(row, row + 1)) for row in self._local]
 
     def _positions(self, rows: slice) -> list[int]:
         return [self._local[row] for row in range(self._windows.batch_size)[rows]]

@@ -9,16 +9,14 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 # Activities, in the order in which they are reported: name -> what it is. `<name>_seconds` is in metrics.jsonl.
 ACTIVITIES = {
     "start": "imports, devices, data and directories, before the first step",
     "restore": "reading a checkpoint",
     "compile": "the first call of the training step",
-    "data": "waiting for the next batch",
+    "data": "waiting for the next batch, without a step under way",
     "validation": "evaluations",
     "checkpoint": "waiting for checkpoints",
 }
@@ -63,17 +61,6 @@ def spend(activity: str) -> Iterator[None]:
         yield
     finally:
         _spent[activity] = _spent.get(activity, 0.0) + time.perf_counter() - begin
-
-
-def waiting_counts(batches: Iterable[T]) -> Iterator[T]:
-    """The batches. The time until each one is there counts as "data"."""
-    iterator, end = iter(batches), object()
-    while True:
-        with spend("data"):
-            batch = next(iterator, end)
-        if batch is end:
-            return
-        yield batch  # type: ignore[reportReturnType]
 
 
 def take() -> dict[str, float]:

@@ -173,7 +173,7 @@ class Batches(Order):
         }
 
     @contextlib.contextmanager
-    def reader(self, _rows: Any, first: int, last: int, _workers: int = 0) -> Iterator[Any]:
+    def reader(self, _rows: Any, first: int, last: int, _workers: int = 0, _waiting: Any = None) -> Iterator[Any]:
         """Like `Windows.reader`. Examples are in memory, so nothing is read ahead."""
         yield (partial(self.batch, step) for step in range(first, last))
 
