@@ -8,7 +8,9 @@ dictionaries, lists, tensors and plain objects.
 """
 
 import pickletools
+import struct
 from collections.abc import Callable
+from io import BytesIO
 from typing import Any, NamedTuple
 
 _MAX_INSTRUCTIONS = 10_000_000  # 1500 tensors take 48 thousand; the most expensive instruction makes a 64-byte dict
@@ -18,11 +20,9 @@ _LITERALS = frozenset(
     (
         "INT",
         "BININT",
-        "BININT1",
         "BININT2",
         "LONG1",
         "BINFLOAT",
-        "BINUNICODE",
         "SHORT_BINUNICODE",
         "BINUNICODE8",
         "BINBYTES",
@@ -32,7 +32,10 @@ _LITERALS = frozenset(
         "SHORT_BINSTRING",
     )
 )
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_OPCODES = {ord(opcode.code): opcode for opcode in pickletools.opcodes}
+# Three of four instructions of a pickle are these. `_Machine` decodes them itself; pickletools takes ten times as long.
+_LONG_BINPUT, _BINGET, _LONG_BINGET, _BININT1, _TUPLE1, _BINUNICODE, _MARK, _STOP = b"rhjK\x85X(."
+_uint32 = struct.Struct("<I").unpack_from
 
 
 class Refused(ValueError):
@@ -80,60 +83,96 @@ class _Machine:
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # the stacks under each MARK
         self.memo: dict[int, Any] = {}
-        self.instructions: dict[str, Callable[[Any], None]] = {
-            "PROTO": lambda _: None,
-            "FRAME": lambda _: None,
-            "MARK": self._mark,
+        instructions: dict[str, Callable[[], None]] = {
             "POP": self._pop,
-            "POP_MARK": lambda _: self._push_on_mark(),
-            "EMPTY_TUPLE": lambda _: self.stack.append(()),
-            "EMPTY_LIST": lambda _: self.stack.append([]),
-            "EMPTY_DICT": lambda _: self.stack.append({}),
-            "TUPLE": lambda _: self._push_on_mark(tuple(self.stack)),
-            "TUPLE1": lambda _: self._tuple(1),
-            "TUPLE2": lambda _: self._tuple(2),
-            "TUPLE3": lambda _: self._tuple(3),
-            "APPEND": lambda _: self._extend([self.stack.pop()]),
-            "APPENDS": lambda _: self._extend(self._to_mark()),
-            "SETITEM": lambda _: self._update([self.stack.pop(), self.stack.pop()][::-1]),
-            "SETITEMS": lambda _: self._update(self._to_mark()),
-            "BINPUT": self._put,
-            "LONG_BINPUT": self._put,
-            "MEMOIZE": lambda _: self._put(len(self.memo)),
-            "BINGET": lambda i: self.stack.append(self.memo[i]),
-            "LONG_BINGET": lambda i: self.stack.append(self.memo[i]),
-            "GLOBAL": self._global,
-            "INST": self._inst,
+            "POP_MARK": lambda: self._push_on_mark(),
+            "EMPTY_TUPLE": lambda: self.stack.append(()),
+            "EMPTY_LIST": lambda: self.stack.append([]),
+            "EMPTY_DICT": lambda: self.stack.append({}),
+            "TUPLE": lambda: self._push_on_mark(tuple(self.stack)),
+            "TUPLE2": lambda: self._tuple(2),
+            "TUPLE3": lambda: self._tuple(3),
+            "APPEND": lambda: self._extend([self.stack.pop()]),
+            "APPENDS": lambda: self._extend(self._to_mark()),
+            "SETITEM": lambda: self._update([self.stack.pop(), self.stack.pop()][::-1]),
+            "SETITEMS": lambda: self._update(self._to_mark()),
+            "MEMOIZE": self._memoize,
             "STACK_GLOBAL": self._stack_global,
-            "BINPERSID": lambda _: self.stack.append(self.stack.pop()),
+            "BINPERSID": lambda: self.stack.append(self.stack.pop()),
             "REDUCE": self._call,
             "NEWOBJ": self._call,
             "BUILD": self._build,
+            "NONE": lambda: self.stack.append(None),
+            "NEWTRUE": lambda: self.stack.append(True),
+            "NEWFALSE": lambda: self.stack.append(False),
         }
+        self.handlers = [instructions.get(_OPCODES[i].name) if i in _OPCODES else None for i in range(256)]
 
     def run(self, data: bytes) -> Any:
         try:
-            for count, (code, argument, _) in enumerate(pickletools.genops(data)):
-                name = code.name
-                if name in _LITERALS:
-                    self.stack.append(argument)
-                elif name in self.instructions:
-                    self.instructions[name](argument)
-                elif name in _CONSTANTS:
-                    self.stack.append(_CONSTANTS[name])
-                elif name != "STOP":
-                    raise ValueError(f"it has the instruction {name}, which torch.save does not write")
-                if count == _MAX_INSTRUCTIONS:
-                    raise ValueError(f"it has more than {_MAX_INSTRUCTIONS:,} instructions")
-        except (IndexError, KeyError):
-            raise ValueError("an instruction lacks the objects it works on") from None
+            self._run(data)
+        except (IndexError, KeyError, struct.error):
+            raise ValueError("it ends too early, or an instruction lacks the objects it works on") from None
         if len(self.stack) != 1 or self.below:
             raise ValueError("it does not make one object")
         return self.stack[0]
 
-    def _mark(self, _) -> None:
-        self.below.append(self.stack)
-        self.stack = []
+    def _run(self, data: bytes) -> None:
+        at, file, memo, handlers, stack = 0, BytesIO(data), self.memo, self.handlers, self.stack
+        for _ in range(_MAX_INSTRUCTIONS):
+            code = data[at]
+            at += 1
+            if code == _LONG_BINPUT:
+                memo[_uint32(data, at)[0]] = stack[-1]
+                at += 4
+            elif code == _BINGET:
+                stack.append(memo[data[at]])
+                at += 1
+            elif code == _LONG_BINGET:
+                stack.append(memo[_uint32(data, at)[0]])
+                at += 4
+            elif code == _BININT1:
+                stack.append(data[at])
+                at += 1
+            elif code == _TUPLE1:
+                stack[-1] = (stack[-1],)
+            elif code == _BINUNICODE:
+                start, at = at + 4, at + 4 + _uint32(data, at)[0]
+                if at > len(data):
+                    raise ValueError("it ends within a text")
+                stack.append(str(data[start:at], "utf-8", "surrogatepass"))
+            elif code == _MARK:
+                self.below.append(stack)
+                stack = self.stack = []
+            elif (handler := handlers[code]) is not None:
+                handler()
+                stack = self.stack
+            elif code == _STOP:
+                return
+            else:
+                at = self._other(code, file, at)
+        raise ValueError(f"it has more than {_MAX_INSTRUCTIONS:,} instructions")
+
+    def _other(self, code: int, file: BytesIO, at: int) -> int:
+        """Run one of the rarer instructions, whose argument starts at `at`. Returns where the next one starts."""
+        if (opcode := _OPCODES.get(code)) is None:
+            raise ValueError(f"it has an unknown instruction, {code}")
+        argument, name = None, opcode.name
+        if opcode.arg is not None:
+            file.seek(at)
+            argument = opcode.arg.reader(file)
+        if name in _LITERALS:
+            self.stack.append(argument)
+        elif name == "BINPUT":
+            self.memo[argument] = self.stack[-1]
+        elif name == "GLOBAL":
+            self._global(argument)
+        elif name == "INST":
+            self._global(argument)  # names what it asks for
+            raise ValueError("it has the instruction INST, which torch.save does not write")
+        elif name not in ("PROTO", "FRAME"):
+            raise ValueError(f"it has the instruction {name}, which torch.save does not write")
+        return file.tell()
 
     def _to_mark(self) -> list[Any]:
         items, self.stack = self.stack, self.below.pop()
@@ -143,7 +182,7 @@ class _Machine:
         self._to_mark()
         self.stack.extend(objects)
 
-    def _pop(self, _) -> None:
+    def _pop(self) -> None:
         if self.stack:
             self.stack.pop()
         else:
@@ -156,8 +195,8 @@ class _Machine:
             raise IndexError
         self.stack.append(items)
 
-    def _put(self, i: int) -> None:
-        self.memo[i] = self.stack[-1]
+    def _memoize(self) -> None:
+        self.memo[len(self.memo)] = self.stack[-1]
 
     def _extend(self, values: list[Any]) -> None:
         target = self.stack[-1]
@@ -183,17 +222,13 @@ class _Machine:
     def _global(self, argument: str) -> None:
         self.stack.append(self.find_global(argument.replace(" ", ".", 1)))
 
-    def _inst(self, argument: str) -> None:
-        self._global(argument)  # names what it asks for
-        raise ValueError("it has the instruction INST, which torch.save does not write")
-
-    def _stack_global(self, _) -> None:
+    def _stack_global(self) -> None:
         name, module = self.stack.pop(), self.stack.pop()
         if not (isinstance(name, str) and isinstance(module, str)):
             raise ValueError("the name of a global is not a string")
         self.stack.append(self.find_global(f"{module}.{name}"))
 
-    def _call(self, _) -> None:
+    def _call(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         if type(arguments) is tuple and isinstance(function, StubClass):
             self.stack.append(Stub(function.name, arguments))
@@ -202,7 +237,7 @@ class _Machine:
         else:
             raise ValueError(f"it calls a {type(function).__name__} with a {type(arguments).__name__}")
 
-    def _build(self, _) -> None:
+    def _build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, Stub):
             target.state = state
