@@ -105,6 +105,14 @@ def test_a_step_reads_weights_once_and_copies_nothing(kind):
     assert not program.large_results(program.entry, cache.size * cache.dtype.itemsize)  # no copy around the loop either
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="looks at code for a CPU")
+def test_a_step_on_a_cpu_has_wide_vectors(tmp_path):
+    args, kwargs = arguments("loop.advance", make_model(), rows=1)
+    loop.advance.lower(*args, **kwargs).compile(compiler_options={"xla_dump_to": str(tmp_path)})
+    products = [file.read_text() for file in tmp_path.glob("*dot*.ir-no-opt.ll")]
+    assert products and all('"prefer-vector-width"="512"' in code for code in products)
+
+
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
 @pytest.mark.parametrize("inside", [True, False], ids=["use_mesh", "no use_mesh"])
 def test_a_step_on_a_mesh_sends_two_sums_for_each_layer(inside):
