@@ -70,8 +70,9 @@ def _in_digits(spec: str, x: Float[Array, "*batch T K"], values: Int8[Array, "..
     product. Sums of up to 130,000 terms fit into int32.
     """
     x = x.astype(jnp.float32)
-    step = jnp.maximum(jnp.abs(x).max(-1, keepdims=True) / (127 * 256 + 127), jnp.finfo(jnp.float32).tiny)
-    x = jnp.round(x / step).astype(jnp.int32)
+    # XLA divides like this in many programs, but not in all. If it is written out, it is the same in all of them.
+    step = jnp.maximum(jnp.abs(x).max(-1, keepdims=True) * (1 / (127 * 256 + 127)), jnp.finfo(jnp.float32).tiny)
+    x = jnp.round(x * (1 / step)).astype(jnp.int32)
     first = (x + 128) >> 8  # rounds to nearest, so that the second digit is in [-128, 127]
     digits = jnp.concatenate([first, x - 256 * first], axis=-2).astype(jnp.int8)
     out = jnp.einsum(spec, digits, values, preferred_element_type=jnp.int32).astype(jnp.float32)
