@@ -35,8 +35,7 @@ def scatter_sequence(x: jax.Array) -> jax.Array:
     if axis_size("tensor") == 1:
         return rules.constrain(x, "residual")
     if len(x) == 1:  # XLA for TPUs would use an all-reduce, which sends twice as much, after an axis of one row
-        x = x.reshape(axis_size("tensor"), -1, x.shape[-1])
-        return lax.psum_scatter(x, "tensor", tiled=True)
+        return lax.psum_scatter(x.reshape(axis_size("tensor"), -1, x.shape[-1]), "tensor", tiled=True)
     return lax.psum_scatter(x, "tensor", scatter_dimension=1, tiled=True)
 
 
