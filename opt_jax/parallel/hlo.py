@@ -35,19 +35,21 @@ class Instruction:
         return [(f"{dtype}[{dims}]", size) for (dtype, dims), size in zip(shapes, sizes, strict=True)]
 
     @cached_property
-    def hbm_bytes(self) -> int:
-        """Bytes of the result in a TPU's HBM, with the padding of its layout. 0: it is in another memory, as S(1)."""
-        total = 0
+    def padded(self) -> list[tuple[int, bool]]:
+        """Each array of the result on a TPU: its bytes with the padding of its layout, and whether it is in HBM."""
+        arrays: list[tuple[int, bool]] = []
         for dtype, dims, order, rest in re.findall(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*)(:[^}]*)?\})?", self.shape):
-            if re.search(r"S\(\d+\)", rest):
-                continue
             sizes = [int(n) for n in dims.split(",") if n]
             tile = re.search(r"T\(([\d,]+)\)", rest)
             minor = [int(n) for n in order.split(",") if n]  # from the minor dimension to the major one
             for axis, step in zip(minor, reversed(tile[1].split(",")) if tile else (), strict=False):
                 sizes[axis] = math.ceil(sizes[axis] / int(step)) * int(step)
-            total += math.prod(sizes) * _bytes(dtype)
-        return total
+            arrays.append((math.prod(sizes) * _bytes(dtype), re.search(r"S\(\d+\)", rest) is None))
+        return arrays
+
+    @property
+    def hbm_bytes(self) -> int:
+        return sum(size for size, in_hbm in self.padded if in_hbm)
 
     @property
     def is_prefetch(self) -> bool:
@@ -168,9 +170,9 @@ class Program:
         if not size or instruction.op == "dynamic-update-slice" and position == 0:
             return 0
         if instruction.op in {"slice", "dynamic-slice", "gather"} and position == 0:
-            return min(size, sum(n for _, n in instruction.arrays))
+            return min(size, sum(n for n, _ in instruction.padded))
         if instruction.op == "slice-start":  # returns (operand, slice, ...)
-            return min(size, instruction.arrays[1][1])
+            return min(size, instruction.padded[1][0])
         inside = self.computations.get(instruction.called.get("calls", ""))
         if inside is None:
             return size
