@@ -27,6 +27,7 @@ from opt_jax.parallel import agreement, processes
 from opt_jax.parallel.agreement import on_first_process
 from opt_jax.parallel.mesh import make_mesh, use_mesh
 from opt_jax.parallel.rules import named_leaves
+from opt_jax.parallel.topologies import topology_devices
 from opt_jax.system.disk import keep_standard_descriptors
 from opt_jax.training import goodput, loggers, plan
 from opt_jax.training.checkpoints import BestModel, Checkpoints
@@ -54,7 +55,7 @@ def main(options: Options) -> None:
     # JAX must know these three before it looks for devices.
     if options.deterministic:
         make_deterministic()
-    absent_tpus = plan.topology_devices(options.topology) if options.topology else None  # for --plan
+    absent_tpus = topology_devices(options.topology) if options.topology else None  # for --plan
     processes.start(
         "off" if options.plan else options.distributed,
         options.coordinator_address,

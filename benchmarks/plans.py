@@ -2,6 +2,8 @@
 
 Run: `.venv/bin/python -m benchmarks.plans [SIZE ...] [--generations v5p]`, on a Linux machine with libtpu; minutes for
 each plan. With the paper's batch, sequences of 2048, full rematerialisation, bfloat16 gradients, no dropout.
+
+With --decode: `opt-jax generate --plan` of 1.3B to 175B, 8 rows with 2048 columns in the cache.
 """
 
 import argparse
@@ -28,6 +30,16 @@ SLICES = {
     "175b": ("v5e:16x16 fsdp=16,tensor=16", "v5p:8x8x8 fsdp=64,tensor=8", "v6e:16x16 fsdp=32,tensor=8"),
 }
 GENERATIONS = ("v5e", "v5p", "v6e")
+# The smallest slices on which the heads divide; at least four chips.
+DECODE_SLICES = {
+    "1.3b": ("v5e:2x2", "v5p:2x2x1", "v6e:2x2"),
+    "2.7b": ("v5e:2x2", "v5p:2x2x1", "v6e:2x2"),
+    "6.7b": ("v5e:2x4", "v5p:2x2x1", "v6e:2x2"),
+    "13b": ("v5e:2x4", "v5p:2x2x1", "v6e:2x2"),
+    "30b": ("v5e:2x4", "v5p:2x2x1", "v6e:2x4"),
+    "66b": ("v5e:4x4 fsdp=2,tensor=8", "v5p:2x2x1", "v6e:2x4"),
+    "175b": ("v5e:4x8", "v5p:2x2x2", "v6e:4x4"),
+}
 
 
 def likely_micro_batch(size: str, topology: str, fsdp: int, tensor: int) -> int:
@@ -60,14 +72,67 @@ def plan(size: str, topology: str, mesh: str, micro_batch: int | None) -> dict:
         return json.loads(output.read_text(encoding="utf-8"))
 
 
+def decode_plan(size: str, topology: str, mesh: str) -> dict:
+    """What `opt-jax generate --plan` writes. Prompts are short, because a long prefill compiles for minutes."""
+    with tempfile.TemporaryDirectory() as directory:
+        output = Path(directory) / "plan.json"
+        words = f"generate --plan --model {size} --topology {topology} --mesh {mesh} --batch-size 8 --max-length 2048"
+        command = [sys.executable, "-m", "opt_jax", *words.split(), "--max-new-tokens", str(2048 - 16)]
+        done = subprocess.run(
+            [*command, "--plan-output", str(output)], capture_output=True, text=True, check=False, cwd=REPOSITORY
+        )
+        if done.returncode:
+            sys.exit(f"{size} on {topology}: {done.stderr.strip() or done.stdout.strip()}")
+        return json.loads(output.read_text(encoding="utf-8"))
+
+
+def decode_table(sizes: list[str], generations: list[str]) -> None:
+    columns = (
+        "size",
+        "slice",
+        "mesh",
+        "weights, GB/chip",
+        "cache, GB/chip",
+        "peak, GB/chip",
+        "of",
+        "must read, GB",
+        "reads, GB",
+        "ratio",
+        "writes anew, GB",
+        "copied in each call, GB",
+        "all-reduces",
+        "sent, MB",
+        "ms",
+    )
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for size in sizes:
+        for generation in generations:
+            topology, _, mesh = DECODE_SLICES[size][GENERATIONS.index(generation)].partition(" ")
+            planned = decode_plan(size, topology, mesh or "tensor=-1")
+            axes = ",".join(f"{axis}={count}" for axis, count in planned["mesh"].items() if count > 1)
+            names = ("parameter_bytes_per_chip", "cache_bytes_per_chip", "hbm_bytes_per_chip", "hbm_capacity_bytes")
+            sizes_read = ("floor_bytes", "read_bytes", "read_ratio", "copied_bytes", "call_copied_bytes")
+            cells = [size, topology, axes, *(f"{planned[name] / 1e9:.1f}" for name in names)]
+            if "read_bytes" in planned:
+                cells += [f"{planned[n]:.3f}" if n == "read_ratio" else f"{planned[n] / 1e9:.2f}" for n in sizes_read]
+                cells += [str(planned["collectives"].get("all-reduce", 0))]
+                cells += [f"{sum(planned['collective_bytes'].values()) / 1e6:.1f}", f"{planned['milliseconds']:.2f}"]
+            print("| " + " | ".join(cells) + " |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"of {', '.join(SLICES)} (default: all)")
     parser.add_argument("--generations", nargs="+", choices=GENERATIONS, default=GENERATIONS)
     parser.add_argument("--micro-batch", type=int, help="default: by an estimate")
+    parser.add_argument("--decode", action="store_true", help="plans of generation, not of training")
     options = parser.parse_args()
-    if unknown := [size for size in options.sizes if size not in SLICES]:
-        parser.error(f"{unknown[0]}: the sizes are {', '.join(SLICES)}")
+    slices = DECODE_SLICES if options.decode else SLICES
+    if unknown := [size for size in options.sizes if size not in slices]:
+        parser.error(f"{unknown[0]}: the sizes are {', '.join(slices)}")
+    if options.decode:
+        decode_table(options.sizes or list(DECODE_SLICES), list(options.generations))
+        return
     columns = (
         "size",
         "slice",

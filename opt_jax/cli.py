@@ -14,6 +14,8 @@ import tyro
 import opt_jax
 from opt_jax.compression.command import compress_model
 from opt_jax.evaluation.command import evaluate
+from opt_jax.generation.command import PlanOptions, plan_generation
+from opt_jax.generation.command import check as check_plan
 from opt_jax.system.disk import error_line, keep_standard_descriptors
 from opt_jax.system.interrupts import ends_at_once, exit_code, raises
 from opt_jax.system.messages import one_line
@@ -36,6 +38,7 @@ def generate(  # noqa: PLR0913  (the options of a command)
     stop: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT ...")] = (),
     seed: int = 0,
     verify: bool = True,
+    planned: Annotated[PlanOptions, tyro.conf.arg(name="")] = PlanOptions(),  # noqa: B008
 ) -> None:
     """Continue prompts. The text is printed as it is generated.
 
@@ -52,7 +55,24 @@ def generate(  # noqa: PLR0913  (the options of a command)
       stop: Texts at which to stop.
       seed: Seed of the samples.
       verify: Compare the weights of an Orbax directory with their checksums.
+      planned: Options of --plan.
     """
+    sampling = {
+        "the prompts": bool(prompts),
+        "--temperature": temperature != 0.7,
+        "--top-k": top_k is not None,
+        "--top-p": top_p != 1,
+        "--min-p": min_p != 0,
+        "--repetition-penalty": repetition_penalty != 1,
+        "--no-repeat-ngram-size": no_repeat_ngram_size != 0,
+        "--stop": bool(stop),
+        "--seed": seed != 0,
+        "--no-verify": not verify,
+    }
+    check_plan(planned, sampling)
+    if planned.plan:
+        plan_generation(model, max_new_tokens, planned)
+        return
     for option, given in (("top-k", top_k), ("top-p", top_p != 1), ("min-p", min_p), ("seed", seed)):
         if given and not temperature:
             raise ValueError(f"--{option} without effect: --temperature 0 always takes the most likely token")

@@ -1,19 +1,13 @@
 """`train.py --plan`: compiles the step of a run for TPUs that are not there, and reports its memory and communication.
 
-The compiler for TPUs (libtpu) runs on any Linux machine and knows every slice by name. The program is the one that a
-pod would run.
+The program is the one that a pod would run.
 """
 
-import importlib.util
 import json
 import math
-import os
-import re
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,54 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from opt_jax.config import OPTConfig
-from opt_jax.parallel.hlo import Program, collective_bytes
+from opt_jax.parallel.hlo import collective_bytes
+from opt_jax.parallel.topologies import HBM, compile_program
 from opt_jax.system.temporary import write_file
 from opt_jax.training.flops import flops_per_token
-
-# device_kind -> bytes of HBM that a program may use. Source: the message of libtpu 0.0.42 for a program that does not
-# fit. (A device of "TPU v4" is a chip: see `_MEGACORE`.)
-HBM = {
-    name: int(gib * 2**30)
-    for name, gib in {"TPU v4": 30.75, "TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25}.items()
-}
-# Generation of TPUs -> the name of a slice of n chips in TPU_ACCELERATOR_TYPE, and the chips of a pod (Google Cloud's
-# page on each). libtpu itself accepts larger shapes, until the host's memory is used up.
-_PODS = {"v4": ("v4-{2n}", 4096), "v5e": ("v5litepod-{n}", 256), "v5p": ("v5p-{2n}", 8960), "v6e": ("v6e-{n}", 256)}
-# The two cores of a chip of this generation are one device if libtpu is told so, as JAX's meshes need them to be.
-_MEGACORE = {"v4": {"chip_config_name": "megacore"}}
-
-
-def topology_devices(name: str) -> Sequence[Any]:
-    """The devices of a TPU topology such as "v5p:8x8x8". They need not exist. Call this before JAX looks for devices.
-
-    Raises:
-      ValueError: libtpu does not know the name, or is not installed.
-    """
-    parts = re.fullmatch(r"(v\w+):(\d+(?:x\d+)+)", name)
-    if parts is None or parts[1] not in _PODS:
-        raise ValueError(
-            f"--topology {name}: expected a generation ({', '.join(_PODS)}) and a shape in chips, "
-            "as in v5e:4x8 or v5p:8x8x8"
-        )
-    chips, (accelerator, most) = math.prod(map(int, parts[2].split("x"))), _PODS[parts[1]]
-    if chips > most:
-        raise ValueError(f"--topology {name}: {chips} chips, a pod of {parts[1]} has {most}: choose a smaller shape")
-    accelerator = accelerator.replace("{n}", str(chips)).replace("{2n}", str(2 * chips))
-    # There is no TPU: libtpu must not ask the cloud's metadata server for one, nor lock out other processes.
-    os.environ |= dict(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE=accelerator, TPU_WORKER_HOSTNAMES="localhost")
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-    jax.config.update("jax_platforms", "cpu")
-    beside = Path(sys.prefix, "libtpu")  # where `make test` puts it
-    if importlib.util.find_spec("libtpu") is None and (beside / "libtpu").is_dir():
-        sys.path.append(str(beside))
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError("--plan needs libtpu, the compiler for TPUs: pip install 'jax[tpu]' (Linux on x86)")
-    from jax.experimental import topologies
-
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, **_MEGACORE.get(parts[1], {})).devices
-    except Exception as error:  # libtpu raises several types; its message says what is wrong
-        raise ValueError(f"--topology {name}: {str(error).splitlines()[0]}") from None
 
 
 def hardware_flops(jaxpr: Any, times: int = 1) -> int:
@@ -112,27 +62,15 @@ def compile_step(train_step: Any, state: Any, batch: Any, capacity: int) -> dict
     """
     start = time.perf_counter()
     traced = train_step.trace(state, batch)
-    lowered = traced.lower()
-    measured: dict[str, Any] = {"hardware_flops": hardware_flops(traced.jaxpr.jaxpr)}
-    with tempfile.TemporaryDirectory() as dump:
-        # A dump, because `compiled.as_text()` fails for the programs of large slices.
-        options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": ".*train_step.*"}
-        try:
-            compiled = lowered.compile(compiler_options=options)
-        except jax.errors.JaxRuntimeError as error:
-            needed = re.search(r"\((\d+(?:\.\d+)?)([MGT])\)", str(error))
-            if "RESOURCE_EXHAUSTED" not in str(error) or needed is None:
-                raise
-            size = int(float(needed[1]) * 2 ** {"M": 20, "G": 30, "T": 40}[needed[2]])
-            measured |= dict(fits=False, hbm_bytes_per_chip=size, temporary_bytes=size, collective_bytes=None)
-        else:
-            memory = compiled.memory_analysis()
-            peak = memory.peak_memory_in_bytes
-            text = next(Path(dump).glob("*.after_optimizations.txt")).read_text(encoding="utf-8")
-            measured |= dict(fits=peak <= capacity, hbm_bytes_per_chip=peak)
-            measured |= dict(temporary_bytes=peak - memory.argument_size_in_bytes)
-            measured |= dict(collective_bytes=collective_bytes(Program(text)))
-    return measured | {"compile_seconds": round(time.perf_counter() - start, 1)}
+    step = compile_program(traced.lower(), "train_step")
+    return {
+        "hardware_flops": hardware_flops(traced.jaxpr.jaxpr),
+        "fits": step.peak <= capacity and step.program is not None,
+        "hbm_bytes_per_chip": step.peak,
+        "temporary_bytes": step.peak - step.arguments,
+        "collective_bytes": None if step.program is None else collective_bytes(step.program),
+        "compile_seconds": round(time.perf_counter() - start, 1),
+    }
 
 
 def largest_that_fits(candidates: Sequence[int], fits: Callable[[int], bool]) -> int | None:
@@ -154,7 +92,7 @@ def make_plan(
 
     Args:
       abstract, shardings: of the training state.
-      mesh: a mesh of `topology_devices`.
+      mesh: a mesh of `topologies.topology_devices`.
 
     Returns:
       What `report` shows and `--plan-output` contains. Sizes are in bytes; names say if they are of one chip.

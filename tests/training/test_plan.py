@@ -20,8 +20,9 @@ import train
 from opt_jax import OPTConfig
 from opt_jax.parallel.hlo import COLLECTIVES, Program, collective_bytes
 from opt_jax.parallel.mesh import batch_sharding, make_mesh, use_mesh
+from opt_jax.parallel.topologies import HBM, topology_devices
 from opt_jax.training.options import PLANNED, Options
-from opt_jax.training.plan import HBM, hardware_flops, largest_that_fits, make_plan, topology_devices
+from opt_jax.training.plan import hardware_flops, largest_that_fits, make_plan
 from opt_jax.training.step import make_gradients, new_model, state_shardings
 
 LIBTPU = Path(sys.prefix) / "libtpu"
