@@ -110,7 +110,7 @@ def fsdp_stages(devices: Sequence[Any]) -> tuple[tuple[tuple[int, ...], ...], ..
     slices with two equal sides, and sends twice as much.
     """
     count = len(devices)
-    sides = zip(*(getattr(device, "coords", ()) for device in devices), strict=True)
+    sides = zip(*(device.coords if device.platform == "tpu" else () for device in devices), strict=True)
     # The distance between neighbours along each side, as indices.
     strides = {1} | {next(i for i, at in enumerate(side) if at != side[0]) for side in sides if len(set(side)) > 1}
     spans = [count, *sorted(strides, reverse=True)]

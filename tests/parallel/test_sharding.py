@@ -187,10 +187,14 @@ for spec, dcn in (("fsdp=16", None), ("data=2,fsdp=8", "data=3")):
 """
 
 
+def tpus(*coords):
+    return [SimpleNamespace(platform="tpu", coords=place) for place in coords]
+
+
 @eight
 @pytest.mark.parametrize("sides", [(8,), (2, 4), (4, 2), (2, 2, 2)])
 def test_gradients_are_scattered_along_one_side_of_the_torus_after_the_other(monkeypatch, sides):
-    stages = fsdp_stages([SimpleNamespace(coords=coords) for coords in np.ndindex(sides)])
+    stages = fsdp_stages(tpus(*np.ndindex(sides)))
     assert tuple(len(groups[0]) for groups in stages) == sides
     monkeypatch.setattr("opt_jax.parallel.mesh.fsdp_stages", lambda devices: stages)
 
@@ -208,14 +212,15 @@ def test_gradients_are_scattered_along_one_side_of_the_torus_after_the_other(mon
 
 def test_devices_without_a_torus_scatter_in_one_stage():
     everyone = ((0, 1, 2, 3),)
-    devices = [SimpleNamespace() for _ in range(4)]
-    assert fsdp_stages(devices) == (everyone,)
-    slices = [SimpleNamespace(coords=(0, i % 2), slice_index=i // 2) for i in range(4)]
-    assert fsdp_stages(slices) == (everyone,)
-    snake = [SimpleNamespace(coords=coords) for coords in ((0, 0), (0, 1), (0, 2), (1, 2), (1, 1), (1, 0))]
+    assert fsdp_stages(jax.devices()[:1] * 4) == (everyone,)
+    square = tpus((0, 0), (0, 1), (1, 0), (1, 1))
+    assert [len(groups[0]) for groups in fsdp_stages(square)] == [2, 2]
+    for i, device in enumerate(square):
+        device.slice_index = i // 2
+    assert fsdp_stages(square) == (everyone,)
+    snake = tpus((0, 0), (0, 1), (0, 2), (1, 2), (1, 1), (1, 0))
     assert [len(groups[0]) for groups in fsdp_stages(snake)] == [2, 3]
-    uneven = [SimpleNamespace(coords=coords) for coords in ((0, 0, 0), (0, 0, 1), (0, 1, 1), (1, 1, 1))]
-    assert fsdp_stages(uneven) == (everyone,)
+    assert fsdp_stages(tpus((0, 0, 0), (0, 0, 1), (0, 1, 1), (1, 1, 1))) == (everyone,)  # distances 3, 2 and 1
 
 
 @pytest.mark.slow
