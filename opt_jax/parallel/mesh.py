@@ -92,7 +92,7 @@ def per_device(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_spec
     The part of a batch is some of its rows, that of the residual stream some of its rows and tokens. Differentiate
     inside `function`, not through the result.
     """
-    stages = fsdp_stages(mesh.devices[0, :, 0])
+    stages = fsdp_stages(list(mesh.devices[0, :, 0]))
 
     def traced(*arguments: Any) -> Any:
         context = copy_context()
