@@ -216,11 +216,12 @@ def test_what_a_layer_sends(libtpu, monkeypatch):
         passed = "backward" if re.search(r"transpose\(|rematted", instruction.attributes) else "forward"
         if instruction.group_size == 2 and times == layers * parts:
             activations[passed] += 1
-        if instruction.group_size == 4 and times == layers:
-            weights[kind] += len(instruction.operands)  # one collective may send more than one array
+        if times == layers:
+            weights[kind, instruction.group_size] += len(instruction.operands)  # one may send more than one array
     assert activations == {"forward": 4, "backward": 7}  # rematerialisation skips the last sum of a layer
-    # q, k, v, out_proj, fc1 and fc2 are gathered once for each pass. Their gradients are reduce-scattered.
-    assert weights == {"all-gather": 12, "reduce-scatter": 6}
+    # q, k, v, out_proj, fc1 and fc2 are gathered once for each pass. Their gradients are reduce-scattered along one
+    # side of 2 x 2 chips, and then along the other.
+    assert weights == {("all-gather", 4): 12, ("reduce-scatter", 2): 12}
     assert 0 < largest < 4 * rows * length * vocab // 2  # no float32 logits of all tokens of a device
 
 
