@@ -1,6 +1,6 @@
 """The collectives of a model inside a training step.
 
-Outside of `rules.per_device` these functions return their argument, with its sharding constrained (`rules.constrain`).
+Outside of `mesh.per_device` these functions return their argument, with its sharding constrained (`rules.constrain`).
 """
 
 import math
@@ -18,7 +18,7 @@ from opt_jax.parallel import rules
 
 
 def axis_size(axis: str | tuple[str, ...]) -> int:
-    """Number of devices along the axis or axes, inside `rules.per_device`; 1 elsewhere."""
+    """Number of devices along the axis or axes, inside `mesh.per_device`; 1 elsewhere."""
     shape, names = jax.sharding.get_abstract_mesh().shape, (axis,) if isinstance(axis, str) else axis
     return math.prod(shape[name] for name in names) if rules.is_per_device() else 1
 
@@ -34,9 +34,10 @@ def scatter_sequence(x: jax.Array) -> jax.Array:
     """This device's part of the sequence of the sum over `tensor` of x, partial sums [B, T, D] of all tokens."""
     if axis_size("tensor") == 1:
         return rules.constrain(x, "residual")
-    if len(x) == 1:  # XLA for TPUs would use an all-reduce, which sends twice as much, after an axis of one row
-        return lax.psum_scatter(x.reshape(axis_size("tensor"), -1, x.shape[-1]), "tensor", tiled=True)
-    return lax.psum_scatter(x, "tensor", scatter_dimension=1, tiled=True)
+    if len(x) > 1:
+        return lax.psum_scatter(x, "tensor", scatter_dimension=1, tiled=True)
+    # Along the second axis of one row, libtpu 0.0.42 would use an all-reduce, which sends twice as much.
+    return lax.psum_scatter(x.reshape(axis_size("tensor"), -1, x.shape[-1]), "tensor", tiled=True)
 
 
 def local_tokens(x: jax.Array) -> jax.Array:
@@ -48,20 +49,20 @@ def local_tokens(x: jax.Array) -> jax.Array:
 
 
 def batch_offset(count: int) -> jax.Array | int:
-    """Global index of this device's first row, if each device has `count` rows; 0 outside `rules.per_device`."""
+    """Global index of this device's first row, if each device has `count` rows; 0 outside `mesh.per_device`."""
     return lax.axis_index(rules.BATCH_AXES) * count if rules.is_per_device() else 0
 
 
 def tensor_offset(count: int) -> jax.Array | int:
     """Global index of the first of this device's `count` tokens, heads or vocabulary rows, split over `tensor`.
 
-    0 outside `rules.per_device`.
+    0 outside `mesh.per_device`.
     """
     return lax.axis_index("tensor") * count if rules.is_per_device() else 0
 
 
 def gather_parameters(tree: Any, dtype: Any, grad_dtype: Any, prefix: str = "") -> Any:
-    """The parameters, gathered over `fsdp` after a cast to `dtype`; `tree` itself outside `rules.per_device`.
+    """The parameters, gathered over `fsdp` after a cast to `dtype`; `tree` itself outside `mesh.per_device`.
 
     Gathered arrays get the checkpoint name "weights".
 
@@ -87,33 +88,32 @@ def gather_parameters(tree: Any, dtype: Any, grad_dtype: Any, prefix: str = "") 
         if "fsdp" not in rules.PARAMETER_AXES[row] or axis_size("fsdp") == 1:
             return value  # the module of the parameter casts it
         axis = rules.PARAMETER_AXES[row].index("fsdp")
-        return checkpoint_name(_gather_over_fsdp(value, axis, dtype, grad_dtype, value.dtype), "weights")
+        how = (axis, dtype, grad_dtype, value.dtype, rules.FSDP_STAGES.get())
+        return checkpoint_name(_gather_over_fsdp(value, how), "weights")
 
     return jax.tree_util.tree_map_with_path(gathered, tree)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _gather_over_fsdp(x: jax.Array, axis: int, dtype: Any, _grad_dtype: Any, _param_dtype: Any) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather_over_fsdp(x: jax.Array, how: tuple[int, Any, Any, Any, Any]) -> jax.Array:
     # `where` does not change values, but it keeps the cast inside the loop over layers. XLA for TPUs would move a plain
     # cast out of the loop, even through a barrier, and hold the weights of all layers in both dtypes (0.7 GB per chip
     # for 175B on 512).
-    return lax.all_gather(jnp.where(jnp.isnan(x), jnp.nan, x).astype(dtype), "fsdp", axis=axis, tiled=True)
+    return lax.all_gather(jnp.where(jnp.isnan(x), jnp.nan, x).astype(how[1]), "fsdp", axis=how[0], tiled=True)
 
 
-def _gather_forward(x: jax.Array, axis: int, dtype: Any, grad_dtype: Any, param_dtype: Any):
-    return _gather_over_fsdp(x, axis, dtype, grad_dtype, param_dtype), None
-
-
-def _gather_backward(axis: int, _dtype: Any, grad_dtype: Any, param_dtype: Any, _: None, gradient: jax.Array) -> Any:
+def _gather_backward(how: tuple[int, Any, Any, Any, Any], _: None, gradient: jax.Array) -> tuple[jax.Array]:
     # Put the parts on a separate leading axis. If parts were not multiples of a tile of TPU memory (128 elements along
     # the last axis), XLA would use an all-reduce, which sends twice as much.
-    shape = gradient.shape
+    (axis, _dtype, grad_dtype, param_dtype, stages), shape = how, gradient.shape
     gradient = gradient.astype(grad_dtype).reshape(*shape[:axis], axis_size("fsdp"), -1, *shape[axis + 1 :])
-    local = lax.psum_scatter(jnp.moveaxis(gradient, axis, 0), "fsdp", scatter_dimension=0)
-    return (local.astype(param_dtype),)
+    parts = jnp.moveaxis(gradient, axis, 0)
+    for groups in stages:
+        parts = lax.psum_scatter(parts.reshape(len(groups[0]), -1, *parts.shape[1:]), "fsdp", axis_index_groups=groups)
+    return (parts[0].astype(param_dtype),)
 
 
-_gather_over_fsdp.defvjp(_gather_forward, _gather_backward)
+_gather_over_fsdp.defvjp(lambda x, how: (_gather_over_fsdp(x, how), None), _gather_backward)
 
 
 def shard_over_heads(function: Callable[..., Any], *, segments: bool) -> Callable[..., Any]:

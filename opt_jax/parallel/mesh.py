@@ -1,16 +1,19 @@
-"""Meshes of devices, and shardings of a batch."""
+"""Meshes of devices, functions that each device calls with its parts, and shardings of a batch."""
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import copy_context
+from itertools import pairwise
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from opt_jax.parallel.rules import AXES, BATCH_AXES
+from opt_jax.parallel.rules import AXES, BATCH_AXES, FSDP_STAGES
 
 
 def make_mesh(
@@ -81,6 +84,43 @@ def _axis_sizes(what: str, spec: str | Mapping[str, int], total: int, unit: str)
 def use_mesh(mesh: Mesh):
     """A context manager for calls on a mesh: `with use_mesh(mesh): step(...)`. Makes `constrain` take effect."""
     return jax.set_mesh(mesh)
+
+
+def per_device(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`function`, called on each device with its parts of the arguments (`jax.shard_map`).
+
+    The part of a batch is some of its rows, that of the residual stream some of its rows and tokens. Differentiate
+    inside `function`, not through the result.
+    """
+    stages = fsdp_stages(list(mesh.devices[0, :, 0]))
+
+    def traced(*arguments: Any) -> Any:
+        context = copy_context()
+        context.run(FSDP_STAGES.set, stages)
+        return context.run(function, *arguments)
+
+    return jax.shard_map(traced, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def fsdp_stages(devices: Sequence[Any]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """The stages in which to reduce-scatter over the devices along `fsdp`: the groups of indices of each stage.
+
+    There is one stage for each side of the torus that TPUs lie along, and one stage for other devices. All stages
+    together send as much as one reduce-scatter over all devices. In one stage, XLA for TPUs uses an all-reduce on
+    slices with two equal sides, and sends twice as much.
+    """
+    count = len(devices)
+    sides = zip(*(device.coords if device.platform == "tpu" else () for device in devices), strict=True)
+    # The distance between neighbours along each side, as indices.
+    strides = {1} | {next(i for i, at in enumerate(side) if at != side[0]) for side in sides if len(set(side)) > 1}
+    spans = [count, *sorted(strides, reverse=True)]
+    if len({getattr(device, "slice_index", 0) for device in devices}) > 1 or any(a % b for a, b in pairwise(spans)):
+        spans = [count, 1]
+    groups = (
+        np.arange(count).reshape(-1, span // stride, stride).swapaxes(1, 2).reshape(-1, span // stride)
+        for span, stride in pairwise(spans)
+    )
+    return tuple(tuple(map(tuple, stage.tolist())) for stage in groups)
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:

@@ -6,13 +6,14 @@ There are two ways to compute on a mesh. The model's code is the same for both. 
 
 - Compiler-propagated (the default): mesh axes are Auto, arrays are global arrays, and XLA inserts the collectives.
   `constrain` fixes the sharding of a few activations.
-- Per device (a training step): inside `per_device`, an array is this device's part. The only collectives are those in
-  `collectives.py` and `reductions.py`.
+- Per device (a training step): inside `mesh.per_device`, an array is this device's part. The only collectives are those
+  in `collectives.py` and `reductions.py`.
 """
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -21,6 +22,8 @@ from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+# Inside `mesh.per_device`: the groups of each stage of a reduce-scatter over `fsdp` (see `mesh.fsdp_stages`).
+FSDP_STAGES: ContextVar[tuple[tuple[tuple[int, ...], ...], ...]] = ContextVar("FSDP_STAGES")
 
 # Parameter path (unstacked form, layer numbers as "*") -> mesh axes of its dimensions. The first products of a block
 # are column-parallel, the last ones row-parallel. The 2050 rows of the position table are not divisible by useful sizes
@@ -137,17 +140,8 @@ def constrain(x: jax.Array, name: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*axes))
 
 
-def per_device(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`function`, called on each device with its parts of the arguments (`jax.shard_map`).
-
-    The part of a batch is some of its rows, that of the residual stream some of its rows and tokens. Differentiate
-    inside `function`, not through the result.
-    """
-    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-
 def is_per_device() -> bool:
-    """Whether this code is traced inside `per_device`, where an array is one device's part.
+    """Whether this code is traced inside `mesh.per_device`, where an array is one device's part.
 
     (A caller's `jax.pmap` or `jax.shard_map` over axes of other names is not: there the model is whole.)
     """

@@ -21,7 +21,7 @@ def next_token_loss(
 ) -> Float[Array, ""]:
     """The sum of the negative log-likelihoods of the labels that are not -100, in float32; the logits are `x table^T`.
 
-    Inside `rules.per_device`, x holds this device's tokens, and table its part of the vocabulary. The loss and the
+    Inside `mesh.per_device`, x holds this device's tokens, and table its part of the vocabulary. The loss and the
     gradients are then sums over all tokens of the devices along `tensor`.
 
     Args:

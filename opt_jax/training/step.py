@@ -19,9 +19,9 @@ from opt_jax.config import OPTConfig
 from opt_jax.model.attention import DropoutKey
 from opt_jax.model.heads import OPTForCausalLM
 from opt_jax.parallel.collectives import gather_parameters
-from opt_jax.parallel.mesh import batch_sharding, replicated
+from opt_jax.parallel.mesh import batch_sharding, per_device, replicated
 from opt_jax.parallel.reductions import sum_gradients, sum_over_batch
-from opt_jax.parallel.rules import named_leaves, param_sharding, per_device
+from opt_jax.parallel.rules import named_leaves, param_sharding
 from opt_jax.training.loss import IGNORED, next_token_loss
 
 # Arrays [A, B, T], or [B, T] for one micro-batch: "input_ids", "labels" (the next ids; -100 does not count) and, for

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -19,7 +20,8 @@ import opt_jax
 from opt_jax import OPTConfig, named_parameters
 from opt_jax.config import _SIZES
 from opt_jax.model.lora import TARGETS, LoRA
-from opt_jax.parallel.mesh import batch_sharding, make_mesh, use_mesh
+from opt_jax.parallel.collectives import gather_parameters
+from opt_jax.parallel.mesh import batch_sharding, fsdp_stages, make_mesh, per_device, use_mesh
 from opt_jax.parallel.rules import PARAMETER_AXES, constrain, param_sharding, param_spec
 
 eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
@@ -183,6 +185,42 @@ for spec, dcn in (("fsdp=16", None), ("data=2,fsdp=8", "data=3")):
     except ValueError as error:
         print(error)
 """
+
+
+def tpus(*coords):
+    return [SimpleNamespace(platform="tpu", coords=place) for place in coords]
+
+
+@eight
+@pytest.mark.parametrize("sides", [(8,), (2, 4), (4, 2), (2, 2, 2)])
+def test_gradients_are_scattered_along_one_side_of_the_torus_after_the_other(monkeypatch, sides):
+    stages = fsdp_stages(tpus(*np.ndindex(sides)))
+    assert tuple(len(groups[0]) for groups in stages) == sides
+    monkeypatch.setattr("opt_jax.parallel.mesh.fsdp_stages", lambda devices: stages)
+
+    def gradient(part, weights):  # of the kernel's first axis each device has a part, and its weights [1, 16, 3]
+        def weighted(part):
+            tree = {"lm_head": {"kernel": part}}
+            return (gather_parameters(tree, jnp.float32, jnp.float32)["lm_head"]["kernel"] * weights[0]).sum()
+
+        return jax.grad(weighted)(part)
+
+    mapped = per_device(gradient, make_mesh("fsdp=8", jax.devices()[:8]), (P("fsdp"), P("fsdp")), P("fsdp"))
+    weights = np.random.default_rng(0).integers(-99, 99, (8, 16, 3)).astype(np.float32)
+    np.testing.assert_array_equal(jax.jit(mapped)(jnp.zeros((16, 3)), weights), weights.sum(0))
+
+
+def test_devices_without_a_torus_scatter_in_one_stage():
+    everyone = ((0, 1, 2, 3),)
+    assert fsdp_stages(jax.devices()[:1] * 4) == (everyone,)
+    square = tpus((0, 0), (0, 1), (1, 0), (1, 1))
+    assert [len(groups[0]) for groups in fsdp_stages(square)] == [2, 2]
+    for i, device in enumerate(square):
+        device.slice_index = i // 2
+    assert fsdp_stages(square) == (everyone,)
+    snake = tpus((0, 0), (0, 1), (0, 2), (1, 2), (1, 1), (1, 0))
+    assert [len(groups[0]) for groups in fsdp_stages(snake)] == [2, 3]
+    assert fsdp_stages(tpus((0, 0, 0), (0, 0, 1), (0, 1, 1), (1, 1, 1))) == (everyone,)  # distances 3, 2 and 1
 
 
 @pytest.mark.slow

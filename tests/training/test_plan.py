@@ -22,7 +22,7 @@ from opt_jax.parallel.hlo import COLLECTIVES, Program, collective_bytes
 from opt_jax.parallel.mesh import batch_sharding, make_mesh, use_mesh
 from opt_jax.parallel.topologies import HBM, topology_devices
 from opt_jax.training.options import PLANNED, Options
-from opt_jax.training.plan import hardware_flops, largest_that_fits, make_plan
+from opt_jax.training.plan import floor_bytes, hardware_flops, largest_that_fits, make_plan
 from opt_jax.training.step import make_gradients, new_model, state_shardings
 
 LIBTPU = Path(sys.prefix) / "libtpu"
@@ -217,12 +217,49 @@ def test_what_a_layer_sends(libtpu, monkeypatch):
         passed = "backward" if re.search(r"transpose\(|rematted", instruction.attributes) else "forward"
         if instruction.group_size == 2 and times == layers * parts:
             activations[passed] += 1
-        if instruction.group_size == 4 and times == layers:
-            weights[kind] += len(instruction.operands)  # one collective may send more than one array
+        if times == layers:
+            weights[kind, instruction.group_size] += len(instruction.operands)  # one may send more than one array
     assert activations == {"forward": 4, "backward": 7}  # rematerialisation skips the last sum of a layer
-    # q, k, v, out_proj, fc1 and fc2 are gathered once for each pass. Their gradients are reduce-scattered.
-    assert weights == {"all-gather": 12, "reduce-scatter": 6}
+    # q, k, v, out_proj, fc1 and fc2 are gathered once for each pass. Their gradients are reduce-scattered along one
+    # side of 2 x 2 chips, and then along the other.
+    assert weights == {("all-gather", 4): 12, ("reduce-scatter", 2): 12}
     assert 0 < largest < 4 * rows * length * vocab // 2  # no float32 logits of all tokens of a device
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "spec", "rows"),
+    [
+        ("v5p:2x2x2", "fsdp=4,tensor=2", 2),  # in parts of one row
+        ("v5e:4x4", "fsdp=16", 1),  # two equal sides
+        ("v5p:2x2x4", "fsdp=16", 1),
+    ],
+)
+def test_small_slices_scatter_what_they_could_all_reduce(libtpu, monkeypatch, topology, spec, rows):
+    layers, length, width = 4, 128 * rows, 256
+    monkeypatch.setattr("opt_jax.model.remat.PART_BYTES", 2 * length * width)
+    config = OPTConfig(
+        vocab_size=512,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        ffn_dim=4 * width,
+        num_attention_heads=2,
+        max_position_embeddings=length,
+        dropout=0.0,
+    )
+    mesh = make_mesh(spec, topology_devices(topology))
+    model = jax.eval_shape(lambda: new_model(config, 0, "bfloat16", remat="full", grad_dtype="bfloat16"))
+    shardings = state_shardings(model, mesh)
+    ids = jax.ShapeDtypeStruct((1, rows * mesh.shape["fsdp"], length), jnp.int32)
+    with use_mesh(mesh):
+        step = jax.jit(make_gradients(config, shardings, mesh), in_shardings=(shardings, batch_sharding(mesh, 1)))
+        text = step.lower(model, {"input_ids": ids, "labels": ids}).compile().as_text()
+    assert text is not None
+    sent, parameters = collective_bytes(Program(text)), sum(x.size for x in jax.tree.leaves(model))
+    floor = floor_bytes(config, parameters, mesh, 1, rows, length)
+    assert sent["reduce-scatter"] > 0.3 * floor and sent["all-reduce"] < 0.03 * floor
+    assert sum(sent.values()) <= 1.1 * floor
 
 
 def test_gradients_are_sent_in_their_dtype():

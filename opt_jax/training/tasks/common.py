@@ -25,9 +25,8 @@ from opt_jax.model.attention import DropoutKey
 from opt_jax.model.heads import OPTForQuestionAnswering, OPTForSequenceClassification
 from opt_jax.model.ids import as_ids
 from opt_jax.parallel.collectives import gather_sequence, tensor_offset
-from opt_jax.parallel.mesh import batch_sharding, replicated
+from opt_jax.parallel.mesh import batch_sharding, per_device, replicated
 from opt_jax.parallel.reductions import divide_gradient_over_tensor, sum_over_batch, sum_over_tensor
-from opt_jax.parallel.rules import per_device
 from opt_jax.training.loss import IGNORED
 from opt_jax.training.step import Batch, gathered
 
