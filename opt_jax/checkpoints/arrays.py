@@ -19,13 +19,14 @@ class LazyArray:
     Attributes:
       read: returns the part at an index with one slice (start and stop, step 1) per dimension. It may be a view with
         any strides and alignment, of memory that changes later. `load` returns a copy.
-      in_chunks: the array is stored as a grid of chunks, and reading a part of a chunk reads the complete chunk.
+      chunk: the array is stored as a grid of chunks of this shape, and reading a part of a chunk reads the complete
+        chunk. None: any part can be read alone.
     """
 
     shape: Shape
     dtype: np.dtype
     read: Callable[[Index], np.ndarray]
-    in_chunks: bool = False
+    chunk: Shape | None = None
 
     @property
     def size(self) -> int:
@@ -37,7 +38,8 @@ class LazyArray:
 
     @property
     def T(self) -> "LazyArray":  # noqa: N802  (as numpy.ndarray.T)
-        return LazyArray(self.shape[::-1], self.dtype, lambda index: self.read(index[::-1]).T, self.in_chunks)
+        chunk = None if self.chunk is None else self.chunk[::-1]
+        return LazyArray(self.shape[::-1], self.dtype, lambda index: self.read(index[::-1]).T, chunk)
 
     def load(self, index: Sequence[slice] | None = None, buffer: np.ndarray | None = None) -> np.ndarray:
         """A C-contiguous copy, in native byte order, of the array or of the part at `index`.
