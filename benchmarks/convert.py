@@ -1,6 +1,7 @@
-"""Converting a checkpoint: ours, a plain torch.load + Orbax save, and `cp` of the same bytes, in alternation.
+"""Converting and loading a checkpoint: ours, a plain torch.load + Orbax save, and `cp`, in alternation.
 
     python benchmarks/convert.py                       # 1.3B-shaped float16 .bin files, 2.6 GB
+    python benchmarks/convert.py --from-orbax              # ... from an Orbax directory: to-hf, and from_pretrained
     python benchmarks/convert.py --model 6.7b --no-torch   # 13.3 GB: more than the torch path can do in 24 GB of memory
 
 Makes a synthetic checkpoint in --directory and deletes it afterwards; needs four times its size there. Times include
@@ -38,6 +39,14 @@ with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(dst.absolute(), tree)
 """
 OURS = "import sys; from convert.__main__ import main; sys.exit(main([*sys.argv[1:], '--quiet']))"
+TO_HF = "import sys; from convert.__main__ import main; sys.exit(main(['to-hf', *sys.argv[1:], '--quiet']))"
+LOAD = """
+import sys
+import jax
+from flax import nnx
+from opt_jax import OPTForCausalLM
+jax.block_until_ready(nnx.state(OPTForCausalLM.from_pretrained(sys.argv[1], dtype="auto")))
+"""
 IMPORTS = "import convert.to_orbax, convert.source"
 SETTLE = 6.0  # seconds
 TORCH_IMPORTS = "import torch, orbax.checkpoint"
@@ -104,11 +113,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="1.3b", help="one of the presets (default: 1.3b)")
     parser.add_argument("--form", choices=["bin", "safetensors"], default="bin")
+    parser.add_argument("--from-orbax", action="store_true", help="read an Orbax directory: to-hf, and from_pretrained")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-torch", action="store_true", help="leave out the torch path (it needs twice the model)")
     parser.add_argument("--directory", type=Path, default=None, help="where there is room (default: the system's /tmp)")
     args = parser.parse_args()
-    if args.form == "safetensors" and not args.no_torch:
+    if args.form == "safetensors" and not (args.no_torch or args.from_orbax):
         parser.error("the torch path reads .bin files: give --no-torch with --form safetensors")
 
     work = Path(tempfile.mkdtemp(prefix="opt-jax-convert-", dir=args.directory))
@@ -118,9 +128,15 @@ def main() -> None:
         command = [sys.executable, __file__, "--make", str(src), args.model, args.form]
         total, largest = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
         python = [sys.executable, "-c"]
-        commands = {"opt-jax": [*python, OURS, str(src), str(dst)], "cp": ["cp", "-r", str(src), str(dst)]}
-        imports = {"opt-jax": measure([*python, IMPORTS], None)[2], "cp": 0.0}
-        if not args.no_torch:
+        ours = {"opt-jax": [*python, OURS, str(src), str(dst)]}
+        if args.from_orbax:
+            subprocess.run([*python, OURS, str(src), str(work / "orbax")], check=True, stdout=subprocess.DEVNULL)
+            src = work / "orbax"
+            load = [*python, LOAD, str(src)]
+            ours = {"to-hf": [*python, TO_HF, str(src), str(dst)], "from_pretrained, as stored": load}
+        commands = {**ours, "cp": ["cp", "-r", str(src), str(dst)]}
+        imports = dict.fromkeys(ours, measure([*python, IMPORTS], None)[2]) | {"cp": 0.0}
+        if not (args.no_torch or args.from_orbax):
             commands["torch.load + Orbax"] = [*python, TORCH_PATH, str(src), str(dst)]
             imports["torch.load + Orbax"] = measure([*python, TORCH_IMPORTS], None)[2]
         runs: dict[str, list[tuple[float, float, float]]] = {name: [] for name in commands}

@@ -64,8 +64,10 @@ def open_part(paths: Sequence[Path]) -> Part:
       ValueError: a file is damaged or no metaseq checkpoint, or the files differ in tensors, settings or metadata.
     """
     part: Part | None = None
+    file: TorchFile | None = None
     for path in paths:
-        shard = _open_file(path)
+        file = TorchFile(path, stubs=True, like=file)
+        shard = _part_of(file)
         if part is None:
             part = shard
             part.paths = paths
@@ -127,10 +129,9 @@ def check_copies(parts: Sequence[Part]) -> None:
                         )
 
 
-def _open_file(path: Path) -> Part:
+def _part_of(file: TorchFile) -> Part:
     """A part that consists of one file."""
-    file = TorchFile(path, stubs=True)
-    content = file.content
+    path, content = file.path, file.content
     model = dict.get(content, "model", content) if isinstance(content, dict) else None
     if not isinstance(model, dict) or not model:
         raise ValueError(f"{path} holds no model, so it is not a metaseq checkpoint")

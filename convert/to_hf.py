@@ -1,6 +1,5 @@
 """Writes an opened checkpoint as a Hugging Face directory: safetensors files, their index, config and tokenizer."""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -10,9 +9,8 @@ from typing import Any
 import jax
 
 from opt_jax.checkpoints import directories, hub, saving
-from opt_jax.checkpoints.arrays import LazyArray
-from opt_jax.checkpoints.formats import gptq, hf_writer, names, quantized
-from opt_jax.checkpoints.formats.hf_writer import FileWriter, Progress, Tensor
+from opt_jax.checkpoints.formats import gptq, hf_writer, quantized
+from opt_jax.checkpoints.formats.hf_writer import FileWriter, Progress
 from opt_jax.parallel import agreement
 from opt_jax.system.temporary import refuse_links
 
@@ -85,7 +83,7 @@ class _Writer:
         arrays = {path: cast(source, path, dtype) for path in source.arrays}
         self.quantized = gptq.writer(arrays, source.quantization)
         self.files = hf_writer.plan_files(self.cls, arrays, limit, self.quantized)
-        self.files_writer = FileWriter(self._load, progress)
+        self.files_writer = FileWriter(progress)
 
     def plan(self) -> dict[str, Any]:
         """The plan (`staging.join`) by which workers notice that they do not write the same files."""
@@ -114,13 +112,6 @@ class _Writer:
             digest.update(arrays[path].load(first).tobytes())
         return digest.hexdigest()
 
-    def _load(self, tensor: Tensor) -> LazyArray:
-        if isinstance(self.source.arrays[tensor.path], quantized.QuantizedArray):
-            return _in_memory(tensor.array)
-        held = dataclasses.replace(self.source, arrays={tensor.path: _in_memory(self.source.arrays[tensor.path])})
-        array = cast(held, tensor.path, self.dtype)
-        return array.T if names.to_hf(tensor.path)[1] else array
-
     def write_descriptions(self, directory: Path) -> None:
         """Write all other files: config, tokenizer, generation config, index. Then check that the source is unchanged.
 
@@ -134,18 +125,6 @@ class _Writer:
         saving.copy_companions(self.source.companions, directory)
         hf_writer.write_descriptions(directory, self.cls, self.source.config, self.files)
         self.source.files.check()
-
-
-def _in_memory(array: LazyArray) -> LazyArray:
-    """The array. If it is stored in chunks, it is read into memory.
-
-    A slab of rows in PyTorch's layout is a slab of columns in ours. To read these one by one would read each chunk
-    several times.
-    """
-    if not array.in_chunks:
-        return array
-    values = array.read(tuple(slice(0, n) for n in array.shape))
-    return LazyArray(array.shape, array.dtype, values.__getitem__)
 
 
 # Several processes ---------------------------------------------------------------------------------------------

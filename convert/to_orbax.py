@@ -85,7 +85,7 @@ def cast(source: Checkpoint, path: str, dtype: str | None) -> LazyArray:
             raise ValueError(f"{source.where}: tensor {name} has values that {target} cannot hold; use another --dtype")
         return after
 
-    return LazyArray(array.shape, target, read)
+    return LazyArray(array.shape, target, read, array.chunk)
 
 
 def check_written(directory: Path, arrays: dict[str, LazyArray]) -> None:

@@ -159,7 +159,7 @@ def open_stored(directory: Path, verify: bool = True) -> dict[str, LazyArray]:
     arrays: dict[str, LazyArray] = {}
     for path, store in stores.items():
         read = _Stored(directory, path, store, verify or not checked).read
-        arrays[path] = LazyArray(store.shape, store.dtype.numpy_dtype, read, in_chunks=True)
+        arrays[path] = LazyArray(store.shape, store.dtype.numpy_dtype, read, tuple(store.chunk_layout.read_chunk.shape))
     return arrays
 
 
@@ -175,9 +175,10 @@ def open_arrays(directory: Path, verify: bool = True) -> dict[str, LazyArray]:
         if layers and not after[:1].isdigit():
             if not shape or shape[0] > _MAX_LAYERS:
                 raise ValueError(f"{directory}: tensor {path} has shape {shape}, which no stack of layers has")
+            chunk = stored.chunk and stored.chunk[1:]
             for i in range(shape[0]):
                 read = lambda index, stored=stored, i=i: stored.read((slice(i, i + 1), *index))[0]  # noqa: E731
-                arrays[f"{before}.layers.{i}.{after}"] = LazyArray(shape[1:], stored.dtype, read, in_chunks=True)
+                arrays[f"{before}.layers.{i}.{after}"] = LazyArray(shape[1:], stored.dtype, read, chunk)
         else:
             arrays[path] = stored
     return arrays

@@ -1,5 +1,7 @@
 """metaseq checkpoints whose parts and shards do not fit together are refused, with the file and the tensor."""
 
+import struct
+
 import numpy as np
 import pytest
 from support.conversions import assert_same
@@ -8,6 +10,7 @@ from support.metaseq_files import Foreign, contents, write
 from test_metaseq import CFG, CONFIG, LAST, given, load
 
 from convert import metaseq
+from opt_jax.checkpoints.formats import unpickle
 
 FLAT = "decoder.layers.1.flat_param_0"
 PART = "reshard-model_part-2.pt"
@@ -144,6 +147,35 @@ def test_layouts_that_do_not_fit(tmp_path, case):
     files = write(tmp_path, contents(hf_weights(CONFIG), flat=True, metadata=False, **form))
     with pytest.raises(ValueError, match=message):
         metaseq.open_checkpoint(files, config=given(CONFIG | changes))
+
+
+def test_shards_whose_pickles_differ_in_times_are_unpickled_once(tmp_path, monkeypatch):
+    """The last shards have padding, so their pickles differ in more."""
+    weights, shards = hf_weights(CONFIG), 12
+    files = contents(weights, 3, shards, flat=True, cfg=CFG)
+    paddings = []
+    for i, content in enumerate(files.values()):
+        content["extra_state"] = {"time": 0.5 + i, "state": Foreign("metaseq.logging.meters TimeMeter", state=1.5 * i)}
+        units = content["shard_metadata"]["param_metadata"]
+        paddings.append([unit["params"]["flat_param_0"]["padding"] for unit in units])
+    new = [i for i in range(len(files)) if i % shards == 0 or paddings[i] != paddings[i - 1]]
+    assert 3 < len(new) < len(files) / 2
+    run, pickles = unpickle._Machine.run, []
+    monkeypatch.setattr(unpickle._Machine, "run", lambda self, data: pickles.append(data) or run(self, data))
+    opened = metaseq.open_checkpoint(write(tmp_path / "metaseq", files), config=given())
+    assert len(pickles) == len(new)
+    assert_same(load(opened), weights)
+
+
+def test_pickles_that_differ_in_floats_only():
+    pickle = b"\x80\x02]q\0(G" + struct.pack(">d", 0.5) + b"K\7G" + struct.pack(">d", 2.0) + b"X\1\0\0\0Ge."
+    floats: list[int] = []
+    assert unpickle.loads(pickle, dict, floats) == [0.5, 7, 2.0, "G"] and floats == [7, 18]
+    for i in range(len(pickle)):
+        other = pickle[:i] + bytes([pickle[i] ^ 1]) + pickle[i + 1 :]
+        assert unpickle.differ_in_floats(pickle, other, floats) == (7 <= i < 15 or 18 <= i < 26), i
+    assert unpickle.differ_in_floats(pickle, pickle, floats) and unpickle.differ_in_floats(b".", b".", [])
+    assert not unpickle.differ_in_floats(pickle, pickle + b".", floats)
 
 
 def test_whole_tensors_in_several_shards(tmp_path):

@@ -110,15 +110,18 @@ def test_each_stored_chunk_is_read_once(tmp_path, monkeypatch):
         asked.append(index)
         return array.read(index)
 
-    def write_lazily(in_chunks: bool, out) -> None:
-        lazy = LazyArray(array.shape, array.dtype, counting, in_chunks=in_chunks)
+    def write_lazily(chunk: tuple[int, int] | None, out) -> None:
+        asked.clear()
+        lazy = LazyArray(array.shape, array.dtype, counting, chunk)
         to_hf.convert(dataclasses.replace(source, arrays={**source.arrays, path: lazy}), out)
         assert read(out) == expected(weights)
 
-    write_lazily(True, tmp_path / "out")
+    write_lazily((8, 16), tmp_path / "out")  # a chunk that is larger than a slab is held in memory
     assert asked == [(slice(0, 8), slice(0, 16))]
-    asked.clear()
-    write_lazily(False, tmp_path / "streamed")  # an array that is not stored in chunks is read slab by slab
+    write_lazily((2, 1), tmp_path / "small")  # two chunks fit into a slab, and are a part of a row in the file
+    corners = sorted((rows.start, rows.stop, columns.start, columns.stop) for rows, columns in asked)
+    assert corners == [(row, row + 4, column, column + 1) for row in (0, 4) for column in range(16)]
+    write_lazily(None, tmp_path / "streamed")  # an array that is not stored in chunks is read slab by slab
     assert len(asked) == 16 and all(columns.stop - columns.start == 1 for _, columns in asked)
 
 

@@ -51,4 +51,4 @@ def float_dtype(config: OPTConfig, arrays: Mapping[str, LazyArray], default: str
 
 def _cast(array: LazyArray, target: str) -> LazyArray:
     dtype: np.dtype = little_endian(target)
-    return LazyArray(array.shape, dtype, lambda index: array.read(index).astype(dtype), array.in_chunks)
+    return LazyArray(array.shape, dtype, lambda index: array.read(index).astype(dtype), array.chunk)

@@ -160,7 +160,7 @@ def _open(
     zeros = _zeros(qzeros, outputs, bits, shift)
     if order is None:
         read = lambda index: qweight.load(index).view(np.uint32)  # noqa: E731
-        packed = {"qweight": LazyArray(qweight.shape, np.dtype(np.uint32), read, qweight.in_chunks)}
+        packed = {"qweight": LazyArray(qweight.shape, np.dtype(np.uint32), read, qweight.chunk)}
     else:
         packed = {
             "qweight": quantized.rearranged(qweight, order, bits, (zeros, slots)),
@@ -190,7 +190,8 @@ def _zeros(qzeros: LazyArray, outputs: int, bits: int, shift: int) -> LazyArray:
         starts = np.arange(columns.start, columns.stop) * bits - first * 32
         return quantized.unpack(words.T, starts, bits).T + np.uint8(shift)
 
-    return LazyArray((qzeros.shape[0], outputs), np.dtype(np.uint8), read, qzeros.in_chunks)
+    shape = qzeros.shape[0], outputs
+    return LazyArray(shape, np.dtype(np.uint8), read, qzeros.chunk and shape)
 
 
 def _check_zeros(zeros: LazyArray, bits: int, what: str) -> None:
@@ -267,7 +268,7 @@ class Writer:
             places = quantized.slots_of_inputs(array.order, len(groups))
             qweight = quantized.rearranged(qweight, places, array.bits)
         words = LazyArray(
-            qweight.shape, np.dtype(np.int32), lambda index: qweight.load(index).view(np.int32), qweight.in_chunks
+            qweight.shape, np.dtype(np.int32), lambda index: qweight.load(index).view(np.int32), qweight.chunk
         )
         scales, zeros = array.parts["scales"], array.parts["zeros"]
         return {
@@ -342,7 +343,7 @@ def _qzeros(zeros: LazyArray, bits: int, shift: int) -> LazyArray:
         return words[:, columns.start - first * per_period : columns.stop - first * per_period]
 
     shape = zeros.shape[0], zeros.shape[1] * bits // 32
-    return LazyArray(shape, np.dtype(np.int32), read, zeros.in_chunks)
+    return LazyArray(shape, np.dtype(np.int32), read, zeros.chunk and shape)
 
 
 def _fits_float16(scales: LazyArray) -> bool:
@@ -352,4 +353,4 @@ def _fits_float16(scales: LazyArray) -> bool:
 
 def _in_float16(scales: LazyArray) -> LazyArray:
     half = np.dtype(np.float16)
-    return LazyArray(scales.shape, half, lambda index: scales.read(index).astype(half), scales.in_chunks)
+    return LazyArray(scales.shape, half, lambda index: scales.read(index).astype(half), scales.chunk)

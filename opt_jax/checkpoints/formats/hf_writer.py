@@ -7,6 +7,7 @@ checks each file before the directory is published. Names, order, shards and pad
 """
 
 import json
+import math
 import os
 import re
 import threading
@@ -164,19 +165,14 @@ def _order(tensor: Tensor) -> list[int]:
 
 
 class FileWriter:
-    """Writes files slab by slab.
+    """Writes files block by block; blocks of the next tensors are read while those of the last ones are written.
 
     Args:
-      load: the array of a tensor, just before it is written; default: `tensor.array`.
-      progress: called after each slab with the path of its array and its bytes, by several threads, one at a time.
+      progress: called after each block with the path of its array and its bytes, by several threads, one at a time.
     """
 
-    def __init__(
-        self,
-        load: Callable[[Tensor], LazyArray] = lambda tensor: tensor.array,
-        progress: Progress = lambda path, nbytes: None,
-    ) -> None:
-        self._load, self._progress = load, progress
+    def __init__(self, progress: Progress = lambda path, nbytes: None) -> None:
+        self._progress = progress
         self._lock, self._local = threading.Lock(), threading.local()
 
     def write_all(self, directory: Path, files: Iterable[File]) -> None:
@@ -189,27 +185,56 @@ class FileWriter:
     def write(self, fd: int, file: File) -> None:
         """Write the content of `file` to the descriptor."""
         _pwrite(fd, memoryview(file.header), 0)
-        offset = len(file.header)
+        offset, blocks = len(file.header), []
         with ThreadPoolExecutor(_THREADS) as pool:
+
+            def write(blocks: Iterable[tuple[Tensor, LazyArray, int, chunks.Index]]) -> None:
+                for _ in pool.map(lambda block: self._write_block(fd, *block), blocks):
+                    pass
+
             for tensor in file.tensors:
-                self._write_tensor(fd, offset, tensor, pool)
-                offset += tensor.array.nbytes
+                array = tensor.array
+                block = _block(array)
+                if math.prod(block) * array.dtype.itemsize > chunks.CHUNK_BYTES and array.chunk is not None:
+                    # A large chunk, of another program. Blocks of rows would each read it.
+                    held = _in_memory(array)
+                    write([(tensor, held, offset, index) for index in chunks.pieces(array.shape, _block(held))])
+                    del held
+                else:
+                    blocks += [(tensor, array, offset, index) for index in chunks.pieces(array.shape, block)]
+                offset += array.nbytes
+            write(blocks)
 
-    def _write_tensor(self, fd: int, offset: int, tensor: Tensor, pool: ThreadPoolExecutor) -> None:
-        array = self._load(tensor)
+    def _write_block(self, fd: int, tensor: Tensor, array: LazyArray, offset: int, index: chunks.Index) -> None:
+        nbytes = math.prod(s.stop - s.start for s in index) * array.dtype.itemsize
+        if len(getattr(self._local, "buffer", "")) < nbytes:
+            self._local.buffer = np.empty(max(nbytes, chunks.CHUNK_BYTES), np.uint8)
+        block = array.load(index, self._local.buffer)
+        # The block in the file: consecutive bytes if it has complete rows, else a part of each row.
         row = array.nbytes // array.shape[0]
-        rows = max(1, chunks.CHUNK_BYTES // row)
+        start = offset + index[0].start * row
+        if block.shape[1:] == array.shape[1:]:
+            _pwrite(fd, block.reshape(-1).view(np.uint8).data, start)
+        else:
+            start += index[1].start * array.dtype.itemsize
+            for i, part in enumerate(block.view(np.uint8)):
+                _pwrite(fd, part.data, start + i * row)
+        with self._lock:
+            self._progress(tensor.path, nbytes)
 
-        def write(index: chunks.Index) -> None:
-            if len(getattr(self._local, "buffer", "")) < rows * row:
-                self._local.buffer = np.empty(max(rows * row, chunks.CHUNK_BYTES), np.uint8)
-            piece = array.load(index, self._local.buffer)
-            _pwrite(fd, piece.reshape(-1).view(np.uint8).data, offset + index[0].start * row)
-            with self._lock:
-                self._progress(tensor.path, piece.nbytes)
 
-        for _ in pool.map(write, chunks.pieces(array.shape, (rows, *array.shape[1:]))):
-            pass
+def _block(array: LazyArray) -> chunks.Shape:
+    """The shape of the blocks that are read at once: as many stored chunks, or rows, as fit into `CHUNK_BYTES`."""
+    block = list(array.chunk or (1, *array.shape[1:]))
+    for axis in reversed(range(len(block))):  # first along rows, which are consecutive in the file
+        fitting = chunks.CHUNK_BYTES // (math.prod(block) * array.dtype.itemsize)
+        block[axis] = min(array.shape[axis], block[axis] * max(1, fitting))
+    return tuple(block)
+
+
+def _in_memory(array: LazyArray) -> LazyArray:
+    values = array.read(tuple(slice(0, n) for n in array.shape))
+    return LazyArray(array.shape, array.dtype, values.__getitem__)
 
 
 def _pwrite(fd: int, data: memoryview, offset: int) -> None:

@@ -216,7 +216,7 @@ class Adapter:
     def _rounded(self, path: str, array: LazyArray, dtype: np.dtype) -> LazyArray:
         if array.dtype == dtype:
             return array
-        return LazyArray(array.shape, dtype, lambda index: self._round(path, array.read(index), dtype))
+        return LazyArray(array.shape, dtype, lambda index: self._round(path, array.read(index), dtype), array.chunk)
 
     def _round(self, path: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
         with np.errstate(over="ignore"):  # reported below
@@ -241,7 +241,7 @@ class Adapter:
                 out[part] = self._round(path, total, dtype)
             return out
 
-        return LazyArray(matrix.shape, dtype, read, matrix.in_chunks)
+        return LazyArray(matrix.shape, dtype, read, matrix.chunk)
 
 
 def _named(names_or_pattern: Any, module: str) -> Iterator[bool]:

@@ -66,7 +66,7 @@ class QuantizedArray(LazyArray):
     def dequantized(self, dtype: Any = None) -> LazyArray:
         """The array of floats, which are rounded once to `dtype`."""
         target = np.dtype(dtype or self.dtype)
-        return LazyArray(self.shape, target, lambda index: self.floats(index, target), self.in_chunks)
+        return LazyArray(self.shape, target, lambda index: self.floats(index, target), self.chunk)
 
     def comparable(self) -> dict[str, LazyArray]:
         """The parts, with scales in float32: those that float16 holds exactly may be stored in it."""
@@ -129,7 +129,7 @@ def packed(
         integers = Integers(qweight, places, groups, bits, parts["scales"], parts["zeros"])
     floats, shape = integers.floats, (inputs, qweight.shape[1])
     how: Any = dict(parts=parts, floats=floats, bits=bits, activation_bits=activation_bits, order=order)
-    return QuantizedArray(shape, dtype, lambda index: floats(index, dtype), qweight.in_chunks, **how)
+    return QuantizedArray(shape, dtype, lambda index: floats(index, dtype), qweight.chunk and shape, **how)
 
 
 def int8(parts: Mapping[str, LazyArray], transposed: bool, dtype: np.dtype) -> QuantizedArray:
@@ -144,7 +144,7 @@ def int8(parts: Mapping[str, LazyArray], transposed: bool, dtype: np.dtype) -> Q
 
     shape = weight.shape[::-1] if transposed else weight.shape
     read = lambda index: floats(index, dtype)  # noqa: E731
-    return QuantizedArray(shape, dtype, read, weight.in_chunks, parts=parts, floats=floats)
+    return QuantizedArray(shape, dtype, read, weight.chunk and shape, parts=parts, floats=floats)
 
 
 def rounded(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -226,7 +226,7 @@ def rearranged(words: LazyArray, places: np.ndarray, bits: int, fill: tuple[Lazy
         return out[start : start + rows.stop - rows.start]
 
     shape = len(places) * bits // 32, words.shape[1]
-    return LazyArray(shape, np.dtype(np.uint32), read, words.in_chunks)
+    return LazyArray(shape, np.dtype(np.uint32), read, words.chunk and shape)
 
 
 # Orbax ---------------------------------------------------------------------------------------------------------

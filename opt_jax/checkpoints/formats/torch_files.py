@@ -137,12 +137,14 @@ class TorchFile:
     Args:
       path: the file.
       stubs: read objects of the training code's classes as `Stub`s, instead of refusing the file.
+      like: another file that was read in this way. If the pickles differ in nothing but floats, such as the times of
+        shards of one checkpoint, `content` is that of the other file.
 
     Raises:
       ValueError: the file is truncated, has another format, or its pickle asks for anything but tensors (named).
     """
 
-    def __init__(self, path: Path, stubs: bool = False):
+    def __init__(self, path: Path, stubs: bool = False, like: "TorchFile | None" = None):
         self.path, self.map = path, map_file(path)
         if self.map[:2] != b"PK":
             raise ValueError(f"{path}: {self._what_else()}")
@@ -158,9 +160,13 @@ class TorchFile:
             raise ValueError(f"{path} was written on a big-endian machine: save it again on a little-endian one")
         if (size := self._records[self._prefix + "data.pkl"][1]) > SMALL_FILE:
             raise ValueError(f"{path}: the pickle in it has {size:,} bytes, more than the {SMALL_FILE:,} that are read")
-        pickled = self._bytes("data.pkl")
+        self._pickled = self._bytes("data.pkl")
+        if like is not None and unpickle.differ_in_floats(like._pickled, self._pickled, like._floats):
+            self.content, self._floats = like.content, like._floats
+            return
+        self._floats: list[int] = []
         try:
-            self.content = unpickle.loads(pickled, _find_global_or_stub if stubs else _find_global)
+            self.content = unpickle.loads(self._pickled, _find_global_or_stub if stubs else _find_global, self._floats)
         except Refused as e:
             raise Refused(
                 f"{path}: refused, because the pickle in it asks for {shown(e)}; only tensors in dictionaries are read"
