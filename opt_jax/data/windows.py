@@ -239,7 +239,7 @@ class Reader:
     ):
         self._windows, self._local = windows, {int(row): i for i, row in enumerate(rows)}
         self._steps, self._waiting, self.waits = range(first, last), waiting, 0
-        self._iterator = None
+        self._iterator: Any = None
         if workers and last > first:
             self._iterator = _read_by_processes(_Batches(windows, np.asarray(rows), first, last), workers)
         self._pool = ThreadPoolExecutor(1 if workers else _THREADS, "read-ahead")

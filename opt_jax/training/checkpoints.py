@@ -144,7 +144,7 @@ class Checkpoints:
                 args["data"] = ocp.args.JsonSave({**data, "crc32": _crc32(data)})
             about: Any = {"save": uuid.uuid4().hex}  # process 0 writes it into each `_METADATA`
             for name, tree in items.items():
-                save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunks.CHUNK_BYTES), tree)
+                save_args = {path: _save_args(path) for path in tree}
                 args[name] = ocp.args.PyTreeSave(tree, save_args=save_args, custom_metadata=about)
             self._writing = self._directory / str(step), sum(x.nbytes for x in jax.tree.leaves(items))
             with disk_errors(*self._writing):
@@ -331,6 +331,12 @@ def _items(state: TrainState) -> dict[str, dict[str, Any]]:
     params = {name: leaf for name, leaf in leaves.items() if name.startswith("model.")}
     rest = {name: leaf for name, leaf in leaves.items() if not name.startswith(("model.", "frozen."))}
     return {"params": params, "optimizer": rest}
+
+
+def _save_args(path: str) -> ocp.SaveArgs:
+    """Stacked layers are stored layer by layer, so that reading one does not read the others."""
+    layers = (0,) if ".layers." in path else ()
+    return ocp.SaveArgs(chunk_byte_size=chunks.CHUNK_BYTES, shard_axes=layers)
 
 
 def _copy(state: TrainState) -> TrainState:

@@ -205,8 +205,19 @@ def test_damage_of_a_training_checkpoint_is_noticed_or_harmless(run, damage):
     assert not says and same(restore(run, says), expected)
 
 
+def test_a_layer_is_read_without_the_others(run):
+    """Of a chunk with all layers, a process that reads layer after layer would read every byte once per layer."""
+    kernel = np.asarray(state(6).model["layers.kernel"])
+    file = file_with(run / "6", kernel[1])
+    file.write_bytes(file.read_bytes().replace(kernel[1].tobytes(), kernel[0].tobytes()))
+    arrays = open_arrays(run / "6" / "params")
+    np.testing.assert_array_equal(arrays["model.layers.0.kernel"].load(), kernel[0])
+    with pytest.raises(ValueError, match=r"tensor model\.layers\.kernel cannot be read: "):
+        arrays["model.layers.1.kernel"].load()
+
+
 def test_falling_back(run):
-    path = file_with(run / "6", np.asarray(state(6).model["layers.kernel"]))
+    path = file_with(run / "6", np.asarray(state(6).model["layers.kernel"][0]))
     needle = np.float32(29).tobytes()
     path.write_bytes(path.read_bytes().replace(needle, np.float32(28).tobytes()))
     with pytest.raises(
@@ -225,7 +236,7 @@ def test_falling_back(run):
         assert checkpoints.latest_step() == 3
         checkpoints.save(6, state(6))
     assert same(restore(run, [])[1], state(6))
-    file_with(run / "6", np.asarray(state(6).model["layers.kernel"])).write_bytes(b"")
+    file_with(run / "6", np.asarray(state(6).model["layers.kernel"][0])).write_bytes(b"")
     restore(run, [], fall_back=True)
     aside = [f"{run.name}-damaged-6", f"{run.name}-damaged-6.2"]  # both damaged ones are kept
     assert sorted(p.name for p in run.parent.iterdir() if "damaged" in p.name) == aside
