@@ -40,6 +40,7 @@ directory, cache = sys.argv[1:]
 import jax
 if cache:
     jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 from opt_jax import OPTForCausalLM
 model = OPTForCausalLM.from_pretrained(directory)
 model.generate([[2] + list(range(100, 227))], max_new_tokens={new})

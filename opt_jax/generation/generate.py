@@ -26,6 +26,7 @@ from opt_jax.generation.loop import FlatModel, Report
 from opt_jax.generation.prompts import Prefix, continued
 from opt_jax.generation.request import Request, check_batch_size, check_request, check_return_cache, check_score
 from opt_jax.generation.speculative import DraftingEngine
+from opt_jax.model.bfloat16 import with_cpu_products
 from opt_jax.model.cache import KVCache
 from opt_jax.model.heads import OPTForCausalLM
 from opt_jax.model.interventions import with_hooks
@@ -186,11 +187,12 @@ def hooked_model(
 
 
 def _engine(model: OPTForCausalLM, request: Request, drafts: Drafts | None, batch_size: int | None) -> Engine:
+    flat = FlatModel.of(with_cpu_products(model))
     if request.num_beams > 1:
-        return BeamEngine(FlatModel.of(model), request)
+        return BeamEngine(flat, request)
     if drafts is not None:
-        return DraftingEngine(FlatModel.of(model), request, drafts, min(batch_size or request.rows, request.rows))
-    return PlainEngine(FlatModel.of(model), request)
+        return DraftingEngine(flat, request, drafts, min(batch_size or request.rows, request.rows))
+    return PlainEngine(flat, request)
 
 
 def _run(engine: Engine, size: int, request: Request, progress_bar: bool | None) -> tuple[NewTokens, Any]:

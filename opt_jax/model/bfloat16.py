@@ -1,0 +1,53 @@
+"""Products in bfloat16 on a CPU that has instructions for them (AVX512-BF16, AMX), in calls without gradients.
+
+Before a product whose result is bfloat16, XLA converts both matrices to float32. A product whose result is float32
+calls a kernel of YNNPACK that reads bfloat16. Both add up in float32.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from opt_jax.model.decoder import Linear
+
+_CPU_INFO = Path("/proc/cpuinfo")
+
+
+@lru_cache(maxsize=1)
+def has_instructions() -> bool:
+    """Whether the CPU of this machine multiplies bfloat16. Known on Linux only."""
+    flags = _CPU_INFO.read_text("utf-8", "replace").split() if _CPU_INFO.exists() else []
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def with_cpu_products(model: Any) -> Any:
+    """The model, or on such a CPU one with the same arrays, whose linear layers call that kernel."""
+    device = next(iter(jax.tree.leaves(model)[0].devices()))
+    if model.dtype != jnp.bfloat16 or device.platform != "cpu" or not has_instructions():
+        return model
+    copy = jax.tree.map(lambda x: x, model)
+    for _, module in nnx.iter_graph(copy):
+        if type(module) is Linear and module.preferred_element_type is None:
+            module.dot_general = Rounded(module.dot_general)
+    return copy
+
+
+class Rounded:
+    """A product in float32, rounded to the dtype of the activations."""
+
+    def __init__(self, dot_general: Any):
+        self._dot_general = dot_general
+
+    def __call__(self, x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **kwargs: Any) -> jax.Array:
+        kwargs["preferred_element_type"] = jnp.float32
+        return self._dot_general(x, kernel, dimension_numbers, **kwargs).astype(x.dtype)
+
+    def __eq__(self, other: object) -> bool:  # otherwise each call of `generate` would compile
+        return isinstance(other, Rounded) and other._dot_general == self._dot_general
+
+    def __hash__(self) -> int:
+        return hash(self._dot_general)
