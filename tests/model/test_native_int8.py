@@ -143,7 +143,7 @@ def test_what_cannot_use_it_is_refused(built):
         use_native_int8(quantize(on_mesh(float_model, mesh)))
     native = use_native_int8(model)
     with use_mesh(mesh), pytest.raises(ValueError, match="is for one device"):
-        native.forward(IDS)
+        native.forward(jnp.asarray(IDS))
     with pytest.raises(ValueError, match="no gradients"):
         jax.grad(lambda x: native.forward(inputs_embeds=x).logits.sum())(jnp.ones((1, 4, model.config.embed_dim)))
 
