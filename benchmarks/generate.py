@@ -1,9 +1,10 @@
 """Greedy generation by a 125M-shaped OPT with random weights: ours beside PyTorch `transformers` and CTranslate2.
 
 Run: `.venv/bin/python -m benchmarks.generate` (needs the `oracle` extra; `bench` for CTranslate2, which is left out
-otherwise). The same weights in float32 (int8: quantized by CTranslate2 as it does), the same prompts; each contestant
-in a process of its own, in alternation, with its default settings and with those that are best for it: `transformers`
-also with eager attention and with a static cache and `torch.compile`, CTranslate2 also with a thread for each core.
+otherwise; `python -m opt_jax.model.native_int8` for ours in C). The same weights in float32 (int8: quantized by each
+of the two as it does), the same prompts; each contestant in a process of its own, in alternation, with its default
+settings and with those that are best for it: `transformers` also with eager attention and with a static cache and
+`torch.compile`, CTranslate2 also with a thread for each core.
 tokens/s counts new tokens and the time of whole calls. A call that makes one token gives the time of the prompt; what a
 longer call takes beyond that, for each further token, is a step. The floor of a step is the time to read all weights
 and the used part of the cache once, at the memory bandwidth measured in the same run.
@@ -114,10 +115,12 @@ def write_model(preset: str, folder: str) -> Callable[[], str | None]:
 
 
 # In the functions below no end token comes before the last step, so that all compute all steps.
-def ours(folder: str) -> Generate:
-    from opt_jax import OPTForCausalLM
+def ours(folder: str, kind: str = "float") -> Generate:
+    from opt_jax import OPTForCausalLM, quantize, use_native_int8
 
     model = OPTForCausalLM.from_pretrained(folder)
+    model = quantize(model) if "int8" in kind else model
+    model = use_native_int8(model) if "C" in kind else model
     return lambda ids, new: np.asarray(
         model.generate(ids, np.ones_like(ids), max_new_tokens=new, min_new_tokens=new).sequences[:, -new:]
     )
@@ -187,6 +190,12 @@ def contestants(config: OPTConfig, folder: str, gpu: bool) -> dict[str, Contesta
     }
     if gpu:
         return rows
+    from opt_jax.model.native_int8 import library_path
+
+    if importlib.util.find_spec("qwix") is not None:
+        rows["opt-jax int8"] = Contestant(ours, folder, "int8")
+        if library_path().is_file():
+            rows["opt-jax int8, in C"] = Contestant(ours, folder, "int8 in C")
     if importlib.util.find_spec("ctranslate2") is None:
         print("CTranslate2 is not installed (the `bench` extra): its rows are left out")
         return rows

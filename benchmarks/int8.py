@@ -4,7 +4,7 @@ Run: `.venv/bin/python -m benchmarks.int8 PATH/TO/wikitext-2/test.txt` (needs th
 `--only speed` for one of the two). Accuracy: the embedded model, windows of the text with BOS in front, the cache
 filled by one call that attends to it, as decode steps do (`generate` reads prompts without rounding). KL is that of
 next-token distributions from float32's, in nats per token. Speed: OPT-125M-shaped, random weights, greedy; whole calls,
-prefill included, each row in a process of its own, in alternation.
+prefill included, each row in a process of its own, in alternation. "In C": after `python -m opt_jax.model.native_int8`.
 """
 
 import argparse
@@ -19,7 +19,8 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.contestants import Contestant, alternate, close, machine, spread
-from opt_jax import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, quantize
+from opt_jax import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, quantize, use_native_int8
+from opt_jax.model.native_int8 import library_path
 
 
 @jax.jit
@@ -72,9 +73,10 @@ def nbytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def generator(preset: str, int8_weights: bool, cache_dtype: str | None, new: int) -> Callable[[np.ndarray], None]:
+def generator(preset: str, weights: str, cache_dtype: str | None, new: int) -> Callable[[np.ndarray], None]:
     model: Any = OPTForCausalLM(OPTConfig.preset(preset), rngs=nnx.Rngs(0))
-    model = quantize(model) if int8_weights else model
+    model = model if weights == "float32" else quantize(model)
+    model = use_native_int8(model) if weights == "int8 in C" else model
 
     def run(ids: np.ndarray) -> None:
         model.generate(ids, np.ones_like(ids), max_new_tokens=new, eos_token_id=[], cache_dtype=cache_dtype)
@@ -86,11 +88,13 @@ def speed(preset: str, batch_sizes: list[int], prompt: int, new: int, repeats: i
     print(f"\nOPT-{preset}-shaped, float32 or int8, prompt {prompt} + {new} new tokens, greedy\n")
     print("| batch | | s (median) | spread | tokens/s | ratio | first call, s |\n|---|---|---|---|---|---|---|")
     rows = {
-        "float32": (False, None),
-        "int8 weights": (True, None),
-        "int8 cache": (False, "int8"),
-        "int8 weights and cache": (True, "int8"),
+        "float32": ("float32", None),
+        "int8 weights": ("int8", None),
+        "int8 cache": ("float32", "int8"),
+        "int8 weights and cache": ("int8", "int8"),
     }
+    if library_path().is_file():
+        rows |= {"int8 weights, in C": ("int8 in C", None), "int8 weights, in C, and cache": ("int8 in C", "int8")}
     runs = {name: Contestant(generator, preset, *row, new) for name, row in rows.items()}
     for batch in batch_sizes:
         ids = np.random.default_rng(0).integers(4, OPTConfig.preset(preset).vocab_size, (batch, prompt))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from opt_jax.model.heads import OPTModel as AutoModel
     from opt_jax.model.hook_points import point_names
     from opt_jax.model.interventions import Add, Project, Replace, Scale, Zero
+    from opt_jax.model.native_int8 import use_native_int8
     from opt_jax.model.packed_models import dequantize
     from opt_jax.model.quantization import quantize
     from opt_jax.model.relu_sparsity import use_relu_sparsity
@@ -40,6 +41,7 @@ _HOME = {
     "unstack_layers": "model.stacking",
     "quantize": "model.quantization",
     "dequantize": "model.packed_models",
+    "use_native_int8": "model.native_int8",
     "use_relu_sparsity": "model.relu_sparsity",
     **dict.fromkeys(["Add", "Replace", "Scale", "Zero", "Project"], "model.interventions"),
     "point_names": "model.hook_points",
@@ -81,6 +83,7 @@ __all__ = [
     "unstack_layers",
     "quantize",
     "dequantize",
+    "use_native_int8",
     "use_relu_sparsity",
     "Add",
     "Replace",

@@ -25,7 +25,14 @@ def installed(tmp_path_factory):
 def test_the_wheel_holds_the_package_only(installed):
     names = {path.name for path in installed.iterdir()} - {"convert.py", "train.py"}
     assert {name.partition("-")[0] for name in names} == {"opt_jax"}
-    parts = ("convert/__main__.py", "train.py", "tiny/config.json", "py.typed", "training/tasks/squad.py")
+    parts = (
+        "convert/__main__.py",
+        "train.py",
+        "tiny/config.json",
+        "py.typed",
+        "training/tasks/squad.py",
+        "model/native_int8.c",
+    )
     assert all((installed / "opt_jax" / part).is_file() for part in parts)
 
 

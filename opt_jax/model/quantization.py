@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int, Int8
 
 from opt_jax.model import int8
 from opt_jax.model.heads import OPTForCausalLM
@@ -17,8 +17,15 @@ from opt_jax.model.packed_models import refuse_packed
 from opt_jax.model.relu_sparsity import skips_zeros
 
 
+def product(x: Float[Array, "B T K"], weight: Int8[Array, "N K"]) -> Float32[Array, "B T N"]:
+    """x times the transpose of the integers. `use_native_int8` puts another one in its place."""
+    return int8.einsum("btk,nk->btn", x, weight)
+
+
 class Int8Linear(nnx.Module):
     """`nnx.Linear` with int8 weights: weight [out, in], scale [out, 1]."""
+
+    product = staticmethod(product)
 
     def __init__(self, weight: Int8Array, bias: nnx.Param[Any] | None, dtype: Any):
         self.weight, self.scale = nnx.Param(weight.values), nnx.Param(weight.scale)
@@ -27,7 +34,7 @@ class Int8Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         """The product with the dequantized weights, in the compute dtype."""
-        out = int8.einsum("btd,fd->btf", x, self.weight.get_value()) * self.scale.get_value().mT[None]
+        out = self.product(x, self.weight.get_value()) * self.scale.get_value().mT[None]
         if self.bias is not None:
             out += self.bias.get_value().astype(jnp.float32)[None, None]
         return out.astype(self.dtype)
@@ -35,6 +42,8 @@ class Int8Linear(nnx.Module):
 
 class Int8Embed(nnx.Module):
     """`decoder.Embed` with an int8 table: weight [V, P], scale [V, 1]."""
+
+    product = staticmethod(product)
 
     def __init__(self, table: Int8Array, dtype: Any):
         self.weight, self.scale = nnx.Param(table.values), nnx.Param(table.scale)
@@ -47,7 +56,7 @@ class Int8Embed(nnx.Module):
 
     def attend(self, x: Float[Array, "B T P"]) -> Float[Array, "B T V"]:
         """Logits in float32, as from `decoder.Embed.attend`."""
-        return int8.einsum("btp,vp->btv", x, self.weight.get_value()) * self.scale.get_value().mT[None]
+        return self.product(x, self.weight.get_value()) * self.scale.get_value().mT[None]
 
 
 def quantize(model: OPTForCausalLM) -> OPTForCausalLM:
