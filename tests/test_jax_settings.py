@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import inspect
 from functools import cache
 from typing import Any
 
@@ -230,7 +231,8 @@ def decoded(model, **options):
         state = loop.begin(model, request.prompts, request.options, capacity=request.capacity, **how)[0]
         prefix = generation._read_prefix(model, IDS[:1], IDS[:1] != 1, request.cache_dtype).extend(3, 20)
         scores = _score(model, jnp.asarray(IDS), jnp.asarray(IDS != 1))
-        return loop.advance(model, state, request.options, np.int32(3), np.int32(2), **kind), prefix, scores
+        advance = inspect.unwrap(loop.advance)  # a function with compiler options cannot be traced within another one
+        return advance(model, state, request.options, np.int32(3), np.int32(2), **kind), prefix, scores
 
     return jax.eval_shape(run, model)
 
