@@ -34,10 +34,9 @@ def scatter_sequence(x: jax.Array) -> jax.Array:
     """This device's part of the sequence of the sum over `tensor` of x, partial sums [B, T, D] of all tokens."""
     if axis_size("tensor") == 1:
         return rules.constrain(x, "residual")
-    if len(x) > 1:
-        return lax.psum_scatter(x, "tensor", scatter_dimension=1, tiled=True)
     # Along the second axis of one row, libtpu 0.0.42 would use an all-reduce, which sends twice as much.
-    return lax.psum_scatter(x.reshape(axis_size("tensor"), -1, x.shape[-1]), "tensor", tiled=True)
+    x, axis = (x, 1) if len(x) > 1 else (x.reshape(axis_size("tensor"), -1, x.shape[-1]), 0)
+    return lax.psum_scatter(x, "tensor", scatter_dimension=axis, tiled=True)
 
 
 def local_tokens(x: jax.Array) -> jax.Array:
