@@ -216,9 +216,9 @@ def test_the_first_token_compiles_no_step(model, compiled, options):
         np.testing.assert_array_equal(next(steps), out.sequences[:9, 12])
         assert "jit(advance)" not in compiled
         np.testing.assert_array_equal(np.stack([*steps], axis=1), more[:9, 13:])
-    if not options:
-        rest = model.generate(cache=out.cache, max_new_tokens=2, eos_token_id=[]).sequences
-        np.testing.assert_array_equal(rest, more[:, 13:])
+        if not options:
+            rest = model.generate(cache=out.cache, max_new_tokens=2, eos_token_id=[]).sequences
+            np.testing.assert_array_equal(rest, more[:, 13:])
 
 
 @pytest.mark.slow

@@ -46,6 +46,7 @@ def test_the_products_are_float32_where_the_cpu_can(config, monkeypatch, compile
     fast, same = products(monkeypatch, model, True)
     assert plain == ["bf16"] * 12 and fast == ["f32"] * 12
     np.testing.assert_array_equal(same.sequences, out.sequences)
+    assert same.logprobs is not None and out.logprobs is not None
     np.testing.assert_allclose(same.logprobs, out.logprobs, atol=2e-2)
     assert jax.tree.structure(model) == before  # the caller's model stays as it is
     del compiled[:]
