@@ -159,7 +159,8 @@ def open_stored(directory: Path, verify: bool = True) -> dict[str, LazyArray]:
     arrays: dict[str, LazyArray] = {}
     for path, store in stores.items():
         read = _Stored(directory, path, store, verify or not checked).read
-        arrays[path] = LazyArray(store.shape, store.dtype.numpy_dtype, read, tuple(store.chunk_layout.read_chunk.shape))
+        chunk: Any = store.chunk_layout.read_chunk.shape
+        arrays[path] = LazyArray(store.shape, store.dtype.numpy_dtype, read, tuple(chunk))
     return arrays
 
 

@@ -170,7 +170,7 @@ def test_shards_whose_pickles_differ_in_times_are_unpickled_once(tmp_path, monke
 def test_pickles_that_differ_in_floats_only():
     pickle = b"\x80\x02]q\0(G" + struct.pack(">d", 0.5) + b"K\7G" + struct.pack(">d", 2.0) + b"X\1\0\0\0Ge."
     floats: list[int] = []
-    assert unpickle.loads(pickle, dict, floats) == [0.5, 7, 2.0, "G"] and floats == [7, 18]
+    assert unpickle.loads(pickle, str, floats) == [0.5, 7, 2.0, "G"] and floats == [7, 18]
     for i in range(len(pickle)):
         other = pickle[:i] + bytes([pickle[i] ^ 1]) + pickle[i + 1 :]
         assert unpickle.differ_in_floats(pickle, other, floats) == (7 <= i < 15 or 18 <= i < 26), i

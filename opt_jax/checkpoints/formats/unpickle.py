@@ -180,10 +180,9 @@ class _Machine:
         """Run one of the rarer instructions, whose argument starts at `at`. Returns where the next one starts."""
         if (opcode := _OPCODES.get(code)) is None:
             raise ValueError(f"it has an unknown instruction, {code}")
-        argument, name = None, opcode.name
-        if opcode.arg is not None:
-            file.seek(at)
-            argument = opcode.arg.reader(file)
+        file.seek(at)
+        argument: Any = None if opcode.arg is None else opcode.arg.reader(file)
+        name = opcode.name
         if name == "BINFLOAT":
             self.floats.append(at)
         if name in _LITERALS:
