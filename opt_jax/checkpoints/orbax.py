@@ -160,7 +160,7 @@ def open_stored(directory: Path, verify: bool = True) -> dict[str, LazyArray]:
     for path, store in stores.items():
         read = _Stored(directory, path, store, verify or not checked).read
         chunk: Any = store.chunk_layout.read_chunk.shape
-        arrays[path] = LazyArray(store.shape, store.dtype.numpy_dtype, read, tuple(chunk))
+        arrays[path] = LazyArray(store.shape, store.dtype.numpy_dtype, read, chunk and tuple(chunk))
     return arrays
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from opt_jax.model.decoder import Linear
+from opt_jax.model.relu_sparsity import skips_zeros
 
 _CPU_INFO = Path("/proc/cpuinfo")
 
@@ -31,7 +32,8 @@ def with_cpu_products(model: Any) -> Any:
         return model
     copy = jax.tree.map(lambda x: x, model)
     for _, module in nnx.iter_graph(copy):
-        if type(module) is Linear and module.preferred_element_type is None:
+        # (Layers that skip zeros multiply in float32 already.)
+        if type(module) is Linear and module.preferred_element_type is None and not skips_zeros(module):
             module.dot_general = Rounded(module.dot_general)
     return copy
 
