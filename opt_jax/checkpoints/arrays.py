@@ -9,7 +9,6 @@ import numpy as np
 from opt_jax.checkpoints import chunks
 from opt_jax.checkpoints.chunks import Index, Shape, pieces
 
-_ALIGNMENT = 64
 Checks = tuple[Callable[[], object], ...]  # comparisons that are run later because they read data; raise ValueError
 
 
@@ -42,30 +41,19 @@ class LazyArray:
         chunk = None if self.chunk is None else self.chunk[::-1]
         return LazyArray(self.shape[::-1], self.dtype, lambda index: self.read(index[::-1]).T, chunk)
 
-    def load(
-        self, index: Sequence[slice] | None = None, buffer: np.ndarray | None = None, dtype: np.dtype | None = None
-    ) -> np.ndarray:
+    def load(self, index: Sequence[slice] | None = None, buffer: np.ndarray | None = None) -> np.ndarray:
         """A C-contiguous copy, in native byte order, of the array or of the part at `index`.
 
         Args:
           index: one slice per dimension; None: the complete array.
-          buffer: uint8 [at least the bytes of the part] to copy into. (Allocating takes as long as copying.) Default:
-            new memory, aligned as JAX on a CPU needs it to use the copy without copying it again.
-          dtype: cast to it. Default: the array's.
+          buffer: uint8 [at least the bytes of the part] to copy into. (Allocating takes as long as copying.)
         """
         index = (slice(None),) * len(self.shape) if index is None else index
         view = self.read(tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, self.shape, strict=True)))
-        dtype = self.dtype.newbyteorder("=") if dtype is None else dtype
-        nbytes = view.size * dtype.itemsize
-        buffer = _aligned(nbytes) if buffer is None else buffer
-        out = buffer[:nbytes].view(dtype).reshape(view.shape)
+        buffer = np.empty(view.size * self.dtype.itemsize, np.uint8) if buffer is None else buffer
+        out = buffer[: view.size * self.dtype.itemsize].view(self.dtype.newbyteorder("=")).reshape(view.shape)
         copy_blocked(out, view)
         return out
-
-
-def _aligned(nbytes: int) -> np.ndarray:
-    buffer = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    return buffer[-buffer.ctypes.data % _ALIGNMENT :]
 
 
 def copy_blocked(out: np.ndarray, view: np.ndarray) -> None:

@@ -11,7 +11,6 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -45,7 +44,6 @@ log = logging.getLogger(__name__)
 PARAM_DTYPES = ("float32", "bfloat16", "float16")
 _STORED_DTYPES = (*PARAM_DTYPES, "float64")
 _LAYER = ".layers.0."
-_THREADS = min(4, os.cpu_count() or 1)  # each holds a parameter, in the file's dtype and the model's
 _LARGEST_NEW_HEAD = 10  # times what is stored
 _HEADS = ("lm_head.", "score.", "qa_outputs.")
 
@@ -188,11 +186,9 @@ def _fill(
 ) -> None:
     """Give the parameters of an abstract model the values of `arrays`, or new ones, with the shardings of `targets`."""
     params, integers = named_parameters(model), quantized.quantized_of(arrays)
-    stored = [path for path in targets if path not in fresh and path not in integers]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        values = pool.map(lambda path: read_array(arrays[path], targets[path]), stored)
-        for path, value in zip(stored, values, strict=True):
-            params[path].set_value(value)
+    for path, target in targets.items():
+        if path not in fresh and path not in integers:
+            params[path].set_value(read_array(arrays[path], target))
     if fresh:
         for path, array in _initialise(type(model), model.config, {path: targets[path] for path in fresh}).items():
             params[path].set_value(array)
@@ -410,7 +406,7 @@ def read_array(lazy: LazyArray, target: jax.ShapeDtypeStruct) -> jax.Array:
         key = tuple((s.start, s.stop) for s in index)
         if key in parts:
             return parts[key].copy()  # for another replica, because JAX may donate a buffer
-        parts[key] = lazy.load(index, dtype=target.dtype)
+        parts[key] = lazy.load(index).astype(target.dtype, copy=False)
         return parts[key]
 
     return jax.make_array_from_callback(target.shape, target.sharding, part)
