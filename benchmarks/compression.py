@@ -97,8 +97,8 @@ def table(name: str, calibration: list[str], data: list[str], only: str) -> None
     print(f"{name}: {count} windows of {length} tokens of {measured}, calibrated with {calibrating}\n")
     print("| | perplexity | KL, nats/token | MB | s |\n|---|---|---|---|---|")
     _, perplexity = measure(model, expected, batches)
-    dtype = np.dtype(model.config.to_hf()["dtype"])
-    stored = sum(dtype.itemsize * leaf.size for leaf in jax.tree.leaves(model)) / 1e6
+    arrays = jax.tree.leaves(OPTForCausalLM.from_pretrained(name, dtype="auto"))
+    stored, dtype = sum(array.nbytes for array in arrays) / 1e6, arrays[0].dtype
     print(f"| {dtype} | {perplexity:.3f} | | {stored:.2f} | |", flush=True)
     for row, options in ROWS.items():
         if only not in row:
