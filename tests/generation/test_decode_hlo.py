@@ -109,8 +109,12 @@ def test_a_step_reads_weights_once_and_copies_nothing(kind):
 def test_a_step_on_a_cpu_has_wide_vectors(tmp_path):
     args, kwargs = arguments("loop.advance", make_model(), rows=1)
     loop.advance.lower(*args, **kwargs).compile(compiler_options={"xla_dump_to": str(tmp_path)})
+    (options,) = tmp_path.glob("*jit_advance*debug_options")
+    assert "xla_cpu_prefer_vector_width: 512" in options.read_text()
+    # jaxlib 0.10 also writes its code for LLVM; later ones do not.
     products = [file.read_text() for file in tmp_path.glob("*dot*.ir-no-opt.ll")]
-    assert products and all('"prefer-vector-width"="512"' in code for code in products)
+    assert products or jax.__version_info__ >= (0, 11)
+    assert all('"prefer-vector-width"="512"' in code for code in products)
 
 
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
