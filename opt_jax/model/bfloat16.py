@@ -27,8 +27,9 @@ def has_instructions() -> bool:
 
 def with_cpu_products(model: Any) -> Any:
     """The model, or on such a CPU one with the same arrays, whose linear layers call that kernel."""
-    device = next(iter(jax.tree.leaves(model)[0].devices()))
-    if model.dtype != jnp.bfloat16 or device.platform != "cpu" or not has_instructions():
+    if model.dtype != jnp.bfloat16 or not has_instructions():
+        return model
+    if next(iter(jax.tree.leaves(model)[0].devices())).platform != "cpu":
         return model
     copy = jax.tree.map(lambda x: x, model)
     for _, module in nnx.iter_graph(copy):

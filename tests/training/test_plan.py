@@ -180,12 +180,8 @@ def test_a_plan_is_of_the_runs_own_batches(monkeypatch):
         batches.clear()
 
 
-@pytest.mark.slow
-@needs_libtpu
-def test_what_a_layer_sends(libtpu, monkeypatch):
-    layers, parts, rows, length, width, vocab = 3, 2, 4, 1024, 256, 50272
-    monkeypatch.setattr("opt_jax.model.remat.PART_BYTES", 2 * rows // parts * length * width)
-    config = OPTConfig(
+def small_config(vocab: int, layers: int, width: int, length: int) -> OPTConfig:
+    return OPTConfig(
         vocab_size=vocab,
         hidden_size=width,
         num_hidden_layers=layers,
@@ -194,6 +190,14 @@ def test_what_a_layer_sends(libtpu, monkeypatch):
         max_position_embeddings=length,
         dropout=0.0,
     )
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_what_a_layer_sends(libtpu, monkeypatch):
+    layers, parts, rows, length, width, vocab = 3, 2, 4, 1024, 256, 50272
+    monkeypatch.setattr("opt_jax.model.remat.PART_BYTES", 2 * rows // parts * length * width)
+    config = small_config(vocab, layers, width, length)
     mesh = make_mesh("fsdp=4,tensor=2", topology_devices("v5p:2x2x2"))
     model = jax.eval_shape(
         lambda: new_model(config, 0, "bfloat16", attn_implementation="splash", remat="full", grad_dtype="bfloat16")
@@ -239,15 +243,7 @@ def test_what_a_layer_sends(libtpu, monkeypatch):
 def test_small_slices_scatter_what_they_could_all_reduce(libtpu, monkeypatch, topology, spec, rows):
     layers, length, width = 4, 128 * rows, 256
     monkeypatch.setattr("opt_jax.model.remat.PART_BYTES", 2 * length * width)
-    config = OPTConfig(
-        vocab_size=512,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        ffn_dim=4 * width,
-        num_attention_heads=2,
-        max_position_embeddings=length,
-        dropout=0.0,
-    )
+    config = small_config(512, layers, width, length)
     mesh = make_mesh(spec, topology_devices(topology))
     model = jax.eval_shape(lambda: new_model(config, 0, "bfloat16", remat="full", grad_dtype="bfloat16"))
     shardings = state_shardings(model, mesh)
