@@ -10,7 +10,7 @@ longer call takes beyond that, for each further token, is a step. The floor of a
 and the used part of the cache once, at the memory bandwidth measured in the same run.
 
 On a GPU, `--model 1.3b --batch-sizes 1 8 64`: in bfloat16; the bandwidth is that of a large copy, bytes read and
-written.
+written. `--dtype bfloat16` on a CPU: opt-jax and `transformers` only.
 
 `--first-token` measures something else: a fresh process, from its start to the first token of a checkpoint on disk,
 with imports, loading and compilation; once without and once with what an earlier process has compiled.
@@ -54,6 +54,10 @@ def gpu_name() -> str | None:
     return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else None
 
 
+def default_dtype(gpu: str | None) -> str:
+    return "float32" if gpu is None else "bfloat16"
+
+
 def bandwidth() -> Callable[[], float]:
     """Bytes per second, the best of four: all cores read an array much larger than any cache, or a GPU copies one."""
     if gpu_name() is None:
@@ -94,7 +98,7 @@ def step_bytes(config: OPTConfig, itemsize: int, batch: int, length: float) -> f
     return itemsize * (weights + 2 * config.num_hidden_layers * batch * length * config.hidden_size)
 
 
-def write_model(preset: str, folder: str) -> Callable[[], str | None]:
+def write_model(preset: str, folder: str, dtype: str | None = None) -> Callable[[], str | None]:
     """A function that writes random weights into files for all contestants. It returns the name of the GPU, or None."""
     import jax
     from flax import nnx
@@ -103,9 +107,8 @@ def write_model(preset: str, folder: str) -> Callable[[], str | None]:
     from opt_jax import OPTForCausalLM
 
     def run() -> str | None:
-        dtype = "float32" if gpu_name() is None else "bfloat16"
-        config = OPTConfig.preset(preset)
-        make = jax.jit(lambda: OPTForCausalLM(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))
+        config, kind = OPTConfig.preset(preset), dtype or default_dtype(gpu_name())
+        make = jax.jit(lambda: OPTForCausalLM(config, rngs=nnx.Rngs(0), dtype=kind, param_dtype=kind))
         make().save_pretrained(f"{folder}/orbax")
         if convert(["to-hf", f"{folder}/orbax", f"{folder}/hf", "--quiet"]):
             sys.exit("the model could not be written")
@@ -118,7 +121,7 @@ def write_model(preset: str, folder: str) -> Callable[[], str | None]:
 def ours(folder: str, kind: str = "float") -> Generate:
     from opt_jax import OPTForCausalLM, quantize, use_native_int8
 
-    model = OPTForCausalLM.from_pretrained(folder)
+    model = OPTForCausalLM.from_pretrained(folder, dtype="auto")
     model = quantize(model) if "int8" in kind else model
     model = use_native_int8(model) if "C" in kind else model
     return lambda ids, new: np.asarray(
@@ -180,7 +183,7 @@ def ctranslate2(folder: str, vocab_size: int, kind: str, threads: int) -> Genera
     return run
 
 
-def contestants(config: OPTConfig, folder: str, gpu: bool) -> dict[str, Contestant]:
+def contestants(config: OPTConfig, folder: str, only_floats: bool) -> dict[str, Contestant]:
     """Ours needs no settings. The peers: as they are, and with what makes them faster."""
     rows = {
         "opt-jax": Contestant(ours, folder),
@@ -188,7 +191,7 @@ def contestants(config: OPTConfig, folder: str, gpu: bool) -> dict[str, Contesta
         "transformers, eager attention": Contestant(theirs, folder, "eager", False),
         "transformers, static cache, compiled": Contestant(theirs, folder, None, True),
     }
-    if gpu:
+    if only_floats:
         return rows
     from opt_jax.model.native_int8 import library_path
 
@@ -207,17 +210,17 @@ def contestants(config: OPTConfig, folder: str, gpu: bool) -> dict[str, Contesta
 def compare(options: argparse.Namespace) -> None:
     config = OPTConfig.preset(options.model)
     with tempfile.TemporaryDirectory() as folder:
-        writer = Contestant(write_model, options.model, folder)
+        writer = Contestant(write_model, options.model, folder, options.dtype)
         _, gpu = writer()
         writer.close()
-        dtype = "float32" if gpu is None else "bfloat16"
+        dtype = options.dtype or default_dtype(gpu)
         print(
             f"OPT-{options.model}, {dtype}, prompt {options.prompt} + {options.new} new tokens, greedy; "
             f"{gpu or 'CPU'}; {machine('jax', 'torch', 'transformers', 'ctranslate2')}"
         )
         memory = Contestant(bandwidth)
-        runs = contestants(config, f"{folder}/hf", gpu is not None)
-        measure(options, config, 4 if gpu is None else 2, memory, runs)
+        runs = contestants(config, f"{folder}/hf", gpu is not None or dtype == "bfloat16")
+        measure(options, config, 4 if dtype == "float32" else 2, memory, runs)
         close({"memory": memory, **runs})
 
 
@@ -287,6 +290,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="125m", help="a preset (default %(default)s)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt (default %(default)s)")
     parser.add_argument("--new", type=int, default=128, help="new tokens, at least 2 (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=3)
