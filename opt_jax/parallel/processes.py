@@ -271,5 +271,8 @@ def _leave(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
     if _watchdog is not None:
         _watchdog.fail()
-        time.sleep(3 if jax.process_index() == 0 else 0.5)  # others may have the same error; let them report it
+        if jax.process_index() == 0:
+            _watchdog.wait_for_others()  # they may have the same error; let them report it
+        else:
+            time.sleep(0.5)
     os._exit(1)

@@ -55,6 +55,7 @@ class Watchdog(threading.Thread):
         self.seconds = seconds
         self._process, self._count, self._hang, self._exit_code = process, count, hang_minutes * 60, exit_code
         self._peers: dict[socket.socket, int] = {}
+        self._ending: list[socket.socket] = []  # connections of processes that have told that they end
         self._heard: dict[socket.socket, float] = {}
         self._unread: dict[socket.socket, bytes] = {}
         self._where, self._since, self._finished = "start-up", time.monotonic(), False
@@ -170,12 +171,27 @@ class Watchdog(threading.Thread):
         self._finished = True
         self._tell("bye")
         self.join()
-        for connection in self._peers:
+        for connection in [*self._peers, *self._ending]:
             connection.close()
 
     def fail(self) -> None:
         self._finished = True
         self._tell(f"failed {self._process}")
+
+    def wait_for_others(self, seconds: float = 2 * _GRACE) -> None:
+        """Wait until the other processes have ended; at most `seconds`. For process 0, after it told them to end.
+
+        JAX aborts (SIGABRT) the processes that outlive process 0, whatever they are about to report.
+        """
+        if self.is_alive() and threading.current_thread() is not self:
+            self.join()
+        end = time.monotonic() + seconds
+        for connection in [*self._peers, *self._ending]:
+            with suppress(OSError):
+                while (left := end - time.monotonic()) > 0:
+                    connection.settimeout(left)
+                    if not connection.recv(4096):
+                        break
 
     def run(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -214,7 +230,8 @@ class Watchdog(threading.Thread):
                 self._failed = self._failed or (who, time.monotonic())
                 self._tell(f"failed {who}")
             if word in (b"bye", b"failed"):
-                self._remove(connection)
+                del self._peers[connection]
+                self._ending.append(connection)
                 return False
         return True
 
@@ -224,7 +241,7 @@ class Watchdog(threading.Thread):
             if now - self._heard[connection] > self.seconds:
                 self._lost(process, f"nothing heard of it for {self.seconds:g} s")
         if self._failed and now - self._failed[1] > _GRACE:
-            self._end(f"process {self._failed[0]} failed: see its message", "", exit_code=1)
+            self._end(f"process {self._failed[0]} failed: see its message", "", exit_code=1, others_end=True)
         if now - self._since > self._hang:
             self._end(
                 f"no progress for {self._hang / 60:g} minutes",
@@ -233,13 +250,15 @@ class Watchdog(threading.Thread):
 
     def _lost(self, process: int, why: str) -> None:
         self._tell(f"lost {process}")
+        self._peers = {connection: peer for connection, peer in self._peers.items() if peer != process}
         self._end(
             f"lost process {process} ({why})",
             ": look at its log and host for a crash, a kill or too little memory; started again, all go on from the "
             "last checkpoint",
+            others_end=True,
         )
 
-    def _end(self, what: str, advice: str, exit_code: int | None = None) -> None:
+    def _end(self, what: str, advice: str, exit_code: int | None = None, others_end: bool = False) -> None:
         if self._finished:
             return
         now = datetime.now(UTC)
@@ -249,6 +268,8 @@ class Watchdog(threading.Thread):
             f"{since:%H:%M:%S}{advice}\n"
         )
         os.write(sys.stderr.fileno() if sys.stderr else 2, line.encode())  # no lock that a stuck thread may hold
+        if others_end and self._process == 0:
+            self.wait_for_others()
         os._exit(self._exit_code if exit_code is None else exit_code)
 
     def _tell(self, line: str) -> None:

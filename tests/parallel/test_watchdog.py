@@ -184,6 +184,23 @@ def test_a_clock_that_is_set_ends_no_job(pair, monkeypatch):
     assert "process 0 of 3: no progress for 1 minutes at " in ended[0] and "in step 1 since " in ended[0]
 
 
+def test_process_0_ends_after_the_others_but_does_not_wait_for_the_lost_one(pair):
+    first, _, _, ended = pair
+    ours, theirs = socket.socketpair()
+    first._add(ours, 2)
+    moments: list[float] = []
+    thread = threading.Thread(target=lambda: (first._lost(1, "for a test"), moments.append(time.monotonic())))
+    thread.start()
+    assert theirs.recv(100) == b"lost 1\n"
+    time.sleep(0.3)
+    assert not moments and "lost process 1 (for a test)" in ended[0]
+    before = time.monotonic()
+    theirs.close()
+    thread.join(5)
+    assert before <= moments[0] < before + 2 and ended[1:] == ["9"]
+    ours.close()
+
+
 def test_a_word_that_came_with_the_greeting_is_read_though_the_connection_is_closed(pair):
     first, ours, theirs, ended = pair
     first._unread[ours] = b"beat\nfailed 1\n"

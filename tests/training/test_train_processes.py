@@ -204,7 +204,7 @@ def test_a_process_does_not_wait_for_ever_for_the_others_to_start(place, process
 JOB = """
 import sys, time
 from opt_jax.parallel import agreement, processes
-seconds = 30 if sys.argv[3] == "error" else 3  # JAX aborts after twice that, which must not come before an error's end
+seconds = 30 if "error" in sys.argv[3] else 3  # JAX aborts after twice that, which must not come before an error's end
 processes.start("on", sys.argv[1], 2, int(sys.argv[2]), heartbeat_seconds=seconds)
 with processes.last_words("job"):
     import jax
@@ -225,6 +225,9 @@ with processes.last_words("job"):
         print(error, flush=True)
     processes.reached("the middle")
     if jax.process_index() == 1 and sys.argv[3] == "error":
+        raise ValueError("bad file")
+    if sys.argv[3] == "an error in both, later in 1":
+        time.sleep(4 * jax.process_index())
         raise ValueError("bad file")
     multihost_utils.sync_global_devices("never") if jax.process_index() != int(sys.argv[4]) else time.sleep(1000)
 """
@@ -249,6 +252,14 @@ def test_an_error_in_one_process_ends_both(place):
     assert "No such file" in first[1] and "process 0 failed: see its message" in second[1]
     assert "job: error: process 1: bad file\n" in second[2]
     assert "process 1 failed: see its message" in last_line(first[2], 0)
+
+
+def test_each_process_can_report_its_error_before_process_0_ends(place):
+    """JAX aborts the processes that outlive process 0, which therefore waits for them."""
+    done = outcomes(job(place, "an error in both, later in 1", 1))
+    assert [code for code, *_ in done] == [1, 1]
+    for process, (_, _, error) in enumerate(done):
+        assert f"job: error: process {process}: bad file\n" in error
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
