@@ -98,7 +98,10 @@ def _gather_over_fsdp(x: jax.Array, how: tuple[int, Any, Any, Any, Any]) -> jax.
     # `where` does not change values, but it keeps the cast inside the loop over layers. XLA for TPUs would move a plain
     # cast out of the loop, even through a barrier, and hold the weights of all layers in both dtypes (0.7 GB per chip
     # for 175B on 512).
-    return lax.all_gather(jnp.where(jnp.isnan(x), jnp.nan, x).astype(how[1]), "fsdp", axis=how[0], tiled=True)
+    x = jnp.where(jnp.isnan(x), jnp.nan, x).astype(how[1])
+    for groups in reversed(how[4]):
+        x = lax.all_gather(x, "fsdp", axis=how[0], tiled=True, axis_index_groups=groups)
+    return x
 
 
 def _gather_backward(how: tuple[int, Any, Any, Any, Any], _: None, gradient: jax.Array) -> tuple[jax.Array]:

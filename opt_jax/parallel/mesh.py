@@ -105,9 +105,11 @@ def per_device(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_spec
 def fsdp_stages(devices: Sequence[Any]) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """The stages in which to reduce-scatter over the devices along `fsdp`: the groups of indices of each stage.
 
+    An all-gather takes the same stages, from the last to the first.
+
     There is one stage for each side of the torus that TPUs lie along, and one stage for other devices. All stages
-    together send as much as one reduce-scatter over all devices. In one stage, XLA for TPUs uses an all-reduce on
-    slices with two equal sides, and sends twice as much.
+    together send as much as one collective over all devices. In one stage, XLA for TPUs may use an all-reduce, which
+    sends twice as much: for a reduce-scatter on slices with two equal sides, for an all-gather on those like 4 x 4 x 4.
     """
     count = len(devices)
     sides = zip(*(device.coords if device.platform == "tpu" else () for device in devices), strict=True)

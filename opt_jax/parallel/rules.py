@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
-# Inside `mesh.per_device`: the groups of each stage of a reduce-scatter over `fsdp` (see `mesh.fsdp_stages`).
+# Inside `mesh.per_device`: the groups of each stage of a collective over `fsdp` (see `mesh.fsdp_stages`).
 FSDP_STAGES: ContextVar[tuple[tuple[tuple[int, ...], ...], ...]] = ContextVar("FSDP_STAGES")
 
 # Parameter path (unstacked form, layer numbers as "*") -> mesh axes of its dimensions. The first products of a block

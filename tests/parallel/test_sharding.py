@@ -193,21 +193,24 @@ def tpus(*coords):
 
 @eight
 @pytest.mark.parametrize("sides", [(8,), (2, 4), (4, 2), (2, 2, 2)])
-def test_gradients_are_scattered_along_one_side_of_the_torus_after_the_other(monkeypatch, sides):
+def test_parameters_and_gradients_are_sent_along_one_side_of_the_torus_after_the_other(monkeypatch, sides):
     stages = fsdp_stages(tpus(*np.ndindex(sides)))
     assert tuple(len(groups[0]) for groups in stages) == sides
     monkeypatch.setattr("opt_jax.parallel.mesh.fsdp_stages", lambda devices: stages)
 
     def gradient(part, weights):  # of the kernel's first axis each device has a part, and its weights [1, 16, 3]
         def weighted(part):
-            tree = {"lm_head": {"kernel": part}}
-            return (gather_parameters(tree, jnp.float32, jnp.float32)["lm_head"]["kernel"] * weights[0]).sum()
+            kernel = gather_parameters({"lm_head": {"kernel": part}}, jnp.float32, jnp.float32)["lm_head"]["kernel"]
+            return (kernel * weights[0]).sum(), kernel[None]
 
-        return jax.grad(weighted)(part)
+        return jax.grad(weighted, has_aux=True)(part)
 
     mapped = per_device(gradient, make_mesh("fsdp=8", jax.devices()[:8]), (P("fsdp"), P("fsdp")), P("fsdp"))
+    kernel = np.arange(48, dtype=np.float32).reshape(16, 3)
     weights = np.random.default_rng(0).integers(-99, 99, (8, 16, 3)).astype(np.float32)
-    np.testing.assert_array_equal(jax.jit(mapped)(jnp.zeros((16, 3)), weights), weights.sum(0))
+    gradient_of_all, gathered = jax.jit(mapped)(kernel, weights)
+    np.testing.assert_array_equal(gradient_of_all, weights.sum(0))
+    np.testing.assert_array_equal(gathered, np.broadcast_to(kernel, (8, 16, 3)))  # on each device
 
 
 def test_devices_without_a_torus_scatter_in_one_stage():
