@@ -53,7 +53,8 @@ def test_there_are_such_commands():
 def launcher(beginning):
     """The block of code in docs/training.md that begins so."""
     text = (REPOSITORY / "docs/training.md").read_text()
-    return re.search(rf"^```\w*\n({re.escape(beginning)}.*?)^```", text, re.DOTALL | re.MULTILINE)[1]
+    (block,) = re.findall(rf"^```\w*\n({re.escape(beginning)}.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return block
 
 
 def launch(script, tmp_path, codes, **variables):
