@@ -95,7 +95,8 @@ def register() -> None:
 
 def library_path() -> Path:
     """Where the library is, or would be: a name that tells its source, JAX's version and the kind of machine."""
-    parts = (SOURCE.read_text(encoding="utf-8"), *FLAGS, jax.__version__, platform.system(), platform.machine())
+    machine = platform.system(), platform.machine()
+    parts = (SOURCE.read_text(encoding="utf-8"), *FLAGS, "sha256", jax.__version__, *machine)
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "opt-jax" / f"native_int8-{digest}.so"
