@@ -119,13 +119,13 @@ def goodput(lines: Iterable[dict[str, Any]]) -> Goodput | None:
     for line in lines:
         if line.get("time") is None or before is None and line.get("began") is None:
             continue
-        begin = line.get("began", before)
+        begin: Any = before if line.get("began") is None else line["began"]
         if before is not None and begin > before:
             lost["restarts"] += begin - before
             total += begin - before
         total += max(0.0, line["time"] - begin)
         for name in ACTIVITIES:
-            lost[name] += line.get(f"{name}_seconds", 0.0)
+            lost[name] += line.get(f"{name}_seconds") or 0.0
         before = line["time"]
     if not total:
         return None

@@ -170,7 +170,7 @@ class Metrics:
         now = time.time()
         if self._began is not None:  # there was no step in this start
             lines.append({"time": now, "began": self._began, "start_seconds": now - self._began})
-        elif lines and "time" in lines[-1]:
+        elif lines and lines[-1].get("time") is not None:
             lines.append({"time": now, "checkpoint_seconds": now - lines[-1]["time"]})
         summary = goodput.goodput(lines)
         return None if summary is None else str(summary)

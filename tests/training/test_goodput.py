@@ -38,6 +38,12 @@ def test_runs_of_before_count_from_their_next_start():
     assert goodput.goodput([*old, *LINES[2:]]) == goodput.goodput(LINES[2:])
 
 
+def test_null_is_as_good_as_nothing():
+    """Tables of other programs have a null where a line has no value."""
+    names = {name for line in LINES for name in line}
+    assert goodput.goodput(dict.fromkeys(names) | line for line in LINES) == goodput.goodput(LINES)
+
+
 def test_a_clock_that_is_set_back():
     lines = [LINES[0], {"step": 2, "time": 50.0}, {"step": 3, "time": 60.0}]
     result = goodput.goodput(lines)
