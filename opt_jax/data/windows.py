@@ -5,7 +5,6 @@ index). Row r of step n is element n * batch_size + r of one global dataset, on 
 """
 
 import contextlib
-import gc
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -252,9 +251,6 @@ class Reader:
         self._pool.shutdown(cancel_futures=True)
         if self._iterator is not None:
             self._iterator.close()
-            # It has cycles. Left to the end of the program, Python would warn of leaked semaphores and shared memory.
-            self._iterator = None
-            gc.collect()
 
     def __iter__(self) -> Iterator[Callable[[slice], dict[str, np.ndarray]]]:
         """For each step, a function from a slice of the global batch's rows to these rows, for `place_batch`."""

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
@@ -71,25 +70,6 @@ def test_worker_processes_read_the_same(tmp_path):
             np.testing.assert_array_equal(labels, windows.rows(step)[2:6, 1:])
             assert type(labels) is np.ndarray  # not an array in Grain's shared memory
     assert step == 8
-
-
-PROGRAM = """
-import numpy as np
-from opt_jax.data.windows import Reader, Windows
-if __name__ == "__main__":
-    windows = Windows(np.arange(1000), seq_len=16, batch_size=4)
-    with Reader(windows, range(4), 0, 9, workers=2) as reader:
-        print(len([place(slice(0, 4)) for place in reader]))
-"""
-
-
-@pytest.mark.slow
-def test_worker_processes_end_without_a_word(tmp_path):
-    """Python warns of what the processes shared and nobody released."""
-    (tmp_path / "program.py").write_text(PROGRAM)
-    command, environment = [sys.executable, "program.py"], os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr) == ("9\n", "")
 
 
 def test_a_mixture_has_its_weights_and_repeats_what_is_short():
