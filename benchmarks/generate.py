@@ -296,6 +296,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--first-token", action="store_true", help="measure a fresh process instead")
     options = parser.parse_args()
+    if options.new < 2:
+        parser.error("--new: at least 2, because a step is what the tokens after the first one take")
+    if options.first_token and (
+        unused := [
+            name
+            for name in ("batch_sizes", "dtype", "prompt", "new")
+            if vars(options)[name] != parser.get_default(name)
+        ]
+    ):
+        parser.error(
+            f"--first-token measures float32 and a prompt of its own: leave out --{unused[0].replace('_', '-')}"
+        )
 
     first_token(options) if options.first_token else compare(options)
 

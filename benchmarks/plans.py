@@ -130,6 +130,8 @@ def main() -> None:
     slices = DECODE_SLICES if options.decode else SLICES
     if unknown := [size for size in options.sizes if size not in slices]:
         parser.error(f"{unknown[0]}: the sizes are {', '.join(slices)}")
+    if options.decode and options.micro_batch is not None:
+        parser.error("--micro-batch is for training: leave it out with --decode")
     if options.decode:
         decode_table(options.sizes or list(DECODE_SLICES), list(options.generations))
         return

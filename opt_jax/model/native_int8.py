@@ -28,7 +28,7 @@ from opt_jax.system.temporary import write_file
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-shared", "-fPIC")
 COMMAND = "python -m opt_jax.model.native_int8"
-_TARGET = "opt_jax_int8_product"
+_TARGET, _DIGEST_BYTES = "opt_jax_int8_product", 32
 
 
 def use_native_int8(model: OPTForCausalLM) -> OPTForCausalLM:
@@ -41,7 +41,8 @@ def use_native_int8(model: OPTForCausalLM) -> OPTForCausalLM:
       model: a model that `quantize` returned, or one that was saved and loaded.
 
     Raises:
-      ValueError: a model without int8 weights, on a mesh or on an accelerator; a CPU without AVX-512 VNNI.
+      ValueError: a model without int8 weights, on a mesh or on an accelerator; a CPU without AVX-512 VNNI; the built C
+        part is damaged.
       FileNotFoundError: the C part is not built.
     """
     model = nnx.clone(model)
@@ -83,6 +84,9 @@ def register() -> None:
     path = library_path()
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not built yet. Run: {COMMAND}")
+    content = path.read_bytes()
+    if _signed(content[:-_DIGEST_BYTES]) != content:  # to load a truncated library would end the process
+        raise ValueError(f"{path}: damaged. Build it again: {COMMAND}")
     library = ctypes.CDLL(str(path))
     if not library.opt_jax_int8_supported():
         raise ValueError("use_native_int8 needs a CPU with AVX-512 VNNI, and this one has none: leave it out")
@@ -91,7 +95,8 @@ def register() -> None:
 
 def library_path() -> Path:
     """Where the library is, or would be: a name that tells its source, JAX's version and the kind of machine."""
-    parts = (SOURCE.read_text(encoding="utf-8"), *FLAGS, jax.__version__, platform.system(), platform.machine())
+    machine = platform.system(), platform.machine()
+    parts = (SOURCE.read_text(encoding="utf-8"), *FLAGS, "sha256", jax.__version__, *machine)
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "opt-jax" / f"native_int8-{digest}.so"
@@ -122,14 +127,19 @@ def build() -> Path:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or [f"exit code {done.returncode}"]
             raise RuntimeError(f"{compiler[0]} cannot compile {SOURCE.name}: {lines[0]}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, output.read_bytes())
+        write_file(path, _signed(output.read_bytes()))
     return path
+
+
+def _signed(library: bytes) -> bytes:
+    """The library with a digest behind it, which loading ignores."""
+    return library + hashlib.sha256(library).digest()
 
 
 def main() -> None:
     try:
         print(f"Built {build()}. opt_jax.use_native_int8(model) uses it.")
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"native_int8: error: {error}")
 
 

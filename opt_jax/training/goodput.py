@@ -19,27 +19,38 @@ ACTIVITIES = {
     "data": "waiting for the next batch, without a step under way",
     "validation": "evaluations",
     "checkpoint": "waiting for checkpoints",
+    "restarts": "steps that were done again, and time without a process",
 }
 _spent: dict[str, float] = {}
 _imported = time.time()
 _ended = 0.0  # when the last run in this process ended
+_run_began: float | None = None  # see `nothing_left`
 
 
 def begin() -> float:
-    """The Unix time at which this start of the run began; all since then that is not spent yet counts as "start".
+    """The Unix time from which this start of the run counts; all since then that is not spent yet counts as "start".
 
     That is when this process began, or when the run before it in this process ended. (Without Linux's /proc: when this
-    module was imported.)
+    module was imported.) After `nothing_left` it is earlier, and the time in between counts as "restarts".
     """
     began = max(_process_began(), _ended)
     _spent["start"] = max(0.0, time.time() - began - sum(_spent.values()))
+    if _run_began is not None and _run_began < began:
+        _spent["restarts"], began = began - _run_began, _run_began
     return began
+
+
+def nothing_left(began: float | None) -> None:
+    """Say that no step of the earlier starts of a run is left, and when the first of them began, if that is known."""
+    global _run_began
+    _run_began = began
 
 
 def end() -> None:
     """Say that a run ends: what comes now belongs to no run, or to the next."""
     global _ended
     _ended = time.time()
+    nothing_left(None)
     _spent.clear()
 
 
@@ -77,8 +88,8 @@ class Goodput:
     Attributes:
       total: from the beginning of its first process to its last line.
       steps: in training steps that count.
-      lost: for each of `ACTIVITIES`, and for "restarts": from the last line before a stop that still counts to the
-        beginning of the next process. That is steps that were done again, and time without a process.
+      lost: for each of `ACTIVITIES`. "restarts" is from the last line before a stop that still counts to the beginning
+        of the next process.
     """
 
     total: float
@@ -103,18 +114,18 @@ def goodput(lines: Iterable[dict[str, Any]]) -> Goodput | None:
     Returns:
       None if the lines have no times. (Runs before 2026-11-30 have none; a run that goes on since counts from there.)
     """
-    total, lost = 0.0, dict.fromkeys((*ACTIVITIES, "restarts"), 0.0)
+    total, lost = 0.0, dict.fromkeys(ACTIVITIES, 0.0)
     before: float | None = None
     for line in lines:
         if line.get("time") is None or before is None and line.get("began") is None:
             continue
-        begin = line.get("began", before)
+        begin: Any = before if line.get("began") is None else line["began"]
         if before is not None and begin > before:
             lost["restarts"] += begin - before
             total += begin - before
         total += max(0.0, line["time"] - begin)
         for name in ACTIVITIES:
-            lost[name] += line.get(f"{name}_seconds", 0.0)
+            lost[name] += line.get(f"{name}_seconds") or 0.0
         before = line["time"]
     if not total:
         return None

@@ -1,5 +1,6 @@
 """The metrics of a run: `metrics.jsonl`, and a progress bar (or plain lines if the output is not a terminal)."""
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -69,6 +70,9 @@ def cut_back(path: epath.Path, step: int, say: Callable[[str], Any], first: int 
     Raises:
       ValueError: a line that is kept is damaged, or train.py has not written it.
     """
+    if step <= first:
+        with contextlib.suppress(ValueError):  # a damaged line is removed, too
+            goodput.nothing_left(next((line.get("began") for _, line in read_metrics(path)), None))
     lines, last = {}, 0
     past = read_metrics(path)
     while last < step and (entry := next(past, None)) is not None:
@@ -158,13 +162,15 @@ class Metrics:
     def goodput(self) -> str | None:
         """A line that says where the time of the run went, all starts together; None on every process but 0.
 
-        The time since the last step counts for the checkpoint after it.
+        The time since the last step of this start counts for the checkpoint after it.
         """
         if self._path is None:
             return None
         lines = [line for _, line in read_metrics(self._path)]
         now = time.time()
-        if lines and "time" in lines[-1]:
+        if self._began is not None:  # there was no step in this start
+            lines.append({"time": now, "began": self._began, "start_seconds": now - self._began})
+        elif lines and lines[-1].get("time") is not None:
             lines.append({"time": now, "checkpoint_seconds": now - lines[-1]["time"]})
         summary = goodput.goodput(lines)
         return None if summary is None else str(summary)

@@ -158,12 +158,25 @@ def test_a_library_that_is_not_built_is_an_error_that_says_how(monkeypatch, tmp_
         use_native_int8(quantize(our_model("opt-125m")))
 
 
+@pytest.mark.parametrize("kept", [slice(0), slice(3000), slice(1, None), slice(-32)])
+def test_a_damaged_library_is_an_error_that_says_how(built, monkeypatch, tmp_path, kept):
+    """Not a bus error, which ends the process without a word."""
+    content = native_int8.library_path().read_bytes()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native_int8.library_path().parent.mkdir()
+    native_int8.library_path().write_bytes(content[kept])
+    native_int8.register.cache_clear()
+    with pytest.raises(ValueError, match="damaged. Build it again: python -m opt_jax.model.native_int8"):
+        native_int8.register()
+
+
 def test_errors_of_the_compiler_are_one_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     failing = f"{sys.executable} -c 'import sys; sys.exit(\"x.c: error: no such target\")'"
     for compiler, message in (
         ("no-such-cc -m64", "no C compiler: no-such-cc was not found. Install gcc, or name one: CC=..."),
         (failing, "cannot compile native_int8.c: x.c: error: no such target"),
+        ("'gcc", "No closing quotation"),
     ):
         monkeypatch.setenv("CC", compiler)
         with pytest.raises(SystemExit) as ended:

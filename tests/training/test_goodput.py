@@ -6,7 +6,7 @@ import time
 import pytest
 
 from opt_jax.training import goodput
-from opt_jax.training.metrics import Metrics
+from opt_jax.training.metrics import Metrics, cut_back
 from opt_jax.training.plot import plot_runs
 
 SPENT = {f"{name}_seconds" for name in goodput.ACTIVITIES}
@@ -38,6 +38,12 @@ def test_runs_of_before_count_from_their_next_start():
     assert goodput.goodput([*old, *LINES[2:]]) == goodput.goodput(LINES[2:])
 
 
+def test_null_is_as_good_as_nothing():
+    """Tables of other programs have a null where a line has no value."""
+    names = {name for line in LINES for name in line}
+    assert goodput.goodput(dict.fromkeys(names) | line for line in LINES) == goodput.goodput(LINES)
+
+
 def test_a_clock_that_is_set_back():
     lines = [LINES[0], {"step": 2, "time": 50.0}, {"step": 3, "time": 60.0}]
     result = goodput.goodput(lines)
@@ -63,6 +69,45 @@ def test_seconds_are_in_the_lines(tmp_path):
     summary = metrics.goodput()
     assert summary is not None and summary.startswith("goodput ")
     assert goodput.take() == {}
+
+
+def start_of_a_run(path, step, steps):
+    """What train.py does with the metrics in a start that begins at `step`."""
+    cut_back(path, step, pytest.fail)
+    measured = dict(loss=1.0, lr=1.0, grad_norm=1.0, skipped=False)
+    with Metrics(path, start=step, steps=step + steps, tokens_per_step=1, log_every=9) as metrics:
+        for i in range(steps):
+            metrics.record(step + i + 1, measured)
+    return metrics
+
+
+def test_starts_of_which_no_step_is_left_count(tmp_path):
+    """A run that is killed before its first checkpoint begins again with an empty file."""
+    path = tmp_path / "metrics.jsonl"
+    first = start_of_a_run(path, 0, 1)
+    (line,) = map(json.loads, path.read_text().splitlines())
+    for _ in range(2):
+        time.sleep(0.1)
+        start_of_a_run(path, 0, 1)
+    (last,) = map(json.loads, path.read_text().splitlines())
+    assert last["began"] == line["began"]
+    assert last["restarts_seconds"] >= 0.1 and last["start_seconds"] >= 0.1  # a start begins when the last one ends
+    result = goodput.goodput([last])
+    assert result is not None and result.total == pytest.approx(last["time"] - line["began"])
+    assert sum(result.lost.values()) <= result.total and str(first.goodput()).count("restarts") == 1
+    start_of_a_run(tmp_path / "another.jsonl", 0, 1)
+    assert "restarts_seconds" not in json.loads((tmp_path / "another.jsonl").read_text())
+
+
+def test_a_start_without_a_step_is_no_checkpoint(tmp_path):
+    """A run that is killed while it exports its model, and is started again an hour later."""
+    path = tmp_path / "metrics.jsonl"
+    hour_ago = time.time() - 3600
+    goodput.end()
+    path.write_text(json.dumps({"step": 1, "time": hour_ago, "began": hour_ago - 3600}) + "\n")
+    summary = start_of_a_run(path, 1, 0).goodput()
+    assert summary is not None and summary.startswith("goodput 50.0% of 2:00:0") and "restarts 50.0%" in summary
+    assert "checkpoint" not in summary
 
 
 def test_the_picture_names_it(tmp_path, monkeypatch):
