@@ -271,8 +271,9 @@ class Metrics:
             values["began"], self._began = self._began, None
         if self._file is not None:
             self._file.write(json.dumps(values, allow_nan=False) + "\n")
-            for logger in self._loggers:
-                logger.write(values)
+            measured = {name: value for name, value in values.items() if name not in ("time", "began")}
+            for logger in self._loggers:  # which note the time themselves
+                logger.write(measured)
 
     def _print(self, line: str) -> None:
         if self._file is not None:

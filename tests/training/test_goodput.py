@@ -2,6 +2,8 @@
 
 import json
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -54,7 +56,9 @@ def test_seconds_are_in_the_lines(tmp_path):
     """Of a batch that was waited for, of a validation and of a checkpoint; each once."""
     goodput.end()
     path, measured = tmp_path / "metrics.jsonl", dict(loss=1.0, lr=1.0, grad_norm=1.0, skipped=False)
-    with Metrics(path, start=0, steps=2, tokens_per_step=1, log_every=9) as metrics:
+    logged: list[dict] = []
+    logger: Any = SimpleNamespace(write=logged.append, close=lambda: None)
+    with Metrics(path, start=0, steps=2, tokens_per_step=1, log_every=9, loggers=[logger]) as metrics:
         with goodput.spend("data"):
             time.sleep(0.2)
         for step in (1, 2):
@@ -65,6 +69,8 @@ def test_seconds_are_in_the_lines(tmp_path):
     assert first["data_seconds"] >= 0.2 and "checkpoint_seconds" not in first and "validation_seconds" not in first
     assert "began" not in second and second["checkpoint_seconds"] >= 0.15 and second["validation_seconds"] >= 0.1
     assert first["time"] - first["began"] >= 0.2 + first["start_seconds"]
+    for line, numbers in zip((first, second), logged, strict=True):  # TensorBoard would draw the clock as a curve
+        assert numbers == {name: value for name, value in line.items() if name not in ("time", "began")}
     assert second["time"] - first["time"] >= sum(v for k, v in second.items() if k in SPENT)
     summary = metrics.goodput()
     assert summary is not None and summary.startswith("goodput ")
