@@ -123,11 +123,11 @@ def _all_here_within(
     where = "" if coordinator_address is None else f", or that does not reach {coordinator_address}"
     line = (
         f"{who}waited {seconds:g} s for the other processes to start: look for one that has not started, or has ended"
-        f"{where}; then start all of them again\n"
+        f"{where}; then start all of them again"
     )
 
     def end() -> None:
-        os.write(2, line.encode())
+        say(line)
         os._exit(LOST_PROCESS)
 
     timer = threading.Timer(seconds, end)
@@ -239,8 +239,8 @@ def last_words(program: str, at_once: bool = False) -> Generator[None, None, Non
             message = f"{program}: error: {error_line(error)}"
             if not at_once:
                 sys.exit(message)
-            print(message, file=sys.stderr, flush=True)
-            with suppress(OSError):
+            with suppress(OSError):  # the log may be on a full disk
+                print(message, file=sys.stderr, flush=True)
                 print(end="", flush=True)
             os._exit(1)
         _leave(f"{program}: error: process {jax.process_index()}: {error_line(error)}")
@@ -268,7 +268,8 @@ def end_at_once(number: int) -> None:
 
 def _leave(message: str) -> None:
     """End this process of a job with a message, and tell the other processes."""
-    print(message, file=sys.stderr, flush=True)
+    with suppress(OSError):  # the log may be on a full disk
+        print(message, file=sys.stderr, flush=True)
     if _watchdog is not None:
         _watchdog.fail()
         if jax.process_index() == 0:

@@ -267,7 +267,8 @@ class Watchdog(threading.Thread):
             f"process {self._process} of {self._count}: {what} at {now:%H:%M:%S} UTC, in {self._where} since "
             f"{since:%H:%M:%S}{advice}\n"
         )
-        os.write(sys.stderr.fileno() if sys.stderr else 2, line.encode())  # no lock that a stuck thread may hold
+        with suppress(OSError):  # the log may be on a full disk
+            os.write(sys.stderr.fileno() if sys.stderr else 2, line.encode())  # no lock that a stuck thread may hold
         if others_end and self._process == 0:
             self.wait_for_others()
         os._exit(self._exit_code if exit_code is None else exit_code)

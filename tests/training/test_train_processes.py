@@ -233,10 +233,10 @@ with processes.last_words("job"):
 """
 
 
-def job(place: Path, what: str, victim: int) -> list[subprocess.Popen]:
-    """Start two processes: the victim sleeps, and the other waits for it."""
-    address = free_address()
-    words = [[sys.executable, "-c", JOB, address, str(i), what, str(victim)] for i in range(2)]
+def job(place: Path, what: str, victim: int, log: str = "&2") -> list[subprocess.Popen]:
+    """Start two processes, with their messages in `log`: the victim sleeps, and the other waits for it."""
+    address, shell = free_address(), ["sh", "-c", f'exec "$@" 2>{log}', "sh"]
+    words = [[*shell, sys.executable, "-c", JOB, address, str(i), what, str(victim)] for i in range(2)]
     return [start(command, devices=2) for command in words]
 
 
@@ -260,6 +260,12 @@ def test_each_process_can_report_its_error_before_process_0_ends(place):
     assert [code for code, *_ in done] == [1, 1]
     for process, (_, _, error) in enumerate(done):
         assert f"job: error: process {process}: bad file\n" in error
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("what", ["error", "an error in both, later in 1"])
+def test_an_error_ends_both_though_nobody_can_write_it_down(place, what):
+    assert [code for code, *_ in outcomes(job(place, what, 1, log="/dev/full"))] == [1, 1]
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
