@@ -28,7 +28,7 @@ from opt_jax.system.reading import json_object, read_small
 _MAX_LAYERS = 10_000  # a file that claims more is damaged
 _THREADS = 4  # each holds one or two chunks; some transpose while others wait for the disk
 # Chunks that end together share a commit, and an object store commits once a second. (Takes a gigabyte of buffers.)
-_REMOTE_THREADS = 32
+_REMOTE_THREADS = 64
 
 
 # Writing ----------------------------------------------------------------------------------------------------
