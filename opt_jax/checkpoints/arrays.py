@@ -1,6 +1,7 @@
 """Lazy arrays: shape, dtype, and a function that reads any part of an array that is not in memory."""
 
 import math
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from opt_jax.checkpoints import chunks
 from opt_jax.checkpoints.chunks import Index, Shape, pieces
 
 _ALIGNMENT = 64  # bytes; XLA's on a CPU
+_HUGE_PAGES_FROM = 4 << 20  # bytes; for such arrays NumPy asks for huge pages
 Checks = tuple[Callable[[], object], ...]  # comparisons that are run later because they read data; raise ValueError
 
 
@@ -62,12 +64,13 @@ class LazyArray:
 
 
 def empty(shape: Shape, dtype: np.dtype, buffer: np.ndarray | None = None) -> np.ndarray:
-    """An uninitialised array in `buffer` (uint8), or in new memory that a `jax.Array` on a CPU can use without a copy.
-
-    NumPy asks the kernel for huge pages for it, as TensorStore and JAX do not.
-    """
+    """An uninitialised array in `buffer` (uint8), or in new memory that JAX can use on a CPU without a copy."""
     nbytes = math.prod(shape) * dtype.itemsize
-    if buffer is None:
+    if buffer is None and nbytes >= _HUGE_PAGES_FROM:
+        # A virtual machine returns free huge pages to its host, and to get one back takes longer than 512 small ones
+        # that were freed just now. JAX asks for none, either.
+        buffer = np.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+    elif buffer is None:
         buffer = np.empty(nbytes + _ALIGNMENT, np.uint8)
         buffer = buffer[-buffer.ctypes.data % _ALIGNMENT :]
     return buffer[:nbytes].view(dtype).reshape(shape)

@@ -198,7 +198,7 @@ class _Stored:
         try:
             if not self.verify:
                 return chunks.read_unverified(self.store, index)
-            # `store.read` would return memory without huge pages, which JAX would copy.
+            # Not `store.read`, whose result JAX would copy: it is not aligned.
             out = empty(tuple(s.stop - s.start for s in index), self.store.dtype.numpy_dtype)
             ts.array(out).write(self.store[index]).result()
             return out
