@@ -1,6 +1,7 @@
 """Lazy arrays: shape, dtype, and a function that reads any part of an array that is not in memory."""
 
 import math
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ import numpy as np
 from opt_jax.checkpoints import chunks
 from opt_jax.checkpoints.chunks import Index, Shape, pieces
 
+_ALIGNMENT = 64  # bytes; XLA's on a CPU
+_HUGE_PAGES_FROM = 4 << 20  # bytes; for such arrays NumPy asks for huge pages
 Checks = tuple[Callable[[], object], ...]  # comparisons that are run later because they read data; raise ValueError
 
 
@@ -21,12 +24,14 @@ class LazyArray:
         any strides and alignment, of memory that changes later. `load` returns a copy.
       chunk: the array is stored as a grid of chunks of this shape, and reading a part of a chunk reads the complete
         chunk. None: any part can be read alone.
+      copied: what `read` returns is a copy of which nobody else has a view, so `load` need not copy it again.
     """
 
     shape: Shape
     dtype: np.dtype
     read: Callable[[Index], np.ndarray]
     chunk: Shape | None = None
+    copied: bool = False
 
     @property
     def size(self) -> int:
@@ -39,21 +44,36 @@ class LazyArray:
     @property
     def T(self) -> "LazyArray":  # noqa: N802  (as numpy.ndarray.T)
         chunk = None if self.chunk is None else self.chunk[::-1]
-        return LazyArray(self.shape[::-1], self.dtype, lambda index: self.read(index[::-1]).T, chunk)
+        return LazyArray(self.shape[::-1], self.dtype, lambda index: self.read(index[::-1]).T, chunk, self.copied)
 
     def load(self, index: Sequence[slice] | None = None, buffer: np.ndarray | None = None) -> np.ndarray:
         """A C-contiguous copy, in native byte order, of the array or of the part at `index`.
 
         Args:
           index: one slice per dimension; None: the complete array.
-          buffer: uint8 [at least the bytes of the part] to copy into. (Allocating takes as long as copying.)
+          buffer: uint8 [at least the bytes of the part] that a copy is put into. (Allocating takes as long as copying.)
         """
         index = (slice(None),) * len(self.shape) if index is None else index
         view = self.read(tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, self.shape, strict=True)))
-        buffer = np.empty(view.size * self.dtype.itemsize, np.uint8) if buffer is None else buffer
-        out = buffer[: view.size * self.dtype.itemsize].view(self.dtype.newbyteorder("=")).reshape(view.shape)
+        dtype = self.dtype.newbyteorder("=")
+        if self.copied and view.flags.c_contiguous and view.dtype == dtype:
+            return view
+        out = empty(view.shape, dtype, buffer)
         copy_blocked(out, view)
         return out
+
+
+def empty(shape: Shape, dtype: np.dtype, buffer: np.ndarray | None = None) -> np.ndarray:
+    """An uninitialised array in `buffer` (uint8), or in new memory that JAX can use on a CPU without a copy."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if buffer is None and nbytes >= _HUGE_PAGES_FROM:
+        # A virtual machine returns free huge pages to its host, and to get one back takes longer than 512 small ones
+        # that were freed just now. JAX asks for none, either.
+        buffer = np.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+    elif buffer is None:
+        buffer = np.empty(nbytes + _ALIGNMENT, np.uint8)
+        buffer = buffer[-buffer.ctypes.data % _ALIGNMENT :]
+    return buffer[:nbytes].view(dtype).reshape(shape)
 
 
 def copy_blocked(out: np.ndarray, view: np.ndarray) -> None:

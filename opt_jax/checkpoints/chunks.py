@@ -39,7 +39,9 @@ _MAX_METADATA_BYTES = 64 << 10
 _MAX_MANIFEST_BYTES = 1 << 20
 _MAX_DEPTH = 12
 _MAX_RANK = 8
-CHUNK_BYTES = 32 << 20  # the most of one stored chunk: a process reads at least one chunk to fill its shard
+# The most of one stored chunk. A process reads at least one chunk to fill its shard. TensorStore has buffers as large
+# as a chunk, and glibc gives those of 32 MiB and more back to the kernel each time.
+CHUNK_BYTES = 16 << 20
 _MAX_CHUNK_BYTES = 2 << 30
 _MAX_FOLDERS = 6  # inside each other
 _WIDTHS = {"bool": 1, "bfloat16": 2} | {

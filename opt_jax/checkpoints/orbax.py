@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from opt_jax.checkpoints import chunks, hub
-from opt_jax.checkpoints.arrays import LazyArray
+from opt_jax.checkpoints.arrays import LazyArray, empty
 from opt_jax.checkpoints.chunks import Index, pieces
 from opt_jax.parallel.agreement import agree
 from opt_jax.system.disk import disk_errors, without_tracebacks
@@ -28,7 +28,7 @@ from opt_jax.system.reading import json_object, read_small
 _MAX_LAYERS = 10_000  # a file that claims more is damaged
 _THREADS = 4  # each holds one or two chunks; some transpose while others wait for the disk
 # Chunks that end together share a commit, and an object store commits once a second. (Takes a gigabyte of buffers.)
-_REMOTE_THREADS = 32
+_REMOTE_THREADS = 64
 
 
 # Writing ----------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def open_stored(directory: Path, verify: bool = True) -> dict[str, LazyArray]:
     for path, store in stores.items():
         read = _Stored(directory, path, store, verify or not checked).read
         chunk: Any = store.chunk_layout.read_chunk.shape
-        arrays[path] = LazyArray(store.shape, store.dtype.numpy_dtype, read, chunk and tuple(chunk))
+        arrays[path] = LazyArray(store.shape, store.dtype.numpy_dtype, read, chunk and tuple(chunk), copied=True)
     return arrays
 
 
@@ -179,7 +179,7 @@ def open_arrays(directory: Path, verify: bool = True) -> dict[str, LazyArray]:
             chunk = stored.chunk and stored.chunk[1:]
             for i in range(shape[0]):
                 read = lambda index, stored=stored, i=i: stored.read((slice(i, i + 1), *index))[0]  # noqa: E731
-                arrays[f"{before}.layers.{i}.{after}"] = LazyArray(shape[1:], stored.dtype, read, chunk)
+                arrays[f"{before}.layers.{i}.{after}"] = LazyArray(shape[1:], stored.dtype, read, chunk, copied=True)
         else:
             arrays[path] = stored
     return arrays
@@ -196,7 +196,12 @@ class _Stored:
 
     def read(self, index: Index) -> np.ndarray:
         try:
-            return self.store[index].read().result() if self.verify else chunks.read_unverified(self.store, index)
+            if not self.verify:
+                return chunks.read_unverified(self.store, index)
+            # Not `store.read`, whose result JAX would copy: it is not aligned.
+            out = empty(tuple(s.stop - s.start for s in index), self.store.dtype.numpy_dtype)
+            ts.array(out).write(self.store[index]).result()
+            return out
         except ValueError as e:
             raise ValueError(f"{self.directory}: tensor {self.name} cannot be read: {one_line(e)}") from e
 

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -23,7 +24,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from opt_jax.checkpoints import hf_scripts, hub, quantized_layers
-from opt_jax.checkpoints.arrays import Checks, LazyArray
+from opt_jax.checkpoints.arrays import Checks, LazyArray, empty
 from opt_jax.checkpoints.chunks import Shape
 from opt_jax.checkpoints.formats import config_json, hf, names, peft, quantized
 from opt_jax.checkpoints.orbax import open_arrays
@@ -42,6 +43,7 @@ M = TypeVar("M", bound=OPTPreTrainedModel)
 log = logging.getLogger(__name__)
 
 PARAM_DTYPES = ("float32", "bfloat16", "float16")
+_READERS = 2  # number of arrays that are read at the same time
 _STORED_DTYPES = (*PARAM_DTYPES, "float64")
 _LAYER = ".layers.0."
 _LARGEST_NEW_HEAD = 10  # times what is stored
@@ -186,9 +188,11 @@ def _fill(
 ) -> None:
     """Give the parameters of an abstract model the values of `arrays`, or new ones, with the shardings of `targets`."""
     params, integers = named_parameters(model), quantized.quantized_of(arrays)
-    for path, target in targets.items():
-        if path not in fresh and path not in integers:
-            params[path].set_value(read_array(arrays[path], target))
+    stored = [path for path in targets if path not in fresh and path not in integers]
+    with ThreadPoolExecutor(_READERS) as pool:
+        reading = pool.map(lambda path: read_array(arrays[path], targets[path]), stored)
+        for path, array in zip(stored, reading, strict=True):
+            params[path].set_value(array)
     if fresh:
         for path, array in _initialise(type(model), model.config, {path: targets[path] for path in fresh}).items():
             params[path].set_value(array)
@@ -406,7 +410,11 @@ def read_array(lazy: LazyArray, target: jax.ShapeDtypeStruct) -> jax.Array:
         key = tuple((s.start, s.stop) for s in index)
         if key in parts:
             return parts[key].copy()  # for another replica, because JAX may donate a buffer
-        parts[key] = lazy.load(index).astype(target.dtype, copy=False)
-        return parts[key]
+        values = lazy.load(index)
+        if values.dtype != target.dtype:
+            stored, values = values, empty(values.shape, target.dtype)
+            values[...] = stored
+        parts[key] = values
+        return values
 
     return jax.make_array_from_callback(target.shape, target.sharding, part)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from opt_jax.checkpoints.arrays import LazyArray
+from opt_jax.checkpoints.arrays import LazyArray, empty
 from opt_jax.checkpoints.chunks import Index, Shape
 from opt_jax.system.reading import open_regular
 
@@ -26,7 +26,7 @@ class Stored(NamedTuple):
     dtype: np.dtype
 
     def lazy(self) -> LazyArray:
-        return LazyArray(self.shape, self.dtype, self.read)
+        return LazyArray(self.shape, self.dtype, self.read, copied=True)
 
     def read(self, index: Index) -> np.ndarray:
         """A copy of the part at the index. Of rows or columns of a matrix exactly their bytes are read.
@@ -45,7 +45,7 @@ class Stored(NamedTuple):
             dense = tuple(math.prod(shape[i + 1 :]) * item for i in range(len(shape)))
             steps = tuple(step if n > 1 else d for step, n, d in zip(self.strides, shape, dense, strict=True))
             if steps == dense or len(shape) > 1 and steps[1:] == dense[1:] and steps[0] >= dense[0]:
-                out = np.empty(shape, self.dtype)
+                out = empty(shape, self.dtype)
                 if steps == dense:
                     fill(self.path, file, out, start)
                 else:  # some columns: read row by row
