@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -95,17 +96,30 @@ class KVCache:
         XLA removes batch axes of size one from the operands of a product. If the loop carries arrays with this axis, a
         CPU writes each new column twice and copies the cache four times in every step.
         """
-        return self._reshape(lambda x: x[0]) if self.batch_size == 1 else self
+        return self._map(lambda x: x[0]) if self.batch_size == 1 else self
 
     def unsqueeze(self) -> "KVCache":
-        return self._reshape(lambda x: x[None]) if len(self.k[0].shape) == 3 else self
+        return self._map(lambda x: x[None]) if len(self.k[0].shape) == 3 else self
 
-    def _reshape(self, reshape: Callable[[Array], Array]) -> "KVCache":
-        return dataclasses.replace(self, k=jax.tree.map(reshape, self.k), v=jax.tree.map(reshape, self.v))
+    def _map(self, change: Callable[[Array], Array]) -> "KVCache":
+        return dataclasses.replace(self, k=jax.tree.map(change, self.k), v=jax.tree.map(change, self.v))
 
     def wrap(self) -> "KVCache":
         """The cache with `column` set to 0 if it is past the last one. The tokens there must not be needed any more."""
         return dataclasses.replace(self, column=self.column % self.max_length)
+
+    def pin(self) -> "KVCache":
+        """The cache, for a step of a loop. On TPUs, keys and values stay in the layout that they have outside of it.
+
+        Without this, the compiler puts the columns first in a loop. Then it copies the cache before and after, and pads
+        heads of fewer than 128 numbers to 128.
+        """
+
+        def pinned(x: Array) -> Array:
+            order = [*range(x.ndim)]
+            return with_layout_constraint(x, Layout(order if x.shape[-1] % 128 == 0 else [*order[:-2], *order[:-3:-1]]))
+
+        return lax.platform_dependent(self, tpu=lambda cache: cache._map(pinned), default=lambda cache: cache)
 
     def rewind(self, width: int, kept: Int[Array, " B"]) -> "KVCache":
         """The cache without its last `width` columns. Row b keeps the first `kept[b]` of them, which hold real tokens.
@@ -130,13 +144,8 @@ class KVCache:
         def moved(x: Array) -> Array:
             return jnp.take_along_axis(x, order[:, None, :, None], axis=2)
 
-        return dataclasses.replace(
-            self,
-            k=jax.tree.map(moved, self.k),
-            v=jax.tree.map(moved, self.v),
-            valid=jnp.arange(self.max_length, dtype=jnp.int32)[None] < count[:, None],
-            column=count.max(),
-        )
+        valid = jnp.arange(self.max_length, dtype=jnp.int32)[None] < count[:, None]
+        return dataclasses.replace(self._map(moved), valid=valid, column=count.max())
 
     def extend(self, batch: int, columns: int) -> "KVCache":
         """A copy with `columns` more columns; and if the cache has one row, with `batch` equal rows."""
@@ -146,9 +155,7 @@ class KVCache:
             return jnp.broadcast_to(x, (batch, *x.shape[1:]))
 
         return dataclasses.replace(
-            self,
-            k=jax.tree.map(lambda x: grown(x, 2), self.k),
-            v=jax.tree.map(lambda x: grown(x, 2), self.v),
+            self._map(lambda x: grown(x, 2)),
             valid=grown(self.valid, 1),
             next_position=jnp.broadcast_to(self.next_position, (batch,)),
         )
@@ -198,9 +205,8 @@ def init_cache(layers: int, batch: int, heads: int, max_length: int, head_dim: i
         raise ValueError(f"a cache of {jnp.dtype(dtype)} is not supported: use int8 or a floating point dtype")
 
     def zeros():
-        values = jnp.zeros((batch, heads, max_length, head_dim), dtype)
-        scale = (*values.shape[:-1], 1)
-        return Int8Array(values, jnp.zeros(scale, jnp.float32)) if values.dtype == jnp.int8 else values
+        x = jnp.zeros((batch, heads, max_length, head_dim), dtype)
+        return Int8Array(x, jnp.zeros((*x.shape[:-1], 1), jnp.float32)) if x.dtype == jnp.int8 else x
 
     k, v = (tuple(zeros() for _ in range(layers)) for _ in "kv")
     return KVCache(
