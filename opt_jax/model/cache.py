@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from opt_jax.model import int8
 from opt_jax.model.int8 import Int8Array
+from opt_jax.parallel.rules import activation_spec
 
 _STATIC = dict(static=True)
 
@@ -101,8 +103,9 @@ class KVCache:
     def unsqueeze(self) -> "KVCache":
         return self._map(lambda x: x[None]) if len(self.k[0].shape) == 3 else self
 
-    def _map(self, change: Callable[[Array], Array]) -> "KVCache":
-        return dataclasses.replace(self, k=jax.tree.map(change, self.k), v=jax.tree.map(change, self.v))
+    def _map(self, change: Callable[..., Array], *others: "KVCache") -> "KVCache":
+        k, v = jax.tree.map(change, *((cache.k, cache.v) for cache in (self, *others)))
+        return dataclasses.replace(self, k=k, v=v)
 
     def wrap(self) -> "KVCache":
         """The cache with `column` set to 0 if it is past the last one. The tokens there must not be needed any more."""
@@ -116,8 +119,10 @@ class KVCache:
         """
 
         def pinned(x: Array) -> Array:
-            order = [*range(x.ndim)]
-            return with_layout_constraint(x, Layout(order if x.shape[-1] % 128 == 0 else [*order[:-2], *order[:-3:-1]]))
+            last = (x.ndim - 2, x.ndim - 1)[:: 1 if x.shape[-1] % 128 == 0 else -1]
+            fix = partial(with_layout_constraint, layouts=Layout((*range(x.ndim - 2), *last)))
+            spec = activation_spec(x.shape, "heads")  # without `shard_map`, each device might gather all of x first
+            return fix(x) if spec is None else jax.shard_map(fix, in_specs=spec, out_specs=spec, check_vma=False)(x)
 
         return lax.platform_dependent(self, tpu=lambda cache: cache._map(pinned), default=lambda cache: cache)
 
@@ -130,12 +135,9 @@ class KVCache:
         start = self.column - width
         window = lax.dynamic_slice_in_dim(self.valid, start, width, axis=1)
         keep = jnp.arange(width, dtype=jnp.int32)[None] < kept[:, None]
-        return dataclasses.replace(
-            self,
-            valid=lax.dynamic_update_slice_in_dim(self.valid, keep, start, axis=1),
-            next_position=self.next_position - window.sum(-1, dtype=jnp.int32) + kept,
-            column=start + kept.max(),
-        )
+        valid = lax.dynamic_update_slice_in_dim(self.valid, keep, start, axis=1)
+        position = self.next_position - window.sum(-1, dtype=jnp.int32) + kept
+        return dataclasses.replace(self, valid=valid, next_position=position, column=start + kept.max())
 
     def compact(self) -> "KVCache":
         """The cache without holes: the real columns of each row, moved to the left. Rewrites all keys and values."""
@@ -154,11 +156,8 @@ class KVCache:
             x = jnp.pad(x, [(0, columns if i == axis else 0) for i in range(x.ndim)])
             return jnp.broadcast_to(x, (batch, *x.shape[1:]))
 
-        return dataclasses.replace(
-            self._map(lambda x: grown(x, 2)),
-            valid=grown(self.valid, 1),
-            next_position=jnp.broadcast_to(self.next_position, (batch,)),
-        )
+        cache, position = self._map(lambda x: grown(x, 2)), jnp.broadcast_to(self.next_position, (batch,))
+        return dataclasses.replace(cache, valid=grown(self.valid, 1), next_position=position)
 
     def replace_rows(self, rows: Int[Array, " b"], new: "KVCache") -> "KVCache":
         """The cache with row `rows[i]` replaced by row i of `new`; nothing is written for a row outside [0, B).
@@ -172,13 +171,9 @@ class KVCache:
             y = jnp.pad(y, [(0, missing if i == axis else 0) for i in range(y.ndim)])
             return x.at[rows].set(jnp.roll(y, self.column - new.column, axis), mode="drop")
 
-        return dataclasses.replace(
-            self,
-            k=jax.tree.map(lambda x, y: put(x, y, 2), self.k, new.k),
-            v=jax.tree.map(lambda x, y: put(x, y, 2), self.v, new.v),
-            valid=put(self.valid, new.valid, 1),
-            next_position=self.next_position.at[rows].set(new.next_position, mode="drop"),
-        )
+        cache = self._map(lambda x, y: put(x, y, 2), new)
+        position = self.next_position.at[rows].set(new.next_position, mode="drop")
+        return dataclasses.replace(cache, valid=put(self.valid, new.valid, 1), next_position=position)
 
     def branch(self, branches: int) -> "KVCache":
         """The cache with N branches of each row, which share all columns so far.
