@@ -97,7 +97,7 @@ def main(file: str) -> None:
     with use_mesh(chips):
         lowered = loop.advance.lower(*jax.tree.map(lambda x: _abstract(x, chips), args), **kwargs)
         # Otherwise caches that were prefetched are written back (docs/scaling.md, "Decoding").
-        compiled = lowered.compile(compiler_options={"xla_msa_max_outstanding_evictions": 0})
+        compiled = lowered.compile(compiler_options={"xla_msa_max_outstanding_evictions": "0"})
         Path(file).write_text(compiled.as_text() or "")
 
 
