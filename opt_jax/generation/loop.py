@@ -183,7 +183,7 @@ def advance(
     model, until = as_module(model), state.step + steps
 
     def step(state: DecodeState) -> DecodeState:
-        out = model.forward(state.token[:, None], cache=state.cache.wrap())
+        out = model.forward(state.token[:, None], cache=state.cache.wrap().pin())
         return _append(dataclasses.replace(state, cache=out.cache), out.logits[:, -1], options, do_sample)
 
     def go_on(state: DecodeState) -> Bool[Array, ""]:

@@ -37,8 +37,9 @@ def device_memory(model: Any) -> int:
 
 
 def column_bytes(config: OPTConfig, dtype: DTypeLike) -> int:
-    """Bytes of the keys and values of one token in all layers."""
-    return 2 * config.num_hidden_layers * config.hidden_size * np.dtype(dtype).itemsize
+    """Bytes of the keys and values of one token in all layers, and of their scales in an int8 cache."""
+    scales = 4 * config.num_attention_heads if np.dtype(dtype) == np.int8 else 0
+    return 2 * config.num_hidden_layers * (config.hidden_size * np.dtype(dtype).itemsize + scales)
 
 
 def check_memory(nbytes: int, limit: int, rows: int, given: GenerationConfig) -> None:

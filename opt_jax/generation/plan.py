@@ -99,7 +99,8 @@ def step_numbers(program: Program, cache_bytes: int) -> dict[str, Any]:
 
     Args:
       program: the compiled `loop.advance`.
-      cache_bytes: bytes of a chip's part of the keys of one layer. Only arrays of that size count as copies.
+      cache_bytes: bytes of a chip's part of the keys of one layer, without their scales. Only arrays of that size count
+        as copies.
 
     Returns:
       "copies" and "copied_bytes" are of one step: arrays that it writes anew instead of updating them. "call_copies"
@@ -171,7 +172,8 @@ def make_plan(
         "floor_bytes": floor_bytes(model, mesh, rows, max_length, cache_dtype),
     }
     if decode is not None and decode.program is not None:
-        step = step_numbers(decode.program, cache // (2 * config.num_hidden_layers))
+        width = config.hidden_size * np.dtype(cache_dtype or dtype).itemsize
+        step = step_numbers(decode.program, padded_rows * columns * width // row_groups(mesh) // mesh.shape["tensor"])
         plan |= step | {
             "decode_peak_bytes": decode.peak,
             "read_ratio": round(step["read_bytes"] / plan["floor_bytes"], 3),

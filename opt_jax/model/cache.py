@@ -2,15 +2,18 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from opt_jax.model import int8
 from opt_jax.model.int8 import Int8Array
+from opt_jax.parallel.rules import activation_spec
 
 _STATIC = dict(static=True)
 
@@ -95,17 +98,33 @@ class KVCache:
         XLA removes batch axes of size one from the operands of a product. If the loop carries arrays with this axis, a
         CPU writes each new column twice and copies the cache four times in every step.
         """
-        return self._reshape(lambda x: x[0]) if self.batch_size == 1 else self
+        return self._map(lambda x: x[0]) if self.batch_size == 1 else self
 
     def unsqueeze(self) -> "KVCache":
-        return self._reshape(lambda x: x[None]) if len(self.k[0].shape) == 3 else self
+        return self._map(lambda x: x[None]) if len(self.k[0].shape) == 3 else self
 
-    def _reshape(self, reshape: Callable[[Array], Array]) -> "KVCache":
-        return dataclasses.replace(self, k=jax.tree.map(reshape, self.k), v=jax.tree.map(reshape, self.v))
+    def _map(self, change: Callable[..., Array], *others: "KVCache") -> "KVCache":
+        k, v = jax.tree.map(change, *((cache.k, cache.v) for cache in (self, *others)))
+        return dataclasses.replace(self, k=k, v=v)
 
     def wrap(self) -> "KVCache":
         """The cache with `column` set to 0 if it is past the last one. The tokens there must not be needed any more."""
         return dataclasses.replace(self, column=self.column % self.max_length)
+
+    def pin(self) -> "KVCache":
+        """The cache, for a step of a loop. On TPUs, keys and values stay in the layout that they have outside of it.
+
+        Without this, the compiler puts the columns first in a loop. Then it copies the cache before and after, and pads
+        heads of fewer than 128 numbers to 128.
+        """
+
+        def pinned(x: Array) -> Array:
+            last = (x.ndim - 2, x.ndim - 1)[:: 1 if x.shape[-1] % 128 == 0 else -1]
+            fix = partial(with_layout_constraint, layouts=Layout((*range(x.ndim - 2), *last)))
+            spec = activation_spec(x.shape, "heads")  # without `shard_map`, each device might gather all of x first
+            return fix(x) if spec is None else jax.shard_map(fix, in_specs=spec, out_specs=spec, check_vma=False)(x)
+
+        return lax.platform_dependent(self, tpu=lambda cache: cache._map(pinned), default=lambda cache: cache)
 
     def rewind(self, width: int, kept: Int[Array, " B"]) -> "KVCache":
         """The cache without its last `width` columns. Row b keeps the first `kept[b]` of them, which hold real tokens.
@@ -116,12 +135,9 @@ class KVCache:
         start = self.column - width
         window = lax.dynamic_slice_in_dim(self.valid, start, width, axis=1)
         keep = jnp.arange(width, dtype=jnp.int32)[None] < kept[:, None]
-        return dataclasses.replace(
-            self,
-            valid=lax.dynamic_update_slice_in_dim(self.valid, keep, start, axis=1),
-            next_position=self.next_position - window.sum(-1, dtype=jnp.int32) + kept,
-            column=start + kept.max(),
-        )
+        valid = lax.dynamic_update_slice_in_dim(self.valid, keep, start, axis=1)
+        position = self.next_position - window.sum(-1, dtype=jnp.int32) + kept
+        return dataclasses.replace(self, valid=valid, next_position=position, column=start + kept.max())
 
     def compact(self) -> "KVCache":
         """The cache without holes: the real columns of each row, moved to the left. Rewrites all keys and values."""
@@ -130,13 +146,8 @@ class KVCache:
         def moved(x: Array) -> Array:
             return jnp.take_along_axis(x, order[:, None, :, None], axis=2)
 
-        return dataclasses.replace(
-            self,
-            k=jax.tree.map(moved, self.k),
-            v=jax.tree.map(moved, self.v),
-            valid=jnp.arange(self.max_length, dtype=jnp.int32)[None] < count[:, None],
-            column=count.max(),
-        )
+        valid = jnp.arange(self.max_length, dtype=jnp.int32)[None] < count[:, None]
+        return dataclasses.replace(self._map(moved), valid=valid, column=count.max())
 
     def extend(self, batch: int, columns: int) -> "KVCache":
         """A copy with `columns` more columns; and if the cache has one row, with `batch` equal rows."""
@@ -145,13 +156,8 @@ class KVCache:
             x = jnp.pad(x, [(0, columns if i == axis else 0) for i in range(x.ndim)])
             return jnp.broadcast_to(x, (batch, *x.shape[1:]))
 
-        return dataclasses.replace(
-            self,
-            k=jax.tree.map(lambda x: grown(x, 2), self.k),
-            v=jax.tree.map(lambda x: grown(x, 2), self.v),
-            valid=grown(self.valid, 1),
-            next_position=jnp.broadcast_to(self.next_position, (batch,)),
-        )
+        cache, position = self._map(lambda x: grown(x, 2)), jnp.broadcast_to(self.next_position, (batch,))
+        return dataclasses.replace(cache, valid=grown(self.valid, 1), next_position=position)
 
     def replace_rows(self, rows: Int[Array, " b"], new: "KVCache") -> "KVCache":
         """The cache with row `rows[i]` replaced by row i of `new`; nothing is written for a row outside [0, B).
@@ -165,13 +171,9 @@ class KVCache:
             y = jnp.pad(y, [(0, missing if i == axis else 0) for i in range(y.ndim)])
             return x.at[rows].set(jnp.roll(y, self.column - new.column, axis), mode="drop")
 
-        return dataclasses.replace(
-            self,
-            k=jax.tree.map(lambda x, y: put(x, y, 2), self.k, new.k),
-            v=jax.tree.map(lambda x, y: put(x, y, 2), self.v, new.v),
-            valid=put(self.valid, new.valid, 1),
-            next_position=self.next_position.at[rows].set(new.next_position, mode="drop"),
-        )
+        cache = self._map(lambda x, y: put(x, y, 2), new)
+        position = self.next_position.at[rows].set(new.next_position, mode="drop")
+        return dataclasses.replace(cache, valid=put(self.valid, new.valid, 1), next_position=position)
 
     def branch(self, branches: int) -> "KVCache":
         """The cache with N branches of each row, which share all columns so far.
@@ -198,9 +200,8 @@ def init_cache(layers: int, batch: int, heads: int, max_length: int, head_dim: i
         raise ValueError(f"a cache of {jnp.dtype(dtype)} is not supported: use int8 or a floating point dtype")
 
     def zeros():
-        values = jnp.zeros((batch, heads, max_length, head_dim), dtype)
-        scale = (*values.shape[:-1], 1)
-        return Int8Array(values, jnp.zeros(scale, jnp.float32)) if values.dtype == jnp.int8 else values
+        x = jnp.zeros((batch, heads, max_length, head_dim), dtype)
+        return Int8Array(x, jnp.zeros((*x.shape[:-1], 1), jnp.float32)) if x.dtype == jnp.int8 else x
 
     k, v = (tuple(zeros() for _ in range(layers)) for _ in "kv")
     return KVCache(

@@ -130,14 +130,20 @@ def constrain(x: jax.Array, name: str) -> jax.Array:
 
     Skips mesh axes whose size does not divide the dimension. (The one token of a decoding step cannot be split.)
     """
+    spec = activation_spec(x.shape, name)
+    return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
+
+
+def activation_spec(shape: Sequence[int], name: str) -> P | None:
+    """The PartitionSpec that `constrain` gives to an activation, or to its last dimensions; None if it gives none."""
     mesh = jax.sharding.get_abstract_mesh()
     if "tensor" not in mesh.axis_names or is_per_device():
-        return x
+        return None
     axes: list[Any] = []
-    for size, axis in zip(x.shape, ACTIVATION_AXES[name], strict=True):
+    for size, axis in zip(shape, ACTIVATION_AXES[name][-len(shape) :], strict=True):
         names = (axis,) if isinstance(axis, str) else axis or ()
         axes.append(axis if size % math.prod(mesh.shape[n] for n in names) == 0 else None)
-    return jax.lax.with_sharding_constraint(x, P(*axes))
+    return P(*axes)
 
 
 def is_per_device() -> bool:

@@ -117,6 +117,14 @@ def test_a_step_on_a_cpu_has_wide_vectors(tmp_path):
     assert all('"prefer-vector-width"="512"' in code for code in products)
 
 
+def test_the_layout_of_the_cache_is_pinned_on_tpus_only():
+    args, kwargs = arguments("loop.advance", make_model())
+    traced = loop.advance.trace(*args, **kwargs)
+    for platforms, pinned in ((("cpu",), 0), (("cuda",), 0), (("tpu",), 2 * LAYERS), (("cpu", "tpu"), 2 * LAYERS)):
+        lowered = traced.lower(lowering_platforms=platforms).as_text()
+        assert lowered.count("@LayoutConstraint") == pinned, platforms
+
+
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
 @pytest.mark.parametrize("inside", [True, False], ids=["use_mesh", "no use_mesh"])
 def test_a_step_on_a_mesh_sends_two_sums_for_each_layer(inside):

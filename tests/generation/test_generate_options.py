@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -314,8 +315,9 @@ def test_memory_for_logprobs_of_beams_is_that_of_all_candidates(model, monkeypat
 
 def test_memory_of_the_devices(model):
     assert 10**8 < device_memory(model) <= host_memory()
-    cache = model.init_cache(3, 10)
-    assert column_bytes(model.config, model.dtype) * 30 == sum(x.nbytes for x in (*cache.k, *cache.v))
+    for dtype in (model.dtype, jnp.int8):
+        cache = model.init_cache(3, 10, dtype)
+        assert column_bytes(model.config, dtype) * 30 == sum(x.nbytes for x in jax.tree.leaves((cache.k, cache.v)))
 
 
 def test_errors_of_others(model):

@@ -136,34 +136,42 @@ def libtpu():
 
 
 @pytest.mark.slow
-def test_a_plan_for_a_slice(tmp_path, libtpu, capsys):
+@pytest.mark.parametrize(
+    ("head_dim", "cache_dtype", "data"), [(128, "bfloat16", 2), (64, "bfloat16", 1), (128, "int8", 1)]
+)
+def test_a_plan_for_a_slice(tmp_path, libtpu, capsys, head_dim, cache_dtype, data):
     # Wide enough that its weights, 0.4 GB a chip, do not stay in the chip's 128 MB of faster memory.
-    width, columns = 8192, 1024
+    width, columns, tensor = 8192, 1024, 4 // data
     config = OPTConfig(
         vocab_size=512,
         hidden_size=width,
         num_hidden_layers=1,
         ffn_dim=4 * width,
-        num_attention_heads=width // 128,
+        num_attention_heads=width // head_dim,
         max_position_embeddings=columns,
     )
     (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
     output = tmp_path / "plan.json"
-    words = f"--plan --topology v5e:2x2 --batch-size 8 --max-new-tokens {columns - 16} --plan-output {output}".split()
-    assert main(["generate", "--model", str(tmp_path), *words]) == 0
+    words = f"--plan --topology v5e:2x2 --batch-size 8 --max-new-tokens {columns - 16} --plan-output {output}"
+    words = f"{words} --cache-dtype {cache_dtype} --mesh data={data},tensor={tensor} --model {tmp_path}"
+    assert main(["generate", *words.split()]) == 0
     printed, said = capsys.readouterr()
     assert "compiling for 4 chips" in said
     plan = json.loads(output.read_text())
-    assert plan["fits"] and plan["mesh"] == {"data": 1, "fsdp": 1, "tensor": 4}
+    assert plan["fits"] and plan["mesh"] == {"data": data, "fsdp": 1, "tensor": tensor}
     assert plan["cache_columns"] == plan["max_length"] == columns and plan["prompt_length"] == 16
-    weights, cache = 2 * (12 * width**2 + 512 * width) // 4, plan["cache_bytes_per_chip"]
-    assert cache == 2 * 2 * 8 * columns * width // 4
+    weights, cache = 2 * (12 * width**2 + 512 * width) // tensor, plan["cache_bytes_per_chip"]
+    vector = head_dim + 4 if cache_dtype == "int8" else 2 * head_dim  # bytes; an int8 one has a scale
+    assert cache == 2 * 8 * columns * width // head_dim * vector // 4
     assert weights < plan["floor_bytes"] - cache < 1.001 * weights < plan["parameter_bytes_per_chip"]
     assert weights + cache < plan["decode_peak_bytes"] <= plan["hbm_bytes_per_chip"]
     assert 0.7 < plan["read_ratio"] <= 1.1
     assert not plan["copies"]
+    assert plan["call_copies"].keys() <= {f"bf16[{width},{width // tensor}]"}  # no cache
     # Two sums for a layer, and one for the embedding. The best token and logit of each chip, and the mask of the cache.
-    assert plan["collectives"] == {"all-gather": 3, "all-reduce": 3}
+    # With the rows in two groups, something small for each row.
+    assert plan["collectives"] == {"all-gather": 3 if data == 1 else 4, "all-reduce": 3}
+    assert plan["collective_bytes"]["all-gather"] < 10**5
     assert plan["milliseconds"] == pytest.approx(plan["read_bytes"] / 819e6, abs=1e-3)
     for words in ("a step must read", "all-reduce", "a step writes anew", "v5e:2x2"):
         assert words in printed
