@@ -1,5 +1,6 @@
 """A parser for the text of HLO that XLA has optimized, for any platform. No JAX."""
 
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ class Instruction:
 
     @cached_property
     def operands(self) -> list[str]:
-        return re.findall(r"%([\w.\-]+)", self.arguments)
+        return re.findall(r"%([\w.\-#]+)", self.arguments)
 
     @cached_property
     def arrays(self) -> list[tuple[str, int]]:
@@ -96,7 +97,13 @@ class Program:
                 self.computations[current] = {}
                 self.entry = current if header[1] else self.entry
             elif current and (instruction := _parse(line)):
-                self.computations[current][instruction.name] = instruction
+                here = self.computations[current]
+                for name in instruction.operands:  # in newer versions, "%a#1" is element 1 of the tuple %a
+                    whole, _, index = name.partition("#")
+                    if index and name not in here:
+                        shape, place = _elements(here[whole].shape)[int(index)], f", index={index}"
+                        here[name] = Instruction(name, shape, "get-tuple-element", f"(%{whole})", place, False)
+                here[instruction.name] = instruction
 
     def executed(self, computation: str | None = None, times: int = 1) -> Iterator[tuple[str, Instruction, int]]:
         """Each computation's name, instruction and the number of times it runs, those inside fusions included.
@@ -282,6 +289,16 @@ def _parse(line: str) -> Instruction | None:
     opening = rest.find("(")
     end = _close(rest, opening)
     return Instruction(start[2], shape, rest[:opening], rest[opening:end], rest[end:], bool(start[1]))
+
+
+def _elements(shape: str) -> list[str]:
+    """The shapes of a tuple's elements."""
+    inside, depth, commas = shape[1:-1], 0, [-1]
+    for i, character in enumerate(inside):
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            commas.append(i)
+    return [inside[a + 1 : b].strip() for a, b in itertools.pairwise([*commas, len(inside)])]
 
 
 def _through_bitcasts(computation: dict[str, Instruction], name: str) -> Instruction:

@@ -87,6 +87,15 @@ def test_a_step_reads_what_is_in_hbm_and_padding():
     assert not numbers["copies"] and not numbers["call_copies"]
 
 
+def test_elements_of_a_tuple_may_be_named_directly():
+    """As newer versions of libtpu write them."""
+    named = LOOP.replace("fusion(%t, %i)", "fusion(%s#2, %i)").replace("fusion(%x, %w)", "fusion(%x, %s#0)")
+    named = named.replace("fusion(%c, %n, %z)", "fusion(%s#3, %n, %z)")
+    for array, layout in (("2048,500", "1,0"), ("2050,2048", "1,0"), ("8,512,128", "2,1,0")):  # in the tuple
+        named = named.replace(f"bf16[{array}]{{{layout}}}", f"bf16[{array}]{{{layout}:T(8,128)(2,1)}}")
+    assert named.count("#") == 3 and step_numbers(Program(named), CACHE) == step_numbers(Program(LOOP), CACHE)
+
+
 def test_a_cache_in_another_layout_around_the_loop_is_seen():
     entry = "  %b = bf16[8,512,128]{2,0,1:T(8,128)(2,1)} copy(%a)\n  ROOT %l ="
     numbers = step_numbers(Program(LOOP.replace("  ROOT %l =", entry)), CACHE)
