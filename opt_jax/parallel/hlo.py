@@ -99,10 +99,10 @@ class Program:
             elif current and (instruction := _parse(line)):
                 here = self.computations[current]
                 for name in instruction.operands:  # in newer versions, "%a#1" is element 1 of the tuple %a
-                    whole, _, index = name.partition("#")
+                    parent, _, index = name.partition("#")
                     if index and name not in here:
-                        shape, place = _elements(here[whole].shape)[int(index)], f", index={index}"
-                        here[name] = Instruction(name, shape, "get-tuple-element", f"(%{whole})", place, False)
+                        shape, place = _elements(here[parent].shape)[int(index)], f", index={index}"
+                        here[name] = Instruction(name, shape, "get-tuple-element", f"(%{parent})", place, False)
                 here[instruction.name] = instruction
 
     def executed(self, computation: str | None = None, times: int = 1) -> Iterator[tuple[str, Instruction, int]]:
