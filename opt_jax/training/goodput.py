@@ -24,14 +24,14 @@ ACTIVITIES = {
 _spent: dict[str, float] = {}
 _imported = time.time()
 _ended = 0.0  # when the last run in this process ended
-_run_began: float | None = None  # see `nothing_left`
+_run_began: float | None = None  # see `no_step_left`
 
 
 def begin() -> float:
     """The Unix time from which this start of the run counts; all since then that is not spent yet counts as "start".
 
     That is when this process began, or when the run before it in this process ended. (Without Linux's /proc: when this
-    module was imported.) After `nothing_left` it is earlier, and the time in between counts as "restarts".
+    module was imported.) After `no_step_left` it is earlier, and the time in between counts as "restarts".
     """
     began = max(_process_began(), _ended)
     _spent["start"] = max(0.0, time.time() - began - sum(_spent.values()))
@@ -40,7 +40,7 @@ def begin() -> float:
     return began
 
 
-def nothing_left(began: float | None) -> None:
+def no_step_left(began: float | None) -> None:
     """Say that no step of the earlier starts of a run is left, and when the first of them began, if that is known."""
     global _run_began
     _run_began = began
@@ -50,7 +50,7 @@ def end() -> None:
     """Say that a run ends: what comes now belongs to no run, or to the next."""
     global _ended
     _ended = time.time()
-    nothing_left(None)
+    no_step_left(None)
     _spent.clear()
 
 

@@ -72,7 +72,7 @@ def cut_back(path: epath.Path, step: int, say: Callable[[str], Any], first: int 
     """
     if step <= first:
         with contextlib.suppress(ValueError):  # a damaged line is removed, too
-            goodput.nothing_left(next((line.get("began") for _, line in read_metrics(path)), None))
+            goodput.no_step_left(next((line.get("began") for _, line in read_metrics(path)), None))
     lines, last = {}, 0
     past = read_metrics(path)
     while last < step and (entry := next(past, None)) is not None:

@@ -13,7 +13,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from support.conversions import assert_same
 from support.hf_files import TINY, VARIANTS, hf_weights, write_hf
 
@@ -96,35 +95,6 @@ def test_loading_onto_a_mesh(tmp_path, kind):
         assert_same(arrays(model), expected)
     model.save_pretrained(tmp_path / "from-mesh")
     assert_same(arrays(OPTForCausalLM.from_pretrained(tmp_path / "from-mesh")), expected)
-
-
-@pytest.mark.parametrize("large", [False, True])
-@pytest.mark.parametrize("form", ["orbax", "safetensors"])
-def test_what_is_loaded_has_memory_of_its_own(tmp_path, monkeypatch, form, large):
-    """JAX uses the memory that an array was read into, and a program may write to it (donation)."""
-    if large:
-        monkeypatch.setattr("opt_jax.checkpoints.arrays._HUGE_PAGES_FROM", 1)
-    source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
-    if form == "orbax":
-        OPTForCausalLM.from_pretrained(source).save_pretrained(tmp_path / "orbax")
-        source = tmp_path / "orbax"
-    stored, _ = pretrained.open_parameters(source, OPTConfig.from_hf(TINY))
-    replicated = NamedSharding(Mesh(jax.devices()[:2], "x"), PartitionSpec())
-    for path in (EMBEDDING, "model.decoder.layers.1.fc1.kernel", "model.decoder.layers.1.fc1.bias"):
-        lazy = stored[path]
-        expected = lazy.load().copy()
-        again = lazy.load()
-        assert again.ctypes.data % 64 == 0
-        again[...] = 0
-        target = jax.ShapeDtypeStruct(lazy.shape, lazy.dtype, sharding=replicated)
-        one, two = pretrained.read_array(lazy, target), pretrained.read_array(lazy, target)
-        new = jax.jit(lambda x: x + 1, donate_argnums=0)(one)
-        assert one.is_deleted()
-        for shard in new.addressable_shards:
-            np.testing.assert_array_equal(shard.data, expected + 1)
-        for shard in two.addressable_shards:
-            np.testing.assert_array_equal(shard.data, expected)
-        np.testing.assert_array_equal(lazy.load(), expected)
 
 
 @pytest.mark.slow

@@ -9,19 +9,23 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from support.hf_files import TINY, hf_weights, write_hf
 
 from convert import to_orbax
 from convert.source import open_directory
 from opt_jax import OPTConfig, OPTForCausalLM, OPTTokenizer
-from opt_jax.checkpoints import chunks, directories, orbax
+from opt_jax.checkpoints import chunks, directories, orbax, pretrained
 from opt_jax.checkpoints.arrays import LazyArray, first_difference
 from opt_jax.checkpoints.directories import new_directory
+from opt_jax.checkpoints.formats import names
 from opt_jax.checkpoints.hub import check_array_path, resolve
 from opt_jax.checkpoints.orbax import open_arrays, pieces, write_arrays
 from opt_jax.system.temporary import MARKER
@@ -360,3 +364,32 @@ def test_an_empty_directory_is_taken_and_one_with_a_tokenizer_is_named(tmp_path)
     with pytest.raises(FileExistsError, match="first holds a tokenizer already: save it after the model, or pass"):
         model.save_pretrained(tmp_path / "first")
     model.save_pretrained(tmp_path / "both", tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("form", ["orbax", "safetensors"])
+def test_what_is_loaded_has_memory_of_its_own(tmp_path, monkeypatch, form, large):
+    """JAX uses the memory that an array was read into, and a program may write to it (donation)."""
+    if large:
+        monkeypatch.setattr("opt_jax.checkpoints.arrays._HUGE_PAGES_FROM", 1)
+    source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
+    if form == "orbax":
+        OPTForCausalLM.from_pretrained(source).save_pretrained(tmp_path / "orbax")
+        source = tmp_path / "orbax"
+    stored, _ = pretrained.open_parameters(source, OPTConfig.from_hf(TINY))
+    replicated = NamedSharding(Mesh(jax.devices()[:2], "x"), PartitionSpec())
+    for path in (names.EMBEDDING, "model.decoder.layers.1.fc1.kernel", "model.decoder.layers.1.fc1.bias"):
+        lazy = stored[path]
+        expected = lazy.load().copy()
+        again = lazy.load()
+        assert again.ctypes.data % 64 == 0
+        again[...] = 0
+        target = jax.ShapeDtypeStruct(lazy.shape, lazy.dtype, sharding=replicated)
+        one, two = pretrained.read_array(lazy, target), pretrained.read_array(lazy, target)
+        new = jax.jit(lambda x: x + 1, donate_argnums=0)(one)
+        assert one.is_deleted()
+        for shard in new.addressable_shards:
+            np.testing.assert_array_equal(shard.data, expected + 1)
+        for shard in two.addressable_shards:
+            np.testing.assert_array_equal(shard.data, expected)
+        np.testing.assert_array_equal(lazy.load(), expected)

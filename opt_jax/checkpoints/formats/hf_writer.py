@@ -195,7 +195,7 @@ class FileWriter:
             for tensor in file.tensors:
                 array = tensor.array
                 block = _block(array)
-                # Twice, because so large were our chunks until 2026-11-30.
+                # Twice: our own chunks had that size until 2026-11-30.
                 if math.prod(block) * array.dtype.itemsize > 2 * chunks.CHUNK_BYTES and array.chunk is not None:
                     # A large chunk, of another program. Blocks of rows would each read it.
                     held = _in_memory(array)
