@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from opt_jax.checkpoints import hub
-from opt_jax.system.disk import error_line, keep_standard_descriptors
+from opt_jax.system.disk import error_line, keep_standard_descriptors, warning_lines
 from opt_jax.system.interrupts import exit_code
 
 from .job import UsageError, leave_accelerators_alone, repeat_lost_signals, started
@@ -425,8 +425,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROG) -> int:
     if args and args[0] in COMMANDS:
         command, prog = COMMANDS[args[0]], f"{program} {args.pop(0)}"
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        with warning_lines():
             tyro.cli(command, args=args, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
     except UsageError as e:
         print(f"error: {e}", file=sys.stderr)

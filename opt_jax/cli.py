@@ -4,7 +4,6 @@ import importlib.util
 import io
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,9 +15,8 @@ from opt_jax.compression.command import compress_model
 from opt_jax.evaluation.command import evaluate
 from opt_jax.generation.command import PlanOptions, plan_generation
 from opt_jax.generation.command import check as check_plan
-from opt_jax.system.disk import error_line, keep_standard_descriptors
+from opt_jax.system.disk import error_line, keep_standard_descriptors, warning_lines
 from opt_jax.system.interrupts import ends_at_once, exit_code, raises
-from opt_jax.system.messages import one_line
 
 DEFAULT_NEW_TOKENS = 200
 
@@ -199,8 +197,7 @@ def main(args: Sequence[str] | None = None) -> int:
     # Inside of JAX a KeyboardInterrupt may be lost. The commands without JAX clean up files and processes with it.
     interruption = raises() if args[:1] in (["plot"], ["tokenize"]) else ends_at_once("opt-jax: interrupted")
     try:
-        with interruption, warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: print(f"opt-jax: warning: {one_line(message)}", file=sys.stderr)
+        with interruption, warning_lines("opt-jax: "):
             tyro.extras.subcommand_cli_from_dict(
                 COMMANDS,
                 prog="opt-jax",

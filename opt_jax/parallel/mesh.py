@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import copy_context
 from itertools import pairwise
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -31,6 +33,8 @@ def make_mesh(
         "data=2", each of two slices has data=2,fsdp=8. Default: all TPU slices on `data`. Without slices, dcn gives the
         sizes between processes.
 
+    On several CPUs, this turns JAX's persistent compilation cache off, with a warning: a program from it can hang.
+
     Raises:
       ValueError: an unknown axis, an invalid size, or sizes whose product is not the number of devices or slices.
     """
@@ -41,6 +45,8 @@ def make_mesh(
     if not spec:
         spec = {"data": slices, "fsdp": -1} if dcn == {"data": slices} else {"fsdp": -1}
     sizes, kinds = _axis_sizes("mesh", spec, len(devices), "devices"), (AxisType.Auto,) * len(AXES)
+    if len(devices) > 1 and devices[0].platform == "cpu":
+        _turn_cache_off()
     if not dcn:  # `jax.make_mesh` cannot place tensor=4 in a torus of 8 x 8 x 8
         grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
         return Mesh(grid, AXES, axis_types=kinds)
@@ -79,6 +85,24 @@ def _axis_sizes(what: str, spec: str | Mapping[str, int], total: int, unit: str)
     if math.prod(sizes.values()) != total:
         raise ValueError(f"{what} {named}: sizes multiply to {fixed}, but there are {total} {unit}")
     return sizes
+
+
+def _turn_cache_off() -> None:
+    """Turn JAX's persistent compilation cache off.
+
+    All devices must run the collectives of a program in the same order. When XLA compiles for CPUs, it keeps the order.
+    A program from the cache has lost it between collectives in a loop and those outside (jaxlib 0.10.2 and 0.12.0.1:
+    `WhileThunkFromProto` makes new resources). Now and then, two devices then wait for each other. A single process is
+    aborted after 40 seconds, and several hang.
+    """
+    config: Any = jax.config
+    if not config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
+        return
+    config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX looks at the option once, when it compiles for the first time
+    if jax.process_index() == 0:
+        what, why = config.jax_compilation_cache_dir, "a program from it can hang on several CPU devices"
+        warnings.warn(f"JAX's compilation cache {what} is not used: {why}", stacklevel=3)
 
 
 def use_mesh(mesh: Mesh):

@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 
@@ -24,7 +23,7 @@ from jax.experimental import multihost_utils
 
 from opt_jax.parallel.agreement import from_first
 from opt_jax.parallel.watchdog import Watchdog, listen
-from opt_jax.system.disk import error_line, without_tracebacks
+from opt_jax.system.disk import error_line, warning_lines, without_tracebacks
 from opt_jax.system.interrupts import Signals, say
 from opt_jax.system.messages import one_line
 
@@ -229,10 +228,7 @@ def last_words(program: str, at_once: bool = False) -> Generator[None, None, Non
         for a write that has failed.
     """
     try:
-        with Signals(end_at_once, signal.SIGINT), warnings.catch_warnings(), without_tracebacks():
-            warnings.showwarning = lambda message, *_: print(
-                f"{program}: warning: {one_line(message)}", file=sys.stderr
-            )
+        with Signals(end_at_once, signal.SIGINT), warning_lines(f"{program}: "), without_tracebacks():
             yield
     except (ValueError, OSError) as error:
         if not jax.distributed.is_initialized():

@@ -1,7 +1,7 @@
 """Errors of the operating system in one line: the path, what failed, what to do. No jax.
 
 Python, TensorStore, Orbax and XLA each report a full disk in another form. `disk_errors` turns all of these into an
-OSError, and `error_line` returns the line that the commands print.
+OSError, and `error_line` returns the line that the commands print. `warning_lines` prints warnings in the same form.
 """
 
 import errno
@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -142,6 +143,22 @@ def error_line(error: BaseException) -> str:
     if what == os.strerror(number) and number in _ADVICE and _ADVICE[number] != _REMOVED:
         what = f"{what}{_room(number, str(where), None) if error.filename else ''}: {_ADVICE[number]}"
     return one_line(f"{where}: {what}" if where else what)
+
+
+@contextmanager
+def warning_lines(start: str = "") -> Iterator[None]:
+    """A context in which each warning is one line on stderr, which begins with `start`.
+
+    A line that cannot be written is lost, as are Python's own: a log on a full disk does not end a program.
+    """
+
+    def show(message: Warning | str, *_: object) -> None:
+        with suppress(OSError):
+            print(f"{start}warning: {one_line(message)}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 @contextmanager

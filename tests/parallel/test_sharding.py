@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec as P
 from reference import CLASSES, SMALL, batch, our_model
 
@@ -62,6 +63,34 @@ def test_make_mesh(spec, sizes):
 def test_bad_meshes_are_refused_with_the_numbers(spec, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         make_mesh(spec, jax.devices()[:8])
+
+
+@pytest.fixture
+def compilation_cache_dir(tmp_path):
+    """A directory in which JAX caches all programs during a test."""
+    settings = dict(jax_compilation_cache_dir=str(tmp_path), jax_persistent_cache_min_compile_time_secs=0)
+    before = {name: getattr(jax.config, name) for name in (*settings, "jax_enable_compilation_cache")}
+    for name, value in (settings | dict(jax_enable_compilation_cache=True)).items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield tmp_path
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@eight
+def test_programs_for_several_cpus_are_not_cached(compilation_cache_dir):
+    """A program from the cache can hang there; see `_turn_cache_off`."""
+    cached = lambda: [path.name for path in compilation_cache_dir.iterdir() if "jit_" in path.name]  # noqa: E731
+    make_mesh(None, jax.devices()[:1])
+    jax.jit(lambda x: x + 1)(1.0)
+    assert len(cached()) == 1
+    with pytest.warns(UserWarning, match="compilation cache .* is not used: a program from it can hang"):
+        mesh = make_mesh(None, jax.devices()[:8])
+    make_mesh(None, jax.devices()[:8])  # it has been said
+    jax.jit(lambda x: x + 2, out_shardings=batch_sharding(mesh))(np.zeros(8))
+    assert len(cached()) == 1
 
 
 def abstract(cls: str, config: OPTConfig, scan_layers: bool = False):
