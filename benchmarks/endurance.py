@@ -3,7 +3,7 @@
 Run: `.venv/bin/python -m benchmarks.endurance --kills 1000 --processes 2` (a night). It trains a small OPT with
 `train.py` in processes of this machine, on the CPU, once without interruptions and once with them. In the end the
 metrics of every step must be equal, bit for bit. It prints what was done, and the time from each kill to the first new
-step. `--cache` gives a run of one process JAX's persistent compilation cache; `make_mesh` says why not more.
+step. `--cache` gives the process JAX's persistent compilation cache. Runs of several CPUs do not use it.
 
 The interruptions, at random moments, each of one process of the run:
 
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, help="is kept; default: a temporary one")
     options = parser.parse_args()
     if options.cache and options.processes > 1:
-        parser.error(f"--cache without effect: --processes {options.processes} CPUs do not use it (see make_mesh)")
+        parser.error(f"--cache without effect: --processes {options.processes} processes on CPUs do not use it")
     steps = options.steps or 30 * options.kills
     with tempfile.TemporaryDirectory() as temporary:
         place = options.directory or Path(temporary)

@@ -91,9 +91,9 @@ def _turn_cache_off() -> None:
     """Turn JAX's persistent compilation cache off.
 
     All devices must run the collectives of a program in the same order. When XLA compiles for CPUs, it keeps the order.
-    A program from the cache has lost it between collectives in a loop and those outside (jaxlib 0.10.2 and 0.12.0.1:
-    `WhileThunkFromProto` makes new resources). Now and then, two devices then wait for each other. A single process is
-    aborted after 40 seconds, and several hang.
+    A program from the cache has lost it between a loop with collectives and those outside (jaxlib 0.10.2 and 0.12.0.1;
+    CONTRIBUTING.md says how to see it). Now and then, two devices then wait for each other. A single process is aborted
+    after 40 seconds, and several hang.
     """
     config: Any = jax.config
     if not config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:

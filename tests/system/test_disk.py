@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from conftest import REPOSITORY
 from support.processes import largest_file
 
 from opt_jax import cli
-from opt_jax.system.disk import disk_errors, error_line, without_tracebacks
+from opt_jax.system.disk import disk_errors, error_line, warning_lines, without_tracebacks
 from opt_jax.training.checkpoints import Checkpoints
 from opt_jax.training.files import Lines
 from opt_jax.training.step import TrainState
@@ -109,6 +110,21 @@ def newest(checkpoints: Checkpoints) -> tuple[int, TrainState]:
     state = state_of(0)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return checkpoints.restore_newest(jax.eval_shape(lambda: state), shardings, pytest.fail)[:2]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_warning_that_cannot_be_written_ends_nothing(monkeypatch, capsys):
+    with warning_lines("x: "):
+        warnings.simplefilter("always")
+        warnings.warn("first\nsecond", stacklevel=1)
+    assert capsys.readouterr().err == "x: warning: first second\n"
+    full = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", buffering=1)
+    monkeypatch.setattr(sys, "stderr", full)
+    with warning_lines():
+        warnings.simplefilter("always")
+        warnings.warn("lost", stacklevel=1)
+    with pytest.raises(OSError, match=FULL):  # what is still in its buffer
+        full.close()
 
 
 def test_a_checkpoint_that_does_not_fit_is_an_error_and_leaves_the_one_before(tmp_path, caplog, capfd):
