@@ -5,6 +5,7 @@ index). Row r of step n is element n * batch_size + r of one global dataset, on 
 """
 
 import contextlib
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -207,8 +208,10 @@ def _read_by_processes(batches: _Batches, workers: int) -> Any:
     if not flags.FLAGS.is_parsed():  # Grain passes absl's flags to its processes; absl.app would parse them
         flags.FLAGS.mark_as_parsed()
     dataset = grain.MapDataset.source(batches).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    return iter(dataset.mp_prefetch(options))
+    dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+    # Batches come through a pipe. Grain's shared memory is not always freed, and Python's resource tracker then warns.
+    options = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+    return iter(grain.experimental.WithOptionsIterDataset(dataset, options))
 
 
 class Reader:
@@ -268,8 +271,7 @@ class Reader:
     def _begin(self, step: int) -> list[Future]:
         """Begin to read the batch of a step, in parts."""
         if self._iterator is not None:
-            # A copy, which frees the shared memory of Grain's processes now and not when the program ends.
-            return [self._pool.submit(lambda: np.array(next(self._iterator)))]
+            return [self._pool.submit(next, self._iterator)]
         return [self._pool.submit(self._windows.rows, step, slice(row, row + 1)) for row in self._local]
 
     def _positions(self, rows: slice) -> list[int]:
