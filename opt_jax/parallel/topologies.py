@@ -62,7 +62,11 @@ def topology_devices(name: str) -> Sequence[Any]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **_MEGACORE.get(parts[1], {})).devices
     except Exception as error:  # libtpu raises several types; its message says what is wrong
-        raise ValueError(f"--topology {name}: {str(error).splitlines()[0]}") from None
+        shapes = (
+            "2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, ..." if parts[1] in ("v4", "v5p") else "1x1, 2x2, 2x4, 4x4, 4x8, ..."
+        )
+        why = str(error).splitlines()[0]
+        raise ValueError(f"--topology {name}: libtpu knows no such slice ({why}): choose one of {shapes}") from None
 
 
 @dataclasses.dataclass(frozen=True)

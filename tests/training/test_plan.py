@@ -77,13 +77,6 @@ def test_the_largest_that_fits(limit, largest):
     assert len(asked) <= 3
 
 
-def test_unknown_topologies_are_errors():
-    with pytest.raises(ValueError, match="--topology v5p8: expected a generation"):
-        topology_devices("v5p8")
-    with pytest.raises(ValueError, match="--topology v5p:512x512x512: 134217728 chips, a pod of v5p has 8960: choose"):
-        topology_devices("v5p:512x512x512")
-
-
 @pytest.fixture
 def libtpu():
     """Restores the environment, which `topology_devices` changes."""
@@ -91,6 +84,19 @@ def libtpu():
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+def test_unknown_topologies_are_errors():
+    with pytest.raises(ValueError, match="--topology v5p8: expected a generation"):
+        topology_devices("v5p8")
+    with pytest.raises(ValueError, match="--topology v5p:512x512x512: 134217728 chips, a pod of v5p has 8960: choose"):
+        topology_devices("v5p:512x512x512")
+
+
+@needs_libtpu
+def test_a_shape_that_libtpu_refuses_is_an_error(libtpu):
+    with pytest.raises(ValueError, match=r"v5e:3x3: libtpu knows no such slice \(.*\): choose one of 1x1, 2x2, "):
+        topology_devices("v5e:3x3")
 
 
 def plan(directory, *words):
