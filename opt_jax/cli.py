@@ -1,6 +1,7 @@
 """The command line `opt-jax ...`. Each command imports what it needs when it runs, so that `--help` is quick."""
 
 import importlib.util
+import inspect
 import io
 import os
 import sys
@@ -55,17 +56,12 @@ def generate(  # noqa: PLR0913  (the options of a command)
       verify: Compare the weights of an Orbax directory with their checksums.
       planned: Options of --plan.
     """
+    values = locals()
+    flags = {"prompts": "the prompts", "verify": "--no-verify"}
     sampling = {
-        "the prompts": bool(prompts),
-        "--temperature": temperature != 0.7,
-        "--top-k": top_k is not None,
-        "--top-p": top_p != 1,
-        "--min-p": min_p != 0,
-        "--repetition-penalty": repetition_penalty != 1,
-        "--no-repeat-ngram-size": no_repeat_ngram_size != 0,
-        "--stop": bool(stop),
-        "--seed": seed != 0,
-        "--no-verify": not verify,
+        flags.get(name, f"--{name.replace('_', '-')}"): values[name] != parameter.default
+        for name, parameter in inspect.signature(generate).parameters.items()
+        if name not in ("model", "max_new_tokens", "planned")
     }
     check_plan(planned, sampling)
     if planned.plan:
