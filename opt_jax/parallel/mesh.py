@@ -45,8 +45,7 @@ def make_mesh(
     if not spec:
         spec = {"data": slices, "fsdp": -1} if dcn == {"data": slices} else {"fsdp": -1}
     sizes, kinds = _axis_sizes("mesh", spec, len(devices), "devices"), (AxisType.Auto,) * len(AXES)
-    if len(devices) > 1 and devices[0].platform == "cpu":
-        _turn_cache_off()
+    _leave_cache_alone(devices)
     if not dcn:  # `jax.make_mesh` cannot place tensor=4 in a torus of 8 x 8 x 8
         grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
         return Mesh(grid, AXES, axis_types=kinds)
@@ -87,8 +86,8 @@ def _axis_sizes(what: str, spec: str | Mapping[str, int], total: int, unit: str)
     return sizes
 
 
-def _turn_cache_off() -> None:
-    """Turn JAX's persistent compilation cache off.
+def _leave_cache_alone(devices: Sequence[Any]) -> None:
+    """Turn JAX's persistent compilation cache off, with a warning, if the devices are several CPUs.
 
     All devices must run the collectives of a program in the same order. When XLA compiles for CPUs, it keeps the order.
     A program from the cache has lost it between a loop with collectives and those outside (jaxlib 0.10.2 and 0.12.0.1;
@@ -96,7 +95,8 @@ def _turn_cache_off() -> None:
     after 40 seconds, and several hang.
     """
     config: Any = jax.config
-    if not config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
+    in_use = config.jax_compilation_cache_dir and config.jax_enable_compilation_cache
+    if len(devices) < 2 or devices[0].platform != "cpu" or not in_use:
         return
     config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # JAX looks at the option once, when it compiles for the first time
@@ -107,6 +107,7 @@ def _turn_cache_off() -> None:
 
 def use_mesh(mesh: Mesh):
     """A context manager for calls on a mesh: `with use_mesh(mesh): step(...)`. Makes `constrain` take effect."""
+    _leave_cache_alone(list(mesh.devices.flat))  # the mesh may not come from `make_mesh`
     return jax.set_mesh(mesh)
 
 
