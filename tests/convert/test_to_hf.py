@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import os
 import shutil
 
 import ml_dtypes
@@ -82,19 +83,22 @@ def test_bytes_are_those_of_the_library(tmp_path):
 
 @pytest.mark.parametrize("form", ["safetensors", "orbax"])
 def test_large_tensors_are_written_in_slabs(tmp_path, monkeypatch, form):
-    """The size of a slab does not divide the number of rows. Each slab is reported."""
+    """The size of a slab does not divide the number of rows. Each slab is reported, and written by small calls."""
     weights = hf_weights(TINY)
     source = write_hf(tmp_path / "hf", TINY, weights)
     if form == "orbax":
         to_orbax.convert(open_directory(source), tmp_path / "orbax")
         source = tmp_path / "orbax"
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 7 * 8 * 4)
-    reports: list[tuple[str, int]] = []
+    monkeypatch.setattr(hf_writer, "_WRITE_BYTES", 100)
+    pwrite, sizes, reports = os.pwrite, [], []
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: sizes.append(len(data)) or pwrite(fd, data, at))
     out = write(source, tmp_path / "out", progress=lambda *report: reports.append(report))
     assert read(out) == expected(weights)
     slabs = [nbytes for path, nbytes in reports if path == "model.decoder.embed_tokens.embedding"]
     assert sorted(slabs) == [6 * 32] + [7 * 32] * 6
     assert sum(nbytes for _, nbytes in reports) == sum(a.nbytes for a in weights.values())
+    assert max(sizes) == 100 and sum(sizes) == (out / "model.safetensors").stat().st_size
 
 
 def test_each_stored_chunk_is_read_once(tmp_path, monkeypatch):
