@@ -36,7 +36,13 @@ ROOT = Path(__file__).parents[1]
 KINDS = ("kill", "stop", "term", "disk")
 _SMALL = 20_000  # bytes of a file on the "full disk"; a checkpoint needs more
 _TIME = ("tokens_per_s", "mfu", "memory_bytes", "time", "began")
-_ENDS = (0, 75, 143, -signal.SIGKILL)  # and 1, an error, if there is no disk space
+# The exit codes of each kind of interruption. 0: the run had finished; 75: another process was lost; 1: an error.
+_ENDS = {
+    "kill": (0, 75, -signal.SIGKILL),
+    "stop": (0, 75, -signal.SIGKILL),
+    "term": (0, 143),
+    "disk": (0, 75, 1),
+}
 _LONGEST = 600  # seconds without a new step
 
 
@@ -85,13 +91,16 @@ class Run:
         return [{k: v for k, v in line.items() if k not in _TIME and not k.endswith("_seconds")} for line in lines]
 
 
-def ended(started: list[subprocess.Popen], limit: float) -> list[int]:
-    """The exit codes. Those that have not ended after `limit` seconds are killed."""
+def ended(run: Run, started: list[subprocess.Popen], limit: float) -> list[int]:
+    """The exit codes. If a process has not ended after `limit` seconds, all are killed, and so ends this program."""
     end = time.monotonic() + limit
     while time.monotonic() < end and any(process.poll() is None for process in started):
         time.sleep(0.05)
+    hanging = [i for i, process in enumerate(started) if process.poll() is None]
     for process in started:
         process.kill()
+    if hanging:
+        sys.exit(f"did not end in {limit:.0f} s: {hanging} of the processes; see {run.directory.with_suffix('.log')}")
     return [process.wait() for process in started]
 
 
@@ -112,10 +121,10 @@ def interrupt(run: Run, started: list[subprocess.Popen], kind: str, victim: int)
             process.send_signal(signal.SIGCONT)
             return []
         others = [each for each in started if each is not process]
-        codes = ended(others, 180)
+        codes = ended(run, others, 180)
         process.kill()
         return [*codes, process.wait()]
-    return ended(started, 180)
+    return ended(run, started, 180)
 
 
 def endure(run: Run, kills: int, kinds: list[str], seed: int, longest_wait: float) -> tuple[Counter, dict]:
@@ -135,7 +144,7 @@ def endure(run: Run, kills: int, kinds: list[str], seed: int, longest_wait: floa
         if sum(count.values()) < kills:
             time.sleep(rng.random() * longest_wait)
         else:
-            ended(started, 24 * 3600)
+            ended(run, started, 24 * 3600)
         if all(process.poll() is not None for process in started):
             codes = [process.returncode for process in started]
             if codes == [0] * run.processes:
@@ -144,7 +153,7 @@ def endure(run: Run, kills: int, kinds: list[str], seed: int, longest_wait: floa
         kind, stopped = rng.choice(kinds), None
         moment = time.monotonic()
         codes = interrupt(run, started, kind, rng.randrange(run.processes))
-        if any(code not in _ENDS and not (code == 1 and kind == "disk") for code in codes):
+        if any(code not in _ENDS[kind] for code in codes):
             sys.exit(f"{kind}: exit codes {codes}: see {run.directory.with_suffix('.log')}")
         count[kind] += 1
         if codes:
@@ -181,7 +190,7 @@ def main() -> None:
         uninterrupted, broken = (
             Run(place / name, place / "text.txt", steps, options.processes, cache) for name in ("whole", "interrupted")
         )
-        if ended(uninterrupted.start(), 24 * 3600) != [0] * options.processes:
+        if ended(uninterrupted, uninterrupted.start(), 24 * 3600) != [0] * options.processes:
             sys.exit(f"the run without interruptions failed: see {place / 'whole.log'}")
         begin = time.monotonic()
         count, waits = endure(broken, options.kills, options.kinds, options.seed, options.wait)

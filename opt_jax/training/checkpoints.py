@@ -6,6 +6,7 @@ A checkpoint appears complete or not at all, is written while training continues
 import dataclasses
 import json
 import os
+import threading
 import uuid
 import zlib
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ _DATES = "_CHECKPOINT_METADATA"  # Orbax writes it into each step's directory
 _IN_A_STEP = (_DATES, "params", "optimizer", "data")  # a directory with any of these is a checkpoint, maybe damaged
 _DATA_FILE = "metadata"
 _READERS = 8  # number of arrays that are read at the same time
+_AFTER_ERROR_SECONDS = 30  # after an error in a job, the longest wait for the checkpoint that is being written
 
 
 class Checkpoints:
@@ -272,8 +274,19 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        if error in (None, SystemExit) or jax.process_count() == 1:
+            self.close()
+            return
+        # An error of this process. Another may have failed to write its part, and wait for this process in a step: then
+        # the checkpoint is never complete.
+        thread = threading.Thread(target=self._close_if_possible, daemon=True)
+        thread.start()
+        thread.join(_AFTER_ERROR_SECONDS)
+
+    def _close_if_possible(self) -> None:
+        with suppress(Exception):  # the error that is being raised comes first
+            self.close()
 
 
 class BestModel(Checkpoints):

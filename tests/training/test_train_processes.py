@@ -262,6 +262,42 @@ def test_each_process_can_report_its_error_before_process_0_ends(place):
         assert f"job: error: process {process}: bad file\n" in error
 
 
+WRITING = """
+import resource, sys
+from opt_jax.parallel import processes
+with processes.last_words("job"):
+    processes.start("on", sys.argv[1], 2, int(sys.argv[2]), hang_minutes=1)
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+    from opt_jax.parallel.mesh import batch_sharding, make_mesh, replicated
+    from opt_jax.training import checkpoints
+    from opt_jax.training.step import TrainState
+    checkpoints._AFTER_ERROR_SECONDS = 2
+    mesh = make_mesh("fsdp=2")
+    put = lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    rows, whole = batch_sharding(mesh), replicated(mesh)
+    model, moments = {"w": put(np.ones(40_000), rows)}, {"m": put(np.ones(40_000), rows)}
+    state = TrainState(put(np.asarray(1), whole), model, moments, put(np.asarray(False), whole))
+    with checkpoints.Checkpoints(sys.argv[3], keep=1) as writing:
+        if jax.process_index() == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # as on a full disk
+        writing.save(1, state)
+        if jax.process_index() == 0:
+            raise OSError("no room for the metrics")
+        multihost_utils.sync_global_devices("the next step")
+"""
+
+
+def test_an_error_is_not_held_up_by_a_checkpoint_that_is_never_complete(place):
+    address = free_address()
+    words = [[sys.executable, "-c", WRITING, address, str(i), str(place / "never-complete")] for i in range(2)]
+    done = outcomes([start(command) for command in words])
+    assert [code for code, *_ in done] == [1, 1], done
+    assert "job: error: process 0: no room for the metrics\n" in done[0][2]
+    assert not (place / "never-complete" / "1").exists()
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize("what", ["error", "an error in both, later in 1"])
 def test_an_error_ends_both_though_nobody_can_write_it_down(place, what):
