@@ -20,6 +20,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import statistics
@@ -36,13 +37,9 @@ ROOT = Path(__file__).parents[1]
 KINDS = ("kill", "stop", "term", "disk")
 _SMALL = 20_000  # bytes of a file on the "full disk"; a checkpoint needs more
 _TIME = ("tokens_per_s", "mfu", "memory_bytes", "time", "began")
-# The exit codes of each kind of interruption. 0: the run had finished; 75: another process was lost; 1: an error.
-_ENDS = {
-    "kill": (0, 75, -signal.SIGKILL),
-    "stop": (0, 75, -signal.SIGKILL),
-    "term": (0, 143),
-    "disk": (0, 75, 1),
-}
+# The exit codes after each kind of interruption, but for that of a process which was killed. 0: the run had finished;
+# 75: another process was lost; 1: an error.
+_ENDS = {"kill": (0, 75), "stop": (0, 75), "term": (0, 143), "disk": (0, 75, 1)}
 _LONGEST = 600  # seconds without a new step
 
 
@@ -91,16 +88,20 @@ class Run:
         return [{k: v for k, v in line.items() if k not in _TIME and not k.endswith("_seconds")} for line in lines]
 
 
-def ended(run: Run, started: list[subprocess.Popen], limit: float) -> list[int]:
-    """The exit codes. If a process has not ended after `limit` seconds, all are killed, and so ends this program."""
+def ended(run: Run, started: list[subprocess.Popen], limit: float, frozen: int | None = None) -> list[int]:
+    """The exit codes. The process `frozen` is not waited for, but killed when the others have ended.
+
+    If another one has not ended after `limit` seconds, all are killed, and this program ends.
+    """
     end = time.monotonic() + limit
-    while time.monotonic() < end and any(process.poll() is None for process in started):
+    while running := [i for i, each in enumerate(started) if each.poll() is None and i != frozen]:
+        if time.monotonic() > end:
+            break
         time.sleep(0.05)
-    hanging = [i for i, process in enumerate(started) if process.poll() is None]
     for process in started:
         process.kill()
-    if hanging:
-        sys.exit(f"did not end in {limit:.0f} s: {hanging} of the processes; see {run.directory.with_suffix('.log')}")
+    if running:
+        sys.exit(f"process {running[0]} did not end in {limit:.0f} s: see {run.directory.with_suffix('.log')}")
     return [process.wait() for process in started]
 
 
@@ -120,11 +121,7 @@ def interrupt(run: Run, started: list[subprocess.Popen], kind: str, victim: int)
             time.sleep(1)
             process.send_signal(signal.SIGCONT)
             return []
-        others = [each for each in started if each is not process]
-        codes = ended(run, others, 180)
-        process.kill()
-        return [*codes, process.wait()]
-    return ended(run, started, 180)
+    return ended(run, started, 180, victim if kind == "stop" else None)
 
 
 def endure(run: Run, kills: int, kinds: list[str], seed: int, longest_wait: float) -> tuple[Counter, dict]:
@@ -136,6 +133,8 @@ def endure(run: Run, kills: int, kinds: list[str], seed: int, longest_wait: floa
         # A start counts once it has written a line; then the next interruption waits a random time.
         while run.done() <= before and any(process.poll() is None for process in started):
             if time.monotonic() - begin > _LONGEST:
+                for process in started:
+                    process.kill()
                 sys.exit(f"no step in {_LONGEST} s: see {run.directory.with_suffix('.log')}")
             time.sleep(0.01)
         if stopped is not None:
@@ -152,8 +151,12 @@ def endure(run: Run, kills: int, kinds: list[str], seed: int, longest_wait: floa
             sys.exit(f"ended with {codes} by itself: see {run.directory.with_suffix('.log')}")
         kind, stopped = rng.choice(kinds), None
         moment = time.monotonic()
-        codes = interrupt(run, started, kind, rng.randrange(run.processes))
-        if any(code not in _ENDS[kind] for code in codes):
+        victim = rng.randrange(run.processes)
+        codes = interrupt(run, started, kind, victim)
+        killed = victim if kind in ("kill", "stop") else None
+        if any(
+            code not in _ENDS[kind] and not (i == killed and code == -signal.SIGKILL) for i, code in enumerate(codes)
+        ):
             sys.exit(f"{kind}: exit codes {codes}: see {run.directory.with_suffix('.log')}")
         count[kind] += 1
         if codes:
@@ -173,37 +176,38 @@ def main() -> None:
     parser.add_argument("--wait", type=float, default=5.0, help="the longest time from a new step to an interruption")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", action="store_true")
-    parser.add_argument("--directory", type=Path, help="is kept; default: a temporary one")
+    parser.add_argument("--directory", type=Path, help="is kept; default: a temporary one, kept after a failure")
     options = parser.parse_args()
     if options.cache and options.processes > 1:
-        parser.error(f"--cache without effect: --processes {options.processes} processes on CPUs do not use it")
+        parser.error("--cache without effect: runs of several processes on CPUs do not use it; leave it out")
     steps = options.steps or 30 * options.kills
-    with tempfile.TemporaryDirectory() as temporary:
-        place = options.directory or Path(temporary)
-        place.mkdir(parents=True, exist_ok=True)
-        if any(place.iterdir()):
-            sys.exit(f"--directory {place}: holds files already, perhaps of another run: name a new one")
-        rng = random.Random(0)
-        texts = [" ".join(rng.choices(["def", "return", "self", "x", "(", ")", "\n"], k=300)) for _ in range(400)]
-        (place / "text.txt").write_text("\n\n".join(texts))
-        cache = place / "cache" if options.cache else None
-        uninterrupted, broken = (
-            Run(place / name, place / "text.txt", steps, options.processes, cache) for name in ("whole", "interrupted")
-        )
-        if ended(uninterrupted, uninterrupted.start(), 24 * 3600) != [0] * options.processes:
-            sys.exit(f"the run without interruptions failed: see {place / 'whole.log'}")
-        begin = time.monotonic()
-        count, waits = endure(broken, options.kills, options.kinds, options.seed, options.wait)
-        seconds = time.monotonic() - begin
-        equal = broken.lines() == uninterrupted.lines()
-        print(f"\n{machine('jax')}\n")
-        print(f"{steps} steps, {options.processes} processes, {seconds / 60:.1f} minutes, {dict(count)}")
-        print("| | interruptions | seconds to the next step, median | range |\n|---|---|---|---|")
-        for kind, times in waits.items():
-            if times:
-                spread = f"{min(times):.1f}-{max(times):.1f}"
-                print(f"| {kind} | {count[kind]} | {statistics.median(times):.1f} | {spread} |")
-        print(f"metrics equal to the run without interruptions, bit for bit: {'yes' if equal else 'NO'}")
+    place = options.directory or Path(tempfile.mkdtemp())
+    place.mkdir(parents=True, exist_ok=True)
+    if any(place.iterdir()):
+        sys.exit(f"--directory {place}: holds files already, perhaps of another run: name a new one")
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(["def", "return", "self", "x", "(", ")", "\n"], k=300)) for _ in range(400)]
+    (place / "text.txt").write_text("\n\n".join(texts))
+    cache = place / "cache" if options.cache else None
+    uninterrupted, broken = (
+        Run(place / name, place / "text.txt", steps, options.processes, cache) for name in ("whole", "interrupted")
+    )
+    if ended(uninterrupted, uninterrupted.start(), 24 * 3600) != [0] * options.processes:
+        sys.exit(f"the run without interruptions failed: see {place / 'whole.log'}")
+    begin = time.monotonic()
+    count, waits = endure(broken, options.kills, options.kinds, options.seed, options.wait)
+    seconds = time.monotonic() - begin
+    equal = broken.lines() == uninterrupted.lines()
+    print(f"\n{machine('jax')}\n")
+    print(f"{steps} steps, {options.processes} processes, {seconds / 60:.1f} minutes, {dict(count)}")
+    print("| | interruptions | seconds to the next step, median | range |\n|---|---|---|---|")
+    for kind, times in waits.items():
+        if times:
+            spread = f"{min(times):.1f}-{max(times):.1f}"
+            print(f"| {kind} | {count[kind]} | {statistics.median(times):.1f} | {spread} |")
+    print(f"metrics equal to the run without interruptions, bit for bit: {'yes' if equal else 'NO'}")
+    if equal and options.directory is None:  # otherwise the messages name its logs
+        shutil.rmtree(place)
     sys.exit(not equal)
 
 

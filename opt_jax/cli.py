@@ -67,9 +67,9 @@ def generate(  # noqa: PLR0913  (the options of a command)
     if planned.plan:
         plan_generation(model, max_new_tokens, planned)
         return
-    for option, given in (("top-k", top_k), ("top-p", top_p != 1), ("min-p", min_p), ("seed", seed)):
-        if given and not temperature:
-            raise ValueError(f"--{option} without effect: --temperature 0 always takes the most likely token")
+    for option in ("--top-k", "--top-p", "--min-p", "--seed"):
+        if sampling[option] and not temperature:
+            raise ValueError(f"{option} without effect: --temperature 0 always takes the most likely token")
     prompts = prompts or (_read_stdin(),)
 
     from opt_jax.text.tokenizer import OPTTokenizer

@@ -36,6 +36,7 @@ from opt_jax.model.remat import Remat
 from opt_jax.model.stacking import stack_layers, unstack_layers
 from opt_jax.parallel import rules
 from opt_jax.parallel.agreement import on_every_process, on_first_process
+from opt_jax.parallel.mesh import turn_cache_off
 from opt_jax.system.messages import shown
 from opt_jax.system.reading import note_without_effect, read_small
 
@@ -148,6 +149,8 @@ def load_pretrained(  # noqa: PLR0913  (options, by keyword)
     for check in checks:  # in a job one process checks, because the others read only their shards
         check() if mesh is None else on_first_process(check)
 
+    if mesh is not None:
+        turn_cache_off(list(mesh.devices.flat))
     default = jnp.zeros(()).sharding  # honours jax.default_device
     platform = next(iter(default.device_set)).platform if mesh is None else mesh.devices.flat[0].platform
     stored = {path: stored.get(path, stored[names.EMBEDDING]) for path in arrays if path in expected}

@@ -30,6 +30,7 @@ from opt_jax.model.bfloat16 import with_cpu_products
 from opt_jax.model.cache import KVCache
 from opt_jax.model.heads import OPTForCausalLM
 from opt_jax.model.interventions import with_hooks
+from opt_jax.parallel.mesh import mesh_of, turn_cache_off
 
 _NO_LIMIT = 1 << 30  # a number of steps that no row reaches
 
@@ -187,6 +188,8 @@ def hooked_model(
 
 
 def _engine(model: OPTForCausalLM, request: Request, drafts: Drafts | None, batch_size: int | None) -> Engine:
+    if (mesh := mesh_of(model)) is not None:
+        turn_cache_off(list(mesh.devices.flat))
     flat = FlatModel.of(with_cpu_products(model))
     if request.num_beams > 1:
         return BeamEngine(flat, request)

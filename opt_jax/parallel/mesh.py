@@ -45,7 +45,7 @@ def make_mesh(
     if not spec:
         spec = {"data": slices, "fsdp": -1} if dcn == {"data": slices} else {"fsdp": -1}
     sizes, kinds = _axis_sizes("mesh", spec, len(devices), "devices"), (AxisType.Auto,) * len(AXES)
-    _leave_cache_alone(devices)
+    turn_cache_off(devices)
     if not dcn:  # `jax.make_mesh` cannot place tensor=4 in a torus of 8 x 8 x 8
         grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
         return Mesh(grid, AXES, axis_types=kinds)
@@ -86,13 +86,13 @@ def _axis_sizes(what: str, spec: str | Mapping[str, int], total: int, unit: str)
     return sizes
 
 
-def _leave_cache_alone(devices: Sequence[Any]) -> None:
-    """Turn JAX's persistent compilation cache off, with a warning, if the devices are several CPUs.
+def turn_cache_off(devices: Sequence[Any]) -> None:
+    """Turn JAX's persistent compilation cache off for this process, with a warning, if the devices are several CPUs.
 
     All devices must run the collectives of a program in the same order. When XLA compiles for CPUs, it keeps the order.
-    A program from the cache has lost it between a loop with collectives and those outside (jaxlib 0.10.2 and 0.12.0.1;
-    CONTRIBUTING.md says how to see it). Now and then, two devices then wait for each other. A single process is aborted
-    after 40 seconds, and several hang.
+    A program from the cache may run a collective before a loop on one device, and after it on another (jaxlib 0.10.2
+    and 0.12.0.1; CONTRIBUTING.md says how to see it). Then a single process is aborted after 40 seconds, and several
+    processes hang.
     """
     config: Any = jax.config
     in_use = config.jax_compilation_cache_dir and config.jax_enable_compilation_cache
@@ -102,12 +102,15 @@ def _leave_cache_alone(devices: Sequence[Any]) -> None:
     compilation_cache.reset_cache()  # JAX looks at the option once, when it compiles for the first time
     if jax.process_index() == 0:
         what, why = config.jax_compilation_cache_dir, "a program from it can hang on several CPU devices"
-        warnings.warn(f"JAX's compilation cache {what} is not used: {why}", stacklevel=3)
+        warnings.warn(f"JAX's compilation cache {what} is not used from now on: {why}", stacklevel=3)
 
 
 def use_mesh(mesh: Mesh):
-    """A context manager for calls on a mesh: `with use_mesh(mesh): step(...)`. Makes `constrain` take effect."""
-    _leave_cache_alone(list(mesh.devices.flat))  # the mesh may not come from `make_mesh`
+    """A context manager for calls on a mesh: `with use_mesh(mesh): step(...)`. Makes `constrain` take effect.
+
+    On several CPUs, this turns JAX's persistent compilation cache off, as `make_mesh` does.
+    """
+    turn_cache_off(list(mesh.devices.flat))
     return jax.set_mesh(mesh)
 
 

@@ -18,6 +18,7 @@ import jax
 from jax.experimental import topologies
 
 from opt_jax.parallel.hlo import Program
+from opt_jax.system.messages import one_line
 
 # device_kind -> bytes of HBM that a program may use. Source: the message of libtpu 0.0.42 for a program that does not
 # fit. (A device of "TPU v4" is a chip: see `_MEGACORE`.)
@@ -62,11 +63,12 @@ def topology_devices(name: str) -> Sequence[Any]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **_MEGACORE.get(parts[1], {})).devices
     except Exception as error:  # libtpu raises several types; its message says what is wrong
-        shapes = (
-            "2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, ..." if parts[1] in ("v4", "v5p") else "1x1, 2x2, 2x4, 4x4, 4x8, ..."
-        )
-        why = str(error).splitlines()[0]
-        raise ValueError(f"--topology {name}: libtpu knows no such slice ({why}): choose one of {shapes}") from None
+        why, shapes = one_line(error) or type(error).__name__, "2x2, 2x4, 4x4, 4x8, ..."
+        if parts[1] in ("v4", "v5p"):
+            shapes = "2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, ..."
+        if "INVALID_ARGUMENT" in why:
+            why = f"libtpu knows no such slice ({why}): choose one of {shapes}"
+        raise ValueError(f"--topology {name}: {why}") from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -149,12 +149,13 @@ def error_line(error: BaseException) -> str:
 def warning_lines(start: str = "") -> Iterator[None]:
     """A context in which each warning is one line on stderr, which begins with `start`.
 
-    A line that cannot be written is lost, as are Python's own: a log on a full disk does not end a program.
+    A warning that cannot be written is lost, as Python's own are: a full disk or a closed stderr ends no program.
     """
 
     def show(message: Warning | str, *_: object) -> None:
-        with suppress(OSError):
-            print(f"{start}warning: {one_line(message)}", file=sys.stderr)
+        if sys.stderr is not None:  # None: `print` would take stdout
+            with suppress(OSError):
+                print(f"{start}warning: {one_line(message)}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.showwarning = show

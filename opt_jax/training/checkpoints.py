@@ -28,7 +28,8 @@ from opt_jax.checkpoints.orbax import open_stored
 from opt_jax.checkpoints.pretrained import read_array
 from opt_jax.parallel.agreement import agree, on_first_process
 from opt_jax.parallel.rules import named_leaves
-from opt_jax.system.disk import disk_errors, without_tracebacks
+from opt_jax.system.disk import disk_errors, error_line, without_tracebacks
+from opt_jax.system.interrupts import say as print_line
 from opt_jax.system.messages import one_line
 from opt_jax.system.reading import json_object, read_small
 from opt_jax.system.temporary import refuse_links
@@ -283,10 +284,14 @@ class Checkpoints:
         thread = threading.Thread(target=self._close_if_possible, daemon=True)
         thread.start()
         thread.join(_AFTER_ERROR_SECONDS)
+        if thread.is_alive():
+            print_line(f"{self._writing[0]} was not complete after {_AFTER_ERROR_SECONDS} s: it is given up")
 
     def _close_if_possible(self) -> None:
-        with suppress(Exception):  # the error that is being raised comes first
+        try:
             self.close()
+        except Exception as error:  # the error of this process is raised
+            print_line(error_line(error))
 
 
 class BestModel(Checkpoints):

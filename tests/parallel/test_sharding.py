@@ -81,19 +81,27 @@ def compilation_cache_dir(tmp_path):
 
 @eight
 def test_programs_for_several_cpus_are_not_cached(compilation_cache_dir):
-    """A program from the cache can hang there; see `_leave_cache_alone`."""
+    """A program from the cache can hang there; see `turn_cache_off`."""
     cached = lambda: [path.name for path in compilation_cache_dir.iterdir() if "jit_" in path.name]  # noqa: E731
     make_mesh(None, jax.devices()[:1])
     jax.jit(lambda x: x + 1)(1.0)
     assert len(cached()) == 1
-    with pytest.warns(UserWarning, match="compilation cache .* is not used: a program from it can hang"):
+    with pytest.warns(UserWarning, match="compilation cache .* is not used from now on: a program from it can hang"):
         mesh = make_mesh(None, jax.devices()[:8])
     with use_mesh(make_mesh(None, jax.devices()[:8])):  # it has been said
         jax.jit(lambda x: x + 2, out_shardings=batch_sharding(mesh))(np.zeros(8))
     assert len(cached()) == 1
-    jax.config.update("jax_enable_compilation_cache", True)
-    with pytest.warns(UserWarning, match="is not used"), use_mesh(mesh):  # which may be another library's
-        pass
+
+    def once_more():  # with a mesh that is older than the setting, as another library's may be
+        jax.config.update("jax_enable_compilation_cache", True)
+        return pytest.warns(UserWarning, match="is not used from now on")
+
+    with once_more():
+        use_mesh(mesh)
+    with once_more():
+        model = opt_jax.OPTForCausalLM.from_pretrained("tiny", mesh=mesh)
+    with once_more():
+        model.generate([[5, 6]], max_new_tokens=1)
 
 
 def abstract(cls: str, config: OPTConfig, scan_layers: bool = False):
