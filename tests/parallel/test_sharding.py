@@ -96,8 +96,8 @@ def test_programs_for_several_cpus_are_not_cached(compilation_cache_dir):
         jax.config.update("jax_enable_compilation_cache", True)
         return pytest.warns(UserWarning, match="is not used from now on")
 
-    with once_more():
-        use_mesh(mesh)
+    with once_more(), use_mesh(mesh):
+        pass
     with once_more():
         model = opt_jax.OPTForCausalLM.from_pretrained("tiny", mesh=mesh)
     with once_more():
