@@ -188,9 +188,9 @@ def hooked_model(
 
 
 def _engine(model: OPTForCausalLM, request: Request, drafts: Drafts | None, batch_size: int | None) -> Engine:
-    if (mesh := mesh_of(model)) is not None:
-        turn_cache_off(list(mesh.devices.flat))
     flat = FlatModel.of(with_cpu_products(model))
+    if (mesh := mesh_of(flat.leaves[:1])) is not None:  # not of the model, which would be flattened once more
+        turn_cache_off(list(mesh.devices.flat))
     if request.num_beams > 1:
         return BeamEngine(flat, request)
     if drafts is not None:

@@ -285,12 +285,14 @@ class Checkpoints:
         thread.start()
         thread.join(_AFTER_ERROR_SECONDS)
         if thread.is_alive():
-            print_line(f"{self._writing[0]} was not complete after {_AFTER_ERROR_SECONDS} s: it is given up")
+            print_line(
+                f"{self._writing[0]} was not complete after {_AFTER_ERROR_SECONDS} s: the next start uses an older one"
+            )
 
     def _close_if_possible(self) -> None:
         try:
             self.close()
-        except Exception as error:  # the error of this process is raised
+        except Exception as error:  # printed, because another error is being raised
             print_line(error_line(error))
 
 

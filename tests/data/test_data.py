@@ -69,6 +69,7 @@ def test_worker_processes_read_the_same(tmp_path, monkeypatch):
         for step, place in enumerate(reader, start=3):
             labels = place(slice(2, 6))["labels"]
             np.testing.assert_array_equal(labels, windows.rows(step)[2:6, 1:])
+            assert type(labels) is np.ndarray  # not an array in Grain's shared memory
     assert step == 8
 
 

@@ -295,6 +295,7 @@ def test_an_error_is_not_held_up_by_a_checkpoint_that_is_never_complete(place):
     done = outcomes([start(command) for command in words])
     assert [code for code, *_ in done] == [1, 1], done
     assert "job: error: process 0: no room for the metrics\n" in done[0][2]
+    assert f"{place / 'never-complete' / '1'} was not complete after 2 s: the next start uses" in done[0][2]
     assert not (place / "never-complete" / "1").exists()
 
 
