@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from opt_jax.checkpoints import chunks
-from opt_jax.checkpoints.chunks import Index, Shape, pieces
+from opt_jax.checkpoints.chunks import Shape, pieces
 
 _ALIGNMENT = 64  # bytes; XLA's on a CPU
 _HUGE_PAGES_FROM = 4 << 20  # bytes; for such arrays NumPy asks for huge pages
@@ -24,12 +24,13 @@ class LazyArray:
         any strides and alignment, of memory that changes later. `load` returns a copy.
       chunk: the array is stored as a grid of chunks of this shape, and reading a part of a chunk reads the complete
         chunk. None: any part can be read alone.
-      copied: what `read` returns is a copy of which nobody else has a view, so `load` need not copy it again.
+      copied: what `read` returns is a copy of which nobody else has a view, so `load` need not copy it again. This
+        `read` also takes a buffer (see `load`) to put the copy into.
     """
 
     shape: Shape
     dtype: np.dtype
-    read: Callable[[Index], np.ndarray]
+    read: Callable[..., np.ndarray]
     chunk: Shape | None = None
     copied: bool = False
 
@@ -44,17 +45,20 @@ class LazyArray:
     @property
     def T(self) -> "LazyArray":  # noqa: N802  (as numpy.ndarray.T)
         chunk = None if self.chunk is None else self.chunk[::-1]
-        return LazyArray(self.shape[::-1], self.dtype, lambda index: self.read(index[::-1]).T, chunk, self.copied)
+        read = lambda index, *buffer: self.read(index[::-1], *buffer).T  # noqa: E731
+        return LazyArray(self.shape[::-1], self.dtype, read, chunk, self.copied)
 
     def load(self, index: Sequence[slice] | None = None, buffer: np.ndarray | None = None) -> np.ndarray:
         """A C-contiguous copy, in native byte order, of the array or of the part at `index`.
 
         Args:
           index: one slice per dimension; None: the complete array.
-          buffer: uint8 [at least the bytes of the part] that a copy is put into. (Allocating takes as long as copying.)
+          buffer: uint8 [at least twice the bytes of the part] that it is read and copied into. (To allocate takes as
+            long as to copy.)
         """
         index = (slice(None),) * len(self.shape) if index is None else index
-        view = self.read(tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, self.shape, strict=True)))
+        index = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, self.shape, strict=True))
+        view = self.read(index) if buffer is None or not self.copied else self.read(index, buffer[len(buffer) // 2 :])
         dtype = self.dtype.newbyteorder("=")
         if self.copied and view.flags.c_contiguous and view.dtype == dtype:
             return view

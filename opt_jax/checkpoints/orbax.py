@@ -79,7 +79,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         if self.stop.is_set():
             raise InterruptedError
         if not hasattr(self._local, "buffer"):
-            self._local.buffer = np.empty(chunks.CHUNK_BYTES, np.uint8)
+            self._local.buffer = np.empty(2 * chunks.CHUNK_BYTES, np.uint8)
         piece = value.load(index, self._local.buffer)
         # `result` waits for the commit, after which the buffer is free again.
         store[index].write(piece, can_reference_source_data_indefinitely=True).result()
@@ -178,7 +178,7 @@ def open_arrays(directory: Path, verify: bool = True) -> dict[str, LazyArray]:
                 raise ValueError(f"{directory}: tensor {path} has shape {shape}, which no stack of layers has")
             chunk = stored.chunk and stored.chunk[1:]
             for i in range(shape[0]):
-                read = lambda index, stored=stored, i=i: stored.read((slice(i, i + 1), *index))[0]  # noqa: E731
+                read = lambda part, *buffer, x=stored, i=i: x.read((slice(i, i + 1), *part), *buffer)[0]  # noqa: E731
                 arrays[f"{before}.layers.{i}.{after}"] = LazyArray(shape[1:], stored.dtype, read, chunk, copied=True)
         else:
             arrays[path] = stored
@@ -194,12 +194,12 @@ class _Stored:
     store: ts.TensorStore
     verify: bool
 
-    def read(self, index: Index) -> np.ndarray:
+    def read(self, index: Index, buffer: np.ndarray | None = None) -> np.ndarray:
         try:
             if not self.verify:
                 return chunks.read_unverified(self.store, index)
             # Not `store.read`, whose result JAX would copy: it is not aligned.
-            out = empty(tuple(s.stop - s.start for s in index), self.store.dtype.numpy_dtype)
+            out = empty(tuple(s.stop - s.start for s in index), self.store.dtype.numpy_dtype, buffer)
             ts.array(out).write(self.store[index]).result()
             return out
         except ValueError as e:

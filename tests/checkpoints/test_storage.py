@@ -23,7 +23,7 @@ from convert import to_orbax
 from convert.source import open_directory
 from opt_jax import OPTConfig, OPTForCausalLM, OPTTokenizer
 from opt_jax.checkpoints import chunks, directories, orbax, pretrained
-from opt_jax.checkpoints.arrays import LazyArray, first_difference
+from opt_jax.checkpoints.arrays import LazyArray, empty, first_difference
 from opt_jax.checkpoints.directories import new_directory
 from opt_jax.checkpoints.formats import names
 from opt_jax.checkpoints.hub import check_array_path, resolve
@@ -57,7 +57,7 @@ def test_parts_and_transposes_are_those_of_the_array(dtype, shape):
         assert loaded.flags.c_contiguous and loaded.dtype == dtype and loaded.tobytes() == theirs.tobytes()
         index = tuple(slice(n // 3, n - n // 4) for n in theirs.shape)
         assert ours.load(index).tobytes() == theirs[index].tobytes()
-        buffer = np.zeros(theirs.nbytes + 3, np.uint8)
+        buffer = np.zeros(2 * theirs.nbytes + 6, np.uint8)
         part = ours.load(index, buffer)
         assert part.tobytes() == theirs[index].tobytes() and np.shares_memory(part, buffer)
     assert lazy(array).load() is not array
@@ -364,6 +364,33 @@ def test_an_empty_directory_is_taken_and_one_with_a_tokenizer_is_named(tmp_path)
     with pytest.raises(FileExistsError, match="first holds a tokenizer already: save it after the model, or pass"):
         model.save_pretrained(tmp_path / "first")
     model.save_pretrained(tmp_path / "both", tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("form", ["orbax", "safetensors"])
+def test_a_part_is_read_into_the_buffer(tmp_path, monkeypatch, form):
+    """Also before it is transposed: to allocate memory for each part takes longer than to read it."""
+    source = write_hf(tmp_path / "hf", TINY, hf_weights(TINY))
+    if form == "orbax":
+        to_orbax.convert(open_directory(source), tmp_path / "orbax")
+        source = tmp_path / "orbax"
+    stored, _ = pretrained.open_parameters(source, OPTConfig.from_hf(TINY))
+    cases = [(array, array.load()) for array in stored.values()]
+    allocated: list[tuple[int, ...]] = []
+
+    def recording(shape, dtype, buffer=None):
+        if buffer is None:
+            allocated.append(shape)
+        return empty(shape, dtype, buffer)
+
+    for module in ("arrays", "orbax", "formats.stored"):
+        monkeypatch.setattr(f"opt_jax.checkpoints.{module}.empty", recording)
+    for array, expected in cases:
+        buffer = np.zeros(2 * array.nbytes, np.uint8)
+        for lazy, values in ((array, expected), (array.T, expected.T)):
+            part = lazy.load(None, buffer)
+            assert np.shares_memory(part, buffer) and part.flags.c_contiguous
+            np.testing.assert_array_equal(part, values)
+    assert allocated == []
 
 
 @pytest.mark.parametrize("large", [False, True])

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -127,6 +128,15 @@ def test_each_stored_chunk_is_read_once(tmp_path, monkeypatch):
     assert corners == [(row, row + 4, column, column + 1) for row in (0, 4) for column in range(16)]
     write_lazily(None, tmp_path / "streamed")  # an array that is not stored in chunks is read slab by slab
     assert len(asked) == 16 and all(columns.stop - columns.start == 1 for _, columns in asked)
+
+
+def test_the_disk_begins_before_all_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_writer, "_WRITEBACK_BYTES", 1000)
+    begun, begin = [], hf_writer._begin_writeback
+    monkeypatch.setattr(hf_writer, "_begin_writeback", lambda fd: begun.append(begin(fd)))
+    out = write(write_hf(tmp_path / "hf", TINY, hf_weights(TINY)), tmp_path / "out")
+    assert 2 <= len(begun) <= (out / "model.safetensors").stat().st_size // 1000
+    assert all(begun) == (sys.platform == "linux")
 
 
 def test_cast(tmp_path):

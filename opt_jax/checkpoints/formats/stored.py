@@ -28,8 +28,12 @@ class Stored(NamedTuple):
     def lazy(self) -> LazyArray:
         return LazyArray(self.shape, self.dtype, self.read, copied=True)
 
-    def read(self, index: Index) -> np.ndarray:
+    def read(self, index: Index, buffer: np.ndarray | None = None) -> np.ndarray:
         """A copy of the part at the index. Of rows or columns of a matrix exactly their bytes are read.
+
+        Args:
+          index: one slice per dimension.
+          buffer: see `LazyArray.load`.
 
         Raises:
           ValueError: the file is shorter than when it was opened, or is no longer a regular file.
@@ -45,7 +49,7 @@ class Stored(NamedTuple):
             dense = tuple(math.prod(shape[i + 1 :]) * item for i in range(len(shape)))
             steps = tuple(step if n > 1 else d for step, n, d in zip(self.strides, shape, dense, strict=True))
             if steps == dense or len(shape) > 1 and steps[1:] == dense[1:] and steps[0] >= dense[0]:
-                out = empty(shape, self.dtype)
+                out = empty(shape, self.dtype, buffer)
                 if steps == dense:
                     fill(self.path, file, out, start)
                 else:  # some columns: read row by row
@@ -53,7 +57,8 @@ class Stored(NamedTuple):
                         fill(self.path, file, out[i], start + i * steps[0])
                 return out
             if len(shape) == 2 and steps[0] < steps[1]:  # stored by columns: read as rows of the transposed matrix
-                return self._replace(shape=self.shape[::-1], strides=self.strides[::-1]).read(index[::-1]).T
+                transposed = self._replace(shape=self.shape[::-1], strides=self.strides[::-1])
+                return transposed.read(index[::-1], buffer).T
             extent = sum((n - 1) * step for n, step in zip(shape, self.strides, strict=True)) + item
             run = np.empty(extent, np.uint8)  # any other strides: read all bytes from the first to the last
             fill(self.path, file, run, start)
