@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float32, Int, Int32
 
 from opt_jax.generation import loop
 from opt_jax.generation.loop import DecodeState, FlatModel, Report, TokenLogprobs
-from opt_jax.generation.memory import check_memory, device_memory
+from opt_jax.generation.memory import check_memory, device_memory, platform_of
 from opt_jax.generation.prompts import batch_bucket, take_prompts
 from opt_jax.generation.request import Request
 from opt_jax.generation.sampling import SamplingOptions
@@ -104,7 +104,7 @@ class PlainEngine:
         request, copies, prompts = self.request, 1, jobs // self.request.copies
         if len(jobs) == self.jobs:
             count, copies = len(request.input_ids), request.copies
-            size = batch_bucket(2 if self.jobs == 1 and _platform(self.model) == "gpu" else count)
+            size = batch_bucket(2 if self.jobs == 1 and platform_of(self.model) == "gpu" else count)
             prompts, jobs = padded(np.arange(count), size), padded(jobs, size * copies)
         capacity = request.capacity_with(self._more_columns)
         check_fits(self.model, request, len(jobs), capacity, self._branches)
@@ -191,10 +191,6 @@ def check_fits(model: Any, request: Request, rows: int, new_columns: int, branch
 def padded(x: np.ndarray, size: int) -> np.ndarray:
     """`x` padded to `size` rows with copies of its last row."""
     return np.pad(x, [(0, size - len(x)), *[(0, 0)] * (x.ndim - 1)], mode="edge")
-
-
-def _platform(model: Any) -> str:
-    return next(iter(jax.tree.leaves(model)[0].devices())).platform
 
 
 # Compiled -----------------------------------------------------------------------------------------------------

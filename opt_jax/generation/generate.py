@@ -23,6 +23,7 @@ from opt_jax.generation.config import GenerationConfig
 from opt_jax.generation.drafts import Drafts, check_drafts
 from opt_jax.generation.engines import Engine, NewTokens, PlainEngine, Slots
 from opt_jax.generation.loop import FlatModel, Report
+from opt_jax.generation.memory import default_cache_dtype
 from opt_jax.generation.prompts import Prefix, continued
 from opt_jax.generation.request import Request, check_batch_size, check_request, check_return_cache, check_score
 from opt_jax.generation.speculative import DraftingEngine
@@ -317,7 +318,8 @@ def prefill(
         raise ValueError(f"prefill reads one prefix, not {len(ids)} rows")
     GenerationConfig(cache_dtype=cache_dtype).check()
     tokens = ids[mask][None]
-    return Prefix(tokens, np.ones_like(tokens, bool), _read_prefix(model, padded_ids, padded_mask, cache_dtype))
+    cache = _read_prefix(model, padded_ids, padded_mask, cache_dtype or default_cache_dtype(model))
+    return Prefix(tokens, np.ones_like(tokens, bool), cache)
 
 
 def stream(

@@ -36,6 +36,21 @@ def device_memory(model: Any) -> int:
     return sum(stat["bytes_limit"] for stat in stats) * len(sharding.device_set) // len(stats)
 
 
+def platform_of(model: Any) -> str | None:
+    """The platform of the model's parameters, such as "cpu"; None of an abstract model without a sharding."""
+    sharding = getattr(jax.tree.leaves(model)[0], "sharding", None)
+    return None if sharding is None else next(iter(sharding.device_set)).platform
+
+
+def default_cache_dtype(model: Any) -> str | None:
+    """The dtype of a KV cache; None: the compute dtype.
+
+    On a CPU it is float32 for half precision, too: to add one token to an array of 16-bit numbers, XLA converts all of
+    it to float32 and back. The cache then takes twice the memory. Its numbers, and the tokens, are the same.
+    """
+    return "float32" if np.dtype(model.dtype).itemsize == 2 and platform_of(model) == "cpu" else None
+
+
 def column_bytes(config: OPTConfig, dtype: DTypeLike) -> int:
     """Bytes of the keys and values of one token in all layers, and of their scales in an int8 cache."""
     scales = 4 * config.num_attention_heads if np.dtype(dtype) == np.int8 else 0

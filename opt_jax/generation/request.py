@@ -21,7 +21,7 @@ from opt_jax.generation.config import (
 )
 from opt_jax.generation.hf_options import ignored_fields, refused_fields
 from opt_jax.generation.loop import Prompts
-from opt_jax.generation.memory import check_memory, column_bytes, host_memory
+from opt_jax.generation.memory import check_memory, column_bytes, default_cache_dtype, host_memory
 from opt_jax.generation.processors import Sequences
 from opt_jax.generation.prompts import (
     GivenPrompts,
@@ -126,6 +126,7 @@ def check_request(  # noqa: PLR0913  (arguments of `generate`)
     _check_embeds(prompts, prefix, given)
     if prefix is not None and given.cache_dtype is not None:
         raise ValueError(f"cache_dtype={given.cache_dtype} cannot change the dtype of a prefix: pass it to prefill")
+    cache_dtype = given.cache_dtype or default_cache_dtype(model)
     texts, before = prompts.texts(), np.zeros(1, np.int32)
     if prefix is not None:
         texts = [np.append(i[m], t) for i, m, t in zip(*broadcast(prefix, len(texts)), texts, strict=True)]
@@ -153,10 +154,10 @@ def check_request(  # noqa: PLR0913  (arguments of `generate`)
         pad_token_id=pad,
         copies=copies,
         logprobs=logprobs,
-        cache_dtype=given.cache_dtype,
+        cache_dtype=cache_dtype,
         stops=stops,
         vocab_size=config.vocab_size,
-        column_bytes=column_bytes(config, given.cache_dtype or model.dtype),
+        column_bytes=column_bytes(config, cache_dtype or model.dtype),
         given=given,
     )
 

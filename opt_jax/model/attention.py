@@ -141,7 +141,7 @@ def _attend(
     if isinstance(v, Int8Array):
         scaled = weights.astype(jnp.float32) * v.scale.mT
         return int8.einsum("bhts,bhsk->bhtk", scaled, v.values).astype(q.dtype), weights
-    return _product("bhts,bhsk->bhtk", weights, v), weights
+    return _product("bhts,bhsk->bhtk", weights, v).astype(q.dtype), weights
 
 
 def _product(spec: str, x: Array, cached: Array, **kwargs: Any) -> Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from opt_jax.model.decoder import Linear
+from opt_jax.model.decoder import Embed, Linear
 from opt_jax.model.relu_sparsity import skips_zeros
 
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -34,20 +34,35 @@ def with_cpu_products(model: Any) -> Any:
     copy = jax.tree.map(lambda x: x, model)
     for _, module in nnx.iter_graph(copy):
         # (Layers that skip zeros multiply in float32 already.)
-        if type(module) is Linear and module.preferred_element_type is None and not skips_zeros(module):
+        if type(module) is Linear and not skips_zeros(module):
             module.dot_general = Rounded(module.dot_general)
+        elif type(module) is Embed:
+            module.__class__ = _Embed
     return copy
 
 
+class _Embed(Embed):
+    """The tied LM head, whose result is float32 already."""
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        return super().attend(_two_rows(x))[: len(x)]
+
+
+def _two_rows(x: jax.Array) -> jax.Array:
+    """`x` [B, T, D], or two copies of a single token: the kernel multiplies no matrix by one row."""
+    return jnp.concatenate([x, x]) if x.shape[:-1] == (1, 1) else x
+
+
 class Rounded:
-    """A product in float32, rounded to the dtype of the activations."""
+    """A product in float32, rounded to the dtype that was asked for, or else to that of the activations."""
 
     def __init__(self, dot_general: Any):
         self._dot_general = dot_general
 
     def __call__(self, x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **kwargs: Any) -> jax.Array:
-        kwargs["preferred_element_type"] = jnp.float32
-        return self._dot_general(x, kernel, dimension_numbers, **kwargs).astype(x.dtype)
+        dtype = kwargs.pop("preferred_element_type", None) or x.dtype
+        y = self._dot_general(_two_rows(x), kernel, dimension_numbers, preferred_element_type=jnp.float32, **kwargs)
+        return y[: len(x)].astype(dtype)
 
     def __eq__(self, other: object) -> bool:  # otherwise each call of `generate` would compile
         return isinstance(other, Rounded) and other._dot_general == self._dot_general

@@ -281,7 +281,7 @@ def test_a_gpu_decodes_one_row_as_two(model, monkeypatch):
     ids = IDS[1:2]
     options: dict[str, Any] = dict(max_new_tokens=10, do_sample=True, seed=[3], logprobs=2)
     alone = generate(model, ids, **options)
-    monkeypatch.setattr(engines, "_platform", lambda model: "gpu")
+    monkeypatch.setattr(engines, "platform_of", lambda model: "gpu")
 
     def rows(**more):
         request = check_request(model, ids, options=options | more)

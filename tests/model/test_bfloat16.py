@@ -1,5 +1,7 @@
 """Products of bfloat16 models on a CPU that has instructions for them."""
 
+import dataclasses
+import math
 import re
 
 import jax
@@ -54,6 +56,23 @@ def test_the_products_are_float32_where_the_cpu_can(config, monkeypatch, compile
     assert "jit(begin)" not in compiled
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_single_token_is_multiplied_as_two(config, monkeypatch, tied):
+    """YNNPACK has no product with one row, for which XLA would convert the weights."""
+    monkeypatch.setattr(bfloat16, "has_instructions", lambda: True)
+    config = dataclasses.replace(config, tie_word_embeddings=tied)
+    model = OPTForCausalLM(config, rngs=nnx.Rngs(0), dtype="bfloat16", param_dtype="bfloat16")
+    fast = bfloat16.with_cpu_products(model)
+    for length in (1, 20):
+        programs = [jax.jit(lambda m, ids: m(ids).logits).lower(m, IDS[:1, :length]) for m in (model, fast)]
+        by_matrix = r"dot_general.*\(tensor<((?:\d+x){2,3})bf16>, tensor<\d+x\d+xbf16>\)"
+        shapes = [re.findall(by_matrix, program.as_text()) for program in programs]
+        tokens = [{math.prod(int(n) for n in shape[:-1].split("x")[:-1]) for shape in each} for each in shapes]
+        assert tokens == ([{1}, {2}] if length == 1 else [{20}, {20}]) and len(shapes[1]) == 2 * 6 + 1
+        plain, same = (m(IDS[:1, :length]).logits for m in (model, fast))
+        np.testing.assert_allclose(plain, same, atol=2e-2)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_other_models_stay_as_they_are(config, dtype, monkeypatch):
     monkeypatch.setattr(bfloat16, "has_instructions", lambda: True)
@@ -67,6 +86,27 @@ def test_integer_matrices_stay_as_they_are(config, monkeypatch):
     modules = [module for _, module in nnx.iter_graph(bfloat16.with_cpu_products(model))]
     assert not any(isinstance(getattr(module, "dot_general", None), bfloat16.Rounded) for module in modules)
     model.generate(IDS, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_cache_is_float32_on_a_cpu(config, dtype, monkeypatch):
+    """To write a token into one of 16 bits, XLA would convert all of it to float32 and back, in each step."""
+    model = OPTForCausalLM(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+
+    def run(**options):
+        programs, advance = [], loop.advance
+        with monkeypatch.context() as patch:
+            lower = lambda *a, **k: programs.append(advance.lower(*a, **k).compile().as_text()) or advance(*a, **k)  # noqa: E731
+            patch.setattr(loop, "advance", lower)
+            out = model.generate(IDS, np.ones_like(IDS), max_new_tokens=9, eos_token_id=[], logprobs=4, **options)
+        return out, re.findall(r"= \w+\[3,4,\d\d,8\]\S* convert\(", programs[0])
+
+    (out, converted), (same, _) = run(), run(cache_dtype=dtype)
+    assert not converted
+    np.testing.assert_array_equal(out.sequences, same.sequences)
+    np.testing.assert_array_equal(out.logprobs, same.logprobs)
+    for asked, stored in ((None, "float32"), (dtype, dtype)):
+        assert model.prefill(IDS[:1], cache_dtype=asked).cache.k[0].dtype == stored  # type: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize("text, expected", [("flags : sse avx512_bf16", True), ("amx_bf16", True), ("avx512f", False)])
