@@ -53,16 +53,16 @@ class LazyArray:
 
         Args:
           index: one slice per dimension; None: the complete array.
-          buffer: uint8 [at least twice the bytes of the part] that it is read and copied into. (To allocate takes as
-            long as to copy.)
+          buffer: uint8 [at least twice the bytes of the part], aligned to the dtype, that it is read into, and from
+            there copied into the second half. (To allocate takes as long as to copy.)
         """
         index = (slice(None),) * len(self.shape) if index is None else index
         index = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, self.shape, strict=True))
-        view = self.read(index) if buffer is None or not self.copied else self.read(index, buffer[len(buffer) // 2 :])
+        view = self.read(index) if buffer is None or not self.copied else self.read(index, buffer)
         dtype = self.dtype.newbyteorder("=")
         if self.copied and view.flags.c_contiguous and view.dtype == dtype:
             return view
-        out = empty(view.shape, dtype, buffer)
+        out = empty(view.shape, dtype, None if buffer is None else buffer[len(buffer) // 2 :])
         copy_blocked(out, view)
         return out
 

@@ -26,8 +26,8 @@ from opt_jax.system.messages import one_line
 from opt_jax.system.reading import json_object, read_small
 
 _MAX_LAYERS = 10_000  # a file that claims more is damaged
-_THREADS = 4  # each holds one or two chunks; some transpose while others wait for the disk
-# Chunks that end together share a commit, and an object store commits once a second. (Takes a gigabyte of buffers.)
+_THREADS = 4  # each holds two chunks; some transpose while others wait for the disk
+# Chunks that end together share a commit, and an object store commits once a second. (Takes two gigabytes of buffers.)
 _REMOTE_THREADS = 64
 
 
@@ -200,6 +200,7 @@ class _Stored:
                 return chunks.read_unverified(self.store, index)
             # Not `store.read`, whose result JAX would copy: it is not aligned.
             out = empty(tuple(s.stop - s.start for s in index), self.store.dtype.numpy_dtype, buffer)
+            assert out.flags.aligned, "TensorStore would read into a copy"
             ts.array(out).write(self.store[index]).result()
             return out
         except ValueError as e:

@@ -78,7 +78,7 @@ class GenerationConfig:
       seed: in [0, 2**32); the same call gives the same tokens. With one number, row i draws by the seed and i. With a
         sequence of one number for each prompt, a row draws by its seed and its index among the prompt's rows.
       cache_dtype: dtype of the KV cache: "int8" (needs the extra `int8`), "float16", "bfloat16" or "float32"; default:
-        the compute dtype, and on a CPU float32 for half precision (twice the memory, but several times faster).
+        the compute dtype, and on a CPU float32 for half precision (twice the memory, and faster).
       logprobs: record the log-probability of each new token, and the n most likely tokens with theirs; 0: of the chosen
         token only.
 

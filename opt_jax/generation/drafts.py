@@ -10,6 +10,7 @@ from jaxtyping import Int
 
 from opt_jax.generation.loop import FlatModel
 from opt_jax.generation.request import Request, checkpoint_options
+from opt_jax.model.bfloat16 import with_cpu_products
 from opt_jax.model.heads import OPTForCausalLM
 
 DEFAULT_DRAFTS = 5  # HF: 20, or fewer after a draft with a probability below 0.4; here all rows draft equally many
@@ -66,7 +67,7 @@ def check_drafts(model: OPTForCausalLM, request: Request, assistant: Any) -> Dra
     assistant = _checked(model, request, assistant)
     count = _draft_count(request, assistant)
     _check_count("num_assistant_tokens", count, limit)
-    return Drafts(FlatModel.of(assistant), np.int32(0), count)
+    return Drafts(FlatModel.of(with_cpu_products(assistant)), np.int32(0), count)
 
 
 def _check_count(name: str, count: int, limit: int) -> None:

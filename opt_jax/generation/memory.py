@@ -67,5 +67,5 @@ def check_memory(nbytes: int, limit: int, rows: int, given: GenerationConfig) ->
         asked = ", ".join(f"{name}={value}" for name in _SIZES if (value := getattr(given, name)) is not None)
         raise ValueError(
             f"{asked or 'the prompts'}: {rows:,} rows at a time need {nbytes / 1e9:,.1f} GB, more than the "
-            f"{limit / 1e9:,.1f} GB of memory: ask for less, or pass a smaller batch_size"
+            f"{limit / 1e9:,.1f} GB of memory: ask for less, or pass a smaller batch_size or cache_dtype"
         )

@@ -127,6 +127,8 @@ def check_request(  # noqa: PLR0913  (arguments of `generate`)
     if prefix is not None and given.cache_dtype is not None:
         raise ValueError(f"cache_dtype={given.cache_dtype} cannot change the dtype of a prefix: pass it to prefill")
     cache_dtype = given.cache_dtype or default_cache_dtype(model)
+    if prefix is not None:
+        cache_dtype = jax.tree.leaves(prefix.cache.k)[0].dtype.name
     texts, before = prompts.texts(), np.zeros(1, np.int32)
     if prefix is not None:
         texts = [np.append(i[m], t) for i, m, t in zip(*broadcast(prefix, len(texts)), texts, strict=True)]

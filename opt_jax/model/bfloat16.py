@@ -26,7 +26,7 @@ def has_instructions() -> bool:
 
 
 def with_cpu_products(model: Any) -> Any:
-    """The model, or on such a CPU one with the same arrays, whose linear layers call that kernel."""
+    """The model, or on such a CPU one with the same arrays, whose linear layers and LM head call that kernel."""
     if model.dtype != jnp.bfloat16 or not has_instructions():
         return model
     if next(iter(jax.tree.leaves(model)[0].devices())).platform != "cpu":

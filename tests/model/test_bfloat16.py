@@ -11,6 +11,8 @@ from flax import nnx
 
 from opt_jax import OPTConfig, OPTForCausalLM, quantize
 from opt_jax.generation import loop
+from opt_jax.generation.memory import column_bytes
+from opt_jax.generation.request import check_request
 from opt_jax.model import bfloat16
 
 IDS = np.random.RandomState(0).randint(4, 60, (3, 20))
@@ -105,8 +107,10 @@ def test_the_cache_is_float32_on_a_cpu(config, dtype, monkeypatch):
     assert not converted
     np.testing.assert_array_equal(out.sequences, same.sequences)
     np.testing.assert_array_equal(out.logprobs, same.logprobs)
-    for asked, stored in ((None, "float32"), (dtype, dtype)):
-        assert model.prefill(IDS[:1], cache_dtype=asked).cache.k[0].dtype == stored  # type: ignore[reportAttributeAccessIssue]
+    for asked, stored in ((None, "float32"), (dtype, dtype), ("int8", "int8")):
+        prefix = model.prefill(IDS[:1], cache_dtype=asked)
+        assert jax.tree.leaves(prefix.cache.k)[0].dtype == stored
+        assert check_request(model, IDS, prefix=prefix).column_bytes == column_bytes(config, stored)
 
 
 @pytest.mark.parametrize("text, expected", [("flags : sse avx512_bf16", True), ("amx_bf16", True), ("avx512f", False)])

@@ -259,8 +259,8 @@ def _pwrite(fd: int, data: memoryview, offset: int) -> None:
 def _begin_writeback(fd: int) -> bool:
     """Let the disk begin to write what is in the page cache. Otherwise it begins with the `fsync` at the end.
 
-    It does not wait, as `fsync` would, for which gcsfuse would send the complete file each time. Errors of the disk are
-    left to the `fsync`.
+    Unlike `fsync`, it does not wait until the disk has written; and for an `fsync`, gcsfuse sends the complete file.
+    Errors of the disk are left to the `fsync` at the end.
 
     Returns:
       Whether the system has done so. Only Linux has the call, and not for each file system.
