@@ -49,7 +49,11 @@ class _Embed(Embed):
 
 
 def _two_rows(x: jax.Array) -> jax.Array:
-    """`x` [B, T, D], or two copies of a single token: the kernel multiplies no matrix by one row."""
+    """`x` [B, T, D], or two copies of a single token.
+
+    The kernel multiplies no matrix by one row. XLA would keep a float32 copy of the matrices, and make it in each call
+    (docs/performance.md).
+    """
     return jnp.concatenate([x, x]) if x.shape[:-1] == (1, 1) else x
 
 
