@@ -90,7 +90,11 @@ def test_the_slurm_script_does_not_ask_for_ever(tmp_path):
 
 
 def test_the_job_of_kubernetes_has_limits_that_fit():
-    """Kubernetes refuses `backoffLimitPerIndex` with another policy."""
+    """Kubernetes refuses `backoffLimitPerIndex` with another policy. An error is not started again, as with SLURM."""
     job = yaml.safe_load(launcher("apiVersion: batch/v1"))["spec"]
     assert job["backoffLimitPerIndex"] == 100 and job["template"]["spec"]["restartPolicy"] == "Never"
-    assert yaml.safe_load(launcher("apiVersion: jobset"))["spec"]["failurePolicy"] == {"maxRestarts": 100}
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule == {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [1, 2]}}
+    policy = yaml.safe_load(launcher("apiVersion: jobset"))["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] == 100
+    assert policy["rules"] == [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
