@@ -53,8 +53,8 @@ class LazyArray:
 
         Args:
           index: one slice per dimension; None: the complete array.
-          buffer: uint8 [at least twice the bytes of the part], aligned to the dtype, that it is read into, and from
-            there copied into the second half. (To allocate takes as long as to copy.)
+          buffer: uint8 [at least twice the bytes of the part], aligned to the dtype: memory for the result, and for
+            what it is copied from. The next call with it overwrites the result. (To allocate takes as long as to copy.)
         """
         index = (slice(None),) * len(self.shape) if index is None else index
         index = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, self.shape, strict=True))

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Int
 
 from opt_jax.generation.loop import FlatModel
+from opt_jax.generation.memory import default_cache_dtype
 from opt_jax.generation.request import Request, checkpoint_options
 from opt_jax.model.bfloat16 import with_cpu_products
 from opt_jax.model.heads import OPTForCausalLM
@@ -26,6 +27,7 @@ class Drafts:
     assistant: FlatModel | None  # None: prompt lookup
     ngram: Int[Any, ""]  # prompt lookup compares at most this many last tokens
     count: int = dataclasses.field(metadata=dict(static=True))  # k: drafted tokens in one step
+    cache_dtype: str | None = dataclasses.field(default=None, metadata=dict(static=True))  # of the assistant's cache
 
     def more_columns(self, rows: int) -> int:
         """Number of columns that the cache needs besides those of the tokens: for drafts and for holes.
@@ -67,7 +69,7 @@ def check_drafts(model: OPTForCausalLM, request: Request, assistant: Any) -> Dra
     assistant = _checked(model, request, assistant)
     count = _draft_count(request, assistant)
     _check_count("num_assistant_tokens", count, limit)
-    return Drafts(FlatModel.of(with_cpu_products(assistant)), np.int32(0), count)
+    return Drafts(FlatModel.of(with_cpu_products(assistant)), np.int32(0), count, default_cache_dtype(assistant))
 
 
 def _check_count(name: str, count: int, limit: int) -> None:

@@ -16,11 +16,12 @@ from jaxtyping import Array, Bool, Float32, Int, Int32
 
 from opt_jax.generation import loop
 from opt_jax.generation.loop import DecodeState, FlatModel, Report, TokenLogprobs
-from opt_jax.generation.memory import check_memory, device_memory, platform_of
+from opt_jax.generation.memory import check_memory, device_memory
 from opt_jax.generation.prompts import batch_bucket, take_prompts
 from opt_jax.generation.request import Request
 from opt_jax.generation.sampling import SamplingOptions
 from opt_jax.model.cache import KVCache
+from opt_jax.parallel.mesh import platform_of
 
 
 @jax.tree_util.register_dataclass

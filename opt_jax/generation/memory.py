@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from opt_jax.config import OPTConfig
 from opt_jax.generation.config import GenerationConfig
+from opt_jax.parallel.mesh import platform_of
 
 # Options that make a request large; messages name those that were given.
 _SIZES = (
@@ -36,19 +37,16 @@ def device_memory(model: Any) -> int:
     return sum(stat["bytes_limit"] for stat in stats) * len(sharding.device_set) // len(stats)
 
 
-def platform_of(model: Any) -> str | None:
-    """The platform of the model's parameters, such as "cpu"; None of an abstract model without a sharding."""
-    sharding = getattr(jax.tree.leaves(model)[0], "sharding", None)
-    return None if sharding is None else next(iter(sharding.device_set)).platform
-
-
-def default_cache_dtype(model: Any) -> str | None:
-    """The dtype of a KV cache; None: the compute dtype.
+def default_cache_dtype(model: Any, prefix: Any = None) -> str:
+    """The dtype of a KV cache: that of the `Prefix` which it continues, or else the compute dtype.
 
     On a CPU it is float32 for half precision, too: to add one token to an array of 16-bit numbers, XLA converts all of
     it to float32 and back. The cache then takes twice the memory. Its numbers, and the tokens, are the same.
     """
-    return "float32" if np.dtype(model.dtype).itemsize == 2 and platform_of(model) == "cpu" else None
+    if prefix is not None:
+        return jax.tree.leaves(prefix.cache.k)[0].dtype.name
+    half_on_cpu = np.dtype(model.dtype).itemsize == 2 and platform_of(model) == "cpu"
+    return "float32" if half_on_cpu else np.dtype(model.dtype).name
 
 
 def column_bytes(config: OPTConfig, dtype: DTypeLike) -> int:

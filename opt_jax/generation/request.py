@@ -58,7 +58,7 @@ class Request:
     pad_token_id: int
     copies: int  # rows for each prompt
     logprobs: int | None
-    cache_dtype: str | None
+    cache_dtype: str
     stops: Any  # what `tokenizer.stop_strings` returned; None without stop strings
     vocab_size: int
     column_bytes: int  # bytes of the keys and values in one column of one row
@@ -126,9 +126,7 @@ def check_request(  # noqa: PLR0913  (arguments of `generate`)
     _check_embeds(prompts, prefix, given)
     if prefix is not None and given.cache_dtype is not None:
         raise ValueError(f"cache_dtype={given.cache_dtype} cannot change the dtype of a prefix: pass it to prefill")
-    cache_dtype = given.cache_dtype or default_cache_dtype(model)
-    if prefix is not None:
-        cache_dtype = jax.tree.leaves(prefix.cache.k)[0].dtype.name
+    cache_dtype = given.cache_dtype or default_cache_dtype(model, prefix)
     texts, before = prompts.texts(), np.zeros(1, np.int32)
     if prefix is not None:
         texts = [np.append(i[m], t) for i, m, t in zip(*broadcast(prefix, len(texts)), texts, strict=True)]
@@ -159,7 +157,7 @@ def check_request(  # noqa: PLR0913  (arguments of `generate`)
         cache_dtype=cache_dtype,
         stops=stops,
         vocab_size=config.vocab_size,
-        column_bytes=column_bytes(config, cache_dtype or model.dtype),
+        column_bytes=column_bytes(config, cache_dtype),
         given=given,
     )
 

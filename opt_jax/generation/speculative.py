@@ -26,7 +26,6 @@ from opt_jax.generation import sampling
 from opt_jax.generation.drafts import Drafts
 from opt_jax.generation.engines import NewTokens, PlainEngine, Slots, new_tokens, place_rows
 from opt_jax.generation.loop import DecodeState, FlatModel, Model, Report, as_module
-from opt_jax.generation.memory import default_cache_dtype
 from opt_jax.generation.processors import History
 from opt_jax.generation.request import Request
 from opt_jax.generation.sampling import SamplingOptions
@@ -93,24 +92,15 @@ class DraftingEngine(PlainEngine):
 
     def _start(self, state: DecodeState, copies: int) -> Speculation:
         tokens, lengths = state.tokens, state.prompt_lengths
-        assistant = None if self._drafts.assistant is None else as_module(self._drafts.assistant)
-        dtype = None if assistant is None else default_cache_dtype(assistant)
-        fields = _begin(self._drafts, tokens, lengths, width=state.width, copies=copies, cache_dtype=dtype)
-        return Speculation(state, *fields)
+        return Speculation(state, *_begin(self._drafts, tokens, lengths, width=state.width, copies=copies))
 
 
 # Compiled -----------------------------------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnames=("width", "copies", "cache_dtype"))
+@partial(jax.jit, static_argnames=("width", "copies"))
 def _begin(
-    drafts: Drafts,
-    tokens: Int[Array, "R L"],
-    prompt_lengths: Int[Array, " R"],
-    *,
-    width: int,
-    copies: int,
-    cache_dtype: str | None,
+    drafts: Drafts, tokens: Int[Array, "R L"], prompt_lengths: Int[Array, " R"], *, width: int, copies: int
 ) -> tuple[KVCache | None, Int[Array, " R"], Int[Array, " R"], Bool[Array, ""]]:
     """Initial fields of a `Speculation`. The assistant's cache holds all tokens of a prompt but the last."""
     zero, full = jnp.zeros_like(prompt_lengths), jnp.zeros((), bool)
@@ -119,7 +109,7 @@ def _begin(
     ids, lengths = tokens[::copies, : width - 1], prompt_lengths[::copies]
     mask = jnp.arange(width - 1, dtype=jnp.int32)[None] >= width - lengths[:, None]
     assistant = as_module(drafts.assistant)
-    cache = assistant.init_cache(ids.shape[0], tokens.shape[1], cache_dtype)
+    cache = assistant.init_cache(ids.shape[0], tokens.shape[1], drafts.cache_dtype)
     cache = assistant.forward(ids, mask, cache=cache, logits_to_keep=1).cache
     cache = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0) if x.ndim and copies > 1 else x, cache)
     return cache, zero, zero, full

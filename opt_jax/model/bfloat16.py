@@ -14,6 +14,7 @@ from flax import nnx
 
 from opt_jax.model.decoder import Embed, Linear
 from opt_jax.model.relu_sparsity import skips_zeros
+from opt_jax.parallel.mesh import platform_of
 
 _CPU_INFO = Path("/proc/cpuinfo")
 
@@ -27,9 +28,7 @@ def has_instructions() -> bool:
 
 def with_cpu_products(model: Any) -> Any:
     """The model, or on such a CPU one with the same arrays, whose linear layers and LM head call that kernel."""
-    if model.dtype != jnp.bfloat16 or not has_instructions():
-        return model
-    if next(iter(jax.tree.leaves(model)[0].devices())).platform != "cpu":
+    if model.dtype != jnp.bfloat16 or not has_instructions() or platform_of(model) != "cpu":
         return model
     copy = jax.tree.map(lambda x: x, model)
     for _, module in nnx.iter_graph(copy):

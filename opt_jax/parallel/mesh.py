@@ -169,6 +169,12 @@ def mesh_of(model: Any) -> Mesh | None:
     return sharding.mesh if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) else None
 
 
+def platform_of(model: Any) -> str | None:
+    """The platform of the model's parameters, such as "cpu"; None of an abstract model without a sharding."""
+    sharding = getattr(jax.tree.leaves(model)[0], "sharding", None)
+    return None if sharding is None else next(iter(sharding.device_set)).platform
+
+
 def row_groups(mesh: Mesh) -> int:
     """The number of groups into which a batch's rows are split. The number of rows must be a multiple of it."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
