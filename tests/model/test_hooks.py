@@ -57,7 +57,7 @@ def programs():
             patch.setattr(loop, name, record)
             model.generate(IDS, MASK, max_new_tokens=2)
         args, kwargs = given[0]
-        statics = {key: value for key, value in kwargs.items() if isinstance(value, (bool, int)) or value is None}
+        statics = {key: value for key, value in kwargs.items() if isinstance(value, (bool, int, str)) or value is None}
         traced = {key: value for key, value in kwargs.items() if key not in statics}
         args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "dtype") else x, args)
         yield text(partial(original.__wrapped__, **statics), *args, **traced)
